@@ -1,0 +1,1 @@
+"""Text in, batches out: builders, sources, pipelines and preference files."""

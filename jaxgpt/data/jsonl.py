@@ -1,0 +1,103 @@
+"""JSON lines, read strictly and written atomically. Every error names the file, the line and the field."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from jaxgpt.config import UserError
+
+LONGEST_LINE = 16 * 2**20  # bytes
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("file:line", object) for each line, one at a time; blank lines are skipped.
+
+    Raises UserError for a missing file, a line that is not UTF-8, not one JSON object, longer than `LONGEST_LINE`, or
+    that holds NaN or Infinity.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    with file:
+        for number, line in enumerate(_lines(file, path), start=1):
+            where = f"{path}:{number}"
+            text = _decoded(line, where)
+            if text.strip():
+                yield where, _parsed(text, where)
+
+
+def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
+    """The non-blank text in field `name`, or a UserError."""
+    if name not in row:
+        raise UserError(f"{where}: no field {name!r}; this line has {', '.join(map(repr, row)) or 'no fields'}")
+    return checked_text(row[name], f"{where}: {name}")
+
+
+def checked_text(value: Any, where: str, *, blank: bool = False) -> str:
+    """`value` if it is valid text (and not blank, unless `blank`), or a UserError that starts with `where`."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} is {type(value).__name__}, not text; put it in quotes")
+    if not blank and not value.strip():
+        raise UserError(f"{where} is empty; write some text or remove the line")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{where} holds a lone surrogate, which is not valid Unicode; remove it")
+    return value
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Writes one object a line and returns how many; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    count = 0
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                count += 1
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+    return count
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB; split it into several lines")
+        yield line
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    def refuse(name: str) -> NoReturn:
+        raise UserError(f"{where}: {name} is not JSON; use null or a number")
+
+    def finite(digits: str) -> float:
+        number = float(digits)
+        return number if abs(number) != float("inf") else refuse(digits)
+
+    try:
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+    except UserError:
+        raise
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON at character {error.colno}: {error.msg}; one object a line") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not usable JSON ({str(error)[:80]}); one flat object a line") from error
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: a {type(value).__name__}, not an object; write {{"field": value}}')
+    return value

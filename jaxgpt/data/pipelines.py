@@ -1,0 +1,292 @@
+"""Token rows to batches: seeded, shared among processes, and restorable in the middle of an epoch.
+
+Batches are dicts of numpy arrays. `tokens` [B, T] int32 is padded on the right with <pad>. `mask` [B, T] bool is
+aligned with its target: mask[b, t] says that token t is to be predicted from the tokens before it. Packed rows add
+`segments` [B, T] int32 (1, 2, ... for the examples of a row, 0 for padding) and `positions` [B, T] int32 (within the
+example).
+"""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import grain.experimental
+import numpy as np
+
+from jaxgpt.config import UserError
+from jaxgpt.data.preferences import Ranking
+from jaxgpt.tokenizer import BOS, Row, Tokenizer
+
+ArrayBatch = dict[str, np.ndarray]
+_READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # a batch costs well under a step: no threads
+_BINS = 64  # rows packed together: more waste less padding
+
+
+class Batches(Iterator[ArrayBatch]):
+    """An iterator that can be stopped and continued: `set_state(get_state())` gives the same next batches.
+
+    The state is plain JSON. It belongs to one process and carries a fingerprint of data and settings, because grain
+    itself would continue on other data without a word.
+    """
+
+    def __init__(self, dataset: grain.IterDataset, identity: Sequence[Any]) -> None:
+        self._iterator = iter(dataset)
+        self._fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def __next__(self) -> ArrayBatch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"fingerprint": self._fingerprint, "grain": self._iterator.get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state`. Raises UserError when it was taken on other data, settings or another process."""
+        if state["fingerprint"] != self._fingerprint:
+            raise UserError("this checkpoint's data position is for other data or data settings; start a new run")
+        self._iterator.set_state(state["grain"])
+
+
+def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndarray:
+    """int32 [N]: <bos> doc <bos> doc ... <bos>, kept in `cache`/streams under the hash of documents and tokenizer."""
+    docs = [doc for doc in docs if doc]
+    if not docs:
+        raise UserError("no text to tokenize: every document is empty; choose another source")
+    digest = hashlib.sha256(tok.fingerprint.encode())
+    for doc in docs:
+        data = doc.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    path = cache / "streams" / f"{digest.hexdigest()[:32]}.npy"
+    if path.is_file():
+        return np.load(path)
+    parts = [np.array([BOS], np.int32)]
+    for at in range(0, len(docs), 1000):
+        for ids in tok.encode_batch(docs[at : at + 1000]):
+            parts.append(np.array([*ids, BOS], np.int32))
+    stream = np.concatenate(parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        np.save(Path(scratch) / path.name, stream)
+        os.replace(Path(scratch) / path.name, path)
+    return stream
+
+
+def windows(
+    stream: np.ndarray, block: int, batch: int, *, seed: int, process_index: int = 0, process_count: int = 1
+) -> Batches:
+    """Endless batches of `block` consecutive tokens; every token of a window but the first is a target.
+
+    An epoch cuts the stream into non-overlapping windows from a random offset (new each epoch, so that no token is
+    always a first one) and shuffles them. Process p of n takes windows p, p + n, ... of that order: together the
+    processes see what one process with batch n * `batch` sees.
+    """
+    dataset = _shared(_Windows(stream, block, seed), seed, None, process_index, process_count)
+    identity = ["windows", _digest([stream]), block, batch, seed, process_index, process_count]
+    return Batches(dataset.batch(batch).to_iter_dataset(_READ), identity)
+
+
+def window_eval(stream: np.ndarray, block: int, batch: int, max_batches: int) -> list[ArrayBatch]:
+    """At most `max_batches` batches of non-overlapping windows, spread evenly over the stream; always the same ones.
+
+    Every batch has `batch` rows; where windows run out, the last one is filled with rows whose mask is False.
+    """
+    _check_stream(stream, block)
+    count = len(stream) // block
+    chosen = np.linspace(0, count - 1, min(count, batch * max_batches)).astype(np.int64)
+    tokens = stream[: count * block].reshape(count, block)[chosen]
+    rows = [{"tokens": row, "mask": np.arange(block) > 0} for row in tokens]
+    return _filled_batches(rows, batch)
+
+
+def fit_rows(rows: Sequence[Row], length: int) -> tuple[list[Row], int]:
+    """The rows of at most `length` tokens with something to predict, and how many were dropped."""
+    kept = [row for row in rows if len(row[0]) <= length and any(row[1])]
+    if not kept:
+        shortest = min((len(row[0]) for row in rows), default=0)
+        raise UserError(f"none of {len(rows)} examples fits {length} tokens (shortest: {shortest}); use a longer block")
+    return kept, len(rows) - len(kept)
+
+
+def packed_examples(
+    rows: Sequence[Row],
+    length: int,
+    batch: int,
+    *,
+    seed: int,
+    all_tokens: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Endless batches of [batch, length] rows that hold several whole examples each (grain's first-fit packing).
+
+    Targets are the answer's tokens with </answer>; with `all_tokens`, every token but an example's first. Examples are
+    shuffled anew each epoch and shared among processes as in `windows`. Rows must fit: see `fit_rows`.
+    """
+    elements = [_element(row, length, all_tokens) for row in rows]
+    examples = _shared(grain.MapDataset.source(elements), seed, None, process_index, process_count)
+    packed = grain.experimental.FirstFitPackIterDataset(
+        examples.to_iter_dataset(_READ),
+        length_struct={"tokens": length, "mask": length},
+        num_packing_bins=max(batch, _BINS),
+        seed=seed,
+    )
+    content = _digest(array for element in elements for array in element.values())
+    identity = ["packed", content, length, batch, seed, process_index, process_count]
+    return Batches(packed.map(_packed_row).batch(batch), identity)
+
+
+def padded_examples(rows: Sequence[Row], length: int, batch: int, *, all_tokens: bool = False) -> list[ArrayBatch]:
+    """All rows once, in order, one example a row, with the keys of `packed_examples`: for evaluation.
+
+    The last batch is filled with rows of padding whose mask is False.
+    """
+    padded = []
+    for row in rows:
+        element = _element(row, length, all_tokens)
+        size = len(element["tokens"])
+        tokens, mask = (np.pad(element[name], (0, length - size)) for name in ("tokens", "mask"))
+        steps = np.arange(length, dtype=np.int32)
+        real = steps < size
+        padded.append({"tokens": tokens, "mask": mask, "segments": real.astype(np.int32), "positions": steps * real})
+    return _filled_batches(padded, batch)
+
+
+def preference_batches(
+    rankings: Sequence[Ranking],
+    length: int,
+    batch: int,
+    *,
+    seed: int,
+    epochs: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Batches over `epochs` shuffled passes; the rankings that do not fill the very last batch are left out.
+
+    Keys: tokens [B, C, T] int32; mask [B, C, T] bool, the answer with its </answer>; last [B, C] int32, index of the
+    last real token; choice [B] int32; present [B, C] bool, False where a prompt has fewer than C candidates (C is the
+    most that any ranking has). Every process gets equally many batches.
+    """
+    whole = len(rankings) * epochs // (batch * process_count) * batch * process_count
+    if not whole:
+        raise UserError(f"{len(rankings)} preferences x {epochs} epochs fill no batch of {batch}; use a smaller batch")
+    elements = _ranking_elements(rankings, length)
+    shuffled = _shared(grain.MapDataset.source(elements), seed, epochs, 0, 1)
+    dataset = shuffled[:whole][process_index::process_count].batch(batch)
+    content = _digest(array for element in elements for array in element.values())
+    identity = ["preferences", content, batch, seed, epochs, process_index, process_count]
+    return Batches(dataset.to_iter_dataset(_READ), identity)
+
+
+def preference_eval(rankings: Sequence[Ranking], length: int, batch: int) -> list[ArrayBatch]:
+    """All rankings once, in order, with the keys of `preference_batches`: for evaluation.
+
+    The last batch is filled with rows in which no candidate is present: `present.any(1)` says which rows count.
+    """
+    return _filled_batches(_ranking_elements(rankings, length), batch)
+
+
+def check_tokens(batch: ArrayBatch, vocab: int) -> None:
+    """Raises UserError naming the first row and value outside [0, vocab): on device it would be clamped silently."""
+    tokens = batch["tokens"]
+    wrong = np.argwhere((tokens < 0) | (tokens >= vocab))
+    if len(wrong):
+        at = tuple(int(i) for i in wrong[0])
+        raise UserError(
+            f"token {int(tokens[at])} at {list(at)} of a batch is outside the model's vocabulary of {vocab}; "
+            "use the tokenizer the model was trained with"
+        )
+
+
+def _shared(
+    dataset: grain.MapDataset, seed: int, epochs: int | None, process_index: int, process_count: int
+) -> grain.MapDataset:
+    """Shuffled anew each epoch, repeated, and every `process_count`-th element of that, from `process_index`."""
+    if seed < 0:
+        raise UserError(f"seed is {seed}; it must be 0 or more")
+    folded = int(np.random.SeedSequence(seed).generate_state(1)[0])  # grain uses seed + epoch: keep seeds far apart
+    return dataset.shuffle(seed=folded).repeat(epochs)[process_index::process_count]
+
+
+class _Windows(grain.MapDataset):
+    """Window i of epoch e, where index = e * len + i: the stream from offset(e) + i * block."""
+
+    def __init__(self, stream: np.ndarray, block: int, seed: int) -> None:
+        super().__init__()
+        _check_stream(stream, block)
+        self._stream, self._block, self._seed = stream, block, seed
+        self._count = max(1, (len(stream) - block + 1) // block)
+        self._room = min(block - 1, len(stream) - self._count * block)
+        self._mask = np.arange(block) > 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, i = divmod(index, self._count)
+        start = _offset(self._seed, epoch, self._room) + i * self._block
+        return {"tokens": self._stream[start : start + self._block], "mask": self._mask}
+
+
+@functools.lru_cache(maxsize=64)
+def _offset(seed: int, epoch: int, room: int) -> int:
+    return int(np.random.default_rng([seed, epoch]).integers(room + 1))
+
+
+def _check_stream(stream: np.ndarray, block: int) -> None:
+    if block < 2 or len(stream) < block:
+        raise UserError(f"a text of {len(stream)} tokens gives no window of {block}; use more text or a shorter block")
+
+
+def _element(row: Row, length: int, all_tokens: bool) -> ArrayBatch:
+    ids, roles = row
+    if len(ids) > length:
+        raise ValueError(f"an example of {len(ids)} tokens does not fit {length}; use fit_rows first")
+    mask = np.arange(len(ids)) > 0 if all_tokens else np.array(roles, np.bool_)
+    return {"tokens": np.array(ids, np.int32), "mask": mask}
+
+
+def _ranking_elements(rankings: Sequence[Ranking], length: int) -> list[ArrayBatch]:
+    most = max(len(ranking.rows) for ranking in rankings)
+    elements = []
+    for ranking in rankings:
+        tokens, mask = np.zeros((most, length), np.int32), np.zeros((most, length), np.bool_)
+        last = np.zeros(most, np.int32)
+        for i, row in enumerate(ranking.rows):
+            element = _element(row, length, all_tokens=False)
+            size = len(element["tokens"])
+            tokens[i, :size], mask[i, :size], last[i] = element["tokens"], element["mask"], size - 1
+        present = np.arange(most) < len(ranking.rows)
+        choice = np.array(ranking.choice, np.int32)
+        elements.append({"tokens": tokens, "mask": mask, "last": last, "choice": choice, "present": present})
+    return elements
+
+
+def _packed_row(row: ArrayBatch) -> ArrayBatch:
+    names = {"tokens": "tokens", "mask": "mask", "segments": "tokens_segment_ids", "positions": "tokens_positions"}
+    return {name: row[key] for name, key in names.items()}
+
+
+def _filled_batches(rows: Sequence[ArrayBatch], batch: int) -> list[ArrayBatch]:
+    """Stacks rows into batches; the last is filled with zeros: padding, mask False, nothing present."""
+    batches = []
+    for at in range(0, len(rows), batch):
+        part = list(rows[at : at + batch])
+        part += [{name: np.zeros_like(value) for name, value in part[0].items()}] * (batch - len(part))
+        batches.append({name: np.stack([row[name] for row in part]) for name in part[0]})
+    return batches
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(str((array.shape, array.dtype)).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,0 +1,119 @@
+"""Preferences of people: a prompt, two or more answers, and which one was chosen, one JSON object a line.
+
+A person can write such a file by hand; only the first three fields are needed:
+
+    {"prompt": "Finish: a film", "answers": ["a film that sings .", "a film ."], "choice": 0}
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import UserError
+from jaxgpt.data.jsonl import checked_text, read_rows, write_rows
+from jaxgpt.tokenizer import Row, Tokenizer, example_ids
+
+_FIELDS = ("prompt", "answers", "choice", "ended", "meta")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """`answers[choice]` was preferred. `ended[i]` says that answer i closed by itself (was not cut off).
+
+    Two answers may be equal and an answer may be empty. Raises UserError for anything that is no choice among answers.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    choice: int
+    ended: tuple[bool, ...] = ()  # empty: all ended
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checked_text(self.prompt, "prompt")
+        if len(self.answers) < 2:
+            raise UserError(f"answers has {len(self.answers)}: nothing to choose from; give two or more")
+        for index, answer in enumerate(self.answers):
+            checked_text(answer, f"answers[{index}]", blank=True)
+        if type(self.choice) is not int or not 0 <= self.choice < len(self.answers):
+            raise UserError(f"choice is {self.choice!r}; it must be a whole number from 0 to {len(self.answers) - 1}")
+        if not self.ended:
+            object.__setattr__(self, "ended", (True,) * len(self.answers))
+        if len(self.ended) != len(self.answers) or any(type(flag) is not bool for flag in self.ended):
+            raise UserError(f"ended must be {len(self.answers)} times true or false, one for each answer")
+
+
+def write_preferences(path: Path, preferences: Iterable[Preference]) -> int:
+    """Writes the file, whole or not at all, and returns how many preferences it holds."""
+    return write_rows(path, (_row(preference) for preference in preferences))
+
+
+def read_preferences(path: Path) -> Iterator[Preference]:
+    """Yields the preferences of a file one at a time. Raises UserError naming file, line and field."""
+    found = False
+    for where, row in read_rows(path):
+        found = True
+        yield _preference(row, where)
+    if not found:
+        raise UserError(f"{path} holds no preferences; write one JSON object a line")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """A preference as ids: one row of prompt and answer for each candidate, and the index of the favourite."""
+
+    rows: tuple[Row, ...]
+    choice: int
+
+
+def rank_ids(tok: Tokenizer, preferences: Iterable[Preference]) -> list[Ranking]:
+    """The preferences in token ids. An answer that did not end has no closing </answer>."""
+    rankings = []
+    for preference in preferences:
+        rows: list[Row] = []
+        for answer, ended in zip(preference.answers, preference.ended, strict=True):
+            ids, roles = example_ids(tok, preference.prompt, answer)
+            rows.append((ids, roles) if ended else (ids[:-1], roles[:-1]))
+        rankings.append(Ranking(tuple(rows), preference.choice))
+    return rankings
+
+
+def fit_rankings(rankings: Sequence[Ranking], length: int) -> tuple[list[Ranking], int]:
+    """The rankings of which every candidate has at most `length` tokens, and how many were dropped."""
+    kept = [ranking for ranking in rankings if max(len(ids) for ids, _ in ranking.rows) <= length]
+    if not kept:
+        raise UserError(f"none of {len(rankings)} preferences fits {length} tokens; use a longer block")
+    return kept, len(rankings) - len(kept)
+
+
+def _row(preference: Preference) -> dict[str, Any]:
+    row = dataclasses.asdict(preference)
+    if all(preference.ended):
+        del row["ended"]
+    if not preference.meta:
+        del row["meta"]
+    return row
+
+
+def _preference(row: dict[str, Any], where: str) -> Preference:
+    for name in ("prompt", "answers", "choice"):
+        if name not in row:
+            raise UserError(f"{where}: no field {name!r}; prompt, answers and choice are needed")
+    if unknown := [name for name in row if name not in _FIELDS]:
+        raise UserError(f"{where}: unknown field {unknown[0]!r}; fields are {', '.join(_FIELDS)} (notes go into meta)")
+    for name, kind, word in (("answers", list, "a list"), ("ended", list, "a list"), ("meta", dict, "an object")):
+        if not isinstance(row.get(name, kind()), kind):
+            raise UserError(f"{where}: {name} is {type(row[name]).__name__}, not {word}")
+    if "ended" in row and not row["ended"]:
+        raise UserError(f"{where}: ended is empty; leave it out when every answer ended")
+    try:
+        return Preference(
+            prompt=row["prompt"],
+            answers=tuple(row["answers"]),
+            choice=row["choice"],
+            ended=tuple(row.get("ended", ())),
+            meta=row.get("meta", {}),
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

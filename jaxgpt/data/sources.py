@@ -1,0 +1,212 @@
+"""The one place that turns a setting into text.
+
+A source is `movie_reviews` (embedded), `tfds:NAME` (any TFDS dataset with a `text` or a single string feature), or
+paths to .txt and .jsonl files, separated by commas, with * and ? allowed.
+
+| source        | documents        | examples                  | prompts           | held out as 'test'           |
+|---------------|------------------|---------------------------|-------------------|------------------------------|
+| movie_reviews | IMDb             | one-line reviews          | their first words | by hash of the text          |
+| tfds:NAME     | the text feature | features prompt, answer   | feature prompt    | its test split, else by hash |
+| .txt          | a file each      | -                         | -                 | the last 5 % of each file    |
+| .jsonl        | field "text"     | fields "prompt", "answer" | field "prompt"    | 5 % by hash                  |
+
+By hash: rows with the same text (or prompt) share a split, and a row stays in its split when others are added.
+"""
+
+import difflib
+import glob
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tensorflow_datasets as tfds
+
+from jaxgpt.config import UserError
+from jaxgpt.data import movie_reviews
+from jaxgpt.data.jsonl import read_rows, text_field
+from jaxgpt.data.movie_reviews import Prompt
+
+Split = Literal["train", "valid", "test"]
+EMBEDDED = "movie_reviews"
+HELD_OUT = 0.05
+_TFDS = "tfds:"
+_Rows = list[tuple[str, ...]]
+
+
+def documents(source: str, split: Split, cache: Path) -> list[str]:
+    """Raw texts for pretraining. `cache` is where the embedded data is prepared. No 'valid' split."""
+    if source == EMBEDDED:
+        _check_split(source, split, ("train", "test"))
+        return movie_reviews.load(_root(cache), f"imdb_{split}")[0]
+    return [row[0] for row in _foreign(source, split, ("text",))]
+
+
+def examples(source: str, split: Split, cache: Path) -> list[tuple[str, str]]:
+    """(prompt, answer) pairs for finetuning. 'valid' exists for the embedded data only."""
+    if source == EMBEDDED:
+        return [movie_reviews.review_example(text) for text in _one_line_reviews(split, cache)]
+    return [(row[0], row[1]) for row in _foreign(source, split, ("prompt", "answer"))]
+
+
+def prompts(source: str, split: Split, cache: Path) -> list[Prompt]:
+    """Distinct prompts. 'valid' and 'test' hold no opening with which a text of an earlier split starts."""
+    if source != EMBEDDED:
+        return [Prompt(text, "") for text in dict.fromkeys(row[0] for row in _foreign(source, split, ("prompt",)))]
+    order: tuple[Split, ...] = ("train", "valid", "test")
+    texts = _one_line_reviews(split, cache)
+    seen = [text for earlier in order[: order.index(split)] for text in _one_line_reviews(earlier, cache)]
+    return movie_reviews.unseen_openings(texts, seen)
+
+
+def labelled(source: str, split: Split, cache: Path, parts: Sequence[str] = ("rt",)) -> tuple[list[str], list[int]]:
+    """Texts with human labels (0 negative, 1 positive) of the embedded data, to train and test a judge on.
+
+    `parts` names what to take: 'rt' (one-line reviews) and 'imdb', which has no 'valid' split.
+    """
+    if source != EMBEDDED:
+        raise UserError(f"only {EMBEDDED} carries human labels, not {source!r}; use {EMBEDDED} for the judge")
+    texts: list[str] = []
+    labels: list[int] = []
+    for part in parts:
+        if part not in ("rt", "imdb"):
+            raise UserError(f"unknown part {part!r} of {EMBEDDED}; parts are rt and imdb")
+        _check_split(f"{EMBEDDED} ({part})", split, ("train", "valid", "test") if part == "rt" else ("train", "test"))
+        found = movie_reviews.load(_root(cache), f"{part}_{split}")
+        texts += found[0]
+        labels += found[1]
+    return texts, labels
+
+
+def _one_line_reviews(split: Split, cache: Path) -> list[str]:
+    _check_split(EMBEDDED, split, ("train", "valid", "test"))
+    return movie_reviews.load(_root(cache), f"rt_{split}")[0]
+
+
+def _root(cache: Path) -> Path:
+    return cache / "tfds"
+
+
+def _check_split(source: str, split: str, known: Sequence[str]) -> None:
+    if split not in known:
+        raise UserError(f"{source} has no split {split!r}; splits are {', '.join(known)}")
+
+
+def _foreign(source: str, split: Split, fields: tuple[str, ...]) -> _Rows:
+    """Rows of `fields` from a TFDS dataset or from files."""
+    _check_split(source, split, ("train", "test"))
+    if source.startswith(_TFDS):
+        return _from_tfds(source.removeprefix(_TFDS), split, fields)
+    rows: _Rows = []
+    json_rows: _Rows = []
+    for path in _paths(source):
+        if path.suffix == ".jsonl":
+            json_rows += [tuple(text_field(row, name, where) for name in fields) for where, row in read_rows(path)]
+        elif fields == ("text",):
+            rows += [(text,) for text in _text_file(path, split)]
+        else:
+            raise UserError(f"{path} is plain text; {' and '.join(fields)} come from a .jsonl file, one object a line")
+    if json_rows:
+        rows += _split_by_hash(json_rows, split, source)
+    if not rows:
+        raise UserError(f"{source} holds no {' and '.join(fields)}; give a file that is not empty")
+    return rows
+
+
+def _paths(source: str) -> list[Path]:
+    found: list[Path] = []
+    for part in (part.strip() for part in source.split(",")):
+        matches = sorted(glob.glob(part)) if any(sign in part for sign in "*?[") and not Path(part).exists() else [part]
+        if not matches:
+            raise UserError(f"no file matches {part!r}; check the pattern")
+        found += map(Path, matches)
+    for path in found:
+        if path.suffix not in (".txt", ".jsonl"):
+            near = _suggestion(str(path))
+            raise UserError(f"unknown source {str(path)!r}{near}; give {EMBEDDED}, tfds:NAME, *.txt or *.jsonl")
+        if not path.is_file():
+            raise UserError(f"no file {path}; check the path (now in {Path.cwd()})")
+    return found
+
+
+def _suggestion(name: str, known: Sequence[str] = (EMBEDDED, "tfds:imdb_reviews")) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _text_file(path: Path, split: Split) -> list[str]:
+    """The first 95 % of a file ('train') or the rest, cut after a line break; what is blank is left out."""
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: byte {error.start} of the file is not UTF-8; save it as UTF-8") from error
+    text = text.replace("\r\n", "\n")
+    if not text.strip():
+        raise UserError(f"{path} is empty; give a file with text")
+    aim = int(len(text.rstrip()) * (1 - HELD_OUT))
+    cut = text.rfind("\n", 0, aim) + 1 or text.find("\n", aim) + 1 or len(text)
+    part = text[:cut] if split == "train" else text[cut:]
+    return [part] if part.strip() else []
+
+
+def _split_by_hash(rows: _Rows, split: Split, source: str) -> _Rows:
+    """Rows whose first field hashes below 5 % are 'test'. Both splits get at least one distinct text."""
+    order = {key: hashlib.sha256(key.encode()).digest() for key in {row[0] for row in rows}}
+    if len(order) < 2:
+        raise UserError(f"{source} holds {len(order)} distinct text(s), too few to hold one out; give two or more")
+    ranked = sorted(order, key=order.__getitem__)
+    below = sum(int.from_bytes(order[key][:4], "big") < HELD_OUT * 2**32 for key in ranked)
+    held_out = set(ranked[: min(max(below, 1), len(ranked) - 1)])
+    return [row for row in rows if (row[0] in held_out) == (split == "test")]
+
+
+def _from_tfds(name: str, split: Split, fields: tuple[str, ...]) -> _Rows:
+    builder = _tfds_builder(name)
+    columns = [_feature(builder, name, field) for field in fields]
+    splits = builder.info.splits
+    wanted = split if "test" in splits else "train"
+    if wanted not in splits:
+        raise UserError(f"tfds:{name} has no split {wanted!r}, only {', '.join(splits)}; choose another dataset")
+    try:
+        source = builder.as_data_source(split=wanted)
+        found = source.__getitems__(range(len(source)))
+        rows: _Rows = [tuple(row[column].decode("utf-8") for column in columns) for row in found]
+    except Exception as error:  # formats, decoders and TensorFlow's absence each raise their own kind
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"cannot read tfds:{name} ({reason}); prepare it with file_format='array_record'") from error
+    rows = [row for row in rows if all(value.strip() for value in row)]
+    return rows if "test" in splits else _split_by_hash(rows, split, f"tfds:{name}")
+
+
+def _tfds_builder(name: str) -> Any:
+    """The prepared builder of a TFDS name, from $TFDS_DATA_DIR or TFDS's own folder; prepared now if need be."""
+    folder = os.environ.get("TFDS_DATA_DIR")
+    try:
+        builder = tfds.builder(name, data_dir=folder, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError as error:
+        near = _suggestion(name, tfds.list_builders(with_community_datasets=False))
+        raise UserError(f"no TFDS dataset {name!r}{near}; see tensorflow.org/datasets/catalog") from error
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"cannot open tfds:{name} ({reason}); check name, config and version") from error
+    if not builder.info.splits:
+        try:
+            builder.download_and_prepare()
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise UserError(f"cannot prepare tfds:{name} ({reason}); prepare it where there is network") from error
+    return builder
+
+
+def _feature(builder: Any, name: str, field: str) -> str:
+    """The feature that holds `field`; for 'text' also the only string feature there is."""
+    texts = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
+    if field in texts:
+        return field
+    if field == "text" and len(texts) == 1:
+        return texts[0]
+    found = ", ".join(texts) or "none"
+    raise UserError(f"tfds:{name} has no text feature {field!r} (it has {found}); choose another dataset")

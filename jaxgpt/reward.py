@@ -1,0 +1,65 @@
+"""The reward model: a GPT whose scalar head is read at the answer's last token.
+
+    h(x, y) = gain * (w · hidden[last] + b) + bias
+
+Gain and bias are set so that scores on samples of the reference policy have mean 0 and standard deviation 1 (Ziegler 2020).
+Parameters: {'model': GPT, 'head': scalar head, 'gain': (), 'bias': ()}.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import losses, model
+from jaxgpt.config import ModelConfig
+from jaxgpt.losses import Mean
+from jaxgpt.structs import Array, Batch, Params, Preferences
+
+
+def init(key: Array, params: Params, width: int) -> Params:
+    """A reward model that starts from a language model, with a fresh head and no normalisation yet."""
+    return {
+        "model": params,
+        "head": model.scalar_head(key, width),
+        "gain": jnp.ones(()),
+        "bias": jnp.zeros(()),
+    }
+
+
+def score(params: Params, config: ModelConfig, batch: Batch) -> Array:
+    """h(x, y) of each row, [B] float32. The padding behind the answer doesn't matter."""
+    h_BTD = model.hidden(params["model"], config, batch.tokens_BT)
+    raw_B = model.at_last_token(model.apply_scalar_head(params["head"], h_BTD), batch.mask_BT)
+    return params["gain"] * raw_B + params["bias"]
+
+
+def candidate_scores(params: Params, config: ModelConfig, preferences: Preferences) -> Array:
+    """h of every candidate, [B, C]."""
+    B, C, T = preferences.tokens_BCT.shape
+    rows = Batch(preferences.tokens_BCT.reshape(B * C, T), preferences.mask_BCT.reshape(B * C, T))
+    return score(params, config, rows).reshape(B, C)
+
+
+def loss(params: Params, config: ModelConfig, preferences: Preferences) -> tuple[Mean, dict[str, Mean]]:
+    """-log softmax(h)[choice], and how often the favourite has the highest score."""
+    scores_BC = candidate_scores(params, config, preferences)
+    nll_B = losses.preference_nll(scores_BC, preferences.choice_B, preferences.present_BC)
+    best_B = jnp.argmax(jnp.where(preferences.present_BC, scores_BC, -jnp.inf), axis=1)
+    correct_B = (best_B == preferences.choice_B).astype(jnp.float32)
+    return losses.reduce(nll_B), {"accuracy": losses.reduce(correct_B)}
+
+
+def normalise(params: Params, mean: Array, std: Array) -> Params:
+    """Change gain and bias so that scores that had this mean and deviation get mean 0 and deviation 1."""
+    scale = 1.0 / jnp.maximum(std, 1e-6)
+    return {**params, "gain": params["gain"] * scale, "bias": (params["bias"] - mean) * scale}
+
+
+def trainable_names() -> tuple[str, ...]:
+    """Gain and bias are set from samples, not by gradient."""
+    return ("model", "head")
+
+
+def normalise_on(params: Params, config: ModelConfig, batch: Batch) -> Params:
+    """`normalise` with the moments of `score` on these rows."""
+    score_B = jax.jit(score, static_argnums=1)(params, config, batch)
+    return normalise(params, score_B.mean(), score_B.std())

@@ -1,0 +1,71 @@
+"""The dimension key, and the arrays that travel together.
+
+Names carry their dimensions: `logits_BTV` has axes B, T, V.
+
+    B  batch          T  time, in tokens      V  vocabulary       C  candidate answers of one prompt
+    D  width          H  heads                K  head dimension   F  hidden units of the MLP
+    N  layers         S  cache slots          P  prompt tokens    A  answer tokens
+
+Masks are aligned with their target: `mask_BT[b, t]` says that token t of row b is to be predicted (from the tokens
+before it). Rows are padded on the right.
+"""
+
+from typing import Any
+
+import jax
+from flax import struct
+
+Array = jax.Array
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class Batch:
+    """Token rows for scoring or training."""
+
+    tokens_BT: Array  # int32
+    mask_BT: Array  # bool: which tokens are targets
+    segments_BT: Array | None = None  # int32: which example of a packed row a token belongs to (0: padding)
+    positions_BT: Array | None = None  # int32: position inside that example
+
+
+@struct.dataclass
+class Preferences:
+    """B prompts with C candidate answers each, and which answer was chosen."""
+
+    tokens_BCT: Array  # int32: prompt and answer
+    mask_BCT: Array  # bool: the answer's tokens, its closing tag included
+    choice_B: Array  # int32: index of the favourite
+    present_BC: Array  # bool: False where a prompt has fewer than C candidates
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of every layer. Slots [0, P) hold the prompt, slot P + t the t-th new token."""
+
+    keys_NBHSK: Array
+    values_NBHSK: Array
+
+
+@struct.dataclass
+class Answers:
+    """What `decode.generate` returns: A new tokens a row, padded after the stop token."""
+
+    tokens_BA: Array  # int32
+    logp_BA: Array  # float32: log-probability of each token under the sampling distribution; 0 after the end
+    length_B: Array  # int32: tokens up to and including the stop token
+    ended_B: Array  # bool: the stop token was sampled
+
+
+@struct.dataclass
+class Rollout:
+    """Everything one PPO update needs, on rows of prompt + answer."""
+
+    tokens_BT: Array  # int32
+    mask_BT: Array  # bool: the answer's tokens
+    logp_BT: Array  # float32: the policy's, by the trainer's own function, before the update
+    ref_logp_BT: Array  # float32: the frozen reference's
+    value_BT: Array  # float32: the critic's prediction before the update
+    score_B: Array  # float32: h(x, y), or the fixed score of an answer that never ended
+    ended_B: Array  # bool
+    sampler_logp_BT: Array  # float32: what the sampler believed, a diagnostic

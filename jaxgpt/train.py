@@ -1,0 +1,85 @@
+"""The one training step that every stage shares."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jaxgpt.losses import Mean
+from jaxgpt.structs import Array, Params
+
+Metrics = dict[str, Any]
+LossFn = Callable[[Params, Any, Array | None], tuple[Mean, Metrics]]
+
+
+@struct.dataclass
+class TrainState:
+    """What a step changes (trainable, optimiser, step) and what it carries along untouched (frozen).
+
+    `trainable` and `frozen` are dicts with different top-level names; a loss sees them merged.
+    """
+
+    step: Array
+    trainable: Params
+    frozen: Params
+    opt_state: optax.OptState
+
+    @property
+    def params(self) -> Params:
+        return {**self.frozen, **self.trainable}
+
+
+def init_state(trainable: Params, tx: optax.GradientTransformation, frozen: Params | None = None) -> TrainState:
+    """Step 0. Frozen parameters must not share buffers with trainable ones (see optim.copy): the step donates both."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen or {}, tx.init(trainable))
+
+
+def make_train_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, *, microbatches: int = 1
+) -> Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]:
+    """step(state, batch, key) -> (state, metrics); pure, to be jitted with donate_argnums=0.
+
+    loss_fn(params, batch, key) returns the objective as `Mean(sum, count)` and a dict of further `Mean`s. Gradients are
+    taken of the sum and divided by the global count, so that `microbatches` parts of a batch (split along axis 0, run one
+    after another) give the gradient of the whole batch, however the masks are spread.
+    """
+
+    def summed(trainable: Params, frozen: Params, batch: Any, key: Array | None) -> tuple[Array, tuple[Mean, Metrics]]:
+        objective, metrics = loss_fn({**frozen, **trainable}, batch, key)
+        return objective.sum, (objective, metrics)
+
+    grad_fn = jax.grad(summed, has_aux=True)
+
+    def gradients(state: TrainState, batch: Any, key: Array | None) -> tuple[Params, tuple[Mean, Metrics]]:
+        if microbatches == 1:
+            return grad_fn(state.trainable, state.frozen, batch, key)
+        parts = jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), batch)
+        keys = None if key is None else jax.random.split(key, microbatches)
+        one = jax.eval_shape(
+            lambda batch: grad_fn(state.trainable, state.frozen, batch, key), jax.tree.map(lambda x: x[0], parts)
+        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+
+        def add(total: Any, part: tuple[Any, Array | None]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad_fn(state.trainable, state.frozen, *part)), None
+
+        return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+    def step(state: TrainState, batch: Any, key: Array | None = None) -> tuple[TrainState, Metrics]:
+        grads, (objective, metrics) = gradients(state, batch, key)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(objective.count, 1), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": objective, **metrics, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+    return step
+
+
+def to_floats(metrics: Metrics) -> dict[str, float]:
+    """Metrics on the host: a Mean becomes its value. This waits for the device."""
+    means = jax.tree.map(lambda m: m.value if isinstance(m, Mean) else m, metrics, is_leaf=lambda m: isinstance(m, Mean))
+    return {name: float(value) for name, value in jax.device_get(means).items()}
