@@ -1,10 +1,16 @@
 """Collecting experience: sample answers, and look at them through the trainer's own eyes."""
 
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt import decode, losses, model
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.decode import check_room
 from jaxgpt.structs import Answers, Array, Batch, Params
 
 
@@ -47,7 +53,73 @@ def policy_outputs(
     return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in outputs)  # type: ignore[return-value]
 
 
-def in_minibatches(f, tree, minibatches: int):
+def in_minibatches(f: Callable[[Any], Any], tree: Any, minibatches: int) -> Any:
     """Apply f to `minibatches` equal parts of the leading axis, one after another, and join the results."""
     parts = jax.tree.map(lambda x: x.reshape(minibatches, -1, *x.shape[1:]), tree)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(f, parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Answers on the host, a row each: the texts, and what scoring them needs."""
+
+    texts: list[str]
+    rows: Batch  # numpy arrays
+    ended: np.ndarray  # bool [rows]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each answer, its closing tag included."""
+        return np.asarray(self.rows.mask_BT).sum(1)
+
+
+def pad_prompts(ids: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists as (tokens [B, length] padded on the right, lengths [B]), int32. UserError names one that is too long."""
+    tokens = np.zeros((len(ids), length), np.int32)
+    for i, row in enumerate(ids):
+        if not 0 < len(row) <= length:
+            raise UserError(f"prompt {i} has {len(row)} tokens and must have 1 to {length}; shorten it or raise the limit")
+        tokens[i, : len(row)] = row
+    return tokens, np.array([len(row) for row in ids], np.int32)
+
+
+def sample_answers(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    key: Array,
+    decode_text: Callable[[np.ndarray], str],
+    *,
+    new_tokens: int,
+    stop: int,
+    batch: int,
+    temperature: float = 1.0,
+    label: Callable[[int], None] = lambda done: None,
+) -> Sampled:
+    """One answer to each prompt (token ids), sampled in batches of one shape; `label` hears how many are done."""
+    longest = max(map(len, prompts))
+    check_room(config, longest, new_tokens)
+    program = jax.jit(collect, static_argnums=1, static_argnames=("new_tokens", "stop", "temperature"))
+    parts = []
+    for at in range(0, len(prompts), batch):
+        chunk = list(prompts[at : at + batch])
+        filled = chunk + [chunk[-1]] * (batch - len(chunk))
+        rows, _, answers = program(
+            params, config, *pad_prompts(filled, longest), jax.random.fold_in(key, at),
+            new_tokens=new_tokens, stop=stop, temperature=temperature,
+        )  # fmt: skip
+        parts.append(jax.tree.map(lambda x, n=len(chunk): np.asarray(x)[:n], (rows, answers)))
+        label(len(chunk))
+    rows, answers = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    return Sampled([decode_text(ids) for ids in answers.tokens_BA], rows, answers.ended_B)
+
+
+def in_batches(f: Callable[..., Any], rows: Any, batch: int) -> Any:
+    """f over host rows in batches of one shape (the last one filled up with its last row), joined on the host."""
+    count = jax.tree.leaves(rows)[0].shape[0]
+    parts = []
+    for at in range(0, count, batch):
+        index = np.minimum(np.arange(at, at + batch), count - 1)
+        out = f(jax.tree.map(lambda x, index=index: np.asarray(x)[index], rows))
+        parts.append(jax.tree.map(lambda x, n=min(batch, count - at): np.asarray(x)[:n], out))
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)

@@ -10,6 +10,7 @@ Masks are aligned with their target: `mask_BT[b, t]` says that token t of row b 
 before it). Rows are padded on the right.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,11 @@ class Batch:
     segments_BT: Array | None = None  # int32: which example of a packed row a token belongs to (0: padding)
     positions_BT: Array | None = None  # int32: position inside that example
 
+    @staticmethod
+    def of(arrays: Mapping[str, Any]) -> "Batch":
+        """From the dict that the data pipelines yield."""
+        return Batch(arrays["tokens"], arrays["mask"], arrays.get("segments"), arrays.get("positions"))
+
 
 @struct.dataclass
 class Preferences:
@@ -37,6 +43,11 @@ class Preferences:
     mask_BCT: Array  # bool: the answer's tokens, its closing tag included
     choice_B: Array  # int32: index of the favourite
     present_BC: Array  # bool: False where a prompt has fewer than C candidates
+
+    @staticmethod
+    def of(arrays: Mapping[str, Any]) -> "Preferences":
+        """From the dict that the data pipelines yield."""
+        return Preferences(arrays["tokens"], arrays["mask"], arrays["choice"], arrays["present"])
 
 
 @struct.dataclass

@@ -1,6 +1,6 @@
 """The one training step that every stage shares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from jax.sharding import Mesh
+
+from jaxgpt import losses, model, sharding
+from jaxgpt.config import ModelConfig
 from jaxgpt.losses import Mean
-from jaxgpt.structs import Array, Params
+from jaxgpt.structs import Array, Batch, Params
 
 Metrics = dict[str, Any]
 LossFn = Callable[[Params, Any, Array | None], tuple[Mean, Metrics]]
@@ -77,6 +81,24 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     return step
+
+
+def make_nll(config: ModelConfig) -> LossFn:
+    """The loss of pretraining and finetuning: -log P of the masked tokens, a mean over tokens."""
+
+    def loss_fn(params: Params, batch: Batch, key: Array | None = None) -> tuple[Mean, Metrics]:
+        logp_BT, _ = model.score(params, config, batch, key=key)
+        return losses.reduce(-logp_BT, batch.mask_BT), {}
+
+    return loss_fn
+
+
+def mean_loss(loss: Callable[[Params, Batch], Mean], params: Params, batches: Iterable[Any], mesh: Mesh) -> float:
+    """The mean of a (jitted) loss over finite batches of host arrays, pooled over all their targets."""
+    total = Mean(jnp.zeros(()), jnp.zeros(()))
+    for arrays in batches:
+        total += loss(params, sharding.place_rows(Batch.of(arrays), mesh))
+    return float(total.value)
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:

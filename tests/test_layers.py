@@ -1,0 +1,103 @@
+"""Imports only point down (function-local ones included), and nothing runs in a circle."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = {
+    0: "structs config",
+    1: "losses kl returns vocab_head sampling model tokenizer optim sharding settings process progress",
+    2: "decode speculative train lora data checkpoint run cli pretrained reward",
+    3: "rollout evaluate",
+    4: "ppo report doctor web",
+}
+LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
+ARRAYS_ONLY = ("losses", "kl", "returns")  # what people lift out
+ARRAY_PACKAGES = {"jax", "optax", "chex", "numpy", "collections", "typing", "dataclasses", "functools", "math"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything a file imports, anywhere in it; `from a import b` gives both a and a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def edges(package: Path) -> dict[str, set[str]]:
+    """For each dotted module of the package, the modules of the package that it imports."""
+    files = {
+        ".".join(path.relative_to(package).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
+        for path in package.rglob("*.py")
+    }
+    prefix = f"{package.name}."
+    found = {
+        name: {i.removeprefix(prefix) for i in imports(path) if i.startswith(prefix)} for name, path in files.items()
+    }
+    return {name: (names & files.keys()) - {name, ""} for name, names in found.items() if name}
+
+
+def violations(package: Path) -> list[str]:
+    graph = edges(package)
+    texts = [f"{name} has no level in tests/test_layers.py" for name in graph if name.split(".")[0] not in LEVEL]
+    if not texts:
+        for name, targets in graph.items():
+            level = LEVEL[name.split(".")[0]]
+            texts += [f"{name} imports {target} above it" for target in targets if LEVEL[target.split(".")[0]] > level]
+    done: set[str] = set()
+    while ready := {name for name, targets in graph.items() if name not in done and targets <= done}:
+        done |= ready
+    return texts + ([f"a circle among {sorted(graph.keys() - done)}"] if graph.keys() - done else [])
+
+
+def test_imports_point_down():
+    assert violations(ROOT / "jaxgpt") == []
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"losses": "def f():\n    import jaxgpt.ppo", "ppo": ""}, "losses imports ppo above it"),
+        ({"losses": "from jaxgpt import train", "train": ""}, "losses imports train above it"),
+        (
+            {"run": "import jaxgpt.cli", "cli": "def f():\n    from jaxgpt.run import Run"},
+            "a circle among ['cli', 'run']",
+        ),
+        ({"data/a": "import jaxgpt.ppo", "ppo": ""}, "data.a imports ppo above it"),
+        ({"newcomer": ""}, "newcomer has no level in tests/test_layers.py"),
+        ({"ppo": "import jaxgpt.losses", "losses": "import jax"}, None),
+    ],
+)
+def test_the_check_sees(tmp_path, files, complaint):
+    package = tmp_path / "jaxgpt"
+    for name, text in files.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / f"{name}.py").write_text(text)
+    assert violations(package) == ([complaint] if complaint else [])
+
+
+def test_the_package_imports_nothing():
+    assert list(imports(ROOT / "jaxgpt" / "__init__.py")) == []
+
+
+@pytest.mark.parametrize("name", ARRAYS_ONLY)
+def test_losses_take_arrays_only(name):
+    path = ROOT / "jaxgpt" / f"{name}.py"
+    assert {module.split(".")[0] for module in imports(path)} <= ARRAY_PACKAGES
+
+
+def test_the_library_does_not_know_the_experiments():
+    for path in (ROOT / "jaxgpt").rglob("*.py"):
+        assert not [name for name in imports(path) if name.split(".")[0] in ("experiments", "tpu", "tests")], path
+
+
+def test_experiments_stand_alone():
+    for path in (ROOT / "experiments").glob("*.py"):
+        if path.stem != "assistant":  # the one that is their sequence
+            assert not [name for name in imports(path) if name.split(".")[0] == "experiments"], path
