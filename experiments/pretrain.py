@@ -25,7 +25,7 @@ from jaxgpt.data import pipelines, sources
 from jaxgpt.run import Run, cache_root
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.tokenizer import BOS, Tokenizer, cached_tokenizer
-from jaxgpt.train import init_state, make_nll, make_train_step, mean_loss, to_floats
+from jaxgpt.train import evaluate, init_state, jit_step, make_nll, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +70,7 @@ def build(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     """(jitted step, shapes of its state, shapes of its batch): what main runs, for planners and benchmarks."""
     sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
     tx = optimizer(settings)
-    everywhere, divided = sharding.replicated(mesh), sharding.rows(mesh)
-    step = jax.jit(
-        make_train_step(make_nll(settings.model), tx, microbatches=settings.microbatches),
-        donate_argnums=0,
-        in_shardings=(everywhere, divided, everywhere),
-        out_shardings=everywhere,
-    )
+    step = jit_step(make_nll(settings.model), tx, mesh, microbatches=settings.microbatches)
     state = jax.eval_shape(lambda key: init_state(model.init(key, settings.model), tx), jax.random.key(0))
     row = (settings.batch, settings.model.block)
     return step, state, Batch(jax.ShapeDtypeStruct(row, jnp.int32), jax.ShapeDtypeStruct(row, jnp.bool))
@@ -101,11 +95,12 @@ def main(settings: Settings) -> dict[str, Any]:
             stream, settings.model.block, settings.batch // jax.process_count(),
             seed=settings.seed, process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
-        test = pipelines.window_eval(test_stream, settings.model.block, settings.batch, settings.eval_batches)
+        windows = pipelines.window_eval(test_stream, settings.model.block, settings.batch, settings.eval_batches)
+        test = [Batch.of(arrays) for arrays in windows]
 
         init_key, sample_key, dropout_key = jax.random.split(jax.random.key(settings.seed), 3)
         state = sharding.replicate(init_state(model.init(init_key, settings.model), optimizer(settings)), mesh)
-        loss = jax.jit(lambda params, batch: make_nll(settings.model)(params, batch)[0])
+        loss = jax.jit(make_nll(settings.model))
         run.say(
             f"pretrain: {model.count_parameters(state.trainable):,} parameters, {len(stream):,} tokens of {settings.data}, "
             f"{settings.steps * settings.batch * settings.model.block:,} to read"
@@ -125,7 +120,7 @@ def main(settings: Settings) -> dict[str, Any]:
                     run.log(i, {"train_nats_a_token": floats["loss"], "grad_norm": floats["grad_norm"], "tokens": seen})
                     bar.update(settings.log_every, tokens=tokens * settings.log_every, loss=floats["loss"])
                 if i % settings.eval_every == 0 or i == settings.steps:
-                    nats = mean_loss(loss, state.trainable, test, mesh)
+                    nats = evaluate(loss, state.trainable, test, mesh)["loss"]
                     bits = nats * tokens_a_byte / math.log(2)
                     run.log(i, {"heldout_nats_a_token": nats, "heldout_bits_a_byte": bits})
                     text = sample(state.trainable, settings.model, tok, jax.random.fold_in(sample_key, i))

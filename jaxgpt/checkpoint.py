@@ -3,13 +3,12 @@
 `save_model` replaces the folder in one step; `load_model` checks every byte and shape before anything is used.
 """
 
-import dataclasses
 import hashlib
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +21,7 @@ from jaxgpt.settings import read_json, settings_from_json, settings_to_json, wri
 FORMAT = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """What `load_model` returns; `tokenizer` is None if none was saved."""
 
     params: Any  # nested dicts of jax arrays on the default device

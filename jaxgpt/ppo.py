@@ -13,7 +13,6 @@ summed over the answer this is r = h - beta log(pi(y|x) / rho(y|x)) (Ziegler et 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -34,9 +34,7 @@ def score(params: Params, config: ModelConfig, batch: Batch) -> Array:
 
 def candidate_scores(params: Params, config: ModelConfig, preferences: Preferences) -> Array:
     """h of every candidate, [B, C]."""
-    B, C, T = preferences.tokens_BCT.shape
-    rows = Batch(preferences.tokens_BCT.reshape(B * C, T), preferences.mask_BCT.reshape(B * C, T))
-    return score(params, config, rows).reshape(B, C)
+    return score(params, config, preferences.rows).reshape(preferences.present_BC.shape)
 
 
 def loss(params: Params, config: ModelConfig, preferences: Preferences) -> tuple[Mean, dict[str, Mean]]:
@@ -45,7 +43,8 @@ def loss(params: Params, config: ModelConfig, preferences: Preferences) -> tuple
     nll_B = losses.preference_nll(scores_BC, preferences.choice_B, preferences.present_BC)
     best_B = jnp.argmax(jnp.where(preferences.present_BC, scores_BC, -jnp.inf), axis=1)
     correct_B = (best_B == preferences.choice_B).astype(jnp.float32)
-    return losses.reduce(nll_B), {"accuracy": losses.reduce(correct_B)}
+    real_B = preferences.present_BC.any(1)
+    return losses.reduce(nll_B, real_B), {"accuracy": losses.reduce(correct_B, real_B)}
 
 
 def normalise(params: Params, mean: Array, std: Array) -> Params:

@@ -108,7 +108,7 @@ def sample_answers(
             params, config, *pad_prompts(filled, longest), jax.random.fold_in(key, at),
             new_tokens=new_tokens, stop=stop, temperature=temperature,
         )  # fmt: skip
-        parts.append(jax.tree.map(lambda x, n=len(chunk): np.asarray(x)[:n], (rows, answers)))
+        parts.append(_first((rows, answers), len(chunk)))
         label(len(chunk))
     rows, answers = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     return Sampled([decode_text(ids) for ids in answers.tokens_BA], rows, answers.ended_B)
@@ -121,5 +121,10 @@ def in_batches(f: Callable[..., Any], rows: Any, batch: int) -> Any:
     for at in range(0, count, batch):
         index = np.minimum(np.arange(at, at + batch), count - 1)
         out = f(jax.tree.map(lambda x, index=index: np.asarray(x)[index], rows))
-        parts.append(jax.tree.map(lambda x, n=min(batch, count - at): np.asarray(x)[:n], out))
+        parts.append(_first(out, min(batch, count - at)))
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def _first(tree: Any, count: int) -> Any:
+    """The first rows of each leaf, on the host."""
+    return jax.tree.map(lambda x: np.asarray(x)[:count], tree)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -193,3 +194,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply") from None
+
+
+def file_fingerprint(path: Path) -> str:
+    """sha256 (hex) of a file's bytes, to record what a run was made from. UserError when there is no such file."""
+    if not path.is_file():
+        raise UserError(f"no file {path}; check the path, or run the stage that writes it first")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

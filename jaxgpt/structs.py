@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 Array = jax.Array
@@ -48,6 +49,23 @@ class Preferences:
     def of(arrays: Mapping[str, Any]) -> "Preferences":
         """From the dict that the data pipelines yield."""
         return Preferences(arrays["tokens"], arrays["mask"], arrays["choice"], arrays["present"])
+
+    @staticmethod
+    def shapes(prompts: int, candidates: int, length: int) -> "Preferences":
+        """Shapes and dtypes in place of arrays, to compile for."""
+        shape = (prompts, candidates, length)
+        return Preferences(
+            tokens_BCT=jax.ShapeDtypeStruct(shape, jnp.int32),
+            mask_BCT=jax.ShapeDtypeStruct(shape, jnp.bool),
+            choice_B=jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+            present_BC=jax.ShapeDtypeStruct(shape[:2], jnp.bool),
+        )
+
+    @property
+    def rows(self) -> "Batch":
+        """All candidates as rows of one batch, [B * C, T]."""
+        T = self.tokens_BCT.shape[-1]
+        return Batch(self.tokens_BCT.reshape(-1, T), self.mask_BCT.reshape(-1, T))
 
 
 @struct.dataclass

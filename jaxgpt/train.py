@@ -93,15 +93,36 @@ def make_nll(config: ModelConfig) -> LossFn:
     return loss_fn
 
 
-def mean_loss(loss: Callable[[Params, Batch], Mean], params: Params, batches: Iterable[Any], mesh: Mesh) -> float:
-    """The mean of a (jitted) loss over finite batches of host arrays, pooled over all their targets."""
-    total = Mean(jnp.zeros(()), jnp.zeros(()))
-    for arrays in batches:
-        total += loss(params, sharding.place_rows(Batch.of(arrays), mesh))
-    return float(total.value)
+def jit_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, mesh: Mesh, *, microbatches: int = 1
+) -> Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]:
+    """`make_train_step`, jitted for a mesh: state on every device and donated, the batch's rows divided."""
+    everywhere = sharding.replicated(mesh)
+    return jax.jit(
+        make_train_step(loss_fn, tx, microbatches=microbatches),
+        donate_argnums=0,
+        in_shardings=(everywhere, sharding.rows(mesh), everywhere),
+        out_shardings=everywhere,
+    )
+
+
+def evaluate(
+    loss: Callable[[Params, Any], tuple[Mean, Metrics]], params: Params, batches: Iterable[Any], mesh: Mesh
+) -> dict[str, float]:
+    """A (jitted) loss and its metrics over finite batches of host arrays, each pooled over all its elements."""
+    parts = []
+    for batch in batches:
+        objective, metrics = loss(params, sharding.place_rows(batch, mesh))
+        parts.append({"loss": objective, **metrics})
+    return to_floats(jax.tree.map(lambda *xs: sum(xs), *parts))
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:
     """Metrics on the host: a Mean becomes its value. This waits for the device."""
     means = jax.tree.map(lambda m: m.value if isinstance(m, Mean) else m, metrics, is_leaf=lambda m: isinstance(m, Mean))
     return {name: float(value) for name, value in jax.device_get(means).items()}
+
+
+def shapes_of(config: ModelConfig) -> Params:
+    """Shapes and dtypes of a model's parameters, without making them."""
+    return jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))

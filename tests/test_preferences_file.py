@@ -126,7 +126,11 @@ def test_rankings_in_ids() -> None:
     preference = Preference("ab", ("cd", "", "cdefgh"), 1, (True, True, False))
     (ranking,) = rank_ids(tok, [preference])
     parsed = [parse(tok, ids) for ids, _ in ranking.rows]
-    assert [(p.prompt, p.answer, p.ended) for p in parsed] == [("ab", "cd", True), ("ab", "", True), ("ab", "cdefgh", False)]
+    assert [(p.prompt, p.answer, p.ended) for p in parsed] == [
+        ("ab", "cd", True),
+        ("ab", "", True),
+        ("ab", "cdefgh", False),
+    ]
     assert ranking.choice == 1
     assert [sum(roles) for _, roles in ranking.rows] == [3, 1, 6]
     assert [ids[-1] == ANSWER_END for ids, _ in ranking.rows] == [True, True, False]

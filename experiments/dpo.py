@@ -1,0 +1,136 @@
+"""Stage 6: direct preference optimisation, the supervised route through the same preferences.
+
+    python experiments/dpo.py --model runs/mine/sft --preferences runs/mine/preferences/train.jsonl --run runs/mine/dpo
+
+h(x, y) = beta log( pi(y|x) / rho(y|x) ) takes the reward model's place in its own loss, for any number B of answers
+(Rafailov et al. 2023; B = 2 is the paper's equation 7). At the start pi = rho and the loss is log B.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxgpt import losses, model, optim, sharding
+from jaxgpt.checkpoint import load_model, save_model
+from jaxgpt.cli import cli
+from jaxgpt.config import ModelConfig
+from jaxgpt.data import pipelines
+from jaxgpt.data.preferences import fit_rankings, rank_ids, read_preferences
+from jaxgpt.losses import Mean
+from jaxgpt.run import Run, run_fingerprint
+from jaxgpt.settings import file_fingerprint
+from jaxgpt.structs import Array, Params, Preferences
+from jaxgpt.train import LossFn, Metrics, evaluate, init_state, jit_step, shapes_of, to_floats
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about a minute."""
+
+    run: Path = Path("runs/assistant/dpo")
+    model: Path = Path("runs/assistant/sft")
+    preferences: Path = Path("runs/assistant/preferences/train.jsonl")
+    heldout: Path = Path("runs/assistant/preferences/heldout.jsonl")
+    beta: float = 0.1  # reward units a nat
+    epochs: int = 1
+    batch: int = 32  # prompts; each brings its B answers
+    microbatches: int = 1
+    learning_rate: float = 2e-4  # to 0, linearly
+    warmup: int = 10
+    log_every: int = 10
+    seed: int = 5
+    fresh: bool = False
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(batch=8, warmup=1, log_every=1),
+    "gpu": Settings(batch=64, learning_rate=3e-6, warmup=20),
+}
+
+
+def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
+    schedule = optim.linear_to_zero(settings.learning_rate, steps, min(settings.warmup, steps // 2))
+    return optim.adamw(schedule, weight_decay=0.0, b2=0.999)
+
+
+def make_loss(config: ModelConfig, beta: float) -> LossFn:
+    """The B-way DPO loss on {'policy', 'reference'}."""
+
+    def loss_fn(params: Params, batch: Preferences, key: Array | None = None) -> tuple[Mean, Metrics]:
+        rows = batch.rows
+
+        def answer_logp(params: Params) -> Array:
+            logp_BT, _ = model.score(params, config, rows)
+            return jnp.where(rows.mask_BT, logp_BT, 0.0).sum(1).reshape(batch.present_BC.shape)
+
+        ref_logp_BC = jax.lax.stop_gradient(answer_logp(params["reference"]))
+        h_BC = losses.implicit_reward(answer_logp(params["policy"]), ref_logp_BC, beta)
+        nll_B = losses.preference_nll(h_BC, batch.choice_B, batch.present_BC)
+        best_B = jnp.argmax(jnp.where(batch.present_BC, h_BC, -jnp.inf), axis=1)
+        correct_B = (best_B == batch.choice_B).astype(jnp.float32)
+        real_B = batch.present_BC.any(1)
+        return losses.reduce(nll_B, real_B), {"accuracy": losses.reduce(correct_B, real_B)}
+
+    return loss_fn
+
+
+def build(settings: Settings, config: ModelConfig, candidates: int, steps: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """(jitted step, shapes of its state, shapes of its batch)."""
+    sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
+    tx = optimizer(settings, steps)
+    step = jit_step(make_loss(config, settings.beta), tx, mesh, microbatches=settings.microbatches)
+    state = jax.eval_shape(lambda p: init_state({"policy": p}, tx, {"reference": p}), shapes_of(config))
+    return step, state, Preferences.shapes(settings.batch, candidates, config.block)
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    mesh = sharding.data_mesh()
+    inputs = {
+        "model": run_fingerprint(settings.model),
+        "preferences": file_fingerprint(settings.preferences),
+        "heldout": file_fingerprint(settings.heldout),
+    }
+    with Run(settings.run, settings, stage="dpo", inputs=inputs, fresh=settings.fresh) as run:
+        if run.finished:
+            run.say(f"dpo: already done in {settings.run}")
+            return run.results
+        sft, config, tok, _ = load_model(settings.model)
+        rankings, dropped = fit_rankings(rank_ids(tok, read_preferences(settings.preferences)), config.block)
+        heldout, _ = fit_rankings(rank_ids(tok, read_preferences(settings.heldout)), config.block)
+        candidates = max(len(ranking.rows) for ranking in rankings)
+        steps = len(rankings) * settings.epochs // settings.batch
+        batches = pipelines.preference_batches(
+            rankings, config.block, settings.batch // jax.process_count(), seed=settings.seed, epochs=settings.epochs,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        step, _, _ = build(settings, config, candidates, steps, mesh)
+        state = init_state({"policy": sft}, optimizer(settings, steps), {"reference": optim.copy(sft)})
+        state = sharding.replicate(state, mesh)
+        loss = jax.jit(make_loss(config, settings.beta))
+        evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, config.block, settings.batch)]
+        run.say(f"dpo: {len(rankings):,} preferences of up to {candidates} answers ({dropped} too long, dropped)")
+        with run.progress(steps, "dpo") as bar:
+            for i, arrays in enumerate(batches, 1):
+                pipelines.check_tokens(arrays, config.vocab)
+                state, metrics = step(state, sharding.place_rows(Preferences.of(arrays), mesh), None)
+                if i % settings.log_every == 0 or i == steps:
+                    floats = to_floats(metrics)
+                    run.log(i, {"train_nll": floats["loss"], "train_accuracy": floats["accuracy"], "grad_norm": floats["grad_norm"]})
+                    tokens = settings.batch * candidates * config.block * settings.log_every
+                    bar.update(settings.log_every, tokens=tokens, loss=floats["loss"], accuracy=floats["accuracy"])
+        found = evaluate(loss, state.params, evaluation, mesh)
+        nll, accuracy = found["loss"], found["accuracy"]
+        run.log(steps, {"heldout_nll": nll, "heldout_accuracy": accuracy})
+        run.say(f"dpo: held-out loss {nll:.3f} (log B at the start), accuracy of the implicit reward {accuracy:.1%}")
+        save_model(settings.run / "model", state.trainable["policy"], config, tok)
+        run.finish({"heldout_nll": nll, "heldout_accuracy": accuracy, "preferences": len(rankings), "dropped": dropped})
+        return run.results
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

@@ -1,0 +1,154 @@
+"""Stage 5: proximal policy optimisation against the learned reward, held near the finetuned model.
+
+    python experiments/ppo.py --model runs/mine/sft --reward runs/mine/reward --run runs/mine/ppo
+
+r(x, y) = h(x, y) - beta log( pi(y|x) / rho(y|x) ), pi starting at rho (Ziegler et al. 2020; Schulman et al. 2017). beta
+follows the measured KL towards a target in nats a sequence. docs/ppo.md says which detail is where.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgpt import decode, kl, optim, ppo, reward, rollout, sharding
+from jaxgpt.checkpoint import load_model, save_model
+from jaxgpt.cli import cli
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.data import sources
+from jaxgpt.ppo import PPOConfig, Prompts
+from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.tokenizer import ANSWER_END, answer_text, prompt_ids
+from jaxgpt.train import shapes_of, to_floats
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about 3 minutes."""
+
+    run: Path = Path("runs/assistant/ppo")
+    model: Path = Path("runs/assistant/sft")
+    reward: Path = Path("runs/assistant/reward")
+    data: str = "movie_reviews"
+    iterations: int = 60
+    batch: int = 128  # answers an iteration
+    ppo: PPOConfig = PPOConfig(new_tokens=48, epochs=2, minibatches=2)
+    learning_rate: float = 3e-4  # to 0, linearly
+    beta: float = 0.1  # reward units a nat, where the controller starts
+    target_kl: float = 9.0  # nats a sequence
+    horizon: float = 2000.0  # episodes: how fast beta follows
+    fixed_beta: bool = False  # keep beta where it starts
+    log_every: int = 1
+    sample_every: int = 20
+    seed: int = 4
+    cache: Path = cache_root() / "data"
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if self.beta < 0:
+            raise UserError(f"beta is {self.beta}; the price of a nat can't be negative")
+        if not (self.target_kl > 0 and self.horizon > 0):
+            raise UserError(f"target_kl {self.target_kl} and horizon {self.horizon} must both be above 0")
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(iterations=3, batch=8, ppo=PPOConfig(new_tokens=12, epochs=2, minibatches=1), sample_every=2),
+    "gpu": Settings(iterations=300, batch=512, ppo=PPOConfig(new_tokens=48, epochs=4), learning_rate=1e-5, sample_every=50),
+}
+
+
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    steps = settings.iterations * settings.ppo.epochs * settings.ppo.minibatches
+    return optim.adam_tf(optim.linear_to_zero(settings.learning_rate, steps))
+
+
+def reward_fn(config: ModelConfig, params: Params, rows: Batch) -> Array:
+    """h(x, y) of the frozen reward model."""
+    return reward.score(params["reward"], config, rows)
+
+
+def build(settings: Settings, config: ModelConfig, prompt_tokens: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """(jitted iteration, shapes of state and controller, shapes of the prompts)."""
+    sharding.check_rows(settings.batch // settings.ppo.minibatches, mesh, "a minibatch")
+    ppo.check_batch(settings.batch, settings.ppo, config, prompt_tokens)
+    tx = optimizer(settings)
+    everywhere = sharding.replicated(mesh)
+    iteration = jax.jit(
+        functools.partial(
+            ppo.ppo_iteration, config=config, ppo=settings.ppo, tx=tx, reward_fn=functools.partial(reward_fn, config),
+            stop=ANSWER_END,
+        ),
+        donate_argnums=(0, 1),
+        in_shardings=(everywhere, everywhere, sharding.rows(mesh), everywhere),
+        out_shardings=everywhere,
+    )  # fmt: skip
+    start = lambda p: ppo.init(p, config, tx, {"reward": reward.init(jax.random.key(0), p, config.width)})  # noqa: E731
+    state = jax.eval_shape(start, shapes_of(config))
+    prompts = Prompts(
+        jax.ShapeDtypeStruct((settings.batch, prompt_tokens), jnp.int32), jax.ShapeDtypeStruct((settings.batch,), jnp.int32)
+    )
+    return iteration, (state, controller(settings)), prompts
+
+
+def controller(settings: Settings) -> ppo.Controller:
+    beta = jnp.float32(settings.beta)
+    return kl.FixedKL(beta) if settings.fixed_beta else kl.AdaptiveKL(beta, settings.target_kl, settings.horizon)
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    mesh = sharding.data_mesh()
+    inputs = {"model": run_fingerprint(settings.model), "reward": run_fingerprint(settings.reward, "reward")}
+    with Run(settings.run, settings, stage="ppo", inputs=inputs, fresh=settings.fresh) as run:
+        if run.finished:
+            run.say(f"ppo: already done in {settings.run}")
+            return run.results
+        sft, config, tok, _ = load_model(settings.model)
+        reward_params, reward_config, reward_tok, _ = load_model(settings.reward)
+        if (reward_config, reward_tok.fingerprint) != (config, tok.fingerprint):
+            raise UserError(f"{settings.reward} was trained with another model or tokenizer than {settings.model}")
+        ids = [prompt_ids(tok, prompt.text) for prompt in sources.prompts(settings.data, "train", settings.cache)]
+        prompt_tokens = max(map(len, ids))
+        iteration, _, _ = build(settings, config, prompt_tokens, mesh)
+        tokens_NP, lengths_N = rollout.pad_prompts(ids, prompt_tokens)
+
+        state = ppo.init(sft, config, optimizer(settings), {"reward": reward_params})
+        state, control = sharding.replicate((state, controller(settings)), mesh)
+        rng = np.random.default_rng(settings.seed)
+        order = np.concatenate([rng.permutation(len(ids)) for _ in range(1 + settings.iterations * settings.batch // len(ids))])
+        run.say(f"ppo: {settings.iterations} iterations of {settings.batch} answers, {len(ids):,} prompts of ≤{prompt_tokens} tokens")
+        key, show_key = jax.random.split(jax.random.key(settings.seed))
+        with run.progress(settings.iterations, "ppo") as bar:
+            for i in range(1, settings.iterations + 1):
+                index = order[(i - 1) * settings.batch : i * settings.batch]
+                prompts = sharding.place_rows(Prompts(tokens_NP[index], lengths_N[index]), mesh)
+                state, control, metrics = iteration(state, control, prompts, jax.random.fold_in(key, i))
+                if i % settings.log_every == 0 or i == settings.iterations:
+                    floats = to_floats(metrics)
+                    run.log(i, floats)
+                    bar.update(
+                        settings.log_every, tokens=int(floats["length"] * settings.batch) * settings.log_every,
+                        score=floats["score"], kl=floats["kl"], beta=floats["beta"], ended=floats["ended"],
+                    )  # fmt: skip
+                if i == 1 or i % settings.sample_every == 0:
+                    shown = _generate(
+                        state.trainable["policy"], config, tokens_NP[:1], lengths_N[:1], show_key,
+                        new_tokens=settings.ppo.new_tokens, stop=ANSWER_END,
+                    )  # fmt: skip
+                    text = answer_text(tok, np.asarray(shown.tokens_BA[0]))
+                    run.say(f"iteration {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats · {text!r}")
+        save_model(settings.run / "model", state.trainable["policy"], config, tok)
+        run.finish({name: floats[name] for name in ("score", "kl", "beta", "ended", "length", "ratio_error_first")})
+        return run.results
+
+
+_generate = jax.jit(decode.generate, static_argnums=1, static_argnames=("new_tokens", "stop"))
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

@@ -1,0 +1,138 @@
+"""Stage 3: B candidate answers to each prompt, and which one is preferred.
+
+    python experiments/preferences.py --model runs/mine/sft --run runs/mine/preferences
+
+The answers are sampled from the current model; --experts K replaces K of them by what a person wrote. The favourite is
+picked by a *simulated annotator*: VADER's sentiment through a softmax choice, noisy as people are. The files it writes
+(train.jsonl, heldout.jsonl: prompt, answers, choice) could as well have been written by a person, and stages 4 and 6
+read such files from anywhere.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt import rollout
+from jaxgpt.checkpoint import load_model
+from jaxgpt.cli import cli
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.data import sources
+from jaxgpt.data.preferences import Preference, write_preferences
+from jaxgpt.evaluate import SimulatedAnnotator, gold_scores
+from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.structs import Array, Params
+from jaxgpt.tokenizer import ANSWER_END, Tokenizer, answer_text, prompt_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about half a minute."""
+
+    run: Path = Path("runs/assistant/preferences")
+    model: Path = Path("runs/assistant/sft")
+    data: str = "movie_reviews"
+    prompts: int = 3000  # for training, with repetition when there are fewer
+    heldout: int = 400  # on prompts of which no training prompt has the opening
+    candidates: int = 4  # B answers to each prompt
+    experts: int = 0  # how many of them a person wrote
+    new_tokens: int = 48
+    temperature: float = 1.0
+    annotator: SimulatedAnnotator = SimulatedAnnotator()
+    batch: int = 256
+    seed: int = 2
+    cache: Path = cache_root() / "data"
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if self.candidates < 2:
+            raise UserError(f"candidates is {self.candidates}: nothing to choose from; set at least 2")
+        if not 0 <= self.experts < self.candidates:
+            raise UserError(f"experts is {self.experts}; it must be from 0 to candidates - 1 = {self.candidates - 1}")
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(prompts=24, heldout=12, new_tokens=12, batch=16),
+    "gpu": Settings(prompts=20_000, heldout=2000, batch=1024),
+}
+
+
+def candidates(
+    settings: Settings, params: Params, config: ModelConfig, tok: Tokenizer, prompts: list[tuple[str, str]], key: Array, bar: Any
+) -> tuple[list[list[str]], np.ndarray]:
+    """For each (prompt, expert answer): the candidates' texts, and which ended by themselves."""
+    count = settings.candidates - settings.experts
+    ids = [prompt_ids(tok, prompt) for prompt, _ in prompts for _ in range(count)]
+    sampled = rollout.sample_answers(
+        params, config, ids, key, lambda tokens: answer_text(tok, tokens),
+        new_tokens=settings.new_tokens, stop=ANSWER_END, batch=settings.batch, temperature=settings.temperature,
+        label=bar.update,
+    )  # fmt: skip
+    texts = [[sampled.texts[i * count + c] for c in range(count)] for i in range(len(prompts))]
+    ended = sampled.ended.reshape(-1, count)
+    for row, (_, expert) in zip(texts, prompts, strict=True):
+        row += [expert] * settings.experts
+    return texts, np.concatenate([ended, np.ones((len(prompts), settings.experts), bool)], axis=1)
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    inputs = {"model": run_fingerprint(settings.model)}
+    with Run(settings.run, settings, stage="preferences", inputs=inputs, fresh=settings.fresh) as run:
+        if run.finished:
+            run.say(f"preferences: already done in {settings.run}")
+            return run.results
+        params, config, tok, _ = load_model(settings.model)
+        rng = np.random.default_rng(settings.seed)
+        results: dict[str, Any] = {"annotator": settings.annotator.name, "candidates": settings.candidates}
+        held_out: sources.Split = "valid" if settings.data == sources.EMBEDDED else "test"
+        wanted: tuple[tuple[str, sources.Split, int], ...]
+        wanted = (("train", "train", settings.prompts), ("heldout", held_out, settings.heldout))
+        for n, (name, split, count) in enumerate(wanted):
+            prompts = choose_prompts(settings, split, count, rng)
+            with run.progress(count * (settings.candidates - settings.experts), f"answers ({name})") as bar:
+                key = jax.random.fold_in(jax.random.key(settings.seed), n)
+                texts, ended = candidates(settings, params, config, tok, prompts, key, bar)
+            gold_BC = gold_scores([text for row in texts for text in row]).reshape(count, -1)
+            choices = settings.annotator.choose(gold_BC, rng)
+            write_preferences(
+                settings.run / f"{name}.jsonl",
+                (
+                    Preference(
+                        prompt, tuple(row), int(choice), tuple(map(bool, end)),
+                        {"annotator": settings.annotator.name, "temperature": settings.annotator.temperature, "gold": gold.tolist()},
+                    )
+                    for (prompt, _), row, end, choice, gold in zip(prompts, texts, ended, choices, gold_BC, strict=True)
+                ),
+            )  # fmt: skip
+            results[name] = {
+                "preferences": count,
+                "gold_mean": float(gold_BC.mean()),
+                "gold_std": float(gold_BC.std()),
+                "ended": float(ended.mean()),
+                "annotator_ceiling": settings.annotator.ceiling(gold_BC),
+            }
+        train = results["train"]
+        run.say(
+            f"preferences: {settings.prompts} x {settings.candidates} answers, labelled by the {settings.annotator.name}; "
+            f"gold {train['gold_mean']:.3f} (sd {train['gold_std']:.3f}), {train['ended']:.0%} ended by themselves, "
+            f"best possible accuracy {results['heldout']['annotator_ceiling']:.1%}"
+        )
+        run.finish(results)
+        return run.results
+
+
+def choose_prompts(settings: Settings, split: sources.Split, count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """`count` (prompt, expert answer) pairs in random order; a prompt comes twice only when there are too few."""
+    if settings.experts:
+        found = sources.examples(settings.data, split, settings.cache)
+    else:
+        found = [(prompt.text, "") for prompt in sources.prompts(settings.data, split, settings.cache)]
+    order = np.concatenate([rng.permutation(len(found)) for _ in range(-(-count // len(found)))])
+    return [found[i] for i in order[:count]]
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

@@ -1,0 +1,187 @@
+"""Stage 4: a reward model from preferences.
+
+    python experiments/reward.py --model runs/mine/sft --preferences runs/mine/preferences/train.jsonl \
+        --heldout runs/mine/preferences/heldout.jsonl --run runs/mine/reward
+
+A copy of the finetuned model with a scalar head h(x, y) at the answer's last token; the h of the B answers are the logits
+of a softmax classifier: J(phi) = -log( exp h(x, y^b) / sum_j exp h(x, y^j) ). Afterwards h is shifted and scaled so that
+answers of the finetuned model score 0 on average with standard deviation 1 (Ziegler et al. 2020).
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgpt import optim, reward, sharding
+from jaxgpt.checkpoint import load_model, save_model
+from jaxgpt.cli import cli
+from jaxgpt.config import ModelConfig
+from jaxgpt.data import pipelines
+from jaxgpt.data.preferences import Preference, fit_rankings, rank_ids, read_preferences
+from jaxgpt.evaluate import SimulatedAnnotator, calibration
+from jaxgpt.losses import Mean
+from jaxgpt.run import Run, run_fingerprint
+from jaxgpt.settings import file_fingerprint
+from jaxgpt.structs import Array, Batch, Params, Preferences
+from jaxgpt.train import Metrics, init_state, jit_step, shapes_of, to_floats
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about a minute."""
+
+    run: Path = Path("runs/assistant/reward")
+    model: Path = Path("runs/assistant/sft")
+    preferences: Path = Path("runs/assistant/preferences/train.jsonl")
+    heldout: Path = Path("runs/assistant/preferences/heldout.jsonl")
+    epochs: int = 2
+    batch: int = 32  # prompts; each brings its B answers
+    microbatches: int = 1
+    learning_rate: float = 5e-4  # to 0, linearly
+    warmup: int = 10
+    reference_samples: int = 512  # answers that fix the scale of h
+    log_every: int = 10
+    seed: int = 3
+    fresh: bool = False
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(batch=8, warmup=1, reference_samples=16, log_every=1),
+    "gpu": Settings(epochs=1, batch=64, learning_rate=3e-5, warmup=20, reference_samples=1024),
+}
+
+
+def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
+    schedule = optim.linear_to_zero(settings.learning_rate, steps, min(settings.warmup, steps // 2))
+    return optim.adamw(schedule, weight_decay=0.01, b2=0.999)
+
+
+def make_loss(config: ModelConfig) -> Any:
+    """The softmax classifier's loss on {'model', 'head', 'gain', 'bias'}."""
+
+    def loss_fn(params: Params, batch: Preferences, key: Array | None = None) -> tuple[Mean, Metrics]:
+        return reward.loss(params, config, batch)
+
+    return loss_fn
+
+
+def build(settings: Settings, config: ModelConfig, candidates: int, steps: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """(jitted step, shapes of its state, shapes of its batch)."""
+    sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
+    tx = optimizer(settings, steps)
+    step = jit_step(make_loss(config), tx, mesh, microbatches=settings.microbatches)
+
+    def start(params: Params) -> Any:
+        return init_state(*_with_frozen(reward.init(jax.random.key(0), params, config.width), tx))
+
+    batch = Preferences.shapes(settings.batch, candidates, config.block)
+    return step, jax.eval_shape(start, shapes_of(config)), batch
+
+
+def _with_frozen(params: Params, tx: optax.GradientTransformation) -> tuple[Params, optax.GradientTransformation, Params]:
+    trainable, frozen = optim.split(params, reward.trainable_names())
+    return trainable, tx, frozen
+
+
+def read(path: Path, tok: Any, length: int) -> tuple[list[Preference], list[Any], int]:
+    """Preferences of a file, their rankings in ids, and how many were too long for the model."""
+    preferences = list(read_preferences(path))
+    rankings, dropped = fit_rankings(rank_ids(tok, preferences), length)
+    return preferences, rankings, dropped
+
+
+def evaluate(params: Params, config: ModelConfig, rankings: list[Any], batch: int) -> dict[str, Any]:
+    """Held-out accuracy, likelihood and calibration of the choice probabilities."""
+    program = jax.jit(lambda params, batch: reward.candidate_scores(params, config, batch))
+    scores, choices, present = [], [], []
+    for arrays in pipelines.preference_eval(rankings, config.block, batch):
+        real = arrays["present"].any(1)
+        scores.append(np.asarray(program(params, Preferences.of(arrays)), np.float64)[real])
+        choices.append(arrays["choice"][real])
+        present.append(arrays["present"][real])
+    scores_BC, choice_B, present_BC = (np.concatenate(x) for x in (scores, choices, present))
+    logits_BC = np.where(present_BC, scores_BC, -np.inf)
+    chosen_BC = np.arange(logits_BC.shape[1]) == choice_B[:, None]
+    logp_BC = logits_BC - np.logaddexp.reduce(logits_BC, axis=1, keepdims=True)
+    table, error = calibration(np.exp(logp_BC)[present_BC], chosen_BC[present_BC])
+    return {
+        "accuracy": float((logits_BC.argmax(1) == choice_B).mean()),
+        "chance": float((1 / present_BC.sum(1)).mean()),
+        "nll": float(-logp_BC[chosen_BC].mean()),
+        "calibration": table,
+        "calibration_error": error,
+    }
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    mesh = sharding.data_mesh()
+    inputs = {
+        "model": run_fingerprint(settings.model),
+        "preferences": file_fingerprint(settings.preferences),
+        "heldout": file_fingerprint(settings.heldout),
+    }
+    with Run(settings.run, settings, stage="reward", inputs=inputs, fresh=settings.fresh) as run:
+        if run.finished:
+            run.say(f"reward: already done in {settings.run}")
+            return run.results
+        sft, config, tok, _ = load_model(settings.model)
+        _, rankings, dropped = read(settings.preferences, tok, config.block)
+        heldout_preferences, heldout, _ = read(settings.heldout, tok, config.block)
+        candidates = max(len(ranking.rows) for ranking in rankings)
+        steps = len(rankings) * settings.epochs // settings.batch
+        batches = pipelines.preference_batches(
+            rankings, config.block, settings.batch // jax.process_count(), seed=settings.seed, epochs=settings.epochs,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        step, _, _ = build(settings, config, candidates, steps, mesh)
+        reference = reference_rows(heldout, config.block, settings.reference_samples)
+        params = reward.normalise_on(reward.init(jax.random.key(settings.seed), sft, config.width), config, reference)
+        state = sharding.replicate(init_state(*_with_frozen(params, optimizer(settings, steps))), mesh)
+        run.say(f"reward: {len(rankings):,} preferences of up to {candidates} answers ({dropped} too long, dropped)")
+        with run.progress(steps, "reward") as bar:
+            for i, arrays in enumerate(batches, 1):
+                pipelines.check_tokens(arrays, config.vocab)
+                state, metrics = step(state, sharding.place_rows(Preferences.of(arrays), mesh), None)
+                if i % settings.log_every == 0 or i == steps:
+                    floats = to_floats(metrics)
+                    run.log(i, {"train_nll": floats["loss"], "train_accuracy": floats["accuracy"], "grad_norm": floats["grad_norm"]})
+                    tokens = settings.batch * candidates * config.block * settings.log_every
+                    bar.update(settings.log_every, tokens=tokens, loss=floats["loss"], accuracy=floats["accuracy"])
+        results = evaluate(state.params, config, heldout, settings.batch)
+        ceiling = annotator_ceiling(heldout_preferences)
+        run.log(steps, {f"heldout_{name}": results[name] for name in ("accuracy", "nll", "calibration_error")})
+        run.say(
+            f"reward: held-out accuracy {results['accuracy']:.1%} (chance {results['chance']:.1%}"
+            + (f", the annotator's own ceiling {ceiling:.1%}" if ceiling else "")
+            + f"), calibration error {results['calibration_error']:.3f}"
+        )
+        params = reward.normalise_on(jax.tree.map(jnp.asarray, state.params), config, reference)
+        save_model(settings.run / "model", params, config, tok)
+        run.finish({**results, "annotator_ceiling": ceiling, "preferences": len(rankings), "dropped": dropped})
+        return run.results
+
+
+def reference_rows(rankings: list[Any], length: int, count: int) -> Batch:
+    """Candidate answers on held-out prompts (samples of the model that the reward model starts from): what fixes h's scale."""
+    rows = [row for ranking in rankings for row in ranking.rows][:count]
+    arrays = pipelines.padded_examples(rows, length, len(rows))[0]
+    return Batch(jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["mask"]))
+
+
+def annotator_ceiling(preferences: list[Preference]) -> float | None:
+    """The accuracy of knowing the simulated annotator's own scores; None where a person chose."""
+    rows = [p.meta for p in preferences if "gold" in p.meta]
+    if not rows:
+        return None
+    annotator = SimulatedAnnotator(float(rows[0].get("temperature", 1.0)))
+    return float(np.mean([annotator.ceiling(np.array([row["gold"]])) for row in rows]))
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

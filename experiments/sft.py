@@ -1,0 +1,133 @@
+"""Stage 2: training continued on expert examples, `<prompt> … </prompt><answer> … </answer>`.
+
+    python experiments/sft.py --model runs/mine/pretrain --run runs/mine/sft
+    python experiments/sft.py --data my_examples.jsonl       {"prompt": …, "answer": …} a line
+
+The same loss as pretraining on other data, counted on the answer's tokens (or on all: --all-tokens). Training that goes
+on could wipe out what pretraining taught, so the loss on pretraining's held-out text is measured before and after.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxgpt import optim, sharding
+from jaxgpt.checkpoint import load_model, save_model
+from jaxgpt.cli import cli
+from jaxgpt.config import ModelConfig
+from jaxgpt.data import pipelines, sources
+from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.structs import Batch
+from jaxgpt.tokenizer import example_ids
+from jaxgpt.train import evaluate, init_state, jit_step, make_nll, shapes_of, to_floats
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about half a minute."""
+
+    run: Path = Path("runs/assistant/sft")
+    model: Path = Path("runs/assistant/pretrain")  # a run or model folder to start from
+    data: str = "movie_reviews"  # or a .jsonl path with prompt and answer fields, or tfds:NAME
+    pretraining_data: str = "movie_reviews"  # whose held-out text shows what was kept
+    all_tokens: bool = False  # count the loss on the prompt too
+    steps: int = 180
+    batch: int = 32  # rows of model.block tokens, each holding several examples
+    microbatches: int = 1
+    learning_rate: float = 1.5e-3
+    warmup: int = 10
+    weight_decay: float = 0.1
+    eval_every: int = 60
+    eval_batches: int = 12
+    log_every: int = 10
+    seed: int = 1
+    cache: Path = cache_root() / "data"
+    fresh: bool = False
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(steps=6, batch=8, warmup=2, eval_every=3, eval_batches=1, log_every=2),
+    "gpu": Settings(steps=400, batch=64, learning_rate=1e-4, warmup=40, eval_every=100, log_every=50),
+}
+
+
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    schedule = optim.warmup_cosine(settings.learning_rate, settings.steps, settings.warmup)
+    return optim.adamw(schedule, weight_decay=settings.weight_decay)
+
+
+def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """(jitted step, shapes of its state, shapes of its batch)."""
+    sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
+    tx = optimizer(settings)
+    step = jit_step(make_nll(config), tx, mesh, microbatches=settings.microbatches)
+    row = jax.ShapeDtypeStruct((settings.batch, config.block), jnp.int32)
+    mask = jax.ShapeDtypeStruct((settings.batch, config.block), jnp.bool)
+    return step, jax.eval_shape(lambda p: init_state(p, tx), shapes_of(config)), Batch(row, mask, row, row)
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    mesh = sharding.data_mesh()
+    inputs = {"model": run_fingerprint(settings.model)}
+    with Run(settings.run, settings, stage="sft", inputs=inputs, fresh=settings.fresh) as run:
+        if run.finished:
+            run.say(f"sft: already done in {settings.run}")
+            return run.results
+        params, config, tok, _ = load_model(settings.model)
+        step, _, _ = build(settings, config, mesh)
+        rows, dropped = pipelines.fit_rows(
+            [example_ids(tok, *pair) for pair in sources.examples(settings.data, "train", settings.cache)], config.block
+        )
+        test_rows, _ = pipelines.fit_rows(
+            [example_ids(tok, *pair) for pair in sources.examples(settings.data, "test", settings.cache)], config.block
+        )
+        test = pipelines.padded_examples(test_rows, config.block, settings.batch)[: settings.eval_batches]
+        documents = sources.documents(settings.pretraining_data, "test", settings.cache)
+        stream = pipelines.tokenize_stream(documents, tok, settings.cache)
+        raw = pipelines.window_eval(stream, config.block, settings.batch, settings.eval_batches)
+        test, raw = ([Batch.of(arrays) for arrays in part] for part in (test, raw))
+        batches = pipelines.packed_examples(
+            rows, config.block, settings.batch // jax.process_count(), seed=settings.seed, all_tokens=settings.all_tokens,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        state = sharding.replicate(init_state(params, optimizer(settings)), mesh)
+        loss = jax.jit(make_nll(config))
+        kept_before = evaluate(loss, state.trainable, raw, mesh)["loss"]
+        answer_nats = evaluate(loss, state.trainable, test, mesh)["loss"]
+        run.say(f"sft: {len(rows):,} examples ({dropped} too long, dropped) · before: {answer_nats:.3f} nats an answer token")
+        dropout_key = jax.random.key(settings.seed)
+        with run.progress(settings.steps, "sft") as bar:
+            for i in range(1, settings.steps + 1):
+                arrays = next(batches)
+                pipelines.check_tokens(arrays, config.vocab)
+                key = jax.random.fold_in(dropout_key, i) if config.dropout else None
+                state, metrics = step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
+                if i % settings.log_every == 0 or i == settings.steps:
+                    floats = to_floats(metrics)
+                    run.log(i, {"train_nats_a_token": floats["loss"], "grad_norm": floats["grad_norm"]})
+                    tokens = settings.batch * config.block * settings.log_every
+                    bar.update(settings.log_every, tokens=tokens, loss=floats["loss"])
+                if i % settings.eval_every == 0 or i == settings.steps:
+                    answer_nats = evaluate(loss, state.trainable, test, mesh)["loss"]
+                    kept_after = evaluate(loss, state.trainable, raw, mesh)["loss"]
+                    run.log(i, {"heldout_answer_nats_a_token": answer_nats, "pretraining_nats_a_token": kept_after})
+        run.say(
+            f"sft: held-out answers {answer_nats:.3f} nats a token · pretraining's held-out text "
+            f"{kept_before:.3f} -> {kept_after:.3f} nats a token (perplexity x {math.exp(kept_after - kept_before):.2f})"
+        )
+        save_model(settings.run / "model", state.trainable, config, tok)
+        run.finish({
+            "heldout_answer_nats_a_token": answer_nats, "examples": len(rows), "dropped": dropped,
+            "pretraining_nats_before": kept_before, "pretraining_nats_after": kept_after,
+        })  # fmt: skip
+        return run.results
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)
