@@ -23,10 +23,10 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
 assistant: $(STAMP)  ## from raw text to an assistant: every stage, one after the other (ARGS: its flags)
-	@$(PY) experiments/assistant.py $(ARGS)
+	@$(PY) -m experiments.assistant $(ARGS)
 
 chat: $(STAMP)  ## talk to a trained model (ARGS: its flags)
-	@$(PY) experiments/chat.py $(ARGS)
+	@$(PY) -m experiments.chat $(ARGS)
 
 test: $(STAMP)  ## the quick tests
 	@$(PY) -m pytest -m "not slow" $(ARGS)
@@ -71,7 +71,7 @@ $(STAMP): pyproject.toml
 	fi; \
 	case "$$extras" in ""|none) extras=dev;; *) extras=dev,$$extras;; esac; \
 	echo "setting up $(VENV)$$hardware with $$("$$python" --version) (about a minute, once)"; \
-	"$$python" -m venv --clear $(VENV); \
+	$(PY) -c pass 2>/dev/null || "$$python" -m venv --clear $(VENV); \
 	$(PY) -m pip install -qq --disable-pip-version-check -e ".[$$extras]" || \
 	  { echo "error: the installation failed (see above); 'make set-up' tries again"; exit 1; }; \
 	touch $@; \

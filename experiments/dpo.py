@@ -1,6 +1,6 @@
 """Stage 6: direct preference optimisation, the supervised route through the same preferences.
 
-    python experiments/dpo.py --model runs/mine/sft --preferences runs/mine/preferences/train.jsonl --run runs/mine/dpo
+    python -m experiments.dpo --model runs/mine/sft --preferences runs/mine/preferences/train.jsonl --run runs/mine/dpo
 
 h(x, y) = beta log( pi(y|x) / rho(y|x) ) takes the reward model's place in its own loss, for any number B of answers
 (Rafailov et al. 2023; B = 2 is the paper's equation 7). At the start pi = rho and the loss is log B.

@@ -1,6 +1,6 @@
 """Stage 5: proximal policy optimisation against the learned reward, held near the finetuned model.
 
-    python experiments/ppo.py --model runs/mine/sft --reward runs/mine/reward --run runs/mine/ppo
+    python -m experiments.ppo --model runs/mine/sft --reward runs/mine/reward --run runs/mine/ppo
 
 r(x, y) = h(x, y) - beta log( pi(y|x) / rho(y|x) ), pi starting at rho (Ziegler et al. 2020; Schulman et al. 2017). beta
 follows the measured KL towards a target in nats a sequence. docs/ppo.md says which detail is where.

@@ -1,6 +1,6 @@
 """Stage 3: B candidate answers to each prompt, and which one is preferred.
 
-    python experiments/preferences.py --model runs/mine/sft --run runs/mine/preferences
+    python -m experiments.preferences --model runs/mine/sft --run runs/mine/preferences
 
 The answers are sampled from the current model; --experts K replaces K of them by what a person wrote. The favourite is
 picked by a *simulated annotator*: VADER's sentiment through a softmax choice, noisy as people are. The files it writes

@@ -1,7 +1,7 @@
 """Stage 1: next-token prediction on raw text.
 
-    python experiments/pretrain.py --run runs/mine/pretrain
-    python experiments/pretrain.py --data my_text.txt --tokenizer char --model.vocab 512
+    python -m experiments.pretrain --run runs/mine/pretrain
+    python -m experiments.pretrain --data my_text.txt --tokenizer char --model.vocab 512
 
 J(theta) = -sum_t log P(x_{t+1} | x_{1:t})   (Radford et al. 2018). Held-out loss in nats a token and bits a byte.
 """
@@ -125,7 +125,7 @@ def main(settings: Settings) -> dict[str, Any]:
                     run.log(i, {"heldout_nats_a_token": nats, "heldout_bits_a_byte": bits})
                     text = sample(state.trainable, settings.model, tok, jax.random.fold_in(sample_key, i))
                     run.say(f"step {i}: held out {nats:.3f} nats a token, {bits:.3f} bits a byte · {text!r}")
-        save_model(settings.run / "model", state.trainable, settings.model, tok)
+        save_model(settings.run / "model", state.trainable, settings.model, tok, {"raw": True})
         run.finish({"heldout_nats_a_token": nats, "heldout_bits_a_byte": bits, "tokens": seen})
         return run.results
 

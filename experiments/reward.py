@@ -1,6 +1,6 @@
 """Stage 4: a reward model from preferences.
 
-    python experiments/reward.py --model runs/mine/sft --preferences runs/mine/preferences/train.jsonl \
+    python -m experiments.reward --model runs/mine/sft --preferences runs/mine/preferences/train.jsonl \
         --heldout runs/mine/preferences/heldout.jsonl --run runs/mine/reward
 
 A copy of the finetuned model with a scalar head h(x, y) at the answer's last token; the h of the B answers are the logits

@@ -1,7 +1,7 @@
 """Stage 2: training continued on expert examples, `<prompt> … </prompt><answer> … </answer>`.
 
-    python experiments/sft.py --model runs/mine/pretrain --run runs/mine/sft
-    python experiments/sft.py --data my_examples.jsonl       {"prompt": …, "answer": …} a line
+    python -m experiments.sft --model runs/mine/pretrain --run runs/mine/sft
+    python -m experiments.sft --data my_examples.jsonl       {"prompt": …, "answer": …} a line
 
 The same loss as pretraining on other data, counted on the answer's tokens (or on all: --all-tokens). Training that goes
 on could wipe out what pretraining taught, so the loss on pretraining's held-out text is measured before and after.

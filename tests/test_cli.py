@@ -87,6 +87,20 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, capsys):
     assert out == "" and err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
+def test_a_nested_setting_is_found_by_its_last_name():
+    @dataclasses.dataclass(frozen=True)
+    class Optimizer:
+        lr: float = 0.1
+
+    @dataclasses.dataclass(frozen=True)
+    class Nested:
+        optimizer: Optimizer = Optimizer()
+
+    with pytest.raises(UserError, match="unknown option --lr; did you mean --optimizer.lr?"):
+        parse(Nested, {}, ["--lr", "3"])
+    assert parse(Nested, {}, ["--optimizer.lr", "3"]) == Nested(Optimizer(3.0))
+
+
 def test_a_value_of_the_wrong_type_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         ask("--seed", "many")

@@ -12,7 +12,7 @@ from jaxgpt.data import jsonl
 from jaxgpt.data.preferences import Preference, fit_rankings, rank_ids, read_preferences, write_preferences
 from jaxgpt.tokenizer import ANSWER_END, parse, train_char
 
-TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
 @st.composite

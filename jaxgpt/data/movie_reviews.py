@@ -168,6 +168,8 @@ def _split_of(text: str, source: str) -> str:
 
 def _normalised(text: str) -> str:
     """Letters and digits only, without case: what two copies of a review have in common."""
+    if text.isascii():  # the same result, ten times as fast
+        return " ".join(text.lower().translate(_ASCII_WORDS).split())
     return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
@@ -175,6 +177,7 @@ def _stable_hash(salt: str, text: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{salt}\n{text}".encode()).digest()[:8], "big")
 
 
+_ASCII_WORDS = {code: " " for code in range(128) if not chr(code).isalnum()}
 _WINDOWS_1252 = {
     code: character for code in range(0x80, 0xA0) if (character := bytes([code]).decode("cp1252", "ignore"))
 }

@@ -1,0 +1,193 @@
+"""Stage 7: what each stage is worth, on held-out prompts, with 95 % intervals.
+
+    python -m experiments.report --stages runs/mine --run runs/mine/report
+
+Answers of the base model, the finetuned one, best-of-n by the reward model, DPO and PPO to the same prompts, seen by the
+simulated annotator (its gold score), the reward model, and a judge fitted on human labels that no stage trained on.
+Writes report.html, PNG figures and report.json, and prints the table.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt import evaluate, model, reward, rollout, sharding, train
+from jaxgpt.checkpoint import load_model
+from jaxgpt.cli import cli
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.data import pipelines, sources
+from jaxgpt.data.movie_reviews import Prompt
+from jaxgpt.report import Policy, write_report
+from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.tokenizer import ANSWER_END, BOS, Tokenizer, answer_text, prompt_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about a minute."""
+
+    run: Path = Path("runs/assistant/report")
+    stages: Path = Path("runs/assistant")  # the folder that holds pretrain, sft, reward, ppo, dpo
+    data: str = "movie_reviews"
+    pretraining_data: str = "movie_reviews"
+    prompts: int = 500  # held out: no training prompt has their openings
+    new_tokens: int = 48
+    temperature: float = 1.0  # of all policies
+    best_of: int = 8
+    unfinished_score: float = -1.0  # the reward model's score of an answer that never ended, as in ppo
+    eval_batches: int = 12
+    batch: int = 256
+    seed: int = 6
+    cache: Path = cache_root() / "data"
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prompts < 2 or self.best_of < 2:
+            raise UserError(f"prompts is {self.prompts} and best_of {self.best_of}; both must be at least 2")
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(prompts=12, new_tokens=12, best_of=2, eval_batches=1, batch=16),
+    "gpu": Settings(batch=1024, best_of=16),
+}
+
+
+@dataclasses.dataclass
+class Bench:
+    """The models that look at answers, and how to sample."""
+
+    settings: Settings
+    config: ModelConfig
+    tok: Tokenizer
+    pretrained: Params
+    reference: Params
+    reward: Params
+    judge: evaluate.Judge
+
+    def sample(self, params: Params, ids: list[list[int]], key: Array, stop: int = ANSWER_END) -> rollout.Sampled:
+        return rollout.sample_answers(
+            params, self.config, ids, key, lambda tokens: answer_text(self.tok, tokens),
+            new_tokens=self.settings.new_tokens, stop=stop, batch=self.settings.batch,
+            temperature=self.settings.temperature,
+        )  # fmt: skip
+
+    def reward_scores(self, answers: rollout.Sampled) -> np.ndarray:
+        """h, and the fixed score of answers that never ended."""
+        program = jax.jit(reward.score, static_argnums=1)
+        h = rollout.in_batches(lambda rows: program(self.reward, self.config, rows), answers.rows, self.settings.batch)
+        return np.where(answers.ended, h, self.settings.unfinished_score)
+
+    def log_probs(self, params: Params, rows: Batch) -> np.ndarray:
+        """Sum over each row's masked tokens, at the sampling temperature, [rows]."""
+        program = jax.jit(_answer_logp, static_argnums=(1, 3))
+        return rollout.in_batches(
+            lambda rows: program(params, self.config, rows, self.settings.temperature), rows, self.settings.batch
+        )
+
+    def pretrained_nll(self, texts: list[str]) -> np.ndarray:
+        """Nats a token of each text as raw text, under the frozen pretrained model: does it still read like a review?"""
+        ids = [[BOS, *self.tok.encode(text)][: self.config.block] for text in texts]
+        arrays = pipelines.padded_examples([(row, [1] * len(row)) for row in ids], self.config.block, len(ids), all_tokens=True)
+        rows = Batch(arrays[0]["tokens"], arrays[0]["mask"])
+        program = jax.jit(_answer_logp, static_argnums=(1, 3))
+        total = rollout.in_batches(lambda rows: program(self.pretrained, self.config, rows, 1.0), rows, self.settings.batch)
+        return -total / np.maximum(rows.mask_BT.sum(1), 1)
+
+
+def _answer_logp(params: Params, config: ModelConfig, rows: Batch, temperature: float) -> Array:
+    logp_BT, _ = model.score(params, config, rows, temperature=temperature)
+    return jax.numpy.where(rows.mask_BT, logp_BT, 0.0).sum(1)
+
+
+def policy(bench: Bench, name: str, params: Params | None, answers: rollout.Sampled, prompts: list[Prompt], **known: Any) -> Policy:
+    """All that is measured of one policy's answers, one number a prompt. `params` None: its KL is not measured."""
+    kl = None
+    if params is not None:
+        kl = bench.log_probs(params, answers.rows) - bench.log_probs(bench.reference, answers.rows)
+    opens = [text.startswith(prompt.opening) for text, prompt in zip(answers.texts, prompts, strict=True)]
+    return Policy(
+        name=name, texts=answers.texts, gold=evaluate.gold_scores(answers.texts), judge=bench.judge.scores(answers.texts),
+        reward=bench.reward_scores(answers), kl=kl, length=answers.lengths.astype(float), ended=answers.ended.astype(float),
+        opens=np.array(opens, float), pretrained_nll=bench.pretrained_nll(answers.texts),
+        distinct_2=evaluate.distinct_2(answers.texts), **known,
+    )  # fmt: skip
+
+
+def base_answers(bench: Bench, prompts: list[Prompt], key: Array) -> rollout.Sampled:
+    """The pretrained model knows no tags: it continues the opening words (or the prompt) as raw text."""
+    starts = [prompt.opening or prompt.text for prompt in prompts]
+    sampled = bench.sample(bench.pretrained, [[BOS, *bench.tok.encode(start)] for start in starts], key, stop=BOS)
+    texts = [start + text for start, text in zip(starts, sampled.texts, strict=True)]
+    return dataclasses.replace(sampled, texts=texts)
+
+
+def best_of_n(bench: Bench, ids: list[list[int]], key: Array) -> dict[int, rollout.Sampled]:
+    """For n = 2, 4, … best_of: the answer of n from the finetuned model that the reward model likes most."""
+    n = bench.settings.best_of
+    pool = bench.sample(bench.reference, [row for row in ids for _ in range(n)], key)
+    scores = bench.reward_scores(pool).reshape(-1, n)
+    sizes = sorted({2**k for k in range(1, n.bit_length())} | {n})
+    return {size: _take(pool, np.arange(len(ids)) * n + scores[:, :size].argmax(1)) for size in sizes if size <= n}
+
+
+def _take(answers: rollout.Sampled, index: np.ndarray) -> rollout.Sampled:
+    rows = jax.tree.map(lambda x: np.asarray(x)[index], answers.rows)
+    return rollout.Sampled([answers.texts[i] for i in index], rows, answers.ended[index])
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    names = ("pretrain", "sft", "reward", "dpo", "ppo")
+    inputs = {name: run_fingerprint(settings.stages / name, name) for name in names}
+    with Run(settings.run, settings, stage="report", inputs=inputs, fresh=settings.fresh) as run:
+        if run.finished:
+            run.say(f"report: already done, see {settings.run / 'report.html'}")
+            return run.results
+        loaded = {name: load_model(settings.stages / name) for name in names}
+        config, tok = loaded["sft"].config, loaded["sft"].tokenizer
+        prompts = sources.prompts(settings.data, "test", settings.cache)[: settings.prompts]
+        if len(prompts) < settings.prompts:
+            raise UserError(f"{settings.data} has {len(prompts)} held-out prompts; set --prompts to at most that")
+        judge = evaluate.fit_judge(
+            sources.labelled(sources.EMBEDDED, "train", settings.cache), sources.labelled(sources.EMBEDDED, "test", settings.cache)
+        )
+        run.say(f"report: {len(prompts)} held-out prompts · judge fitted on human labels: {judge.accuracy:.1%} held-out accuracy")
+        bench = Bench(settings, config, tok, loaded["pretrain"].params, loaded["sft"].params, loaded["reward"].params, judge)
+        ids = [prompt_ids(tok, prompt.text) for prompt in prompts]
+        nll = jax.jit(train.make_nll(config))
+        stream = pipelines.tokenize_stream(sources.documents(settings.pretraining_data, "test", settings.cache), tok, settings.cache)
+        heldout = [Batch.of(a) for a in pipelines.window_eval(stream, config.block, 48, settings.eval_batches)]
+        mesh = sharding.data_mesh()
+        text_nats = {
+            name: train.evaluate(nll, loaded[name].params, heldout, mesh)["loss"] for name in ("pretrain", "sft", "dpo", "ppo")
+        }
+        keys = iter(jax.random.split(jax.random.key(settings.seed), 5))
+        with run.progress(5, "answers") as bar:
+            answers = base_answers(bench, prompts, next(keys))
+            policies = [policy(bench, "base", None, answers, prompts, text_nats=text_nats["pretrain"])]
+            bar.update()
+            answers = bench.sample(bench.reference, ids, next(keys))
+            policies.append(policy(bench, "SFT", bench.reference, answers, prompts, text_nats=text_nats["sft"]))
+            bar.update()
+            for n, answers in best_of_n(bench, ids, next(keys)).items():
+                bound = evaluate.best_of_n_kl_bound(n)
+                known = {"text_nats": text_nats["sft"], "kl_bound": bound}
+                policies.append(policy(bench, f"best of {n}", None, answers, prompts, **known))
+            bar.update()
+            for name in ("dpo", "ppo"):
+                params = loaded[name].params
+                answers = bench.sample(params, ids, next(keys))
+                policies.append(policy(bench, name.upper(), params, answers, prompts, text_nats=text_nats[name]))
+                bar.update()
+        results = write_report(run.folder, settings.stages, prompts, policies, judge.accuracy, run.console)
+        run.say(f"report: {settings.run / 'report.html'}")
+        run.finish(results)
+        return run.results
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

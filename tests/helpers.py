@@ -1,0 +1,34 @@
+"""A tiny model and rows of tokens that several tests use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt import model
+from jaxgpt.config import ModelConfig
+from jaxgpt.structs import Array, Batch, Params
+
+TINY = ModelConfig(layers=2, width=32, heads=2, block=48, vocab=64)
+
+
+def params_of(config: ModelConfig = TINY, seed: int = 0, scale: float = 4.0) -> Params:
+    """Parameters large enough that every input matters (GPT-2's initialisation is nearly flat)."""
+    params = model.init(jax.random.key(seed), config)
+    return jax.tree.map(lambda w: w * scale if w.ndim >= 2 else w, params)
+
+
+def tokens_of(rows: int, length: int, vocab: int = 64, seed: int = 0) -> Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(6, vocab, (rows, length)), jnp.int32)
+
+
+def batch_of(rows: int = 4, length: int = 20, seed: int = 0) -> Batch:
+    tokens = tokens_of(rows, length, seed=seed)
+    return Batch(tokens, jnp.ones(tokens.shape, bool).at[:, 0].set(False))
+
+
+def prompts_of(rows: int, width: int, vocab: int = 64, seed: int = 0) -> tuple[Array, Array]:
+    """Ragged prompts, padded on the right, and their lengths (the longest fills the width)."""
+    lengths = np.random.default_rng(seed + 1).integers(2, width + 1, rows)
+    lengths[0] = width
+    tokens = np.where(np.arange(width) < lengths[:, None], tokens_of(rows, width, vocab, seed), 0)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)

@@ -1,0 +1,57 @@
+"""Schedules, masks, and Adam in TensorFlow's form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxgpt import optim
+from jaxgpt.config import UserError
+from tests.helpers import params_of
+
+
+def test_schedules_at_their_corners():
+    cosine = optim.warmup_cosine(1.0, steps=100, warmup=10, final=0.1)
+    assert float(cosine(0)) == 0.0
+    assert float(cosine(10)) == pytest.approx(1.0)
+    assert float(cosine(100)) == pytest.approx(0.1)
+    line = optim.linear_to_zero(2.0, steps=10)
+    assert float(line(0)) == 2.0 and float(line(5)) == pytest.approx(1.0) and float(line(10)) == 0.0
+    with pytest.raises(UserError, match="warmup of 20 steps"):
+        optim.warmup_cosine(1.0, steps=20, warmup=20)
+
+
+def test_decay_acts_on_matrices_only():
+    mask = optim.decay_mask(params_of())
+    assert mask["embed"]["tokens_VD"] and mask["block_0"]["qkv"]["kernel"]
+    assert not mask["embed"]["positions_TD"] and not mask["block_0"]["qkv"]["bias"] and not mask["final_norm"]["scale"]
+
+
+def test_adam_tf_equals_tensorflows_formula():
+    grads = [np.array([1e-6, 0.3, -2.0]), np.array([2e-5, -0.1, 0.5]), np.array([0.0, 0.2, 0.1])]
+    tx = optim.scale_by_adam_tf(b1=0.9, b2=0.999, eps=1e-5)
+    state, m, v = tx.init(jnp.zeros(3)), np.zeros(3), np.zeros(3)
+    for t, g in enumerate(grads, 1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        expected = np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-5)
+        found, state = tx.update(jnp.asarray(g, jnp.float32), state)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_adam_tf_damps_small_gradients_where_optax_does_not():
+    g = jnp.array([1e-6])
+    ours, _ = (tx := optim.scale_by_adam_tf(eps=1e-5)).update(g, tx.init(g))
+    theirs, _ = (tx := optax.scale_by_adam(eps=1e-5)).update(g, tx.init(g))
+    assert float(theirs[0] / ours[0]) == pytest.approx(29, rel=0.05)  # (g + eps sqrt(1000)) / (g + eps)
+
+
+def test_split_by_name_and_copies_that_survive_donation():
+    params = {"policy": {"w": jnp.ones(3)}, "reference": {"w": jnp.zeros(3)}}
+    trainable, frozen = optim.split(params, ("policy",))
+    assert list(trainable) == ["policy"] and list(frozen) == ["reference"]
+    with pytest.raises(UserError, match="no parameters named"):
+        optim.split(params, ("value",))
+    kept = optim.copy(trainable)
+    jax.jit(lambda x: jax.tree.map(lambda w: w + 1, x), donate_argnums=0)(trainable)
+    np.testing.assert_array_equal(kept["policy"]["w"], 1.0)
