@@ -63,7 +63,9 @@ def reply(loaded: Loaded, settings: Settings, text: str, key: Array) -> Iterator
     ids = [BOS, *loaded.tokenizer.encode(text)] if raw else prompt_ids(loaded.tokenizer, text)
     room = loaded.config.block - settings.new_tokens
     if room < 1:
-        raise UserError(f"new_tokens {settings.new_tokens} leaves no room in a block of {loaded.config.block}; lower it")
+        raise UserError(
+            f"new_tokens {settings.new_tokens} leaves no room in a block of {loaded.config.block}; lower it"
+        )
     if len(ids) > room:
         raise UserError(f"this prompt has {len(ids)} tokens and {room} fit beside the answer; write a shorter one")
     width = min(room, -(-len(ids) // 16) * 16)  # few shapes, so few compilations
@@ -117,7 +119,9 @@ def main(settings: Settings) -> None:
                     pieces += 1
                 seconds = time.monotonic() - started
                 print()
-                stats = f"{pieces} tokens in {seconds:.2f} s, {pieces / seconds:.0f} tokens/s (the first answer compiles)"
+                stats = (
+                    f"{pieces} tokens in {seconds:.2f} s, {pieces / seconds:.0f} tokens/s (the first answer compiles)"
+                )
         except UserError as error:
             print(f"error: {error}")
 

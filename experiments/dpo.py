@@ -8,7 +8,7 @@ h(x, y) = beta log( pi(y|x) / rho(y|x) ) takes the reward model's place in its o
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxgpt.checkpoint import load_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines
-from jaxgpt.data.preferences import fit_rankings, rank_ids, read_preferences
+from jaxgpt.data.preferences import fit_rankings, rank_ids, read_preferences, sizes
 from jaxgpt.losses import Mean
 from jaxgpt.run import Run, run_fingerprint
 from jaxgpt.settings import file_fingerprint
@@ -31,13 +31,17 @@ from jaxgpt.train import LossFn, Metrics, evaluate, init_state, jit_step, shapes
 class Settings:
     """2 CPU cores: about a minute."""
 
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "preferences", "heldout")  # what they hold counts, not where it is
+
     run: Path = Path("runs/assistant/dpo")
     model: Path = Path("runs/assistant/sft")
     preferences: Path = Path("runs/assistant/preferences/train.jsonl")
     heldout: Path = Path("runs/assistant/preferences/heldout.jsonl")
     beta: float = 0.1  # reward units a nat
+    temperature: float = 0.7  # of the policy and its reference, as in sampling
+    limit: int = 1000  # preferences to learn from, at most
     epochs: int = 1
-    batch: int = 32  # prompts; each brings its B answers
+    batch: int = 16  # prompts; each brings its B answers
     microbatches: int = 1
     learning_rate: float = 2e-4  # to 0, linearly
     warmup: int = 10
@@ -49,7 +53,7 @@ class Settings:
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(batch=8, warmup=1, log_every=1),
-    "gpu": Settings(batch=64, learning_rate=3e-6, warmup=20),
+    "gpu": Settings(limit=20_000, batch=64, learning_rate=3e-6, warmup=20),
 }
 
 
@@ -58,14 +62,14 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
     return optim.adamw(schedule, weight_decay=0.0, b2=0.999)
 
 
-def make_loss(config: ModelConfig, beta: float) -> LossFn:
+def make_loss(config: ModelConfig, beta: float, temperature: float = 1.0, window: int | None = None) -> LossFn:
     """The B-way DPO loss on {'policy', 'reference'}."""
 
     def loss_fn(params: Params, batch: Preferences, key: Array | None = None) -> tuple[Mean, Metrics]:
         rows = batch.rows
 
         def answer_logp(params: Params) -> Array:
-            logp_BT, _ = model.score(params, config, rows)
+            logp_BT, _ = model.score(params, config, rows, temperature=temperature, window=window)
             return jnp.where(rows.mask_BT, logp_BT, 0.0).sum(1).reshape(batch.present_BC.shape)
 
         ref_logp_BC = jax.lax.stop_gradient(answer_logp(params["reference"]))
@@ -79,13 +83,15 @@ def make_loss(config: ModelConfig, beta: float) -> LossFn:
     return loss_fn
 
 
-def build(settings: Settings, config: ModelConfig, candidates: int, steps: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
-    """(jitted step, shapes of its state, shapes of its batch)."""
+def build(
+    settings: Settings, config: ModelConfig, size: tuple[int, int, int], steps: int, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any, Any]:
+    """(jitted step, shapes of its state, shapes of its batch). `size`: candidates, tokens of a row and of an answer."""
     sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
     tx = optimizer(settings, steps)
-    step = jit_step(make_loss(config, settings.beta), tx, mesh, microbatches=settings.microbatches)
+    step = jit_step(make_loss(config, settings.beta, settings.temperature, size[2]), tx, mesh, microbatches=settings.microbatches)
     state = jax.eval_shape(lambda p: init_state({"policy": p}, tx, {"reference": p}), shapes_of(config))
-    return step, state, Preferences.shapes(settings.batch, candidates, config.block)
+    return step, state, Preferences.shapes(settings.batch, size[0], size[1])
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -102,27 +108,31 @@ def main(settings: Settings) -> dict[str, Any]:
         sft, config, tok, _ = load_model(settings.model)
         rankings, dropped = fit_rankings(rank_ids(tok, read_preferences(settings.preferences)), config.block)
         heldout, _ = fit_rankings(rank_ids(tok, read_preferences(settings.heldout)), config.block)
-        candidates = max(len(ranking.rows) for ranking in rankings)
+        rankings = rankings[: settings.limit]
+        size = sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
         batches = pipelines.preference_batches(
-            rankings, config.block, settings.batch // jax.process_count(), seed=settings.seed, epochs=settings.epochs,
+            rankings, size[1], settings.batch // jax.process_count(), seed=settings.seed, epochs=settings.epochs,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
-        step, _, _ = build(settings, config, candidates, steps, mesh)
+        step, _, _ = build(settings, config, size, steps, mesh)
         state = init_state({"policy": sft}, optimizer(settings, steps), {"reference": optim.copy(sft)})
         state = sharding.replicate(state, mesh)
-        loss = jax.jit(make_loss(config, settings.beta))
-        evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, config.block, settings.batch)]
-        run.say(f"dpo: {len(rankings):,} preferences of up to {candidates} answers ({dropped} too long, dropped)")
+        loss = jax.jit(make_loss(config, settings.beta, settings.temperature, size[2]))
+        evaluation = [
+            Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size[1], settings.batch)
+        ]
+        run.say(f"dpo: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
         with run.progress(steps, "dpo") as bar:
             for i, arrays in enumerate(batches, 1):
                 pipelines.check_tokens(arrays, config.vocab)
                 state, metrics = step(state, sharding.place_rows(Preferences.of(arrays), mesh), None)
+                shown: dict[str, float] = {}
                 if i % settings.log_every == 0 or i == steps:
                     floats = to_floats(metrics)
-                    run.log(i, {"train_nll": floats["loss"], "train_accuracy": floats["accuracy"], "grad_norm": floats["grad_norm"]})
-                    tokens = settings.batch * candidates * config.block * settings.log_every
-                    bar.update(settings.log_every, tokens=tokens, loss=floats["loss"], accuracy=floats["accuracy"])
+                    shown = {"loss": floats["loss"], "accuracy": floats["accuracy"]}
+                    run.log(i, {**{f"train_{k}": v for k, v in shown.items()}, "grad_norm": floats["grad_norm"]})
+                bar.update(tokens=arrays["tokens"].size * jax.process_count(), **shown)
         found = evaluate(loss, state.params, evaluation, mesh)
         nll, accuracy = found["loss"], found["accuracy"]
         run.log(steps, {"heldout_nll": nll, "heldout_accuracy": accuracy})

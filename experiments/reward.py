@@ -10,7 +10,7 @@ answers of the finetuned model score 0 on average with standard deviation 1 (Zie
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxgpt.checkpoint import load_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines
-from jaxgpt.data.preferences import Preference, fit_rankings, rank_ids, read_preferences
+from jaxgpt.data.preferences import Preference, fit_rankings, rank_ids, read_preferences, sizes
 from jaxgpt.evaluate import SimulatedAnnotator, calibration
 from jaxgpt.losses import Mean
 from jaxgpt.run import Run, run_fingerprint
@@ -35,12 +35,15 @@ from jaxgpt.train import Metrics, init_state, jit_step, shapes_of, to_floats
 class Settings:
     """2 CPU cores: about a minute."""
 
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "preferences", "heldout")  # what they hold counts, not where it is
+
     run: Path = Path("runs/assistant/reward")
     model: Path = Path("runs/assistant/sft")
     preferences: Path = Path("runs/assistant/preferences/train.jsonl")
     heldout: Path = Path("runs/assistant/preferences/heldout.jsonl")
-    epochs: int = 2
-    batch: int = 32  # prompts; each brings its B answers
+    limit: int = 2500  # preferences to learn from, at most
+    epochs: int = 1
+    batch: int = 16  # prompts; each brings its B answers
     microbatches: int = 1
     learning_rate: float = 5e-4  # to 0, linearly
     warmup: int = 10
@@ -53,7 +56,7 @@ class Settings:
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(batch=8, warmup=1, reference_samples=16, log_every=1),
-    "gpu": Settings(epochs=1, batch=64, learning_rate=3e-5, warmup=20, reference_samples=1024),
+    "gpu": Settings(limit=20_000, batch=64, learning_rate=3e-5, warmup=20, reference_samples=1024),
 }
 
 
@@ -71,8 +74,10 @@ def make_loss(config: ModelConfig) -> Any:
     return loss_fn
 
 
-def build(settings: Settings, config: ModelConfig, candidates: int, steps: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
-    """(jitted step, shapes of its state, shapes of its batch)."""
+def build(
+    settings: Settings, config: ModelConfig, size: tuple[int, int, int], steps: int, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any, Any]:
+    """(jitted step, shapes of its state, shapes of its batch). `size`: candidates, tokens of a row and of an answer."""
     sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
     tx = optimizer(settings, steps)
     step = jit_step(make_loss(config), tx, mesh, microbatches=settings.microbatches)
@@ -80,11 +85,13 @@ def build(settings: Settings, config: ModelConfig, candidates: int, steps: int, 
     def start(params: Params) -> Any:
         return init_state(*_with_frozen(reward.init(jax.random.key(0), params, config.width), tx))
 
-    batch = Preferences.shapes(settings.batch, candidates, config.block)
+    batch = Preferences.shapes(settings.batch, size[0], size[1])
     return step, jax.eval_shape(start, shapes_of(config)), batch
 
 
-def _with_frozen(params: Params, tx: optax.GradientTransformation) -> tuple[Params, optax.GradientTransformation, Params]:
+def _with_frozen(
+    params: Params, tx: optax.GradientTransformation
+) -> tuple[Params, optax.GradientTransformation, Params]:
     trainable, frozen = optim.split(params, reward.trainable_names())
     return trainable, tx, frozen
 
@@ -96,11 +103,11 @@ def read(path: Path, tok: Any, length: int) -> tuple[list[Preference], list[Any]
     return preferences, rankings, dropped
 
 
-def evaluate(params: Params, config: ModelConfig, rankings: list[Any], batch: int) -> dict[str, Any]:
+def evaluate(params: Params, config: ModelConfig, rankings: list[Any], length: int, batch: int) -> dict[str, Any]:
     """Held-out accuracy, likelihood and calibration of the choice probabilities."""
     program = jax.jit(lambda params, batch: reward.candidate_scores(params, config, batch))
     scores, choices, present = [], [], []
-    for arrays in pipelines.preference_eval(rankings, config.block, batch):
+    for arrays in pipelines.preference_eval(rankings, length, batch):
         real = arrays["present"].any(1)
         scores.append(np.asarray(program(params, Preferences.of(arrays)), np.float64)[real])
         choices.append(arrays["choice"][real])
@@ -133,27 +140,29 @@ def main(settings: Settings) -> dict[str, Any]:
         sft, config, tok, _ = load_model(settings.model)
         _, rankings, dropped = read(settings.preferences, tok, config.block)
         heldout_preferences, heldout, _ = read(settings.heldout, tok, config.block)
-        candidates = max(len(ranking.rows) for ranking in rankings)
+        rankings = rankings[: settings.limit]
+        size = sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
         batches = pipelines.preference_batches(
-            rankings, config.block, settings.batch // jax.process_count(), seed=settings.seed, epochs=settings.epochs,
+            rankings, size[1], settings.batch // jax.process_count(), seed=settings.seed, epochs=settings.epochs,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
-        step, _, _ = build(settings, config, candidates, steps, mesh)
-        reference = reference_rows(heldout, config.block, settings.reference_samples)
+        step, _, _ = build(settings, config, size, steps, mesh)
+        reference = reference_rows(heldout, size[1], settings.reference_samples)
         params = reward.normalise_on(reward.init(jax.random.key(settings.seed), sft, config.width), config, reference)
         state = sharding.replicate(init_state(*_with_frozen(params, optimizer(settings, steps))), mesh)
-        run.say(f"reward: {len(rankings):,} preferences of up to {candidates} answers ({dropped} too long, dropped)")
+        run.say(f"reward: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
         with run.progress(steps, "reward") as bar:
             for i, arrays in enumerate(batches, 1):
                 pipelines.check_tokens(arrays, config.vocab)
                 state, metrics = step(state, sharding.place_rows(Preferences.of(arrays), mesh), None)
+                shown: dict[str, float] = {}
                 if i % settings.log_every == 0 or i == steps:
                     floats = to_floats(metrics)
-                    run.log(i, {"train_nll": floats["loss"], "train_accuracy": floats["accuracy"], "grad_norm": floats["grad_norm"]})
-                    tokens = settings.batch * candidates * config.block * settings.log_every
-                    bar.update(settings.log_every, tokens=tokens, loss=floats["loss"], accuracy=floats["accuracy"])
-        results = evaluate(state.params, config, heldout, settings.batch)
+                    shown = {"loss": floats["loss"], "accuracy": floats["accuracy"]}
+                    run.log(i, {**{f"train_{k}": v for k, v in shown.items()}, "grad_norm": floats["grad_norm"]})
+                bar.update(tokens=arrays["tokens"].size * jax.process_count(), **shown)
+        results = evaluate(state.params, config, heldout, size[1], settings.batch)
         ceiling = annotator_ceiling(heldout_preferences)
         run.log(steps, {f"heldout_{name}": results[name] for name in ("accuracy", "nll", "calibration_error")})
         run.say(

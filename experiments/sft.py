@@ -10,7 +10,7 @@ on could wipe out what pretraining taught, so the loss on pretraining's held-out
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +31,21 @@ from jaxgpt.train import evaluate, init_state, jit_step, make_nll, shapes_of, to
 class Settings:
     """2 CPU cores: about half a minute."""
 
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model",)  # what they hold counts, not where it is
+
     run: Path = Path("runs/assistant/sft")
     model: Path = Path("runs/assistant/pretrain")  # a run or model folder to start from
     data: str = "movie_reviews"  # or a .jsonl path with prompt and answer fields, or tfds:NAME
     pretraining_data: str = "movie_reviews"  # whose held-out text shows what was kept
     all_tokens: bool = False  # count the loss on the prompt too
-    steps: int = 180
-    batch: int = 32  # rows of model.block tokens, each holding several examples
+    steps: int = 260
+    batch: int = 16  # rows of model.block tokens, each holding several examples
     microbatches: int = 1
-    learning_rate: float = 1.5e-3
-    warmup: int = 10
+    learning_rate: float = 8e-4
+    warmup: int = 20
     weight_decay: float = 0.1
-    eval_every: int = 60
-    eval_batches: int = 12
+    eval_every: int = 130
+    eval_batches: int = 24
     log_every: int = 10
     seed: int = 1
     cache: Path = cache_root() / "data"
@@ -100,7 +102,9 @@ def main(settings: Settings) -> dict[str, Any]:
         loss = jax.jit(make_nll(config))
         kept_before = evaluate(loss, state.trainable, raw, mesh)["loss"]
         answer_nats = evaluate(loss, state.trainable, test, mesh)["loss"]
-        run.say(f"sft: {len(rows):,} examples ({dropped} too long, dropped) · before: {answer_nats:.3f} nats an answer token")
+        run.say(
+            f"sft: {len(rows):,} examples ({dropped} too long, dropped) · before: {answer_nats:.3f} nats an answer token"
+        )
         dropout_key = jax.random.key(settings.seed)
         with run.progress(settings.steps, "sft") as bar:
             for i in range(1, settings.steps + 1):
@@ -108,11 +112,12 @@ def main(settings: Settings) -> dict[str, Any]:
                 pipelines.check_tokens(arrays, config.vocab)
                 key = jax.random.fold_in(dropout_key, i) if config.dropout else None
                 state, metrics = step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
+                shown: dict[str, float] = {}
                 if i % settings.log_every == 0 or i == settings.steps:
                     floats = to_floats(metrics)
                     run.log(i, {"train_nats_a_token": floats["loss"], "grad_norm": floats["grad_norm"]})
-                    tokens = settings.batch * config.block * settings.log_every
-                    bar.update(settings.log_every, tokens=tokens, loss=floats["loss"])
+                    shown = {"loss": floats["loss"]}
+                bar.update(tokens=settings.batch * config.block, **shown)
                 if i % settings.eval_every == 0 or i == settings.steps:
                     answer_nats = evaluate(loss, state.trainable, test, mesh)["loss"]
                     kept_after = evaluate(loss, state.trainable, raw, mesh)["loss"]

@@ -27,7 +27,9 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % self.heads:
-            raise UserError(f"model.width {self.width} is not a multiple of model.heads {self.heads}; change one of them")
+            raise UserError(
+                f"model.width {self.width} is not a multiple of model.heads {self.heads}; change one of them"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1)")
         if self.dtype not in ("float32", "bfloat16"):
@@ -39,8 +41,8 @@ class ModelConfig:
 
 
 PRESETS: Mapping[str, ModelConfig] = {
-    "toy": ModelConfig(layers=2, width=32, heads=2, block=64, vocab=512),
-    "tiny": ModelConfig(layers=4, width=128, heads=4, block=96, vocab=2048),
+    "toy": ModelConfig(layers=2, width=32, heads=2, block=96, vocab=512),
+    "tiny": ModelConfig(layers=4, width=128, heads=4, block=96, vocab=4096),
     "small": ModelConfig(layers=6, width=384, heads=6, block=256, vocab=4096),
     "gpt2": ModelConfig(layers=12, width=768, heads=12, block=1024, vocab=50304),
     "gpt2-medium": ModelConfig(layers=24, width=1024, heads=16, block=1024, vocab=50304),

@@ -17,40 +17,42 @@ from jaxgpt.structs import Answers, Array, Batch, KVCache, Params
 Sampler = Callable[[Array, Array], Array]
 
 
-def prefill(params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int) -> tuple[KVCache, Array]:
+def prefill(
+    params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int
+) -> tuple[KVCache, Array]:
     """The cache after the prompts, with room for `slots` new tokens, and the logits of the first of them [B, V]."""
     h_BPD, kv = model.hidden_and_kv(params, config, prompt_BP)
-    keys, values = (jnp.stack([layer[i].swapaxes(1, 2) for layer in kv]) for i in (0, 1))
-    room = ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0))
+    room = ((0, 0), (0, 0), (0, slots), (0, 0))
+    keys, values = (tuple(jnp.pad(layer[i].swapaxes(1, 2), room) for layer in kv) for i in (0, 1))
     h_BD = jnp.take_along_axis(h_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    return KVCache(jnp.pad(keys, room), jnp.pad(values, room)), model.unembed(params, h_BD)
+    return KVCache(keys, values), model.unembed(params, h_BD)
 
 
 def decode_step(
     params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
 ) -> tuple[KVCache, Array]:
     """Feed the t-th new token: the cache with it, and the logits of the next token [B, V]."""
-    slots = jnp.arange(cache.keys_NBHSK.shape[3])
+    slots = jnp.arange(cache.keys[0].shape[2])
     new_S = (slots >= prompt_slots) & (slots <= prompt_slots + t)
-    visible_B11S = ((slots < length_B[:, None]) | new_S)[:, None, None, :]
+    visible_B1S = ((slots < length_B[:, None]) | new_S)[:, None, :]
     x_BD = model.embed(params, config, token_B, length_B + t)
-    keys, values = cache.keys_NBHSK, cache.values_NBHSK
+    start = (0, 0, prompt_slots + t, 0)
+    keys, values = [], []
     for n in range(config.layers):
         block = params[f"block_{n}"]
         normed = model.layer_norm(block["attention_norm"], x_BD, config.norm_epsilon)
         q_BHK, k_BHK, v_BHK = model.split_heads(model.dense(block["qkv"], normed), config.heads)
-        start = (n, 0, 0, prompt_slots + t, 0)
-        keys = jax.lax.dynamic_update_slice(keys, k_BHK[None, :, :, None], start)
-        values = jax.lax.dynamic_update_slice(values, v_BHK[None, :, :, None], start)
+        keys.append(jax.lax.dynamic_update_slice(cache.keys[n], k_BHK[:, :, None], start))
+        values.append(jax.lax.dynamic_update_slice(cache.values[n], v_BHK[:, :, None], start))
         scores_BHS = jnp.einsum("bhk,bhsk->bhs", q_BHK, keys[n], preferred_element_type=jnp.float32)
-        scores_BHS = jnp.where(visible_B11S[:, 0], scores_BHS * config.head_dim**-0.5, sampling.NEVER)
+        scores_BHS = jnp.where(visible_B1S, scores_BHS * config.head_dim**-0.5, sampling.NEVER)
         weights_BHS = jax.nn.softmax(scores_BHS).astype(x_BD.dtype)
         mixed_BHK = jnp.einsum("bhs,bhsk->bhk", weights_BHS, values[n])
         x_BD += model.dense(block["out"], mixed_BHK.reshape(x_BD.shape))
         normed = model.layer_norm(block["mlp_norm"], x_BD, config.norm_epsilon)
         x_BD += model.mlp(block, normed)
     h_BD = model.layer_norm(params["final_norm"], x_BD, config.norm_epsilon)
-    return KVCache(keys, values), model.unembed(params, h_BD)
+    return KVCache(tuple(keys), tuple(values)), model.unembed(params, h_BD)
 
 
 def generate(

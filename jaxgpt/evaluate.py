@@ -26,7 +26,9 @@ class SimulatedAnnotator:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise UserError(f"annotator temperature is {self.temperature}; it must be above 0 (small: hardly any noise)")
+            raise UserError(
+                f"annotator temperature is {self.temperature}; it must be above 0 (small: hardly any noise)"
+            )
 
     @property
     def name(self) -> str:
@@ -122,7 +124,9 @@ def distinct_2(texts: Sequence[str]) -> float:
     return len(set(pairs)) / max(len(pairs), 1)
 
 
-def calibration(probabilities: np.ndarray, outcomes: np.ndarray, bins: int = 10) -> tuple[list[dict[str, float]], float]:
+def calibration(
+    probabilities: np.ndarray, outcomes: np.ndarray, bins: int = 10
+) -> tuple[list[dict[str, float]], float]:
     """Reliability table (mean prediction, observed frequency, count) and the expected calibration error.
 
     Both arguments are flat: the predicted probability of each candidate, and whether it was chosen.

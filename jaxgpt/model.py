@@ -7,6 +7,7 @@
 Radford et al. 2019 (GPT-2): learned positions, LayerNorm before each sub-layer, GELU, output head tied to the embedding.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -68,7 +69,7 @@ def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | Non
     """Causal attention; tokens of different segments don't see each other."""
     if segments_BT is None:
         return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True)
-    same_B1TT = (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
+    same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
     return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask=same_B1TT, is_causal=True)
 
 
@@ -144,7 +145,9 @@ def hidden_and_kv(
     chex.assert_rank(tokens_BT, 2)
     T = tokens_BT.shape[1]
     if T > config.block:
-        raise UserError(f"{T} tokens don't fit the model's block of {config.block}; shorten the rows or enlarge model.block")
+        raise UserError(
+            f"{T} tokens don't fit the model's block of {config.block}; shorten the rows or enlarge model.block"
+        )
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
     keys = [None] * (2 * config.layers + 1) if key is None else list(jax.random.split(key, 2 * config.layers + 1))
@@ -174,12 +177,15 @@ def score(
     batch: Batch,
     *,
     temperature: float = 1.0,
+    window: int | None = None,
     key: Array | None = None,
     attend: Attend = attend,
 ) -> tuple[Array, Array]:
     """log P(token t | tokens before t) at `temperature`, [B, T] float32 with 0 at t = 0, and the hidden states [B, T, D].
 
-    Every stage goes through here: finetuning, reward, DPO, PPO, the reference, the sampler's check.
+    With `window` only that many tokens of each row, from its first target on, go through the vocabulary head; the others
+    get 0. It must be at least the longest answer's length. Every stage goes through here: finetuning, reward, DPO, PPO,
+    the reference, the sampler's check.
     """
     h_BTD = hidden(
         params,
@@ -190,13 +196,50 @@ def score(
         key=key,
         attend=attend,
     )
-    return token_log_probs(params, batch.tokens_BT, h_BTD, temperature), h_BTD
+    before = window_before(batch.mask_BT, window)
+    logits = unembed(params, before.take(h_BTD)) / temperature
+    return before.put(losses.log_prob(logits, before.targets(batch.tokens_BT))), h_BTD
 
 
-def token_log_probs(params: Params, tokens_BT: Array, h_BTD: Array, temperature: float = 1.0) -> Array:
-    """The log-probabilities that `score` returns, from its hidden states."""
-    logits_BTV = unembed(params, h_BTD[:, :-1]) / temperature
-    return jnp.pad(losses.log_prob(logits_BTV, tokens_BT[:, 1:]), ((0, 0), (1, 0)))
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """W neighbouring targets of each row, seen from the positions before them.
+
+    `take` gathers what was computed one position before each target, `put` sets values at the targets and 0 elsewhere.
+    """
+
+    first_B: Array
+    width: int
+    length: int
+
+    @property
+    def _target_BW(self) -> Array:
+        return jnp.minimum(self.first_B[:, None] + jnp.arange(self.width), self.length - 1)
+
+    def take(self, x_BTD: Array) -> Array:
+        if self.width == self.length - 1:
+            return x_BTD[:, :-1]
+        return jnp.take_along_axis(x_BTD, self._target_BW[:, :, None] - 1, axis=1)
+
+    def targets(self, tokens_BT: Array) -> Array:
+        if self.width == self.length - 1:
+            return tokens_BT[:, 1:]
+        return jnp.take_along_axis(tokens_BT, self._target_BW, axis=1)
+
+    def put(self, x_BW: Array) -> Array:
+        if self.width == self.length - 1:
+            return jnp.pad(x_BW, ((0, 0), (1, 0)))
+        offset_BT = jnp.arange(self.length) - self.first_B[:, None]
+        inside_BT = (offset_BT >= 0) & (offset_BT < self.width)
+        return jnp.where(inside_BT, jnp.take_along_axis(x_BW, jnp.clip(offset_BT, 0, self.width - 1), axis=1), 0.0)
+
+
+def window_before(mask_BT: Array, width: int | None) -> Window:
+    """The window of `width` targets from each row's first one on; all of T - 1 without a width, or where it has no gain."""
+    T = mask_BT.shape[1]
+    if width is None or width >= T - 1:
+        return Window(jnp.ones(mask_BT.shape[0], jnp.int32), T - 1, T)
+    return Window(jnp.maximum(jnp.argmax(mask_BT, axis=1), 1), width, T)
 
 
 def at_last_token(x_BT: Array, mask_BT: Array) -> Array:

@@ -100,9 +100,11 @@ def score(
 
     def look(rows: Batch) -> tuple[Array, ...]:
         outputs = rollout.policy_outputs(
-            state.trainable["policy"], state.trainable["value_head"], config, rows, ppo.temperature
+            state.trainable["policy"], state.trainable["value_head"], config, rows, ppo.new_tokens, ppo.temperature
         )
-        ref_logp_BT, _ = model.score(state.frozen["reference"], config, rows, temperature=ppo.temperature)
+        ref_logp_BT, _ = model.score(
+            state.frozen["reference"], config, rows, temperature=ppo.temperature, window=ppo.new_tokens
+        )
         return (*outputs, ref_logp_BT)
 
     logp_BT, value_BT, entropy_BT, ref_logp_BT = rollout.in_minibatches(look, rows, ppo.minibatches)
@@ -143,7 +145,12 @@ def make_loss(config: ModelConfig, ppo: PPOConfig) -> Callable[[Params, Targets,
     def loss_fn(params: Params, batch: Targets, key: Array | None = None) -> tuple[Mean, Metrics]:
         old = batch.rollout
         logp_BT, value_BT, _ = rollout.policy_outputs(
-            params["policy"], params["value_head"], config, Batch(old.tokens_BT, old.mask_BT), ppo.temperature
+            params["policy"],
+            params["value_head"],
+            config,
+            Batch(old.tokens_BT, old.mask_BT),
+            ppo.new_tokens,
+            ppo.temperature,
         )
         policy_BT = losses.ppo_clip(logp_BT, old.logp_BT, batch.advantage_BT, ppo.clip)
         value_error_BT = losses.value_clip(value_BT, old.value_BT, batch.return_BT, ppo.value_clip)
@@ -229,11 +236,11 @@ def ppo_iteration(
 def check_batch(rows: int, ppo: PPOConfig, config: ModelConfig, prompt_tokens: int) -> None:
     """Refuse what can't work before anything is compiled."""
     if rows % ppo.minibatches:
-        raise UserError(f"a batch of {rows} prompts doesn't divide into {ppo.minibatches} minibatches; change one of them")
+        raise UserError(
+            f"a batch of {rows} prompts doesn't divide into {ppo.minibatches} minibatches; change one of them"
+        )
     if prompt_tokens + ppo.new_tokens > config.block:
         raise UserError(
             f"prompts of {prompt_tokens} tokens and answers of {ppo.new_tokens} don't fit the model's block of "
             f"{config.block}; lower ppo.new_tokens or shorten the prompts"
         )
-
-

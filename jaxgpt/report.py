@@ -105,7 +105,12 @@ def terminal_table(rows: dict[str, dict[str, Any]]) -> Table:
 
 
 def write_report(
-    folder: Path, stages: Path, prompts: Sequence[Prompt], policies: Sequence[Policy], judge_accuracy: float, console: Console
+    folder: Path,
+    stages: Path,
+    prompts: Sequence[Prompt],
+    policies: Sequence[Policy],
+    judge_accuracy: float,
+    console: Console,
 ) -> dict[str, Any]:
     """Write report.html, report.json and the figures into `folder`, print the table, and return report.json's content."""
     baseline = next(policy for policy in policies if policy.name == "SFT")
@@ -115,7 +120,10 @@ def write_report(
         "frontier.png": ("Gold score against KL", lambda path: frontier_figure(path, policies)),
         "scores.png": ("Distribution of gold scores", lambda path: scores_figure(path, policies)),
         "training.png": ("Training", lambda path: training_figure(path, stages)),
-        "calibration.png": ("Reward model: calibration on held-out choices", lambda path: calibration_figure(path, stages)),
+        "calibration.png": (
+            "Reward model: calibration on held-out choices",
+            lambda path: calibration_figure(path, stages),
+        ),
     }
     for name, (_, draw) in figures.items():
         draw(folder / name)
@@ -203,11 +211,15 @@ def frontier_figure(path: Path, policies: Sequence[Policy]) -> None:
             x, y = policy.kl_mean, interval(getattr(policy, measure))
             if x is None:
                 axis.axhline(y.mean, color="0.6", ls=":", lw=1)
-                axis.annotate(policy.name, (1, y.mean), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
+                axis.annotate(
+                    policy.name, (1, y.mean), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4"
+                )
                 continue
             xerr = None if policy.kl is None else (interval(policy.kl).high - interval(policy.kl).low) / 2
             marker = "s" if policy.kl is None else "o"
-            axis.errorbar(x, y.mean, xerr=xerr, yerr=(y.high - y.low) / 2, marker=marker, capsize=2, ls="none", label=policy.name)
+            axis.errorbar(
+                x, y.mean, xerr=xerr, yerr=(y.high - y.low) / 2, marker=marker, capsize=2, ls="none", label=policy.name
+            )
         axis.set_xlabel("KL to the SFT model, nats a sequence (squares: upper bound)")
         axis.set_ylabel(label)
         axis.set_xlim(left=-0.3)
@@ -231,9 +243,13 @@ def training_figure(path: Path, stages: Path) -> None:
     """Curves of every stage."""
     panels = (
         ("pretrain", "nats a token", {"train_nats_a_token": "training", "heldout_nats_a_token": "held out"}),
-        ("sft", "nats a token", {"train_nats_a_token": "training answers", "heldout_answer_nats_a_token": "held-out answers"}),
-        ("reward", "nats a choice", {"train_nll": "training"}),
-        ("dpo", "nats a choice", {"train_nll": "training"}),
+        (
+            "sft",
+            "nats a token",
+            {"train_nats_a_token": "training answers", "heldout_answer_nats_a_token": "held-out answers"},
+        ),
+        ("reward", "nats a choice", {"train_loss": "training"}),
+        ("dpo", "nats a choice", {"train_loss": "training"}),
         ("ppo", "score h", {"score": "score h", "score_after_kl": "h − β KL"}),
         ("ppo", "nats a sequence", {"kl": "KL to SFT"}),
     )

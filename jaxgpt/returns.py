@@ -19,7 +19,9 @@ def shaped_rewards(score_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | f
     return jnp.where(mask_BT, -beta * kl_BT, 0.0) + jnp.where(last_token(mask_BT), score_B[:, None], 0.0)
 
 
-def gae(reward_BT: Array, value_BT: Array, mask_BT: Array, gamma: float = 1.0, lam: float = 0.95) -> tuple[Array, Array]:
+def gae(
+    reward_BT: Array, value_BT: Array, mask_BT: Array, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Array, Array]:
     """Generalised advantage estimation (Schulman et al. 2016): (advantage, return), both [B, T], 0 outside the mask.
 
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   R_t = A_t + V_t
@@ -45,7 +47,7 @@ def gae(reward_BT: Array, value_BT: Array, mask_BT: Array, gamma: float = 1.0, l
 
 def masked_moments(x: Array, mask: Array) -> tuple[Array, Array]:
     """Mean and population variance over the True elements (0 and 0 when there are none)."""
-    count = jnp.maximum(mask.sum(), 1)
+    count = jnp.maximum(mask.sum(), 1).astype(x.dtype)
     mean = jnp.where(mask, x, 0.0).sum() / count
     return mean, jnp.where(mask, jnp.square(x - mean), 0.0).sum() / count
 

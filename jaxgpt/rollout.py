@@ -38,19 +38,20 @@ def collect(
 
 
 def policy_outputs(
-    policy: Params, value_head: Params, config: ModelConfig, batch: Batch, temperature: float = 1.0
+    policy: Params, value_head: Params, config: ModelConfig, batch: Batch, window: int, temperature: float = 1.0
 ) -> tuple[Array, Array, Array]:
     """(logp_BT, value_BT, entropy_BT) of the policy and its critic, which reads the same trunk.
 
-    value_BT[t] belongs to the state before token t, entropy_BT[t] to the distribution that token t was drawn from.
-    PPO's old log-probabilities and its loss both come from here: at the same shapes the first ratio is exactly 1.
+    value_BT[t] belongs to the state before token t, entropy_BT[t] to the distribution that token t was drawn from; all are
+    0 outside a window of `window` tokens from the answer's first on. PPO's old log-probabilities and its loss both come
+    from here: at the same shapes the first ratio is exactly 1.
     """
-    h_BTD = model.hidden(policy, config, batch.tokens_BT)[:, :-1]
-    logits_BTV = jax.lax.optimization_barrier(model.unembed(policy, h_BTD) / temperature)
-    logp_BT = losses.log_prob(logits_BTV, batch.tokens_BT[:, 1:])
-    value_BT = model.apply_scalar_head(value_head, h_BTD)
-    outputs = (logp_BT, value_BT, losses.entropy(logits_BTV))
-    return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in outputs)  # type: ignore[return-value]
+    before = model.window_before(batch.mask_BT, window)
+    h_BWD = before.take(model.hidden(policy, config, batch.tokens_BT))
+    logits_BWV = jax.lax.optimization_barrier(model.unembed(policy, h_BWD) / temperature)
+    logp_BW = losses.log_prob(logits_BWV, before.targets(batch.tokens_BT))
+    value_BW = model.apply_scalar_head(value_head, h_BWD)
+    return before.put(logp_BW), before.put(value_BW), before.put(losses.entropy(logits_BWV))
 
 
 def in_minibatches(f: Callable[[Any], Any], tree: Any, minibatches: int) -> Any:
@@ -78,7 +79,9 @@ def pad_prompts(ids: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, 
     tokens = np.zeros((len(ids), length), np.int32)
     for i, row in enumerate(ids):
         if not 0 < len(row) <= length:
-            raise UserError(f"prompt {i} has {len(row)} tokens and must have 1 to {length}; shorten it or raise the limit")
+            raise UserError(
+                f"prompt {i} has {len(row)} tokens and must have 1 to {length}; shorten it or raise the limit"
+            )
         tokens[i, : len(row)] = row
     return tokens, np.array([len(row) for row in ids], np.int32)
 

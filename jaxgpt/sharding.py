@@ -42,4 +42,6 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def check_rows(count: int, mesh: Mesh, name: str) -> None:
     """Refuse a batch that the devices can't share equally."""
     if count % mesh.size:
-        raise UserError(f"{name} of {count} rows doesn't divide among {mesh.size} devices; use a multiple of {mesh.size}")
+        raise UserError(
+            f"{name} of {count} rows doesn't divide among {mesh.size} devices; use a multiple of {mesh.size}"
+        )

@@ -70,10 +70,13 @@ class Preferences:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of every layer. Slots [0, P) hold the prompt, slot P + t the t-th new token."""
+    """Keys and values, [B, H, S, K] for each layer. Slots [0, P) hold the prompt, slot P + t the t-th new token.
 
-    keys_NBHSK: Array
-    values_NBHSK: Array
+    One array a layer, not one for all: a slice of a common array is a copy in every step on a CPU.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
 
 
 @struct.dataclass

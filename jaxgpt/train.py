@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-
 from jax.sharding import Mesh
 
 from jaxgpt import losses, model, sharding
@@ -77,7 +76,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / jnp.maximum(objective.count, 1), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": objective, **metrics, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": objective, **metrics, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     return step
@@ -119,7 +118,9 @@ def evaluate(
 
 def to_floats(metrics: Metrics) -> dict[str, float]:
     """Metrics on the host: a Mean becomes its value. This waits for the device."""
-    means = jax.tree.map(lambda m: m.value if isinstance(m, Mean) else m, metrics, is_leaf=lambda m: isinstance(m, Mean))
+    means = jax.tree.map(
+        lambda m: m.value if isinstance(m, Mean) else m, metrics, is_leaf=lambda m: isinstance(m, Mean)
+    )
     return {name: float(value) for name, value in jax.device_get(means).items()}
 
 

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import model
+from jaxgpt import decode, model
 from jaxgpt.config import ModelConfig
 from jaxgpt.structs import Array, Batch, Params
 
+generate = jax.jit(
+    decode.generate, static_argnums=1, static_argnames=("new_tokens", "stop", "pad", "sample", "filter_logits")
+)
 TINY = ModelConfig(layers=2, width=32, heads=2, block=48, vocab=64)
 
 

@@ -42,7 +42,9 @@ def test_log_prob_has_the_same_bits_with_and_without_a_gradient():
     logits = 5 * jax.random.normal(jax.random.key(0), (4, 50, 300))
     tokens = jax.random.randint(jax.random.key(1), (4, 50), 0, 300)
     plain = jax.jit(losses.log_prob)(logits, tokens)
-    _, differentiated = jax.jit(jax.grad(lambda x: (lambda y: (y.sum(), y))(losses.log_prob(x, tokens)), has_aux=True))(logits)
+    _, differentiated = jax.jit(jax.grad(lambda x: (lambda y: (y.sum(), y))(losses.log_prob(x, tokens)), has_aux=True))(
+        logits
+    )
     np.testing.assert_array_equal(plain, differentiated)
 
 

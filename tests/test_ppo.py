@@ -16,6 +16,10 @@ from jaxgpt.structs import Batch
 from tests.helpers import TINY, params_of, prompts_of
 
 
+collect = jax.jit(ppo.collect, static_argnums=(1, 2), static_argnames="stop")
+score = jax.jit(ppo.score, static_argnums=(1, 2))
+
+
 def started(config: PPOConfig, rows: int = 8, learning_rate: float = 1e-3, scale: float = 2.0):
     """A jitted iteration, its state and prompts."""
     tx = optim.adam_tf(optax.constant_schedule(learning_rate))
@@ -60,8 +64,8 @@ def test_rewards_of_an_answer_sum_to_score_minus_beta_kl():
     iteration, state, prompts = started(PPOConfig(new_tokens=10))
     config = PPOConfig(new_tokens=10)
     state = dataclasses.replace(state, trainable={**state.trainable, "policy": params_of(seed=7, scale=2.0)})
-    rows, sampler_logp, ended = ppo.collect(state, TINY, config, prompts, jax.random.key(0), stop=5)
-    experience, _ = ppo.score(state, TINY, config, rows, sampler_logp, ended, jnp.arange(8.0))
+    rows, sampler_logp, ended = collect(state, TINY, config, prompts, jax.random.key(0), stop=5)
+    experience, _ = score(state, TINY, config, rows, sampler_logp, ended, jnp.arange(8.0))
     reward_BT = returns.shaped_rewards(
         experience.score_B, kl.k1(experience.logp_BT, experience.ref_logp_BT), experience.mask_BT, 0.3
     )
@@ -72,8 +76,8 @@ def test_rewards_of_an_answer_sum_to_score_minus_beta_kl():
 def test_answers_that_never_ended_get_the_fixed_score():
     config = PPOConfig(new_tokens=10, unfinished_score=-7.0)
     _, state, prompts = started(config, rows=64)
-    rows, sampler_logp, ended = ppo.collect(state, TINY, config, prompts, jax.random.key(1), stop=5)
-    experience, _ = ppo.score(state, TINY, config, rows, sampler_logp, ended, jnp.full(64, 2.0))
+    rows, sampler_logp, ended = collect(state, TINY, config, prompts, jax.random.key(1), stop=5)
+    experience, _ = score(state, TINY, config, rows, sampler_logp, ended, jnp.full(64, 2.0))
     assert ended.any() and not ended.all()
     np.testing.assert_array_equal(experience.score_B, np.where(ended, 2.0, -7.0))
 
@@ -81,15 +85,15 @@ def test_answers_that_never_ended_get_the_fixed_score():
 def test_the_critic_starts_at_zero_and_reads_the_state_before_the_token():
     config = PPOConfig(new_tokens=10)
     _, state, prompts = started(config)
-    rows, sampler_logp, ended = ppo.collect(state, TINY, config, prompts, jax.random.key(1), stop=5)
-    experience, _ = ppo.score(state, TINY, config, rows, sampler_logp, ended, jnp.zeros(8))
+    rows, sampler_logp, ended = collect(state, TINY, config, prompts, jax.random.key(1), stop=5)
+    experience, _ = score(state, TINY, config, rows, sampler_logp, ended, jnp.zeros(8))
     assert (experience.value_BT == 0).all()
-    head = {"kernel_D": jnp.ones(TINY.width), "bias": jnp.zeros(())}
+    head = {"kernel_D": jnp.linspace(-1.0, 1.0, TINY.width), "bias": jnp.zeros(())}
     state = dataclasses.replace(state, trainable={**state.trainable, "value_head": head})
-    before, _ = ppo.score(state, TINY, config, rows, sampler_logp, ended, jnp.zeros(8))
+    before, _ = score(state, TINY, config, rows, sampler_logp, ended, jnp.zeros(8))
     t = int(jnp.argmax(rows.mask_BT[0])) + 1
     other = Batch(rows.tokens_BT.at[0, t].set(63), rows.mask_BT)
-    after, _ = ppo.score(state, TINY, config, other, sampler_logp, ended, jnp.zeros(8))
+    after, _ = score(state, TINY, config, other, sampler_logp, ended, jnp.zeros(8))
     np.testing.assert_array_equal(before.value_BT[0, : t + 1], after.value_BT[0, : t + 1])
     assert float(jnp.abs(before.value_BT[0, t + 1] - after.value_BT[0, t + 1])) > 1e-4
 
@@ -99,11 +103,11 @@ def test_divided_rows_give_the_update_of_one_device():
     tx = optax.sgd(0.05)
     _, state, prompts = started(config, rows=16)
     state = ppo.init(params_of(scale=2.0), TINY, tx, {})
-    rows, sampler_logp, ended = ppo.collect(state, TINY, config, prompts, jax.random.key(1), stop=5)
+    rows, sampler_logp, ended = collect(state, TINY, config, prompts, jax.random.key(1), stop=5)
     score_B = jnp.linspace(-1.0, 1.0, 16)
 
     def learn(state, rows, sampler_logp, ended, score_B):
-        experience, _ = ppo.score(state, TINY, config, rows, sampler_logp, ended, score_B)
+        experience, _ = score(state, TINY, config, rows, sampler_logp, ended, score_B)
         control = kl.FixedKL(jnp.float32(0.1))
         return ppo.update(state, TINY, config, tx, experience, control, jax.random.key(2))[0].trainable
 
@@ -141,9 +145,9 @@ def test_ppo_finds_the_optimum_that_can_be_enumerated():
     # answers that never end count through reward_fn as well: every episode is scored
     def iteration(state, control, prompts, key):
         sample_key, update_key = jax.random.split(key)
-        batch, sampler_logp, ended = ppo.collect(state, config, setting, prompts, sample_key, stop=5)
+        batch, sampler_logp, ended = collect(state, config, setting, prompts, sample_key, stop=5)
         all_ended = jnp.ones_like(ended)
-        experience, _ = ppo.score(state, config, setting, batch, sampler_logp, all_ended, reward_fn(None, batch))
+        experience, _ = score(state, config, setting, batch, sampler_logp, all_ended, reward_fn(None, batch))
         return ppo.update(state, config, setting, tx, experience, control, update_key)
 
     program = jax.jit(iteration, donate_argnums=(0, 1))
@@ -185,8 +189,8 @@ def test_losses_module_is_what_the_update_uses():
     """At the first step the surrogate's gradient is the policy gradient of the whitened advantages."""
     config = PPOConfig(new_tokens=8, value_weight=0.0)
     _, state, prompts = started(config)
-    rows, sampler_logp, ended = ppo.collect(state, TINY, config, prompts, jax.random.key(1), stop=5)
-    experience, _ = ppo.score(state, TINY, config, rows, sampler_logp, ended, jnp.linspace(-1, 1, 8))
+    rows, sampler_logp, ended = collect(state, TINY, config, prompts, jax.random.key(1), stop=5)
+    experience, _ = score(state, TINY, config, rows, sampler_logp, ended, jnp.linspace(-1, 1, 8))
     batch = ppo.targets(experience, config, jnp.float32(0.1))
     loss = ppo.make_loss(TINY, config)
     slope = jax.grad(lambda p: loss({**state.params, "policy": p}, batch, None)[0].value)(state.trainable["policy"])

