@@ -11,7 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments import dpo, ppo, preferences, pretrain, report, reward, sft
+import experiments.dpo
+import experiments.ppo
+import experiments.preferences
+import experiments.pretrain
+import experiments.report
+import experiments.reward
+import experiments.sft
 from jaxgpt.cli import cli
 from jaxgpt.process import print_device
 
@@ -21,20 +27,28 @@ class Settings:
     """2 CPU cores: see docs/results.md for time and scores. Fields of a stage: --ppo.iterations 100."""
 
     run: Path = Path("runs/assistant")
-    pretrain: pretrain.Settings = pretrain.PRESETS["laptop"]
-    sft: sft.Settings = sft.PRESETS["laptop"]
-    preferences: preferences.Settings = preferences.PRESETS["laptop"]
-    reward: reward.Settings = reward.PRESETS["laptop"]
-    ppo: ppo.Settings = ppo.PRESETS["laptop"]
-    dpo: dpo.Settings = dpo.PRESETS["laptop"]
-    report: report.Settings = report.PRESETS["laptop"]
+    pretrain: experiments.pretrain.Settings = experiments.pretrain.PRESETS["laptop"]
+    sft: experiments.sft.Settings = experiments.sft.PRESETS["laptop"]
+    preferences: experiments.preferences.Settings = experiments.preferences.PRESETS["laptop"]
+    reward: experiments.reward.Settings = experiments.reward.PRESETS["laptop"]
+    ppo: experiments.ppo.Settings = experiments.ppo.PRESETS["laptop"]
+    dpo: experiments.dpo.Settings = experiments.dpo.PRESETS["laptop"]
+    report: experiments.report.Settings = experiments.report.PRESETS["laptop"]
     seed: int = 0  # added to every stage's own seed
     fresh: bool = False  # run every stage again
 
 
-STAGES = (pretrain, sft, preferences, reward, ppo, dpo, report)
+STAGES: dict[str, Any] = {
+    "pretrain": experiments.pretrain,
+    "sft": experiments.sft,
+    "preferences": experiments.preferences,
+    "reward": experiments.reward,
+    "ppo": experiments.ppo,
+    "dpo": experiments.dpo,
+    "report": experiments.report,
+}
 PRESETS = {
-    name: Settings(**{stage.__name__.split(".")[-1]: stage.PRESETS[name] for stage in STAGES})
+    name: Settings(**{stage: module.PRESETS[name] for stage, module in STAGES.items()})
     for name in ("laptop", "toy", "gpu")
 }
 
@@ -53,8 +67,7 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
         "report": {"stages": root},
     }
     chosen = []
-    for stage in STAGES:
-        name = stage.__name__.split(".")[-1]
+    for name, stage in STAGES.items():
         own = getattr(settings, name)
         common = {"run": root / name, "seed": own.seed + settings.seed, "fresh": settings.fresh or own.fresh}
         chosen.append((stage, dataclasses.replace(own, **common, **places[name])))
@@ -64,7 +77,7 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
 def main(settings: Settings) -> dict[str, Any]:
     print_device()
     started = time.monotonic()
-    results = {stage.__name__.split(".")[-1]: stage.main(own) for stage, own in stage_settings(settings)}
+    results = {name: stage.main(own) for name, (stage, own) in zip(STAGES, stage_settings(settings), strict=True)}
     minutes = (time.monotonic() - started) / 60
     print(f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to it: make chat")
     return results

@@ -31,7 +31,11 @@ from jaxgpt.train import LossFn, Metrics, evaluate, init_state, jit_step, shapes
 class Settings:
     """2 CPU cores: about a minute."""
 
-    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "preferences", "heldout")  # what they hold counts, not where it is
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = (
+        "model",
+        "preferences",
+        "heldout",
+    )  # what they hold counts, not where it is
 
     run: Path = Path("runs/assistant/dpo")
     model: Path = Path("runs/assistant/sft")
@@ -89,7 +93,9 @@ def build(
     """(jitted step, shapes of its state, shapes of its batch). `size`: candidates, tokens of a row and of an answer."""
     sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
     tx = optimizer(settings, steps)
-    step = jit_step(make_loss(config, settings.beta, settings.temperature, size[2]), tx, mesh, microbatches=settings.microbatches)
+    step = jit_step(
+        make_loss(config, settings.beta, settings.temperature, size[2]), tx, mesh, microbatches=settings.microbatches
+    )
     state = jax.eval_shape(lambda p: init_state({"policy": p}, tx, {"reference": p}), shapes_of(config))
     return step, state, Preferences.shapes(settings.batch, size[0], size[1])
 
@@ -119,15 +125,13 @@ def main(settings: Settings) -> dict[str, Any]:
         state = init_state({"policy": sft}, optimizer(settings, steps), {"reference": optim.copy(sft)})
         state = sharding.replicate(state, mesh)
         loss = jax.jit(make_loss(config, settings.beta, settings.temperature, size[2]))
-        evaluation = [
-            Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size[1], settings.batch)
-        ]
+        evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size[1], settings.batch)]
         run.say(f"dpo: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
         with run.progress(steps, "dpo") as bar:
             for i, arrays in enumerate(batches, 1):
                 pipelines.check_tokens(arrays, config.vocab)
                 state, metrics = step(state, sharding.place_rows(Preferences.of(arrays), mesh), None)
-                shown: dict[str, float] = {}
+                shown: dict[str, Any] = {}
                 if i % settings.log_every == 0 or i == steps:
                     floats = to_floats(metrics)
                     shown = {"loss": floats["loss"], "accuracy": floats["accuracy"]}

@@ -62,7 +62,11 @@ PRESETS = {
     "laptop": Settings(),
     "toy": Settings(iterations=3, batch=8, ppo=PPOConfig(new_tokens=12, epochs=2, minibatches=1), sample_every=2),
     "gpu": Settings(
-        iterations=300, batch=512, ppo=PPOConfig(new_tokens=40, temperature=0.7, epochs=4), learning_rate=1e-5, sample_every=50
+        iterations=300,
+        batch=512,
+        ppo=PPOConfig(new_tokens=40, temperature=0.7, epochs=4),
+        learning_rate=1e-5,
+        sample_every=50,
     ),
 }
 
@@ -129,7 +133,8 @@ def main(settings: Settings) -> dict[str, Any]:
             [rng.permutation(len(ids)) for _ in range(1 + settings.iterations * settings.batch // len(ids))]
         )
         run.say(
-            f"ppo: {settings.iterations} iterations of {settings.batch} answers, {len(ids):,} prompts of ≤{prompt_tokens} tokens"
+            f"ppo: {settings.iterations} iterations of {settings.batch} answers, "
+            f"{len(ids):,} prompts (≤{prompt_tokens} tokens)"
         )
         key, show_key = jax.random.split(jax.random.key(settings.seed))
         with run.progress(settings.iterations, "ppo") as bar:
@@ -139,8 +144,8 @@ def main(settings: Settings) -> dict[str, Any]:
                 state, control, metrics = iteration(state, control, prompts, jax.random.fold_in(key, i))
                 floats = to_floats(metrics)
                 run.log(i, floats)
-                shown = {name: floats[name] for name in ("score", "kl", "beta", "ended")}
-                bar.update(tokens=int(floats["length"] * settings.batch), **shown)
+                figures: dict[str, Any] = {name: floats[name] for name in ("score", "kl", "beta", "ended")}
+                bar.update(tokens=int(floats["length"] * settings.batch), **figures)
                 if i == 1 or i % settings.sample_every == 0:
                     shown = _generate(
                         state.trainable["policy"], config, tokens_NP[:1], lengths_N[:1], show_key,

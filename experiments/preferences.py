@@ -103,6 +103,7 @@ def main(settings: Settings) -> dict[str, Any]:
             with run.progress(count * (settings.candidates - settings.experts), f"answers ({name})") as bar:
                 key = jax.random.fold_in(jax.random.key(settings.seed), n)
                 texts, ended = candidates(settings, params, config, tok, prompts, key, bar)
+            annotator = {"annotator": settings.annotator.name, "temperature": settings.annotator.temperature}
             gold_BC = gold_scores([text for row in texts for text in row]).reshape(count, -1)
             choices = settings.annotator.choose(gold_BC, rng)
             write_preferences(
@@ -110,7 +111,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 (
                     Preference(
                         prompt, tuple(row), int(choice), tuple(map(bool, end)),
-                        {"annotator": settings.annotator.name, "temperature": settings.annotator.temperature, "gold": gold.tolist()},
+                        {**annotator, "gold": gold.tolist()},
                     )
                     for (prompt, _), row, end, choice, gold in zip(prompts, texts, ended, choices, gold_BC, strict=True)
                 ),
@@ -124,8 +125,8 @@ def main(settings: Settings) -> dict[str, Any]:
             }
         train = results["train"]
         run.say(
-            f"preferences: {settings.prompts} x {settings.candidates} answers, labelled by the {settings.annotator.name}; "
-            f"gold {train['gold_mean']:.3f} (sd {train['gold_std']:.3f}), {train['ended']:.0%} ended by themselves, "
+            f"preferences: {settings.prompts} x {settings.candidates} answers, labelled by the {settings.annotator.name}"
+            f"; gold {train['gold_mean']:.3f} (sd {train['gold_std']:.3f}), {train['ended']:.0%} ended by themselves, "
             f"best possible accuracy {results['heldout']['annotator_ceiling']:.1%}"
         )
         run.finish(results)

@@ -102,8 +102,8 @@ def main(settings: Settings) -> dict[str, Any]:
         state = sharding.replicate(init_state(model.init(init_key, settings.model), optimizer(settings)), mesh)
         loss = jax.jit(make_nll(settings.model))
         run.say(
-            f"pretrain: {model.count_parameters(state.trainable):,} parameters, {len(stream):,} tokens of {settings.data}, "
-            f"{settings.steps * settings.batch * settings.model.block:,} to read"
+            f"pretrain: {model.count_parameters(state.trainable):,} parameters, {len(stream):,} tokens of {settings.data}"
+            f", {settings.steps * settings.batch * settings.model.block:,} to read"
         )
         seen = 0  # a Python int: it outgrows int32 on long runs
         nats = math.nan
@@ -115,7 +115,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 state, metrics = step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
                 tokens = settings.batch * settings.model.block
                 seen += tokens
-                shown: dict[str, float] = {}
+                shown: dict[str, Any] = {}
                 if i % settings.log_every == 0 or i == settings.steps:
                     floats = to_floats(metrics)
                     run.log(i, {"train_nats_a_token": floats["loss"], "grad_norm": floats["grad_norm"], "tokens": seen})

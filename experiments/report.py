@@ -2,8 +2,8 @@
 
     python -m experiments.report --stages runs/mine --run runs/mine/report
 
-Answers of the base model, the finetuned one, best-of-n by the reward model, DPO and PPO to the same prompts, seen by the
-simulated annotator (its gold score), the reward model, and a judge fitted on human labels that no stage trained on.
+Answers of the base model, the finetuned one, best-of-n by the reward model, DPO and PPO to the same prompts, seen by
+the simulated annotator (its gold score), the reward model, and a judge fitted on human labels that no stage trained on.
 Writes report.html, PNG figures and report.json, and prints the table.
 """
 
@@ -92,7 +92,7 @@ class Bench:
         )
 
     def pretrained_nll(self, texts: list[str]) -> np.ndarray:
-        """Nats a token of each text as raw text, under the frozen pretrained model: does it still read like a review?"""
+        """Nats a token of each text as raw text, under the frozen pretrained model: does it read like a review?"""
         ids = [[BOS, *self.tok.encode(text)][: self.config.block] for text in texts]
         arrays = pipelines.padded_examples(
             [(row, [1] * len(row)) for row in ids], self.config.block, len(ids), all_tokens=True
@@ -119,8 +119,9 @@ def policy(
         kl = bench.log_probs(params, answers.rows) - bench.log_probs(bench.reference, answers.rows)
     opens = [text.startswith(prompt.opening) for text, prompt in zip(answers.texts, prompts, strict=True)]
     return Policy(
-        name=name, texts=answers.texts, gold=evaluate.gold_scores(answers.texts), judge=bench.judge.scores(answers.texts),
-        reward=bench.reward_scores(answers), kl=kl, length=answers.lengths.astype(float), ended=answers.ended.astype(float),
+        name=name, texts=answers.texts, gold=evaluate.gold_scores(answers.texts),
+        judge=bench.judge.scores(answers.texts), reward=bench.reward_scores(answers), kl=kl,
+        length=answers.lengths.astype(float), ended=answers.ended.astype(float),
         opens=np.array(opens, float), pretrained_nll=bench.pretrained_nll(answers.texts),
         distinct_2=evaluate.distinct_2(answers.texts), **known,
     )  # fmt: skip
@@ -165,7 +166,8 @@ def main(settings: Settings) -> dict[str, Any]:
             sources.labelled(sources.EMBEDDED, "test", settings.cache),
         )
         run.say(
-            f"report: {len(prompts)} held-out prompts · judge fitted on human labels: {judge.accuracy:.1%} held-out accuracy"
+            f"report: {len(prompts)} held-out prompts · "
+            f"judge fitted on human labels: {judge.accuracy:.1%} held-out accuracy"
         )
         bench = Bench(
             settings, config, tok, loaded["pretrain"].params, loaded["sft"].params, loaded["reward"].params, judge

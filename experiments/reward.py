@@ -3,9 +3,9 @@
     python -m experiments.reward --model runs/mine/sft --preferences runs/mine/preferences/train.jsonl \
         --heldout runs/mine/preferences/heldout.jsonl --run runs/mine/reward
 
-A copy of the finetuned model with a scalar head h(x, y) at the answer's last token; the h of the B answers are the logits
-of a softmax classifier: J(phi) = -log( exp h(x, y^b) / sum_j exp h(x, y^j) ). Afterwards h is shifted and scaled so that
-answers of the finetuned model score 0 on average with standard deviation 1 (Ziegler et al. 2020).
+A copy of the finetuned model with a scalar head h(x, y) at the answer's last token; the h of the B answers are the
+logits of a softmax classifier: J(phi) = -log( exp h(x, y^b) / sum_j exp h(x, y^j) ). Afterwards h is shifted and
+scaled so that answers of the finetuned model score 0 on average with standard deviation 1 (Ziegler et al. 2020).
 """
 
 import dataclasses
@@ -35,7 +35,11 @@ from jaxgpt.train import Metrics, init_state, jit_step, shapes_of, to_floats
 class Settings:
     """2 CPU cores: about a minute."""
 
-    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "preferences", "heldout")  # what they hold counts, not where it is
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = (
+        "model",
+        "preferences",
+        "heldout",
+    )  # what they hold counts, not where it is
 
     run: Path = Path("runs/assistant/reward")
     model: Path = Path("runs/assistant/sft")
@@ -156,7 +160,7 @@ def main(settings: Settings) -> dict[str, Any]:
             for i, arrays in enumerate(batches, 1):
                 pipelines.check_tokens(arrays, config.vocab)
                 state, metrics = step(state, sharding.place_rows(Preferences.of(arrays), mesh), None)
-                shown: dict[str, float] = {}
+                shown: dict[str, Any] = {}
                 if i % settings.log_every == 0 or i == steps:
                     floats = to_floats(metrics)
                     shown = {"loss": floats["loss"], "accuracy": floats["accuracy"]}
@@ -177,7 +181,8 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 def reference_rows(rankings: list[Any], length: int, count: int) -> Batch:
-    """Candidate answers on held-out prompts (samples of the model that the reward model starts from): what fixes h's scale."""
+    """Candidate answers to held-out prompts, sampled from the model that the reward model starts from: what fixes
+    the scale of h."""
     rows = [row for ranking in rankings for row in ranking.rows][:count]
     arrays = pipelines.padded_examples(rows, length, len(rows))[0]
     return Batch(jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["mask"]))

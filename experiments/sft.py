@@ -93,17 +93,18 @@ def main(settings: Settings) -> dict[str, Any]:
         documents = sources.documents(settings.pretraining_data, "test", settings.cache)
         stream = pipelines.tokenize_stream(documents, tok, settings.cache)
         raw = pipelines.window_eval(stream, config.block, settings.batch, settings.eval_batches)
-        test, raw = ([Batch.of(arrays) for arrays in part] for part in (test, raw))
+        test_batches, raw_batches = ([Batch.of(arrays) for arrays in part] for part in (test, raw))
         batches = pipelines.packed_examples(
-            rows, config.block, settings.batch // jax.process_count(), seed=settings.seed, all_tokens=settings.all_tokens,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            rows, config.block, settings.batch // jax.process_count(), seed=settings.seed,
+            all_tokens=settings.all_tokens, process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         state = sharding.replicate(init_state(params, optimizer(settings)), mesh)
         loss = jax.jit(make_nll(config))
-        kept_before = evaluate(loss, state.trainable, raw, mesh)["loss"]
-        answer_nats = evaluate(loss, state.trainable, test, mesh)["loss"]
+        kept_before = evaluate(loss, state.trainable, raw_batches, mesh)["loss"]
+        answer_nats = evaluate(loss, state.trainable, test_batches, mesh)["loss"]
         run.say(
-            f"sft: {len(rows):,} examples ({dropped} too long, dropped) · before: {answer_nats:.3f} nats an answer token"
+            f"sft: {len(rows):,} examples ({dropped} too long, dropped) · "
+            f"before: {answer_nats:.3f} nats an answer token"
         )
         dropout_key = jax.random.key(settings.seed)
         with run.progress(settings.steps, "sft") as bar:
@@ -112,19 +113,20 @@ def main(settings: Settings) -> dict[str, Any]:
                 pipelines.check_tokens(arrays, config.vocab)
                 key = jax.random.fold_in(dropout_key, i) if config.dropout else None
                 state, metrics = step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
-                shown: dict[str, float] = {}
+                shown: dict[str, Any] = {}
                 if i % settings.log_every == 0 or i == settings.steps:
                     floats = to_floats(metrics)
                     run.log(i, {"train_nats_a_token": floats["loss"], "grad_norm": floats["grad_norm"]})
                     shown = {"loss": floats["loss"]}
                 bar.update(tokens=settings.batch * config.block, **shown)
                 if i % settings.eval_every == 0 or i == settings.steps:
-                    answer_nats = evaluate(loss, state.trainable, test, mesh)["loss"]
-                    kept_after = evaluate(loss, state.trainable, raw, mesh)["loss"]
+                    answer_nats = evaluate(loss, state.trainable, test_batches, mesh)["loss"]
+                    kept_after = evaluate(loss, state.trainable, raw_batches, mesh)["loss"]
                     run.log(i, {"heldout_answer_nats_a_token": answer_nats, "pretraining_nats_a_token": kept_after})
         run.say(
-            f"sft: held-out answers {answer_nats:.3f} nats a token · pretraining's held-out text "
-            f"{kept_before:.3f} -> {kept_after:.3f} nats a token (perplexity x {math.exp(kept_after - kept_before):.2f})"
+            f"sft: held-out answers {answer_nats:.3f} nats a token · "
+            f"pretraining's held-out text {kept_before:.3f} -> {kept_after:.3f} nats a token "
+            f"(perplexity x {math.exp(kept_after - kept_before):.2f})"
         )
         save_model(settings.run / "model", state.trainable, config, tok)
         run.finish({

@@ -1,8 +1,8 @@
 """Autoregressive decoding: the model's output is its next input.
 
 The prompt is read in one parallel pass that fills the first P cache slots; `jax.lax.scan` then adds one token a step.
-Prompts stay padded on the right. The t-th new token of a row whose prompt has len tokens goes to slot P + t with position
-len + t, and sees the slots s < len and P <= s <= P + t: one scalar cursor serves all rows.
+Prompts stay padded on the right. The t-th new token of a row whose prompt has len tokens goes to slot P + t with
+position len + t, and sees the slots s < len and P <= s <= P + t: one scalar cursor serves all rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -70,9 +70,9 @@ def generate(
 ) -> Answers:
     """Sample up to `new_tokens` tokens for each prompt, until `stop`.
 
-    prompt_BP: prompts padded on the right; length_B: their lengths. `filter_logits` shapes the distribution (temperature,
-    top-k, top-p), `sample` draws from it; the returned log-probabilities are those of the shaped distribution.
-    The program has a fixed length, so it can be vmapped; rows that have ended yield `pad`.
+    prompt_BP: prompts padded on the right; length_B: their lengths. `filter_logits` shapes the distribution
+    (temperature, top-k, top-p), `sample` draws from it; the returned log-probabilities are those of the shaped
+    distribution. The program has a fixed length, so it can be vmapped; rows that have ended yield `pad`.
     Raises UserError while tracing when prompt and answer don't fit the model's block.
     """
     check_room(config, prompt_BP.shape[1], new_tokens)
@@ -120,8 +120,8 @@ def check_room(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None
         raise UserError(f"new_tokens is {new_tokens}; ask for at least 1")
     if prompt_tokens + new_tokens > config.block:
         raise UserError(
-            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones don't fit the model's block of {config.block}; "
-            "shorten the prompt, ask for fewer tokens or enlarge model.block"
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones don't fit the model's block of "
+            f"{config.block}; shorten the prompt, ask for fewer tokens or enlarge model.block"
         )
 
 

@@ -1,7 +1,8 @@
 """KL divergence between policy pi and reference rho: estimators and controllers. All in nats.
 
 Estimators (Schulman, "Approximating KL divergence") of KL(pi || rho) from tokens sampled from pi, one value a token,
-with d = log pi - log rho. As a *loss* or inside the *reward* they have different gradients; PPO here puts k1 into the reward.
+with d = log pi - log rho. As a *loss* or inside the *reward* they have different gradients; PPO here puts k1 into
+the reward.
 """
 
 import dataclasses

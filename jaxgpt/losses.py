@@ -47,8 +47,8 @@ def reduce(values: Array, mask: Array | None = None) -> Mean:
 def log_prob(logits: Array, tokens: Array) -> Array:
     """log softmax(logits)[tokens], float32.  logits [..., V], tokens [...] integers -> [...].
 
-    The backward pass computes the softmax again instead of keeping it: less memory, and the forward pass is compiled alike
-    with and without a gradient, so that its numbers agree to the last bit (PPO's first ratio is exactly 1).
+    The backward pass computes the softmax again instead of keeping it: less memory, and the forward pass is compiled
+    alike with and without a gradient, so that its numbers agree to the last bit (PPO's first ratio is exactly 1).
     """
     chex.assert_shape(tokens, logits.shape[:-1])
     chex.assert_type(tokens, int)

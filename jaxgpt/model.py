@@ -4,7 +4,8 @@
     logits_BTV = unembed(params, config, h_BTD)   the tied head
     logp_BT, h_BTD = score(params, config, batch) what every training stage uses
 
-Radford et al. 2019 (GPT-2): learned positions, LayerNorm before each sub-layer, GELU, output head tied to the embedding.
+Radford et al. 2019 (GPT-2): learned positions, LayerNorm before each sub-layer, GELU, output head tied to the
+embedding.
 """
 
 import dataclasses
@@ -124,7 +125,8 @@ def hidden(
     """The hidden states after the final norm, [B, T, D]; position t has read tokens 0…t.
 
     Without `positions_BT` rows are counted from 0. `key` turns dropout on. `attend` may be another implementation.
-    Raises UserError when a row is longer than config.block (checked while tracing; the positions would clamp in silence).
+    Raises UserError when a row is longer than config.block (checked while tracing; the positions would clamp in
+    silence).
     """
     return hidden_and_kv(
         params, config, tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, key=key, attend=attend
@@ -181,11 +183,12 @@ def score(
     key: Array | None = None,
     attend: Attend = attend,
 ) -> tuple[Array, Array]:
-    """log P(token t | tokens before t) at `temperature`, [B, T] float32 with 0 at t = 0, and the hidden states [B, T, D].
+    """log P(token t | tokens before t) at `temperature`, [B, T] float32 with 0 at t = 0, and the hidden states [B,
+    T, D].
 
-    With `window` only that many tokens of each row, from its first target on, go through the vocabulary head; the others
-    get 0. It must be at least the longest answer's length. Every stage goes through here: finetuning, reward, DPO, PPO,
-    the reference, the sampler's check.
+    With `window` only that many tokens of each row, from its first target on, go through the vocabulary head; the
+    others get 0. It must be at least the longest answer's length. Every stage goes through here: finetuning, reward,
+    DPO, PPO, the reference, the sampler's check.
     """
     h_BTD = hidden(
         params,
@@ -235,7 +238,7 @@ class Window:
 
 
 def window_before(mask_BT: Array, width: int | None) -> Window:
-    """The window of `width` targets from each row's first one on; all of T - 1 without a width, or where it has no gain."""
+    """The window of `width` targets from each row's first one on; all T - 1 without a width."""
     T = mask_BT.shape[1]
     if width is None or width >= T - 1:
         return Window(jnp.ones(mask_BT.shape[0], jnp.int32), T - 1, T)

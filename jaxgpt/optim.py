@@ -1,5 +1,7 @@
 """Optimisers and schedules, from optax alone."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,13 +27,15 @@ def linear_to_zero(peak: float, steps: int, warmup: int = 0) -> optax.Schedule:
 def decay_mask(params: Params) -> Params:
     """True for what weight decay acts on: matrices; not biases, norms, positions or scalar heads."""
 
-    def decays(path: tuple[str, ...], leaf: jax.Array) -> bool:
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
         return leaf.ndim >= 2 and path[-1] != "positions_TD"
 
-    return traverse_util.path_aware_map(decays, params)
+    return dict(traverse_util.path_aware_map(decays, params))
 
 
-def adamw(schedule: optax.Schedule, *, weight_decay: float = 0.1, b2: float = 0.95, clip: float = 1.0):
+def adamw(
+    schedule: optax.Schedule, *, weight_decay: float = 0.1, b2: float = 0.95, clip: float = 1.0
+) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW with decay on matrices only."""
     return optax.chain(
         optax.clip_by_global_norm(clip),
@@ -46,7 +50,7 @@ def scale_by_adam_tf(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> o
     eps / sqrt(1 - b2^t): some 32 times larger in the first step. PPO of language models was tuned with this form.
     """
 
-    def update(updates, state, params=None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)

@@ -7,8 +7,8 @@ summed over the answer this is r = h - beta log(pi(y|x) / rho(y|x)) (Ziegler et 
     rollout = score(state, config, ppo, rows, sampler_logp, score_B)        h from a model or from the host
     state, controller, metrics = update(state, config, ppo, tx, rollout, controller, key)
 
-`ppo_iteration` is these three with a reward that is a JAX function, for one jit. State parameters: trainable 'policy' and
-'value_head', frozen 'reference' and whatever the reward needs (usually 'reward').
+`ppo_iteration` is these three with a reward that is a JAX function, for one jit. State parameters: trainable
+'policy' and 'value_head', frozen 'reference' and whatever the reward needs (usually 'reward').
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from flax import struct
 from jaxgpt import kl, losses, model, returns, rollout
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.losses import Mean
-from jaxgpt.structs import Array, Batch, Params, Rollout
+from jaxgpt.structs import Array, Batch, Leaf, Params, Rollout
 from jaxgpt.train import Metrics, TrainState, init_state, make_train_step
 
 Controller = kl.AdaptiveKL | kl.FixedKL
@@ -57,8 +57,8 @@ class PPOConfig:
 class Prompts:
     """Prompts padded on the right, and their lengths."""
 
-    tokens_BP: Array
-    length_B: Array
+    tokens_BP: Leaf
+    length_B: Leaf
 
 
 @struct.dataclass

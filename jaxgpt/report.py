@@ -112,7 +112,7 @@ def write_report(
     judge_accuracy: float,
     console: Console,
 ) -> dict[str, Any]:
-    """Write report.html, report.json and the figures into `folder`, print the table, and return report.json's content."""
+    """Write report.html, report.json and the figures into `folder`, print the table; returns report.json."""
     baseline = next(policy for policy in policies if policy.name == "SFT")
     rows = {policy.name: summary(policy, baseline) for policy in policies}
     results = {"judge_accuracy": judge_accuracy, "prompts": len(prompts), "policies": _plain(rows)}
@@ -159,7 +159,8 @@ def page(
     )
     pictures = "".join(
         f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,'
-        f'{base64.b64encode((folder / name).read_bytes()).decode()}"><figcaption>{html.escape(title)}</figcaption></figure>'
+        f'{base64.b64encode((folder / name).read_bytes()).decode()}">'
+        f"<figcaption>{html.escape(title)}</figcaption></figure>"
         for name, title in figures.items()
     )
     answers = "".join(_answers(i, prompt, policies) for i, prompt in enumerate(prompts[:SHOWN]))
@@ -295,8 +296,8 @@ TEMPLATE = """<!doctype html>
 <title>From language model to assistant</title><style>{css}</style></head><body>
 <h1>From language model to assistant</h1>
 <p>{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 % interval over
-prompts. Gold score and preferences: {annotator}. Judge: a classifier fitted on human labels, never used in training, with
-{judge} accuracy on held-out reviews. Best-of-n picks by the reward model; its KL is the bound log n − (n−1)/n.</p>
+prompts. Gold score and preferences: {annotator}. Judge: a classifier fitted on human labels, never used in training,
+with {judge} accuracy on held-out reviews. Best-of-n picks by the reward model; its KL is the bound log n − (n−1)/n.</p>
 <table><thead><tr><th>policy</th>{head}</tr></thead><tbody>{body}</tbody></table>
 {pictures}
 <h2>The same prompts, answered by each stage</h2>

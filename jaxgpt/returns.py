@@ -26,8 +26,8 @@ def gae(
 
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   R_t = A_t + V_t
 
-    `value_BT[t]` is the value of the state *before* token t. An answer is one episode: nothing is bootstrapped after its
-    last token, whether it ended by itself or was cut (a cut answer's score already says so).
+    `value_BT[t]` is the value of the state *before* token t. An answer is one episode: nothing is bootstrapped after
+    its last token, whether it ended by itself or was cut (a cut answer's score already says so).
     """
     chex.assert_equal_shape((reward_BT, value_BT, mask_BT))
 

@@ -2,8 +2,8 @@
 
     h(x, y) = gain * (w · hidden[last] + b) + bias
 
-Gain and bias are set so that scores on samples of the reference policy have mean 0 and standard deviation 1 (Ziegler 2020).
-Parameters: {'model': GPT, 'head': scalar head, 'gain': (), 'bias': ()}.
+Gain and bias are set so that scores on samples of the reference policy have mean 0 and standard deviation 1 (Ziegler
+2020). Parameters: {'model': GPT, 'head': scalar head, 'gain': (), 'bias': ()}.
 """
 
 import jax

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import decode, losses, model
@@ -25,7 +24,8 @@ def collect(
     stop: int,
     temperature: float = 1.0,
 ) -> tuple[Batch, Array, Answers]:
-    """One answer to each prompt from the whole distribution at `temperature` (no top-k or top-p: they would bias the ratio).
+    """One answer to each prompt from the whole distribution at `temperature` (no top-k or top-p: they would bias the
+    ratio).
 
     Returns rows of prompt + answer with the answer's mask, the sampler's log-probabilities on them, and the answers.
     """
@@ -42,9 +42,9 @@ def policy_outputs(
 ) -> tuple[Array, Array, Array]:
     """(logp_BT, value_BT, entropy_BT) of the policy and its critic, which reads the same trunk.
 
-    value_BT[t] belongs to the state before token t, entropy_BT[t] to the distribution that token t was drawn from; all are
-    0 outside a window of `window` tokens from the answer's first on. PPO's old log-probabilities and its loss both come
-    from here: at the same shapes the first ratio is exactly 1.
+    value_BT[t] belongs to the state before token t, entropy_BT[t] to the distribution that token t was drawn from;
+    all are 0 outside a window of `window` tokens from the answer's first on. PPO's old log-probabilities and its
+    loss both come from here: at the same shapes the first ratio is exactly 1.
     """
     before = model.window_before(batch.mask_BT, window)
     h_BWD = before.take(model.hidden(policy, config, batch.tokens_BT))
@@ -75,7 +75,8 @@ class Sampled:
 
 
 def pad_prompts(ids: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists as (tokens [B, length] padded on the right, lengths [B]), int32. UserError names one that is too long."""
+    """Token lists as (tokens [B, length] padded on the right, lengths [B]), int32. UserError names one that is too
+    long."""
     tokens = np.zeros((len(ids), length), np.int32)
     for i, row in enumerate(ids):
         if not 0 < len(row) <= length:

@@ -55,8 +55,9 @@ def greedy(key: Array, logits_BV: Array) -> Array:
 def categorical(key: Array, logits_BV: Array) -> Array:
     """A draw from softmax(logits), [B], by inverting the cumulative distribution.
 
-    One random number a row, where the Gumbel trick takes V of them and an argmax (1.6 times the time of a whole decoding
-    step on a CPU). The vocabulary is walked in two levels, blocks and then tokens, so that float32 sums stay short.
+    One random number a row, where the Gumbel trick takes V of them and an argmax (1.6 times the time of a whole
+    decoding step on a CPU). The vocabulary is walked in two levels, blocks and then tokens, so that float32 sums
+    stay short.
     """
     B, V = logits_BV.shape
     size = 1 << ((V - 1).bit_length() + 1) // 2  # about sqrt(V)

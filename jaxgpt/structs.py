@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 Array = jax.Array
+Leaf = Any  # an array: of jax, on the host of NumPy, and while planning only its shape
 Params = dict[str, Any]
 
 
@@ -25,10 +26,10 @@ Params = dict[str, Any]
 class Batch:
     """Token rows for scoring or training."""
 
-    tokens_BT: Array  # int32
-    mask_BT: Array  # bool: which tokens are targets
-    segments_BT: Array | None = None  # int32: which example of a packed row a token belongs to (0: padding)
-    positions_BT: Array | None = None  # int32: position inside that example
+    tokens_BT: Leaf  # int32
+    mask_BT: Leaf  # bool: which tokens are targets
+    segments_BT: Leaf | None = None  # int32: which example of a packed row a token belongs to (0: padding)
+    positions_BT: Leaf | None = None  # int32: position inside that example
 
     @staticmethod
     def of(arrays: Mapping[str, Any]) -> "Batch":
@@ -40,10 +41,10 @@ class Batch:
 class Preferences:
     """B prompts with C candidate answers each, and which answer was chosen."""
 
-    tokens_BCT: Array  # int32: prompt and answer
-    mask_BCT: Array  # bool: the answer's tokens, its closing tag included
-    choice_B: Array  # int32: index of the favourite
-    present_BC: Array  # bool: False where a prompt has fewer than C candidates
+    tokens_BCT: Leaf  # int32: prompt and answer
+    mask_BCT: Leaf  # bool: the answer's tokens, its closing tag included
+    choice_B: Leaf  # int32: index of the favourite
+    present_BC: Leaf  # bool: False where a prompt has fewer than C candidates
 
     @staticmethod
     def of(arrays: Mapping[str, Any]) -> "Preferences":

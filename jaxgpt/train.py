@@ -46,8 +46,8 @@ def make_train_step(
     """step(state, batch, key) -> (state, metrics); pure, to be jitted with donate_argnums=0.
 
     loss_fn(params, batch, key) returns the objective as `Mean(sum, count)` and a dict of further `Mean`s. Gradients are
-    taken of the sum and divided by the global count, so that `microbatches` parts of a batch (split along axis 0, run one
-    after another) give the gradient of the whole batch, however the masks are spread.
+    taken of the sum and divided by the global count, so that `microbatches` parts of a batch (split along axis 0,
+    run one after another) give the gradient of the whole batch, however the masks are spread.
     """
 
     def summed(trainable: Params, frozen: Params, batch: Any, key: Array | None) -> tuple[Array, tuple[Mean, Metrics]]:

@@ -33,9 +33,7 @@ def test_log_probs_of_the_sampler_equal_those_of_the_trainer(temperature):
 
 def test_greedy_decoding_equals_argmax_of_the_full_forward():
     params, (prompts, lengths) = params_of(), prompts_of(3, 7)
-    answers = generate(
-        params, TINY, prompts, lengths, jax.random.key(0), new_tokens=9, stop=5, sample=sampling.greedy
-    )
+    answers = generate(params, TINY, prompts, lengths, jax.random.key(0), new_tokens=9, stop=5, sample=sampling.greedy)
     rows, _ = decode.join(prompts, lengths, answers)
     best = jnp.argmax(model.unembed(params, model.hidden(params, TINY, rows.tokens_BT)), axis=-1)
     for b in range(3):

@@ -30,7 +30,10 @@ def test_gold_scores_like_what_people_like():
 
 
 def test_the_judge_learns_from_labels():
-    good, bad = ["a great warm film", "warm and great fun", "great fun"], ["a dull cold mess", "dull and cold", "a mess"]
+    good, bad = (
+        ["a great warm film", "warm and great fun", "great fun"],
+        ["a dull cold mess", "dull and cold", "a mess"],
+    )
     judge = evaluate.fit_judge((good + bad, [1, 1, 1, 0, 0, 0]), (["great", "dull"], [1, 0]))
     assert judge.accuracy == 1.0
     assert judge.scores(["great fun"])[0] > 0.5 > judge.scores(["a dull mess"])[0]

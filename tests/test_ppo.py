@@ -15,7 +15,6 @@ from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.structs import Batch
 from tests.helpers import TINY, params_of, prompts_of
 
-
 collect = jax.jit(ppo.collect, static_argnums=(1, 2), static_argnames="stop")
 score = jax.jit(ppo.score, static_argnums=(1, 2))
 

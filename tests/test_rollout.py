@@ -40,9 +40,7 @@ def test_prompts_that_are_empty_or_too_long_are_named():
     with pytest.raises(UserError, match="prompt 0 has 0 tokens"):
         rollout.pad_prompts([[]], 2)
     with pytest.raises(UserError, match="block of 48"):
-        rollout.sample_answers(
-            params_of(), TINY, [[7] * 45], jax.random.key(0), str, new_tokens=9, stop=5, batch=4
-        )
+        rollout.sample_answers(params_of(), TINY, [[7] * 45], jax.random.key(0), str, new_tokens=9, stop=5, batch=4)
 
 
 def test_minibatches_give_the_rows_in_order():

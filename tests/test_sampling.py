@@ -42,8 +42,15 @@ def test_greedy_takes_the_largest(strict):
     assert int(sampling.greedy(jax.random.key(0), LOGITS[None])[0]) == 0
 
 
-@pytest.mark.parametrize("call", [lambda: sampling.top_k(LOGITS, 0), lambda: sampling.top_p(LOGITS, 0.0),
-                                  lambda: sampling.top_p(LOGITS, 1.5), lambda: sampling.temperature(LOGITS, 0.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: sampling.top_k(LOGITS, 0),
+        lambda: sampling.top_p(LOGITS, 0.0),
+        lambda: sampling.top_p(LOGITS, 1.5),
+        lambda: sampling.temperature(LOGITS, 0.0),
+    ],
+)
 def test_senseless_settings_are_refused(call):
     with pytest.raises(UserError):
         call()

