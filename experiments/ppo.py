@@ -42,8 +42,8 @@ class Settings:
     batch: int = 128  # answers an iteration
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     learning_rate: float = 3e-4  # to 0, linearly
-    beta: float = 0.1  # reward units a nat, where the controller starts
-    target_kl: float = 8.0  # nats a sequence
+    beta: float = 0.18  # reward units a nat, where the controller starts
+    target_kl: float = 6.0  # nats a sequence
     horizon: float = 2000.0  # episodes: how fast beta follows
     fixed_beta: bool = False  # keep beta where it starts
     sample_every: int = 14
@@ -148,7 +148,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 bar.update(tokens=int(floats["length"] * settings.batch), **figures)
                 if i == 1 or i % settings.sample_every == 0:
                     shown = _generate(
-                        state.trainable["policy"], config, tokens_NP[:1], lengths_N[:1], show_key,
+                        state.trainable["policy"], config, tokens_NP[:1], lengths_N[:1], jax.random.clone(show_key),
                         new_tokens=settings.ppo.new_tokens, stop=ANSWER_END,
                     )  # fmt: skip
                     text = answer_text(tok, np.asarray(shown.tokens_BA[0]))

@@ -125,7 +125,7 @@ def main(settings: Settings) -> dict[str, Any]:
             }
         train = results["train"]
         run.say(
-            f"preferences: {settings.prompts} x {settings.candidates} answers, labelled by the {settings.annotator.name}"
+            f"preferences: {settings.prompts} x {settings.candidates} answers; labels by the {settings.annotator.name}"
             f"; gold {train['gold_mean']:.3f} (sd {train['gold_std']:.3f}), {train['ended']:.0%} ended by themselves, "
             f"best possible accuracy {results['heldout']['annotator_ceiling']:.1%}"
         )

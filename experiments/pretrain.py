@@ -102,7 +102,7 @@ def main(settings: Settings) -> dict[str, Any]:
         state = sharding.replicate(init_state(model.init(init_key, settings.model), optimizer(settings)), mesh)
         loss = jax.jit(make_nll(settings.model))
         run.say(
-            f"pretrain: {model.count_parameters(state.trainable):,} parameters, {len(stream):,} tokens of {settings.data}"
+            f"pretrain: {model.count_parameters(state.trainable):,} weights, {len(stream):,} tokens in {settings.data}"
             f", {settings.steps * settings.batch * settings.model.block:,} to read"
         )
         seen = 0  # a Python int: it outgrows int32 on long runs

@@ -180,7 +180,7 @@ def main(settings: Settings) -> dict[str, Any]:
         heldout = [Batch.of(a) for a in pipelines.window_eval(stream, config.block, 48, settings.eval_batches)]
         mesh = sharding.data_mesh()
         text_nats = {
-            name: train.evaluate(nll, loaded[name].params, heldout, mesh)["loss"]
+            name: train.evaluate(nll, sharding.replicate(loaded[name].params, mesh), heldout, mesh)["loss"]
             for name in ("pretrain", "sft", "dpo", "ppo")
         }
         keys = iter(jax.random.split(jax.random.key(settings.seed), 5))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -93,14 +94,20 @@ def cell(row: dict[str, Any], name: str) -> str:
 
 
 def terminal_table(rows: dict[str, dict[str, Any]]) -> Table:
-    """The figures that fit a terminal."""
-    table = Table(title="Held-out prompts, mean ± 95 % interval over prompts", title_justify="left")
-    table.add_column("policy")
-    shown = [column for column in COLUMNS[:9] if column[1] not in ("reward", "judge")]
-    for title, _ in shown:
-        table.add_column(title, justify="right", no_wrap=True)
+    """The figures that fit 80 columns; intervals of the others are in the report."""
+    table = Table(
+        title="Held-out prompts: mean ± 95 % interval; gain, judge gain and wins against SFT",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1),
+    )
+    for title in ("policy", "gold", "gain (sd)", "judge gain", "KL (nats)", "wins", "ended", "tokens"):
+        table.add_column(title, justify="left" if title == "policy" else "right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(name, *(cell(row, key) for _, key in shown))
+        keys = ("gold", "gold_gain_in_baseline_sd", "judge_gain", "kl")
+        intervals = [cell(row, key).replace(" ± ", "±") for key in keys]
+        means = (f"{row['win_rate_gold'].mean:.0%}", f"{row['ended'].mean:.0%}", f"{row['length'].mean:.0f}")
+        table.add_row(name, *intervals, *means)
     return table
 
 

@@ -166,7 +166,7 @@ class Run:
     def _inspect(self) -> dict[str, Any] | None:
         """The results of a finished run with the same settings, or None when it is to start; touches nothing."""
         found = self._read_found()
-        if found is None or self.fresh:
+        if found is None or self.fresh or not self._holds_results():
             return None
         differences = _differences(_identity(found, self._places), _identity(self._record, self._places))
         if differences:
@@ -180,6 +180,11 @@ class Run:
         done = read_json(path)
         results = done.get("results") if isinstance(done, dict) else None
         return results if isinstance(results, dict) else None
+
+    def _holds_results(self) -> bool:
+        """False for a run that was stopped (by a mistake in its settings, say) before it measured anything."""
+        metrics = self.folder / "metrics.jsonl"
+        return (self.folder / "done.json").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
     def _read_found(self) -> dict[str, Any] | None:
         """settings.json of an earlier run of this stage; None where the folder is missing or empty."""

@@ -11,6 +11,8 @@ from jaxgpt.structs import Array, Batch, Params
 generate = jax.jit(
     decode.generate, static_argnums=1, static_argnames=("new_tokens", "stop", "pad", "sample", "filter_logits")
 )
+hidden = jax.jit(model.hidden, static_argnums=1)
+score = jax.jit(model.score, static_argnums=1, static_argnames=("temperature", "window"))
 TINY = ModelConfig(layers=2, width=32, heads=2, block=48, vocab=64)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxgpt import decode, model, sampling
 from jaxgpt.config import UserError
-from tests.helpers import TINY, generate, params_of, prompts_of
+from tests.helpers import TINY, generate, hidden, params_of, prompts_of, score
 
 
 @functools.cache
@@ -26,7 +26,7 @@ def generated(width: int = 12, new_tokens: int = 16, temperature: float = 1.0):
 def test_log_probs_of_the_sampler_equal_those_of_the_trainer(temperature):
     prompts, lengths, answers = generated(temperature=temperature)
     rows, sampler_logp = decode.join(prompts, lengths, answers)
-    logp, _ = model.score(params_of(), TINY, rows, temperature=temperature)
+    logp, _ = score(params_of(), TINY, rows, temperature=temperature)
     np.testing.assert_allclose(jnp.where(rows.mask_BT, logp, 0.0), sampler_logp, atol=1e-5)
     assert int(rows.mask_BT.sum()) == int(answers.length_B.sum())
 
@@ -35,7 +35,7 @@ def test_greedy_decoding_equals_argmax_of_the_full_forward():
     params, (prompts, lengths) = params_of(), prompts_of(3, 7)
     answers = generate(params, TINY, prompts, lengths, jax.random.key(0), new_tokens=9, stop=5, sample=sampling.greedy)
     rows, _ = decode.join(prompts, lengths, answers)
-    best = jnp.argmax(model.unembed(params, model.hidden(params, TINY, rows.tokens_BT)), axis=-1)
+    best = jnp.argmax(model.unembed(params, hidden(params, TINY, rows.tokens_BT)), axis=-1)
     for b in range(3):
         t = np.flatnonzero(rows.mask_BT[b])
         np.testing.assert_array_equal(best[b, t - 1], rows.tokens_BT[b, t])
@@ -65,7 +65,7 @@ def test_samples_follow_the_models_distribution():
     params = params_of(scale=2.0)
     prompts = jnp.tile(jnp.array([[7, 9, 11]]), (4000, 1))
     answers = generate(params, TINY, prompts, jnp.full(4000, 3), jax.random.key(5), new_tokens=1, stop=5)
-    expected = np.asarray(jax.nn.softmax(model.unembed(params, model.hidden(params, TINY, prompts[:1]))[0, -1]))
+    expected = np.asarray(jax.nn.softmax(model.unembed(params, hidden(params, TINY, prompts[:1]))[0, -1]))
     counts = np.bincount(np.asarray(answers.tokens_BA[:, 0]), minlength=TINY.vocab)
     common = expected * 4000 >= 5
     chi2 = ((counts - 4000 * expected) ** 2 / (4000 * expected))[common].sum()
@@ -96,8 +96,8 @@ def test_a_vmapped_program_gives_each_keys_own_answers():
     params, (prompts, lengths) = params_of(), prompts_of(2, 5)
     run = functools.partial(decode.generate, params, TINY, prompts, lengths, new_tokens=6, stop=5)
     with jax.debug_key_reuse(False):  # it refuses slices of a vmapped key array
-        many = jax.vmap(lambda seed: run(key=jax.random.key(seed)))(jnp.arange(3))
-    np.testing.assert_array_equal(many.tokens_BA[1], run(key=jax.random.key(1)).tokens_BA)
+        many = jax.jit(jax.vmap(lambda seed: run(key=jax.random.key(seed))))(jnp.arange(3))
+    np.testing.assert_array_equal(many.tokens_BA[1], jax.jit(run)(key=jax.random.key(1)).tokens_BA)
 
 
 def test_what_does_not_fit_the_block_is_refused():

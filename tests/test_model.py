@@ -10,7 +10,7 @@ import pytest
 from jaxgpt import model
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.structs import Batch
-from tests.helpers import TINY, batch_of, params_of, tokens_of
+from tests.helpers import TINY, batch_of, hidden, params_of, score, tokens_of
 
 
 def test_each_position_depends_on_itself_and_the_past_only():
@@ -22,7 +22,7 @@ def test_each_position_depends_on_itself_and_the_past_only():
             **params,
             "embed": {**params["embed"], "positions_TD": params["embed"]["positions_TD"].at[:10].add(change_TD)},
         }
-        return model.hidden(moved, TINY, tokens)[0, t] @ weights_D
+        return hidden(moved, TINY, tokens)[0, t] @ weights_D
 
     for t in (0, 4, 9):
         slope_TD = jax.grad(output)(jnp.zeros((10, TINY.width)), t)
@@ -37,7 +37,7 @@ def test_log_probs_are_a_distribution_over_the_next_token():
     total = 0.0
     for v in range(TINY.vocab):
         row = jnp.concatenate([start, jnp.array([[v]])], axis=1)
-        logp_BT, _ = model.score(params, TINY, Batch(row, row > 0))
+        logp_BT, _ = score(params, TINY, Batch(row, row > 0))
         total += float(jnp.exp(logp_BT[0, -1]))
     assert total == pytest.approx(1.0, abs=1e-5)
     assert float(logp_BT[0, 0]) == 0.0
@@ -46,15 +46,15 @@ def test_log_probs_are_a_distribution_over_the_next_token():
 def test_forward_equals_a_float64_reference():
     params, tokens = params_of(), tokens_of(2, 12)
     expected = _reference_logits(jax.tree.map(lambda w: np.asarray(w, np.float64), params), TINY, np.asarray(tokens))
-    found = model.unembed(params, model.hidden(params, TINY, tokens))
+    found = model.unembed(params, hidden(params, TINY, tokens))
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
 def test_padding_behind_a_row_changes_nothing():
     params, batch = params_of(), batch_of(3, 12)
-    logp, h = model.score(params, TINY, batch)
+    logp, h = score(params, TINY, batch)
     padded = Batch(jnp.pad(batch.tokens_BT, ((0, 0), (0, 7))), jnp.pad(batch.mask_BT, ((0, 0), (0, 7))))
-    padded_logp, padded_h = model.score(params, TINY, padded)
+    padded_logp, padded_h = score(params, TINY, padded)
     np.testing.assert_allclose(padded_logp[:, :12], logp, atol=1e-5)
     np.testing.assert_allclose(padded_h[:, :12], h, atol=1e-4)
 
@@ -66,15 +66,15 @@ def test_packed_rows_equal_unpacked_ones():
         jnp.concatenate([a, b], axis=1), jnp.ones((1, 15), bool),
         segments_BT=jnp.array([[1] * 9 + [2] * 6]), positions_BT=jnp.array([[*range(9), *range(6)]]),
     )  # fmt: skip
-    logp, _ = model.score(params, TINY, packed)
+    logp, _ = score(params, TINY, packed)
     for row, part in ((a, logp[0, 1:9]), (b, logp[0, 10:])):
-        alone, _ = model.score(params, TINY, Batch(row, row > 0))
+        alone, _ = score(params, TINY, Batch(row, row > 0))
         np.testing.assert_allclose(part, alone[0, 1:], atol=1e-5)
 
 
 def test_temperature_divides_the_logits():
     params, batch = params_of(), batch_of(2, 8)
-    logp, h = model.score(params, TINY, batch, temperature=0.5)
+    logp, h = score(params, TINY, batch, temperature=0.5)
     logits = np.asarray(model.unembed(params, h), np.float64)[:, :-1] / 0.5
     expected = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     picked = np.take_along_axis(expected, np.asarray(batch.tokens_BT)[:, 1:, None], axis=-1)[..., 0]
@@ -83,8 +83,8 @@ def test_temperature_divides_the_logits():
 
 def test_bfloat16_is_close_to_float32():
     params, batch = params_of(scale=1.0), batch_of(2, 16)
-    exact, _ = model.score(params, TINY, batch)
-    rough, h = model.score(params, dataclasses.replace(TINY, dtype="bfloat16"), batch)
+    exact, _ = score(params, TINY, batch)
+    rough, h = score(params, dataclasses.replace(TINY, dtype="bfloat16"), batch)
     assert h.dtype == jnp.bfloat16 and rough.dtype == jnp.float32
     np.testing.assert_allclose(rough, exact, atol=0.03)
 
@@ -92,8 +92,8 @@ def test_bfloat16_is_close_to_float32():
 def test_dropout_needs_a_key_and_keeps_the_mean(strict):
     config = dataclasses.replace(TINY, dropout=0.5)
     params, tokens = params_of(), tokens_of(2, 8)
-    np.testing.assert_array_equal(model.hidden(params, config, tokens), model.hidden(params, TINY, tokens))
-    a, b = (model.hidden(params, config, tokens, key=jax.random.key(seed)) for seed in (0, 1))
+    np.testing.assert_array_equal(hidden(params, config, tokens), hidden(params, TINY, tokens))
+    a, b = (hidden(params, config, tokens, key=jax.random.key(seed)) for seed in (0, 1))
     assert float(jnp.abs(a - b).max()) > 0.1
     x = model.dropout(jax.random.key(2), 0.5, jnp.ones(20_000))
     assert float(x.mean()) == pytest.approx(1.0, abs=0.03)
@@ -101,7 +101,7 @@ def test_dropout_needs_a_key_and_keeps_the_mean(strict):
 
 def test_rows_longer_than_the_block_are_refused():
     with pytest.raises(UserError, match="49 tokens don't fit the model's block of 48"):
-        model.hidden(params_of(), TINY, tokens_of(1, 49))
+        hidden(params_of(), TINY, tokens_of(1, 49))
 
 
 @pytest.mark.parametrize("change", [{"width": 33}, {"layers": 0}, {"dropout": 1.0}, {"dtype": "float16"}])

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import kl, losses, optim, ppo, returns, reward, sharding, train
+from jaxgpt import kl, losses, model, optim, ppo, returns, reward, sharding, train
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.structs import Batch
@@ -178,8 +178,6 @@ def _all_answers(vocab: int, length: int):
 
 
 def _answer_logp(params, config, batch):
-    from jaxgpt import model
-
     logp, _ = model.score(params, config, batch)
     return jnp.where(batch.mask_BT, logp, 0.0).sum(1)
 
@@ -192,14 +190,14 @@ def test_losses_module_is_what_the_update_uses():
     experience, _ = score(state, TINY, config, rows, sampler_logp, ended, jnp.linspace(-1, 1, 8))
     batch = ppo.targets(experience, config, jnp.float32(0.1))
     loss = ppo.make_loss(TINY, config)
-    slope = jax.grad(lambda p: loss({**state.params, "policy": p}, batch, None)[0].value)(state.trainable["policy"])
+    slope = jax.jit(jax.grad(lambda p: loss({**state.params, "policy": p}, batch, None)[0].value))(
+        state.trainable["policy"]
+    )
 
     def policy_gradient(policy):
-        from jaxgpt import model
-
         logp, _ = model.score(policy, TINY, rows)
         return losses.reduce(-logp * batch.advantage_BT, rows.mask_BT).value
 
-    expected = jax.grad(policy_gradient)(state.trainable["policy"])
+    expected = jax.jit(jax.grad(policy_gradient))(state.trainable["policy"])
     for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -10,6 +10,9 @@ from jaxgpt import optim, reward, train
 from jaxgpt.structs import Batch, Preferences
 from tests.helpers import TINY, batch_of, params_of, tokens_of
 
+score = jax.jit(reward.score, static_argnums=1)
+loss = jax.jit(reward.loss, static_argnums=1)
+
 
 def reward_params(seed: int = 0):
     return reward.init(jax.random.key(seed), params_of(scale=2.0), TINY.width)
@@ -27,7 +30,7 @@ def test_the_score_does_not_depend_on_padding():
     longer = Batch(
         jnp.pad(batch.tokens_BT, ((0, 0), (0, 10)), constant_values=33), jnp.pad(batch.mask_BT, ((0, 0), (0, 10)))
     )
-    np.testing.assert_allclose(reward.score(params, TINY, batch), reward.score(params, TINY, longer), atol=1e-5)
+    np.testing.assert_allclose(score(params, TINY, batch), score(params, TINY, longer), atol=1e-5)
 
 
 def test_the_score_is_read_at_the_last_answer_token():
@@ -35,7 +38,7 @@ def test_the_score_is_read_at_the_last_answer_token():
 
     def changed(t: int) -> np.ndarray:
         other = Batch(batch.tokens_BT.at[:, t].set(60), batch.mask_BT)
-        return np.abs(reward.score(params, TINY, other) - reward.score(params, TINY, batch)) > 1e-5
+        return np.abs(score(params, TINY, other) - score(params, TINY, batch)) > 1e-5
 
     np.testing.assert_array_equal(changed(8), [False, True, True])  # the first row's answer ended before
     np.testing.assert_array_equal(changed(11), [False, False, True])
@@ -43,18 +46,16 @@ def test_the_score_is_read_at_the_last_answer_token():
 
 def test_normalising_gives_mean_zero_and_deviation_one():
     params, batch = reward_params(), batch_of(32, 12)
-    score = np.asarray(reward.score(reward.normalise_on(params, TINY, batch), TINY, batch))
-    assert score.mean() == pytest.approx(0, abs=1e-5) and score.std() == pytest.approx(1, rel=1e-4)
+    found = np.asarray(score(reward.normalise_on(params, TINY, batch), TINY, batch))
+    assert found.mean() == pytest.approx(0, abs=1e-5) and found.std() == pytest.approx(1, rel=1e-4)
     again = reward.normalise(params, jnp.float32(2.0), jnp.float32(4.0))
-    np.testing.assert_allclose(
-        reward.score(again, TINY, batch), (reward.score(params, TINY, batch) - 2) / 4, rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(score(again, TINY, batch), (score(params, TINY, batch) - 2) / 4, rtol=1e-4, atol=1e-6)
 
 
 def test_it_learns_to_prefer_what_was_chosen():
     """Of four answers the one with the token 60 is always chosen."""
     rng = np.random.default_rng(0)
-    tokens = np.asarray(tokens_of(64 * 4, 10)).reshape(64, 4, 10)
+    tokens = np.array(tokens_of(64 * 4, 10)).reshape(64, 4, 10)
     tokens[tokens == 60] = 61
     choice = rng.integers(0, 4, 64)
     tokens[np.arange(64), choice, rng.integers(3, 10, 64)] = 60
@@ -78,7 +79,7 @@ def test_rankings_that_are_all_padding_count_for_nothing():
         jnp.array([1, 0]),
         jnp.array([[True] * 3, [False] * 3]),
     )
-    both, _ = reward.loss(reward_params(), TINY, batch)
-    first, _ = reward.loss(reward_params(), TINY, jax.tree.map(lambda x: x[:1], batch))
+    both, _ = loss(reward_params(), TINY, batch)
+    first, _ = loss(reward_params(), TINY, jax.tree.map(lambda x: x[:1], batch))
     assert float(both.count) == 1
     np.testing.assert_allclose(both.value, first.value, rtol=1e-5)

@@ -355,3 +355,12 @@ def test_several_processes_agree(tmp_path):
     from jaxgpt.checkpoint import load_model
 
     np.testing.assert_array_equal(load_model(tmp_path / "run").params["w"], np.arange(4.0))
+
+
+def test_a_run_that_measured_nothing_gives_way_to_other_settings(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mistyped"), Run(tmp_path / "run", Settings(), "toy"):
+        raise UserError("a mistyped path, found before the first step")
+    with Run(tmp_path / "run", Settings(lr=0.2), "toy") as run:
+        run.log(1, {"loss": 1.0})
+    with pytest.raises(UserError, match="other settings"), Run(tmp_path / "run", Settings(), "toy"):
+        pass

@@ -64,12 +64,12 @@ def test_training_lowers_the_held_out_losses(finished):
 
 def test_preferences_name_their_annotator_and_mix_in_experts(finished):
     rows = [json.loads(line) for line in (finished.run / "preferences/train.jsonl").read_text().splitlines()]
-    experts = dict(sources.examples("movie_reviews", "train", CACHE))
+    experts = set(sources.examples("movie_reviews", "train", CACHE) + sources.examples("movie_reviews", "valid", CACHE))
     assert len(rows) == 24
     for row in rows:
         assert len(row["answers"]) == 4 and 0 <= row["choice"] < 4
         assert row["meta"]["annotator"].startswith("simulated annotator (VADER")
-        assert experts[row["prompt"]] in row["answers"]
+        assert any((row["prompt"], answer) in experts for answer in row["answers"])
 
 
 def test_the_reward_is_compared_with_chance_and_ceiling(finished):
@@ -80,7 +80,7 @@ def test_the_reward_is_compared_with_chance_and_ceiling(finished):
 
 
 def test_ppo_starts_at_ratio_one_and_dpo_at_log_b(finished):
-    assert curve(finished, "ppo", "ratio_error_first") == [0.0, 0.0, 0.0]
+    assert max(curve(finished, "ppo", "ratio_error_first")) < 1e-6  # exactly 0 on one device: see test_ppo
     assert max(curve(finished, "ppo", "sampler_gap_max")) < 1e-5
     assert curve(finished, "ppo", "kl")[0] == pytest.approx(0, abs=1e-4)
     assert curve(finished, "dpo", "train_loss")[0] == pytest.approx(np.log(4), abs=1e-4)
@@ -151,18 +151,20 @@ def test_mistakes_are_one_line_and_come_before_training(finished, tmp_path, caps
     (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\xfe\n")
     assert "UTF-8" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--data", str(tmp_path / "bad.txt"))
     assert "devices" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--batch", "9")
-    assert "pretrain" in fails(capsys, command(sft), *run, "--model", str(tmp_path / "nowhere"))
+    assert "nowhere" in fails(capsys, command(sft), *run, "--model", str(tmp_path / "nowhere"))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.doc").touch()
     model = ("--model", str(finished.run / "sft"))
     foreign = ("--run", str(tmp_path / "foreign"))
     assert "not a run folder" in fails(capsys, command(preferences), *foreign, *model)
+    run = ("--run", str(tmp_path / "second"))
     assert "nothing to choose from" in fails(capsys, command(preferences), *run, *model, "--candidates", "1")
     assert "block" in fails(capsys, command(preferences), *run, *model, "--new-tokens", "60")
     (tmp_path / "one.jsonl").write_text('{"prompt": "a", "answers": ["b"], "choice": 0}\n')
     one = str(tmp_path / "one.jsonl")
+    run = ("--run", str(tmp_path / "third"))
     assert "one.jsonl:1" in fails(capsys, command(reward), *run, *model, "--preferences", one, "--heldout", one)
-    assert not (tmp_path / "run/model").exists()
+    assert not list(tmp_path.glob("*/model"))
 
 
 def test_gpu_presets_fit_together():

@@ -1,0 +1,32 @@
+"""What the README shows works as shown."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_block_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    exec(block, {})
+    # by hand: the mean of log(e^0.05 + e^-0.1 + 1) - 0.05 and log(1 + e^-0.05 + e^-0.1) + 0.05
+    assert capsys.readouterr().out.startswith("(Array(1.0666")
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+def test_every_file_of_the_tree_exists():
+    tree = README.split("## What is where")[1].split("```")[1]
+    for name in re.findall(r"\b(\w+\.py)\b", tree):
+        assert list(ROOT.glob(f"*/{name}")), name
+
+
+def test_every_command_names_an_experiment():
+    for name in re.findall(r"-m experiments\.(\w+)", README):
+        assert (ROOT / f"experiments/{name}.py").exists()
