@@ -19,7 +19,6 @@ import experiments.report
 import experiments.reward
 import experiments.sft
 from jaxgpt.cli import cli
-from jaxgpt.process import print_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,6 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    print_device()
     started = time.monotonic()
     results = {name: stage.main(own) for name, (stage, own) in zip(STAGES, stage_settings(settings), strict=True)}
     minutes = (time.monotonic() - started) / 60

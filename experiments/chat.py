@@ -21,7 +21,6 @@ from jaxgpt import decode, rollout, sampling
 from jaxgpt.checkpoint import Loaded, load_model
 from jaxgpt.cli import cli
 from jaxgpt.config import UserError
-from jaxgpt.process import print_device
 from jaxgpt.structs import Array
 from jaxgpt.tokenizer import ANSWER_END, BOS, prompt_ids
 
@@ -86,7 +85,6 @@ def reply(loaded: Loaded, settings: Settings, text: str, key: Array) -> Iterator
 
 
 def main(settings: Settings) -> None:
-    print_device()
     loaded = load_model(settings.model)
     print(f"{settings.model}: {loaded.config.layers} layers, width {loaded.config.width}. {HELP}")
     last, stats = "", "nothing said yet"

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 
 from jaxgpt.config import UserError
-from jaxgpt.run import prepare_process
+from jaxgpt.process import prepare_process, print_device
 from jaxgpt.settings import did_you_mean, flat_json, read_json, settings_from_json, settings_to_json
 
 __all__ = ["cli", "parse", "settings_from_json", "settings_to_json"]
@@ -32,13 +32,14 @@ def cli(
     presets: Mapping[str, Settings],
     argv: Sequence[str] | None = None,
 ) -> Result:
-    """Read the settings from the command line, set the process up, and return `main(settings)`.
+    """Read the settings from the command line, set the process up, print the device, and return `main(settings)`.
 
     A UserError ends the process with status 2 and Ctrl-C with 130, each with one line on stderr."""
     try:
         description = _description(main, settings_type)
         settings = parse(settings_type, presets, sys.argv[1:] if argv is None else argv, description)
         prepare_process()
+        print_device()
         return main(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

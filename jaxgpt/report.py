@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -98,7 +97,7 @@ def terminal_table(rows: dict[str, dict[str, Any]]) -> Table:
     table = Table(
         title="Held-out prompts: mean ± 95 % interval; gain, judge gain and wins against SFT",
         title_justify="left",
-        box=box.SIMPLE,
+        box=None,
         padding=(0, 1),
     )
     for title in ("policy", "gold", "gain (sd)", "judge gain", "KL (nats)", "wins", "ended", "tokens"):

@@ -246,6 +246,7 @@ def test_a_script_prints_its_mistake_without_a_traceback(tmp_path):
         return subprocess.run([sys.executable, str(script), *argv], env=environment, capture_output=True, text=True)
 
     good, bad = run("--steps", "4"), run("--step", "4")
-    assert (good.returncode, good.stdout, good.stderr) == (0, "steps 4\n", "")
+    device, said = good.stdout.splitlines()
+    assert device.startswith("device: cpu") and (good.returncode, said, good.stderr) == (0, "steps 4", "")
     assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "error: unknown option --step; did you mean --steps?\n")
     assert "Command: python toy.py" in run("--help").stdout

@@ -72,6 +72,24 @@ def test_packed_rows_equal_unpacked_ones():
         np.testing.assert_allclose(part, alone[0, 1:], atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [7, 9, 15, 40])
+def test_a_window_around_the_answer_gives_the_same_log_probs_and_gradients(window):
+    params, batch = params_of(), batch_of(4, 16)
+    start, t = jnp.array([1, 3, 6, 9])[:, None], jnp.arange(16)
+    batch = Batch(batch.tokens_BT, (t >= start) & (t < start + 7))
+
+    def total(params, window):
+        logp, _ = model.score(params, TINY, batch, window=window)
+        return jnp.where(batch.mask_BT, jnp.sin(logp), 0.0).sum(), logp
+
+    slope = jax.jit(jax.grad(total, has_aux=True), static_argnums=1)
+    (whole, logp), (part, window_logp) = slope(params, None), slope(params, window)
+    np.testing.assert_allclose(jnp.where(batch.mask_BT, window_logp - logp, 0.0), 0.0, atol=1e-5)
+    assert window >= 15 or (np.asarray(window_logp)[np.asarray(t < start)] == 0).all()
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_temperature_divides_the_logits():
     params, batch = params_of(), batch_of(2, 8)
     logp, h = score(params, TINY, batch, temperature=0.5)
