@@ -19,7 +19,7 @@ CORE := $(wildcard $(patsubst %,tests/test_%.py,losses kl returns sampling model
 .PHONY: help assistant chat test test-all test-core lint set-up clean
 
 help:  ## list the targets
-	@echo "usage: make TARGET [ARGS=\"--preset small\"]"
+	@echo "usage: make TARGET [ARGS=\"--preset gpu\"]"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
 assistant: $(STAMP)  ## from raw text to an assistant: every stage, one after the other (ARGS: its flags)

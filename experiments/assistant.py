@@ -33,6 +33,8 @@ class Settings:
     ppo: experiments.ppo.Settings = experiments.ppo.PRESETS["laptop"]
     dpo: experiments.dpo.Settings = experiments.dpo.PRESETS["laptop"]
     report: experiments.report.Settings = experiments.report.PRESETS["laptop"]
+    temperature: float = 0.7  # of the policy, in every stage that samples or trains it
+    new_tokens: int = 40  # longest answer, in every stage
     seed: int = 0  # added to every stage's own seed
     fresh: bool = False  # run every stage again
 
@@ -47,7 +49,9 @@ STAGES: dict[str, Any] = {
     "report": experiments.report,
 }
 PRESETS = {
-    name: Settings(**{stage: module.PRESETS[name] for stage, module in STAGES.items()})
+    name: Settings(
+        **{stage: module.PRESETS[name] for stage, module in STAGES.items()}, new_tokens=12 if name == "toy" else 40
+    )
     for name in ("laptop", "toy", "gpu")
 }
 
@@ -68,13 +72,25 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     chosen = []
     for name, stage in STAGES.items():
         own = getattr(settings, name)
-        common = {"run": root / name, "seed": own.seed + settings.seed, "fresh": settings.fresh or own.fresh}
+        common: dict[str, Any] = {
+            "run": root / name,
+            "seed": own.seed + settings.seed,
+            "fresh": settings.fresh or own.fresh,
+        }
+        if name in ("preferences", "report"):
+            common |= {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
+        elif name == "ppo":
+            algorithm = dataclasses.replace(own.ppo, temperature=settings.temperature, new_tokens=settings.new_tokens)
+            common |= {"ppo": algorithm}
+        elif name == "dpo":
+            common |= {"temperature": settings.temperature}
         chosen.append((stage, dataclasses.replace(own, **common, **places[name])))
     return chosen
 
 
 def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
+    experiments.report.heldout_prompts(settings.report)  # too few would be found out only at the end
     results = {name: stage.main(own) for name, (stage, own) in zip(STAGES, stage_settings(settings), strict=True)}
     minutes = (time.monotonic() - started) / 60
     print(f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to it: make chat")

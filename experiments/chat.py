@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import decode, rollout, sampling
-from jaxgpt.checkpoint import Loaded, load_model
+from jaxgpt.checkpoint import Loaded, load_language_model
 from jaxgpt.cli import cli
 from jaxgpt.config import UserError
 from jaxgpt.structs import Array
@@ -85,7 +85,7 @@ def reply(loaded: Loaded, settings: Settings, text: str, key: Array) -> Iterator
 
 
 def main(settings: Settings) -> None:
-    loaded = load_model(settings.model)
+    loaded = load_language_model(settings.model)
     print(f"{settings.model}: {loaded.config.layers} layers, width {loaded.config.width}. {HELP}")
     last, stats = "", "nothing said yet"
     answer = functools.partial(reply, settings=settings)
@@ -103,7 +103,7 @@ def main(settings: Settings) -> None:
             elif line == "/stats":
                 print(stats)
             elif line.startswith("/model"):
-                loaded = load_model(Path(line.removeprefix("/model").strip() or settings.model))
+                loaded = load_language_model(Path(line.removeprefix("/model").strip() or settings.model))
                 print("changed")
             elif line.startswith("/") and line != "/again":
                 raise UserError(f"unknown command {line.split()[0]!r}; {HELP}")

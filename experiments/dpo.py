@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxgpt import losses, model, optim, sharding
-from jaxgpt.checkpoint import load_model, save_model
+from jaxgpt import optim, sharding
+from jaxgpt.checkpoint import load_language_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines
 from jaxgpt.data.preferences import fit_rankings, rank_ids, read_preferences, sizes
-from jaxgpt.losses import Mean
+from jaxgpt.dpo import make_loss
 from jaxgpt.run import Run, run_fingerprint
 from jaxgpt.settings import file_fingerprint
-from jaxgpt.structs import Array, Params, Preferences
-from jaxgpt.train import LossFn, Metrics, evaluate, init_state, jit_step, shapes_of, to_floats
+from jaxgpt.structs import Preferences
+from jaxgpt.train import evaluate, init_state, jit_step, shapes_of, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,32 +65,11 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
     return optim.adamw(schedule, weight_decay=0.0, b2=0.999)
 
 
-def make_loss(config: ModelConfig, beta: float, temperature: float = 1.0, window: int | None = None) -> LossFn:
-    """The B-way DPO loss on {'policy', 'reference'}."""
-
-    def loss_fn(params: Params, batch: Preferences, key: Array | None = None) -> tuple[Mean, Metrics]:
-        rows = batch.rows
-
-        def answer_logp(params: Params) -> Array:
-            logp_BT, _ = model.score(params, config, rows, temperature=temperature, window=window)
-            return jnp.where(rows.mask_BT, logp_BT, 0.0).sum(1).reshape(batch.present_BC.shape)
-
-        ref_logp_BC = jax.lax.stop_gradient(answer_logp(params["reference"]))
-        h_BC = losses.implicit_reward(answer_logp(params["policy"]), ref_logp_BC, beta)
-        nll_B = losses.preference_nll(h_BC, batch.choice_B, batch.present_BC)
-        best_B = jnp.argmax(jnp.where(batch.present_BC, h_BC, -jnp.inf), axis=1)
-        correct_B = (best_B == batch.choice_B).astype(jnp.float32)
-        real_B = batch.present_BC.any(1)
-        return losses.reduce(nll_B, real_B), {"accuracy": losses.reduce(correct_B, real_B)}
-
-    return loss_fn
-
-
 def build(
     settings: Settings, config: ModelConfig, size: tuple[int, int, int], steps: int, mesh: jax.sharding.Mesh
 ) -> tuple[Any, Any, Any]:
     """(jitted step, shapes of its state, shapes of its batch). `size`: candidates, tokens of a row and of an answer."""
-    sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
+    sharding.check_batch(settings.batch, settings.microbatches, mesh)
     tx = optimizer(settings, steps)
     step = jit_step(
         make_loss(config, settings.beta, settings.temperature, size[2]), tx, mesh, microbatches=settings.microbatches
@@ -111,7 +89,7 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             run.say(f"dpo: already done in {settings.run}")
             return run.results
-        sft, config, tok, _ = load_model(settings.model)
+        sft, config, tok, _ = load_language_model(settings.model)
         rankings, dropped = fit_rankings(rank_ids(tok, read_preferences(settings.preferences)), config.block)
         heldout, _ = fit_rankings(rank_ids(tok, read_preferences(settings.heldout)), config.block)
         rankings = rankings[: settings.limit]

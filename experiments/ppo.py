@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgpt import decode, kl, optim, ppo, reward, rollout, sharding
-from jaxgpt.checkpoint import load_model, save_model
+from jaxgpt import decode, kl, optim, ppo, reward, rollout, sampling, sharding
+from jaxgpt.checkpoint import load_language_model, load_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import sources
@@ -60,7 +60,9 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(),
-    "toy": Settings(iterations=3, batch=8, ppo=PPOConfig(new_tokens=12, epochs=2, minibatches=1), sample_every=2),
+    "toy": Settings(
+        iterations=3, batch=8, ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=2, minibatches=1), sample_every=2
+    ),
     "gpu": Settings(
         iterations=300,
         batch=512,
@@ -112,12 +114,16 @@ def controller(settings: Settings) -> ppo.Controller:
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.data_mesh()
-    inputs = {"model": run_fingerprint(settings.model), "reward": run_fingerprint(settings.reward, "reward")}
+    inputs = {
+        "model": run_fingerprint(settings.model),
+        "reward": run_fingerprint(settings.reward, "reward"),
+        **sources.fingerprint(settings.data),
+    }
     with Run(settings.run, settings, stage="ppo", inputs=inputs, fresh=settings.fresh) as run:
         if run.finished:
             run.say(f"ppo: already done in {settings.run}")
             return run.results
-        sft, config, tok, _ = load_model(settings.model)
+        sft, config, tok, _ = load_language_model(settings.model)
         reward_params, reward_config, reward_tok, _ = load_model(settings.reward)
         if (reward_config, reward_tok.fingerprint) != (config, tok.fingerprint):
             raise UserError(f"{settings.reward} was trained with another model or tokenizer than {settings.model}")
@@ -136,10 +142,12 @@ def main(settings: Settings) -> dict[str, Any]:
             f"ppo: {settings.iterations} iterations of {settings.batch} answers, "
             f"{len(ids):,} prompts (≤{prompt_tokens} tokens)"
         )
+        cooler = functools.partial(sampling.temperature, t=settings.ppo.temperature)
         key, show_key = jax.random.split(jax.random.key(settings.seed))
         with run.progress(settings.iterations, "ppo") as bar:
             for i in range(1, settings.iterations + 1):
                 index = order[(i - 1) * settings.batch : i * settings.batch]
+                index = index[jax.process_index() :: jax.process_count()]
                 prompts = sharding.place_rows(Prompts(tokens_NP[index], lengths_N[index]), mesh)
                 state, control, metrics = iteration(state, control, prompts, jax.random.fold_in(key, i))
                 floats = to_floats(metrics)
@@ -149,7 +157,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 if i == 1 or i % settings.sample_every == 0:
                     shown = _generate(
                         state.trainable["policy"], config, tokens_NP[:1], lengths_N[:1], jax.random.clone(show_key),
-                        new_tokens=settings.ppo.new_tokens, stop=ANSWER_END,
+                        new_tokens=settings.ppo.new_tokens, stop=ANSWER_END, filter_logits=cooler,
                     )  # fmt: skip
                     text = answer_text(tok, np.asarray(shown.tokens_BA[0]))
                     run.say(f"iteration {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats · {text!r}")
@@ -158,7 +166,7 @@ def main(settings: Settings) -> dict[str, Any]:
         return run.results
 
 
-_generate = jax.jit(decode.generate, static_argnums=1, static_argnames=("new_tokens", "stop"))
+_generate = jax.jit(decode.generate, static_argnums=1, static_argnames=("new_tokens", "stop", "filter_logits"))
 
 if __name__ == "__main__":
     cli(main, Settings, PRESETS)

@@ -2,10 +2,10 @@
 
     python -m experiments.preferences --model runs/mine/sft --run runs/mine/preferences
 
-The answers are sampled from the current model; --experts K replaces K of them by what a person wrote. The favourite is
-picked by a *simulated annotator*: VADER's sentiment through a softmax choice, noisy as people are. The files it writes
-(train.jsonl, heldout.jsonl: prompt, answers, choice) could as well have been written by a person, and stages 4 and 6
-read such files from anywhere.
+The answers are sampled from the current model; --experts 1 replaces one of them by what a person wrote. The
+favourite is picked by a *simulated annotator*: VADER's sentiment through a softmax choice, noisy as people are. The
+files it writes (train.jsonl, heldout.jsonl: prompt, answers, choice) could as well have been written by a person, and
+stages 4 and 6 read such files from anywhere.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxgpt import rollout
-from jaxgpt.checkpoint import load_model
+from jaxgpt.checkpoint import load_language_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import sources
@@ -39,7 +39,7 @@ class Settings:
     prompts: int = 2200  # for training, with repetition when there are fewer
     heldout: int = 300  # on prompts of which no training prompt has the opening
     candidates: int = 4  # B answers to each prompt
-    experts: int = 0  # how many of them a person wrote
+    experts: int = 0  # how many of them a person wrote: 0 or 1
     new_tokens: int = 40
     temperature: float = 0.7  # a part of the policy: the same in ppo, dpo and report
     annotator: SimulatedAnnotator = SimulatedAnnotator()
@@ -51,8 +51,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.candidates < 2:
             raise UserError(f"candidates is {self.candidates}: nothing to choose from; set at least 2")
-        if not 0 <= self.experts < self.candidates:
-            raise UserError(f"experts is {self.experts}; it must be from 0 to candidates - 1 = {self.candidates - 1}")
+        if self.experts not in (0, 1):
+            raise UserError(f"experts is {self.experts}; each prompt has one answer by a person: set 0 or 1")
 
 
 PRESETS = {
@@ -87,12 +87,12 @@ def candidates(
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    inputs = {"model": run_fingerprint(settings.model)}
+    inputs = {"model": run_fingerprint(settings.model), **sources.fingerprint(settings.data)}
     with Run(settings.run, settings, stage="preferences", inputs=inputs, fresh=settings.fresh) as run:
         if run.finished:
             run.say(f"preferences: already done in {settings.run}")
             return run.results
-        params, config, tok, _ = load_model(settings.model)
+        params, config, tok, _ = load_language_model(settings.model)
         rng = np.random.default_rng(settings.seed)
         results: dict[str, Any] = {"annotator": settings.annotator.name, "candidates": settings.candidates}
         held_out: sources.Split = "valid" if settings.data == sources.EMBEDDED else "test"
@@ -138,7 +138,8 @@ def choose_prompts(
 ) -> list[tuple[str, str]]:
     """`count` (prompt, expert answer) pairs in random order; a prompt comes twice only when there are too few."""
     if settings.experts:
-        found = sources.examples(settings.data, split, settings.cache)
+        unseen = {prompt.text for prompt in sources.prompts(settings.data, split, settings.cache)}
+        found = [pair for pair in sources.examples(settings.data, split, settings.cache) if pair[0] in unseen]
     else:
         found = [(prompt.text, "") for prompt in sources.prompts(settings.data, split, settings.cache)]
     order = np.concatenate([rng.permutation(len(found)) for _ in range(-(-count // len(found)))])

@@ -68,7 +68,7 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 
 def build(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     """(jitted step, shapes of its state, shapes of its batch): what main runs, for planners and benchmarks."""
-    sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
+    sharding.check_batch(settings.batch, settings.microbatches, mesh)
     tx = optimizer(settings)
     step = jit_step(make_nll(settings.model), tx, mesh, microbatches=settings.microbatches)
     state = jax.eval_shape(lambda key: init_state(model.init(key, settings.model), tx), jax.random.key(0))
@@ -79,7 +79,9 @@ def build(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.data_mesh()
     step, _, _ = build(settings, mesh)
-    with Run(settings.run, settings, stage="pretrain", fresh=settings.fresh) as run:
+    with Run(
+        settings.run, settings, stage="pretrain", inputs=sources.fingerprint(settings.data), fresh=settings.fresh
+    ) as run:
         if run.finished:
             run.say(f"pretrain: already done in {settings.run}")
             return run.results

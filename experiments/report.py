@@ -23,7 +23,7 @@ from jaxgpt.data.movie_reviews import Prompt
 from jaxgpt.report import Policy, write_report
 from jaxgpt.run import Run, cache_root, run_fingerprint
 from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.tokenizer import ANSWER_END, BOS, Tokenizer, answer_text, prompt_ids
+from jaxgpt.tokenizer import ANSWER_END, BOS, Row, Tokenizer, answer_text, example_ids, prompt_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Settings:
     temperature: float = 0.7  # of all policies, as in training
     best_of: int = 4
     unfinished_score: float = -1.0  # the reward model's score of an answer that never ended, as in ppo
-    eval_batches: int = 16
+    eval_batches: int = 3  # of `batch` windows of held-out text
     batch: int = 256
     seed: int = 6
     cache: Path = cache_root() / "data"
@@ -84,30 +84,24 @@ class Bench:
         h = rollout.in_batches(lambda rows: program(self.reward, self.config, rows), answers.rows, self.settings.batch)
         return np.where(answers.ended, h, self.settings.unfinished_score)
 
-    def log_probs(self, params: Params, rows: Batch) -> np.ndarray:
-        """Sum over each row's masked tokens, at the sampling temperature, [rows]."""
-        program = jax.jit(_answer_logp, static_argnums=(1, 3))
+    def log_probs(self, params: Params, rows: Batch, temperature: float) -> np.ndarray:
+        """log P of each row's masked tokens, [rows]."""
+        program = jax.jit(model.answer_logp, static_argnums=1, static_argnames="temperature")
         return rollout.in_batches(
-            lambda rows: program(params, self.config, rows, self.settings.temperature), rows, self.settings.batch
+            lambda rows: program(params, self.config, rows, temperature=temperature), rows, self.settings.batch
         )
 
     def pretrained_nll(self, texts: list[str]) -> np.ndarray:
-        """Nats a token of each text as raw text, under the frozen pretrained model: does it read like a review?"""
-        ids = [[BOS, *self.tok.encode(text)][: self.config.block] for text in texts]
-        arrays = pipelines.padded_examples(
-            [(row, [1] * len(row)) for row in ids], self.config.block, len(ids), all_tokens=True
-        )
-        rows = Batch(arrays[0]["tokens"], arrays[0]["mask"])
-        program = jax.jit(_answer_logp, static_argnums=(1, 3))
-        total = rollout.in_batches(
-            lambda rows: program(self.pretrained, self.config, rows, 1.0), rows, self.settings.batch
-        )
-        return -total / np.maximum(rows.mask_BT.sum(1), 1)
+        """Nats a token of each text as a document, its end included, under the frozen pretrained model."""
+        ids = [[BOS, *self.tok.encode(text)[: self.config.block - 2], BOS] for text in texts]
+        rows = padded(self, [(row, [1] * len(row)) for row in ids], all_tokens=True)
+        return -self.log_probs(self.pretrained, rows, 1.0) / rows.mask_BT.sum(1)
 
 
-def _answer_logp(params: Params, config: ModelConfig, rows: Batch, temperature: float) -> Array:
-    logp_BT, _ = model.score(params, config, rows, temperature=temperature)
-    return jax.numpy.where(rows.mask_BT, logp_BT, 0.0).sum(1)
+def padded(bench: Bench, rows: list[Row], all_tokens: bool = False) -> Batch:
+    """Rows of ids and roles as one batch on the host."""
+    arrays = pipelines.padded_examples(rows, bench.config.block, len(rows), all_tokens=all_tokens)[0]
+    return Batch(arrays["tokens"], arrays["mask"])
 
 
 def policy(
@@ -116,7 +110,9 @@ def policy(
     """All that is measured of one policy's answers, one number a prompt. `params` None: its KL is not measured."""
     kl = None
     if params is not None:
-        kl = bench.log_probs(params, answers.rows) - bench.log_probs(bench.reference, answers.rows)
+        temperature = bench.settings.temperature
+        kl = bench.log_probs(params, answers.rows, temperature)
+        kl -= bench.log_probs(bench.reference, answers.rows, temperature)
     opens = [text.startswith(prompt.opening) for text, prompt in zip(answers.texts, prompts, strict=True)]
     return Policy(
         name=name, texts=answers.texts, gold=evaluate.gold_scores(answers.texts),
@@ -128,11 +124,14 @@ def policy(
 
 
 def base_answers(bench: Bench, prompts: list[Prompt], key: Array) -> rollout.Sampled:
-    """The pretrained model knows no tags: it continues the opening words (or the prompt) as raw text."""
+    """The pretrained model knows no tags: it continues the opening words (or the prompt) as raw text. What it wrote is
+    then put behind the prompt as an answer, so that reward and length mean the same as for the others."""
     starts = [prompt.opening or prompt.text for prompt in prompts]
     sampled = bench.sample(bench.pretrained, [[BOS, *bench.tok.encode(start)] for start in starts], key, stop=BOS)
     texts = [start + text for start, text in zip(starts, sampled.texts, strict=True)]
-    return dataclasses.replace(sampled, texts=texts)
+    pairs = [example_ids(bench.tok, prompt.text, text) for prompt, text in zip(prompts, texts, strict=True)]
+    limit = bench.config.block
+    return rollout.Sampled(texts, padded(bench, [(ids[:limit], roles[:limit]) for ids, roles in pairs]), sampled.ended)
 
 
 def best_of_n(bench: Bench, ids: list[list[int]], key: Array) -> dict[int, rollout.Sampled]:
@@ -149,6 +148,16 @@ def _take(answers: rollout.Sampled, index: np.ndarray) -> rollout.Sampled:
     return rollout.Sampled([answers.texts[i] for i in index], rows, answers.ended[index])
 
 
+def heldout_prompts(settings: Settings) -> list[Prompt]:
+    """The first `prompts` of the held-out ones."""
+    prompts = sources.prompts(settings.data, "test", settings.cache)
+    if len(prompts) < settings.prompts:
+        raise UserError(
+            f"{settings.data} has {len(prompts)} held-out prompts; set --prompts (of report) to at most that"
+        )
+    return prompts[: settings.prompts]
+
+
 def main(settings: Settings) -> dict[str, Any]:
     names = ("pretrain", "sft", "reward", "dpo", "ppo")
     inputs = {name: run_fingerprint(settings.stages / name, name) for name in names}
@@ -158,9 +167,7 @@ def main(settings: Settings) -> dict[str, Any]:
             return run.results
         loaded = {name: load_model(settings.stages / name) for name in names}
         config, tok = loaded["sft"].config, loaded["sft"].tokenizer
-        prompts = sources.prompts(settings.data, "test", settings.cache)[: settings.prompts]
-        if len(prompts) < settings.prompts:
-            raise UserError(f"{settings.data} has {len(prompts)} held-out prompts; set --prompts to at most that")
+        prompts = heldout_prompts(settings)
         judge = evaluate.fit_judge(
             sources.labelled(sources.EMBEDDED, "train", settings.cache),
             sources.labelled(sources.EMBEDDED, "test", settings.cache),
@@ -177,7 +184,9 @@ def main(settings: Settings) -> dict[str, Any]:
         stream = pipelines.tokenize_stream(
             sources.documents(settings.pretraining_data, "test", settings.cache), tok, settings.cache
         )
-        heldout = [Batch.of(a) for a in pipelines.window_eval(stream, config.block, 48, settings.eval_batches)]
+        heldout = [
+            Batch.of(a) for a in pipelines.window_eval(stream, config.block, settings.batch, settings.eval_batches)
+        ]
         mesh = sharding.data_mesh()
         text_nats = {
             name: train.evaluate(nll, sharding.replicate(loaded[name].params, mesh), heldout, mesh)["loss"]

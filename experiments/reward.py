@@ -4,8 +4,9 @@
         --heldout runs/mine/preferences/heldout.jsonl --run runs/mine/reward
 
 A copy of the finetuned model with a scalar head h(x, y) at the answer's last token; the h of the B answers are the
-logits of a softmax classifier: J(phi) = -log( exp h(x, y^b) / sum_j exp h(x, y^j) ). Afterwards h is shifted and
-scaled so that answers of the finetuned model score 0 on average with standard deviation 1 (Ziegler et al. 2020).
+logits of a softmax classifier: J(phi) = -log( exp h(x, y^b) / sum_j exp h(x, y^j) ). Afterwards h is shifted and scaled
+so that the answers of the held-out preferences (in the pipeline: samples of the finetuned model) have mean 0 and
+standard deviation 1 (Ziegler et al. 2020).
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 
 from jaxgpt import optim, reward, sharding
-from jaxgpt.checkpoint import load_model, save_model
+from jaxgpt.checkpoint import load_language_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines
@@ -82,7 +83,7 @@ def build(
     settings: Settings, config: ModelConfig, size: tuple[int, int, int], steps: int, mesh: jax.sharding.Mesh
 ) -> tuple[Any, Any, Any]:
     """(jitted step, shapes of its state, shapes of its batch). `size`: candidates, tokens of a row and of an answer."""
-    sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
+    sharding.check_batch(settings.batch, settings.microbatches, mesh)
     tx = optimizer(settings, steps)
     step = jit_step(make_loss(config), tx, mesh, microbatches=settings.microbatches)
 
@@ -141,7 +142,7 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             run.say(f"reward: already done in {settings.run}")
             return run.results
-        sft, config, tok, _ = load_model(settings.model)
+        sft, config, tok, _ = load_language_model(settings.model)
         _, rankings, dropped = read(settings.preferences, tok, config.block)
         heldout_preferences, heldout, _ = read(settings.heldout, tok, config.block)
         rankings = rankings[: settings.limit]
@@ -181,8 +182,7 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 def reference_rows(rankings: list[Any], length: int, count: int) -> Batch:
-    """Candidate answers to held-out prompts, sampled from the model that the reward model starts from: what fixes
-    the scale of h."""
+    """The first candidate answers of the held-out preferences: what fixes the scale of h."""
     rows = [row for ranking in rankings for row in ranking.rows][:count]
     arrays = pipelines.padded_examples(rows, length, len(rows))[0]
     return Batch(jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["mask"]))

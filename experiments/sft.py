@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxgpt import optim, sharding
-from jaxgpt.checkpoint import load_model, save_model
+from jaxgpt.checkpoint import load_language_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines, sources
@@ -66,7 +66,7 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 
 def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     """(jitted step, shapes of its state, shapes of its batch)."""
-    sharding.check_rows(settings.batch // settings.microbatches, mesh, "a batch (or microbatch)")
+    sharding.check_batch(settings.batch, settings.microbatches, mesh)
     tx = optimizer(settings)
     step = jit_step(make_nll(config), tx, mesh, microbatches=settings.microbatches)
     row = jax.ShapeDtypeStruct((settings.batch, config.block), jnp.int32)
@@ -76,12 +76,12 @@ def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> t
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.data_mesh()
-    inputs = {"model": run_fingerprint(settings.model)}
+    inputs = {"model": run_fingerprint(settings.model), **sources.fingerprint(settings.data)}
     with Run(settings.run, settings, stage="sft", inputs=inputs, fresh=settings.fresh) as run:
         if run.finished:
             run.say(f"sft: already done in {settings.run}")
             return run.results
-        params, config, tok, _ = load_model(settings.model)
+        params, config, tok, _ = load_language_model(settings.model)
         step, _, _ = build(settings, config, mesh)
         rows, dropped = pipelines.fit_rows(
             [example_ids(tok, *pair) for pair in sources.examples(settings.data, "train", settings.cache)], config.block

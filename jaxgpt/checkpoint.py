@@ -93,6 +93,14 @@ def load_model(folder: Path, expected: Any = None) -> Loaded:
     return Loaded(params, config, tokenizer, record["extra"])
 
 
+def load_language_model(folder: Path) -> Loaded:
+    """`load_model`, and a UserError where the folder holds something else than a language model with its tokenizer."""
+    loaded = load_model(folder)
+    if "embed" not in loaded.params or loaded.tokenizer is None:
+        raise UserError(f"{folder} holds no language model with a tokenizer; give a run of pretrain, sft, dpo or ppo")
+    return loaded
+
+
 def describe(params: Any) -> dict[str, str]:
     """{"embed/tokens_VD": "float32[512,32]", …}: a name, dtype and shape for every leaf."""
     texts = {}

@@ -118,9 +118,10 @@ def best_of_n_kl_bound(n: int) -> float:
     return float(np.log(n) - (n - 1) / n)
 
 
-def distinct_2(texts: Sequence[str]) -> float:
-    """Different pairs of neighbouring words, as a fraction of all pairs: falls when answers repeat themselves."""
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+def distinct_2(texts: Sequence[str], limit: int = 4000) -> float:
+    """Different pairs of neighbouring words among the first `limit` pairs, as a fraction: falls when answers repeat
+    themselves. (It falls with the number of pairs too: that is why they are limited.)"""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)][:limit]
     return len(set(pairs)) / max(len(pairs), 1)
 
 

@@ -75,6 +75,15 @@ def preference_nll(scores_BC: Array, choice_B: Array, present_BC: Array | None =
     return optax.softmax_cross_entropy_with_integer_labels(scores_BC, choice_B)
 
 
+def preference_objective(scores_BC: Array, choice_B: Array, present_BC: Array) -> tuple[Mean, dict[str, Mean]]:
+    """The mean of `preference_nll`, and how often the favourite has the highest score. Prompts with no candidate at all
+    (padding of a batch) count for nothing."""
+    real_B = present_BC.any(axis=1)
+    best_B = jnp.argmax(jnp.where(present_BC, scores_BC, -jnp.inf), axis=1)
+    nll_B = preference_nll(scores_BC, choice_B, present_BC)
+    return reduce(nll_B, real_B), {"accuracy": reduce((best_B == choice_B).astype(jnp.float32), real_B)}
+
+
 def implicit_reward(logp_sum: Array, ref_logp_sum: Array, beta: float) -> Array:
     """DPO's reward h = beta log( pi(y|x) / rho(y|x) ), up to a term of the prompt alone (Rafailov et al. 2023).
 

@@ -204,6 +204,14 @@ def score(
     return before.put(losses.log_prob(logits, before.targets(batch.tokens_BT))), h_BTD
 
 
+def answer_logp(
+    params: Params, config: ModelConfig, batch: Batch, *, temperature: float = 1.0, window: int | None = None
+) -> Array:
+    """log P(y | x) of each row: the sum of `score` over the masked tokens, [B]."""
+    logp_BT, _ = score(params, config, batch, temperature=temperature, window=window)
+    return jnp.where(batch.mask_BT, logp_BT, 0.0).sum(axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Window:
     """W neighbouring targets of each row, seen from the positions before them.
@@ -253,4 +261,5 @@ def at_last_token(x_BT: Array, mask_BT: Array) -> Array:
 
 
 def count_parameters(params: Params) -> int:
+    """How many numbers a nested dict of parameters holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

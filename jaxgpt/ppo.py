@@ -3,8 +3,8 @@
 One episode is one answer. The score h(x, y) arrives at its last token, and every token pays -beta (log pi - log rho):
 summed over the answer this is r = h - beta log(pi(y|x) / rho(y|x)) (Ziegler et al. 2020).
 
-    rows, sampler_logp = collect(state, config, ppo, prompts, key)          any policy
-    rollout = score(state, config, ppo, rows, sampler_logp, score_B)        h from a model or from the host
+    rows, sampler_logp, ended_B = collect(state, config, ppo, prompts, key, stop)
+    rollout, metrics = score(state, config, ppo, rows, sampler_logp, ended_B, score_B)     h from a model or the host
     state, controller, metrics = update(state, config, ppo, tx, rollout, controller, key)
 
 `ppo_iteration` is these three with a reward that is a JAX function, for one jit. State parameters: trainable

@@ -71,6 +71,7 @@ COLUMNS = (
     ("judge P(+)", "judge"),
     ("judge gain", "judge_gain"),
     ("wins vs SFT", "win_rate_gold"),
+    ("wins, judge", "win_rate_judge"),
     ("KL, nats", "kl"),
     ("tokens", "length"),
     ("ended", "ended"),
@@ -123,7 +124,7 @@ def write_report(
     rows = {policy.name: summary(policy, baseline) for policy in policies}
     results = {"judge_accuracy": judge_accuracy, "prompts": len(prompts), "policies": _plain(rows)}
     figures = {
-        "frontier.png": ("Gold score against KL", lambda path: frontier_figure(path, policies)),
+        "frontier.png": ("Gold score against KL", lambda path: frontier_figure(path, policies, stages)),
         "scores.png": ("Distribution of gold scores", lambda path: scores_figure(path, policies)),
         "training.png": ("Training", lambda path: training_figure(path, stages)),
         "calibration.png": (
@@ -210,10 +211,13 @@ def _figure(rows: int, columns: int, width: float, height: float) -> Any:
     return figure, axes
 
 
-def frontier_figure(path: Path, policies: Sequence[Policy]) -> None:
-    """Gold score and judge against sequence KL, with intervals."""
-    figure, axes = _figure(1, 2, 10, 4)
-    for axis, measure, label in ((axes[0, 0], "gold", "gold score"), (axes[0, 1], "judge", "judge, P(positive)")):
+def frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> None:
+    """Gold score, judge and reward model against sequence KL, with intervals; and PPO's way there in training."""
+    figure, axes = _figure(1, 3, 13, 4)
+    panels = (("gold", "gold score"), ("judge", "judge, P(positive)"), ("reward", "reward model, h"))
+    (_, way_x), (_, way_y) = (_curve(stages / "ppo", name) for name in ("kl", "score"))
+    axes[0, 2].plot(way_x, way_y, color="0.75", lw=1, label="PPO, in training")
+    for axis, (measure, label) in zip(axes[0], panels, strict=True):
         for policy in policies:
             x, y = policy.kl_mean, interval(getattr(policy, measure))
             if x is None:
@@ -230,7 +234,7 @@ def frontier_figure(path: Path, policies: Sequence[Policy]) -> None:
         axis.set_xlabel("KL to the SFT model, nats a sequence (squares: upper bound)")
         axis.set_ylabel(label)
         axis.set_xlim(left=-0.3)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, 2].legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
 

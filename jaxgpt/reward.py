@@ -40,11 +40,7 @@ def candidate_scores(params: Params, config: ModelConfig, preferences: Preferenc
 def loss(params: Params, config: ModelConfig, preferences: Preferences) -> tuple[Mean, dict[str, Mean]]:
     """-log softmax(h)[choice], and how often the favourite has the highest score."""
     scores_BC = candidate_scores(params, config, preferences)
-    nll_B = losses.preference_nll(scores_BC, preferences.choice_B, preferences.present_BC)
-    best_B = jnp.argmax(jnp.where(preferences.present_BC, scores_BC, -jnp.inf), axis=1)
-    correct_B = (best_B == preferences.choice_B).astype(jnp.float32)
-    real_B = preferences.present_BC.any(1)
-    return losses.reduce(nll_B, real_B), {"accuracy": losses.reduce(correct_B, real_B)}
+    return losses.preference_objective(scores_BC, preferences.choice_B, preferences.present_BC)
 
 
 def normalise(params: Params, mean: Array, std: Array) -> Params:

@@ -67,7 +67,7 @@ def categorical(key: Array, logits_BV: Array) -> Array:
     upto_BG = jnp.cumsum(block_BG, axis=-1)
     target_B1 = jax.random.uniform(key, (B, 1)) * upto_BG[:, -1:]
     group_B1 = _first_above(upto_BG, target_B1)
-    rest_B1 = target_B1 - jnp.take_along_axis(upto_BG - block_BG, group_B1, axis=1)
+    rest_B1 = jnp.maximum(target_B1 - jnp.take_along_axis(upto_BG - block_BG, group_B1, axis=1), 0.0)
     inside_BI = jnp.take_along_axis(weights_BGI, group_B1[:, :, None], axis=1)[:, 0]
     return (group_B1 * size + _first_above(jnp.cumsum(inside_BI, axis=-1), rest_B1))[:, 0].astype(jnp.int32)
 

@@ -39,6 +39,13 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(jax.numpy.copy, jax.device_put(tree, replicated(mesh)))
 
 
+def check_batch(batch: int, parts: int, mesh: Mesh) -> None:
+    """Refuse a batch that doesn't divide into `parts` equal parts, each shared equally by the devices."""
+    if parts < 1 or batch % parts:
+        raise UserError(f"a batch of {batch} rows doesn't divide into {parts} microbatches; change one of them")
+    check_rows(batch // parts, mesh, "a batch" if parts == 1 else "a microbatch")
+
+
 def check_rows(count: int, mesh: Mesh, name: str) -> None:
     """Refuse a batch that the devices can't share equally."""
     if count % mesh.size:

@@ -1,5 +1,6 @@
 """The one training step that every stage shares."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,14 +41,19 @@ def init_state(trainable: Params, tx: optax.GradientTransformation, frozen: Para
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen or {}, tx.init(trainable))
 
 
+def pool(a: Metrics, b: Metrics) -> Metrics:
+    """The metrics of two parts of a batch as the whole's: Means are pooled, of anything else the larger counts."""
+    return {name: a[name] + b[name] if isinstance(b[name], Mean) else jnp.maximum(a[name], b[name]) for name in b}
+
+
 def make_train_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, *, microbatches: int = 1
 ) -> Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]:
     """step(state, batch, key) -> (state, metrics); pure, to be jitted with donate_argnums=0.
 
-    loss_fn(params, batch, key) returns the objective as `Mean(sum, count)` and a dict of further `Mean`s. Gradients are
-    taken of the sum and divided by the global count, so that `microbatches` parts of a batch (split along axis 0,
-    run one after another) give the gradient of the whole batch, however the masks are spread.
+    loss_fn(params, batch, key) returns the objective as `Mean(sum, count)` and a dict of metrics (`Mean`s, or maxima).
+    Gradients are taken of the sum and divided by the global count, so that `microbatches` parts of a batch (split along
+    axis 0, run one after another) give the gradient of the whole batch, however the masks are spread.
     """
 
     def summed(trainable: Params, frozen: Params, batch: Any, key: Array | None) -> tuple[Array, tuple[Mean, Metrics]]:
@@ -61,15 +67,16 @@ def make_train_step(
             return grad_fn(state.trainable, state.frozen, batch, key)
         parts = jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), batch)
         keys = None if key is None else jax.random.split(key, microbatches)
-        one = jax.eval_shape(
-            lambda batch: grad_fn(state.trainable, state.frozen, batch, key), jax.tree.map(lambda x: x[0], parts)
-        )
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+        first = jax.tree.map(lambda x: x[0], parts)
+        one = jax.eval_shape(lambda batch: grad_fn(state.trainable, state.frozen, batch, key), first)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
 
         def add(total: Any, part: tuple[Any, Array | None]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, grad_fn(state.trainable, state.frozen, *part)), None
+            grads, (objective, metrics) = grad_fn(state.trainable, state.frozen, *part)
+            sums = jax.tree.map(jnp.add, total[0], grads), total[1][0] + objective
+            return (sums[0], (sums[1], pool(total[1][1], metrics))), None
 
-        return jax.lax.scan(add, zeros, (parts, keys))[0]
+        return jax.lax.scan(add, nothing, (parts, keys))[0]
 
     def step(state: TrainState, batch: Any, key: Array | None = None) -> tuple[TrainState, Metrics]:
         grads, (objective, metrics) = gradients(state, batch, key)
@@ -113,7 +120,7 @@ def evaluate(
     for batch in batches:
         objective, metrics = loss(params, sharding.place_rows(batch, mesh))
         parts.append({"loss": objective, **metrics})
-    return to_floats(jax.tree.map(lambda *xs: sum(xs), *parts))
+    return to_floats(functools.reduce(pool, parts))
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:

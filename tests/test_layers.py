@@ -11,7 +11,7 @@ LEVELS = {
     0: "structs config",
     1: "losses kl returns vocab_head sampling model tokenizer optim sharding settings process progress",
     2: "decode speculative train lora data checkpoint run cli pretrained reward",
-    3: "rollout evaluate",
+    3: "rollout evaluate dpo",
     4: "ppo report doctor web",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}

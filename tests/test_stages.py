@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import assistant, chat, dpo, ppo, preferences, pretrain, reward, sft
-from jaxgpt import optim, train
+from jaxgpt import model, optim, train
+from jaxgpt import ppo as ppo_algorithm
 from jaxgpt import reward as reward_model
 from jaxgpt.checkpoint import load_model
 from jaxgpt.config import ModelConfig
@@ -159,6 +160,8 @@ def test_mistakes_are_one_line_and_come_before_training(finished, tmp_path, caps
     assert "not a run folder" in fails(capsys, command(preferences), *foreign, *model)
     run = ("--run", str(tmp_path / "second"))
     assert "nothing to choose from" in fails(capsys, command(preferences), *run, *model, "--candidates", "1")
+    wrong = ("--model", str(finished.run / "reward"))
+    assert "no language model" in fails(capsys, command(preferences), *run, *wrong)
     assert "block" in fails(capsys, command(preferences), *run, *model, "--new-tokens", "60")
     (tmp_path / "one.jsonl").write_text('{"prompt": "a", "answers": ["b"], "choice": 0}\n')
     one = str(tmp_path / "one.jsonl")
@@ -189,18 +192,42 @@ def test_gpu_presets_fit_together():
 
 @pytest.mark.slow
 def test_the_gpu_preset_steps():
-    """One real step of the GPU preset's model, in bfloat16, with two rows."""
-    gpu = assistant.PRESETS["gpu"].pretrain
+    """One real step of the GPU preset's model in every stage, in bfloat16, with two rows."""
+    gpu = assistant.PRESETS["gpu"]
+    config = gpu.pretrain.model
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    settings = dataclasses.replace(gpu, batch=2)
-    step, state, batch = pretrain.build(settings, mesh)
-    tx = pretrain.optimizer(settings)
-    from jaxgpt import model
 
-    state = train.init_state(model.init(jax.random.key(0), settings.model), tx)
-    batch = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), batch)
-    _, metrics = step(state, batch, None)
-    assert train.to_floats(metrics)["loss"] == pytest.approx(np.log(settings.model.vocab), rel=0.1)
+    def two(settings, **more):
+        return dataclasses.replace(settings, batch=2, **more)
+
+    def some(shapes):  # random parameters, a batch of ones
+        return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+
+    params = model.init(jax.random.key(0), config)
+    losses = {}
+    for name, (step, state, batch) in {
+        "pretrain": pretrain.build(two(gpu.pretrain), mesh),
+        "sft": sft.build(two(gpu.sft), config, mesh),
+        "reward": reward.build(two(gpu.reward), config, (2, 16, 8), 10, mesh),
+        "dpo": dpo.build(two(gpu.dpo), config, (2, 16, 8), 10, mesh),
+    }.items():
+        state, batch = some(state), some(batch)
+        trainable = {"policy": params} if name == "dpo" else {"model": params} if name == "reward" else params
+        state = dataclasses.replace(state, trainable={**state.trainable, **optim.copy(trainable)})
+        if name in ("reward", "dpo"):
+            batch = batch.replace(choice_B=jnp.zeros(2, jnp.int32))
+        losses[name] = train.to_floats(step(state, batch, None)[1])["loss"]
+        del state
+    assert losses["pretrain"] == pytest.approx(np.log(config.vocab), rel=0.1)
+    assert losses["reward"] == pytest.approx(np.log(2), rel=1e-3)
+    assert all(np.isfinite(loss) for loss in losses.values())
+    settings = two(gpu.ppo, ppo=dataclasses.replace(gpu.ppo.ppo, new_tokens=4, epochs=1))
+    iteration, (_, control), _ = ppo.build(settings, config, 6, mesh)
+    frozen = {"reward": reward_model.init(jax.random.key(1), optim.copy(params), config.width)}
+    state = ppo_algorithm.init(params, config, ppo.optimizer(settings), frozen)
+    prompts = ppo_algorithm.Prompts(jnp.full((2, 6), 7), jnp.array([6, 3]))
+    metrics = train.to_floats(iteration(state, control, prompts, jax.random.key(2))[2])
+    assert metrics["ratio_error_first"] == 0.0 and np.isfinite(metrics["loss"])
 
 
 def test_settings_files_and_folders_are_as_the_readme_says(finished):

@@ -34,6 +34,16 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(microbatches):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_metrics_of_microbatches_pool_and_take_the_larger_of_maxima():
+    def loss_fn(params, batch, key):
+        return losses.reduce(batch * params["w"]), {"mean": losses.reduce(batch), "largest": batch.max()}
+
+    tx = optax.sgd(0.1)
+    step = train.make_train_step(loss_fn, tx, microbatches=3)
+    _, metrics = step(train.init_state({"w": jnp.float32(1.0)}, tx), jnp.arange(6.0), None)
+    assert train.to_floats(metrics)["largest"] == 5.0 and train.to_floats(metrics)["mean"] == 2.5
+
+
 def test_masked_rows_are_as_good_as_absent():
     batch = uneven(batch_of(4, 20))
     subset = jax.tree.map(lambda x: x[1:], batch)
@@ -87,6 +97,8 @@ def test_rows_divided_among_eight_devices_give_the_same_step():
     together, _ = step(state, sharding.place_rows(batch, mesh), None)
     for a, b in zip(jax.tree.leaves(alone.trainable), jax.tree.leaves(together.trainable), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="16 rows doesn't divide into 3 microbatches"):
+        sharding.check_batch(16, 3, mesh)
     with pytest.raises(UserError, match="9 rows doesn't divide among 8 devices"):
         sharding.check_rows(9, mesh, "a batch")
 

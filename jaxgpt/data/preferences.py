@@ -74,7 +74,8 @@ def rank_ids(tok: Tokenizer, preferences: Iterable[Preference]) -> list[Ranking]
         rows: list[Row] = []
         for answer, ended in zip(preference.answers, preference.ended, strict=True):
             ids, roles = example_ids(tok, preference.prompt, answer)
-            rows.append((ids, roles) if ended else (ids[:-1], roles[:-1]))
+            cut = not ended and sum(roles) > 1  # an empty answer keeps its tag: there must be a token to score
+            rows.append((ids[:-1], roles[:-1]) if cut else (ids, roles))
         rankings.append(Ranking(tuple(rows), preference.choice))
     return rankings
 

@@ -27,6 +27,7 @@ from jaxgpt.config import UserError
 from jaxgpt.data import movie_reviews
 from jaxgpt.data.jsonl import read_rows, text_field
 from jaxgpt.data.movie_reviews import Prompt
+from jaxgpt.settings import file_fingerprint
 
 Split = Literal["train", "valid", "test"]
 EMBEDDED = "movie_reviews"
@@ -58,6 +59,13 @@ def prompts(source: str, split: Split, cache: Path) -> list[Prompt]:
     texts = _one_line_reviews(split, cache)
     seen = [text for earlier in order[: order.index(split)] for text in _one_line_reviews(earlier, cache)]
     return movie_reviews.unseen_openings(texts, seen)
+
+
+def fingerprint(source: str) -> dict[str, str]:
+    """{path: sha256} of a source's files, for a run's inputs; empty for data sets that have a name."""
+    if source == EMBEDDED or source.startswith(_TFDS):
+        return {}
+    return {str(path): file_fingerprint(path) for path in _paths(source)}
 
 
 def labelled(source: str, split: Split, cache: Path, parts: Sequence[str] = ("rt",)) -> tuple[list[str], list[int]]:
