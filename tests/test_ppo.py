@@ -135,7 +135,7 @@ def test_ppo_finds_the_optimum_that_can_be_enumerated():
     steps, rows, beta = 600, 256, 0.5
     tx = optim.adam_tf(optim.linear_to_zero(3e-3, steps * setting.epochs))
     rho = params_of(config, scale=1.0)
-    state = ppo.init(rho, config, tx, {})
+    state = ppo.init(optim.copy(rho), config, tx, {})
     prompts = Prompts(jnp.tile(jnp.array([[6, 7]]), (rows, 1)), jnp.full(rows, 2))
 
     def reward_fn(params, batch):  # an 8 anywhere in the answer is worth 1
