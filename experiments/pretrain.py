@@ -30,7 +30,7 @@ from jaxgpt.train import evaluate, init_state, jit_step, make_nll, to_floats
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about 3 minutes for the default, to the loss that docs/results.md states."""
+    """2 CPU cores: about 3 minutes, to 5.09 nats a token or 2.03 bits a byte on held-out text (docs/results.md)."""
 
     run: Path = Path("runs/assistant/pretrain")
     data: str = "movie_reviews"  # or tfds:NAME, a .txt or .jsonl path, a glob

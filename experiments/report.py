@@ -28,7 +28,7 @@ from jaxgpt.tokenizer import ANSWER_END, BOS, Row, Tokenizer, answer_text, examp
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about a minute."""
+    """2 CPU cores: about 50 s."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("stages",)  # what they hold counts, not where it is
 

@@ -34,7 +34,7 @@ from jaxgpt.train import Metrics, init_state, jit_step, shapes_of, to_floats
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about a minute."""
+    """2 CPU cores: about 45 s, to 47 to 49 % held-out accuracy (chance 25 %)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = (
         "model",

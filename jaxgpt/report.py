@@ -231,7 +231,7 @@ def frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> Non
             axis.errorbar(
                 x, y.mean, xerr=xerr, yerr=(y.high - y.low) / 2, marker=marker, capsize=2, ls="none", label=policy.name
             )
-        axis.set_xlabel("KL to the SFT model, nats a sequence (squares: upper bound)")
+        axis.set_xlabel("KL to SFT, nats a sequence (squares: bound)")
         axis.set_ylabel(label)
         axis.set_xlim(left=-0.3)
     axes[0, 2].legend(frameon=False, fontsize=8)
