@@ -54,7 +54,7 @@ PRESETS = {
     "laptop": Settings(),
     "toy": Settings(model=MODELS["toy"], steps=8, batch=8, warmup=2, eval_every=4, eval_batches=1, log_every=2),
     "gpu": Settings(
-        model=dataclasses.replace(MODELS["gpt2"], block=256, vocab=16384, dtype="bfloat16"),
+        model=dataclasses.replace(MODELS["gpt2"], block=256, dtype="bfloat16"),
         steps=6000, batch=256, learning_rate=1e-3, warmup=300, eval_every=1000, log_every=50,
     ),
 }  # fmt: skip

@@ -45,9 +45,10 @@ class Policy:
 
 def summary(policy: Policy, baseline: Policy) -> dict[str, Any]:
     """Means with intervals over prompts, and differences from the baseline on the same prompts."""
+    spread = baseline.gold.std()  # 0 when a model too small to say anything gets the same score everywhere
     return {
         "gold": interval(policy.gold),
-        "gold_gain_in_baseline_sd": interval((policy.gold - baseline.gold) / baseline.gold.std()),
+        "gold_gain_in_baseline_sd": interval((policy.gold - baseline.gold) / spread) if spread > 0 else None,
         "reward": interval(policy.reward),
         "judge": interval(policy.judge),
         "judge_gain": interval(policy.judge - baseline.judge),
@@ -85,8 +86,8 @@ COLUMNS = (
 def cell(row: dict[str, Any], name: str) -> str:
     """A figure as the tables show it: mean ± half its interval, ≤ before a bound, – where there is none."""
     value = row[name]
-    if name == "kl" and value is None:
-        return "–" if row["kl_bound"] is None else f"≤ {row['kl_bound']:.2f}"
+    if value is None:
+        return f"≤ {row['kl_bound']:.2f}" if name == "kl" and row["kl_bound"] is not None else "–"
     if isinstance(value, Interval):
         digits = 1 if name == "length" else 2
         return f"{value.mean:.{digits}f} ± {(value.high - value.low) / 2:.{digits}f}"

@@ -50,3 +50,9 @@ def test_a_bound_is_shown_as_one():
     row = report.summary(dataclasses.replace(policy("best of 4", 0.2), kl=None, kl_bound=0.64), policy("SFT", 0.0))
     assert report.cell(row, "kl") == "≤ 0.64"
     assert report.cell({"kl": None, "kl_bound": None}, "kl") == "–"
+
+
+def test_a_baseline_that_always_scores_the_same_leaves_the_gain_open(tmp_path):
+    flat = dataclasses.replace(policy("SFT", 0.0), gold=np.zeros(6))
+    results, table = write(tmp_path, [flat, policy("PPO", 0.5)])
+    assert results["policies"]["PPO"]["gold_gain_in_baseline_sd"] is None and "–" in table
