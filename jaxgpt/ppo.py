@@ -152,19 +152,13 @@ def make_loss(config: ModelConfig, ppo: PPOConfig) -> Callable[[Params, Targets,
             ppo.new_tokens,
             ppo.temperature,
         )
-        policy_BT = losses.ppo_clip(logp_BT, old.logp_BT, batch.advantage_BT, ppo.clip)
-        value_error_BT = losses.value_clip(value_BT, old.value_BT, batch.return_BT, ppo.value_clip)
-        log_ratio_BT = jnp.where(old.mask_BT, logp_BT - old.logp_BT, 0.0)
-        clipped_BT = jnp.abs(jnp.exp(log_ratio_BT) - 1.0) > ppo.clip
-        metrics = {
-            "policy_loss": losses.reduce(policy_BT, old.mask_BT),
-            "value_loss": losses.reduce(value_error_BT, old.mask_BT),
-            "approx_kl": losses.reduce(kl.k2(logp_BT, old.logp_BT), old.mask_BT),
-            "clip_fraction": losses.reduce(clipped_BT.astype(jnp.float32), old.mask_BT),
-            "ratio_max": jnp.exp(log_ratio_BT.max()),
-            "ratio_error_max": jnp.abs(jnp.expm1(log_ratio_BT)).max(),
+        log_ratio_BT = losses.log_ratio(logp_BT, old.logp_BT)
+        terms = {
+            "policy_loss": losses.ppo_clip(log_ratio_BT, batch.advantage_BT, ppo.clip),
+            "value_loss": losses.value_clip(value_BT, old.value_BT, batch.return_BT, ppo.value_clip),
         }
-        return losses.reduce(policy_BT + ppo.value_weight * value_error_BT, old.mask_BT), metrics
+        loss, metrics = losses.combine(terms, old.mask_BT, {"value_loss": ppo.value_weight})
+        return loss, {**metrics, **losses.ratio_metrics(log_ratio_BT, old.mask_BT, ppo.clip)}
 
     return loss_fn
 
@@ -193,20 +187,25 @@ def update(
         return step(state, jax.tree.map(lambda x: x[index], batch), None)
 
     state, history = jax.lax.scan(one, state, order)
-    kl_B = kl.sequence_kl(experience.logp_BT, experience.ref_logp_BT, experience.mask_BT)
-    mean, variance = returns.masked_moments(batch.return_BT, experience.mask_BT)
+    policies = experience.logp_BT, experience.ref_logp_BT
+    measured = kl.estimate(kl.k1(*policies), experience.mask_BT)
+    by_k3 = kl.estimate(kl.k3(*policies), experience.mask_BT)
+    kl_B = kl.sequence_kl(*policies, experience.mask_BT)
+    _, variance = returns.masked_moments(batch.return_BT, experience.mask_BT)
     _, residual = returns.masked_moments(batch.return_BT - experience.value_BT, experience.mask_BT)
     metrics = {
         **{name: jax.tree.map(lambda x: x[-1], history[name]) for name in history},
         "ratio_error_first": history["ratio_error_max"][0],
         "ratio_max": history["ratio_max"].max(),
-        "kl": losses.reduce(kl_B),
-        "kl_k3_token": losses.reduce(kl.k3(experience.logp_BT, experience.ref_logp_BT), experience.mask_BT),
+        "kl": measured.nats_a_sequence,
+        "kl_error": measured.nats_a_sequence_error,
+        "kl_k3": by_k3.nats_a_sequence,
+        "kl_k3_error": by_k3.nats_a_sequence_error,
         "beta": controller.beta,
         "score_after_kl": losses.reduce(experience.score_B - controller.beta * kl_B),
         "explained_variance": 1.0 - residual / jnp.maximum(variance, 1e-8),
     }
-    return state, controller.update(kl_B.mean(), rows), metrics
+    return state, controller.update(measured), metrics
 
 
 def ppo_iteration(

@@ -9,7 +9,7 @@ Gain and bias are set so that scores on samples of the reference policy have mea
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import losses, model
+from jaxgpt import losses, model, returns
 from jaxgpt.config import ModelConfig
 from jaxgpt.losses import Mean
 from jaxgpt.structs import Array, Batch, Params, Preferences
@@ -43,18 +43,12 @@ def loss(params: Params, config: ModelConfig, preferences: Preferences) -> tuple
     return losses.preference_objective(scores_BC, preferences.choice_B, preferences.present_BC)
 
 
-def normalise(params: Params, mean: Array, std: Array) -> Params:
-    """Change gain and bias so that scores that had this mean and deviation get mean 0 and deviation 1."""
-    scale = 1.0 / jnp.maximum(std, 1e-6)
-    return {**params, "gain": params["gain"] * scale, "bias": (params["bias"] - mean) * scale}
-
-
 def trainable_names() -> tuple[str, ...]:
     """Gain and bias are set from samples, not by gradient."""
     return ("model", "head")
 
 
 def normalise_on(params: Params, config: ModelConfig, batch: Batch) -> Params:
-    """`normalise` with the moments of `score` on these rows."""
-    score_B = jax.jit(score, static_argnums=1)(params, config, batch)
-    return normalise(params, score_B.mean(), score_B.std())
+    """Change gain and bias so that the scores of these rows get mean 0 and standard deviation 1."""
+    gain, bias = returns.normalisation(jax.jit(score, static_argnums=1)(params, config, batch))
+    return {**params, "gain": params["gain"] * gain, "bias": params["bias"] * gain + bias}

@@ -26,15 +26,29 @@ def test_sequence_kl_sums_nats_over_the_answer():
     np.testing.assert_allclose(kl.sequence_kl(logp, jnp.zeros((1, 3)), mask), [3.0])
 
 
-def test_adaptive_beta_moves_towards_the_target(strict):
+def measured(nats_a_sequence: float, sequences: int = 100, tokens: int = 10) -> kl.Estimate:
+    """An estimate of `sequences` answers of `tokens` tokens each."""
+    values = jnp.full((sequences, tokens), nats_a_sequence / tokens)
+    return kl.estimate(values, jnp.ones(values.shape, bool))
+
+
+def test_adaptive_beta_moves_towards_the_target():
     start = kl.AdaptiveKL(jnp.float32(0.1), target=6.0, horizon=1000.0)
-    assert float(start.update(jnp.float32(6.0), 100).beta) == pytest.approx(0.1)
-    assert float(start.update(jnp.float32(60.0), 100).beta) == pytest.approx(0.1 * 1.02)  # the error is clipped at 0.2
-    assert float(start.update(jnp.float32(5.4), 100).beta) == pytest.approx(0.1 * 0.99)
-    assert float(start.update(jnp.float32(-1.0), 100).beta) == pytest.approx(0.1 * 0.98)
+    assert float(start.update(measured(6.0)).beta) == pytest.approx(0.1)
+    assert float(start.update(measured(60.0)).beta) == pytest.approx(0.1 * 1.02)  # the error is clipped at 0.2
+    assert float(start.update(measured(5.4)).beta) == pytest.approx(0.1 * 0.99)
+    assert float(start.update(measured(-1.0)).beta) == pytest.approx(0.1 * 0.98)
+
+
+def test_the_unit_of_the_target_is_named():
+    a_token = kl.AdaptiveKL(jnp.float32(0.1), target=0.6, horizon=1000.0, unit="token")
+    assert float(a_token.update(measured(6.0, tokens=10)).beta) == pytest.approx(0.1)
+    assert float(a_token.update(measured(5.4, tokens=10)).beta) == pytest.approx(0.1 * 0.99)
+    with pytest.raises(ValueError, match="unit is 'nats'; choose sequence or token"):
+        kl.AdaptiveKL(jnp.float32(0.1), unit="nats").update(measured(6.0))
 
 
 def test_controllers_are_pytrees_of_beta_alone():
     assert len(jax.tree.leaves(kl.AdaptiveKL(jnp.float32(0.1)))) == 1
     fixed = kl.FixedKL(jnp.float32(0.2))
-    assert float(jax.jit(lambda c: c.update(jnp.float32(99.0), 10))(fixed).beta) == pytest.approx(0.2)
+    assert float(jax.jit(lambda c, m: c.update(m))(fixed, measured(99.0)).beta) == pytest.approx(0.2)

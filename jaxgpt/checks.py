@@ -1,0 +1,56 @@
+"""What a function expects of its arrays, said once: shapes and dtypes while tracing, values where they are known."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import checkify
+
+KINDS = {"float": jnp.floating, "int": jnp.integer, "bool": jnp.bool}
+
+
+def expect(**arguments: tuple[Any, str]) -> None:
+    """Compare arrays with specs such as `scores=(scores_BC, "float B C")`; None is an argument left out.
+
+    A letter stands for one axis and must have the same size wherever it stands; a leading `...` stands for any axes,
+    the same everywhere too. Shapes and dtypes are known while tracing, so this costs nothing at run time.
+    Raises TypeError (dtype) or ValueError (shape), naming the function, the argument, what it is and what it should be.
+    """
+    sizes: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, (array, spec) in arguments.items():
+        if array is None:
+            continue
+        kind, *axes = spec.split()
+        shape, dtype = jnp.shape(array), jnp.result_type(array)
+        found = f"{_caller()}: `{name}` is {dtype}[{', '.join(map(str, shape))}]"
+        expected = f"expected {kind} [{', '.join(axes)}]"
+        if not jnp.issubdtype(dtype, KINDS[kind]):
+            raise TypeError(f"{found}; {expected}")
+        rest = axes[:1] == ["..."]
+        named = axes[rest:]
+        if len(shape) < len(named) or (not rest and len(shape) != len(named)):
+            raise ValueError(f"{found}; {expected}, an array of {'at least ' * rest}{len(named)} axes")
+        split = len(shape) - len(named)
+        for axis, size in [*([("...", shape[:split])] if rest else []), *zip(named, shape[split:], strict=True)]:
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(f"{found}; {expected} with {axis} = {sizes[axis]} as in `{origin[axis]}`")
+            origin.setdefault(axis, name)
+
+
+def expect_value(ok: Any, message: str, **values: Any) -> None:
+    """Demand that all of `ok` is True: at once where it is concrete, else under `checkify.checkify` (and only there).
+
+    `message` may hold {names} of `values`. Raises ValueError(function: message).
+    """
+    text = f"{_caller()}: {message}"
+    if isinstance(ok, jax.core.Tracer):
+        checkify.debug_check(jnp.all(ok), text, **{name: jnp.asarray(value) for name, value in values.items()})
+    elif not (ok if isinstance(ok, bool) else jnp.all(ok)):
+        raise ValueError(text.format(**values))
+
+
+def _caller() -> str:
+    """The public function that called `expect` or `expect_value`."""
+    return sys._getframe(2).f_code.co_name

@@ -1,0 +1,127 @@
+"""Direct alignment: preferences into the policy without a reward model.
+
+Log-probabilities of answers are sums over their tokens, in nats (`sequence_sum`), or means over them
+(`sequence_mean`) where a function says so. One value a prompt, a pair or an answer comes out.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxgpt.checks import expect, expect_value
+from jaxgpt.losses.preferences import preference_nll, smooth_choice, soft_preference_nll
+
+
+def implicit_reward(logp_sum: Array, ref_logp_sum: Array, beta: float | Array) -> Array:
+    """DPO's reward h = beta log( pi(y|x) / rho(y|x) ), up to a term of the prompt alone (Rafailov et al. 2023, eq. 5).
+
+    beta: reward units a nat. Put into any likelihood of `losses.preferences` it gives that kind of preference's DPO:
+    `preference_nll` for a favourite of B, `plackett_luce_nll` for rankings, `favourites_nll` with ties.
+    Raises ValueError for a negative beta (concrete, or under checkify).
+    """
+    expect(logp_sum=(logp_sum, "float ..."), ref_logp_sum=(ref_logp_sum, "float ..."))
+    expect_value(beta >= 0, "beta is {beta}; the price of a nat can't be negative", beta=beta)
+    return beta * (logp_sum - ref_logp_sum)
+
+
+def dpo(
+    logp_BC: Array, ref_logp_BC: Array, choice_B: Array, beta: float | Array, present_BC: Array | None = None
+) -> Array:
+    """-log softmax(beta log(pi / rho))[choice], [B]: DPO for any number of candidates (Rafailov et al. 2023, eq. 7).
+
+    log C where pi = rho. Log-probabilities are sums over an answer's tokens.
+    """
+    return preference_nll(implicit_reward(logp_BC, ref_logp_BC, beta), choice_B, present_BC)
+
+
+def cdpo(
+    logp_BC: Array,
+    ref_logp_BC: Array,
+    choice_B: Array,
+    beta: float | Array,
+    epsilon: float,
+    present_BC: Array | None = None,
+) -> Array:
+    """Conservative DPO, [B]: labels are believed wrong with probability eps (Mitchell 2023, eq. 5 for C = 2).
+
+    L = (1 - eps) L_dpo(choice) + eps mean_{j != choice} L_dpo(j). Its optimum has P(choice) = 1 - eps, not 1.
+    """
+    present_BC = jnp.ones(logp_BC.shape, bool) if present_BC is None else present_BC
+    weight_BC = smooth_choice(choice_B, present_BC, epsilon)
+    return soft_preference_nll(implicit_reward(logp_BC, ref_logp_BC, beta), weight_BC, present_BC)
+
+
+def ipo(chosen_log_ratio: Array, rejected_log_ratio: Array, tau: float) -> Array:
+    """(h_w - h_l - 1 / (2 tau))^2, one value a pair (Azar et al. 2023, eq. 17): margins stop growing at 1 / (2 tau).
+
+    h = log(pi / rho) of an answer: the sum over its tokens in the paper, the mean in TRL.
+    """
+    expect(chosen=(chosen_log_ratio, "float ..."), rejected=(rejected_log_ratio, "float ..."))
+    expect_value(tau > 0, "tau is {tau}; it must be above 0", tau=tau)
+    return jnp.square(chosen_log_ratio - rejected_log_ratio - 1.0 / (2.0 * tau))
+
+
+def kto_reference(mismatched_log_ratio_B: Array, mask_B: Array | None = None) -> Array:
+    """KTO's reference point z0, a scalar without gradient: max(0, mean log(pi / rho)) over *mismatched* answers.
+
+    Each prompt is paired with another prompt's answer, an estimate of KL(pi || rho) (Ethayarajh et al. 2024, section
+    4.1). It is a statistic of the whole batch: take it before the batch is split.
+    """
+    expect(mismatched_log_ratio=(mismatched_log_ratio_B, "float ..."), mask=(mask_B, "bool ..."))
+    mask_B = jnp.ones(mismatched_log_ratio_B.shape, bool) if mask_B is None else mask_B
+    mean = jnp.where(mask_B, mismatched_log_ratio_B, 0.0).sum() / jnp.maximum(mask_B.sum(), 1)
+    return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
+
+
+def kto(
+    log_ratio: Array,
+    desirable: Array,
+    reference: Array | float,
+    beta: float | Array,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Array:
+    """KTO's loss on single answers that are marked good or bad, one value an answer (Ethayarajh et al. 2024, eq. 8).
+
+    L = w_d (1 - sigmoid(beta (h - z0))) for a desirable answer, w_u (1 - sigmoid(beta (z0 - h))) for another one;
+    h = log(pi / rho) summed over the answer, z0 from `kto_reference`.
+    """
+    expect(log_ratio=(log_ratio, "float ..."), desirable=(desirable, "bool ..."))
+    expect_value(beta >= 0, "beta is {beta}; the price of a nat can't be negative", beta=beta)
+    gain = beta * (log_ratio - reference)
+    return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-gain), undesirable_weight * jax.nn.sigmoid(gain))
+
+
+def log_odds(mean_logp: Array) -> Array:
+    """log( P / (1 - P) ) of P = exp(mean log-probability of an answer's tokens), held at P <= exp(-1e-6)."""
+    mean_logp = jnp.minimum(mean_logp, -1e-6)
+    near_one = mean_logp > -math.log(2.0)
+    log_rest = jnp.where(
+        near_one,
+        jnp.log(-jnp.expm1(jnp.where(near_one, mean_logp, -1.0))),
+        jnp.log1p(-jnp.exp(jnp.where(near_one, -1.0, mean_logp))),
+    )
+    return mean_logp - log_rest
+
+
+def orpo(chosen_mean_logp: Array, rejected_mean_logp: Array, weight: float) -> Array:
+    """NLL of the chosen answer plus its odds ratio to the rejected one, one value a pair (Hong et al. 2024, eq. 6).
+
+    L = -log P_w + weight (-log sigmoid(log odds_w - log odds_l)),  odds = P / (1 - P), P = exp(mean token log-prob).
+    No reference model.
+    """
+    expect(chosen_mean_logp=(chosen_mean_logp, "float ..."), rejected_mean_logp=(rejected_mean_logp, "float ..."))
+    ratio = log_odds(chosen_mean_logp) - log_odds(rejected_mean_logp)
+    return -chosen_mean_logp - weight * jax.nn.log_sigmoid(ratio)
+
+
+def simpo(chosen_mean_logp: Array, rejected_mean_logp: Array, beta: float, gamma: float) -> Array:
+    """-log sigmoid(beta mean_logp_w - beta mean_logp_l - gamma), one value a pair (Meng et al. 2024, eq. 6).
+
+    Mean log-probabilities over an answer's tokens; beta about 2, the margin gamma about 1. No reference model.
+    """
+    expect(chosen_mean_logp=(chosen_mean_logp, "float ..."), rejected_mean_logp=(rejected_mean_logp, "float ..."))
+    expect_value(beta >= 0, "beta is {beta}; it can't be negative", beta=beta)
+    return -jax.nn.log_sigmoid(beta * (chosen_mean_logp - rejected_mean_logp) - gamma)

@@ -1,0 +1,95 @@
+"""Policy gradients: losses whose gradient raises the probability of what was better than expected.
+
+The ratio is a matter of its own, so that one clip serves all: `log_ratio` for a token (PPO, GRPO), or
+`sequence_log_ratio` for an answer (GSPO). Advantages come from `jaxgpt.returns`; they carry no gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxgpt.checks import expect, expect_value
+from jaxgpt.losses.mean import Mean, reduce, sequence_mean
+
+LOG_RATIO_LIMIT = 20.0  # log-ratios are held in [-20, 20]: e^20 = 4.9e8 is finite with all that is multiplied to it
+
+
+def log_ratio(logp: Array, old_logp: Array) -> Array:
+    """log( pi / pi_old ) of each element, held in [-20, 20] (no gradient beyond); `ratio_metrics` says how often."""
+    expect(logp=(logp, "float ..."), old_logp=(old_logp, "float ..."))
+    return jnp.clip(logp - jax.lax.stop_gradient(old_logp), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def sequence_log_ratio(logp_BT: Array, old_logp_BT: Array, mask_BT: Array) -> Array:
+    """1 / |y| log( pi(y) / pi_old(y) ) of each answer, [B], held in [-20, 20] (GSPO: Zheng et al. 2025, eq. 7).
+
+    Use it with [B] advantages, and reduce over answers.
+    """
+    expect(logp=(logp_BT, "float B T"), old_logp=(old_logp_BT, "float B T"), mask=(mask_BT, "bool B T"))
+    mean_B = sequence_mean(logp_BT - jax.lax.stop_gradient(old_logp_BT), mask_BT)
+    return jnp.clip(mean_B, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def ppo_clip(log_ratio: Array, advantage: Array, clip: float = 0.2, clip_high: float | None = None) -> Array:
+    """PPO's clipped surrogate as a loss, one value an element (Schulman et al. 2017, eq. 7).
+
+    L = -min( r A, clip(r, 1 - clip, 1 + clip_high) A ),  r = exp(log_ratio)
+
+    `clip_high` is `clip` unless given (DAPO's "clip-higher": Yu et al. 2025).
+    """
+    expect(log_ratio=(log_ratio, "float ..."), advantage=(advantage, "float ..."))
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - clip, 1 + (clip if clip_high is None else clip_high))
+    return -jnp.minimum(ratio * advantage, clipped * advantage)
+
+
+def dual_clip(
+    log_ratio: Array, advantage: Array, clip: float = 0.2, clip_high: float | None = None, limit: float = 3.0
+) -> Array:
+    """`ppo_clip` whose loss for A < 0 is held at limit * |A|, one value an element (Ye et al. 2020, eq. 5).
+
+    L = -max( min( r A, clip(r) A ), limit A ) for A < 0: a huge ratio of a bad action can't take over the batch.
+    """
+    expect_value(limit > 1 + clip, "limit is {limit}; it must be above 1 + clip", limit=limit)
+    loss = ppo_clip(log_ratio, advantage, clip, clip_high)
+    return jnp.where(advantage < 0, jnp.minimum(loss, -limit * advantage), loss)
+
+
+def reinforce(logp: Array, advantage: Array) -> Array:
+    """-A log pi, one value an element: its gradient is the policy gradient of on-policy samples (Williams 1992).
+
+    A is the return minus a baseline: a critic's value, a running mean, or the other answers' mean (`returns.rloo`).
+    """
+    expect(logp=(logp, "float ..."), advantage=(advantage, "float ..."))
+    return -jax.lax.stop_gradient(advantage) * logp
+
+
+def value_clip(value: Array, old_value: Array, returns: Array, clip: float = 0.2) -> Array:
+    """Squared error of the critic, with predictions held near the old ones, one value an element.
+
+    L = 1/2 max( (V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2 )      clip = inf: the plain squared error
+    """
+    expect(value=(value, "float ..."), old_value=(old_value, "float ..."), returns=(returns, "float ..."))
+    clipped = old_value + jnp.clip(value - old_value, -clip, clip)
+    return 0.5 * jnp.maximum(jnp.square(value - returns), jnp.square(clipped - returns))
+
+
+def ratio_metrics(
+    log_ratio: Array, mask: Array, clip: float = 0.2, clip_high: float | None = None
+) -> dict[str, Mean | Array]:
+    """What to watch while the ratio moves: means over the masked elements, and maxima.
+
+    approx_kl: d^2 / 2, nats an element; clip_fraction: ratios outside the clip; clamp_fraction: log-ratios at +-20 (any
+    means that the policies have parted); ratio_max; ratio_error_max: |r - 1|, which is 0 in a rollout's first step.
+    """
+    expect(log_ratio=(log_ratio, "float ..."), mask=(mask, "bool ..."))
+    d = jnp.where(mask, log_ratio, 0.0)
+    change = jnp.expm1(d)
+    outside = (change < -clip) | (change > (clip if clip_high is None else clip_high))
+    return {
+        "approx_kl": reduce(0.5 * jnp.square(d), mask),
+        "clip_fraction": reduce(outside.astype(jnp.float32), mask),
+        "clamp_fraction": reduce((jnp.abs(d) >= LOG_RATIO_LIMIT).astype(jnp.float32), mask),
+        "ratio_max": jnp.exp(d.max()),
+        "ratio_error_max": jnp.abs(change).max(),
+    }

@@ -1,0 +1,53 @@
+"""Log-probabilities of tokens and what is made of them. From hidden states, without the logits: `jaxgpt.vocab_head`."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jaxgpt.checks import expect
+
+
+def log_prob(logits: Array, tokens: Array) -> Array:
+    """log softmax(logits)[tokens], in nats, float32.  logits [..., V], tokens [...] integers -> [...].
+
+    The backward pass computes the softmax again instead of keeping it: less memory, and the forward pass is compiled
+    alike with and without a gradient, so that its numbers agree to the last bit (PPO's first ratio is exactly 1).
+    A token outside the vocabulary gives NaN: check ids on the host.
+    """
+    expect(logits=(logits, "float ... V"), tokens=(tokens, "int ..."))
+    return -jax.checkpoint(optax.softmax_cross_entropy_with_integer_labels)(logits.astype(jnp.float32), tokens)
+
+
+def nll(logits: Array, tokens: Array) -> Array:
+    """-log P(token), the loss of pretraining and finetuning (Radford et al. 2018, eq. 1).  -> [...], nats a token."""
+    return -log_prob(logits, tokens)
+
+
+def label_smoothing(logits: Array, tokens: Array, epsilon: float) -> Array:
+    """Cross-entropy to a target that keeps 1 - eps and spreads eps evenly (Szegedy et al. 2016, section 7).
+
+    L = (1 - eps) (-log p_y) + eps / V sum_v (-log p_v)            [..., V], [...] -> [...]
+    """
+    expect(logits=(logits, "float ... V"), tokens=(tokens, "int ..."))
+    uniform = -jax.nn.log_softmax(logits.astype(jnp.float32)).mean(axis=-1)
+    return (1.0 - epsilon) * nll(logits, tokens) + epsilon * uniform
+
+
+def z_loss(logits: Array) -> Array:
+    """(log sum_v e^logit_v)^2, which keeps the softmax's normaliser near 1 (PaLM, section 5; weight 1e-4).
+
+    [..., V] -> [...]. A term to add to an NLL, unweighted here.
+    """
+    expect(logits=(logits, "float ... V"))
+    return jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
+
+
+def entropy(logits: Array) -> Array:
+    """H = -sum_v p_v log p_v of the full softmax, in nats.  [..., V] -> [...].
+
+    A bonus is subtracted from a loss: the term to add is -weight * entropy.
+    """
+    expect(logits=(logits, "float ... V"))
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
