@@ -44,7 +44,7 @@ def cdpo(
     epsilon: float,
     present_BC: Array | None = None,
 ) -> Array:
-    """Conservative DPO, [B]: labels are believed wrong with probability eps (Mitchell 2023, eq. 5 for C = 2).
+    """Conservative DPO, [B]: labels are believed wrong with probability eps (Mitchell 2023, for C = 2).
 
     L = (1 - eps) L_dpo(choice) + eps mean_{j != choice} L_dpo(j). Its optimum has P(choice) = 1 - eps, not 1.
     """
@@ -83,7 +83,7 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Array:
-    """KTO's loss on single answers that are marked good or bad, one value an answer (Ethayarajh et al. 2024, eq. 8).
+    """KTO's loss on single answers that are marked good or bad, one value an answer (Ethayarajh et al. 2024).
 
     L = w_d (1 - sigmoid(beta (h - z0))) for a desirable answer, w_u (1 - sigmoid(beta (z0 - h))) for another one;
     h = log(pi / rho) summed over the answer, z0 from `kto_reference`.

@@ -21,7 +21,7 @@ def log_ratio(logp: Array, old_logp: Array) -> Array:
 
 
 def sequence_log_ratio(logp_BT: Array, old_logp_BT: Array, mask_BT: Array) -> Array:
-    """1 / |y| log( pi(y) / pi_old(y) ) of each answer, [B], held in [-20, 20] (GSPO: Zheng et al. 2025, eq. 7).
+    """1 / |y| log( pi(y) / pi_old(y) ) of each answer, [B], held in [-20, 20] (GSPO: Zheng et al. 2025).
 
     Use it with [B] advantages, and reduce over answers.
     """
@@ -46,7 +46,7 @@ def ppo_clip(log_ratio: Array, advantage: Array, clip: float = 0.2, clip_high: f
 def dual_clip(
     log_ratio: Array, advantage: Array, clip: float = 0.2, clip_high: float | None = None, limit: float = 3.0
 ) -> Array:
-    """`ppo_clip` whose loss for A < 0 is held at limit * |A|, one value an element (Ye et al. 2020, eq. 5).
+    """`ppo_clip` whose loss for A < 0 is held at limit * |A|, one value an element (Ye et al. 2020).
 
     L = -max( min( r A, clip(r) A ), limit A ) for A < 0: a huge ratio of a bad action can't take over the batch.
     """

@@ -21,7 +21,7 @@ NEVER = -1e30  # a log-probability of nothing that keeps sums and gradients fini
 def favourites_nll(
     scores_BC: Array, favourite_BC: Array, present_BC: Array | None = None, log_tie: Sequence[float] | Array = ()
 ) -> Array:
-    """-log P(these are the favourites), [...]: the Davidson-Luce choice model (Firth, Kosmidis & Turner 2019, eq. 2).
+    """-log P(these are the favourites), [...]: the Davidson-Luce choice model (Firth, Kosmidis & Turner 2019).
 
         P(S | A) = delta_|S| g(S) / sum_t delta_t sum_{T in A, |T| = t} g(T),   g(T) = prod_{i in T} exp(s_i)^(1 / |T|)
 
