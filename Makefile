@@ -10,9 +10,9 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMP := $(VENV)/.set-up
 CANDIDATES := python3 python3.12 python3.13 python3.11 python3.14 python
-SOURCES := jaxgpt tests $(wildcard experiments tpu)
+SOURCES := jaxgpt tests docs $(wildcard experiments tpu)
 # What `make test-core` runs: the mathematics and the command line, in a few minutes on another Python or jax.
-CORE := $(wildcard $(patsubst %,tests/test_%.py,losses kl returns sampling model optim decode train rollout ppo reward \
+CORE := $(wildcard $(patsubst %,tests/test_%.py,checks losses kl returns vocab_head proofs oracles sampling model optim decode train rollout ppo reward \
           run checkpoint cli layers tokenizer preferences_file))
 
 .DEFAULT_GOAL := help
@@ -39,7 +39,7 @@ test-core: $(STAMP)  ## the quick tests of the core modules, as for a second ver
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(PY) -m ruff check $(SOURCES)
-	@$(PY) -m mypy $(filter-out tests,$(SOURCES))
+	@$(PY) -m mypy $(filter-out tests docs,$(SOURCES))
 
 set-up: $(STAMP)  ## only make the virtual environment
 
