@@ -35,7 +35,10 @@ def k2(logp: Array, ref_logp: Array) -> Array:
 
 
 def k3(logp: Array, ref_logp: Array) -> Array:
-    """exp(-d) - 1 + d: unbiased and never negative. d is held in [-20, 20], without gradient beyond."""
+    """exp(-d) - 1 + d: unbiased and never negative. d is held in [-20, 20], without gradient beyond.
+
+    The value itself is not held (some stacks cap it at 10): one token with rho >> pi can outweigh a batch.
+    """
     expect(logp=(logp, "float ..."), ref_logp=(ref_logp, "float ..."))
     d = jnp.clip(logp - ref_logp, -LIMIT, LIMIT)
     return jnp.expm1(-d) + d

@@ -158,7 +158,7 @@ def make_loss(config: ModelConfig, ppo: PPOConfig) -> Callable[[Params, Targets,
             "value_loss": losses.value_clip(value_BT, old.value_BT, batch.return_BT, ppo.value_clip),
         }
         loss, metrics = losses.combine(terms, old.mask_BT, {"value_loss": ppo.value_weight})
-        return loss, {**metrics, **losses.ratio_metrics(log_ratio_BT, old.mask_BT, ppo.clip)}
+        return loss, {**metrics, **losses.ratio_metrics(log_ratio_BT, batch.advantage_BT, old.mask_BT, ppo.clip)}
 
     return loss_fn
 

@@ -112,6 +112,12 @@ def grpo(score_BC: Array, present_BC: Array | None = None, epsilon: float = 1e-4
     return deviation_BC / (std_B1 + epsilon)
 
 
+def to_tokens(advantage_B: Array, mask_BT: Array) -> Array:
+    """An answer's advantage at each of its tokens, [B, T]; 0 outside the mask."""
+    expect(advantage=(advantage_B, "float B"), mask=(mask_BT, "bool B T"))
+    return jnp.where(mask_BT, advantage_B[:, None], 0.0)
+
+
 def _groups(score_BC: Array, present_BC: Array | None) -> tuple[Array, Array]:
     """Deviations from each row's mean over the present answers, and their number."""
     expect(score=(score_BC, "float B C"), present=(present_BC, "bool B C"))

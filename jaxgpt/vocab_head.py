@@ -50,10 +50,10 @@ def _tile(head_VD: Array, temperature: float, hidden: Array, tokens: Array) -> H
     """The outputs of one tile, from its whole logits."""
     logits = jnp.einsum("...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
     logits = logits / temperature
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    expected = (jnp.exp(logits - log_z[..., None]) * logits).sum(axis=-1)
-    return HeadOutputs(chosen - log_z, log_z, logits.mean(axis=-1) - log_z, log_z - expected)
+    logp = jax.nn.log_softmax(logits)  # before any sum: log z - E[logit] would cancel where logits are large
+    chosen = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+    entropy = -(jnp.exp(logp) * logp).sum(axis=-1)
+    return HeadOutputs(chosen, jax.nn.logsumexp(logits, axis=-1), logp.mean(axis=-1), entropy)
 
 
 def log_prob(hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: float = 1.0) -> Array:

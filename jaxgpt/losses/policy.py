@@ -50,7 +50,8 @@ def dual_clip(
 
     L = -max( min( r A, clip(r) A ), limit A ) for A < 0: a huge ratio of a bad action can't take over the batch.
     """
-    expect_value(limit > 1 + clip, "limit is {limit}; it must be above 1 + clip", limit=limit)
+    edge = 1 + (clip if clip_high is None else clip_high)
+    expect_value(limit > edge, "limit is {limit}; it must be above the clip, {edge}", limit=limit, edge=edge)
     loss = ppo_clip(log_ratio, advantage, clip, clip_high)
     return jnp.where(advantage < 0, jnp.minimum(loss, -limit * advantage), loss)
 
@@ -75,20 +76,22 @@ def value_clip(value: Array, old_value: Array, returns: Array, clip: float = 0.2
 
 
 def ratio_metrics(
-    log_ratio: Array, mask: Array, clip: float = 0.2, clip_high: float | None = None
+    log_ratio: Array, advantage: Array, mask: Array, clip: float = 0.2, clip_high: float | None = None
 ) -> dict[str, Mean | Array]:
     """What to watch while the ratio moves: means over the masked elements, and maxima.
 
-    approx_kl: d^2 / 2, nats an element; clip_fraction: ratios outside the clip; clamp_fraction: log-ratios at +-20 (any
-    means that the policies have parted); ratio_max; ratio_error_max: |r - 1|, which is 0 in a rollout's first step.
+    approx_kl: d^2 / 2, nats an element; clip_fraction: where `ppo_clip` has stopped the gradient (a ratio too high with
+    A > 0, too low with A < 0); clamp_fraction: log-ratios at +-20 (any means that the policies have parted); ratio_max;
+    ratio_error_max: |r - 1|, which is 0 in a rollout's first step.
     """
-    expect(log_ratio=(log_ratio, "float ..."), mask=(mask, "bool ..."))
+    expect(log_ratio=(log_ratio, "float ..."), advantage=(advantage, "float ..."), mask=(mask, "bool ..."))
     d = jnp.where(mask, log_ratio, 0.0)
     change = jnp.expm1(d)
-    outside = (change < -clip) | (change > (clip if clip_high is None else clip_high))
+    too_high = (advantage > 0) & (change > (clip if clip_high is None else clip_high))
+    too_low = (advantage < 0) & (change < -clip)
     return {
         "approx_kl": reduce(0.5 * jnp.square(d), mask),
-        "clip_fraction": reduce(outside.astype(jnp.float32), mask),
+        "clip_fraction": reduce((too_high | too_low).astype(jnp.float32), mask),
         "clamp_fraction": reduce((jnp.abs(d) >= LOG_RATIO_LIMIT).astype(jnp.float32), mask),
         "ratio_max": jnp.exp(d.max()),
         "ratio_error_max": jnp.abs(change).max(),

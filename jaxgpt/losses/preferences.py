@@ -157,9 +157,11 @@ def reward_centering(scores_BC: Array, present_BC: Array | None = None) -> Array
 
 
 def preference_objective(scores_BC: Array, choice_B: Array, present_BC: Array) -> tuple[Mean, dict[str, Mean]]:
-    """The mean of `preference_nll`, and how often the favourite has the highest score. Prompts with no candidate at all
-    (padding of a batch) count for nothing."""
+    """The mean of `preference_nll`, and how often the favourite has the highest score (a tie of n counts 1 / n, so that
+    equal scores give chance). Prompts with no candidate at all (padding of a batch) count for nothing."""
     real_B = present_BC.any(axis=1)
-    best_B = jnp.argmax(jnp.where(present_BC, scores_BC, -jnp.inf), axis=1)
     nll_B = preference_nll(scores_BC, choice_B, present_BC)
-    return reduce(nll_B, real_B), {"accuracy": reduce((best_B == choice_B).astype(jnp.float32), real_B)}
+    scores_BC = jnp.where(present_BC, scores_BC, -jnp.inf)
+    top_BC = present_BC & (scores_BC == scores_BC.max(axis=1, keepdims=True))
+    hit_B = jnp.take_along_axis(top_BC, choice_B[:, None], axis=1)[:, 0] / jnp.maximum(top_BC.sum(axis=1), 1)
+    return reduce(nll_B, real_B), {"accuracy": reduce(hit_B.astype(jnp.float32), real_B)}
