@@ -77,6 +77,7 @@ def normalisation(score_B: Array, mask_B: Array | None = None) -> tuple[Array, A
     Take them from samples of the reference policy, and then apply them to every score. Scores that are all alike only
     lose their mean.
     """
+    expect(score=(score_B, "float ..."), mask=(mask_B, "bool ..."))
     mean, variance = masked_moments(score_B, jnp.ones(score_B.shape, bool) if mask_B is None else mask_B)
     gain = jnp.where(variance > 1e-12, jax.lax.rsqrt(jnp.maximum(variance, 1e-12)), 1.0)
     return gain, -gain * mean

@@ -452,9 +452,10 @@ PROOFS: dict[str, Proof] = {
         agreement, candidates("scores_BC", "choice_B"), ("scores_BC",), rows=False, extreme=("scores_BC",),
     ),
     "losses.implicit_reward": Proof(
-        lambda logp, ref_logp: losses.implicit_reward(logp, ref_logp, 0.3),
-        lambda logp, ref_logp: 0.3 * (logp - ref_logp),
-        pair(*BOTH), BOTH, elementwise=True, extreme=BOTH,
+        lambda **x: losses.implicit_reward(**x, beta=0.3),
+        lambda logp_sum, ref_logp_sum: 0.3 * (logp_sum - ref_logp_sum),
+        pair("logp_sum", "ref_logp_sum"),
+        ("logp_sum", "ref_logp_sum"), elementwise=True, extreme=("logp_sum",),
     ),
     "losses.dpo": Proof(
         lambda **x: losses.dpo(**x, beta=0.1),

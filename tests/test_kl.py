@@ -52,3 +52,82 @@ def test_controllers_are_pytrees_of_beta_alone():
     assert len(jax.tree.leaves(kl.AdaptiveKL(jnp.float32(0.1)))) == 1
     fixed = kl.FixedKL(jnp.float32(0.2))
     assert float(jax.jit(lambda c, m: c.update(m))(fixed, measured(99.0)).beta) == pytest.approx(0.2)
+
+
+PLACEMENTS = {  # what the expected gradient is, as multiples of those of KL(pi || rho) and KL(rho || pi)
+    ("loss", kl.k1): (0, 0), ("loss", kl.k2): (1, 0), ("loss", kl.k3): (0, 1),
+    ("reward", kl.k1): (1, 0), ("reward", kl.k3): (1, -1),
+}  # fmt: skip
+
+
+def two_policies(shape: tuple[int, ...]):
+    keys = jax.random.split(jax.random.key(3))
+    return jax.random.normal(keys[0], shape), jax.random.normal(keys[1], shape)
+
+
+@pytest.mark.parametrize(("place", "estimator"), PLACEMENTS)
+def test_expected_gradients_by_placement(place, estimator):
+    """One token, its whole vocabulary enumerated."""
+    x, ref = two_policies((6,))
+    pi, ref_logp = jax.nn.softmax(x), jax.nn.log_softmax(ref)
+    forward = jax.grad(lambda x: kl.exact(x, ref))(x)
+    reverse = jax.grad(lambda x: kl.exact(ref, x))(x)
+    a, b = PLACEMENTS[place, estimator]
+    if place == "loss":
+        found = jax.grad(lambda x: pi @ estimator(jax.nn.log_softmax(x), ref_logp))(x)
+    else:
+        value = estimator(jax.nn.log_softmax(x), ref_logp)
+        found = jax.grad(lambda x: pi @ (value * jax.nn.log_softmax(x)))(x)
+    np.testing.assert_allclose(found, a * forward + b * reverse, atol=1e-6)
+
+
+def test_a_loss_term_leaves_out_later_states_and_the_reward_does_not():
+    """Two tokens: a table for the first, and one for the second after each first. The sequence's KL is enumerated."""
+    (x1, ref1), (x2, ref2) = two_policies((3,)), (y * 2 for y in two_policies((3, 3)))
+    ref1, ref2 = jax.nn.log_softmax(ref1), jax.nn.log_softmax(ref2)
+
+    def logps(x1, x2):
+        return jax.nn.log_softmax(x1), jax.nn.log_softmax(x2)
+
+    def whole_kl(x1, x2):
+        first, second = logps(x1, x2)
+        joint, ref = first[:, None] + second, ref1[:, None] + ref2
+        return (jnp.exp(joint) * (joint - ref)).sum()
+
+    first, second = logps(x1, x2)
+    pi = jnp.exp(first[:, None] + second)
+
+    def as_loss(x1, x2):
+        first, second = logps(x1, x2)
+        return (pi * (kl.k2(first, ref1)[:, None] + kl.k2(second, ref2))).sum()
+
+    total = (first - ref1)[:, None] + second - ref2  # k1 of the whole answer
+
+    def in_reward(x1, x2):
+        first, second = logps(x1, x2)
+        return (pi * total * (first[:, None] + second)).sum()
+
+    true, loss, reward = (jax.grad(f, (0, 1))(x1, x2) for f in (whole_kl, as_loss, in_reward))
+    np.testing.assert_allclose(reward[0], true[0], atol=1e-5)
+    np.testing.assert_allclose(reward[1], true[1], atol=1e-5)
+    np.testing.assert_allclose(loss[1], true[1], atol=1e-5)  # nothing follows the last token
+    assert np.abs(loss[0] - true[0]).max() > 0.1  # the first token's effect on the second's KL is missing
+
+
+def test_standard_errors_are_the_spread_of_the_estimate():
+    """2,000 batches of 40 answers whose tokens hang together and whose lengths differ."""
+    rng = np.random.default_rng(0)
+    length = rng.integers(1, 9, (2000, 40))
+    mask = np.arange(8) < length[..., None]
+    values = rng.normal(0.5, 1.0, (2000, 40, 1)) + rng.normal(0, 0.5, (2000, 40, 8))
+    found = jax.jit(jax.vmap(kl.estimate))(jnp.asarray(values, jnp.float32), jnp.asarray(mask))
+    for unit in ("nats_a_sequence", "nats_a_token"):
+        spread = float(getattr(found, unit).std())
+        assert float(getattr(found, f"{unit}_error").mean()) == pytest.approx(spread, rel=0.06)
+    np.testing.assert_allclose(float(found.nats_a_token.mean()), 0.5, atol=0.01)
+
+
+def test_one_sequence_has_no_standard_error():
+    found = kl.estimate(jnp.array([[1.0, 2.0], [9.0, 9.0]]), jnp.array([[True, True], [False, False]]))
+    assert (float(found.nats_a_sequence), float(found.nats_a_token)) == (3.0, 1.5)
+    assert (float(found.nats_a_sequence_error), float(found.nats_a_token_error)) == (0.0, 0.0)

@@ -1,5 +1,8 @@
 """Losses against values computed by hand and float64 references."""
 
+import itertools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,3 +102,168 @@ def test_ppo_at_ratio_one_is_the_policy_gradient():
 def test_value_clip_by_hand():
     found = losses.value_clip(jnp.array([1.0, 1.0]), jnp.array([0.0, 0.9]), jnp.array([2.0, 2.0]), clip=0.2)
     np.testing.assert_allclose(found, [0.5 * 1.8**2, 0.5 * 1.0], rtol=1e-6)
+
+
+jitted = SimpleNamespace(**{name: jax.jit(getattr(losses, name)) for name in losses.__all__ if name.endswith("_nll")})
+
+
+def scores_of(B: int = 5, C: int = 4, seed: int = 0):
+    return jax.random.normal(jax.random.key(seed), (B, C)) * 2
+
+
+def test_token_losses_by_hand():
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.25])) + 7.0  # a constant doesn't count, except in log Z
+    token = jnp.array(1)
+    assert float(losses.nll(logits, token)) == pytest.approx(2 * np.log(2), rel=1e-6)
+    assert float(losses.z_loss(logits)) == pytest.approx(49.0, rel=1e-5)
+    assert float(losses.entropy(logits)) == pytest.approx(1.5 * np.log(2), rel=1e-5)
+    # 0.7 of the NLL, and 0.3 of the mean of log 2, 2 log 2, 2 log 2
+    assert float(losses.label_smoothing(logits, token, 0.3)) == pytest.approx((0.7 * 2 + 0.3 * 5 / 3) * np.log(2))
+    assert float(losses.label_smoothing(logits, token, 0.0)) == pytest.approx(float(losses.nll(logits, token)))
+
+
+def test_one_likelihood_a_favourite_is_a_ranking_of_one():
+    scores, choice = scores_of(), jnp.array([0, 1, 2, 3, 0])
+    favourite = choice[:, None] == jnp.arange(4)
+    expected = jitted.preference_nll(scores, choice)
+    np.testing.assert_allclose(jitted.favourites_nll(scores, favourite), expected, rtol=1e-6)
+    np.testing.assert_allclose(jitted.plackett_luce_nll(scores, jnp.where(favourite, 0, -1)), expected, rtol=1e-6)
+    np.testing.assert_allclose(jitted.soft_preference_nll(scores, favourite.astype(float)), expected, rtol=1e-5)
+    no_ties = jitted.favourites_nll(scores, favourite, log_tie=(-50.0, -50.0))
+    np.testing.assert_allclose(no_ties, expected, rtol=1e-6)
+
+
+def test_one_likelihood_two_answers():
+    scores, choice = scores_of(C=2), jnp.array([0, 1, 1, 0, 1])
+    chosen, rejected = (jnp.take_along_axis(scores, c[:, None], 1)[:, 0] for c in (choice, 1 - choice))
+    pair = jitted.bradley_terry_nll(chosen, rejected)
+    rank = (jnp.arange(2) != choice[:, None]).astype(jnp.int32)
+    np.testing.assert_allclose(jitted.preference_nll(scores, choice), pair, rtol=1e-5)
+    np.testing.assert_allclose(jitted.plackett_luce_nll(scores, rank), pair, rtol=1e-5)
+    np.testing.assert_allclose(jitted.all_pairs_nll(scores, rank), pair, rtol=1e-5)
+    margin = jnp.linspace(0, 1, 5)
+    with_margin = jitted.bradley_terry_nll(chosen, rejected, margin)
+    np.testing.assert_allclose(jitted.preference_nll(scores, choice, margin_B=margin), with_margin, rtol=1e-5)
+    np.testing.assert_allclose(with_margin, np.log1p(np.exp(rejected - chosen + margin)), rtol=1e-5)
+
+
+def test_a_tied_pair_is_davidsons_model():
+    a, b, nu = 2.0, 0.5, 1.7  # worths, and Davidson's nu
+    scores = jnp.log(jnp.array([[a, b]] * 3))
+    outcome = jnp.array([[True, False], [False, True], [True, True]])
+    total = a + b + nu * np.sqrt(a * b)
+    expected = -np.log(np.array([a, b, nu * np.sqrt(a * b)]) / total)
+    np.testing.assert_allclose(jitted.favourites_nll(scores, outcome, log_tie=(np.log(nu),)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("log_tie", [(), (0.3,), (0.3, -0.5)])
+def test_probabilities_of_all_outcomes_sum_to_one(log_tie):
+    """Every set of favourites that may tie; and every ranking, with the ties that log_tie allows."""
+    scores, D = scores_of(1, 4), 1 + len(log_tie)
+    sets = jnp.array([s for s in itertools.product([False, True], repeat=4) if 1 <= sum(s) <= D])
+    nll = jitted.favourites_nll(jnp.broadcast_to(scores, sets.shape), sets, log_tie=log_tie)
+    assert float(jnp.exp(-nll).sum()) == pytest.approx(1, rel=1e-5)
+    levels = [r for r in itertools.product(range(4), repeat=4) if set(r) == set(range(max(r) + 1))]
+    ranks = jnp.array([r for r in levels if max(r.count(level) for level in r) <= D])
+    nll = jitted.plackett_luce_nll(jnp.broadcast_to(scores, ranks.shape), ranks, log_tie=log_tie)
+    assert float(jnp.exp(-nll).sum()) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_partial_ranking_is_the_sum_over_the_whole_ones_it_leaves_open():
+    scores = scores_of(1, 4)
+    whole = jnp.array([[0, 1, *rest] for rest in itertools.permutations([2, 3])])
+    open_ = jnp.exp(-jitted.plackett_luce_nll(jnp.broadcast_to(scores, whole.shape), whole)).sum()
+    part = jitted.plackett_luce_nll(scores, jnp.array([[0, 1, -1, -1]]))
+    assert float(jnp.exp(-part[0])) == pytest.approx(float(open_), rel=1e-5)
+
+
+def test_a_missing_answer_is_a_smaller_problem():
+    scores, present = scores_of(3, 4), jnp.array([[True, True, True, False]] * 3)
+    dirty = scores.at[:, 3].set(1e4)
+    rank, choice = jnp.array([[2, 0, 1, -1]] * 3), jnp.array([0, 1, 2])
+    for found, expected in (
+        (jitted.preference_nll(dirty, choice, present), jitted.preference_nll(scores[:, :3], choice)),
+        (jitted.plackett_luce_nll(dirty, rank, present), jitted.plackett_luce_nll(scores[:, :3], rank[:, :3])),
+        (jitted.all_pairs_nll(dirty, rank, present), jitted.all_pairs_nll(scores[:, :3], rank[:, :3])),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_dpo_of_rankings_starts_at_log_of_the_orders():
+    logp = jax.random.normal(jax.random.key(1), (2, 4)) * 20
+    h = losses.implicit_reward(logp, logp, beta=0.2)
+    rank = jnp.array([[0, 1, 2, 3], [3, 1, 0, 2]])
+    np.testing.assert_allclose(jitted.plackett_luce_nll(h, rank), np.log(24), rtol=1e-5)
+
+
+def test_conservative_dpo_has_its_minimum_where_it_should():
+    """At P(choice) = 1 - eps; and with eps = 0 it is DPO."""
+    logp, ref, choice = scores_of(seed=1), scores_of(seed=2), jnp.array([0, 1, 2, 3, 0])
+    np.testing.assert_allclose(losses.cdpo(logp, ref, choice, 0.3, 0.0), losses.dpo(logp, ref, choice, 0.3), rtol=1e-5)
+    margin = np.log(0.8 / 0.2)
+    slope = jax.grad(lambda x: losses.cdpo(x, jnp.zeros((1, 2)), jnp.array([0]), 1.0, 0.2)[0])
+    np.testing.assert_allclose(slope(jnp.array([[margin, 0.0]])), 0, atol=1e-6)
+
+
+def test_direct_losses_by_hand():
+    one, zero = jnp.array(1.0), jnp.array(0.0)
+    assert float(losses.ipo(one, zero, tau=0.25)) == pytest.approx((1 - 2) ** 2)
+    half = np.log(0.5)  # odds of 1
+    quarter = np.log(0.25)  # odds of 1/3
+    assert float(losses.log_odds(jnp.array(quarter))) == pytest.approx(-np.log(3), rel=1e-5)
+    orpo = losses.orpo(jnp.array(half), jnp.array(quarter), weight=2.0)
+    assert float(orpo) == pytest.approx(np.log(2) + 2 * np.log(1 + 1 / 3), rel=1e-5)
+    simpo = losses.simpo(jnp.array(-1.0), jnp.array(-2.0), beta=2.0, gamma=2.0)
+    assert float(simpo) == pytest.approx(np.log(2), rel=1e-6)
+    assert float(losses.kto(one, jnp.array(True), 1.0, 0.5)) == pytest.approx(0.5)
+    assert float(losses.kto(one, jnp.array(False), 1.0, 0.5, undesirable_weight=3.0)) == pytest.approx(1.5)
+    assert float(losses.kto_reference(jnp.array([1.0, 5.0, -3.0]), jnp.array([True, True, False]))) == 3.0
+    assert float(losses.kto_reference(jnp.array([-1.0]))) == 0.0
+
+
+def test_equal_scores_agree_with_the_choice_by_chance():
+    _, metrics = losses.preference_objective(jnp.zeros((3, 4)), jnp.array([0, 1, 3]), jnp.ones((3, 4), bool))
+    assert float(metrics["accuracy"].value) == 0.25
+
+
+def test_dual_clip_by_hand():
+    d = jnp.log(jnp.array([10.0, 2.0, 10.0]))
+    found = losses.dual_clip(d, jnp.array([-1.0, -1.0, 1.0]), clip=0.2, limit=3.0)
+    np.testing.assert_allclose(found, [3.0, 2.0, -1.2], rtol=1e-5)
+    with pytest.raises(ValueError, match="dual_clip: limit is 1.3; it must be above the clip, 1.5"):
+        losses.dual_clip(d, d, clip_high=0.5, limit=1.3)
+
+
+def test_a_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens():
+    logp, old = jnp.array([[-1.0, -2.0, 9.0], [-3.0, 9.0, 9.0]]), jnp.array([[-2.0, -5.0, 0.0], [-1.0, 0.0, 0.0]])
+    mask = jnp.array([[True, True, False], [True, False, False]])
+    np.testing.assert_allclose(losses.sequence_log_ratio(logp, old, mask), [2.0, -2.0])
+    assert float(losses.log_ratio(logp, old)[1, 0]) == -2.0  # one token: the same
+
+
+def test_log_ratios_are_clamped_and_the_clamp_is_counted():
+    logp = jnp.array([[0.0, -1e4, 1e4, 19.0]])
+    d = losses.log_ratio(logp, jnp.zeros((1, 4)))
+    np.testing.assert_array_equal(d, [[0.0, -20.0, 20.0, 19.0]])
+    slope = jax.grad(lambda x: losses.log_ratio(x, jnp.zeros((1, 4))).sum())(logp)
+    np.testing.assert_array_equal(slope, [[1.0, 0.0, 0.0, 1.0]])
+    metrics = losses.ratio_metrics(d, jnp.ones((1, 4)), jnp.array([[True, True, True, True]]))
+    assert float(metrics["clamp_fraction"].value) == 0.5
+
+
+def test_losses_add():
+    a, b, mask = jnp.array([1.0, 2.0, 9.0]), jnp.array([10.0, 20.0, 9.0]), jnp.array([True, True, False])
+    total, metrics = losses.combine({"a": a, "b": b}, mask, {"b": 0.5})
+    assert float(total.value) == 1.5 + 7.5 and float(total.count) == 2
+    assert float(metrics["a"].value) == 1.5 and float(metrics["b"].value) == 15.0
+    assert float(total.value) == float(reduce(a + 0.5 * b, mask).value)
+    with pytest.raises(ValueError, match=r"weights for \['c'\], but the terms are \['a', 'b'\]"):
+        losses.combine({"a": a, "b": b}, mask, {"c": 1.0})
+
+
+def test_three_ways_to_reduce_answers_of_different_length():
+    values = jnp.array([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    mask = jnp.array([[True, False, False, False], [True, True, True, True]])
+    assert float(reduce(values, mask).value) == pytest.approx(7 / 5)  # tokens alike
+    assert float(reduce(losses.sequence_mean(values, mask)).value) == 2.0  # answers alike
+    assert float(reduce(losses.sequence_sum(values, mask) / 4).value) == pytest.approx(7 / 8)  # a constant length

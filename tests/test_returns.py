@@ -77,3 +77,38 @@ def test_whitening_uses_the_population_variance_of_the_mask(strict):
     assert np.isfinite(returns.whiten(x32, jnp.zeros(mask.shape, bool))).all()
     slope = jax.grad(lambda x: returns.whiten(x, jnp.zeros(mask.shape, bool)).sum())(x32)
     assert np.isfinite(slope).all()
+
+
+def test_rewards_to_go_by_hand():
+    reward, mask = jnp.array([[0.0, 1.0, 2.0, 4.0]]), jnp.array([[False, True, True, True]])
+    np.testing.assert_allclose(returns.rewards_to_go(reward, mask, 0.5), [[0.0, 3.0, 4.0, 4.0]])
+
+
+def test_group_baselines_by_hand():
+    score = jnp.array([[0.0, 0.0, 3.0], [5.0, 5.0, 5.0]])
+    np.testing.assert_allclose(returns.centred(score), [[-1, -1, 2], [0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(returns.rloo(score), [[-1.5, -1.5, 3], [0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(returns.rloo(score), 1.5 * returns.centred(score), atol=1e-6)
+    sd = np.sqrt((1 + 1 + 4) / 2)
+    np.testing.assert_allclose(returns.grpo(score, epsilon=0.0)[0], np.array([-1, -1, 2]) / sd, rtol=1e-5)
+    np.testing.assert_array_equal(returns.grpo(score)[1], 0)
+
+
+def test_an_absent_answer_is_a_smaller_group_and_a_lone_one_has_no_baseline():
+    score, present = jnp.array([[1.0, 3.0, 99.0]]), jnp.array([[True, True, False]])
+    np.testing.assert_allclose(returns.rloo(score, present), [[-2.0, 2.0, 0.0]])
+    for f in (returns.rloo, returns.grpo, returns.centred):
+        np.testing.assert_array_equal(f(jnp.array([[7.0]])), 0)
+
+
+def test_normalisation_on_reference_samples():
+    score = jnp.array([1.0, 3.0, 1.0, 3.0, 50.0])
+    gain, bias = returns.normalisation(score, jnp.array([True, True, True, True, False]))
+    np.testing.assert_allclose(gain * score + bias, [-1, 1, -1, 1, 48], rtol=1e-5)
+    gain, bias = returns.normalisation(jnp.full(4, 2.0))
+    assert (float(gain), float(bias)) == (1.0, -2.0)
+
+
+def test_an_advantage_lies_on_each_token_of_its_answer():
+    mask = jnp.array([[False, True, True], [True, False, False]])
+    np.testing.assert_array_equal(returns.to_tokens(jnp.array([2.0, -1.0]), mask), [[0, 2, 2], [-1, 0, 0]])

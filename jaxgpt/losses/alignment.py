@@ -33,6 +33,7 @@ def dpo(
 
     log C where pi = rho. Log-probabilities are sums over an answer's tokens.
     """
+    expect(logp=(logp_BC, "float B C"), ref_logp=(ref_logp_BC, "float B C"), choice=(choice_B, "int B"))
     return preference_nll(implicit_reward(logp_BC, ref_logp_BC, beta), choice_B, present_BC)
 
 
@@ -48,6 +49,7 @@ def cdpo(
 
     L = (1 - eps) L_dpo(choice) + eps mean_{j != choice} L_dpo(j). Its optimum has P(choice) = 1 - eps, not 1.
     """
+    expect(logp=(logp_BC, "float B C"), ref_logp=(ref_logp_BC, "float B C"), choice=(choice_B, "int B"))
     present_BC = jnp.ones(logp_BC.shape, bool) if present_BC is None else present_BC
     weight_BC = smooth_choice(choice_B, present_BC, epsilon)
     return soft_preference_nll(implicit_reward(logp_BC, ref_logp_BC, beta), weight_BC, present_BC)
@@ -58,7 +60,7 @@ def ipo(chosen_log_ratio: Array, rejected_log_ratio: Array, tau: float) -> Array
 
     h = log(pi / rho) of an answer: the sum over its tokens in the paper, the mean in TRL.
     """
-    expect(chosen=(chosen_log_ratio, "float ..."), rejected=(rejected_log_ratio, "float ..."))
+    expect(chosen_log_ratio=(chosen_log_ratio, "float ..."), rejected_log_ratio=(rejected_log_ratio, "float ..."))
     expect_value(tau > 0, "tau is {tau}; it must be above 0", tau=tau)
     return jnp.square(chosen_log_ratio - rejected_log_ratio - 1.0 / (2.0 * tau))
 
@@ -96,6 +98,7 @@ def kto(
 
 def log_odds(mean_logp: Array) -> Array:
     """log( P / (1 - P) ) of P = exp(mean log-probability of an answer's tokens), held at P <= exp(-1e-6)."""
+    expect(mean_logp=(mean_logp, "float ..."))
     mean_logp = jnp.minimum(mean_logp, -1e-6)
     near_one = mean_logp > -math.log(2.0)
     log_rest = jnp.where(
