@@ -1,11 +1,13 @@
 # `make` lists the targets. The first target that needs it sets up .venv, and again whenever pyproject.toml changes.
 #   make PYTHON=/path/to/python3.12 test     choose the Python (else the first suitable one on the PATH)
 #   make EXTRAS=tpu assistant                choose the hardware: cuda, cuda12, tpu, or none (else detected)
+#   make JOBS=4 test                         tests in so many processes (up to 4 GB each)
 
 VENV ?= .venv
 PYTHON ?=
 EXTRAS ?=
 ARGS ?=
+JOBS ?= 2
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMP := $(VENV)/.set-up
@@ -29,13 +31,13 @@ chat: $(STAMP)  ## talk to a trained model (ARGS: its flags)
 	@$(PY) -m experiments.chat $(ARGS)
 
 test: $(STAMP)  ## the quick tests
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 test-all: $(STAMP)  ## all tests
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-core: $(STAMP)  ## the quick tests of the core modules, as for a second version of Python
-	@$(PY) -m pytest -m "not slow" $(CORE) $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(CORE) $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(PY) -m ruff check $(SOURCES)

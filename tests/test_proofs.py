@@ -124,11 +124,11 @@ def test_parts_of_a_batch_joined_are_the_batch(name):
 
 @where(lambda proof: proof.time)
 def test_padding_changes_nothing(name):
-    """Three more tokens outside the mask, full of rubbish."""
+    """Three more tokens outside the mask, NaN where they are floats."""
     x = inputs(name, 5)
     T = SIZES[0].T
     more = {
-        n: np.pad(a, ((0, 0), (0, 3)), constant_values={"f": 1e3, "i": 1, "b": False}[a.dtype.kind])
+        n: np.pad(a, ((0, 0), (0, 3)), constant_values={"f": np.nan, "i": 1, "b": False}[a.dtype.kind])
         if a.ndim > 1
         else a
         for n, a in x.items()
