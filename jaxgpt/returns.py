@@ -103,8 +103,8 @@ def rloo(score_BC: Array, present_BC: Array | None = None) -> Array:
 def grpo(score_BC: Array, present_BC: Array | None = None, epsilon: float = 1e-4) -> Array:
     """(h_i - mean) / (std + eps) over the prompt's answers, [B, C] (Shao et al. 2024, section 4.1.2).
 
-    The sample deviation (C - 1 in the denominator). Dividing by it weighs prompts with alike scores more and makes the
-    optimum depend on the scores' order alone: `centred` doesn't.
+    The sample deviation (C - 1 in the denominator). Dividing by it weighs prompts with alike scores more, and where the
+    KL is a loss beside it the optimum no longer knows the scores' scale (docs/maths.md): `centred` keeps both.
     """
     deviation_BC, count_B1 = _groups(score_BC, present_BC)
     variance_B1 = jnp.square(deviation_BC).sum(axis=1, keepdims=True) / jnp.maximum(count_B1 - 1, 1)
