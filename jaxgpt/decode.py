@@ -2,10 +2,16 @@
 
 The prompt is read in one parallel pass that fills the first P cache slots; `jax.lax.scan` then adds one token a step.
 Prompts stay padded on the right. The t-th new token of a row whose prompt has len tokens goes to slot P + t with
-position len + t, and sees the slots s < len and P <= s <= P + t: one scalar cursor serves all rows.
+position len + t, and sees the slots s < len and P <= s <= P + t: one scalar cursor serves all rows. The cache grows by
+a segment at a time, so that a token costs what it has to look at, not what it might.
+
+    generate          a fixed number of steps: can be vmapped
+    generate_until    the same tokens by `while_loop`, which stops when every row has ended
+    stream            one prompt's tokens as they come
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +21,52 @@ from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.structs import Answers, Array, Batch, KVCache, Params
 
 Sampler = Callable[[Array, Array], Array]
+Loop = Callable[[Callable[..., Any], Any, Any], tuple[Any, Any]]
+SeenFilter = Callable[[Array, Array], Array]  # (logits [B, V], seen [B, V] bool) -> logits
+SEGMENT = 128  # slots by which the cache grows; each segment is compiled
+
+
+def prepare(params: Params, config: ModelConfig) -> Params:
+    """Weights as decoding reads them, made once outside the loop: matrices in the activations' dtype (norms stay
+    float32), and the tied head as [D, V], which a product with few rows reads far faster than its transpose."""
+    if "head_DV" in params:
+        return params
+    cast = jax.tree.map(lambda w: w.astype(config.dtype) if w.ndim >= 2 else w, params)
+    return {**cast, "head_DV": jax.lax.optimization_barrier(cast["embed"]["tokens_VD"].T)}
+
+
+def unembed(params: Params, h: Array) -> Array:
+    """`model.unembed`, with the head of `prepare` where it has been made: float32 logits."""
+    if "head_DV" not in params:
+        return model.unembed(params, h)
+    return jnp.matmul(h, params["head_DV"], preferred_element_type=jnp.float32)
+
+
+def read(params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int) -> tuple[KVCache, Array]:
+    """The cache after the prompts, with room for `slots` new tokens, and the hidden state of each last token [B, D]."""
+    h_BPD, kv = model.hidden_and_kv(params, config, prompt_BP)
+    keys, values = (tuple(layer[i].swapaxes(1, 2) for layer in kv) for i in (0, 1))
+    h_BD = jnp.take_along_axis(h_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
+    return grow(KVCache(keys, values), slots), h_BD
 
 
 def prefill(
     params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int
 ) -> tuple[KVCache, Array]:
-    """The cache after the prompts, with room for `slots` new tokens, and the logits of the first of them [B, V]."""
-    h_BPD, kv = model.hidden_and_kv(params, config, prompt_BP)
-    room = ((0, 0), (0, 0), (0, slots), (0, 0))
-    keys, values = (tuple(jnp.pad(layer[i].swapaxes(1, 2), room) for layer in kv) for i in (0, 1))
-    h_BD = jnp.take_along_axis(h_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    return KVCache(keys, values), model.unembed(params, h_BD)
+    """`read`, and the logits of the first new token [B, V]."""
+    cache, h_BD = read(params, config, prompt_BP, length_B, slots)
+    return cache, unembed(params, h_BD)
 
 
-def decode_step(
+def grow(cache: KVCache, slots: int) -> KVCache:
+    """The cache with so many more slots behind."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))), cache)
+
+
+def advance(
     params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
 ) -> tuple[KVCache, Array]:
-    """Feed the t-th new token: the cache with it, and the logits of the next token [B, V]."""
+    """Feed the t-th new token: the cache with it, and its hidden state after the final norm [B, D]."""
     slots = jnp.arange(cache.keys[0].shape[2])
     new_S = (slots >= prompt_slots) & (slots <= prompt_slots + t)
     visible_B1S = ((slots < length_B[:, None]) | new_S)[:, None, :]
@@ -52,7 +87,15 @@ def decode_step(
         normed = model.layer_norm(block["mlp_norm"], x_BD, config.norm_epsilon)
         x_BD += model.mlp(block, normed)
     h_BD = model.layer_norm(params["final_norm"], x_BD, config.norm_epsilon)
-    return KVCache(tuple(keys), tuple(values)), model.unembed(params, h_BD)
+    return KVCache(tuple(keys), tuple(values)), h_BD
+
+
+def decode_step(
+    params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
+) -> tuple[KVCache, Array]:
+    """`advance`, and the logits of the next token [B, V]."""
+    cache, h_BD = advance(params, config, cache, token_B, length_B, prompt_slots, t)
+    return cache, unembed(params, h_BD)
 
 
 def generate(
@@ -63,55 +106,110 @@ def generate(
     key: Array,
     *,
     new_tokens: int,
-    stop: int,
+    stop: int | Sequence[int],
     pad: int = 0,
     sample: Sampler = sampling.categorical,
     filter_logits: sampling.Filter = lambda logits: logits,
+    filter_seen: SeenFilter | None = None,
+    samples: int = 1,
+    value_head: Params | None = None,
+    segment: int = SEGMENT,
+    loop: Loop = jax.lax.scan,
 ) -> Answers:
-    """Sample up to `new_tokens` tokens for each prompt, until `stop`.
+    """Sample up to `new_tokens` tokens for each prompt, until `stop` (a token, or any of several).
 
     prompt_BP: prompts padded on the right; length_B: their lengths. `filter_logits` shapes the distribution
-    (temperature, top-k, top-p), `sample` draws from it; the returned log-probabilities are those of the shaped
-    distribution. The program has a fixed length, so it can be vmapped; rows that have ended yield `pad`.
+    (temperature, top-k, top-p), before it `filter_seen(logits, seen)` by what the prompt and the answer so far hold (a
+    repetition penalty); `sample` draws from it; the returned log-probabilities are those of the shaped
+    distribution. `samples` answers a prompt (rows b * samples ... of the result) are drawn after one reading of it.
+    `value_head` adds a critic's values. The cache grows by `segment` slots, each compiled. `loop` runs the steps:
+    `jax.lax.scan`, of a fixed length that can be vmapped, or `until_all_ended`. Rows that have ended yield `pad`.
     Raises UserError while tracing when prompt and answer don't fit the model's block.
     """
-    check_room(config, prompt_BP.shape[1], new_tokens)
     P = prompt_BP.shape[1]
-    params = cast_weights(params, config)
-    cache, logits_BV = prefill(params, config, prompt_BP, length_B, new_tokens)
+    check_room(config, P, new_tokens)
+    if samples < 1 or segment < 1:
+        raise UserError(f"samples is {samples} and segment {segment}; both must be at least 1")
+    params = prepare(params, config)
+    ends = [*range(segment, new_tokens - 1, segment), new_tokens - 1]  # fed tokens after each segment
+    cache, h_BD = read(params, config, prompt_BP, length_B, ends[0])
+    cache, h_BD, prompt_BP, length_B = jax.tree.map(
+        lambda x: jnp.repeat(x, samples, axis=0) if samples > 1 else x, (cache, h_BD, prompt_BP, length_B)
+    )
+    B = length_B.shape[0]
+    stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
+    seen_BV = None
+    if filter_seen:
+        real_BP = jnp.arange(P) < length_B[:, None]
+        seen_BV = jnp.zeros((B, config.vocab), bool).at[jnp.arange(B)[:, None], prompt_BP].max(real_BP)
 
-    def emit(key: Array, logits_BV: Array, ended_B: Array) -> tuple[Array, Array, Array]:
+    def emit(key: Array, h_BD: Array, ended_B: Array, seen_BV: Array | None) -> tuple[Array, Any, tuple[Array, ...]]:
+        """The next token from the hidden state before it: (ended, seen, what is collected)."""
+        logits_BV = unembed(params, h_BD)
+        if filter_seen is not None and seen_BV is not None:
+            logits_BV = filter_seen(logits_BV, seen_BV)
         logits_BV = filter_logits(logits_BV)
         token_B = sample(key, logits_BV)
-        logp_B = losses.log_prob(logits_BV, token_B)
-        return (
-            jnp.where(ended_B, pad, token_B).astype(jnp.int32),
-            jnp.where(ended_B, 0.0, logp_B),
-            ended_B | (token_B == stop),
-        )
+        out = [jnp.where(ended_B, pad, token_B).astype(jnp.int32)]
+        out += [jnp.where(ended_B, 0.0, losses.log_prob(logits_BV, token_B)), ended_B]
+        if value_head is not None:
+            out.append(jnp.where(ended_B, 0.0, model.apply_scalar_head(value_head, h_BD)))
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(B), token_B].set(True)
+        return ended_B | (token_B[:, None] == stops).any(axis=1), seen_BV, tuple(out)
 
-    def step(carry: tuple, x: tuple[Array, Array]) -> tuple[tuple, tuple[Array, Array, Array]]:
-        cache, token_B, ended_B = carry
+    def step(carry: tuple, x: tuple[Array, Array]) -> tuple[tuple, tuple[Array, ...]]:
+        cache, token_B, ended_B, seen_BV = carry
         t, key = x
-        cache, logits_BV = decode_step(params, config, cache, token_B, length_B, P, t)
-        token_B, logp_B, next_ended_B = emit(key, logits_BV, ended_B)
-        return (cache, token_B, next_ended_B), (token_B, logp_B, ended_B)
+        cache, h_BD = advance(params, config, cache, token_B, length_B, P, t)
+        ended_B, seen_BV, out = emit(key, h_BD, ended_B, seen_BV)
+        return (cache, out[0], ended_B, seen_BV), out
 
     keys = jax.random.split(key, new_tokens)
-    none_B = jnp.zeros(prompt_BP.shape[0], bool)
-    token_B, logp_B, ended_B = emit(keys[0], logits_BV, none_B)
-    rows = [(token_B[None], logp_B[None], none_B[None])]
-    if new_tokens > 1:
-        xs = (jnp.arange(new_tokens - 1), keys[1:])
-        (_, _, ended_B), out = jax.lax.scan(step, (cache, token_B, ended_B), xs)
-        rows.append(out)
-    tokens_AB, logp_AB, before_AB = (jnp.concatenate(part) for part in zip(*rows, strict=True))
-    return Answers(tokens_AB.T, logp_AB.T, (~before_AB).sum(0).astype(jnp.int32), ended_B)
+    ended_B, seen_BV, out = emit(keys[0], h_BD, jnp.zeros(B, bool), seen_BV)
+    carry, collected = (cache, out[0], ended_B, seen_BV), [jax.tree.map(lambda x: x[None], out)]
+    for begin, end in zip([0, *ends], ends, strict=False):
+        if begin == end:
+            continue
+        if begin:
+            carry = (grow(carry[0], end - begin), *carry[1:])
+        carry, out = loop(step, carry, (jnp.arange(begin, end), keys[1 + begin : 1 + end]))
+        collected.append(out)
+    tokens_AB, logp_AB, before_AB, *values = (jnp.concatenate(part) for part in zip(*collected, strict=True))
+    tokens_AB = jnp.where(before_AB, pad, tokens_AB)
+    return Answers(
+        tokens_AB.T, logp_AB.T, (~before_AB).sum(0).astype(jnp.int32), carry[2], values[0].T if values else None
+    )
 
 
-def cast_weights(params: Params, config: ModelConfig) -> Params:
-    """Matrix weights in the activations' dtype, once, outside the loop; norms stay float32."""
-    return jax.tree.map(lambda w: w.astype(config.dtype) if w.ndim >= 2 else w, params)
+def until_all_ended(step: Callable[..., Any], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` that ends early when every row has ended; what is then missing reads as ended."""
+    steps = jax.tree.leaves(xs)[0].shape[0]
+    # Keys travel as plain numbers: that each is taken once is clear to a reader, not to JAX's check of reused keys.
+    is_key = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key), xs)
+    plain = jax.tree.map(lambda x, key: jax.random.key_data(x) if key else x, xs, is_key)
+
+    def at(i: Array | int) -> Any:
+        return jax.tree.map(lambda x, key: jax.random.wrap_key_data(x[i]) if key else x[i], plain, is_key)
+
+    shapes = jax.eval_shape(step, carry, at(0))[1]
+    empty = jax.tree.map(lambda x: jnp.full((steps, *x.shape), x.dtype == jnp.bool, x.dtype), shapes)
+
+    def body(state: tuple) -> tuple:
+        i, carry, collected = state
+        carry, out = step(carry, at(i))
+        place = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)  # noqa: E731
+        return i + 1, carry, jax.tree.map(place, collected, out)
+
+    _, carry, collected = jax.lax.while_loop(
+        lambda state: (state[0] < steps) & ~state[1][2].all(), body, (jnp.zeros((), jnp.int32), carry, empty)
+    )
+    return carry, collected
+
+
+def generate_until(*args: Any, **settings: Any) -> Answers:
+    """The same tokens as `generate` with the same arguments, by a loop that stops when every row has ended."""
+    return generate(*args, loop=until_all_ended, **settings)
 
 
 def check_room(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None:
@@ -146,21 +244,28 @@ def stream(
     key: Array,
     *,
     new_tokens: int,
-    stop: int,
+    stop: int | Sequence[int],
     sample: Sampler = sampling.categorical,
     filter_logits: sampling.Filter = lambda logits: logits,
+    segment: int = SEGMENT,
 ) -> Iterator[int]:
     """The tokens of `generate` for one prompt, one at a time as they come: for a person who reads along."""
-    check_room(config, prompt_BP.shape[1], new_tokens)
     P = prompt_BP.shape[1]
-    params = cast_weights(params, config)
-    start = jax.jit(prefill, static_argnums=(1, 4))
-    advance = jax.jit(decode_step, static_argnums=(1, 5), donate_argnums=2)
-    cache, logits_BV = start(params, config, prompt_BP, length_B, new_tokens)
+    check_room(config, P, new_tokens)
+    stops = {stop} if isinstance(stop, int) else set(stop)
+    params = jax.jit(prepare, static_argnums=1)(params, config)
+    room = min(segment, new_tokens)
+    cache, logits_BV = jax.jit(prefill, static_argnums=(1, 4))(params, config, prompt_BP, length_B, room)
     for t, step_key in enumerate(jax.random.split(key, new_tokens)):
         token_B = sample(step_key, filter_logits(logits_BV))
-        if int(token_B[0]) == stop:
+        if int(token_B[0]) in stops:
             return
         yield int(token_B[0])
         if t + 1 < new_tokens:
-            cache, logits_BV = advance(params, config, cache, token_B, length_B, P, jnp.asarray(t))
+            if t == room:
+                more = min(segment, new_tokens - room)
+                cache, room = grow(cache, more), room + more
+            cache, logits_BV = _jitted_step(params, config, cache, token_B, length_B, P, jnp.asarray(t))
+
+
+_jitted_step = jax.jit(decode_step, static_argnums=(1, 5), donate_argnums=2)

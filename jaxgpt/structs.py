@@ -88,6 +88,7 @@ class Answers:
     logp_BA: Array  # float32: log-probability of each token under the sampling distribution; 0 after the end
     length_B: Array  # int32: tokens up to and including the stop token
     ended_B: Array  # bool: the stop token was sampled
+    value_BA: Array | None = None  # float32: the critic's value of the state before each token; 0 after the end
 
 
 @struct.dataclass

@@ -8,8 +8,9 @@ from jaxgpt import decode, model
 from jaxgpt.config import ModelConfig
 from jaxgpt.structs import Array, Batch, Params
 
-generate = jax.jit(
-    decode.generate, static_argnums=1, static_argnames=("new_tokens", "stop", "pad", "sample", "filter_logits")
+STATIC = ("new_tokens", "stop", "pad", "sample", "filter_logits", "filter_seen", "samples", "segment")
+generate, generate_until = (
+    jax.jit(f, static_argnums=1, static_argnames=STATIC) for f in (decode.generate, decode.generate_until)
 )
 hidden = jax.jit(model.hidden, static_argnums=1)
 score = jax.jit(model.score, static_argnums=1, static_argnames=("temperature", "window"))
