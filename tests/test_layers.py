@@ -13,7 +13,7 @@ LEVELS = {
     0: "structs config checks",
     1: "losses kl returns vocab_head sampling model tokenizer optim sharding settings process progress",
     2: "decode speculative train lora data checkpoint run cli pretrained reward",
-    3: "rollout evaluate dpo",
+    3: "rollout evaluate dpo beam",
     4: "ppo report doctor web",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
