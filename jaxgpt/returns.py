@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.checks import expect
+from jaxgpt.checks import expect, expect_value
 
 
 def last_token(mask_BT: Array) -> Array:
@@ -16,6 +16,7 @@ def last_token(mask_BT: Array) -> Array:
 
 def shaped_rewards(score_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | float) -> Array:
     """r_t = -beta kl_t on every answer token, plus the score on its last one (Ziegler et al. 2020, eq. 2), [B, T]."""
+    expect_value(beta >= 0, "beta is {beta}; the price of a nat can't be negative", beta=beta)
     expect(score=(score_B, "float B"), kl=(kl_BT, "float B T"), mask=(mask_BT, "bool B T"))
     return jnp.where(mask_BT, -beta * kl_BT, 0.0) + jnp.where(last_token(mask_BT), score_B[:, None], 0.0)
 
@@ -55,7 +56,10 @@ def masked_moments(x: Array, mask: Array) -> tuple[Array, Array]:
     """Mean and population variance over the True elements (0 and 0 when there are none)."""
     expect(x=(x, "float ..."), mask=(mask, "bool ..."))
     count = jnp.maximum(mask.sum(), 1).astype(x.dtype)
-    mean = jnp.where(mask, x, 0.0).sum() / count
+    # From the largest on: the mean of equal numbers is that number, to the last bit.
+    top = jax.lax.stop_gradient(jnp.where(mask, x, -jnp.inf).max())
+    top = jnp.where(mask.any(), top, 0.0)
+    mean = top + jnp.where(mask, x - top, 0.0).sum() / count
     return mean, jnp.where(mask, jnp.square(x - mean), 0.0).sum() / count
 
 
@@ -124,5 +128,9 @@ def _groups(score_BC: Array, present_BC: Array | None) -> tuple[Array, Array]:
     expect(score=(score_BC, "float B C"), present=(present_BC, "bool B C"))
     present_BC = jnp.ones(score_BC.shape, bool) if present_BC is None else present_BC
     count_B1 = present_BC.sum(axis=1, keepdims=True).astype(score_BC.dtype)
-    mean_B1 = jnp.where(present_BC, score_BC, 0.0).sum(axis=1, keepdims=True) / jnp.maximum(count_B1, 1)
+    top_B1 = jax.lax.stop_gradient(jnp.where(present_BC, score_BC, -jnp.inf).max(axis=1, keepdims=True))
+    top_B1 = jnp.where(count_B1 > 0, top_B1, 0.0)
+    mean_B1 = top_B1 + jnp.where(present_BC, score_BC - top_B1, 0.0).sum(axis=1, keepdims=True) / jnp.maximum(
+        count_B1, 1
+    )
     return jnp.where(present_BC, score_BC - mean_B1, 0.0), count_B1

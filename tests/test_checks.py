@@ -1,12 +1,16 @@
 """Bad input: messages that name the argument, what it is and what it should be, while tracing."""
 
+import itertools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from jaxgpt import checks, losses
+from jaxgpt import checks, losses, returns
+from jaxgpt.losses import alignment, preferences
 from tests.proofs import PROOFS, Inputs, Sizes
 from tests.test_proofs import arrays
 
@@ -15,30 +19,68 @@ def made(name: str) -> Inputs:
     return PROOFS[name].make(np.random.default_rng(0), Sizes())
 
 
-def traced(name: str, x) -> str:
-    """The complaint while tracing (nothing runs)."""
+def complaint(name: str, x) -> str:
+    """What it says while tracing (nothing runs)."""
     with pytest.raises((TypeError, ValueError)) as caught:
         jax.eval_shape(PROOFS[name].ours, **x)
     return str(caught.value)
 
 
-def unchecked(name: str) -> set[str]:
-    """Arguments of NumPy's kind that are helped by broadcasting on purpose."""
-    return {"losses.preference_nll": {"margin_B"}, "losses.bradley_terry_nll": {"margin"}}.get(name, set())
+def named(argument: str) -> str:
+    """Without the axes, as messages say it."""
+    return argument.split("_B")[0].split("_V")[0].replace("tied", "rank")
 
 
-@pytest.mark.parametrize("name", PROOFS)
-def test_every_argument_of_every_function_is_checked(name):
-    """Wrong dtype, an axis too many, another size: each names the argument that is wrong, or the one it fits not."""
+def changed(kind: str, a: jax.Array) -> jax.Array:
+    match kind:
+        case "dtype":
+            return a.astype(jnp.int32 if a.dtype != jnp.int32 else jnp.float32)
+        case "rank":
+            return a[..., None]
+        case _:
+            return a[:-1]
+
+
+def mistakes():
+    """Each array of each function with each mistake. One alone may be of any shape, a vocabulary of any size."""
+    found = []
+    for name in PROOFS:
+        x = made(name)
+        for argument, kind in itertools.product(x, ("dtype", "rank", "size")):
+            right = kind != "dtype" and (len(x) == 1 or (argument, kind) == ("head_VD", "size"))
+            if x[argument].ndim and not right:
+                found.append(pytest.param(name, argument, kind, id=f"{name}-{argument}-{kind}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "argument", "kind"), mistakes())
+def test_every_argument_of_every_function_is_checked(name, argument, kind):
+    """Wrong dtype, an axis too many, another size: the message names an argument, what it is and what is expected.
+
+    A wrong dtype is told of the argument itself; a wrong shape of the first argument that doesn't fit those before.
+    """
     x = arrays(made(name))
-    for argument in set(x) - unchecked(name):
-        short = argument.split("_B")[0].split("_V")[0].replace("tied", "rank")
-        wrong = x[argument].astype(jnp.int32 if x[argument].dtype != jnp.int32 else jnp.float32)
-        complaint = traced(name, {**x, argument: wrong})
-        assert f"`{short}` is {wrong.dtype}[" in complaint and "expected" in complaint, complaint
-        if len(x) > 1:
-            for wrong in (x[argument][..., None], *([x[argument][:-1]] if argument != "head_VD" else [])):
-                assert "expected" in traced(name, {**x, argument: wrong})
+    x[argument] = changed(kind, x[argument])
+    said = complaint(name, x)
+    accused = [argument] if kind == "dtype" else list(x)
+    descriptions = [f"`{named(n)}` is {x[n].dtype}[{', '.join(map(str, x[n].shape))}]; expected" for n in accused]
+    assert any(description in said for description in descriptions), said
+
+
+@pytest.mark.parametrize("mask", [None, jnp.ones(3, bool)])
+def test_terms_of_different_shape_are_refused(mask):
+    with pytest.raises(ValueError, match=r"combine: `b` is float32\[2\]; expected float"):
+        losses.combine({"a": jnp.ones(3), "b": jnp.ones(2)}, mask)
+
+
+def test_whole_numbers_are_refused_without_a_mask():
+    with pytest.raises(TypeError, match=r"reduce: `values` is int32\[3\]; expected float"):
+        losses.reduce(jnp.arange(3))
+
+
+def test_a_reference_point_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="`reference` is"):
+        losses.kto(jnp.zeros(2), jnp.ones(2, bool), jnp.zeros((2, 1)), 0.1)
 
 
 def test_a_message_says_what_and_where():
@@ -53,16 +95,42 @@ def test_a_message_says_what_and_where():
 
 
 SCORES = jnp.zeros((2, 3))
-VALUES = {
-    "preference_nll: a choice is outside 0..2": lambda x: losses.preference_nll(SCORES, jnp.int32(x) + jnp.arange(2)),
+TOKENS = jnp.zeros((2, 3)), jnp.ones((2, 3), bool)
+
+
+def whole(x):
+    return jnp.asarray(x, jnp.int32)
+
+
+VALUES = {  # of x = 3, all wrong
+    "preference_nll: a choice is outside 0..2": lambda x: losses.preference_nll(SCORES, whole(x) * jnp.arange(2)),
+    "preference_nll: a choice is outside 0..2, the": lambda x: losses.preference_objective(
+        SCORES, whole(x) - jnp.array([3, 4]), SCORES < 1
+    ),
     "implicit_reward: beta is -": lambda x: losses.dpo(SCORES, SCORES, jnp.array([0, 1]), -1.0 * x),
+    "implicit_reward: beta is -[13]": lambda x: losses.cdpo(SCORES, SCORES, jnp.array([0, 1]), -1.0 * x, 0.1),
     "favourites_nll: more than 1 answers tie": lambda x: losses.favourites_nll(SCORES, SCORES < x),
+    "favourites_nll: more than 2 answers tie": lambda x: losses.plackett_luce_nll(
+        SCORES, jnp.zeros((2, 3), jnp.int32) * whole(x), log_tie=(0.0,)
+    ),
     "plackett_luce_nll: a rank is outside -1..2": lambda x: losses.plackett_luce_nll(
-        SCORES, jnp.int32(x) + jnp.zeros((2, 3), jnp.int32)
+        SCORES, whole(x) * jnp.array([[1, 0, 0], [0, 0, 0]])
     ),
     "kto: beta is -": lambda x: losses.kto(SCORES, SCORES < 1, 0.0, -1.0 * x),
     "ipo: tau is -": lambda x: losses.ipo(SCORES, SCORES, -1.0 * x),
     "simpo: beta is -": lambda x: losses.simpo(SCORES, SCORES, -1.0 * x, 1.0),
+    "dual_clip: limit is ": lambda x: losses.dual_clip(SCORES, SCORES, limit=x - 2.0),
+    "smooth_choice: a choice is outside 0..2": lambda x: losses.smooth_choice(
+        whole(x) + jnp.arange(2), SCORES < 1, 0.1
+    ),
+    "a choice is outside 0..2": lambda x: losses.cdpo(SCORES, SCORES, whole(x) + jnp.arange(2), 0.1, 0.2),
+    "a favourite is not present": lambda x: losses.cdpo(
+        SCORES, SCORES, whole(x) - jnp.array([3, 1]), 0.1, 0.2, jnp.array([[True, True, False]] * 2)
+    ),
+    "all_pairs_nll: a rank is outside -1..2": lambda x: losses.all_pairs_nll(
+        SCORES, whole(x) + jnp.zeros((2, 3), jnp.int32)
+    ),
+    "shaped_rewards: beta is -": lambda x: returns.shaped_rewards(jnp.zeros(2), *TOKENS, -1.0 * x),
 }
 
 
@@ -72,8 +140,31 @@ def test_wrong_values_raise_where_concrete_and_under_checkify_where_traced(messa
     with pytest.raises(ValueError, match=message):
         f(x)
     error, _ = jax.jit(checkify.checkify(f, errors=checkify.user_checks))(x)
-    assert message in error.get()
-    jax.jit(f)(x)  # and cost nothing otherwise
+    assert re.search(message, error.get())
+
+
+def test_right_values_pass_under_checkify():
+    f = checkify.checkify(lambda c, b: losses.dpo(SCORES, SCORES, c, b), errors=checkify.user_checks)
+    error, found = jax.jit(f)(jnp.array([0, 2]), jnp.float32(0.0))
+    assert error.get() is None
+    np.testing.assert_allclose(found, np.log(3), rtol=1e-6)
+
+
+def test_checks_of_values_cost_nothing_without_checkify(monkeypatch):
+    """The compiled program is that of a library without them."""
+
+    def program() -> str:
+        def f(scores, choice, beta):  # a new function each time: nothing is remembered
+            return losses.dpo(scores, scores, choice, beta)
+
+        text = jax.jit(f).lower(SCORES, jnp.array([0, 1]), jnp.float32(-1.0)).compile().as_text()
+        text = text[re.search(r"^(%|ENTRY)", text, re.MULTILINE).start() :]  # after the tables of source lines
+        return re.sub(r", metadata={[^}]*}", "", text)
+
+    checked = program()
+    for module in (alignment, preferences):
+        monkeypatch.setattr(module, "expect_value", lambda *x, **more: None)
+    assert checked == program() and "custom-call" not in checked
 
 
 def test_a_favourite_that_is_not_there():

@@ -54,6 +54,31 @@ def test_controllers_are_pytrees_of_beta_alone():
     assert float(jax.jit(lambda c, m: c.update(m))(fixed, measured(99.0)).beta) == pytest.approx(0.2)
 
 
+def test_estimators_by_hand():
+    """pi = 1/2 of a token, rho = 1/4: d = log 2."""
+    d = np.log(2)
+    logp, ref = jnp.log(jnp.array(0.5)), jnp.log(jnp.array(0.25))
+    assert float(kl.k1(logp, ref)) == pytest.approx(d, rel=1e-6)
+    assert float(kl.k2(logp, ref)) == pytest.approx(d**2 / 2, rel=1e-6)
+    assert float(kl.k3(logp, ref)) == pytest.approx(1 / 2 - 1 + d, rel=1e-6)
+    assert float(kl.k3(ref, logp)) == pytest.approx(2 - 1 - d, rel=1e-6)
+    pi, rho = jnp.log(jnp.array([0.5, 0.5])) + 3.0, jnp.log(jnp.array([0.75, 0.25])) - 5.0  # constants don't count
+    assert float(kl.exact(pi, rho)) == pytest.approx(np.log(2 / 3**0.5), rel=1e-5)
+    assert float(kl.exact(rho, pi)) == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5), rel=1e-5)
+    assert float(kl.k3(jnp.array(0.0), jnp.array(-1e4))) == pytest.approx(19.0)  # d is held at 20
+
+
+def test_standard_errors_by_hand():
+    """Nats of 1 and 3: mean 2, sample variance 2, standard error sqrt(2 / 2) = 1."""
+    one_token = kl.estimate(jnp.array([[1.0], [3.0]]), jnp.ones((2, 1), bool))
+    assert (float(one_token.nats_a_sequence), float(one_token.nats_a_sequence_error)) == (2.0, 1.0)
+    assert (float(one_token.nats_a_token), float(one_token.nats_a_token_error)) == (2.0, 1.0)
+    # a nat a token, in answers of one and of three tokens: only their lengths are uncertain
+    lengths = kl.estimate(jnp.ones((2, 3)), jnp.array([[True, False, False], [True, True, True]]))
+    assert (float(lengths.nats_a_sequence), float(lengths.nats_a_sequence_error)) == (2.0, 1.0)
+    assert (float(lengths.nats_a_token), float(lengths.nats_a_token_error)) == (1.0, 0.0)
+
+
 PLACEMENTS = {  # what the expected gradient is, as multiples of those of KL(pi || rho) and KL(rho || pi)
     ("loss", kl.k1): (0, 0), ("loss", kl.k2): (1, 0), ("loss", kl.k3): (0, 1),
     ("reward", kl.k1): (1, 0), ("reward", kl.k3): (1, -1),
@@ -111,6 +136,8 @@ def test_a_loss_term_leaves_out_later_states_and_the_reward_does_not():
     np.testing.assert_allclose(reward[0], true[0], atol=1e-5)
     np.testing.assert_allclose(reward[1], true[1], atol=1e-5)
     np.testing.assert_allclose(loss[1], true[1], atol=1e-5)  # nothing follows the last token
+    first_alone = jax.grad(lambda x: kl.exact(x, ref1))(x1)
+    np.testing.assert_allclose(loss[0], first_alone, atol=1e-5)  # as if the answer had been one token
     assert np.abs(loss[0] - true[0]).max() > 0.1  # the first token's effect on the second's KL is missing
 
 

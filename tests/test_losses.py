@@ -80,9 +80,13 @@ def test_dpo_starts_at_log_b(candidates):
 def test_dpo_of_two_is_equation_7_of_the_paper():
     logp, ref = jnp.array([[-10.0, -12.0]]), jnp.array([[-11.0, -11.5]])
     margin = 0.1 * ((-10 + 11) - (-12 + 11.5))
-    h = losses.implicit_reward(logp, ref, 0.1)
+    np.testing.assert_allclose(losses.implicit_reward(logp, ref, 0.1), [[0.1, -0.05]], rtol=1e-5)
     expected = -np.log(1 / (1 + np.exp(-margin)))
-    assert float(losses.preference_nll(h, jnp.array([0]))[0]) == pytest.approx(expected, rel=1e-6)
+    assert float(losses.dpo(logp, ref, jnp.array([0]), 0.1)[0]) == pytest.approx(expected, rel=1e-6)
+    # conservative: one label in five points the wrong way
+    wrong = -np.log(1 / (1 + np.exp(margin)))
+    found = losses.cdpo(logp, ref, jnp.array([0]), 0.1, 0.2)
+    assert float(found[0]) == pytest.approx(0.8 * expected + 0.2 * wrong, rel=1e-6)
 
 
 def test_ppo_clip_by_hand():
@@ -97,6 +101,14 @@ def test_ppo_at_ratio_one_is_the_policy_gradient():
     logp, advantage = jax.random.normal(jax.random.key(0), (2, 6)), jax.random.normal(jax.random.key(1), (2, 6))
     slope = jax.grad(lambda x: losses.ppo_clip(losses.log_ratio(x, logp), advantage).sum())(logp)
     np.testing.assert_allclose(slope, -advantage, rtol=1e-6)
+    reinforce = jax.grad(lambda x: losses.reinforce(x, advantage).sum())(logp)
+    np.testing.assert_allclose(slope, reinforce, rtol=1e-6)
+
+
+def test_reinforce_by_hand_and_no_gradient_into_the_advantage():
+    assert float(losses.reinforce(jnp.array(-2.0), jnp.array(3.0))) == 6.0
+    slopes = jax.grad(lambda *x: losses.reinforce(*x), (0, 1))(jnp.array(-2.0), jnp.array(3.0))
+    assert [float(slope) for slope in slopes] == [-3.0, 0.0]
 
 
 def test_value_clip_by_hand():
@@ -129,8 +141,9 @@ def test_one_likelihood_a_favourite_is_a_ranking_of_one():
     np.testing.assert_allclose(jitted.favourites_nll(scores, favourite), expected, rtol=1e-6)
     np.testing.assert_allclose(jitted.plackett_luce_nll(scores, jnp.where(favourite, 0, -1)), expected, rtol=1e-6)
     np.testing.assert_allclose(jitted.soft_preference_nll(scores, favourite.astype(float)), expected, rtol=1e-5)
-    no_ties = jitted.favourites_nll(scores, favourite, log_tie=(-50.0, -50.0))
-    np.testing.assert_allclose(no_ties, expected, rtol=1e-6)
+    for never in (-50.0, -np.inf):
+        no_ties = jitted.favourites_nll(scores, favourite, log_tie=(never, never))
+        np.testing.assert_allclose(no_ties, expected, rtol=1e-6)
 
 
 def test_one_likelihood_two_answers():
@@ -141,6 +154,8 @@ def test_one_likelihood_two_answers():
     np.testing.assert_allclose(jitted.preference_nll(scores, choice), pair, rtol=1e-5)
     np.testing.assert_allclose(jitted.plackett_luce_nll(scores, rank), pair, rtol=1e-5)
     np.testing.assert_allclose(jitted.all_pairs_nll(scores, rank), pair, rtol=1e-5)
+    davidson = jitted.favourites_nll(scores, rank == 0, log_tie=(-np.inf,))
+    np.testing.assert_allclose(davidson, pair, rtol=1e-5)
     margin = jnp.linspace(0, 1, 5)
     with_margin = jitted.bradley_terry_nll(chosen, rejected, margin)
     np.testing.assert_allclose(jitted.preference_nll(scores, choice, margin_B=margin), with_margin, rtol=1e-5)
@@ -156,7 +171,55 @@ def test_a_tied_pair_is_davidsons_model():
     np.testing.assert_allclose(jitted.favourites_nll(scores, outcome, log_tie=(np.log(nu),)), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("log_tie", [(), (0.3,), (0.3, -0.5)])
+def test_preferences_by_hand():
+    """Worths of 4, 2 and 1."""
+    scores = jnp.log(jnp.array([[4.0, 2.0, 1.0]]))
+
+    def nll(f, *x, **more):
+        return float(f(scores, *x, **more)[0])
+
+    log = np.log
+    assert nll(losses.preference_nll, jnp.array([1])) == pytest.approx(-log(2 / 7), rel=1e-5)
+    # log 2 off the second's score halves its worth: 1 of 4 + 1 + 1
+    margin = jnp.log(jnp.array([2.0]))
+    assert nll(losses.preference_nll, jnp.array([1]), margin_B=margin) == pytest.approx(-log(1 / 6), rel=1e-5)
+    # a tie of the first two is worth half the root of 4 * 2; other ties: the roots of 4 * 1 and 2 * 1, halved
+    total = 7 + 0.5 * (8**0.5 + 4**0.5 + 2**0.5)
+    two = jnp.array([[True, True, False]])
+    tied = nll(losses.favourites_nll, two, log_tie=(log(0.5),))
+    assert tied == pytest.approx(-log(0.5 * 8**0.5 / total), rel=1e-5)
+    assert nll(losses.plackett_luce_nll, jnp.array([[0, 1, 2]])) == pytest.approx(-log(4 / 7 * 2 / 3), rel=1e-5)
+    assert nll(losses.plackett_luce_nll, jnp.array([[2, 1, 0]])) == pytest.approx(-log(1 / 7 * 2 / 6), rel=1e-5)
+    assert nll(losses.plackett_luce_nll, jnp.array([[0, -1, -1]])) == pytest.approx(-log(4 / 7), rel=1e-5)
+    # first tied with second, in place of a ranking of the two; the third is alone then
+    ranked = nll(losses.plackett_luce_nll, jnp.array([[0, 0, 2]]), log_tie=(log(0.5),))
+    assert ranked == pytest.approx(tied, rel=1e-5)
+    pairs = [log(1 + 2 / 4), log(1 + 1 / 4), log(1 + 1 / 2)]
+    assert nll(losses.all_pairs_nll, jnp.array([[0, 1, 2]])) == pytest.approx(np.mean(pairs), rel=1e-5)
+    assert nll(losses.all_pairs_nll, jnp.array([[0, 0, -1]])) == pytest.approx(np.mean(pairs[1:]), rel=1e-5)
+    votes = jnp.array([[0.5, 0.25, 0.25]])
+    expected = -(0.5 * log(4 / 7) + 0.25 * log(2 / 7) + 0.25 * log(1 / 7))
+    assert nll(losses.soft_preference_nll, votes) == pytest.approx(expected, rel=1e-5)
+    assert float(losses.bradley_terry_nll(scores[0, 0], scores[0, 1])) == pytest.approx(log(3 / 2), rel=1e-5)
+
+
+def test_centering_doubt_and_agreement_by_hand():
+    scores, present = jnp.array([[1.0, 2.0, -4.0], [1.0, 2.0, -4.0]]), jnp.array([[True] * 3, [True, True, False]])
+    np.testing.assert_array_equal(losses.reward_centering(scores, present), [1.0, 9.0])
+    present = jnp.array([[True, True, True], [True, True, False], [False, True, False]])
+    weight = losses.smooth_choice(jnp.array([0, 1, 1]), present, 0.2)
+    np.testing.assert_allclose(weight, [[0.8, 0.1, 0.1], [0.2, 0.8, 0], [0, 1, 0]], rtol=1e-6)
+    # right, wrong, one of two that tie, and a row of padding that doesn't count
+    scores = jnp.array([[0.0, np.log(3.0)], [np.log(3.0), 0.0], [5.0, 5.0], [9.0, 9.0]])
+    mean, metrics = losses.preference_objective(
+        scores, jnp.array([1, 1, 0, 0]), jnp.array([[True, True]] * 3 + [[False, False]])
+    )
+    assert float(metrics["accuracy"].value) == 0.5
+    expected = -(np.log(3 / 4) + np.log(1 / 4) + np.log(1 / 2)) / 3
+    assert float(mean.value) == pytest.approx(expected, rel=1e-6) and float(mean.count) == 3
+
+
+@pytest.mark.parametrize("log_tie", [(), (0.3,), (0.3, -0.5), (0.3, -0.5, 0.1)])
 def test_probabilities_of_all_outcomes_sum_to_one(log_tie):
     """Every set of favourites that may tie; and every ranking, with the ties that log_tie allows."""
     scores, D = scores_of(1, 4), 1 + len(log_tie)
@@ -167,6 +230,24 @@ def test_probabilities_of_all_outcomes_sum_to_one(log_tie):
     ranks = jnp.array([r for r in levels if max(r.count(level) for level in r) <= D])
     nll = jitted.plackett_luce_nll(jnp.broadcast_to(scores, ranks.shape), ranks, log_tie=log_tie)
     assert float(jnp.exp(-nll).sum()) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [
+    "log_prob", "nll", "label_smoothing", "entropy",
+    "preference_nll", "favourites_nll", "plackett_luce_nll", "all_pairs_nll", "soft_preference_nll",
+])  # fmt: skip
+def test_a_common_offset_costs_no_digits(name):
+    """Scores or logits of eighths, and 8,192 more: only differences count, and float32 holds both exactly."""
+    x = jnp.round(8 * scores_of(5, 4)) / 8
+    choice = jnp.array([0, 1, 2, 3, 0])
+    chosen, rank = choice[:, None] == jnp.arange(4), (choice[:, None] + jnp.arange(4)) % 4
+    more = {
+        "entropy": (), "log_prob": (choice,), "nll": (choice,), "label_smoothing": (choice, 0.1),
+        "preference_nll": (choice,), "favourites_nll": (chosen,), "plackett_luce_nll": (rank,),
+        "all_pairs_nll": (rank,), "soft_preference_nll": (jax.nn.softmax(x),),
+    }[name]  # fmt: skip
+    f = jax.jit(getattr(losses, name))
+    np.testing.assert_allclose(f(x + 8192, *more), f(x, *more), rtol=1e-5, atol=1e-6)
 
 
 def test_a_partial_ranking_is_the_sum_over_the_whole_ones_it_leaves_open():
@@ -230,6 +311,11 @@ def test_dual_clip_by_hand():
     d = jnp.log(jnp.array([10.0, 2.0, 10.0]))
     found = losses.dual_clip(d, jnp.array([-1.0, -1.0, 1.0]), clip=0.2, limit=3.0)
     np.testing.assert_allclose(found, [3.0, 2.0, -1.2], rtol=1e-5)
+    slope = jax.grad(lambda x: losses.dual_clip(x, jnp.array([-1.0, -1.0, 1.0])).sum())(d)
+    np.testing.assert_allclose(slope, [0.0, 2.0, 0.0], rtol=1e-5)
+    good = jnp.linspace(0.0, 2.0, 9)
+    d = jnp.linspace(-5.0, 5.0, 9)
+    np.testing.assert_array_equal(losses.dual_clip(d, good), losses.ppo_clip(d, good))
     with pytest.raises(ValueError, match="dual_clip: limit is 1.3; it must be above the clip, 1.5"):
         losses.dual_clip(d, d, clip_high=0.5, limit=1.3)
 
@@ -249,6 +335,25 @@ def test_log_ratios_are_clamped_and_the_clamp_is_counted():
     np.testing.assert_array_equal(slope, [[1.0, 0.0, 0.0, 1.0]])
     metrics = losses.ratio_metrics(d, jnp.ones((1, 4)), jnp.array([[True, True, True, True]]))
     assert float(metrics["clamp_fraction"].value) == 0.5
+
+
+def test_ratio_metrics_by_hand():
+    """Ratios 2, 1/2, 1 and 2 of good, good, good and bad tokens; a fifth isn't counted."""
+    d = jnp.log(jnp.array([2.0, 0.5, 1.0, 2.0, 99.0]))
+    advantage, mask = jnp.array([1.0, 1.0, 1.0, -1.0, 1.0]), jnp.array([True] * 4 + [False])
+    found = losses.ratio_metrics(d, advantage, mask, clip=0.2)
+    assert float(found["approx_kl"].value) == pytest.approx(3 * np.log(2) ** 2 / 2 / 4, rel=1e-5)
+    assert float(found["clip_fraction"].value) == 0.25  # a bad token that grew likelier, or a good one less: no clip
+    assert float(found["clamp_fraction"].value) == 0.0
+    assert float(found["ratio_max"]) == pytest.approx(2) and float(found["ratio_error_max"]) == pytest.approx(1)
+    wide = losses.ratio_metrics(d, advantage, mask, clip=0.2, clip_high=1.5)
+    assert float(wide["clip_fraction"].value) == 0.0
+
+
+def test_sums_do_not_stop_counting_in_bfloat16():
+    """1,001 tokens of one nat each are 1,001 nats; bfloat16 knows 1,000 and 1,008."""
+    ones, mask = jnp.ones((1, 1001), jnp.bfloat16), jnp.ones((1, 1001), bool)
+    assert float(losses.sequence_sum(ones, mask)[0]) == float(reduce(ones, mask).sum) == float(reduce(ones).sum) == 1001
 
 
 def test_losses_add():

@@ -27,6 +27,38 @@ def test_the_score_arrives_at_the_last_token_only():
         assert row[end] == pytest.approx(h - 0.3 * kl[list(found.tolist()).index(row.tolist()), end], rel=1e-4)
 
 
+def test_rewards_and_advantages_by_hand():
+    """A prompt token, then an answer of two with a score of 4."""
+    mask = jnp.array([[False, True, True]])
+    np.testing.assert_array_equal(returns.last_token(mask), [[False, False, True]])
+    reward = returns.shaped_rewards(jnp.array([4.0]), jnp.array([[9.0, 1.0, 2.0]]), mask, 0.5)
+    np.testing.assert_allclose(reward, [[0.0, -0.5, 4.0 - 1.0]])
+    # values of 2: delta_2 = 4 - 2, delta_1 = 0 + 2 / 2 - 2; A_2 = 2, A_1 = -1 + 2 / 4
+    reward, value = jnp.array([[7.0, 0.0, 4.0]]), jnp.array([[7.0, 2.0, 2.0]])
+    advantage, target = returns.gae(reward, value, mask, gamma=0.5, lam=0.5)
+    np.testing.assert_allclose(advantage, [[0.0, -0.5, 2.0]])
+    np.testing.assert_allclose(target, [[0.0, 1.5, 4.0]])
+
+
+def test_moments_and_whitening_by_hand():
+    x, mask = jnp.array([[0.0, 4.0, 99.0]]), jnp.array([[True, True, False]])
+    mean, variance = returns.masked_moments(x, mask)
+    assert (float(mean), float(variance)) == (2.0, 4.0)
+    np.testing.assert_allclose(returns.whiten(x, mask), [[-1.0, 1.0, 0.0]], rtol=1e-5)
+    np.testing.assert_allclose(returns.whiten_keep_mean(x, mask), [[1.0, 3.0, 0.0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("f", [returns.whiten, returns.grpo, returns.normalisation])
+def test_numbers_that_are_all_alike_have_no_spread(f):
+    """Not even that of rounding: nothing is better than expected, and normalisation only takes the mean away."""
+    x = jnp.full((1, 7), 1000.1)
+    if f is returns.normalisation:
+        gain, bias = f(x[0])
+        assert float(gain) == 1.0 and float(bias) == pytest.approx(-1000.1)
+    else:
+        np.testing.assert_allclose(f(x, jnp.ones((1, 7), bool)), 0.0, atol=1e-3)
+
+
 def test_no_answer_means_no_reward():
     mask = jnp.zeros((1, 4), bool)
     assert (returns.shaped_rewards(jnp.array([3.0]), jnp.ones((1, 4)), mask, 0.1) == 0).all()

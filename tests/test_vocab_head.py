@@ -23,6 +23,17 @@ def whole(hidden, head, temperature=1.0):
     return logits / temperature
 
 
+def test_outputs_by_hand():
+    """Probabilities of 1/2, 1/4 and 1/4 and a normaliser of e^7 for one token; the other is sure of nothing."""
+    head = jnp.log(jnp.array([[0.5], [0.25], [0.25]])) * jnp.array([[1.0, 0.0]]) + jnp.array([[7.0, 0.0]])
+    out = vocab_head.outputs(jnp.array([[1.0, 0.0], [0.0, 1.0]]), head, jnp.array([1, 2]), tile=1)
+    log2, log3 = np.log(2), np.log(3)
+    np.testing.assert_allclose(out.logp, [-2 * log2, -log3], rtol=1e-5)
+    np.testing.assert_allclose(out.log_z, [7.0, log3], rtol=1e-5)
+    np.testing.assert_allclose(out.mean_logp, [-5 / 3 * log2, -log3], rtol=1e-5)
+    np.testing.assert_allclose(out.entropy, [1.5 * log2, log3], rtol=1e-5)
+
+
 @pytest.mark.parametrize("tile", [1, 4, 11, 64])
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_values_and_gradients_are_those_of_whole_logits(tile, dtype, rtol):
@@ -63,6 +74,22 @@ def test_a_common_offset_of_the_logits_costs_no_digits():
     np.testing.assert_allclose(found, losses.entropy(whole(*offset)), rtol=1e-4, atol=1e-5)
 
 
+def test_bfloat16_products_are_accumulated_in_float32():
+    """Against float64 of the same bfloat16 numbers: no rounding of the logits, nor of what is made of them."""
+    hidden, head, tokens = inputs(jnp.bfloat16, D=256)
+    head = head.astype(jnp.bfloat16)
+    logits = np.einsum("btd,vd->btv", *(np.asarray(x, np.float64) for x in (hidden, head)))
+    logp = (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1)[..., None]
+    )
+    expected = np.take_along_axis(logp, np.asarray(tokens)[..., None], -1)[..., 0]
+    found = vocab_head.log_prob(hidden, head, tokens, tile=4)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_it_never_holds_the_logits():
     """What the compiler sets aside for the gradient, against one float32 [B, T, V]; and no array of that size."""
     shape = {"B": 4, "T": 512, "D": 32, "V": 4096}
@@ -77,7 +104,7 @@ def test_it_never_holds_the_logits():
         return jax.jit(jax.grad(lambda *x: nll(*x).mean(), (0, 1))).lower(*args).compile()
 
     def largest(program) -> int:
-        shapes = re.findall(r"f32\[([\d,]+)\]", program.as_text())
+        shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text())  # of any type
         return max(np.prod([int(n) for n in dims.split(",")]) for dims in shapes)
 
     tiled = compiled(lambda h, w, t: vocab_head.nll(h, w, t, tile=16))

@@ -90,7 +90,8 @@ def kto(
     L = w_d (1 - sigmoid(beta (h - z0))) for a desirable answer, w_u (1 - sigmoid(beta (z0 - h))) for another one;
     h = log(pi / rho) summed over the answer, z0 from `kto_reference`.
     """
-    expect(log_ratio=(log_ratio, "float ..."), desirable=(desirable, "bool ..."))
+    each = reference if jnp.ndim(reference) else None
+    expect(log_ratio=(log_ratio, "float ..."), desirable=(desirable, "bool ..."), reference=(each, "float ..."))
     expect_value(beta >= 0, "beta is {beta}; the price of a nat can't be negative", beta=beta)
     gain = beta * (log_ratio - reference)
     return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-gain), undesirable_weight * jax.nn.sigmoid(gain))

@@ -36,9 +36,11 @@ def reduce(values: Array, mask: Array | None = None) -> Mean:
 
     A sum and a count, not a mean: parts of a batch then add up to exactly the whole batch's mean.
     """
+    expect(values=(values, "float ..."), mask=(mask, "bool ..."))
+    values = jnp.asarray(values)
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if mask is None:
         return Mean(values.sum(), jnp.asarray(values.size, jnp.float32))
-    expect(values=(values, "float ..."), mask=(mask, "bool ..."))
     return Mean(jnp.where(mask, values, 0).sum(), mask.sum().astype(jnp.float32))
 
 
@@ -53,6 +55,7 @@ def combine(
     strangers = sorted(set(weights) - set(terms))
     if strangers or not terms:
         raise ValueError(f"combine: weights for {strangers}, but the terms are {sorted(terms)}")
+    expect(**{name: (values, "float ...") for name, values in terms.items()}, mask=(mask, "bool ..."))
     means = {name: reduce(values, mask) for name, values in terms.items()}
     total = sum(weights.get(name, 1.0) * mean.sum for name, mean in means.items())
     return Mean(jnp.asarray(total), next(iter(means.values())).count), means
@@ -61,6 +64,7 @@ def combine(
 def sequence_sum(values_BT: Array, mask_BT: Array) -> Array:
     """The sum over each row's masked tokens, [B]: nats an answer, from nats a token."""
     expect(values=(values_BT, "float ... T"), mask=(mask_BT, "bool ... T"))
+    values_BT = values_BT.astype(jnp.promote_types(values_BT.dtype, jnp.float32))
     return jnp.where(mask_BT, values_BT, 0).sum(axis=-1)
 
 

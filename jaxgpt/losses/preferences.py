@@ -48,7 +48,7 @@ def favourites_nll(
     scores_BC = scores_BC - jax.lax.stop_gradient(jnp.maximum(top_B1, NEVER / 2))
     totals = [delta + _log_subsets(scores_BC, present_BC, t) for t, delta in enumerate(log_delta, 1)]
     mean = jnp.where(favourite_BC, scores_BC, 0.0).sum(axis=-1) / jnp.maximum(size, 1)
-    delta = jnp.stack(log_delta)[jnp.clip(size - 1, 0, len(log_delta) - 1)]
+    delta = sum(jnp.where(size == t, log_delta[t - 1], 0.0) for t in range(1, len(log_delta) + 1))
     total = totals[0] if len(totals) == 1 else jax.nn.logsumexp(jnp.stack(totals, -1), axis=-1)
     return jnp.where(any_favourite, total - (delta + mean), 0.0)
 
@@ -81,13 +81,15 @@ def preference_nll(
     chosen_BC = choice_B[:, None] == jnp.arange(C)
     if present_BC is not None:
         chosen_BC &= present_BC.any(axis=1)[:, None]  # padding of a batch has no favourite
+    expect(choice=(choice_B, "int B"), margin=(margin_B if jnp.ndim(margin_B) else None, "float B"))
     margin_B = jnp.broadcast_to(jnp.asarray(margin_B, scores_BC.dtype), choice_B.shape)
     return favourites_nll(scores_BC - jnp.where(chosen_BC, margin_B[:, None], 0.0), chosen_BC, present_BC)
 
 
 def bradley_terry_nll(chosen: Array, rejected: Array, margin: Array | float = 0.0) -> Array:
     """-log sigmoid(s_chosen - s_rejected - margin), one value a pair (Bradley & Terry 1952; InstructGPT, eq. 1)."""
-    expect(chosen=(chosen, "float ..."), rejected=(rejected, "float ..."))
+    each = margin if jnp.ndim(margin) else None
+    expect(chosen=(chosen, "float ..."), rejected=(rejected, "float ..."), margin=(each, "float ..."))
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
 
@@ -118,7 +120,9 @@ def all_pairs_nll(scores_BC: Array, rank_BC: Array, present_BC: Array | None = N
     Ranks as in `plackett_luce_nll`; tied answers make no pair, and neither do two unranked ones.
     """
     expect(scores=(scores_BC, "float B C"), rank=(rank_BC, "int B C"), present=(present_BC, "bool B C"))
-    rank_BC = jnp.where(rank_BC < 0, scores_BC.shape[1], rank_BC)
+    C = scores_BC.shape[1]
+    expect_value((rank_BC >= -1) & (rank_BC < C), f"a rank is outside -1..{C - 1}")
+    rank_BC = jnp.where(rank_BC < 0, C, rank_BC)
     better_BCC = rank_BC[:, :, None] < rank_BC[:, None, :]
     if present_BC is not None:
         better_BCC &= present_BC[:, :, None] & present_BC[:, None, :]
@@ -143,7 +147,11 @@ def smooth_choice(choice_B: Array, present_BC: Array, epsilon: float) -> Array:
     """The favourite's probability when a label is wrong with probability eps: 1 - eps on the choice, eps shared by
     the other candidates, [B, C] float32 (a lone candidate keeps 1; a row without candidates gets 0)."""
     expect(choice=(choice_B, "int B"), present=(present_BC, "bool B C"))
-    chosen_BC = (choice_B[:, None] == jnp.arange(present_BC.shape[1])) & present_BC
+    C = present_BC.shape[1]
+    expect_value((choice_B >= 0) & (choice_B < C), f"a choice is outside 0..{C - 1}, the {C} candidates")
+    chosen_BC = choice_B[:, None] == jnp.arange(C)
+    expect_value((~chosen_BC | present_BC | ~present_BC.any(1, keepdims=True)), "a favourite is not present")
+    chosen_BC &= present_BC
     others_B1 = present_BC.sum(axis=1, keepdims=True) - 1
     doubt_B1 = jnp.where(others_B1 > 0, epsilon, 0.0)
     weight_BC = jnp.where(chosen_BC, 1.0 - doubt_B1, doubt_B1 / jnp.maximum(others_B1, 1))
@@ -163,5 +171,6 @@ def preference_objective(scores_BC: Array, choice_B: Array, present_BC: Array) -
     nll_B = preference_nll(scores_BC, choice_B, present_BC)
     scores_BC = jnp.where(present_BC, scores_BC, -jnp.inf)
     top_BC = present_BC & (scores_BC == scores_BC.max(axis=1, keepdims=True))
-    hit_B = jnp.take_along_axis(top_BC, choice_B[:, None], axis=1)[:, 0] / jnp.maximum(top_BC.sum(axis=1), 1)
+    chosen_BC = choice_B[:, None] == jnp.arange(scores_BC.shape[1])
+    hit_B = (top_BC & chosen_BC).any(axis=1) / jnp.maximum(top_BC.sum(axis=1), 1)
     return reduce(nll_B, real_B), {"accuracy": reduce(hit_B.astype(jnp.float32), real_B)}

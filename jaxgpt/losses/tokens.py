@@ -16,7 +16,9 @@ def log_prob(logits: Array, tokens: Array) -> Array:
     A token outside the vocabulary gives NaN: check ids on the host.
     """
     expect(logits=(logits, "float ... V"), tokens=(tokens, "int ..."))
-    return -jax.checkpoint(optax.softmax_cross_entropy_with_integer_labels)(logits.astype(jnp.float32), tokens)
+    logits = logits.astype(jnp.float32)
+    logits = logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))  # a common offset costs no digits
+    return -jax.checkpoint(optax.softmax_cross_entropy_with_integer_labels)(logits, tokens)
 
 
 def nll(logits: Array, tokens: Array) -> Array:
