@@ -51,8 +51,7 @@ def beam_search(
     decode.check_room(config, P, A)
     params = decode.prepare(params, config)
     stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
-    cache, logits_BV = decode.prefill(params, config, prompt_BP, length_B, A - 1)
-    cache = jax.tree.map(lambda x: jnp.repeat(x, C, axis=0), cache)
+    cache, logits_BV = decode.prefill(params, config, prompt_BP, length_B, A - 1, copies=C)
     rows_length = jnp.repeat(length_B, C)
 
     def choose(t: Array, beams: Beams, logits_BCV: Array) -> tuple[Beams, Array]:
@@ -82,9 +81,10 @@ def beam_search(
         token_BC = jax.lax.dynamic_index_in_dim(beams.tokens_BCA, t, axis=2, keepdims=False)
         cache, logits = decode.decode_step(params, config, cache, token_BC.reshape(-1), rows_length, P, t)
         beams, parent_BC = choose(t + 1, beams, logits.reshape(B, C, -1))
-        rows = (jnp.arange(B)[:, None] * C + parent_BC).reshape(-1)
-        # Beams of one prompt share its slots: only the answers' change hands.
-        return (jax.tree.map(lambda x: x.at[:, :, P:].set(x[rows, :, P:]), cache), beams), None
+        if C > 1:  # beams of one prompt share its slots: only the answers' change hands
+            rows = (jnp.arange(B)[:, None] * C + parent_BC).reshape(-1)
+            cache = jax.tree.map(lambda x: x.at[..., P:, :].set(x[rows, ..., P:, :]), cache)
+        return (cache, beams), None
 
     nothing = Beams(
         tokens_BCA=jnp.full((B, C, A), pad, jnp.int32),

@@ -42,52 +42,99 @@ def unembed(params: Params, h: Array) -> Array:
     return jnp.matmul(h, params["head_DV"], preferred_element_type=jnp.float32)
 
 
-def read(params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int) -> tuple[KVCache, Array]:
-    """The cache after the prompts, with room for `slots` new tokens, and the hidden state of each last token [B, D]."""
+def read(
+    params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, copies: int = 1
+) -> tuple[KVCache, Array]:
+    """The cache after the prompts, with room for `slots` new tokens, and the hidden state of each last token [B, D].
+
+    `copies` rows of the cache for each prompt, next to each other. On a CPU it is kept in float32: XLA would widen the
+    whole of a bfloat16 one in every step.
+    """
     h_BPD, kv = model.hidden_and_kv(params, config, prompt_BP)
-    keys, values = (tuple(layer[i].swapaxes(1, 2) for layer in kv) for i in (0, 1))
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else config.dtype
+
+    def layout(x_BPHK: Array) -> Array:
+        x_BHPK = jnp.repeat(x_BPHK.swapaxes(1, 2).astype(dtype), copies, axis=0)
+        return x_BHPK.reshape(*(n for n in x_BHPK.shape[:2] if n > 1), *x_BHPK.shape[2:])
+
+    keys, values = (tuple(layout(layer[i]) for layer in kv) for i in (0, 1))
     h_BD = jnp.take_along_axis(h_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
     return grow(KVCache(keys, values), slots), h_BD
 
 
 def prefill(
-    params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int
+    params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, copies: int = 1
 ) -> tuple[KVCache, Array]:
     """`read`, and the logits of the first new token [B, V]."""
-    cache, h_BD = read(params, config, prompt_BP, length_B, slots)
+    cache, h_BD = read(params, config, prompt_BP, length_B, slots, copies)
     return cache, unembed(params, h_BD)
 
 
 def grow(cache: KVCache, slots: int) -> KVCache:
     """The cache with so many more slots behind."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))), cache)
+    return jax.tree.map(lambda x: jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, slots), (0, 0))), cache)
+
+
+def feed(
+    params: Params,
+    config: ModelConfig,
+    cache: KVCache,
+    tokens_BE: Array,
+    position_BE: Array,
+    slot: Array | int,
+    visible_BES: Array,
+) -> tuple[KVCache, Array]:
+    """Feed E tokens a row to the slots from `slot` on: the cache with them, and the hidden states [B, E, D].
+
+    visible_BES says which slots each token sees (leading axes may be 1). The slots must exist: they would clamp in
+    silence.
+    """
+    B, E = tokens_BE.shape
+    *rows, _, K = cache.keys[0].shape
+    some, e = ((E,), "e") if E > 1 else ((), "")  # an axis of 1 is left out, as in the cache
+
+    def store(all_: Array, new: Array) -> Array:
+        new = new.reshape(*rows, E, K).astype(all_.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(all_, new, slot, axis=len(rows))
+
+    x_BED = model.embed(params, config, tokens_BE, position_BE)
+    keys, values = [], []
+    for n in range(config.layers):
+        block = params[f"block_{n}"]
+        normed = model.layer_norm(block["attention_norm"], x_BED, config.norm_epsilon)
+        q, k, v = (
+            x.swapaxes(1, 2).reshape(*rows, *some, -1)
+            for x in model.split_heads(model.dense(block["qkv"], normed), config.heads)
+        )
+        # Behind a barrier: XLA would else write, and so copy, it once for the loop and once for the product.
+        k, v = jax.lax.optimization_barrier((store(cache.keys[n], k), store(cache.values[n], v)))
+        keys.append(k)
+        values.append(v)
+        scores = jnp.einsum(f"...{e}k,...sk->...{e}s", q.astype(k.dtype), k, preferred_element_type=jnp.float32)
+        scores_BHES = scores.reshape(B, config.heads, E, -1) * config.head_dim**-0.5
+        weights_BHES = jax.nn.softmax(jnp.where(visible_BES[:, None], scores_BHES, sampling.NEVER))
+        weights = weights_BHES.reshape(scores.shape).astype(v.dtype)
+        mixed = jnp.einsum(f"...{e}s,...sk->...{e}k", weights, v).astype(x_BED.dtype)
+        mixed_BEHK = mixed.reshape(B, config.heads, E, -1).swapaxes(1, 2)
+        x_BED += model.dense(block["out"], mixed_BEHK.reshape(x_BED.shape))
+        normed = model.layer_norm(block["mlp_norm"], x_BED, config.norm_epsilon)
+        x_BED += model.mlp(block, normed)
+    h_BED = model.layer_norm(params["final_norm"], x_BED, config.norm_epsilon)
+    return KVCache(tuple(keys), tuple(values)), h_BED
 
 
 def advance(
     params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
 ) -> tuple[KVCache, Array]:
     """Feed the t-th new token: the cache with it, and its hidden state after the final norm [B, D]."""
-    slots = jnp.arange(cache.keys[0].shape[2])
+    slots = jnp.arange(cache.keys[0].shape[-2])
     new_S = (slots >= prompt_slots) & (slots <= prompt_slots + t)
-    visible_B1S = ((slots < length_B[:, None]) | new_S)[:, None, :]
-    x_BD = model.embed(params, config, token_B, length_B + t)
-    start = (0, 0, prompt_slots + t, 0)
-    keys, values = [], []
-    for n in range(config.layers):
-        block = params[f"block_{n}"]
-        normed = model.layer_norm(block["attention_norm"], x_BD, config.norm_epsilon)
-        q_BHK, k_BHK, v_BHK = model.split_heads(model.dense(block["qkv"], normed), config.heads)
-        keys.append(jax.lax.dynamic_update_slice(cache.keys[n], k_BHK[:, :, None], start))
-        values.append(jax.lax.dynamic_update_slice(cache.values[n], v_BHK[:, :, None], start))
-        scores_BHS = jnp.einsum("bhk,bhsk->bhs", q_BHK, keys[n], preferred_element_type=jnp.float32)
-        scores_BHS = jnp.where(visible_B1S, scores_BHS * config.head_dim**-0.5, sampling.NEVER)
-        weights_BHS = jax.nn.softmax(scores_BHS).astype(x_BD.dtype)
-        mixed_BHK = jnp.einsum("bhs,bhsk->bhk", weights_BHS, values[n])
-        x_BD += model.dense(block["out"], mixed_BHK.reshape(x_BD.shape))
-        normed = model.layer_norm(block["mlp_norm"], x_BD, config.norm_epsilon)
-        x_BD += model.mlp(block, normed)
-    h_BD = model.layer_norm(params["final_norm"], x_BD, config.norm_epsilon)
-    return KVCache(tuple(keys), tuple(values)), h_BD
+    visible_BS = (slots < length_B[:, None]) | new_S
+    position_B = length_B + t
+    cache, h_BED = feed(
+        params, config, cache, token_B[:, None], position_B[:, None], prompt_slots + t, visible_BS[:, None]
+    )
+    return cache, h_BED[:, 0]
 
 
 def decode_step(
@@ -132,10 +179,8 @@ def generate(
         raise UserError(f"samples is {samples} and segment {segment}; both must be at least 1")
     params = prepare(params, config)
     ends = [*range(segment, new_tokens - 1, segment), new_tokens - 1]  # fed tokens after each segment
-    cache, h_BD = read(params, config, prompt_BP, length_B, ends[0])
-    cache, h_BD, prompt_BP, length_B = jax.tree.map(
-        lambda x: jnp.repeat(x, samples, axis=0) if samples > 1 else x, (cache, h_BD, prompt_BP, length_B)
-    )
+    cache, h_BD = read(params, config, prompt_BP, length_B, ends[0], copies=samples)
+    h_BD, prompt_BP, length_B = (jnp.repeat(x, samples, axis=0) for x in (h_BD, prompt_BP, length_B))
     B = length_B.shape[0]
     stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
     seen_BV = None

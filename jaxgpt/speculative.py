@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxgpt import decode, losses, model, sampling
+from jaxgpt import decode, losses, sampling
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.structs import Answers, Array, KVCache, Params
 
@@ -120,26 +120,11 @@ def extend(
     have the slots (they would clamp in silence). Positions past the block read the last one: only tokens that are
     beyond the answer's end have such.
     """
-    B, E = tokens_BE.shape
-    position_E = start + jnp.arange(E)
-    visible_ES = jnp.arange(cache.keys[0].shape[2]) <= position_E[:, None]
-    x_BED = model.embed(params, config, tokens_BE, jnp.minimum(position_E, config.block - 1))
-    keys, values = [], []
-    for n in range(config.layers):
-        block = params[f"block_{n}"]
-        normed = model.layer_norm(block["attention_norm"], x_BED, config.norm_epsilon)
-        q, k, v = (x.swapaxes(1, 2) for x in model.split_heads(model.dense(block["qkv"], normed), config.heads))
-        keys.append(jax.lax.dynamic_update_slice(cache.keys[n], k, (0, 0, start, 0)))
-        values.append(jax.lax.dynamic_update_slice(cache.values[n], v, (0, 0, start, 0)))
-        scores_BHES = jnp.einsum("bhek,bhsk->bhes", q, keys[n], preferred_element_type=jnp.float32)
-        scores_BHES = jnp.where(visible_ES, scores_BHES * config.head_dim**-0.5, sampling.NEVER)
-        weights_BHES = jax.nn.softmax(scores_BHES).astype(x_BED.dtype)
-        mixed_BEHK = jnp.einsum("bhes,bhsk->behk", weights_BHES, values[n])
-        x_BED += model.dense(block["out"], mixed_BEHK.reshape(x_BED.shape))
-        normed = model.layer_norm(block["mlp_norm"], x_BED, config.norm_epsilon)
-        x_BED += model.mlp(block, normed)
-    h_BED = model.layer_norm(params["final_norm"], x_BED, config.norm_epsilon)
-    return KVCache(tuple(keys), tuple(values)), decode.unembed(params, h_BED)
+    position_BE = jnp.broadcast_to(start + jnp.arange(tokens_BE.shape[1]), tokens_BE.shape)
+    visible_BES = jnp.arange(cache.keys[0].shape[-2]) <= position_BE[:, :, None]
+    inside_BE = jnp.minimum(position_BE, config.block - 1)
+    cache, h_BED = decode.feed(params, config, cache, tokens_BE, inside_BE, start, visible_BES)
+    return cache, decode.unembed(params, h_BED)
 
 
 def acceptance(p: Array, q: Array) -> Array:

@@ -73,7 +73,8 @@ class Preferences:
 class KVCache:
     """Keys and values, [B, H, S, K] for each layer. Slots [0, P) hold the prompt, slot P + t the t-th new token.
 
-    One array a layer, not one for all: a slice of a common array is a copy in every step on a CPU.
+    Both choices keep XLA from copying it in every step: one array a layer, not a slice of one for all; and B and H only
+    where they are more than 1, since a product drops an axis of 1 and then has another shape than the loop.
     """
 
     keys: tuple[Array, ...]

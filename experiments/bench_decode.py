@@ -1,0 +1,814 @@
+"""How fast the jitted decoder is, beside Hugging Face `generate` on the same weights and beside the machine's memory.
+
+    python -m experiments.bench_decode --run runs/bench_decode
+    python -m experiments.bench_decode --preset gpt2 --torch-python /path/to/python/with/torch
+
+Each decoder has a process of its own: threads, allocators and peak memory don't mix. They take turns, one call each
+(ours, theirs, ours, theirs, ...), and the others wait idle. What is reported:
+
+    tokens/s      batch x new tokens / time of a whole call, prompt included: median and range over the repeats
+    first         time of a call that asks for one token: the prompt is read and the first token chosen
+    ms a step     (whole call - first) / (new tokens - 1): a step adds one token to each row
+    MB a step     what a step must read at least: the weights of the matrix products and the filled cache, averaged
+    of roof       MB a step / ms a step / the fastest read of a large array, measured first in the same run
+    compile       what the two calls that warm up took, less two typical calls
+    peak          the largest resident memory of the decoder's process, libraries included; on a GPU, device memory
+    same          greedy tokens equal to ours from the first one on, in the row that differs first
+
+The weights are random and large, so that greedy choices have a margin. Not for TPUs: one process alone can hold them.
+"""
+
+# This file is its own two kinds of worker: imports of jax and torch stay inside functions, so that neither process has
+# the other's library (the Python that has torch need not have jax at all).
+
+import contextlib
+import ctypes
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import resource
+import select
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+import numpy as np
+
+from jaxgpt.config import PRESETS as MODELS
+from jaxgpt.config import ModelConfig, UserError
+
+ROOT = Path(__file__).parents[1]
+RIVALS = {"dynamic": "HF dynamic cache", "compiled": "HF static + compile"}
+OURS = "jaxgpt"
+PATIENCE = 1800  # seconds that a worker may take for one answer
+NOTICEABLE = 0.05  # share of the cores' time with other programs
+MUST_AGREE = 20  # greedy tokens that every decoder must have in common in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about 4 min, mostly Hugging Face's; without torch about 1 min. Leave the machine alone meanwhile."""
+
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("torch_python",)
+
+    run: Path = Path("runs/bench_decode")
+    models: tuple[str, ...] = ("small",)  # presets of jaxgpt.config
+    block: int = 256  # longest sequence; at most the preset's own (0: that)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    batches: tuple[int, ...] = (1, 16)
+    prompts: tuple[int, ...] = (16,)  # tokens of the prompt
+    new_tokens: tuple[int, ...] = (200,)
+    repeats: int = 5  # turns of each decoder
+    rivals: tuple[str, ...] = ("dynamic", "compiled")  # Hugging Face's caches; none: only ours
+    torch_python: str = ""  # the Python that has torch and transformers (else this one)
+    prepared: bool = False  # make our weights ready for decoding once, ahead, instead of in each call
+    roof_mb: int = 1024  # of the array that is read to measure the memory; much more than the caches
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = {"models": MODELS, "dtypes": ("float32", "bfloat16"), "rivals": RIVALS}
+        for name, names in known.items():
+            for value in getattr(self, name):
+                if value not in names:
+                    raise UserError(f"{name} has {value!r}; choose among {', '.join(names)}")
+        for name in ("batches", "prompts", "new_tokens", "repeats", "roof_mb"):
+            least = 2 if name == "new_tokens" else 1
+            values = getattr(self, name)
+            if min(values if isinstance(values, tuple) else (values,), default=0) < least:
+                raise UserError(f"{name} is {values}; at least one of at least {least} is needed")
+        longest = max(self.prompts) + max(self.new_tokens)
+        for name in self.models:
+            if longest > self.config(name).block:
+                raise UserError(
+                    f"{longest} tokens don't fit the block of {self.config(name).block} ({name}); set block"
+                )
+
+    def config(self, name: str, dtype: str = "float32") -> ModelConfig:
+        preset = MODELS[name]
+        return dataclasses.replace(preset, dtype=dtype, block=min(self.block, preset.block) or preset.block)
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(
+        models=("toy",), block=0, dtypes=("float32",), batches=(1, 2), prompts=(8,), new_tokens=(24,), repeats=3,
+        rivals=(), roof_mb=64,
+    ),
+    "gpt2": Settings(models=("gpt2",), batches=(1,)),
+    "gpu": Settings(models=("gpt2", "gpt2-xl"), dtypes=("bfloat16",), batches=(1, 64), roof_mb=8192),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One point of the grid."""
+
+    model: str
+    dtype: str
+    batch: int
+    prompt: int
+    new_tokens: int
+
+
+def cases(settings: Settings) -> list[Case]:
+    grid = (settings.models, settings.dtypes, settings.batches, settings.prompts, settings.new_tokens)
+    return [Case(*point) for point in itertools.product(*grid)]
+
+
+def bytes_a_step(config: ModelConfig, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:
+    """What one step (one token for each row) must read: the weights of the matrix products, once for all rows, and
+    the keys and values of the slots filled so far, the new one's included, averaged over the steps of a call."""
+    D, F, size = config.width, config.width * config.mlp_ratio, 4 if config.dtype == "float32" else 2
+    weights = config.layers * (3 * D * D + D * D + 2 * D * F) + config.vocab * D
+    filled = prompt + new_tokens / 2  # the mean of prompt + 1 ... prompt + new_tokens - 1
+    cache = config.layers * 2 * D * batch * filled
+    return {"weights": weights * size, "cache": cache * size, "total": (weights + cache) * size}
+
+
+# ---- the weights, and the same in Hugging Face's GPT-2 ----
+
+
+def random_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Parameters of `model.init`'s shapes by name ("block_0/qkv/kernel"). Every one matters, biases too, and logits
+    have a standard deviation of about 3."""
+    import jax
+
+    from jaxgpt import model
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        x = rng.standard_normal(shape, dtype=np.float32)
+        if name.endswith("scale"):
+            return x  # of both signs: otherwise the tied head would answer each token with itself
+        if name.endswith("bias"):
+            return 0.05 * x
+        return x * {"kernel": 2.0, "tokens_VD": 3.0, "positions_TD": 3.0}[name.rpartition("/")[2]] / fan_in(name, shape)
+
+    def fan_in(name: str, shape: tuple[int, ...]) -> np.float32:
+        return np.float32(np.sqrt(shape[0] if name.endswith("kernel") else shape[1]))
+
+    shapes = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    names = ("/".join(entry.key for entry in path) for path, _ in leaves)
+    return {name: draw(name, leaf.shape) for name, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *folders, last = name.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = value
+    return tree
+
+
+def hf_name(name: str) -> str:
+    """Where Hugging Face's GPT-2 keeps one of our parameters; its Conv1D has our [in, out] layout."""
+    head, _, rest = name.partition("/")
+    if head == "embed":
+        return {"tokens_VD": "transformer.wte.weight", "positions_TD": "transformer.wpe.weight"}[rest]
+    leaf = {"kernel": "weight", "scale": "weight", "bias": "bias"}[name.rpartition("/")[2]]
+    if head == "final_norm":
+        return f"transformer.ln_f.{leaf}"
+    inner = {
+        "attention_norm": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj",
+        "mlp_norm": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
+    }[rest.partition("/")[0]]  # fmt: skip
+    return f"transformer.h.{head.removeprefix('block_')}.{inner}.{leaf}"
+
+
+def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = "cpu") -> Any:
+    """GPT2LMHeadModel with our weights, in config.dtype, that never ends by itself."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2Config(
+        vocab_size=config.vocab, n_positions=config.block, n_embd=config.width, n_layer=config.layers,
+        n_head=config.heads, n_inner=config.width * config.mlp_ratio, activation_function="gelu_new",
+        layer_norm_epsilon=config.norm_epsilon, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device(device):
+        model = GPT2LMHeadModel(theirs).to(getattr(torch, config.dtype)).eval()
+    model.generation_config.eos_token_id = None
+    places = dict(model.named_parameters())  # the tied head appears once, as wte
+    with torch.no_grad():
+        for name in flat:
+            places.pop(hf_name(name)).copy_(torch.from_numpy(np.asarray(flat[name])))
+    if places or model.lm_head.weight.data_ptr() != model.transformer.wte.weight.data_ptr():
+        raise UserError(f"this version of transformers has other parameters: {', '.join(places) or 'an untied head'}")
+    return model
+
+
+# ---- workers: JSON lines in, JSON lines out ----
+
+
+def best_rate(read: Callable[[], Any], size: int, times: int = 12) -> float:
+    """Bytes a second of the fastest of several reads; the first one warms up."""
+    read()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        read()
+        seconds.append(time.perf_counter() - start)
+    return size / min(seconds)
+
+
+class JaxWorker:
+    """`decode.generate`, jitted."""
+
+    def __init__(self) -> None:
+        self.programs: dict[int, Any] = {}
+
+    def set_up_process(self) -> None:
+        import jax
+
+        from jaxgpt import process
+
+        process.fast_malloc()
+        jax.config.update("jax_enable_compilation_cache", False)
+
+    def about(self) -> dict[str, Any]:
+        import jax
+        import jaxlib
+
+        device = jax.devices()[0]
+        versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()}
+        return {"platform": device.platform, "device": device.device_kind, "versions": versions}
+
+    def roof(self, megabytes: int) -> dict[str, float]:
+        """Bytes a second, float32: a maximum over an axis, and a matrix [R, 4096] times a vector."""
+        import jax
+        import jax.numpy as jnp
+
+        rows = max(megabytes * 2**20 // (4 * 4096) // 16, 1) * 16
+        w_RC, x_C = jnp.ones((rows, 4096)), jnp.ones(4096)
+        programs = {
+            "largest of each column (jax)": jax.jit(lambda w, x: w.reshape(16, -1, 4096).max(axis=1)),
+            "matrix times vector (jax)": jax.jit(lambda w, x: w @ x),
+        }
+
+        def rate(program: Any) -> float:
+            return best_rate(lambda: program(w_RC, x_C).block_until_ready(), w_RC.nbytes)
+
+        return {name: rate(program) for name, program in programs.items()}
+
+    def load(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        from jaxgpt import decode
+
+        if config.dtype == "float32" and jax.default_backend() == "gpu":
+            jax.config.update("jax_default_matmul_precision", "highest")  # torch's default: no TF32
+        self.config, self.prompts = config, jnp.asarray(prompts)
+        self.lengths = jnp.full(prompts.shape[0], prompts.shape[1])
+        self.params = nested({name: jnp.asarray(flat[name]) for name in flat})
+        if prepared:
+            self.params = jax.jit(decode.prepare, static_argnums=1)(self.params, config)
+
+    def generate(self, new_tokens: int) -> np.ndarray:
+        import jax
+
+        from jaxgpt import decode, sampling
+
+        if new_tokens not in self.programs:
+            config = self.config
+            self.programs[new_tokens] = jax.jit(
+                lambda params, prompts, lengths, key: decode.generate(
+                    params, config, prompts, lengths, key, new_tokens=new_tokens, stop=-1, sample=sampling.greedy,
+                    filter_logits=lambda logits: logits,
+                )
+            )  # fmt: skip
+        answers = self.programs[new_tokens](self.params, self.prompts, self.lengths, jax.random.key(0))
+        return np.asarray(answers.tokens_BA)
+
+    def device_peak(self) -> int | None:
+        import jax
+
+        stats = jax.devices()[0].memory_stats() or {}
+        return stats.get("peak_bytes_in_use")
+
+
+class TorchWorker:
+    """Hugging Face `generate`: greedy, with a cache that grows ("dynamic") or a static one and torch.compile."""
+
+    def __init__(self, cache: str) -> None:
+        import torch
+
+        self.cache, self.device = cache, "cuda" if torch.cuda.is_available() else "cpu"
+
+    def set_up_process(self) -> None:
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        torch.set_num_threads(cores())
+
+    def about(self) -> dict[str, Any]:
+        import torch
+        import transformers
+
+        name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        versions["python of torch"] = platform.python_version()
+        return {"platform": self.device, "device": name, "threads": torch.get_num_threads(), "versions": versions}
+
+    def roof(self, megabytes: int) -> dict[str, float]:
+        import torch
+
+        w_RC, x_C = torch.ones(megabytes * 2**20 // (4 * 4096), 4096, device=self.device), torch.ones(4096)
+        x_C = x_C.to(self.device)
+
+        def read() -> None:
+            w_RC @ x_C
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
+        return {"matrix times vector (torch)": best_rate(read, w_RC.numel() * 4)}
+
+    def load(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
+        import torch
+        from transformers import CompileConfig
+
+        self.model = hf_model(config, flat, self.device)
+        self.prompts = torch.from_numpy(prompts.astype(np.int64)).to(self.device)
+        self.settings: dict[str, Any] = {}
+        if self.cache == "compiled":
+            compile_config = CompileConfig(mode="reduce-overhead" if self.device == "cuda" else "default")
+            compile_config._compile_all_devices = True  # `generate` compiles on GPUs alone unless asked
+            self.settings = {"cache_implementation": "static", "compile_config": compile_config}
+
+    def generate(self, new_tokens: int) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            rows = self.model.generate(
+                self.prompts, attention_mask=torch.ones_like(self.prompts), do_sample=False,
+                max_new_tokens=new_tokens, min_new_tokens=new_tokens, use_cache=True, **self.settings,
+            )  # fmt: skip
+        return rows[:, self.prompts.shape[1] :].cpu().numpy()
+
+    def device_peak(self) -> int | None:
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fast_malloc() -> None:
+    """`jaxgpt.process.fast_malloc`, for a Python without jax: the same favour for torch."""
+    if os.environ.get("JAXGPT_MALLOC") != "0" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
+            mallopt(option, value)
+
+
+def peak_memory() -> int:
+    """Bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def serve(worker: Any, requests: IO[str], answer: Callable[[dict[str, Any]], None]) -> None:
+    """Answer each request until there are no more. What goes wrong is answered too, in one line."""
+    for line in requests:
+        request = json.loads(line)
+        try:
+            answer(respond(worker, **request))
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            answer({"error": f"{type(error).__name__}: {text[0][:200] if text else ''}"})
+
+
+def respond(worker: Any, do: str, **request: Any) -> dict[str, Any]:
+    if do == "about":
+        return worker.about()
+    if do == "roof":
+        return worker.roof(request["megabytes"])
+    if do == "load":
+        with np.load(request["weights"]) as flat:
+            prompts = np.array(request["prompts"], np.int32)
+            worker.load(ModelConfig(**request["config"]), flat, prompts, request["prepared"])
+        return {}
+    if do == "generate":
+        start = time.perf_counter()
+        tokens_BA = worker.generate(request["new_tokens"])
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "tokens": tokens_BA.tolist() if request["show"] else None}
+    if do == "cpu":
+        return {"seconds": time.process_time()}
+    if do == "memory":
+        return {"process": peak_memory(), "device": worker.device_peak()}
+    raise ValueError(f"no such request: {do}")
+
+
+def worker_main(kind: str) -> None:
+    """The process of one decoder: stdout speaks JSON alone, whatever libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(values: dict[str, Any]) -> None:
+        answers.write(json.dumps(values) + "\n")
+
+    try:
+        if kind != OURS:
+            fast_malloc()  # before torch is imported
+        worker = JaxWorker() if kind == OURS else TorchWorker(kind)
+        worker.set_up_process()
+    except ImportError as error:
+        answer({"error": f"{type(error).__name__}: {error}"})
+        return
+    serve(worker, sys.stdin, answer)
+
+
+class WorkerError(Exception):
+    """What a worker could not do, in one line."""
+
+
+class Worker:
+    """A worker process, seen from the one that asks; it ends with the `with` block."""
+
+    def __init__(self, kind: str, python: str, log: Path) -> None:
+        self.kind, self.log = kind, log
+        environment = dict(os.environ)
+        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared by the decoders
+        environment.setdefault("HF_HUB_OFFLINE", "1")
+        with open(log, "a", encoding="utf-8") as errors:
+            try:
+                self.process = subprocess.Popen(
+                    [python, "-m", "experiments.bench_decode", "--worker", kind],
+                    cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                )  # fmt: skip
+            except OSError as error:
+                raise WorkerError(f"can't start {python}: {error.strerror}") from None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()  # type: ignore[union-attr]
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()  # type: ignore[union-attr]
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin and stdout
+        try:
+            stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
+            stdin.flush()
+        except OSError:
+            pass  # it has ended: its last answer, or its log, says why
+        if not select.select([stdout], [], [], PATIENCE)[0]:
+            self.process.kill()
+            raise WorkerError(f"no answer in {PATIENCE} s")
+        line = stdout.readline()
+        if not line:
+            last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise WorkerError(f"the process ended ({self.process.wait()}): {''.join(last)[:200]}")
+        found = json.loads(line)
+        if "error" in found:
+            raise WorkerError(found["error"])
+        return found
+
+
+# ---- measuring ----
+
+
+def busy_seconds() -> float:
+    """Seconds that this machine's cores have been busy since it started, time stolen by a host's others included; 0
+    where the system does not say."""
+    with contextlib.suppress(OSError):
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # less idle and waiting for disks
+    return 0.0
+
+
+def processor() -> str:
+    """Its name, as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def agreeing(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:
+    """Tokens that are equal from the first on, in the row that differs first."""
+    different_BA = np.asarray(ours) != np.asarray(theirs)
+    return int(np.where(different_BA.any(axis=1), different_BA.argmax(axis=1), different_BA.shape[1]).min())
+
+
+def figures(seconds: Sequence[float], first: Sequence[float], warm_up: float, case: Case, must_read: float) -> dict:
+    """What one decoder's times say: medians and ranges."""
+    whole, prompt = statistics.median(seconds), statistics.median(first)
+    tokens = case.batch * case.new_tokens
+    # Where noise made one token take longer than all of them, the whole time counts.
+    step = (whole - prompt if whole > prompt else whole) / (case.new_tokens - 1)
+    return {
+        "tokens_a_second": tokens / whole,
+        "tokens_a_second_range": [tokens / max(seconds), tokens / min(seconds)],
+        "first_token_seconds": prompt,
+        "first_token_seconds_range": [min(first), max(first)],
+        "step_seconds": step,
+        "bytes_a_second": must_read / step,
+        "compile_seconds": max(warm_up - 2 * whole, 0.0),
+        "seconds": list(seconds),
+        "first_seconds": list(first),
+    }
+
+
+def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weights: Path) -> dict[str, Any]:
+    """One point of the grid: {decoder: figures}, and what failed. The workers take turns."""
+    config = settings.config(case.model, case.dtype)
+    rng = np.random.default_rng(settings.seed)
+    prompts = rng.integers(0, config.vocab, (case.batch, case.prompt)).tolist()
+    load = {"config": dataclasses.asdict(config), "weights": str(weights), "prompts": prompts}
+    must_read = bytes_a_step(config, case.batch, case.prompt, case.new_tokens)
+    alive, failed = dict(workers), {}
+    warm_up: dict[str, float] = {}
+    tokens: dict[str, list[list[int]]] = {}
+    seconds: dict[str, list[float]] = {kind: [] for kind in workers}
+    first: dict[str, list[float]] = {kind: [] for kind in workers}
+
+    def turn(kind: str, new_tokens: int) -> float:
+        return alive[kind].ask("generate", new_tokens=new_tokens, show=False)["seconds"]
+
+    @contextlib.contextmanager
+    def left_out_if_it_fails(kind: str) -> Iterator[None]:
+        try:
+            yield
+        except WorkerError as error:
+            if kind == OURS:
+                raise UserError(f"{case}: {error}") from None
+            failed[kind] = str(error)
+            del alive[kind]
+
+    for kind in workers:
+        with left_out_if_it_fails(kind):
+            alive[kind].ask("load", **load, prepared=settings.prepared)
+            call = alive[kind].ask("generate", new_tokens=case.new_tokens, show=True)
+            tokens[kind], warm_up[kind] = call["tokens"], call["seconds"] + turn(kind, case.new_tokens)
+            for _ in range(2):
+                turn(kind, 1)
+
+    def busy_and_ours() -> tuple[float, float]:
+        """(seconds that all cores were busy, and were with us)."""
+        ours = time.process_time() + sum(worker.ask("cpu")["seconds"] for worker in alive.values())
+        return busy_seconds(), ours
+
+    busy_before, ours_before, started = *busy_and_ours(), time.perf_counter()
+    for _ in range(settings.repeats):
+        for kind in list(alive):
+            with left_out_if_it_fails(kind):
+                time.sleep(0.2)  # threads of the one before come to rest
+                seconds[kind].append(turn(kind, case.new_tokens))
+                first[kind].append(turn(kind, 1))
+    busy, ours, elapsed = *busy_and_ours(), time.perf_counter() - started
+    others_share = max(busy - busy_before - (ours - ours_before), 0.0) / (elapsed * cores())
+    found: dict[str, Any] = {}
+    for kind, worker in alive.items():
+        found[kind] = figures(seconds[kind], first[kind], warm_up[kind], case, must_read["total"])
+        found[kind] |= {"peak_bytes": worker.ask("memory"), "agreeing_tokens": agreeing(tokens[OURS], tokens[kind])}
+    others = [kind for kind in found if kind != OURS]
+    fastest = max(others, key=lambda kind: found[kind]["tokens_a_second"], default=None)
+    return {
+        **dataclasses.asdict(case), "bytes_a_step": must_read, "others_share": others_share, "decoders": found,
+        "failed": failed, "speedup": speedup(found, fastest),
+    }  # fmt: skip
+
+
+def speedup(found: Mapping[str, Any], other: str | None) -> dict[str, Any] | None:
+    """Our tokens a second over another decoder's: of the medians, and the range over turns side by side."""
+    if other is None:
+        return None
+    ratios = [theirs / ours for ours, theirs in zip(found[OURS]["seconds"], found[other]["seconds"], strict=True)]
+    median = found[OURS]["tokens_a_second"] / found[other]["tokens_a_second"]
+    return {"over": other, "median": median, "range": [min(ratios), max(ratios)]}
+
+
+def with_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[str, Any]]:
+    """The results with each decoder's fraction of the roof (bytes a second)."""
+    for result in results:
+        for found in result["decoders"].values():
+            found["fraction_of_roof"] = found["bytes_a_second"] / roof
+    return results
+
+
+def complaints(result: Mapping[str, Any]) -> list[str]:
+    """What a reader must know about one point of the grid: lines of text."""
+    lines = [f"{RIVALS[kind]} left out: {error}" for kind, error in result["failed"].items()]
+    if result["others_share"] > NOTICEABLE:
+        lines.append(f"DISTURBED: other programs used {result['others_share']:.0%} of the machine meanwhile")
+    for kind, found in result["decoders"].items():
+        enough = min(MUST_AGREE, result["new_tokens"])
+        if result["dtype"] == "float32" and found["agreeing_tokens"] < enough:
+            equal = found["agreeing_tokens"]
+            lines.append(f"NOT COMPARABLE: {RIVALS[kind]} has other greedy tokens than jaxgpt after the first {equal}")
+    return lines
+
+
+# ---- what is shown ----
+
+HEADER = (
+    f"{'decoder':<21}{'tokens/s':>10}  {'(range)':<17}{'first ms':>9}{'ms a step':>10}{'of roof':>9}"
+    f"{'compile s':>11}{'peak MB':>9}{'same':>10}"
+)
+
+
+def title_of(result: Mapping[str, Any]) -> str:
+    model, dtype = result["model"], result["dtype"]
+    return f"{model} {dtype}, batch {result['batch']}, prompt {result['prompt']} + {result['new_tokens']}"
+
+
+def table(results: Sequence[Mapping[str, Any]], roof: float) -> list[str]:
+    """At most 120 columns."""
+    lines = [HEADER]
+    for result in results:
+        must_read = result["bytes_a_step"]["total"]
+        lines += [
+            "",
+            f"{title_of(result)}: {must_read / 1e6:,.1f} MB a step, so at most "
+            f"{roof / must_read * result['batch']:,.0f} tokens/s",
+        ]
+        for kind, found in result["decoders"].items():
+            low, high = found["tokens_a_second_range"]
+            peak = found["peak_bytes"]["device"] or found["peak_bytes"]["process"]
+            same = "" if kind == OURS else f"{found['agreeing_tokens']}/{result['new_tokens']}"
+            lines.append(
+                f"{RIVALS.get(kind, kind):<21}{found['tokens_a_second']:>10,.1f}  {f'({low:,.0f}-{high:,.0f})':<17}"
+                f"{found['first_token_seconds'] * 1e3:>9.2f}{found['step_seconds'] * 1e3:>10.3f}"
+                f"{found['fraction_of_roof']:>9.1%}{found['compile_seconds']:>11.1f}{peak / 1e6:>9,.0f}{same:>10}"
+            )
+        if result["speedup"] is not None:
+            low, high = result["speedup"]["range"]
+            over = RIVALS[result["speedup"]["over"]]
+            lines.append(f"= {result['speedup']['median']:.2f} x {over} ({low:.2f}-{high:.2f} turn by turn)")
+        lines += complaints(result)
+    return lines
+
+
+def figure(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Tokens a second, one panel a model and batch with its own scale; and the fraction of the roof, all together."""
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in (OURS, *RIVALS) if any(kind in result["decoders"] for result in results)]
+    panels: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for result in results:
+        panels.setdefault((result["model"], result["batch"]), []).append(result)
+    sizes = [len(group) for group in panels.values()]
+    picture = Figure(figsize=(2.4 + 1.3 * sum(sizes), 7), dpi=110, layout="constrained")
+    grid = picture.add_gridspec(2, len(panels), width_ratios=sizes)
+    tops = [picture.add_subplot(grid[0, i]) for i in range(len(panels))]
+    bottoms = [picture.add_subplot(grid[1, i]) for i in range(len(panels))]
+    several = len({(result["prompt"], result["new_tokens"]) for result in results}) > 1
+    width = 0.8 / len(kinds)
+    for ((name, batch), group), top, bottom in zip(panels.items(), tops, bottoms, strict=True):
+        for i, kind in enumerate(kinds):
+            at = [(x + (i - (len(kinds) - 1) / 2) * width, r["decoders"][kind])
+                  for x, r in enumerate(group) if kind in r["decoders"]]  # fmt: skip
+            if not at:
+                continue
+            place = [x for x, _ in at]
+            speed = [found["tokens_a_second"] for _, found in at]
+            ranges = np.abs(np.array([found["tokens_a_second_range"] for _, found in at]).T - speed)
+            label = RIVALS.get(kind, kind)
+            top.bar(place, speed, width * 0.92, yerr=ranges, capsize=2, color=f"C{i}", label=label)
+            bottom.bar(place, [found["fraction_of_roof"] for _, found in at], width * 0.92, color=f"C{i}", label=label)
+            for x, found in at:
+                high = found["tokens_a_second_range"][1]
+                top.annotate(f"{found['tokens_a_second']:,.0f}", (x, high), xytext=(0, 2), textcoords="offset points",
+                             ha="center", va="bottom", fontsize=7)  # fmt: skip
+                bottom.annotate(f"{found['fraction_of_roof']:.0%}", (x, found["fraction_of_roof"]), xytext=(0, 1),
+                                textcoords="offset points", ha="center", va="bottom", fontsize=7)  # fmt: skip
+        lengths = [f"\n{r['prompt']} + {r['new_tokens']}" if several else "" for r in group]
+        labels = [r["dtype"] + length for r, length in zip(group, lengths, strict=True)]
+        top.set_title(f"{name}, batch {batch}", fontsize=10)
+        for axis in (top, bottom):
+            axis.set_xticks(range(len(group)), labels, fontsize=8)
+            axis.set_xlim(-0.6, len(group) - 0.4)
+            axis.spines[["top", "right"]].set_visible(False)
+        largest = max(found["fraction_of_roof"] for r in results for found in r["decoders"].values())
+        bottom.set_ylim(0, max(1.05, 1.1 * largest))
+        bottom.axhline(1, color="0.5", ls=":", lw=1)
+        top.margins(y=0.12)
+    tops[0].set_ylabel("tokens a second (bar: median, line: range)")
+    bottoms[0].set_ylabel("fraction of the measured memory rate")
+    handles, names = tops[0].get_legend_handles_labels()
+    picture.legend(handles, names, loc="outside lower center", ncols=len(kinds), frameon=False)
+    picture.suptitle(title, fontsize=9)
+    picture.savefig(path)
+
+
+# ---- the experiment ----
+
+
+def survey(
+    kinds: Sequence[str], settings: Settings, python: Mapping[str, str], log: Path
+) -> tuple[dict[str, Any], dict[str, float], str]:
+    """What is measured on (device, versions, threads), its roofs in bytes a second as every library at hand reads
+    memory, and why Hugging Face is left out, if it is."""
+    about: dict[str, Any] = {"processor": processor(), "cores": cores(), "versions": {}}
+    roofs: dict[str, float] = {}
+    for kind in kinds[:2]:
+        try:
+            with Worker(kind, python[kind], log) as worker:
+                found = worker.ask("about")
+                about["versions"] |= found.pop("versions")
+                about["ours" if kind == OURS else "theirs"] = found
+                roofs |= worker.ask("roof", megabytes=settings.roof_mb)
+        except WorkerError as error:
+            if kind == OURS:
+                raise UserError(f"our own process failed: {error}") from None
+            return about, roofs, f"without Hugging Face: {python[kind]}: {error}"
+    return about, roofs, ""
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    from jaxgpt.run import Run
+    from jaxgpt.settings import settings_to_json, write_json
+
+    python = dict.fromkeys(settings.rivals, settings.torch_python or sys.executable) | {OURS: sys.executable}
+    with Run(settings.run, settings, stage="bench_decode", fresh=True) as run:
+        log = run.folder.absolute() / "workers.log"
+        log.write_text("")
+        for left_behind in run.folder.glob("weights-*"):  # by a run that was killed
+            shutil.rmtree(left_behind)
+        if os.getloadavg()[0] > 0.5 * cores():
+            run.say(f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: other programs disturb these timings")
+        kinds = [OURS, *settings.rivals]
+        about, before, note = survey(kinds, settings, python, log)
+        run.say(f"memory: {roofs_text(before)}")
+        if note:
+            run.say(note)
+            kinds = [OURS]
+        results: list[dict[str, Any]] = []
+        for name, group in itertools.groupby(cases(settings), key=lambda case: case.model):
+            with tempfile.TemporaryDirectory(dir=run.folder.absolute(), prefix="weights-") as folder:
+                weights = Path(folder) / "weights.npz"
+                flat = random_weights(settings.config(name), np.random.default_rng(settings.seed))
+                np.savez(weights, **flat)  # type: ignore[arg-type]
+                del flat
+                for case in group:
+                    with contextlib.ExitStack() as stack:
+                        workers = {kind: stack.enter_context(Worker(kind, python[kind], log)) for kind in kinds}
+                        results.append(measure(case, settings, workers, weights))
+                    speeds = {kind: found["tokens_a_second"] for kind, found in results[-1]["decoders"].items()}
+                    shown = ", ".join(f"{RIVALS.get(kind, kind)} {speed:,.1f}" for kind, speed in speeds.items())
+                    run.say(f"{title_of(results[-1])}: {shown} tokens/s")
+                    run.log(len(results), {f"tokens_a_second/{kind}": speed for kind, speed in speeds.items()})
+        _, after, _ = survey(kinds, settings, python, log)
+        run.say(f"memory, again: {roofs_text(after)}")
+        roofs = {name: max(before[name], after.get(name, 0.0)) for name in before}
+        used = max(roofs, key=lambda name: roofs[name])
+        roof_text = f"{roofs[used] / 1e9:.1f} GB/s, {used}, the best of 24 over {settings.roof_mb} MB of float32"
+        lines = [f"roof: {roof_text}", "", *table(with_fractions(results, roofs[used]), roofs[used])]
+        for line in lines:
+            run.say(line)
+        report = {
+            "machine": about, "settings": settings_to_json(settings), "note": note, "cases": results, "roof": used,
+            "roof_bytes_a_second": roofs[used], "roofs_before": before, "roofs_after": after,
+        }  # fmt: skip
+        write_json(run.folder / "bench_decode.json", report)
+        (run.folder / "bench_decode.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        figure(results, run.folder / "bench_decode.png", f"{machine_text(about)}; roof {roofs[used] / 1e9:.1f} GB/s")
+        run.finish(report)
+        return run.results
+
+
+def roofs_text(roofs: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in roofs.items())
+
+
+def machine_text(about: Mapping[str, Any]) -> str:
+    device = about["processor"] if about["ours"]["platform"] == "cpu" else about["ours"]["device"]
+    names = [name for name in ("jax", "torch", "transformers") if name in about["versions"]]
+    return ", ".join([f"{device} ({about['cores']} cores)", *(f"{name} {about['versions'][name]}" for name in names)])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker_main(sys.argv[2])
+    else:
+        from jaxgpt.cli import cli
+
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers need the GPU
+        cli(main, Settings, PRESETS)
