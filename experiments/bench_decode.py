@@ -62,6 +62,7 @@ class Settings:
     run: Path = Path("runs/bench_decode")
     models: tuple[str, ...] = ("small",)  # presets of jaxgpt.config
     block: int = 256  # longest sequence; at most the preset's own (0: that)
+    vocab: int = 0  # tokens of the vocabulary (0: the preset's own)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     batches: tuple[int, ...] = (1, 16)
     prompts: tuple[int, ...] = (16,)  # tokens of the prompt
@@ -93,7 +94,8 @@ class Settings:
 
     def config(self, name: str, dtype: str = "float32") -> ModelConfig:
         preset = MODELS[name]
-        return dataclasses.replace(preset, dtype=dtype, block=min(self.block, preset.block) or preset.block)
+        block = min(self.block, preset.block) or preset.block
+        return dataclasses.replace(preset, dtype=dtype, block=block, vocab=self.vocab or preset.vocab)
 
 
 PRESETS = {

@@ -21,6 +21,15 @@ LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05]))
         (sampling.top_p(LOGITS, 0.65), [4 / 7, 3 / 7, 0, 0, 0]),
         (sampling.top_p(LOGITS, 1.0), [0.4, 0.3, 0.15, 0.1, 0.05]),
         (sampling.temperature(LOGITS, 0.5), np.array([16, 9, 2.25, 1, 0.25]) / 28.5),
+        (sampling.min_p(LOGITS, 0.3), [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
+        (sampling.min_p(LOGITS, 1.0), [1, 0, 0, 0, 0]),
+        # 0.4 -> 0.4**2 and 0.05 -> 0.05**2: logits below 0 are multiplied
+        (
+            sampling.repetition_penalty(LOGITS, jnp.array([1, 0, 0, 0, 1], bool), 2.0),
+            np.array([0.16, 0.3, 0.15, 0.1, 0.0025]) / 0.7125,
+        ),
+        (sampling.top_k(jnp.zeros(5).at[4].set(-jnp.inf), 2), [0.25, 0.25, 0.25, 0.25, 0]),
+        (sampling.top_p(sampling.top_k(LOGITS / 0.5, 3), 0.8), [0.64, 0.36, 0, 0, 0]),
     ],
 )
 def test_filters_give_the_exact_distribution(filtered, expected):
