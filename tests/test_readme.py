@@ -16,9 +16,18 @@ def test_the_python_block_runs(capsys):
     assert capsys.readouterr().out.startswith("(Array(1.0666")
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
-def test_links_lead_somewhere(target):
-    assert (ROOT / target).exists()
+def test_the_block_on_decoding_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/decoding.md").read_text(encoding="utf-8"), flags=re.S)
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("(4, 8) ")
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
 
 
 def test_every_file_of_the_tree_exists():
