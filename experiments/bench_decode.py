@@ -189,6 +189,14 @@ def hf_name(name: str) -> str:
     return f"transformer.h.{head.removeprefix('block_')}.{inner}.{leaf}"
 
 
+def hf_order(name: str, w: np.ndarray, heads: int) -> np.ndarray:
+    """Hugging Face has all q, then all k, then all v; we have the q, k and v of each head together."""
+    if "/qkv/" not in name:
+        return w
+    parts = w.reshape(*w.shape[:-1], heads, 3, -1)
+    return np.ascontiguousarray(parts.swapaxes(-3, -2)).reshape(w.shape)
+
+
 def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = "cpu") -> Any:
     """GPT2LMHeadModel with our weights, in config.dtype, that never ends by itself."""
     import torch
@@ -206,7 +214,7 @@ def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = 
     places = dict(model.named_parameters())  # the tied head appears once, as wte
     with torch.no_grad():
         for name in flat:
-            places.pop(hf_name(name)).copy_(torch.from_numpy(np.asarray(flat[name])))
+            places.pop(hf_name(name)).copy_(torch.from_numpy(hf_order(name, np.asarray(flat[name]), config.heads)))
     if places or model.lm_head.weight.data_ptr() != model.transformer.wte.weight.data_ptr():
         raise UserError(f"this version of transformers has other parameters: {', '.join(places) or 'an untied head'}")
     return model

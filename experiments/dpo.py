@@ -22,8 +22,9 @@ from jaxgpt.data.preferences import fit_rankings, rank_ids, read_preferences, si
 from jaxgpt.dpo import make_loss
 from jaxgpt.run import Run, run_fingerprint
 from jaxgpt.settings import file_fingerprint
+from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Preferences
-from jaxgpt.train import evaluate, init_state, jit_step, shapes_of, to_floats
+from jaxgpt.train import evaluate, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Settings:
     warmup: int = 10
     log_every: int = 10
     seed: int = 5
+    mesh: MeshConfig = MeshConfig()
     fresh: bool = False
 
 
@@ -69,17 +71,17 @@ def build(
     settings: Settings, config: ModelConfig, size: tuple[int, int, int], steps: int, mesh: jax.sharding.Mesh
 ) -> tuple[Any, Any, Any]:
     """(jitted step, shapes of its state, shapes of its batch). `size`: candidates, tokens of a row and of an answer."""
+    sharding.check_model(config, mesh)
     sharding.check_batch(settings.batch, settings.microbatches, mesh)
     tx = optimizer(settings, steps)
-    step = jit_step(
-        make_loss(config, settings.beta, settings.temperature, size[2]), tx, mesh, microbatches=settings.microbatches
-    )
-    state = jax.eval_shape(lambda p: init_state({"policy": p}, tx, {"reference": p}), shapes_of(config))
+    state = shapes_on(mesh, lambda params: init_state({"policy": params}, tx, {"reference": params}), shapes_of(config))
+    loss = make_loss(config, settings.beta, settings.temperature, size[2])
+    step = jit_step(loss, tx, mesh, state, microbatches=settings.microbatches)
     return step, state, Preferences.shapes(settings.batch, size[0], size[1])
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    mesh = sharding.data_mesh()
+    mesh = sharding.make_mesh(settings.mesh)
     inputs = {
         "model": run_fingerprint(settings.model),
         "preferences": file_fingerprint(settings.preferences),
@@ -99,10 +101,10 @@ def main(settings: Settings) -> dict[str, Any]:
             rankings, size[1], settings.batch // jax.process_count(), seed=settings.seed, epochs=settings.epochs,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
-        step, _, _ = build(settings, config, size, steps, mesh)
+        step, shapes, _ = build(settings, config, size, steps, mesh)
         state = init_state({"policy": sft}, optimizer(settings, steps), {"reference": optim.copy(sft)})
-        state = sharding.replicate(state, mesh)
-        loss = jax.jit(make_loss(config, settings.beta, settings.temperature, size[2]))
+        state = sharding.place_like(state, shapes)
+        loss = jit_on(mesh, make_loss(config, settings.beta, settings.temperature, size[2]))
         evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size[1], settings.batch)]
         run.say(f"dpo: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
         with run.progress(steps, "dpo") as bar:

@@ -23,9 +23,10 @@ from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import sources
 from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.tokenizer import ANSWER_END, answer_text, prompt_ids
-from jaxgpt.train import shapes_of, to_floats
+from jaxgpt.train import shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Settings:
     sample_every: int = 14
     seed: int = 4
     cache: Path = cache_root() / "data"
+    mesh: MeshConfig = MeshConfig()
     fresh: bool = False
 
     def __post_init__(self) -> None:
@@ -85,21 +87,27 @@ def reward_fn(config: ModelConfig, params: Params, rows: Batch) -> Array:
 
 def build(settings: Settings, config: ModelConfig, prompt_tokens: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     """(jitted iteration, shapes of state and controller, shapes of the prompts)."""
+    sharding.check_model(config, mesh)
     sharding.check_rows(settings.batch // settings.ppo.minibatches, mesh, "a minibatch")
     ppo.check_batch(settings.batch, settings.ppo, config, prompt_tokens)
     tx = optimizer(settings)
     everywhere = sharding.replicated(mesh)
-    iteration = jax.jit(
-        functools.partial(
-            ppo.ppo_iteration, config=config, ppo=settings.ppo, tx=tx, reward_fn=functools.partial(reward_fn, config),
-            stop=ANSWER_END,
-        ),
-        donate_argnums=(0, 1),
-        in_shardings=(everywhere, everywhere, sharding.rows(mesh), everywhere),
-        out_shardings=everywhere,
+
+    def start(params: Params) -> Any:
+        return ppo.init(params, config, tx, {"reward": reward.init(jax.random.key(0), params, config.width)})
+
+    state = shapes_on(mesh, start, shapes_of(config))
+    places = jax.tree.map(lambda x: x.sharding, state)
+    one = functools.partial(
+        ppo.ppo_iteration, config=config, ppo=settings.ppo, tx=tx, reward_fn=functools.partial(reward_fn, config),
+        stop=ANSWER_END,
     )  # fmt: skip
-    start = lambda p: ppo.init(p, config, tx, {"reward": reward.init(jax.random.key(0), p, config.width)})  # noqa: E731
-    state = jax.eval_shape(start, shapes_of(config))
+    iteration = jax.jit(
+        sharding.within(mesh, one),
+        donate_argnums=(0, 1),
+        in_shardings=(places, everywhere, sharding.rows(mesh), everywhere),
+        out_shardings=(places, everywhere, everywhere),
+    )
     prompts = Prompts(
         jax.ShapeDtypeStruct((settings.batch, prompt_tokens), jnp.int32),
         jax.ShapeDtypeStruct((settings.batch,), jnp.int32),
@@ -113,7 +121,7 @@ def controller(settings: Settings) -> ppo.Controller:
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    mesh = sharding.data_mesh()
+    mesh = sharding.make_mesh(settings.mesh)
     inputs = {
         "model": run_fingerprint(settings.model),
         "reward": run_fingerprint(settings.reward, "reward"),
@@ -129,11 +137,12 @@ def main(settings: Settings) -> dict[str, Any]:
             raise UserError(f"{settings.reward} was trained with another model or tokenizer than {settings.model}")
         ids = [prompt_ids(tok, prompt.text) for prompt in sources.prompts(settings.data, "train", settings.cache)]
         prompt_tokens = max(map(len, ids))
-        iteration, _, _ = build(settings, config, prompt_tokens, mesh)
+        iteration, (shapes, _), _ = build(settings, config, prompt_tokens, mesh)
         tokens_NP, lengths_N = rollout.pad_prompts(ids, prompt_tokens)
 
         state = ppo.init(sft, config, optimizer(settings), {"reward": reward_params})
-        state, control = sharding.replicate((state, controller(settings)), mesh)
+        state = sharding.place_like(state, shapes)
+        control = sharding.replicate(controller(settings), mesh)
         rng = np.random.default_rng(settings.seed)
         order = np.concatenate(
             [rng.permutation(len(ids)) for _ in range(1 + settings.iterations * settings.batch // len(ids))]

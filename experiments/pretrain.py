@@ -7,6 +7,7 @@ J(theta) = -sum_t log P(x_{t+1} | x_{1:t})   (Radford et al. 2018). Held-out los
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +24,10 @@ from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import pipelines, sources
 from jaxgpt.run import Run, cache_root
+from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.tokenizer import BOS, Tokenizer, cached_tokenizer
-from jaxgpt.train import evaluate, init_state, jit_step, make_nll, to_floats
+from jaxgpt.train import TrainState, evaluate, init_state, jit_on, jit_step, make_nll, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Settings:
     log_every: int = 25
     seed: int = 0
     cache: Path = cache_root() / "data"
+    mesh: MeshConfig = MeshConfig()
     fresh: bool = False  # replace an earlier run in this folder
 
 
@@ -66,19 +69,24 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
     return optim.adamw(schedule, weight_decay=settings.weight_decay)
 
 
+def start(settings: Settings, key: Array) -> TrainState:
+    """The state of step 0."""
+    return init_state(model.init(key, settings.model), optimizer(settings))
+
+
 def build(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     """(jitted step, shapes of its state, shapes of its batch): what main runs, for planners and benchmarks."""
+    sharding.check_model(settings.model, mesh)
     sharding.check_batch(settings.batch, settings.microbatches, mesh)
-    tx = optimizer(settings)
-    step = jit_step(make_nll(settings.model), tx, mesh, microbatches=settings.microbatches)
-    state = jax.eval_shape(lambda key: init_state(model.init(key, settings.model), tx), jax.random.key(0))
+    state = shapes_on(mesh, functools.partial(start, settings), jax.random.key(0))
+    step = jit_step(make_nll(settings.model), optimizer(settings), mesh, state, microbatches=settings.microbatches)
     row = (settings.batch, settings.model.block)
     return step, state, Batch(jax.ShapeDtypeStruct(row, jnp.int32), jax.ShapeDtypeStruct(row, jnp.bool))
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    mesh = sharding.data_mesh()
-    step, _, _ = build(settings, mesh)
+    mesh = sharding.make_mesh(settings.mesh)
+    step, shapes, _ = build(settings, mesh)
     with Run(
         settings.run, settings, stage="pretrain", inputs=sources.fingerprint(settings.data), fresh=settings.fresh
     ) as run:
@@ -101,8 +109,9 @@ def main(settings: Settings) -> dict[str, Any]:
         test = [Batch.of(arrays) for arrays in windows]
 
         init_key, sample_key, dropout_key = jax.random.split(jax.random.key(settings.seed), 3)
-        state = sharding.replicate(init_state(model.init(init_key, settings.model), optimizer(settings)), mesh)
-        loss = jax.jit(make_nll(settings.model))
+        places = jax.tree.map(lambda x: x.sharding, shapes)
+        state = jax.jit(functools.partial(start, settings), out_shardings=places)(init_key)
+        loss = jit_on(mesh, make_nll(settings.model))
         run.say(
             f"pretrain: {model.count_parameters(state.trainable):,} weights, {len(stream):,} tokens in {settings.data}"
             f", {settings.steps * settings.batch * settings.model.block:,} to read"

@@ -28,8 +28,9 @@ from jaxgpt.evaluate import SimulatedAnnotator, calibration
 from jaxgpt.losses import Mean
 from jaxgpt.run import Run, run_fingerprint
 from jaxgpt.settings import file_fingerprint
+from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Array, Batch, Params, Preferences
-from jaxgpt.train import Metrics, init_state, jit_step, shapes_of, to_floats
+from jaxgpt.train import Metrics, init_state, jit_step, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Settings:
     reference_samples: int = 512  # answers that fix the scale of h
     log_every: int = 10
     seed: int = 3
+    mesh: MeshConfig = MeshConfig()
     fresh: bool = False
 
 
@@ -83,15 +85,16 @@ def build(
     settings: Settings, config: ModelConfig, size: tuple[int, int, int], steps: int, mesh: jax.sharding.Mesh
 ) -> tuple[Any, Any, Any]:
     """(jitted step, shapes of its state, shapes of its batch). `size`: candidates, tokens of a row and of an answer."""
+    sharding.check_model(config, mesh)
     sharding.check_batch(settings.batch, settings.microbatches, mesh)
     tx = optimizer(settings, steps)
-    step = jit_step(make_loss(config), tx, mesh, microbatches=settings.microbatches)
 
     def start(params: Params) -> Any:
         return init_state(*_with_frozen(reward.init(jax.random.key(0), params, config.width), tx))
 
-    batch = Preferences.shapes(settings.batch, size[0], size[1])
-    return step, jax.eval_shape(start, shapes_of(config)), batch
+    state = shapes_on(mesh, start, shapes_of(config))
+    step = jit_step(make_loss(config), tx, mesh, state, microbatches=settings.microbatches)
+    return step, state, Preferences.shapes(settings.batch, size[0], size[1])
 
 
 def _with_frozen(
@@ -132,7 +135,7 @@ def evaluate(params: Params, config: ModelConfig, rankings: list[Any], length: i
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    mesh = sharding.data_mesh()
+    mesh = sharding.make_mesh(settings.mesh)
     inputs = {
         "model": run_fingerprint(settings.model),
         "preferences": file_fingerprint(settings.preferences),
@@ -152,10 +155,10 @@ def main(settings: Settings) -> dict[str, Any]:
             rankings, size[1], settings.batch // jax.process_count(), seed=settings.seed, epochs=settings.epochs,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
-        step, _, _ = build(settings, config, size, steps, mesh)
+        step, shapes, _ = build(settings, config, size, steps, mesh)
         reference = reference_rows(heldout, size[1], settings.reference_samples)
         params = reward.normalise_on(reward.init(jax.random.key(settings.seed), sft, config.width), config, reference)
-        state = sharding.replicate(init_state(*_with_frozen(params, optimizer(settings, steps))), mesh)
+        state = sharding.place_like(init_state(*_with_frozen(params, optimizer(settings, steps))), shapes)
         run.say(f"reward: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
         with run.progress(steps, "reward") as bar:
             for i, arrays in enumerate(batches, 1):

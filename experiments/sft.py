@@ -22,9 +22,10 @@ from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines, sources
 from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Batch
 from jaxgpt.tokenizer import example_ids
-from jaxgpt.train import evaluate, init_state, jit_step, make_nll, shapes_of, to_floats
+from jaxgpt.train import evaluate, init_state, jit_on, jit_step, make_nll, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Settings:
     log_every: int = 10
     seed: int = 1
     cache: Path = cache_root() / "data"
+    mesh: MeshConfig = MeshConfig()
     fresh: bool = False
 
 
@@ -66,23 +68,25 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 
 def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     """(jitted step, shapes of its state, shapes of its batch)."""
+    sharding.check_model(config, mesh)
     sharding.check_batch(settings.batch, settings.microbatches, mesh)
     tx = optimizer(settings)
-    step = jit_step(make_nll(config), tx, mesh, microbatches=settings.microbatches)
+    state = shapes_on(mesh, lambda params: init_state(params, tx), shapes_of(config))
+    step = jit_step(make_nll(config), tx, mesh, state, microbatches=settings.microbatches)
     row = jax.ShapeDtypeStruct((settings.batch, config.block), jnp.int32)
     mask = jax.ShapeDtypeStruct((settings.batch, config.block), jnp.bool)
-    return step, jax.eval_shape(lambda p: init_state(p, tx), shapes_of(config)), Batch(row, mask, row, row)
+    return step, state, Batch(row, mask, row, row)
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    mesh = sharding.data_mesh()
+    mesh = sharding.make_mesh(settings.mesh)
     inputs = {"model": run_fingerprint(settings.model), **sources.fingerprint(settings.data)}
     with Run(settings.run, settings, stage="sft", inputs=inputs, fresh=settings.fresh) as run:
         if run.finished:
             run.say(f"sft: already done in {settings.run}")
             return run.results
         params, config, tok, _ = load_language_model(settings.model)
-        step, _, _ = build(settings, config, mesh)
+        step, shapes, _ = build(settings, config, mesh)
         rows, dropped = pipelines.fit_rows(
             [example_ids(tok, *pair) for pair in sources.examples(settings.data, "train", settings.cache)], config.block
         )
@@ -98,8 +102,8 @@ def main(settings: Settings) -> dict[str, Any]:
             rows, config.block, settings.batch // jax.process_count(), seed=settings.seed,
             all_tokens=settings.all_tokens, process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
-        state = sharding.replicate(init_state(params, optimizer(settings)), mesh)
-        loss = jax.jit(make_nll(config))
+        state = sharding.place_like(init_state(params, optimizer(settings)), shapes)
+        loss = jit_on(mesh, make_nll(config))
         kept_before = evaluate(loss, state.trainable, raw_batches, mesh)["loss"]
         answer_nats = evaluate(loss, state.trainable, test_batches, mesh)["loss"]
         run.say(

@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.settings import read_json, settings_from_json, settings_to_json, write_json
 
-FORMAT = 1
+FORMAT = 2  # 2: a head's q, k and v lie together in qkv
 
 
 class Loaded(NamedTuple):

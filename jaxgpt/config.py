@@ -21,6 +21,11 @@ class ModelConfig:
     dropout: float = 0.0  # only where a PRNG key is passed: never while sampling or scoring
     norm_epsilon: float = 1e-5
     dtype: str = "float32"  # of activations and matrix products; parameters stay float32
+    gradients: str = "auto"  # of the layers: written by hand where that is faster, or "plain": all JAX's own
+    remat: str = (
+        "none"  # what the backward pass computes again: nothing, all but "dots" (products of weights), or "full"
+    )
+    scan: bool = False  # one compiled layer for all: compiles sooner, runs slower on a CPU
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "block", "vocab", "mlp_ratio"):
@@ -32,8 +37,10 @@ class ModelConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1)")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"model.dtype is {self.dtype!r}; choose float32 or bfloat16")
+        choices = {"dtype": ("float32", "bfloat16"), "gradients": ("auto", "plain"), "remat": ("none", "dots", "full")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"model.{name} is {getattr(self, name)!r}; choose {' or '.join(known)}")
 
     @property
     def head_dim(self) -> int:

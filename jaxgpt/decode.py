@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import losses, model, sampling
+from jaxgpt import layers, losses, model, sampling, sharding
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.structs import Answers, Array, Batch, KVCache, Params
 
@@ -28,10 +28,16 @@ SEGMENT = 128  # slots by which the cache grows; each segment is compiled
 
 def prepare(params: Params, config: ModelConfig) -> Params:
     """Weights as decoding reads them, made once outside the loop: matrices in the activations' dtype (norms stay
-    float32), and the tied head as [D, V], which a product with few rows reads far faster than its transpose."""
+    float32), the parts of an 'fsdp' axis put together, and the tied head as [D, V], which a product with few rows reads
+    far faster than its transpose."""
     if "head_DV" in params:
         return params
-    cast = jax.tree.map(lambda w: w.astype(config.dtype) if w.ndim >= 2 else w, params)
+
+    def ready(path: tuple[Any, ...], w: Array) -> Array:
+        w = w.astype(config.dtype) if w.ndim >= 2 else w
+        return sharding.gathered(w, tuple(sharding.rule_of(path, model.PARTITION)))
+
+    cast = jax.tree_util.tree_map_with_path(ready, params)
     return {**cast, "head_DV": jax.lax.optimization_barrier(cast["embed"]["tokens_VD"].T)}
 
 
@@ -51,10 +57,11 @@ def read(
     whole of a bfloat16 one in every step.
     """
     h_BPD, kv = model.hidden_and_kv(params, config, prompt_BP)
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else config.dtype
+    dtype = jnp.float32 if sharding.platform() == "cpu" else config.dtype
 
     def layout(x_BPHK: Array) -> Array:
         x_BHPK = jnp.repeat(x_BPHK.swapaxes(1, 2).astype(dtype), copies, axis=0)
+        x_BHPK = sharding.constrain(x_BHPK, sharding.ROWS, "tensor", None, None)
         return x_BHPK.reshape(*(n for n in x_BHPK.shape[:2] if n > 1), *x_BHPK.shape[2:])
 
     keys, values = (tuple(layout(layer[i]) for layer in kv) for i in (0, 1))
@@ -101,10 +108,10 @@ def feed(
     keys, values = [], []
     for n in range(config.layers):
         block = params[f"block_{n}"]
-        normed = model.layer_norm(block["attention_norm"], x_BED, config.norm_epsilon)
+        normed = layers.norm(block["attention_norm"], x_BED, config.norm_epsilon)
         q, k, v = (
             x.swapaxes(1, 2).reshape(*rows, *some, -1)
-            for x in model.split_heads(model.dense(block["qkv"], normed), config.heads)
+            for x in model.split_heads(layers.dense(block["qkv"], normed, layers.COLUMNS), config.heads)
         )
         # Behind a barrier: XLA would else write, and so copy, it once for the loop and once for the product.
         k, v = jax.lax.optimization_barrier((store(cache.keys[n], k), store(cache.values[n], v)))
@@ -116,10 +123,10 @@ def feed(
         weights = weights_BHES.reshape(scores.shape).astype(v.dtype)
         mixed = jnp.einsum(f"...{e}s,...sk->...{e}k", weights, v).astype(x_BED.dtype)
         mixed_BEHK = mixed.reshape(B, config.heads, E, -1).swapaxes(1, 2)
-        x_BED += model.dense(block["out"], mixed_BEHK.reshape(x_BED.shape))
-        normed = model.layer_norm(block["mlp_norm"], x_BED, config.norm_epsilon)
+        x_BED += layers.dense(block["out"], mixed_BEHK.reshape(x_BED.shape), layers.LINES)
+        normed = layers.norm(block["mlp_norm"], x_BED, config.norm_epsilon)
         x_BED += model.mlp(block, normed)
-    h_BED = model.layer_norm(params["final_norm"], x_BED, config.norm_epsilon)
+    h_BED = layers.norm(params["final_norm"], x_BED, config.norm_epsilon)
     return KVCache(tuple(keys), tuple(values)), h_BED
 
 

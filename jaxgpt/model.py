@@ -10,17 +10,29 @@ embedding.
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jaxgpt import losses
+from jaxgpt import losses, sharding
 from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.layers import COLUMNS, LINES, PLAIN, Attend, Layers, choose
+from jaxgpt.sharding import ROWS, constrain
 from jaxgpt.structs import Array, Batch, Params
 
-Attend = Callable[[Array, Array, Array, Array | None], Array]
+# How parameters are divided over a mesh, by the end of their path; the others are whole on every device.
+PARTITION = {
+    "tokens_VD": P(*LINES),
+    "positions_TD": P(None, "fsdp"),
+    "qkv/kernel": P(*COLUMNS),
+    "qkv/bias": P("tensor"),
+    "out/kernel": P(*LINES),
+    "up/kernel": P(*COLUMNS),
+    "up/bias": P("tensor"),
+    "down/kernel": P(*LINES),
+}
 
 
 def init(key: Array, config: ModelConfig) -> Params:
@@ -66,40 +78,15 @@ def apply_scalar_head(head: Params, h_BTD: Array) -> Array:
     return jnp.einsum("...d,d->...", h_BTD.astype(jnp.float32), head["kernel_D"]) + head["bias"]
 
 
-def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None) -> Array:
-    """Causal attention; tokens of different segments don't see each other."""
-    if segments_BT is None:
-        return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True)
-    same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask=same_B1TT, is_causal=True)
-
-
-def layer_norm(norm: Params, x: Array, epsilon: float) -> Array:
-    """LayerNorm over the last axis, computed in float32, returned in x's dtype."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + epsilon) * norm["scale"] + norm["bias"]).astype(x.dtype)
-
-
-def dense(layer: Params, x: Array) -> Array:
-    """x @ kernel + bias in x's dtype. On a CPU the sum is rounded once, at the end: XLA's bfloat16 product with a
-    float32 result is up to 1.3 times as fast there as the one with a bfloat16 result."""
-    wide = jnp.float32 if jax.default_backend() == "cpu" else x.dtype
-    product = jnp.matmul(x, layer["kernel"].astype(x.dtype), preferred_element_type=wide)
-    return (product + layer["bias"].astype(wide)).astype(x.dtype)
-
-
 def split_heads(qkv: Array, heads: int) -> tuple[Array, Array, Array]:
-    """[..., 3D] -> q, k, v of [..., H, K]."""
-    q, k, v = jnp.split(qkv, 3, axis=-1)
-    shape = (*q.shape[:-1], heads, q.shape[-1] // heads)
-    return q.reshape(shape), k.reshape(shape), v.reshape(shape)
+    """[..., 3D] -> q, k, v of [..., H, K]. A head's q, k and v lie together, so that dividing 3D divides the heads."""
+    x = qkv.reshape(*qkv.shape[:-1], heads, 3, -1)
+    return x[..., 0, :], x[..., 1, :], x[..., 2, :]
 
 
-def mlp(block: Params, x: Array) -> Array:
+def mlp(block: Params, x: Array, layers: Layers = PLAIN) -> Array:
     """Two dense layers with a GELU (tanh form, as GPT-2) between them."""
-    return dense(block["down"], jax.nn.gelu(dense(block["up"], x), approximate=True))
+    return layers.dense(block["down"], layers.gelu(layers.dense(block["up"], x, COLUMNS)), LINES)
 
 
 def dropout(key: Array | None, rate: float, x: Array) -> Array:
@@ -112,7 +99,9 @@ def dropout(key: Array | None, rate: float, x: Array) -> Array:
 def embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) -> Array:
     """Token plus position embedding, in the activations' dtype."""
     table = params["embed"]
-    return (table["tokens_VD"][tokens] + table["positions_TD"][positions]).astype(config.dtype)
+    tokens_VD = sharding.gathered(table["tokens_VD"], LINES)
+    positions_TD = sharding.gathered(table["positions_TD"], (None, "fsdp"))
+    return (tokens_VD[tokens] + positions_TD[positions]).astype(config.dtype)
 
 
 def hidden(
@@ -123,7 +112,7 @@ def hidden(
     positions_BT: Array | None = None,
     segments_BT: Array | None = None,
     key: Array | None = None,
-    attend: Attend = attend,
+    attend: Attend | None = None,
 ) -> Array:
     """The hidden states after the final norm, [B, T, D]; position t has read tokens 0…t.
 
@@ -144,7 +133,7 @@ def hidden_and_kv(
     positions_BT: Array | None = None,
     segments_BT: Array | None = None,
     key: Array | None = None,
-    attend: Attend = attend,
+    attend: Attend | None = None,
 ) -> tuple[Array, list[tuple[Array, Array]]]:
     """`hidden`, and each layer's keys and values [B, T, H, K]: what a prefill stores."""
     chex.assert_rank(tokens_BT, 2)
@@ -155,25 +144,55 @@ def hidden_and_kv(
         )
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
-    keys = [None] * (2 * config.layers + 1) if key is None else list(jax.random.split(key, 2 * config.layers + 1))
-    x_BTD = dropout(keys.pop(), config.dropout, embed(params, config, tokens_BT, positions_BT))
+    layers = choose(config.gradients)
+    layers = layers._replace(attend=attend or layers.attend)
+    embed_key, keys = (None, None) if key is None else _split_for(key, config.layers)
+    x_BTD = constrain(embed(params, config, tokens_BT, positions_BT), ROWS, None, None)
+    x_BTD = dropout(embed_key, config.dropout, x_BTD)
+
+    def one(x_BTD: Array, block: Params, key: Array | None) -> tuple[Array, tuple[Array, Array]]:
+        return transformer_block(block, config, layers, x_BTD, segments_BT, key)
+
+    if config.remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+        one = jax.checkpoint(one, policy=policy)
+    blocks = [params[f"block_{n}"] for n in range(config.layers)]
     kv = []
-    for n in range(config.layers):
-        block = params[f"block_{n}"]
-        normed = layer_norm(block["attention_norm"], x_BTD, config.norm_epsilon)
-        q, k, v = split_heads(dense(block["qkv"], normed), config.heads)
-        kv.append((k, v))
-        mixed_BTD = attend(q, k, v, segments_BT).reshape(x_BTD.shape)
-        x_BTD += dropout(keys.pop(), config.dropout, dense(block["out"], mixed_BTD))
-        normed = layer_norm(block["mlp_norm"], x_BTD, config.norm_epsilon)
-        x_BTD += dropout(keys.pop(), config.dropout, mlp(block, normed))
-    return layer_norm(params["final_norm"], x_BTD, config.norm_epsilon), kv
+    if config.scan:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        x_BTD, both = jax.lax.scan(lambda x, xs: one(x, *xs), x_BTD, (stacked, keys))
+        kv = [(both[0][n], both[1][n]) for n in range(config.layers)]
+    else:
+        for n, block in enumerate(blocks):
+            x_BTD, both = one(x_BTD, block, None if keys is None else keys[n])
+            kv.append(both)
+    return layers.norm(params["final_norm"], x_BTD, config.norm_epsilon), kv
 
 
-def unembed(params: Params, h: Array) -> Array:
+def _split_for(key: Array, layers: int) -> tuple[Array, Array]:
+    """A key for the embedding, and one for each layer [N]."""
+    first, rest = jax.random.split(key)
+    return first, jax.random.split(rest, layers)
+
+
+def transformer_block(
+    block: Params, config: ModelConfig, layers: Layers, x_BTD: Array, segments_BT: Array | None, key: Array | None
+) -> tuple[Array, tuple[Array, Array]]:
+    """One layer of attention and one of the MLP, each behind a norm and added to its input; and keys and values."""
+    attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+    normed = layers.norm(block["attention_norm"], x_BTD, config.norm_epsilon)
+    qkv = split_heads(layers.dense(block["qkv"], normed, COLUMNS), config.heads)
+    q, k, v = (constrain(x, ROWS, None, "tensor", None) for x in qkv)
+    mixed_BTD = layers.attend(q, k, v, segments_BT).reshape(x_BTD.shape)
+    x_BTD += dropout(attention_key, config.dropout, layers.dense(block["out"], mixed_BTD, LINES))
+    normed = layers.norm(block["mlp_norm"], x_BTD, config.norm_epsilon)
+    x_BTD += dropout(mlp_key, config.dropout, mlp(block, normed, layers))
+    return constrain(x_BTD, ROWS, None, None), (k, v)
+
+
+def unembed(params: Params, h: Array, layers: Layers = PLAIN) -> Array:
     """Float32 logits from hidden states, with the transposed embedding as weights."""
-    table_VD = params["embed"]["tokens_VD"].astype(h.dtype)
-    return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=jnp.float32)
+    return layers.product_VD(h, params["embed"]["tokens_VD"])
 
 
 def score(
@@ -184,7 +203,7 @@ def score(
     temperature: float = 1.0,
     window: int | None = None,
     key: Array | None = None,
-    attend: Attend = attend,
+    attend: Attend | None = None,
 ) -> tuple[Array, Array]:
     """log P(token t | tokens before t) at `temperature`, [B, T] float32 with 0 at t = 0, and the hidden states [B,
     T, D].
@@ -203,7 +222,7 @@ def score(
         attend=attend,
     )
     before = window_before(batch.mask_BT, window)
-    logits = unembed(params, before.take(h_BTD)) / temperature
+    logits = unembed(params, before.take(h_BTD), choose(config.gradients)) / temperature
     return before.put(losses.log_prob(logits, before.targets(batch.tokens_BT))), h_BTD
 
 

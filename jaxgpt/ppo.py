@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jaxgpt import kl, losses, model, returns, rollout
+from jaxgpt import kl, losses, model, returns, rollout, sharding
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.losses import Mean
 from jaxgpt.structs import Array, Batch, Leaf, Params, Rollout
-from jaxgpt.train import Metrics, TrainState, init_state, make_train_step
+from jaxgpt.train import Metrics, TrainState, init_state, make_train_step, split_rows
 
 Controller = kl.AdaptiveKL | kl.FixedKL
 RewardFn = Callable[[Params, Batch], Array]
@@ -181,10 +181,11 @@ def update(
     rows = experience.tokens_BT.shape[0]
     step = make_train_step(make_loss(config, ppo), tx)
     shuffles = [jax.random.permutation(k, rows) for k in jax.random.split(key, ppo.epochs)]
-    order = jnp.stack([jnp.arange(rows), *shuffles[1:]]).reshape(ppo.epochs * ppo.minibatches, -1)
+    passes = [jnp.arange(rows), *shuffles[1:]]
+    order = jnp.concatenate([split_rows(index, ppo.minibatches) for index in passes])
 
     def one(state: TrainState, index: Array) -> tuple[TrainState, Metrics]:
-        return step(state, jax.tree.map(lambda x: x[index], batch), None)
+        return step(state, jax.tree.map(lambda x: sharding.constrain_rows(x[index]), batch), None)
 
     state, history = jax.lax.scan(one, state, order)
     policies = experience.logp_BT, experience.ref_logp_BT

@@ -10,7 +10,9 @@ import numpy as np
 from jaxgpt import decode, losses, model
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.decode import check_room
+from jaxgpt.layers import choose
 from jaxgpt.structs import Answers, Array, Batch, Params
+from jaxgpt.train import join_rows, split_rows
 
 
 def collect(
@@ -48,16 +50,15 @@ def policy_outputs(
     """
     before = model.window_before(batch.mask_BT, window)
     h_BWD = before.take(model.hidden(policy, config, batch.tokens_BT))
-    logits_BWV = jax.lax.optimization_barrier(model.unembed(policy, h_BWD) / temperature)
+    logits_BWV = jax.lax.optimization_barrier(model.unembed(policy, h_BWD, choose(config.gradients)) / temperature)
     logp_BW = losses.log_prob(logits_BWV, before.targets(batch.tokens_BT))
     value_BW = model.apply_scalar_head(value_head, h_BWD)
     return before.put(logp_BW), before.put(value_BW), before.put(losses.entropy(logits_BWV))
 
 
 def in_minibatches(f: Callable[[Any], Any], tree: Any, minibatches: int) -> Any:
-    """Apply f to `minibatches` equal parts of the leading axis, one after another, and join the results."""
-    parts = jax.tree.map(lambda x: x.reshape(minibatches, -1, *x.shape[1:]), tree)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(f, parts))
+    """Apply f to equal parts of the rows (`train.split_rows`), one after another, and join the results."""
+    return join_rows(jax.lax.map(f, split_rows(tree, minibatches)))
 
 
 @dataclasses.dataclass(frozen=True)

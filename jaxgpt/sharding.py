@@ -1,22 +1,143 @@
-"""Where arrays live: a mesh of devices, parameters on all of them, the rows of a batch divided among them.
+"""Where arrays live: a mesh of devices, and which axis of each array is divided among which of its axes.
 
-The model knows nothing of this. A step is jitted with these shardings on its inputs and outputs, and XLA adds the
-collectives (data parallelism: one all-reduce of the gradients).
+    data    rows of a batch; parameters are whole on each device
+    fsdp    rows too; and parameters and optimiser state are divided, and gathered layer by layer where they are used
+    tensor  heads, hidden units and vocabulary
+
+A step is traced `within` a mesh and jitted with these shardings on its inputs and outputs; XLA adds the collectives.
+Functions below it ask for a layout by the names of the axes (`constrain`), which means nothing outside a mesh.
 """
 
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.config import UserError
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.structs import Array
+
+F = TypeVar("F", bound=Callable[..., Any])
+Axes = str | tuple[str, ...] | None
+ROWS = ("data", "fsdp")  # what divides the rows of a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh. Their product is the number of devices."""
+
+    data: int = 0  # copies of the model; 0: all devices that the other axes leave
+    fsdp: int = 1  # parts of parameters and optimiser state, gathered where they are used
+    tensor: int = 1  # parts of every layer: heads, hidden units, vocabulary
+
+    def __post_init__(self) -> None:
+        for name, least in (("data", 0), ("fsdp", 1), ("tensor", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"mesh.{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices of all processes (or those given) as a mesh. UserError where they don't divide so."""
+    count = len(devices) if devices is not None else jax.device_count()
+    inner = config.fsdp * config.tensor
+    data = config.data or count // inner
+    if data * inner != count:
+        wanted = f"data {config.data or 'any'} x fsdp {config.fsdp} x tensor {config.tensor}"
+        raise UserError(f"a mesh of {wanted} doesn't fit {count} devices; change one of mesh.data, .fsdp, .tensor")
+    names = ("data", "fsdp", "tensor")
+    shape = (data, config.fsdp, config.tensor)
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def data_mesh() -> Mesh:
-    """All devices of all processes on one axis, 'data'."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    """All devices of all processes along 'data'."""
+    return make_mesh()
+
+
+# ---- inside a step ----
+
+
+def within(mesh: Mesh, f: F) -> F:
+    """f, traced with this mesh in mind: `constrain` and `platform` refer to it."""
+
+    @functools.wraps(f)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*args, **kwargs)
+
+    return traced  # type: ignore[return-value]
+
+
+def _active() -> AbstractMesh | None:
+    """The mesh that is being traced for, where XLA divides the work and there is more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return mesh if automatic and mesh.size > 1 else None
+
+
+def platform() -> str:
+    """What is being compiled for: "cpu", "gpu" or "tpu". Not `jax.default_backend()` alone, which is the machine that
+    compiles: a program for a TPU slice may be made on a laptop."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    name = device.platform if device is not None else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def constrain(x: Array, *axes: Axes) -> Array:
+    """x with its dimensions divided along these axes of the mesh (None: whole). The identity outside a mesh; an axis
+    that the mesh doesn't have, or that doesn't divide its dimension, is left out."""
+    mesh = _active()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, _fitting(axes, x.shape, mesh))
+
+
+def constrain_rows(x: Array) -> Array:
+    """x with its first dimension divided among the devices that divide rows."""
+    return constrain(x, ROWS, *[None] * (x.ndim - 1))
+
+
+def gathered(w: Array, axes: Sequence[Axes]) -> Array:
+    """A parameter that is divided along `axes`, put together along 'fsdp' for its use; its gradient is scattered again.
+    The identity outside a mesh."""
+    mesh = _active()
+    return w if mesh is None or mesh.shape.get("fsdp", 1) == 1 else _gathered(w, tuple(axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(w: Array, axes: tuple[Axes, ...]) -> Array:
+    return constrain(w, *(None if axis == "fsdp" else axis for axis in axes))
+
+
+def _scatter(axes: tuple[Axes, ...], _: None, g: Array) -> tuple[Array]:
+    # First whole: XLA would else divide a lookup's gradient by sending activations around.
+    return (constrain(_gathered(g, axes), *axes),)
+
+
+_gathered.defvjp(lambda w, axes: (_gathered(w, axes), None), _scatter)
+
+
+def rule_of(path: Sequence[Any], rules: Mapping[str, P]) -> P:
+    """The rule for a leaf by the last two names of its path ("qkv/kernel") or the last one; P() without one."""
+    names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return rules.get("/".join(names[-2:]), rules.get("".join(names[-1:]), P()))
+
+
+def _fitting(axes: Iterable[Axes], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The axes that exist in the mesh and divide their dimension."""
+
+    def fit(axis: Axes, size: int) -> Axes:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        names = tuple(name for name in names if name in mesh.shape)
+        parts = int(np.prod([mesh.shape[name] for name in names], dtype=int))
+        return None if size % parts or not names else names
+
+    return P(*(fit(axis, size) for axis, size in zip(axes, shape, strict=False)))
+
+
+# ---- at its edge ----
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -25,8 +146,38 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """Axis 0 divided among the devices."""
-    return NamedSharding(mesh, P("data"))
+    """Axis 0 divided among the devices (those of one tensor group share their rows)."""
+    return NamedSharding(mesh, P(tuple(name for name in ROWS if name in mesh.shape)))
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is divided."""
+    return int(np.prod([mesh.shape[name] for name in ROWS if name in mesh.shape], dtype=int))
+
+
+def by_path(tree: Any, rules: Mapping[str, P], mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf (an array or its shape) by the end of its path, whatever it is nested in: an
+    optimiser's moments lie where their parameters do. Leaves without a rule are on every device."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, _fitting(rule_of(path, rules), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes that also say where they live: what a step is compiled for."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """A copy of each leaf where `shardings` (a tree, or one for all) says, in new buffers: a step may donate them."""
+    return jax.tree.map(jax.numpy.copy, jax.device_put(tree, shardings))
+
+
+def place_like(tree: Any, shapes: Any) -> Any:
+    """`place`, where `with_shardings` shapes say."""
+    return place(tree, jax.tree.map(lambda x: x.sharding, shapes))
 
 
 def place_rows(tree: Any, mesh: Mesh) -> Any:
@@ -36,7 +187,25 @@ def place_rows(tree: Any, mesh: Mesh) -> Any:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of each leaf on every device, in new buffers."""
-    return jax.tree.map(jax.numpy.copy, jax.device_put(tree, replicated(mesh)))
+    return place(tree, replicated(mesh))
+
+
+# ---- what fits ----
+
+
+def check_model(config: ModelConfig, mesh: Mesh) -> None:
+    """Refuse a mesh whose tensor axis doesn't divide the model's heads, hidden units and vocabulary, or whose fsdp axis
+    doesn't divide its width: they would be kept whole in silence."""
+    sizes = {
+        "heads": ("tensor", config.heads),
+        "width x mlp_ratio": ("tensor", config.width * config.mlp_ratio),
+        "vocab": ("tensor", config.vocab),
+        "width": ("fsdp", config.width),
+    }
+    for name, (axis, size) in sizes.items():
+        parts = mesh.shape.get(axis, 1)
+        if size % parts:
+            raise UserError(f"mesh.{axis} of {parts} doesn't divide the model's {name} of {size}; change one of them")
 
 
 def check_batch(batch: int, parts: int, mesh: Mesh) -> None:
@@ -47,8 +216,7 @@ def check_batch(batch: int, parts: int, mesh: Mesh) -> None:
 
 
 def check_rows(count: int, mesh: Mesh, name: str) -> None:
-    """Refuse a batch that the devices can't share equally."""
-    if count % mesh.size:
-        raise UserError(
-            f"{name} of {count} rows doesn't divide among {mesh.size} devices; use a multiple of {mesh.size}"
-        )
+    """Refuse a batch that the devices can't share equally, or the processes can't bring equally."""
+    parts = row_parts(mesh)
+    if count % parts:
+        raise UserError(f"{name} of {count} rows doesn't divide among {parts} devices; use a multiple of {parts}")

@@ -46,14 +46,26 @@ def pool(a: Metrics, b: Metrics) -> Metrics:
     return {name: a[name] + b[name] if isinstance(b[name], Mean) else jnp.maximum(a[name], b[name]) for name in b}
 
 
+def split_rows(tree: Any, parts: int) -> Any:
+    """A batch as `parts` smaller ones along a new leading axis. Part p has the rows p, p + parts, ...: where rows are
+    divided among devices in blocks, each device keeps its own."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join_rows(tree: Any) -> Any:
+    """The inverse of `split_rows`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, microbatches: int = 1
+    loss_fn: LossFn, tx: optax.GradientTransformation, *, microbatches: int = 1, axis_name: str | None = None
 ) -> Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]:
     """step(state, batch, key) -> (state, metrics); pure, to be jitted with donate_argnums=0.
 
     loss_fn(params, batch, key) returns the objective as `Mean(sum, count)` and a dict of metrics (`Mean`s, or maxima).
-    Gradients are taken of the sum and divided by the global count, so that `microbatches` parts of a batch (split along
-    axis 0, run one after another) give the gradient of the whole batch, however the masks are spread.
+    Gradients are taken of the sum and divided by the global count, so that `microbatches` parts of a batch (run one
+    after another) give the gradient of the whole batch, however the masks are spread. Under `jax.pmap` or
+    `jax.shard_map`, `axis_name` pools the devices' sums; under `jax.jit` with shardings nothing is needed.
     """
 
     def summed(trainable: Params, frozen: Params, batch: Any, key: Array | None) -> tuple[Array, tuple[Mean, Metrics]]:
@@ -65,7 +77,7 @@ def make_train_step(
     def gradients(state: TrainState, batch: Any, key: Array | None) -> tuple[Params, tuple[Mean, Metrics]]:
         if microbatches == 1:
             return grad_fn(state.trainable, state.frozen, batch, key)
-        parts = jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), batch)
+        parts = split_rows(batch, microbatches)
         keys = None if key is None else jax.random.split(key, microbatches)
         first = jax.tree.map(lambda x: x[0], parts)
         one = jax.eval_shape(lambda batch: grad_fn(state.trainable, state.frozen, batch, key), first)
@@ -80,6 +92,9 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any, key: Array | None = None) -> tuple[TrainState, Metrics]:
         grads, (objective, metrics) = gradients(state, batch, key)
+        if axis_name is not None:
+            grads, objective = jax.lax.psum((grads, objective), axis_name)
+            metrics = {name: _pool_over(axis_name, part) for name, part in metrics.items()}
         grads = jax.tree.map(lambda g: g / jnp.maximum(objective.count, 1), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -87,6 +102,11 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     return step
+
+
+def _pool_over(axis_name: str, metric: Any) -> Any:
+    """`pool` of all devices' parts."""
+    return jax.lax.psum(metric, axis_name) if isinstance(metric, Mean) else jax.lax.pmax(metric, axis_name)
 
 
 def make_nll(config: ModelConfig) -> LossFn:
@@ -99,17 +119,46 @@ def make_nll(config: ModelConfig) -> LossFn:
     return loss_fn
 
 
+Step = Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]
+
+
 def jit_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, mesh: Mesh, *, microbatches: int = 1
-) -> Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]:
-    """`make_train_step`, jitted for a mesh: state on every device and donated, the batch's rows divided."""
+    loss_fn: LossFn, tx: optax.GradientTransformation, mesh: Mesh, state: Any = None, *, microbatches: int = 1
+) -> Step:
+    """`make_train_step`, jitted for a mesh: the batch's rows divided, the state donated.
+
+    `state` holds shapes with the shardings that it has before and after (see `shapes_on`); without it the state is
+    whole on every device.
+    """
     everywhere = sharding.replicated(mesh)
+    places = everywhere if state is None else jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
-        make_train_step(loss_fn, tx, microbatches=microbatches),
+        sharding.within(mesh, make_train_step(loss_fn, tx, microbatches=microbatches)),
         donate_argnums=0,
-        in_shardings=(everywhere, sharding.rows(mesh), everywhere),
-        out_shardings=everywhere,
+        in_shardings=(places, sharding.rows(mesh), everywhere),
+        out_shardings=(places, everywhere),
     )
+
+
+def jit_on(mesh: Mesh, f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` of f traced for a mesh; its arguments stay where they are, its results are whole on every device."""
+    return jax.jit(sharding.within(mesh, f), out_shardings=sharding.replicated(mesh), **options)
+
+
+def pmap_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, microbatches: int = 1) -> Step:
+    """`make_train_step` under `jax.pmap`: the same numbers, with every array's first axis the devices'.
+
+    State and key: a copy for each device (`jax.numpy.broadcast_to`; keys may differ). Batch: `reshape(devices, -1,
+    ...)`. Metrics are pooled and equal on each.
+    """
+    step = make_train_step(loss_fn, tx, microbatches=microbatches, axis_name="data")
+    return jax.pmap(step, axis_name="data", donate_argnums=0)
+
+
+def shapes_on(mesh: Mesh, make: Callable[..., Any], *args: Any) -> Any:
+    """Shapes and dtypes of make(*args), each with its sharding by `model.PARTITION`, without making anything."""
+    shapes = jax.eval_shape(make, *args)
+    return sharding.with_shardings(shapes, sharding.by_path(shapes, model.PARTITION, mesh))
 
 
 def evaluate(

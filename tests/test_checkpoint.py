@@ -137,7 +137,7 @@ def edit(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(format=99), "has format 99, and this version reads 1"),
+        (lambda r: r.update(format=99), "has format 99, and this version reads 2"),
         (lambda r: r.pop("files"), "is not a model's description"),
         (lambda r: r["config"].update(widht=8), "unknown setting widht; did you mean width"),
         (lambda r: r["config"].update(width=7), "model.width 7 is not a multiple"),

@@ -160,7 +160,7 @@ def _reference_logits(p: dict, config: ModelConfig, tokens: np.ndarray) -> np.nd
     for n in range(config.layers):
         block = p[f"block_{n}"]
         qkv = dense(block["qkv"], norm(block["attention_norm"], x))
-        q, k, v = np.split(qkv, 3, axis=-1)
+        q, k, v = np.moveaxis(qkv.reshape(B, T, H, 3, K), 3, 0).reshape(3, B, T, H * K)
         mixed = np.zeros_like(x)
         for head in range(H):
             part = slice(head * K, (head + 1) * K)

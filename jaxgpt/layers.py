@@ -1,0 +1,233 @@
+"""The layers of the transformer: plain formulas that JAX differentiates, and the same with gradients written by hand.
+
+XLA's CPU compiler fuses element-wise work into the transposed operands of the backward pass's matrix products, which
+then leave its fast kernels. `FAST` writes each weight's gradient as one product x^T dy of arrays that have been
+materialised (behind a barrier), and saves only what the formula needs. Values are those of `PLAIN` and gradients equal
+to rounding; a reverse-mode gradient is all they have. `choose` takes FAST on a CPU, PLAIN elsewhere.
+
+Dense products are divided over a mesh: a weight is gathered along 'fsdp' where it is used, its gradient scattered.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import sharding
+from jaxgpt.structs import Array, Params
+
+Attend = Callable[[Array, Array, Array, Array | None], Array]
+COLUMNS, LINES = ("fsdp", "tensor"), ("tensor", "fsdp")  # how the weight of a dense layer [in, out] is divided
+NEVER = -1e30  # what softmax makes 0 of, without the NaN of a row of -inf
+
+
+class Layers(NamedTuple):
+    """What `model.hidden` computes with."""
+
+    dense: Callable[[Params, Array, tuple[str, str]], Array]  # (layer, x, COLUMNS or LINES)
+    norm: Callable[[Params, Array, float], Array]
+    gelu: Callable[[Array], Array]
+    attend: Attend
+    product_VD: Callable[[Array, Array], Array]  # (h [..., D], table [V, D]) -> float32 [..., V]
+
+
+# ---- plain ----
+
+
+def _wide(x: Array) -> Any:
+    """The dtype of a dense product before it is rounded. On a CPU float32: XLA's bfloat16 product is up to 1.3 times as
+    fast so, and is rounded once, after the bias."""
+    return jnp.float32 if sharding.platform() == "cpu" else x.dtype
+
+
+def dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Array:
+    """x @ kernel + bias in x's dtype."""
+    kernel = sharding.gathered(layer["kernel"].astype(x.dtype), axes)
+    product = jnp.matmul(x, kernel, preferred_element_type=_wide(x))
+    return (product + layer["bias"].astype(product.dtype)).astype(x.dtype)
+
+
+def norm(norm: Params, x: Array, epsilon: float) -> Array:
+    """LayerNorm over the last axis, computed in float32, returned in x's dtype."""
+    normal, _ = _normal(x, epsilon)
+    return (normal * norm["scale"] + norm["bias"]).astype(x.dtype)
+
+
+def _normal(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """((x - mean) / deviation, 1 / deviation) in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    return centred * inverse, inverse
+
+
+def gelu(x: Array) -> Array:
+    """x Phi(x) in the tanh form of GPT-2."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None) -> Array:
+    """Causal attention; tokens of different segments don't see each other."""
+    if segments_BT is None:
+        return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True)
+    same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask=same_B1TT, is_causal=True)
+
+
+def product_VD(h: Array, table_VD: Array) -> Array:
+    """Float32 products of hidden states with each row of an embedding, taken in h's dtype."""
+    table_VD = sharding.gathered(table_VD.astype(h.dtype), LINES)
+    return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=jnp.float32)
+
+
+PLAIN = Layers(dense, norm, gelu, attend, product_VD)
+
+
+# ---- with gradients written by hand ----
+
+_together = jax.lax.optimization_barrier  # materialise
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _dot(x: Array, w: Array, dtype: Any) -> Array:
+    """x @ w summed in float32 and rounded to dtype."""
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(x: Array, kernel: Array, bias: Array, axes: tuple[str, str]) -> Array:
+    return _linear_forward(x, kernel, bias, axes)[0]
+
+
+def _linear_forward(x: Array, kernel: Array, bias: Array, axes: tuple[str, str]) -> tuple[Array, Any]:
+    x, ready = _together((x, sharding.gathered(kernel.astype(x.dtype), axes)))
+    product = jnp.matmul(x, ready, preferred_element_type=jnp.float32)
+    return (product + bias).astype(x.dtype), (x, ready, jnp.zeros((), kernel.dtype))
+
+
+def _linear_backward(axes: tuple[str, str], saved: Any, dy: Array) -> tuple[Array, Array, Array]:
+    x, kernel, like = saved
+    dy = _together(dy)
+    dkernel = jnp.matmul(_flat(x).T, _flat(dy), preferred_element_type=jnp.float32)
+    dbias = _flat(dy).sum(axis=0, dtype=jnp.float32)
+    return _dot(dy, kernel.T, x.dtype), sharding.constrain(dkernel, *axes).astype(like.dtype), dbias
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _fast_dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Array:
+    return _linear(x, layer["kernel"], layer["bias"].astype(jnp.float32), axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    return norm({"scale": scale, "bias": bias}, x, epsilon)
+
+
+def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Any]:
+    return _layer_norm(x, scale, bias, epsilon), (x, scale)
+
+
+def _layer_norm_backward(epsilon: float, saved: Any, dy: Array) -> tuple[Array, Array, Array]:
+    x, scale = saved
+    normal, inverse = _normal(x, epsilon)
+    dy = dy.astype(jnp.float32)
+    g = dy * scale
+    dx = inverse * (g - g.mean(-1, keepdims=True) - normal * (g * normal).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), _flat(dy * normal).sum(axis=0), _flat(dy).sum(axis=0)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def _fast_norm(norm: Params, x: Array, epsilon: float) -> Array:
+    return _layer_norm(x, norm["scale"], norm["bias"], epsilon)
+
+
+@jax.custom_vjp
+def _fast_gelu(x: Array) -> Array:
+    return gelu(x)
+
+
+def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
+    x, dy = _together((x, dy))
+    x32, c = x.astype(jnp.float32), 0.7978845608028654  # sqrt(2 / pi)
+    t = jnp.tanh(c * (x32 + 0.044715 * x32**3))
+    slope = 0.5 * (1 + t) + 0.5 * x32 * (1 - t * t) * c * (1 + 3 * 0.044715 * x32 * x32)
+    return ((dy * slope).astype(x.dtype),)
+
+
+_fast_gelu.defvjp(lambda x: (_fast_gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def _attention(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, seen_TT: Array) -> Array:
+    return _attention_forward(q_BHTK, k_BHTK, v_BHTK, seen_TT)[0]
+
+
+def _attention_forward(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, seen_TT: Array) -> tuple[Array, Any]:
+    scores = jnp.einsum("bhqk,bhsk->bhqs", q_BHTK, k_BHTK, preferred_element_type=jnp.float32)
+    p = jax.nn.softmax(jnp.where(seen_TT, scores * q_BHTK.shape[-1] ** -0.5, NEVER)).astype(q_BHTK.dtype)
+    p = _together(p)
+    out = jnp.einsum("bhqs,bhsk->bhqk", p, v_BHTK, preferred_element_type=jnp.float32).astype(q_BHTK.dtype)
+    return out, (q_BHTK, k_BHTK, v_BHTK, p, out)
+
+
+def _attention_backward(saved: Any, dy: Array) -> tuple[Array, Array, Array, None]:
+    """With P = softmax(S): dS = P (dP - sum(dy out)). Gradients of k and v contract the small arrays' transposes."""
+    q, k, v, p, out = saved
+    dtype = q.dtype
+    dy = _together(dy)
+    dv = jnp.einsum("bhkq,bhqs->bhks", _together(dy.swapaxes(2, 3)), p, preferred_element_type=jnp.float32)
+    dp = jnp.einsum("bhqk,bhsk->bhqs", dy, v, preferred_element_type=jnp.float32)
+    inner = (dy.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    ds = _together((p.astype(jnp.float32) * (dp - inner) * q.shape[-1] ** -0.5).astype(dtype))
+    dq = jnp.einsum("bhqs,bhsk->bhqk", ds, k, preferred_element_type=jnp.float32)
+    dk = jnp.einsum("bhkq,bhqs->bhks", _together(q.swapaxes(2, 3)), ds, preferred_element_type=jnp.float32)
+    return dq.astype(dtype), dk.astype(dtype).swapaxes(2, 3), dv.astype(dtype).swapaxes(2, 3), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _fast_attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None) -> Array:
+    T = q_BTHK.shape[1]
+    seen = jnp.tril(jnp.ones((T, T), bool))
+    if segments_BT is not None:
+        seen = seen & (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
+    q, k, v = _together(tuple(x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK)))
+    return _attention(q, k, v, seen).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def _fast_product_VD(h: Array, table_VD: Array) -> Array:
+    return _product_forward(h, table_VD)[0]
+
+
+def _product_forward(h: Array, table_VD: Array) -> tuple[Array, Any]:
+    h, ready = _together((h, sharding.gathered(table_VD.astype(h.dtype), LINES)))
+    logits = jnp.einsum("...d,vd->...v", h, ready, preferred_element_type=jnp.float32)
+    return logits, (h, ready, jnp.zeros((), table_VD.dtype))
+
+
+def _product_backward(saved: Any, dy: Array) -> tuple[Array, Array]:
+    h, table_VD, like = saved
+    dy = _together(dy.astype(h.dtype))
+    dtable = jnp.matmul(_flat(dy).T, _flat(h), preferred_element_type=jnp.float32)
+    return _dot(dy, table_VD, h.dtype), sharding.constrain(dtable, *LINES).astype(like.dtype)
+
+
+_fast_product_VD.defvjp(_product_forward, _product_backward)
+
+FAST = Layers(_fast_dense, _fast_norm, _fast_gelu, _fast_attend, _fast_product_VD)
+
+
+def choose(gradients: str) -> Layers:
+    """FAST or PLAIN for "auto" (by what is compiled for) or "plain"."""
+    return FAST if gradients == "auto" and sharding.platform() == "cpu" else PLAIN
