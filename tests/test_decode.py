@@ -118,7 +118,7 @@ def both_ways(new_tokens: int = 20, segment: int = 128, **settings):
     return [f(params, TINY, prompts, lengths, jax.random.key(3), **run) for f in (generate, generate_until)]
 
 
-@pytest.mark.parametrize("segment", [1, 7, 19, 128])
+@pytest.mark.parametrize("segment", [pytest.param(1, marks=pytest.mark.slow), 7, 19, 128])
 def test_the_growth_of_the_cache_and_the_kind_of_loop_change_nothing(segment):
     expected = both_ways()[0]
     for answers in both_ways(segment=segment):
@@ -144,11 +144,10 @@ def test_the_loop_that_stops_early_does_so_and_pads():
         return decode.until_all_ended(counting, carry, xs)
 
     prompts, lengths = prompts_of(6, 9)
-    jax.block_until_ready(
-        decode.generate(
-            params_of(), TINY, prompts, lengths, jax.random.key(0), new_tokens=20, stop=everything, loop=loop
-        )
+    program = jax.jit(
+        lambda p, key: decode.generate(p, TINY, prompts, lengths, key, new_tokens=20, stop=everything, loop=loop)
     )
+    jax.block_until_ready(program(params_of(), jax.random.key(0)))
     jax.effects_barrier()
     assert not counted
 

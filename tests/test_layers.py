@@ -115,8 +115,9 @@ def test_rematerialised_layers_keep_less():
 def test_plain_gradients_allow_forward_mode():
     config, batch = dataclasses.replace(TINY, gradients="plain"), batch_of(1, 6)
     params = params_of(config)
-    slope = jax.jvp(lambda p: model.score(p, config, batch)[0].sum(), (params,), (params,))[1]
-    grads = jax.grad(lambda p: model.score(p, config, batch)[0].sum())(params)
+    total = jax.jit(lambda p: model.score(p, config, batch)[0].sum())
+    slope = jax.jvp(total, (params,), (params,))[1]
+    grads = jax.grad(total)(params)
     inner = sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True))
     assert float(slope) == pytest.approx(float(inner), rel=1e-4)
 
