@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import experiments.dpo
 import experiments.ppo
 import experiments.preferences
@@ -93,7 +95,8 @@ def main(settings: Settings) -> dict[str, Any]:
     experiments.report.heldout_prompts(settings.report)  # too few would be found out only at the end
     results = {name: stage.main(own) for name, (stage, own) in zip(STAGES, stage_settings(settings), strict=True)}
     minutes = (time.monotonic() - started) / 60
-    print(f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to it: make chat")
+    if jax.process_index() == 0:
+        print(f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to it: make chat")
     return results
 
 

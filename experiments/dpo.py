@@ -82,6 +82,7 @@ def build(
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
+    share = sharding.share_of_rows(mesh)
     inputs = {
         "model": run_fingerprint(settings.model),
         "preferences": file_fingerprint(settings.preferences),
@@ -98,8 +99,8 @@ def main(settings: Settings) -> dict[str, Any]:
         size = sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
         batches = pipelines.preference_batches(
-            rankings, size[1], settings.batch // jax.process_count(), seed=settings.seed, epochs=settings.epochs,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            rankings, size[1], settings.batch, seed=settings.seed, epochs=settings.epochs,
+            part=share.index, parts=share.count,
         )  # fmt: skip
         step, shapes, _ = build(settings, config, size, steps, mesh)
         state = init_state({"policy": sft}, optimizer(settings, steps), {"reference": optim.copy(sft)})
@@ -116,7 +117,7 @@ def main(settings: Settings) -> dict[str, Any]:
                     floats = to_floats(metrics)
                     shown = {"loss": floats["loss"], "accuracy": floats["accuracy"]}
                     run.log(i, {**{f"train_{k}": v for k, v in shown.items()}, "grad_norm": floats["grad_norm"]})
-                bar.update(tokens=arrays["tokens"].size * jax.process_count(), **shown)
+                bar.update(tokens=arrays["tokens"].size * share.count, **shown)
         found = evaluate(loss, state.params, evaluation, mesh)
         nll, accuracy = found["loss"], found["accuracy"]
         run.log(steps, {"heldout_nll": nll, "heldout_accuracy": accuracy})

@@ -26,7 +26,7 @@ from jaxgpt.run import Run, cache_root, run_fingerprint
 from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.tokenizer import ANSWER_END, answer_text, prompt_ids
-from jaxgpt.train import shapes_of, shapes_on, to_floats
+from jaxgpt.train import jit_on, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,20 +151,20 @@ def main(settings: Settings) -> dict[str, Any]:
             f"ppo: {settings.iterations} iterations of {settings.batch} answers, "
             f"{len(ids):,} prompts (≤{prompt_tokens} tokens)"
         )
+        generate = jit_on(mesh, decode.generate, static_argnums=1, static_argnames=decode.STATIC)
         cooler = functools.partial(sampling.temperature, t=settings.ppo.temperature)
         key, show_key = jax.random.split(jax.random.key(settings.seed))
         with run.progress(settings.iterations, "ppo") as bar:
             for i in range(1, settings.iterations + 1):
                 index = order[(i - 1) * settings.batch : i * settings.batch]
-                index = index[jax.process_index() :: jax.process_count()]
-                prompts = sharding.place_rows(Prompts(tokens_NP[index], lengths_N[index]), mesh)
+                prompts = sharding.place_whole(Prompts(tokens_NP[index], lengths_N[index]), mesh)
                 state, control, metrics = iteration(state, control, prompts, jax.random.fold_in(key, i))
                 floats = to_floats(metrics)
                 run.log(i, floats)
                 figures: dict[str, Any] = {name: floats[name] for name in ("score", "kl", "beta", "ended")}
                 bar.update(tokens=int(floats["length"] * settings.batch), **figures)
                 if i == 1 or i % settings.sample_every == 0:
-                    shown = _generate(
+                    shown = generate(
                         state.trainable["policy"], config, tokens_NP[:1], lengths_N[:1], jax.random.clone(show_key),
                         new_tokens=settings.ppo.new_tokens, stop=ANSWER_END, filter_logits=cooler,
                     )  # fmt: skip
@@ -174,8 +174,6 @@ def main(settings: Settings) -> dict[str, Any]:
         run.finish({name: floats[name] for name in ("score", "kl", "beta", "ended", "length", "ratio_error_first")})
         return run.results
 
-
-_generate = jax.jit(decode.generate, static_argnums=1, static_argnames=("new_tokens", "stop", "filter_logits"))
 
 if __name__ == "__main__":
     cli(main, Settings, PRESETS)

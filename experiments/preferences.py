@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from jaxgpt import rollout
+from jaxgpt import rollout, sharding
 from jaxgpt.checkpoint import load_language_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig, UserError
@@ -69,13 +69,14 @@ def candidates(
     tok: Tokenizer,
     prompts: list[tuple[str, str]],
     key: Array,
+    mesh: jax.sharding.Mesh,
     bar: Any,
 ) -> tuple[list[list[str]], np.ndarray]:
     """For each (prompt, expert answer): the candidates' texts, and which ended by themselves."""
     count = settings.candidates - settings.experts
     ids = [prompt_ids(tok, prompt) for prompt, _ in prompts for _ in range(count)]
     sampled = rollout.sample_answers(
-        params, config, ids, key, lambda tokens: answer_text(tok, tokens),
+        params, config, ids, key, lambda tokens: answer_text(tok, tokens), mesh,
         new_tokens=settings.new_tokens, stop=ANSWER_END, batch=settings.batch, temperature=settings.temperature,
         label=bar.update,
     )  # fmt: skip
@@ -93,6 +94,8 @@ def main(settings: Settings) -> dict[str, Any]:
             run.say(f"preferences: already done in {settings.run}")
             return run.results
         params, config, tok, _ = load_language_model(settings.model)
+        mesh = sharding.data_mesh()
+        params = sharding.replicate(params, mesh)
         rng = np.random.default_rng(settings.seed)
         results: dict[str, Any] = {"annotator": settings.annotator.name, "candidates": settings.candidates}
         held_out: sources.Split = "valid" if settings.data == sources.EMBEDDED else "test"
@@ -102,20 +105,16 @@ def main(settings: Settings) -> dict[str, Any]:
             prompts = choose_prompts(settings, split, count, rng)
             with run.progress(count * (settings.candidates - settings.experts), f"answers ({name})") as bar:
                 key = jax.random.fold_in(jax.random.key(settings.seed), n)
-                texts, ended = candidates(settings, params, config, tok, prompts, key, bar)
+                texts, ended = candidates(settings, params, config, tok, prompts, key, mesh, bar)
             annotator = {"annotator": settings.annotator.name, "temperature": settings.annotator.temperature}
             gold_BC = gold_scores([text for row in texts for text in row]).reshape(count, -1)
             choices = settings.annotator.choose(gold_BC, rng)
-            write_preferences(
-                settings.run / f"{name}.jsonl",
-                (
-                    Preference(
-                        prompt, tuple(row), int(choice), tuple(map(bool, end)),
-                        {**annotator, "gold": gold.tolist()},
-                    )
-                    for (prompt, _), row, end, choice, gold in zip(prompts, texts, ended, choices, gold_BC, strict=True)
-                ),
-            )  # fmt: skip
+            preferences = (
+                Preference(prompt, tuple(row), int(choice), tuple(map(bool, end)), {**annotator, "gold": gold.tolist()})
+                for (prompt, _), row, end, choice, gold in zip(prompts, texts, ended, choices, gold_BC, strict=True)
+            )
+            if jax.process_index() == 0:
+                write_preferences(settings.run / f"{name}.jsonl", preferences)
             results[name] = {
                 "preferences": count,
                 "gold_mean": float(gold_BC.mean()),

@@ -86,6 +86,7 @@ def build(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
+    share = sharding.share_of_rows(mesh)
     step, shapes, _ = build(settings, mesh)
     with Run(
         settings.run, settings, stage="pretrain", inputs=sources.fingerprint(settings.data), fresh=settings.fresh
@@ -102,8 +103,8 @@ def main(settings: Settings) -> dict[str, Any]:
         test_stream = pipelines.tokenize_stream(test_docs, tok, settings.cache)
         tokens_a_byte = len(test_stream) / sum(len(doc.encode()) for doc in test_docs)
         batches = pipelines.windows(
-            stream, settings.model.block, settings.batch // jax.process_count(),
-            seed=settings.seed, process_index=jax.process_index(), process_count=jax.process_count(),
+            stream, settings.model.block, settings.batch,
+            seed=settings.seed, part=share.index, parts=share.count,
         )  # fmt: skip
         windows = pipelines.window_eval(test_stream, settings.model.block, settings.batch, settings.eval_batches)
         test = [Batch.of(arrays) for arrays in windows]
@@ -112,6 +113,7 @@ def main(settings: Settings) -> dict[str, Any]:
         places = jax.tree.map(lambda x: x.sharding, shapes)
         state = jax.jit(functools.partial(start, settings), out_shardings=places)(init_key)
         loss = jit_on(mesh, make_nll(settings.model))
+        generate = jit_on(mesh, decode.generate, static_argnums=1, static_argnames=decode.STATIC)
         run.say(
             f"pretrain: {model.count_parameters(state.trainable):,} weights, {len(stream):,} tokens in {settings.data}"
             f", {settings.steps * settings.batch * settings.model.block:,} to read"
@@ -136,17 +138,17 @@ def main(settings: Settings) -> dict[str, Any]:
                     nats = evaluate(loss, state.trainable, test, mesh)["loss"]
                     bits = nats * tokens_a_byte / math.log(2)
                     run.log(i, {"heldout_nats_a_token": nats, "heldout_bits_a_byte": bits})
-                    text = sample(state.trainable, settings.model, tok, jax.random.fold_in(sample_key, i))
+                    text = sample(generate, state.trainable, settings.model, tok, jax.random.fold_in(sample_key, i))
                     run.say(f"step {i}: held out {nats:.3f} nats a token, {bits:.3f} bits a byte · {text!r}")
         save_model(settings.run / "model", state.trainable, settings.model, tok, {"raw": True})
         run.finish({"heldout_nats_a_token": nats, "heldout_bits_a_byte": bits, "tokens": seen})
         return run.results
 
 
-def sample(params: Params, config: ModelConfig, tok: Tokenizer, key: Array, new_tokens: int = 32) -> str:
+def sample(generate: Any, params: Params, config: ModelConfig, tok: Tokenizer, key: Array, new_tokens: int = 32) -> str:
     """A document's beginning, sampled at temperature 0.8."""
-    answers = _generate(
-        params, config, jnp.array([[BOS]]), jnp.array([1]), key,
+    answers = generate(
+        params, config, np.array([[BOS]], np.int32), np.array([1], np.int32), key,
         new_tokens=min(new_tokens, config.block - 1), stop=BOS, filter_logits=_cooler,
     )  # fmt: skip
     return tok.decode(np.asarray(answers.tokens_BA[0]))
@@ -155,8 +157,6 @@ def sample(params: Params, config: ModelConfig, tok: Tokenizer, key: Array, new_
 def _cooler(logits: Array) -> Array:
     return logits / 0.8
 
-
-_generate = jax.jit(decode.generate, static_argnums=1, static_argnames=("new_tokens", "stop", "filter_logits"))
 
 if __name__ == "__main__":
     cli(main, Settings, PRESETS)

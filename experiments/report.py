@@ -8,11 +8,14 @@ Writes report.html, PNG figures and report.json, and prints the table.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxgpt import evaluate, model, reward, rollout, sharding, train
 from jaxgpt.checkpoint import load_model
@@ -20,6 +23,7 @@ from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.movie_reviews import Prompt
+from jaxgpt.process import from_first_process
 from jaxgpt.report import Policy, write_report
 from jaxgpt.run import Run, cache_root, run_fingerprint
 from jaxgpt.structs import Array, Batch, Params
@@ -70,26 +74,34 @@ class Bench:
     reference: Params
     reward: Params
     judge: evaluate.Judge
+    mesh: Mesh  # on which the models lie
 
     def sample(self, params: Params, ids: list[list[int]], key: Array, stop: int = ANSWER_END) -> rollout.Sampled:
         return rollout.sample_answers(
-            params, self.config, ids, key, lambda tokens: answer_text(self.tok, tokens),
+            params, self.config, ids, key, lambda tokens: answer_text(self.tok, tokens), self.mesh,
             new_tokens=self.settings.new_tokens, stop=stop, batch=self.settings.batch,
             temperature=self.settings.temperature,
         )  # fmt: skip
 
     def reward_scores(self, answers: rollout.Sampled) -> np.ndarray:
         """h, and the fixed score of answers that never ended."""
-        program = jax.jit(reward.score, static_argnums=1)
-        h = rollout.in_batches(lambda rows: program(self.reward, self.config, rows), answers.rows, self.settings.batch)
+        h = self.in_batches(lambda rows: self._score(self.reward, self.config, rows), answers.rows)
         return np.where(answers.ended, h, self.settings.unfinished_score)
 
     def log_probs(self, params: Params, rows: Batch, temperature: float) -> np.ndarray:
         """log P of each row's masked tokens, [rows]."""
-        program = jax.jit(model.answer_logp, static_argnums=1, static_argnames="temperature")
-        return rollout.in_batches(
-            lambda rows: program(params, self.config, rows, temperature=temperature), rows, self.settings.batch
-        )
+        return self.in_batches(lambda rows: self._logp(params, self.config, rows, temperature=temperature), rows)
+
+    @functools.cached_property
+    def _score(self) -> Callable[..., Any]:
+        return train.jit_on(self.mesh, reward.score, static_argnums=1)
+
+    @functools.cached_property
+    def _logp(self) -> Callable[..., Any]:
+        return train.jit_on(self.mesh, model.answer_logp, static_argnums=1, static_argnames="temperature")
+
+    def in_batches(self, f: Callable[[Batch], Any], rows: Batch) -> np.ndarray:
+        return rollout.in_batches(f, rows, self.settings.batch, self.mesh)
 
     def pretrained_nll(self, texts: list[str]) -> np.ndarray:
         """Nats a token of each text as a document, its end included, under the frozen pretrained model."""
@@ -165,8 +177,10 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             run.say(f"report: already done, see {settings.run / 'report.html'}")
             return run.results
+        mesh = sharding.data_mesh()
         loaded = {name: load_model(settings.stages / name) for name in names}
         config, tok = loaded["sft"].config, loaded["sft"].tokenizer
+        params = {name: sharding.replicate(one.params, mesh) for name, one in loaded.items()}
         prompts = heldout_prompts(settings)
         judge = evaluate.fit_judge(
             sources.labelled(sources.EMBEDDED, "train", settings.cache),
@@ -176,21 +190,17 @@ def main(settings: Settings) -> dict[str, Any]:
             f"report: {len(prompts)} held-out prompts · "
             f"judge fitted on human labels: {judge.accuracy:.1%} held-out accuracy"
         )
-        bench = Bench(
-            settings, config, tok, loaded["pretrain"].params, loaded["sft"].params, loaded["reward"].params, judge
-        )
+        bench = Bench(settings, config, tok, params["pretrain"], params["sft"], params["reward"], judge, mesh)
         ids = [prompt_ids(tok, prompt.text) for prompt in prompts]
-        nll = jax.jit(train.make_nll(config))
+        nll = train.jit_on(mesh, train.make_nll(config))
         stream = pipelines.tokenize_stream(
             sources.documents(settings.pretraining_data, "test", settings.cache), tok, settings.cache
         )
         heldout = [
             Batch.of(a) for a in pipelines.window_eval(stream, config.block, settings.batch, settings.eval_batches)
         ]
-        mesh = sharding.data_mesh()
         text_nats = {
-            name: train.evaluate(nll, sharding.replicate(loaded[name].params, mesh), heldout, mesh)["loss"]
-            for name in ("pretrain", "sft", "dpo", "ppo")
+            name: train.evaluate(nll, params[name], heldout, mesh)["loss"] for name in ("pretrain", "sft", "dpo", "ppo")
         }
         keys = iter(jax.random.split(jax.random.key(settings.seed), 5))
         with run.progress(5, "answers") as bar:
@@ -206,11 +216,13 @@ def main(settings: Settings) -> dict[str, Any]:
                 policies.append(policy(bench, f"best of {n}", None, answers, prompts, **known))
             bar.update()
             for name in ("dpo", "ppo"):
-                params = loaded[name].params
-                answers = bench.sample(params, ids, next(keys))
-                policies.append(policy(bench, name.upper(), params, answers, prompts, text_nats=text_nats[name]))
+                answers = bench.sample(params[name], ids, next(keys))
+                policies.append(policy(bench, name.upper(), params[name], answers, prompts, text_nats=text_nats[name]))
                 bar.update()
-        results = write_report(run.folder, settings.stages, prompts, policies, judge.accuracy, run.console)
+        results: dict[str, Any] = {}
+        if jax.process_index() == 0:
+            results = write_report(run.folder, settings.stages, prompts, policies, judge.accuracy, run.console)
+        results = from_first_process(results)
         run.say(f"report: {settings.run / 'report.html'}")
         run.finish(results)
         return run.results

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -30,7 +29,7 @@ from jaxgpt.run import Run, run_fingerprint
 from jaxgpt.settings import file_fingerprint
 from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Array, Batch, Params, Preferences
-from jaxgpt.train import Metrics, init_state, jit_step, shapes_of, shapes_on, to_floats
+from jaxgpt.train import Metrics, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +110,15 @@ def read(path: Path, tok: Any, length: int) -> tuple[list[Preference], list[Any]
     return preferences, rankings, dropped
 
 
-def evaluate(params: Params, config: ModelConfig, rankings: list[Any], length: int, batch: int) -> dict[str, Any]:
+def evaluate(
+    params: Params, config: ModelConfig, rankings: list[Any], length: int, batch: int, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
     """Held-out accuracy, likelihood and calibration of the choice probabilities."""
-    program = jax.jit(lambda params, batch: reward.candidate_scores(params, config, batch))
+    program = jit_on(mesh, lambda params, batch: reward.candidate_scores(params, config, batch))
     scores, choices, present = [], [], []
     for arrays in pipelines.preference_eval(rankings, length, batch):
         real = arrays["present"].any(1)
-        scores.append(np.asarray(program(params, Preferences.of(arrays)), np.float64)[real])
+        scores.append(np.asarray(program(params, sharding.place_whole(Preferences.of(arrays), mesh)), np.float64)[real])
         choices.append(arrays["choice"][real])
         present.append(arrays["present"][real])
     scores_BC, choice_B, present_BC = (np.concatenate(x) for x in (scores, choices, present))
@@ -136,6 +137,7 @@ def evaluate(params: Params, config: ModelConfig, rankings: list[Any], length: i
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
+    share = sharding.share_of_rows(mesh)
     inputs = {
         "model": run_fingerprint(settings.model),
         "preferences": file_fingerprint(settings.preferences),
@@ -152,12 +154,13 @@ def main(settings: Settings) -> dict[str, Any]:
         size = sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
         batches = pipelines.preference_batches(
-            rankings, size[1], settings.batch // jax.process_count(), seed=settings.seed, epochs=settings.epochs,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            rankings, size[1], settings.batch, seed=settings.seed, epochs=settings.epochs,
+            part=share.index, parts=share.count,
         )  # fmt: skip
         step, shapes, _ = build(settings, config, size, steps, mesh)
         reference = reference_rows(heldout, size[1], settings.reference_samples)
-        params = reward.normalise_on(reward.init(jax.random.key(settings.seed), sft, config.width), config, reference)
+        normalised = jit_on(mesh, lambda params: reward.normalise_on(params, config, reference))
+        params = normalised(sharding.replicate(reward.init(jax.random.key(settings.seed), sft, config.width), mesh))
         state = sharding.place_like(init_state(*_with_frozen(params, optimizer(settings, steps))), shapes)
         run.say(f"reward: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
         with run.progress(steps, "reward") as bar:
@@ -169,8 +172,8 @@ def main(settings: Settings) -> dict[str, Any]:
                     floats = to_floats(metrics)
                     shown = {"loss": floats["loss"], "accuracy": floats["accuracy"]}
                     run.log(i, {**{f"train_{k}": v for k, v in shown.items()}, "grad_norm": floats["grad_norm"]})
-                bar.update(tokens=arrays["tokens"].size * jax.process_count(), **shown)
-        results = evaluate(state.params, config, heldout, size[1], settings.batch)
+                bar.update(tokens=arrays["tokens"].size * share.count, **shown)
+        results = evaluate(state.params, config, heldout, size[1], settings.batch, mesh)
         ceiling = annotator_ceiling(heldout_preferences)
         run.log(steps, {f"heldout_{name}": results[name] for name in ("accuracy", "nll", "calibration_error")})
         run.say(
@@ -178,8 +181,7 @@ def main(settings: Settings) -> dict[str, Any]:
             + (f", the annotator's own ceiling {ceiling:.1%}" if ceiling else "")
             + f"), calibration error {results['calibration_error']:.3f}"
         )
-        params = reward.normalise_on(jax.tree.map(jnp.asarray, state.params), config, reference)
-        save_model(settings.run / "model", params, config, tok)
+        save_model(settings.run / "model", normalised(state.params), config, tok)
         run.finish({**results, "annotator_ceiling": ceiling, "preferences": len(rankings), "dropped": dropped})
         return run.results
 
@@ -188,7 +190,7 @@ def reference_rows(rankings: list[Any], length: int, count: int) -> Batch:
     """The first candidate answers of the held-out preferences: what fixes the scale of h."""
     rows = [row for ranking in rankings for row in ranking.rows][:count]
     arrays = pipelines.padded_examples(rows, length, len(rows))[0]
-    return Batch(jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["mask"]))
+    return Batch(arrays["tokens"], arrays["mask"])
 
 
 def annotator_ceiling(preferences: list[Preference]) -> float | None:

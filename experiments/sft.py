@@ -80,6 +80,7 @@ def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> t
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
+    share = sharding.share_of_rows(mesh)
     inputs = {"model": run_fingerprint(settings.model), **sources.fingerprint(settings.data)}
     with Run(settings.run, settings, stage="sft", inputs=inputs, fresh=settings.fresh) as run:
         if run.finished:
@@ -99,8 +100,8 @@ def main(settings: Settings) -> dict[str, Any]:
         raw = pipelines.window_eval(stream, config.block, settings.batch, settings.eval_batches)
         test_batches, raw_batches = ([Batch.of(arrays) for arrays in part] for part in (test, raw))
         batches = pipelines.packed_examples(
-            rows, config.block, settings.batch // jax.process_count(), seed=settings.seed,
-            all_tokens=settings.all_tokens, process_index=jax.process_index(), process_count=jax.process_count(),
+            rows, config.block, settings.batch, seed=settings.seed,
+            all_tokens=settings.all_tokens, part=share.index, parts=share.count,
         )  # fmt: skip
         state = sharding.place_like(init_state(params, optimizer(settings)), shapes)
         loss = jit_on(mesh, make_nll(config))

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.process import barrier
 from jaxgpt.settings import read_json, settings_from_json, settings_to_json, write_json
 
 FORMAT = 2  # 2: a head's q, k and v lie together in qkv
@@ -46,10 +46,10 @@ def save_model(
     if first:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-    _barrier("jaxgpt save: start")
+    barrier("save: start")
     params = jax.tree.map(jnp.asarray, params)
     ocp.save(new / "params", params)
-    _barrier("jaxgpt save: written")
+    barrier("save: written")
     if first:
         if tokenizer is not None:
             tokenizer.save(new)
@@ -66,7 +66,7 @@ def save_model(
             os.replace(folder, old)
         os.replace(new, folder)
         shutil.rmtree(old, ignore_errors=True)
-    _barrier("jaxgpt save: done")
+    barrier("save: done")
 
 
 def load_model(folder: Path, expected: Any = None) -> Loaded:
@@ -178,8 +178,3 @@ def _verify(folder: Path, expected: Mapping[str, str]) -> None:
         if found.get(name) != digest:
             state = "is damaged (its checksum differs)" if name in found else "is missing"
             raise UserError(f"{folder / name} {state}; save the model again, or copy the whole folder once more")
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

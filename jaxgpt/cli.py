@@ -1,7 +1,8 @@
 """The command line of an experiment: `cli(main, Settings, PRESETS)`.
 
-`--preset NAME` or `--settings FILE` chooses the starting values, and every other flag, made from the fields of the
-settings dataclass, changes one of them. A mistake is one line on stderr and exit status 2.
+`--preset NAME` or `--settings FILE` chooses the starting values, `--distributed` joins several processes, and every
+other flag, made from the fields of the settings dataclass, changes one value. A mistake is one line on stderr and exit
+status 2.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 
 from jaxgpt.config import UserError
-from jaxgpt.process import prepare_process, print_device
+from jaxgpt.process import join_processes, prepare_process, print_device
 from jaxgpt.settings import did_you_mean, flat_json, read_json, settings_from_json, settings_to_json
 
 __all__ = ["cli", "parse", "settings_from_json", "settings_to_json"]
@@ -37,8 +38,12 @@ def cli(
     A UserError ends the process with status 2 and Ctrl-C with 130, each with one line on stderr."""
     try:
         description = _description(main, settings_type)
-        settings = parse(settings_type, presets, sys.argv[1:] if argv is None else argv, description)
+        words = sys.argv[1:] if argv is None else argv
+        settings = parse(settings_type, presets, words, description)
         prepare_process()
+        processes = _option(words, "--distributed")
+        if processes is not None:
+            join_processes(processes)
         print_device()
         return main(settings)
     except UserError as error:
@@ -72,7 +77,7 @@ def parse(
         sys.stderr.write(complaint.getvalue())
         raise
     if unknown:
-        raise UserError(_unknown_message(unknown, ["--preset", "--settings", *_flags(settings_type)]))
+        raise UserError(_unknown_message(unknown, ["--preset", "--settings", "--distributed", *_flags(settings_type)]))
     return command.values
 
 
@@ -122,15 +127,21 @@ def _read_settings(settings_type: type[Settings], file: Path) -> Settings:
 
 
 def _command_type(settings_type: type[Settings], presets: Mapping[str, Settings], start: Settings) -> Any:
-    """A dataclass with --preset and --settings beside the settings, whose defaults are `start`."""
+    """A dataclass with --preset, --settings and --distributed beside the settings, whose defaults are `start`."""
     preset = tyro.conf.arg(
         metavar="{" + ",".join(presets) + "}", help="Named settings to start from.", help_behavior_hint=""
     )
     file = tyro.conf.arg(
         metavar="FILE", help="A run's settings.json to start from: the same run again.", help_behavior_hint=""
     )
+    processes = tyro.conf.arg(
+        metavar="auto|HOST:PORT,COUNT,INDEX",
+        help="Run as one of several processes: asked of the cluster, or process 0's address, how many, which one.",
+        help_behavior_hint="",
+    )
     fields: list[Any] = [
         ("settings", Annotated[str, file], ""),
+        ("distributed", Annotated[str, processes], ""),
         ("values", Annotated[settings_type, tyro.conf.arg(name="")], dataclasses.field(default_factory=lambda: start)),
     ]
     if presets:

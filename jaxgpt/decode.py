@@ -24,6 +24,9 @@ Sampler = Callable[[Array, Array], Array]
 Loop = Callable[[Callable[..., Any], Any, Any], tuple[Any, Any]]
 SeenFilter = Callable[[Array, Array], Array]  # (logits [B, V], seen [B, V] bool) -> logits
 SEGMENT = 128  # slots by which the cache grows; each segment is compiled
+STATIC = (  # for jax.jit(generate, static_argnums=1, static_argnames=STATIC)
+    "new_tokens", "stop", "pad", "sample", "filter_logits", "filter_seen", "samples", "segment", "loop",
+)  # fmt: skip
 
 
 def prepare(params: Params, config: ModelConfig) -> Params:

@@ -1,18 +1,20 @@
 """Collecting experience: sample answers, and look at them through the trainer's own eyes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxgpt import decode, losses, model
+from jaxgpt import decode, losses, model, sharding
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.decode import check_room
 from jaxgpt.layers import choose
 from jaxgpt.structs import Answers, Array, Batch, Params
-from jaxgpt.train import join_rows, split_rows
+from jaxgpt.train import jit_on, join_rows, split_rows
 
 
 def collect(
@@ -94,6 +96,7 @@ def sample_answers(
     prompts: Sequence[Sequence[int]],
     key: Array,
     decode_text: Callable[[np.ndarray], str],
+    mesh: Mesh,
     *,
     new_tokens: int,
     stop: int,
@@ -101,31 +104,39 @@ def sample_answers(
     temperature: float = 1.0,
     label: Callable[[int], None] = lambda done: None,
 ) -> Sampled:
-    """One answer to each prompt (token ids), sampled in batches of one shape; `label` hears how many are done."""
+    """One answer to each prompt (token ids), sampled in batches of one shape, their rows divided among the devices of
+    the mesh, on which `params` lie; `label` hears how many are done."""
     longest = max(map(len, prompts))
     check_room(config, longest, new_tokens)
-    program = jax.jit(collect, static_argnums=1, static_argnames=("new_tokens", "stop", "temperature"))
+    program = _collector(mesh, config, new_tokens=new_tokens, stop=stop, temperature=temperature)
     parts = []
     for at in range(0, len(prompts), batch):
         chunk = list(prompts[at : at + batch])
         filled = chunk + [chunk[-1]] * (batch - len(chunk))
-        rows, _, answers = program(
-            params, config, *pad_prompts(filled, longest), jax.random.fold_in(key, at),
-            new_tokens=new_tokens, stop=stop, temperature=temperature,
-        )  # fmt: skip
+        prompt_BP, length_B = sharding.place_whole(pad_prompts(filled, longest), mesh)
+        rows, _, answers = program(params, prompt_BP, length_B, jax.random.fold_in(key, at))
         parts.append(_first((rows, answers), len(chunk)))
         label(len(chunk))
     rows, answers = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     return Sampled([decode_text(ids) for ids in answers.tokens_BA], rows, answers.ended_B)
 
 
-def in_batches(f: Callable[..., Any], rows: Any, batch: int) -> Any:
-    """f over host rows in batches of one shape (the last one filled up with its last row), joined on the host."""
+@functools.lru_cache(maxsize=16)  # a program for each policy's shapes, not for each call
+def _collector(mesh: Mesh, config: ModelConfig, **options: Any) -> Callable[..., Any]:
+    def program(params: Params, prompt_BP: Array, length_B: Array, key: Array) -> Any:
+        return collect(params, config, prompt_BP, length_B, key, **options)
+
+    return jit_on(mesh, program)
+
+
+def in_batches(f: Callable[..., Any], rows: Any, batch: int, mesh: Mesh) -> Any:
+    """f, made by `jit_on` for this mesh, over host rows in batches of one shape (the last one filled up with its last
+    row), divided among the devices; the results are joined on the host."""
     count = jax.tree.leaves(rows)[0].shape[0]
     parts = []
     for at in range(0, count, batch):
         index = np.minimum(np.arange(at, at + batch), count - 1)
-        out = f(jax.tree.map(lambda x, index=index: np.asarray(x)[index], rows))
+        out = f(sharding.place_whole(jax.tree.map(lambda x, index=index: np.asarray(x)[index], rows), mesh))
         parts.append(_first(out, min(batch, count - at)))
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 

@@ -30,7 +30,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxgpt.config import UserError
-from jaxgpt.process import cache_root, from_first_process, prepare_process, print_device
+from jaxgpt.process import barrier, cache_root, from_first_process, prepare_process, print_device
 from jaxgpt.progress import Bar, progress_bar
 from jaxgpt.settings import flat_json, read_json, settings_to_json, write_json
 
@@ -247,6 +247,7 @@ class Run:
         if self._first:
             done = {"stage": self.stage, "fingerprint": self.fingerprint, "results": self.results}
             write_json(self.folder / "done.json", done)
+        barrier("run finished")  # another stage of this process may read the folder next
 
 
 def _identity(record: Mapping[str, Any], places: frozenset[str] | set[str]) -> dict[str, Any]:

@@ -171,8 +171,18 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """A copy of each leaf where `shardings` (a tree, or one for all) says, in new buffers: a step may donate them."""
-    return jax.tree.map(jax.numpy.copy, jax.device_put(tree, shardings))
+    """A copy of each leaf where `shardings` (a tree, or one for all) says, in new buffers: a step may donate them.
+    With several processes, each holds the same leaves."""
+
+    def one(x: Any, where: NamedSharding) -> Array:
+        if where.is_fully_addressable:
+            return jax.numpy.copy(jax.device_put(x, where))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda x: shardings, tree)
+    return jax.tree.map(one, tree, shardings)
 
 
 def place_like(tree: Any, shapes: Any) -> Any:
@@ -181,8 +191,46 @@ def place_like(tree: Any, shapes: Any) -> Any:
 
 
 def place_rows(tree: Any, mesh: Mesh) -> Any:
-    """Host arrays, of which each process holds its own rows, as one global array divided among all devices."""
+    """Host arrays, of which each process holds its share of rows, as global arrays divided among all devices."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows(mesh), np.asarray(x)), tree)
+
+
+def place_whole(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays, of which every process holds all rows, as global arrays: the rows divided among all devices, or,
+    where that doesn't come out even, whole on each."""
+
+    def one(x: Any) -> Array:
+        x = np.asarray(x)
+        divided = NamedSharding(mesh, _fitting((ROWS,), x.shape, mesh))
+        return jax.make_array_from_callback(x.shape, divided, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which part of a batch's rows a process brings: part `index` of `count`."""
+
+    index: int
+    count: int
+
+
+def share_of_rows(mesh: Mesh) -> Share:
+    """This process's share. Processes whose devices hold the same rows (a tensor axis across them) bring the same
+    part. UserError where processes hold rows in common and others not."""
+    held: dict[int, frozenset[int]] = {}
+    parts = row_parts(mesh)
+    for part, devices in enumerate(mesh.devices.reshape(parts, -1)):
+        for device in devices:
+            held[device.process_index] = held.get(device.process_index, frozenset()) | {part}
+    shares = sorted(set(held.values()), key=min)
+    if sum(map(len, shares)) != parts or len(set(map(len, shares))) > 1:
+        sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        raise UserError(
+            f"a mesh of {sizes} doesn't divide rows evenly among {len(held)} processes; "
+            "let mesh.tensor divide a process's devices, or the other way round"
+        )
+    return Share(shares.index(held[jax.process_index()]), len(shares))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -164,10 +164,11 @@ def shapes_on(mesh: Mesh, make: Callable[..., Any], *args: Any) -> Any:
 def evaluate(
     loss: Callable[[Params, Any], tuple[Mean, Metrics]], params: Params, batches: Iterable[Any], mesh: Mesh
 ) -> dict[str, float]:
-    """A (jitted) loss and its metrics over finite batches of host arrays, each pooled over all its elements."""
+    """A (jitted) loss and its metrics over finite batches of host arrays (every process holds all), each pooled over
+    all its elements."""
     parts = []
     for batch in batches:
-        objective, metrics = loss(params, sharding.place_rows(batch, mesh))
+        objective, metrics = loss(params, sharding.place_whole(batch, mesh))
         parts.append({"loss": objective, **metrics})
     return to_floats(functools.reduce(pool, parts))
 

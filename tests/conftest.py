@@ -1,15 +1,25 @@
-"""Tests run on the CPU, split into eight devices so that sharding is real."""
+"""Tests run on the CPU, split into eight devices so that sharding is real.
+
+Most of their time is XLA compiling small programs once. So the machine code is left unoptimised (XLA's own passes all
+run), and compiled programs are kept in .pytest_cache for the next run. Either way can be changed from outside:
+XLA_FLAGS=--xla_backend_optimization_level=3, JAX_ENABLE_COMPILATION_CACHE=0.
+"""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+for flag in FLAGS:
+    if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-from collections.abc import Iterator
-
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_debug_key_reuse", True)
 

@@ -8,12 +8,12 @@ from jaxgpt import decode, model
 from jaxgpt.config import ModelConfig
 from jaxgpt.structs import Array, Batch, Params
 
-STATIC = ("new_tokens", "stop", "pad", "sample", "filter_logits", "filter_seen", "samples", "segment")
 generate, generate_until = (
-    jax.jit(f, static_argnums=1, static_argnames=STATIC) for f in (decode.generate, decode.generate_until)
+    jax.jit(f, static_argnums=1, static_argnames=decode.STATIC) for f in (decode.generate, decode.generate_until)
 )
 hidden = jax.jit(model.hidden, static_argnums=1)
 score = jax.jit(model.score, static_argnums=1, static_argnames=("temperature", "window"))
+AS_USERS_RUN_IT = {"xla_backend_optimization_level": 3}  # for what holds to the last bit: see conftest.py
 TINY = ModelConfig(layers=2, width=32, heads=2, block=48, vocab=64)
 
 

@@ -13,10 +13,7 @@ from jaxgpt.config import ModelConfig, UserError
 from tests.helpers import TINY, hidden, params_of, prompts_of, score
 
 FEW = ModelConfig(layers=2, width=16, heads=2, block=12, vocab=4)
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is what takes the time here
-search = jax.jit(
-    beam.beam_search, static_argnums=1, static_argnames=("beams", "new_tokens", "pad"), compiler_options=QUICK
-)
+search = jax.jit(beam.beam_search, static_argnums=1, static_argnames=("beams", "new_tokens", "pad"))
 NEVER, A = (-1, -1), 3
 
 
@@ -75,7 +72,6 @@ def test_one_beam_is_greedy_decoding(length_penalty):
         lambda stop: decode.generate(
             params, TINY, prompts, lengths, jax.random.key(0), new_tokens=12, stop=stop, sample=sampling.greedy
         ),
-        compiler_options=QUICK,
     )
     for stop in (NEVER, (15, 46)):
         greedy = decoding(jnp.array(stop))

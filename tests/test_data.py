@@ -323,10 +323,12 @@ def test_an_epoch_of_windows_covers_the_stream_once() -> None:
 def test_processes_share_out_the_windows() -> None:
     stream = np.arange(407, dtype=np.int32)
     whole = pipelines.windows(stream, 8, 10, seed=1)
-    parts = [pipelines.windows(stream, 8, 5, seed=1, process_index=i, process_count=2) for i in range(2)]
+    parts = [pipelines.windows(stream, 8, 10, seed=1, part=i, parts=2) for i in range(2)]
     for _ in range(12):  # more than two epochs
         together = np.concatenate([next(part)["tokens"] for part in parts])
-        assert sorted(together.tolist()) == sorted(next(whole)["tokens"].tolist())
+        np.testing.assert_array_equal(together, next(whole)["tokens"])
+    with pytest.raises(UserError, match="batch of 10 rows doesn't divide among 3 processes"):
+        pipelines.windows(stream, 8, 10, seed=1, parts=3)
 
 
 def test_window_eval_is_spread_fixed_and_filled() -> None:
@@ -385,11 +387,16 @@ def test_processes_share_out_the_examples(tok: Tokenizer, monkeypatch: pytest.Mo
     monkeypatch.setattr(pipelines, "_BINS", 16)
     rows = _rows(tok, 61)
     elements = grain.MapDataset.source([parse(tok, ids).prompt for ids, _ in rows])
-    order = pipelines._shared(elements, 5, None, 0, 1)
-    for index in range(3):
-        batches = pipelines.packed_examples(rows, 64, 2, seed=5, process_index=index, process_count=3)
-        seen = [parse(tok, ids).prompt for _ in range(16 // 2) for ids, _ in _unpacked(next(batches))]  # all bins once
-        assert Counter(seen) == Counter(order[index + 3 * i] for i in range(len(seen)))
+    order = pipelines._shuffled(elements, 5, None)
+    batches = pipelines.packed_examples(rows, 64, 2, seed=5)
+    seen = [parse(tok, ids).prompt for _ in range(16 // 2) for ids, _ in _unpacked(next(batches))]  # all bins once
+    assert Counter(seen) == Counter(order[i] for i in range(len(seen)))
+    whole = pipelines.packed_examples(rows, 64, 6, seed=5)
+    parts = [pipelines.packed_examples(rows, 64, 6, seed=5, part=i, parts=3) for i in range(3)]
+    for _ in range(9):
+        together, expected = [next(part) for part in parts], next(whole)
+        for name in expected:
+            np.testing.assert_array_equal(np.concatenate([one[name] for one in together]), expected[name])
     assert (
         sorted(order[i] for i in range(61)) == sorted(order[i] for i in range(61, 122)) == sorted(map(str, range(61)))
     )
@@ -454,14 +461,10 @@ def test_preference_batches_hold_every_candidate(tok: Tokenizer) -> None:
 def test_preference_shards_and_eval(tok: Tokenizer) -> None:
     rankings = _rankings(tok)
     whole = list(pipelines.preference_batches(rankings, 48, 6, seed=2, epochs=2))
-    parts = [
-        list(pipelines.preference_batches(rankings, 48, 3, seed=2, epochs=2, process_index=i, process_count=2))
-        for i in range(2)
-    ]
+    parts = [list(pipelines.preference_batches(rankings, 48, 6, seed=2, epochs=2, part=i, parts=2)) for i in range(2)]
     assert len(whole) == len(parts[0]) == len(parts[1]) == 6
     for batch, *halves in zip(whole, *parts, strict=True):
-        together = np.concatenate([half["tokens"] for half in halves])
-        assert sorted(together.tolist()) == sorted(batch["tokens"].tolist())
+        np.testing.assert_array_equal(np.concatenate([half["tokens"] for half in halves]), batch["tokens"])
     evaluated = pipelines.preference_eval(rankings, 48, 8)
     assert [batch["present"].any(1).sum() for batch in evaluated] == [8, 8, 4]
     prompts = [parse(tok, row[0]).prompt for batch in evaluated for row in batch["tokens"] if row.any()]
@@ -475,23 +478,24 @@ def _makers(tok: Tokenizer) -> dict[str, Any]:
     stream = np.arange(999, dtype=np.int32)
     rows, rankings = _rows(tok), _rankings(tok)
     return {
-        "windows": lambda seed=0, **kw: pipelines.windows(stream, 8, 3, seed=seed, **kw),
-        "packed": lambda seed=0, **kw: pipelines.packed_examples(rows, 64, 3, seed=seed, **kw),
-        "preferences": lambda seed=0, **kw: pipelines.preference_batches(rankings, 48, 3, seed=seed, epochs=9, **kw),
+        "windows": lambda seed=0, **kw: pipelines.windows(stream, 8, 4, seed=seed, **kw),
+        "packed": lambda seed=0, **kw: pipelines.packed_examples(rows, 64, 4, seed=seed, **kw),
+        "preferences": lambda seed=0, **kw: pipelines.preference_batches(rankings, 48, 4, seed=seed, epochs=9, **kw),
     }
 
 
 @pytest.mark.parametrize("kind", ["windows", "packed", "preferences"])
-@pytest.mark.parametrize("shard", [{}, {"process_index": 1, "process_count": 2}])
+@pytest.mark.parametrize("shard", [{}, {"part": 1, "parts": 2}])
 def test_a_restored_iterator_gives_the_same_next_batches(
     tok: Tokenizer, kind: str, shard: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipelines, "_BINS", 4)  # a batch of 3 leaves a remainder in the bins
+    monkeypatch.setattr(pipelines, "_BINS", 7)  # a batch of 4 leaves a remainder in the bins
     make = _makers(tok)[kind]
-    batches = make(**shard)
+    batches, whole = make(**shard), make()
     for taken in range(25):  # packing: in the middle of the bins, at their end, over the epoch's end
         if taken in (0, 1, 5, 11, 22, 24):
             state = json.loads(json.dumps(batches.get_state()))
+            assert state == whole.get_state()  # of one process: any number of them goes on from here
             fresh, used = make(**shard), make(**shard)
             next(used)
             for other in (fresh, used):
@@ -501,14 +505,14 @@ def test_a_restored_iterator_gives_the_same_next_batches(
                 for one, two in zip(expected, itertools.islice(other, 4), strict=True):
                     assert one.keys() == two.keys() and all(np.array_equal(one[key], two[key]) for key in one)
             batches.set_state(state)
-        next(batches)
+        next(batches), next(whole)
 
 
 @pytest.mark.parametrize("kind", ["windows", "packed", "preferences"])
 def test_another_datas_state_is_refused(tok: Tokenizer, kind: str) -> None:
     make = _makers(tok)[kind]
     state = make().get_state()
-    for other in (make(seed=1), make(process_index=1, process_count=2), _makers(train_char(["abc"]))[kind]()):
+    for other in (make(seed=1), _makers(train_char(["abc"]))[kind]()):
         if kind == "windows" and other.get_state()["fingerprint"] == state["fingerprint"]:
             continue  # this stream does not depend on the tokenizer
         with pytest.raises(UserError, match="other data"):

@@ -13,7 +13,7 @@ from jaxgpt import kl, losses, model, optim, ppo, returns, reward, sharding, tra
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.structs import Batch
-from tests.helpers import TINY, params_of, prompts_of
+from tests.helpers import AS_USERS_RUN_IT, TINY, params_of, prompts_of
 
 collect = jax.jit(ppo.collect, static_argnums=(1, 2), static_argnames="stop")
 score = jax.jit(ppo.score, static_argnums=(1, 2))
@@ -36,7 +36,7 @@ def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once()
     for epochs, minibatches, temperature in ((1, 1, 1.0), (3, 1, 1.0), (2, 4, 0.7)):
         config = PPOConfig(new_tokens=10, epochs=epochs, minibatches=minibatches, temperature=temperature)
         iteration, state, prompts = started(config)
-        program = jax.jit(iteration, donate_argnums=(0, 1))
+        program = jax.jit(iteration, donate_argnums=(0, 1), compiler_options=AS_USERS_RUN_IT)
         control: ppo.Controller = kl.AdaptiveKL(jnp.float32(0.1))
         for i in range(3):
             state, control, metrics = program(state, control, prompts, jax.random.key(i))

@@ -4,17 +4,22 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import model, rollout
+from jaxgpt import model, rollout, sharding
 from jaxgpt.config import UserError
 from tests.helpers import TINY, params_of
 
 PROMPTS = [[6 + i, 7, 8][: 1 + i % 3] for i in range(11)]
 
 
-def sampled(batch: int = 4) -> rollout.Sampled:
+def mesh_of(devices: int) -> jax.sharding.Mesh:
+    return sharding.make_mesh(devices=jax.devices()[:devices])
+
+
+def sampled(batch: int = 4, devices: int = 1) -> rollout.Sampled:
+    mesh = mesh_of(devices)
     return rollout.sample_answers(
-        params_of(scale=1.0), TINY, PROMPTS, jax.random.key(0), lambda ids: " ".join(map(str, ids)),
-        new_tokens=9, stop=5, batch=batch,
+        sharding.replicate(params_of(scale=1.0), mesh), TINY, PROMPTS, jax.random.key(0),
+        lambda ids: " ".join(map(str, ids)), mesh, new_tokens=9, stop=5, batch=batch,
     )  # fmt: skip
 
 
@@ -31,7 +36,14 @@ def test_scores_in_batches_equal_scores_at_once():
     found = sampled()
     params = params_of(scale=1.0)
     score = jax.jit(lambda rows: model.score(params, TINY, rows)[0])
-    np.testing.assert_allclose(rollout.in_batches(score, found.rows, 4), score(found.rows), atol=1e-5)
+    np.testing.assert_allclose(rollout.in_batches(score, found.rows, 4, mesh_of(4)), score(found.rows), atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [4, 8])  # a batch of 4: a row for each device, and whole on every device
+def test_devices_share_the_rows_and_change_nothing(devices):
+    alone, together = sampled(), sampled(devices=devices)
+    assert together.texts == alone.texts
+    np.testing.assert_array_equal(together.rows.tokens_BT, alone.rows.tokens_BT)
 
 
 def test_prompts_that_are_empty_or_too_long_are_named():
@@ -40,7 +52,9 @@ def test_prompts_that_are_empty_or_too_long_are_named():
     with pytest.raises(UserError, match="prompt 0 has 0 tokens"):
         rollout.pad_prompts([[]], 2)
     with pytest.raises(UserError, match="block of 48"):
-        rollout.sample_answers(params_of(), TINY, [[7] * 45], jax.random.key(0), str, new_tokens=9, stop=5, batch=4)
+        rollout.sample_answers(
+            params_of(), TINY, [[7] * 45], jax.random.key(0), str, mesh_of(1), new_tokens=9, stop=5, batch=4
+        )
 
 
 def test_minibatches_give_the_rows_in_order():

@@ -16,12 +16,11 @@ SMALLER = ModelConfig(layers=1, width=16, heads=1, block=48, vocab=64)
 FEW = ModelConfig(layers=1, width=16, heads=2, block=16, vocab=6)
 FEW_DRAFT = ModelConfig(layers=1, width=8, heads=1, block=12, vocab=6)
 STATIC = ("new_tokens", "pad", "filter_logits", "greedy")
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is what takes the time here
 NEVER, NEW = (-1, -1), 18
-speculate = jax.jit(speculative.generate, static_argnums=1, static_argnames=STATIC, compiler_options=QUICK)
+speculate = jax.jit(speculative.generate, static_argnums=1, static_argnames=STATIC)
 
 
-@functools.partial(jax.jit, static_argnums=4, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=4)
 def greedily(params, prompts, lengths, stop, new_tokens) -> decode.Answers:
     """What is to come out: plain greedy decoding."""
     settings = {"new_tokens": new_tokens, "stop": stop, "sample": sampling.greedy}
@@ -203,7 +202,7 @@ def test_answers_follow_the_models_distribution(kind, filter_logits):
     expected = enumerated(params, prompt, 3, 5, filter_logits)
     draft = DISTRIBUTION_DRAFTS[kind]()
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def draw(params, draft, keys):
         one = lambda key: speculative.generate(  # noqa: E731
             params, FEW, jnp.array([prompt + [0]]), jnp.array([6]), key, draft=draft, new_tokens=3, stop=5,
@@ -293,9 +292,9 @@ def test_extend_equals_the_full_forward():
     for dtype, atol in (("float32", 1e-4), ("bfloat16", 0.3)):
         config = ModelConfig(layers=2, width=32, heads=2, block=48, vocab=64, dtype=dtype)
         params = params_of(config)
-        prefill = jax.jit(decode.prefill, static_argnums=(1, 4), compiler_options=QUICK)
+        prefill = jax.jit(decode.prefill, static_argnums=(1, 4))
         cache, _ = prefill(params, config, tokens.at[:, :8].set(full[:, :8]), jnp.array([20, 20]), 0)
-        extend = jax.jit(speculative.extend, static_argnums=1, compiler_options=QUICK)
+        extend = jax.jit(speculative.extend, static_argnums=1)
         expected = model.unembed(params, hidden(params, config, full))
         for start, end in ((8, 12), (12, 16), (16, 20)):
             cache, logits = extend(params, config, cache, full[:, start:end], jnp.array(start))

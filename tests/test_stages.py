@@ -18,6 +18,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.data import sources
 from jaxgpt.data.jsonl import write_rows
 from jaxgpt.run import cache_root
+from tests.helpers import AS_USERS_RUN_IT
 
 CACHE = cache_root() / "data"
 
@@ -226,7 +227,8 @@ def test_the_gpu_preset_steps():
     frozen = {"reward": reward_model.init(jax.random.key(1), optim.copy(params), config.width)}
     state = ppo_algorithm.init(params, config, ppo.optimizer(settings), frozen)
     prompts = ppo_algorithm.Prompts(jnp.full((2, 6), 7), jnp.array([6, 3]))
-    metrics = train.to_floats(iteration(state, control, prompts, jax.random.key(2))[2])
+    inputs = (state, control, prompts, jax.random.key(2))
+    metrics = train.to_floats(iteration.lower(*inputs).compile(AS_USERS_RUN_IT)(*inputs)[2])
     assert metrics["ratio_error_first"] == 0.0 and np.isfinite(metrics["loss"])
 
 

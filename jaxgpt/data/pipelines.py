@@ -4,6 +4,10 @@ Batches are dicts of numpy arrays. `tokens` [B, T] int32 is padded on the right 
 aligned with its target: mask[b, t] says that token t is to be predicted from the tokens before it. Packed rows add
 `segments` [B, T] int32 (1, 2, ... for the examples of a row, 0 for padding) and `positions` [B, T] int32 (within the
 example).
+
+Several processes share a batch: `batch` counts the rows of all, and part p of n has the rows p * batch / n to
+(p + 1) * batch / n of what one process would have. A position in the data is the same on all of them, and for any
+number of them.
 """
 
 import functools
@@ -31,7 +35,7 @@ _BINS = 64  # rows packed together: more waste less padding
 class Batches(Iterator[ArrayBatch]):
     """An iterator that can be stopped and continued: `set_state(get_state())` gives the same next batches.
 
-    The state is plain JSON. It belongs to one process and carries a fingerprint of data and settings, because grain
+    The state is plain JSON, the same for every part, and carries a fingerprint of data and settings, because grain
     itself would continue on other data without a word.
     """
 
@@ -46,7 +50,7 @@ class Batches(Iterator[ArrayBatch]):
         return {"fingerprint": self._fingerprint, "grain": self._iterator.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state`. Raises UserError when it was taken on other data, settings or another process."""
+        """Continues from `state`. Raises UserError when it was taken on other data or settings."""
         if state["fingerprint"] != self._fingerprint:
             raise UserError("this checkpoint's data position is for other data or data settings; start a new run")
         self._iterator.set_state(state["grain"])
@@ -76,18 +80,15 @@ def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndar
     return stream
 
 
-def windows(
-    stream: np.ndarray, block: int, batch: int, *, seed: int, process_index: int = 0, process_count: int = 1
-) -> Batches:
+def windows(stream: np.ndarray, block: int, batch: int, *, seed: int, part: int = 0, parts: int = 1) -> Batches:
     """Endless batches of `block` consecutive tokens; every token of a window but the first is a target.
 
     An epoch cuts the stream into non-overlapping windows from a random offset (new each epoch, so that no token is
-    always a first one) and shuffles them. Process p of n takes windows p, p + n, ... of that order: together the
-    processes see what one process with batch n * `batch` sees.
+    always a first one) and shuffles them.
     """
-    dataset = _shared(_Windows(stream, block, seed), seed, None, process_index, process_count)
-    identity = ["windows", _digest([stream]), block, batch, seed, process_index, process_count]
-    return Batches(dataset.batch(batch).to_iter_dataset(_READ), identity)
+    shuffled = _shuffled(_Windows(stream, block, seed), seed, None)
+    identity = ["windows", _digest([stream]), block, batch, seed]
+    return Batches(_batched(shuffled, batch, part, parts), identity)
 
 
 def window_eval(stream: np.ndarray, block: int, batch: int, max_batches: int) -> list[ArrayBatch]:
@@ -119,16 +120,16 @@ def packed_examples(
     *,
     seed: int,
     all_tokens: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: int = 0,
+    parts: int = 1,
 ) -> Batches:
     """Endless batches of [batch, length] rows that hold several whole examples each (grain's first-fit packing).
 
     Targets are the answer's tokens with </answer>; with `all_tokens`, every token but an example's first. Examples are
-    shuffled anew each epoch and shared among processes as in `windows`. Rows must fit: see `fit_rows`.
+    shuffled anew each epoch. Rows must fit: see `fit_rows`. Each part packs the whole batch, to know its own rows.
     """
     elements = [_element(row, length, all_tokens) for row in rows]
-    examples = _shared(grain.MapDataset.source(elements), seed, None, process_index, process_count)
+    examples = _shuffled(grain.MapDataset.source(elements), seed, None)
     packed = grain.experimental.FirstFitPackIterDataset(
         examples.to_iter_dataset(_READ),
         length_struct={"tokens": length, "mask": length},
@@ -136,8 +137,13 @@ def packed_examples(
         seed=seed,
     )
     content = _digest(array for element in elements for array in element.values())
-    identity = ["packed", content, length, batch, seed, process_index, process_count]
-    return Batches(packed.map(_packed_row).batch(batch), identity)
+    identity = ["packed", content, length, batch, seed]
+    size = _part_size(batch, parts)
+
+    def own(whole: ArrayBatch) -> ArrayBatch:
+        return {name: array[part * size : (part + 1) * size] for name, array in whole.items()}
+
+    return Batches(packed.map(_packed_row).batch(batch).map(own), identity)
 
 
 def padded_examples(rows: Sequence[Row], length: int, batch: int, *, all_tokens: bool = False) -> list[ArrayBatch]:
@@ -163,24 +169,23 @@ def preference_batches(
     *,
     seed: int,
     epochs: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: int = 0,
+    parts: int = 1,
 ) -> Batches:
     """Batches over `epochs` shuffled passes; the rankings that do not fill the very last batch are left out.
 
     Keys: tokens [B, C, T] int32; mask [B, C, T] bool, the answer with its </answer>; last [B, C] int32, index of the
     last real token; choice [B] int32; present [B, C] bool, False where a prompt has fewer than C candidates (C is the
-    most that any ranking has). Every process gets equally many batches.
+    most that any ranking has).
     """
-    whole = len(rankings) * epochs // (batch * process_count) * batch * process_count
+    whole = len(rankings) * epochs // batch * batch
     if not whole:
         raise UserError(f"{len(rankings)} preferences x {epochs} epochs fill no batch of {batch}; use a smaller batch")
     elements = _ranking_elements(rankings, length)
-    shuffled = _shared(grain.MapDataset.source(elements), seed, epochs, 0, 1)
-    dataset = shuffled[:whole][process_index::process_count].batch(batch)
+    shuffled = _shuffled(grain.MapDataset.source(elements), seed, epochs)
     content = _digest(array for element in elements for array in element.values())
-    identity = ["preferences", content, batch, seed, epochs, process_index, process_count]
-    return Batches(dataset.to_iter_dataset(_READ), identity)
+    identity = ["preferences", content, batch, seed, epochs]
+    return Batches(_batched(shuffled[:whole], batch, part, parts), identity)
 
 
 def preference_eval(rankings: Sequence[Ranking], length: int, batch: int) -> list[ArrayBatch]:
@@ -203,14 +208,23 @@ def check_tokens(batch: ArrayBatch, vocab: int) -> None:
         )
 
 
-def _shared(
-    dataset: grain.MapDataset, seed: int, epochs: int | None, process_index: int, process_count: int
-) -> grain.MapDataset:
-    """Shuffled anew each epoch, repeated, and every `process_count`-th element of that, from `process_index`."""
+def _shuffled(dataset: grain.MapDataset, seed: int, epochs: int | None) -> grain.MapDataset:
+    """Repeated, and shuffled anew each epoch."""
     if seed < 0:
         raise UserError(f"seed is {seed}; it must be 0 or more")
     folded = int(np.random.SeedSequence(seed).generate_state(1)[0])  # grain uses seed + epoch: keep seeds far apart
-    return dataset.shuffle(seed=folded).repeat(epochs)[process_index::process_count]
+    return dataset.shuffle(seed=folded).repeat(epochs)
+
+
+def _batched(dataset: grain.MapDataset, batch: int, part: int, parts: int) -> grain.IterDataset:
+    """Every batch's part of rows; the others are not even made."""
+    return dataset.batch(_part_size(batch, parts))[part::parts].to_iter_dataset(_READ)
+
+
+def _part_size(batch: int, parts: int) -> int:
+    if parts < 1 or batch % parts:
+        raise UserError(f"a batch of {batch} rows doesn't divide among {parts} processes; use a multiple of {parts}")
+    return batch // parts
 
 
 class _Windows(grain.MapDataset):
