@@ -3,7 +3,8 @@
 XLA's CPU compiler fuses element-wise work into the transposed operands of the backward pass's matrix products, which
 then leave its fast kernels. `FAST` writes each weight's gradient as one product x^T dy of arrays that have been
 materialised (behind a barrier), and saves only what the formula needs. Values are those of `PLAIN` and gradients equal
-to rounding; a reverse-mode gradient is all they have. `choose` takes FAST on a CPU, PLAIN elsewhere.
+to rounding; a reverse-mode gradient is all they have. `choose` takes FAST on a CPU, and PLAIN with a kernel for
+attention on a GPU or TPU.
 
 Dense products are divided over a mesh: a weight is gathered along 'fsdp' where it is used, its gradient scattered.
 """
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import sharding
+from jaxgpt import attention, sharding
 from jaxgpt.structs import Array, Params
 
 Attend = Callable[[Array, Array, Array, Array | None], Array]
@@ -68,21 +69,13 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None) -> Array:
-    """Causal attention; tokens of different segments don't see each other."""
-    if segments_BT is None:
-        return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True)
-    same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask=same_B1TT, is_causal=True)
-
-
 def product_VD(h: Array, table_VD: Array) -> Array:
     """Float32 products of hidden states with each row of an embedding, taken in h's dtype."""
     table_VD = sharding.gathered(table_VD.astype(h.dtype), LINES)
     return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=jnp.float32)
 
 
-PLAIN = Layers(dense, norm, gelu, attend, product_VD)
+PLAIN = Layers(dense, norm, gelu, attention.attend, product_VD)
 
 
 # ---- with gradients written by hand ----
@@ -229,5 +222,8 @@ FAST = Layers(_fast_dense, _fast_norm, _fast_gelu, _fast_attend, _fast_product_V
 
 
 def choose(gradients: str) -> Layers:
-    """FAST or PLAIN for "auto" (by what is compiled for) or "plain"."""
-    return FAST if gradients == "auto" and sharding.platform() == "cpu" else PLAIN
+    """PLAIN for "plain"; for "auto" what is fastest where the program will run."""
+    if gradients == "plain":
+        return PLAIN
+    fast = {"cpu": FAST, "gpu": PLAIN._replace(attend=attention.cudnn), "tpu": PLAIN._replace(attend=attention.splash)}
+    return fast.get(sharding.platform(), PLAIN)

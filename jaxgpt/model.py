@@ -9,6 +9,7 @@ embedding.
 """
 
 import dataclasses
+import functools
 import math
 
 import chex
@@ -16,11 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import losses, sharding
+from jaxgpt import losses, sharding, vocab_head
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.layers import COLUMNS, LINES, PLAIN, Attend, Layers, choose
-from jaxgpt.sharding import ROWS, constrain
+from jaxgpt.sharding import ROWS, constrain, constrain_rows
 from jaxgpt.structs import Array, Batch, Params
+
+WHOLE_LOGITS = 512 * 2**20  # bytes on a device, from which on logits are made in tiles
 
 # How parameters are divided over a mesh, by the end of their path; the others are whole on every device.
 PARTITION = {
@@ -195,6 +198,29 @@ def unembed(params: Params, h: Array, layers: Layers = PLAIN) -> Array:
     return layers.product_VD(h, params["embed"]["tokens_VD"])
 
 
+def predict(
+    params: Params, config: ModelConfig, h_BWD: Array, tokens_BW: Array, temperature: float = 1.0
+) -> tuple[Array, Array]:
+    """log P of the token that follows each hidden state, and the entropy of its distribution, [B, W] float32.
+
+    Logits of more than WHOLE_LOGITS bytes a device are made and forgotten a tile at a time (`vocab_head`).
+    """
+    B, W, _ = h_BWD.shape
+    parts, vocab_parts = sharding.parts_of(B, ROWS), sharding.parts_of(config.vocab, "tensor")
+    position_bytes = 4 * B // parts * config.vocab // vocab_parts
+    if W * position_bytes <= WHOLE_LOGITS:
+        # Behind a barrier, so that scoring and training round alike: PPO's first ratio is exactly 1.
+        logits = jax.lax.optimization_barrier(unembed(params, h_BWD, choose(config.gradients)) / temperature)
+        return losses.log_prob(logits, tokens_BW), losses.entropy(logits)
+    # A copy of the table for each part of the rows, so that its gradient is added up once, not in every tile.
+    table_VD = sharding.gathered(params["embed"]["tokens_VD"].astype(h_BWD.dtype), LINES)
+    table_PVD = constrain(jnp.broadcast_to(table_VD, (parts, *table_VD.shape)), ROWS, "tensor", None)
+    rows = [constrain_rows(x.reshape(parts, B // parts, *x.shape[1:])) for x in (h_BWD, tokens_BW)]
+    tiles = functools.partial(vocab_head.outputs, tile=max(1, WHOLE_LOGITS // position_bytes), temperature=temperature)
+    found = jax.vmap(tiles)(rows[0], table_PVD, rows[1])
+    return found.logp.reshape(B, W), found.entropy.reshape(B, W)
+
+
 def score(
     params: Params,
     config: ModelConfig,
@@ -222,8 +248,8 @@ def score(
         attend=attend,
     )
     before = window_before(batch.mask_BT, window)
-    logits = unembed(params, before.take(h_BTD), choose(config.gradients)) / temperature
-    return before.put(losses.log_prob(logits, before.targets(batch.tokens_BT))), h_BTD
+    logp_BW, _ = predict(params, config, before.take(h_BTD), before.targets(batch.tokens_BT), temperature)
+    return before.put(logp_BW), h_BTD
 
 
 def answer_logp(

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt import decode, losses, model, sharding
+from jaxgpt import decode, model, sharding
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.decode import check_room
-from jaxgpt.layers import choose
 from jaxgpt.structs import Answers, Array, Batch, Params
 from jaxgpt.train import jit_on, join_rows, split_rows
 
@@ -52,10 +51,9 @@ def policy_outputs(
     """
     before = model.window_before(batch.mask_BT, window)
     h_BWD = before.take(model.hidden(policy, config, batch.tokens_BT))
-    logits_BWV = jax.lax.optimization_barrier(model.unembed(policy, h_BWD, choose(config.gradients)) / temperature)
-    logp_BW = losses.log_prob(logits_BWV, before.targets(batch.tokens_BT))
+    logp_BW, entropy_BW = model.predict(policy, config, h_BWD, before.targets(batch.tokens_BT), temperature)
     value_BW = model.apply_scalar_head(value_head, h_BWD)
-    return before.put(logp_BW), before.put(value_BW), before.put(losses.entropy(logits_BWV))
+    return before.put(logp_BW), before.put(value_BW), before.put(entropy_BW)
 
 
 def in_minibatches(f: Callable[[Any], Any], tree: Any, minibatches: int) -> Any:

@@ -119,6 +119,14 @@ def _scatter(axes: tuple[Axes, ...], _: None, g: Array) -> tuple[Array]:
 _gathered.defvjp(lambda w, axes: (_gathered(w, axes), None), _scatter)
 
 
+def parts_of(size: int, axes: Axes) -> int:
+    """Into how many parts `constrain` divides a dimension of this size; 1 outside a mesh."""
+    mesh = _active()
+    fitting = None if mesh is None else _fitting((axes,), (size,), mesh)[0]
+    names = (fitting,) if isinstance(fitting, str) else fitting or ()
+    return 1 if mesh is None else int(np.prod([mesh.shape[name] for name in names], dtype=int))
+
+
 def rule_of(path: Sequence[Any], rules: Mapping[str, P]) -> P:
     """The rule for a leaf by the last two names of its path ("qkv/kernel") or the last one; P() without one."""
     names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]

@@ -32,8 +32,10 @@ def started(config: PPOConfig, rows: int = 8, learning_rate: float = 1e-3, scale
     return iteration, state, Prompts(*prompts_of(rows, 6))
 
 
-def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once():
-    for epochs, minibatches, temperature in ((1, 1, 1.0), (3, 1, 1.0), (2, 4, 0.7)):
+def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once(monkeypatch):
+    """With the logits whole, and in tiles."""
+    for epochs, minibatches, temperature, logits in ((1, 1, 1.0, 2**29), (2, 4, 0.7, 2**12)):
+        monkeypatch.setattr(model, "WHOLE_LOGITS", logits)
         config = PPOConfig(new_tokens=10, epochs=epochs, minibatches=minibatches, temperature=temperature)
         iteration, state, prompts = started(config)
         program = jax.jit(iteration, donate_argnums=(0, 1), compiler_options=AS_USERS_RUN_IT)

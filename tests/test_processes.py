@@ -153,6 +153,7 @@ def assert_same_run(one: Path, two: Path, without_gradient: tuple[str, ...] = ()
             np.testing.assert_allclose(b, a, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_pretrain_to_the_numbers_of_one(text, tmp_path):
     flags = ("--preset", "toy", "--data", str(text), "--mesh.fsdp", "4")
     run_experiment("pretrain", *flags, "--run", str(tmp_path / "one"), processes=1, devices=4)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from experiments import reward as reward_stage
-from jaxgpt import decode, dpo, kl, losses, ppo, reward, sharding, train
+from jaxgpt import decode, dpo, kl, losses, model, ppo, reward, sharding, train
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.sharding import MeshConfig, make_mesh
@@ -20,7 +20,7 @@ from tests.helpers import batch_of, params_of, prompts_of
 
 CONFIG = ModelConfig(layers=2, width=32, heads=8, block=24, vocab=64)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (2, 1, 4), (1, 4, 2)]
-FEW = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
+FEW = [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1, 4, 2)))]
 SGD = optax.sgd(0.1)
 
 
@@ -85,10 +85,17 @@ def assert_same(found, expected, rtol=1e-5):
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_mesh_gives_the_step_of_one_device(stage, shape):
-    if stage != "nll" and shape not in FEW:
-        pytest.skip("this mesh is tried with the first stage")
+def test_every_mesh_gives_the_step_of_one_device(shape):
+    assert_step_of_one_device("nll", shape)
+
+
+@pytest.mark.parametrize("shape", FEW, ids=str)
+@pytest.mark.parametrize("stage", STAGES.keys() - {"nll"})
+def test_every_stage_gives_the_step_of_one_device(stage, shape):
+    assert_step_of_one_device(stage, shape)
+
+
+def assert_step_of_one_device(stage, shape):
     step, state, batch = compiled(stage, mesh_of(shape))
     for _ in range(2):
         state, metrics = step(state, batch, None)
@@ -173,6 +180,20 @@ def test_no_activation_is_gathered(shape):
     assert all(np.prod(size) <= weights for size in gathered)
     if shape[1] > 1:
         assert gathered, "a parameter that is divided along fsdp must be put together"
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_logits_in_tiles_give_the_same_step_and_the_tables_gradient_is_summed_once(shape, monkeypatch):
+    """Behind the loop over tiles: within it each device adds to its own."""
+    monkeypatch.setattr(model, "WHOLE_LOGITS", 4096)
+    assert_step_of_one_device("nll", shape)
+    step, state, batch = compiled("nll", mesh_of(shape))
+    text = step.lower(state, batch, None).compile().as_text()
+    bodies = re.findall(r"body=%?([\w.-]+)", text)
+    table = (CONFIG.vocab // shape[2], CONFIG.width)
+    in_loops = [re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.M | re.S)[0] for body in bodies]
+    assert in_loops and any(size[-2:] == table for _, size in collectives(text))
+    assert [size for block in in_loops for _, size in collectives(block) if size[-2:] == table] == []
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
@@ -263,7 +284,7 @@ def test_the_divided_sampler_believes_what_one_device_does(shape):
     assert bool(collectives(loop)) == (shape[2] > 1)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_a_whole_iteration_runs_divided(shape):
     """Sampling, reward, scoring and updates in one program: finite figures, and no second trace."""
     mesh = mesh_of(shape)
