@@ -22,34 +22,42 @@ The weights are random and large, so that greedy choices have a margin. Not for 
 # the other's library (the Python that has torch need not have jax at all).
 
 import contextlib
-import ctypes
 import dataclasses
 import itertools
-import json
 import os
 import platform
-import resource
-import select
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
+from jaxgpt.bench import (
+    OURS,
+    Turns,
+    Worker,
+    WorkerError,
+    best_rate,
+    cores,
+    disturbance,
+    hf_model,
+    jax_versions,
+    machine_text,
+    nested,
+    processor,
+    speedup,
+    worker_main,
+)  # fmt: skip
 from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import ModelConfig, UserError
 
-ROOT = Path(__file__).parents[1]
+MODULE = "experiments.bench_decode"
 RIVALS = {"dynamic": "HF dynamic cache", "compiled": "HF static + compile"}
-OURS = "jaxgpt"
-PATIENCE = 1800  # seconds that a worker may take for one answer
-NOTICEABLE = 0.05  # share of the cores' time with other programs
 MUST_AGREE = 20  # greedy tokens that every decoder must have in common in float32
 
 
@@ -135,9 +143,6 @@ def bytes_a_step(config: ModelConfig, batch: int, prompt: int, new_tokens: int) 
     return {"weights": weights * size, "cache": cache * size, "total": (weights + cache) * size}
 
 
-# ---- the weights, and the same in Hugging Face's GPT-2 ----
-
-
 def random_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Parameters of `model.init`'s shapes by name ("block_0/qkv/kernel"). Every one matters, biases too, and logits
     have a standard deviation of about 3."""
@@ -162,99 +167,44 @@ def random_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, n
     return {name: draw(name, leaf.shape) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *folders, last = name.split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = value
-    return tree
+# ---- workers ----
 
 
-def hf_name(name: str) -> str:
-    """Where Hugging Face's GPT-2 keeps one of our parameters; its Conv1D has our [in, out] layout."""
-    head, _, rest = name.partition("/")
-    if head == "embed":
-        return {"tokens_VD": "transformer.wte.weight", "positions_TD": "transformer.wpe.weight"}[rest]
-    leaf = {"kernel": "weight", "scale": "weight", "bias": "bias"}[name.rpartition("/")[2]]
-    if head == "final_norm":
-        return f"transformer.ln_f.{leaf}"
-    inner = {
-        "attention_norm": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj",
-        "mlp_norm": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
-    }[rest.partition("/")[0]]  # fmt: skip
-    return f"transformer.h.{head.removeprefix('block_')}.{inner}.{leaf}"
+class Decoder:
+    """What both kinds answer."""
 
+    def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], prepared: bool) -> dict[str, Any]:
+        with np.load(weights) as flat:
+            self.prepare(ModelConfig(**config), flat, np.array(prompts, np.int32), prepared)
+        return {}
 
-def hf_order(name: str, w: np.ndarray, heads: int) -> np.ndarray:
-    """Hugging Face has all q, then all k, then all v; we have the q, k and v of each head together."""
-    if "/qkv/" not in name:
-        return w
-    parts = w.reshape(*w.shape[:-1], heads, 3, -1)
-    return np.ascontiguousarray(parts.swapaxes(-3, -2)).reshape(w.shape)
-
-
-def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = "cpu") -> Any:
-    """GPT2LMHeadModel with our weights, in config.dtype, that never ends by itself."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    theirs = GPT2Config(
-        vocab_size=config.vocab, n_positions=config.block, n_embd=config.width, n_layer=config.layers,
-        n_head=config.heads, n_inner=config.width * config.mlp_ratio, activation_function="gelu_new",
-        layer_norm_epsilon=config.norm_epsilon, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.device(device):
-        model = GPT2LMHeadModel(theirs).to(getattr(torch, config.dtype)).eval()
-    model.generation_config.eos_token_id = None
-    places = dict(model.named_parameters())  # the tied head appears once, as wte
-    with torch.no_grad():
-        for name in flat:
-            places.pop(hf_name(name)).copy_(torch.from_numpy(hf_order(name, np.asarray(flat[name]), config.heads)))
-    if places or model.lm_head.weight.data_ptr() != model.transformer.wte.weight.data_ptr():
-        raise UserError(f"this version of transformers has other parameters: {', '.join(places) or 'an untied head'}")
-    return model
-
-
-# ---- workers: JSON lines in, JSON lines out ----
-
-
-def best_rate(read: Callable[[], Any], size: int, times: int = 12) -> float:
-    """Bytes a second of the fastest of several reads; the first one warms up."""
-    read()
-    seconds = []
-    for _ in range(times):
+    def timed(self, new_tokens: int, show: bool) -> dict[str, Any]:
         start = time.perf_counter()
-        read()
-        seconds.append(time.perf_counter() - start)
-    return size / min(seconds)
+        tokens_BA = self.generate(new_tokens)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "tokens": tokens_BA.tolist() if show else None}
+
+    def prepare(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
+        raise NotImplementedError
+
+    def generate(self, new_tokens: int) -> np.ndarray:
+        raise NotImplementedError
 
 
-class JaxWorker:
+class JaxWorker(Decoder):
     """`decode.generate`, jitted."""
 
     def __init__(self) -> None:
-        self.programs: dict[int, Any] = {}
-
-    def set_up_process(self) -> None:
         import jax
 
-        from jaxgpt import process
-
-        process.fast_malloc()
         jax.config.update("jax_enable_compilation_cache", False)
+        self.programs: dict[int, Any] = {}
 
     def about(self) -> dict[str, Any]:
         import jax
-        import jaxlib
 
         device = jax.devices()[0]
-        versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()}
-        return {"platform": device.platform, "device": device.device_kind, "versions": versions}
+        return {"platform": device.platform, "device": device.device_kind, "versions": jax_versions()}
 
     def roof(self, megabytes: int) -> dict[str, float]:
         """Bytes a second, float32: a maximum over an axis, and a matrix [R, 4096] times a vector."""
@@ -273,7 +223,7 @@ class JaxWorker:
 
         return {name: rate(program) for name, program in programs.items()}
 
-    def load(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
+    def prepare(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
         import jax
         import jax.numpy as jnp
 
@@ -310,18 +260,14 @@ class JaxWorker:
         return stats.get("peak_bytes_in_use")
 
 
-class TorchWorker:
+class TorchWorker(Decoder):
     """Hugging Face `generate`: greedy, with a cache that grows ("dynamic") or a static one and torch.compile."""
 
     def __init__(self, cache: str) -> None:
         import torch
-
-        self.cache, self.device = cache, "cuda" if torch.cuda.is_available() else "cpu"
-
-    def set_up_process(self) -> None:
-        import torch
         import transformers
 
+        self.cache, self.device = cache, "cuda" if torch.cuda.is_available() else "cpu"
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(cores())
 
@@ -347,7 +293,7 @@ class TorchWorker:
 
         return {"matrix times vector (torch)": best_rate(read, w_RC.numel() * 4)}
 
-    def load(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
+    def prepare(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
         import torch
         from transformers import CompileConfig
 
@@ -375,150 +321,7 @@ class TorchWorker:
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def fast_malloc() -> None:
-    """`jaxgpt.process.fast_malloc`, for a Python without jax: the same favour for torch."""
-    if os.environ.get("JAXGPT_MALLOC") != "0" and platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
-            mallopt(option, value)
-
-
-def peak_memory() -> int:
-    """Bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def serve(worker: Any, requests: IO[str], answer: Callable[[dict[str, Any]], None]) -> None:
-    """Answer each request until there are no more. What goes wrong is answered too, in one line."""
-    for line in requests:
-        request = json.loads(line)
-        try:
-            answer(respond(worker, **request))
-        except Exception as error:
-            text = str(error).strip().splitlines()
-            answer({"error": f"{type(error).__name__}: {text[0][:200] if text else ''}"})
-
-
-def respond(worker: Any, do: str, **request: Any) -> dict[str, Any]:
-    if do == "about":
-        return worker.about()
-    if do == "roof":
-        return worker.roof(request["megabytes"])
-    if do == "load":
-        with np.load(request["weights"]) as flat:
-            prompts = np.array(request["prompts"], np.int32)
-            worker.load(ModelConfig(**request["config"]), flat, prompts, request["prepared"])
-        return {}
-    if do == "generate":
-        start = time.perf_counter()
-        tokens_BA = worker.generate(request["new_tokens"])
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "tokens": tokens_BA.tolist() if request["show"] else None}
-    if do == "cpu":
-        return {"seconds": time.process_time()}
-    if do == "memory":
-        return {"process": peak_memory(), "device": worker.device_peak()}
-    raise ValueError(f"no such request: {do}")
-
-
-def worker_main(kind: str) -> None:
-    """The process of one decoder: stdout speaks JSON alone, whatever libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def answer(values: dict[str, Any]) -> None:
-        answers.write(json.dumps(values) + "\n")
-
-    try:
-        if kind != OURS:
-            fast_malloc()  # before torch is imported
-        worker = JaxWorker() if kind == OURS else TorchWorker(kind)
-        worker.set_up_process()
-    except ImportError as error:
-        answer({"error": f"{type(error).__name__}: {error}"})
-        return
-    serve(worker, sys.stdin, answer)
-
-
-class WorkerError(Exception):
-    """What a worker could not do, in one line."""
-
-
-class Worker:
-    """A worker process, seen from the one that asks; it ends with the `with` block."""
-
-    def __init__(self, kind: str, python: str, log: Path) -> None:
-        self.kind, self.log = kind, log
-        environment = dict(os.environ)
-        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared by the decoders
-        environment.setdefault("HF_HUB_OFFLINE", "1")
-        with open(log, "a", encoding="utf-8") as errors:
-            try:
-                self.process = subprocess.Popen(
-                    [python, "-m", "experiments.bench_decode", "--worker", kind],
-                    cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                )  # fmt: skip
-            except OSError as error:
-                raise WorkerError(f"can't start {python}: {error.strerror}") from None
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()  # type: ignore[union-attr]
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()  # type: ignore[union-attr]
-
-    def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin and stdout
-        try:
-            stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
-            stdin.flush()
-        except OSError:
-            pass  # it has ended: its last answer, or its log, says why
-        if not select.select([stdout], [], [], PATIENCE)[0]:
-            self.process.kill()
-            raise WorkerError(f"no answer in {PATIENCE} s")
-        line = stdout.readline()
-        if not line:
-            last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise WorkerError(f"the process ended ({self.process.wait()}): {''.join(last)[:200]}")
-        found = json.loads(line)
-        if "error" in found:
-            raise WorkerError(found["error"])
-        return found
-
-
 # ---- measuring ----
-
-
-def busy_seconds() -> float:
-    """Seconds that this machine's cores have been busy since it started, time stolen by a host's others included; 0
-    where the system does not say."""
-    with contextlib.suppress(OSError):
-        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # less idle and waiting for disks
-    return 0.0
-
-
-def processor() -> str:
-    """Its name, as the system gives it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def agreeing(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:
@@ -551,68 +354,46 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
     config = settings.config(case.model, case.dtype)
     rng = np.random.default_rng(settings.seed)
     prompts = rng.integers(0, config.vocab, (case.batch, case.prompt)).tolist()
-    load = {"config": dataclasses.asdict(config), "weights": str(weights), "prompts": prompts}
+    load = {
+        "config": dataclasses.asdict(config), "weights": str(weights), "prompts": prompts,
+        "prepared": settings.prepared,
+    }  # fmt: skip
     must_read = bytes_a_step(config, case.batch, case.prompt, case.new_tokens)
-    alive, failed = dict(workers), {}
+    turns = Turns(workers)
     warm_up: dict[str, float] = {}
     tokens: dict[str, list[list[int]]] = {}
     seconds: dict[str, list[float]] = {kind: [] for kind in workers}
     first: dict[str, list[float]] = {kind: [] for kind in workers}
 
-    def turn(kind: str, new_tokens: int) -> float:
-        return alive[kind].ask("generate", new_tokens=new_tokens, show=False)["seconds"]
+    def call(worker: Worker, new_tokens: int) -> float:
+        return worker.ask("timed", new_tokens=new_tokens, show=False)["seconds"]
 
-    @contextlib.contextmanager
-    def left_out_if_it_fails(kind: str) -> Iterator[None]:
-        try:
-            yield
-        except WorkerError as error:
-            if kind == OURS:
-                raise UserError(f"{case}: {error}") from None
-            failed[kind] = str(error)
-            del alive[kind]
+    def get_ready(kind: str, worker: Worker) -> None:
+        worker.ask("load", **load)
+        shown = worker.ask("timed", new_tokens=case.new_tokens, show=True)
+        tokens[kind], warm_up[kind] = shown["tokens"], shown["seconds"] + call(worker, case.new_tokens)
+        for _ in range(2):
+            call(worker, 1)
 
-    for kind in workers:
-        with left_out_if_it_fails(kind):
-            alive[kind].ask("load", **load, prepared=settings.prepared)
-            call = alive[kind].ask("generate", new_tokens=case.new_tokens, show=True)
-            tokens[kind], warm_up[kind] = call["tokens"], call["seconds"] + turn(kind, case.new_tokens)
-            for _ in range(2):
-                turn(kind, 1)
+    def turn(kind: str, worker: Worker) -> None:
+        time.sleep(0.2)  # threads of the one before come to rest
+        seconds[kind].append(call(worker, case.new_tokens))
+        first[kind].append(call(worker, 1))
 
-    def busy_and_ours() -> tuple[float, float]:
-        """(seconds that all cores were busy, and were with us)."""
-        ours = time.process_time() + sum(worker.ask("cpu")["seconds"] for worker in alive.values())
-        return busy_seconds(), ours
-
-    busy_before, ours_before, started = *busy_and_ours(), time.perf_counter()
-    for _ in range(settings.repeats):
-        for kind in list(alive):
-            with left_out_if_it_fails(kind):
-                time.sleep(0.2)  # threads of the one before come to rest
-                seconds[kind].append(turn(kind, case.new_tokens))
-                first[kind].append(turn(kind, 1))
-    busy, ours, elapsed = *busy_and_ours(), time.perf_counter() - started
-    others_share = max(busy - busy_before - (ours - ours_before), 0.0) / (elapsed * cores())
+    turns.each(get_ready)
+    with turns.watched():
+        for _ in range(settings.repeats):
+            turns.each(turn)
     found: dict[str, Any] = {}
-    for kind, worker in alive.items():
+    for kind, worker in turns.alive.items():
         found[kind] = figures(seconds[kind], first[kind], warm_up[kind], case, must_read["total"])
-        found[kind] |= {"peak_bytes": worker.ask("memory"), "agreeing_tokens": agreeing(tokens[OURS], tokens[kind])}
+        found[kind] |= {"peak_bytes": worker.ask("peak"), "agreeing_tokens": agreeing(tokens[OURS], tokens[kind])}
     others = [kind for kind in found if kind != OURS]
     fastest = max(others, key=lambda kind: found[kind]["tokens_a_second"], default=None)
     return {
-        **dataclasses.asdict(case), "bytes_a_step": must_read, "others_share": others_share, "decoders": found,
-        "failed": failed, "speedup": speedup(found, fastest),
+        **dataclasses.asdict(case), "bytes_a_step": must_read, "others_share": turns.others_share, "decoders": found,
+        "failed": turns.failed, "speedup": speedup(seconds, fastest),
     }  # fmt: skip
-
-
-def speedup(found: Mapping[str, Any], other: str | None) -> dict[str, Any] | None:
-    """Our tokens a second over another decoder's: of the medians, and the range over turns side by side."""
-    if other is None:
-        return None
-    ratios = [theirs / ours for ours, theirs in zip(found[OURS]["seconds"], found[other]["seconds"], strict=True)]
-    median = found[OURS]["tokens_a_second"] / found[other]["tokens_a_second"]
-    return {"over": other, "median": median, "range": [min(ratios), max(ratios)]}
 
 
 def with_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[str, Any]]:
@@ -626,8 +407,7 @@ def with_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[str,
 def complaints(result: Mapping[str, Any]) -> list[str]:
     """What a reader must know about one point of the grid: lines of text."""
     lines = [f"{RIVALS[kind]} left out: {error}" for kind, error in result["failed"].items()]
-    if result["others_share"] > NOTICEABLE:
-        lines.append(f"DISTURBED: other programs used {result['others_share']:.0%} of the machine meanwhile")
+    lines += disturbance(result["others_share"])
     for kind, found in result["decoders"].items():
         enough = min(MUST_AGREE, result["new_tokens"])
         if result["dtype"] == "float32" and found["agreeing_tokens"] < enough:
@@ -740,7 +520,7 @@ def survey(
     roofs: dict[str, float] = {}
     for kind in kinds[:2]:
         try:
-            with Worker(kind, python[kind], log) as worker:
+            with Worker(MODULE, kind, python[kind], log) as worker:
                 found = worker.ask("about")
                 about["versions"] |= found.pop("versions")
                 about["ours" if kind == OURS else "theirs"] = found
@@ -779,7 +559,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 del flat
                 for case in group:
                     with contextlib.ExitStack() as stack:
-                        workers = {kind: stack.enter_context(Worker(kind, python[kind], log)) for kind in kinds}
+                        workers = {kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in kinds}
                         results.append(measure(case, settings, workers, weights))
                     speeds = {kind: found["tokens_a_second"] for kind, found in results[-1]["decoders"].items()}
                     shown = ", ".join(f"{RIVALS.get(kind, kind)} {speed:,.1f}" for kind, speed in speeds.items())
@@ -808,15 +588,9 @@ def roofs_text(roofs: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in roofs.items())
 
 
-def machine_text(about: Mapping[str, Any]) -> str:
-    device = about["processor"] if about["ours"]["platform"] == "cpu" else about["ours"]["device"]
-    names = [name for name in ("jax", "torch", "transformers") if name in about["versions"]]
-    return ", ".join([f"{device} ({about['cores']} cores)", *(f"{name} {about['versions'][name]}" for name in names)])
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        worker_main(sys.argv[2])
+        worker_main(sys.argv[2], lambda kind: JaxWorker() if kind == OURS else TorchWorker(kind))
     else:
         from jaxgpt.cli import cli
 

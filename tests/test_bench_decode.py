@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from experiments import bench_decode
-from experiments.bench_decode import OURS, Case, Settings
-from jaxgpt import model
+from experiments.bench_decode import Case, Settings
+from jaxgpt import bench, model
+from jaxgpt.bench import OURS
 from jaxgpt.config import ModelConfig, UserError
 from tests.helpers import hidden
 
@@ -128,7 +129,7 @@ def test_a_figure_with_a_decoder_missing_at_one_point(tmp_path):
 def test_weights_have_the_models_shapes_and_all_matter():
     flat = flat_weights()
     shapes = jax.eval_shape(lambda key: model.init(key, SMALL), jax.random.key(0))
-    params = bench_decode.nested(flat)
+    params = bench.nested(flat)
     assert jax.tree.structure(params) == jax.tree.structure(shapes)
     jax.tree.map(lambda w, shape: np.testing.assert_array_equal(w.shape, shape.shape), params, shapes)
     assert all(w.dtype == np.float32 and w.std() > 0.02 for w in flat.values())
@@ -138,18 +139,18 @@ def test_weights_have_the_models_shapes_and_all_matter():
 
 def test_hf_names_are_all_different():
     flat = flat_weights()
-    assert len({bench_decode.hf_name(name) for name in flat}) == len(flat)
+    assert len({bench.hf_name(name) for name in flat}) == len(flat)
 
 
 def test_hugging_face_computes_the_same_logits():
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     flat = flat_weights()
-    theirs = bench_decode.hf_model(SMALL, flat)
+    theirs = bench.hf_model(SMALL, flat)
     tokens = np.random.default_rng(1).integers(0, SMALL.vocab, (3, 20))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-    params = bench_decode.nested(flat)
+    params = bench.nested(flat)
     np.testing.assert_allclose(model.unembed(params, hidden(params, SMALL, jnp.asarray(tokens))), expected, atol=2e-5)
 
 
@@ -160,7 +161,7 @@ def test_both_workers_choose_the_same_tokens():
     flat, prompts = flat_weights(), np.random.default_rng(2).integers(0, SMALL.vocab, (4, 5)).astype(np.int32)
     answers = []
     for worker in (bench_decode.TorchWorker("dynamic"), bench_decode.JaxWorker()):
-        worker.load(SMALL, flat, prompts, prepared=False)
+        worker.prepare(SMALL, flat, prompts, prepared=False)
         answers.append(worker.generate(15))
     assert answers[0].shape == (4, 15) and len(np.unique(answers[0])) > 10
     assert bench_decode.agreeing(*answers) == 15
@@ -173,20 +174,20 @@ class Fake:
     def about(self):
         raise RuntimeError("first line\nsecond line")
 
-    def generate(self, new_tokens):
-        return np.arange(new_tokens)[None]
+    def timed(self, new_tokens):
+        return {"tokens": list(range(new_tokens))}
 
 
 def test_a_worker_answers_every_request_mistakes_too():
     requests = [
-        {"do": "about"}, {"do": "generate", "new_tokens": 3, "show": True}, {"do": "nonsense"},
-        {"do": "generate", "new_tokens": 3, "show": False},
+        {"do": "about"}, {"do": "timed", "new_tokens": 3}, {"do": "nonsense"}, {"do": "timed", "tokens": 3},
+        {"do": "cpu"},
     ]  # fmt: skip
     answers: list[dict] = []
-    bench_decode.serve(Fake(), io.StringIO("".join(json.dumps(r) + "\n" for r in requests)), answers.append)
+    bench.serve(Fake(), io.StringIO("".join(json.dumps(r) + "\n" for r in requests)), answers.append)
     assert answers[0] == {"error": "RuntimeError: first line"}
-    assert answers[1]["tokens"] == [[0, 1, 2]] and answers[1]["seconds"] > 0
-    assert "nonsense" in answers[2]["error"] and answers[3]["tokens"] is None
+    assert answers[1] == {"tokens": [0, 1, 2]} and answers[4]["seconds"] > 0
+    assert "nonsense" in answers[2]["error"] and answers[3]["error"].startswith("TypeError")
 
 
 @pytest.mark.parametrize(
@@ -195,8 +196,8 @@ def test_a_worker_answers_every_request_mistakes_too():
 )
 def test_a_worker_that_cannot_start_is_one_line(tmp_path, python, complaint):
     (tmp_path / "log").write_text("")
-    with pytest.raises(bench_decode.WorkerError, match=complaint):
-        with bench_decode.Worker("dynamic", python, tmp_path / "log") as worker:
+    with pytest.raises(bench.WorkerError, match=complaint):
+        with bench.Worker(bench_decode.MODULE, "dynamic", python, tmp_path / "log") as worker:
             worker.ask("about")
 
 
@@ -209,7 +210,7 @@ class Scripted:
     def ask(self, do, **request):
         self.asked.append((do, request.get("new_tokens")))
         if len(self.asked) == self.fails_at:
-            raise bench_decode.WorkerError("no compiler")
+            raise bench.WorkerError("no compiler")
         return {"seconds": 1.0, "tokens": self.tokens, "process": 5, "device": None}
 
 
@@ -225,10 +226,10 @@ def test_decoders_take_turns(monkeypatch):
     workers = {OURS: Recorded(), "dynamic": Recorded()}
     for kind, worker in workers.items():
         worker.kind = kind
-    monkeypatch.setattr(bench_decode.time, "sleep", lambda _: None)
+    monkeypatch.setattr(bench.time, "sleep", lambda _: None)
     settings = Settings(models=("toy",), block=0, batches=(1,), prompts=(3,), new_tokens=(2,), repeats=3)
     found = bench_decode.measure(Case("toy", "float32", 1, 3, 2), settings, workers, None)
-    whole = [kind for kind, do, new_tokens in order if do == "generate" and new_tokens == 2]
+    whole = [kind for kind, do, new_tokens in order if do == "timed" and new_tokens == 2]
     assert whole == [OURS] * 2 + ["dynamic"] * 2 + [OURS, "dynamic"] * 3
     assert (
         found["speedup"] == {"over": "dynamic", "median": 1, "range": [1, 1]}
@@ -247,18 +248,18 @@ def test_time_of_other_programs_is_what_is_busy_less_ours(monkeypatch, theirs, s
         def ask(self, do, **request):
             return {"seconds": next(cpu)} if do == "cpu" else super().ask(do, **request)
 
-    monkeypatch.setattr(bench_decode, "busy_seconds", lambda: next(busy))
-    monkeypatch.setattr(bench_decode, "cores", lambda: 2)
-    monkeypatch.setattr(bench_decode.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(bench_decode.time, "process_time", lambda: 0.0)
-    monkeypatch.setattr(bench_decode.time, "sleep", lambda _: None)
+    monkeypatch.setattr(bench, "busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(bench, "cores", lambda: 2)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(bench.time, "process_time", lambda: 0.0)
+    monkeypatch.setattr(bench.time, "sleep", lambda _: None)
     settings = Settings(models=("toy",), block=0, batches=(1,), prompts=(3,), new_tokens=(2,), repeats=1)
     found = bench_decode.measure(Case("toy", "float32", 1, 3, 2), settings, {OURS: Counted()}, None)
     assert found["others_share"] == share
 
 
 def test_a_rival_that_fails_is_left_out_and_named(monkeypatch):
-    monkeypatch.setattr(bench_decode.time, "sleep", lambda _: None)
+    monkeypatch.setattr(bench.time, "sleep", lambda _: None)
     settings = Settings(models=("toy",), block=0, batches=(1,), prompts=(3,), new_tokens=(2,), repeats=2)
     case = Case("toy", "float32", 1, 3, 2)
     workers = {OURS: Scripted(), "dynamic": Scripted(), "compiled": Scripted(fails_at=2)}

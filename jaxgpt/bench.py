@@ -1,0 +1,300 @@
+"""What the benchmark programs share: decoders or trainers in processes of their own, which take turns.
+
+Threads, allocators and peak memory don't mix then, and a disturbance of the machine hits all alike. A worker process
+reads requests, a JSON object a line, calls the method that each one names, and answers in a line. Imports of jax and
+torch stay inside functions: neither kind of process has the other's library.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import resource
+import select
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from jaxgpt.config import ModelConfig, UserError
+
+ROOT = Path(__file__).parents[1]
+OURS = "jaxgpt"
+PATIENCE = 1800  # seconds that a worker may take for one answer
+NOTICEABLE = 0.05  # share of the cores' time with other programs
+
+
+# ---- the machine ----
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fast_malloc() -> None:
+    """`jaxgpt.process.fast_malloc`, which a Python without jax can't import: the same favour for torch."""
+    if os.environ.get("JAXGPT_MALLOC") != "0" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
+            mallopt(option, value)
+
+
+def peak_memory() -> int:
+    """Bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def best_rate(read: Callable[[], Any], size: int, times: int = 12) -> float:
+    """Bytes a second of the fastest of several reads; the first one warms up."""
+    read()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        read()
+        seconds.append(time.perf_counter() - start)
+    return size / min(seconds)
+
+
+def busy_seconds() -> float:
+    """Seconds that this machine's cores have been busy since it started, time stolen by a host's others included; 0
+    where the system does not say."""
+    with contextlib.suppress(OSError):
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # less idle and waiting for disks
+    return 0.0
+
+
+def processor() -> str:
+    """Its name, as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---- worker processes ----
+
+
+def serve(worker: Any, requests: IO[str], answer: Callable[[dict[str, Any]], None]) -> None:
+    """Answer each request, {"do": a method of the worker, its arguments}, until there are no more. What goes wrong is
+    answered too, in one line."""
+    own: dict[str, Callable[[], dict[str, Any]]] = {
+        "cpu": lambda: {"seconds": time.process_time()},
+        "peak": lambda: peak_of(worker),
+    }
+    for line in requests:
+        request = json.loads(line)
+        name = request.pop("do")
+        try:
+            answer(own[name]() if name in own else getattr(worker, name)(**request))
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            answer({"error": f"{type(error).__name__}: {text[0][:200] if text else ''}"})
+
+
+def peak_of(worker: Any) -> dict[str, int | None]:
+    """Bytes: the largest resident memory of this process, and the device's."""
+    return {"process": peak_memory(), "device": worker.device_peak()}
+
+
+def worker_main(kind: str, make: Callable[[str], Any]) -> None:
+    """The process of one worker: stdout speaks JSON alone, whatever libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(values: dict[str, Any]) -> None:
+        answers.write(json.dumps(values) + "\n")
+
+    try:
+        fast_malloc()  # before jax or torch is imported
+        worker = make(kind)
+    except ImportError as error:
+        answer({"error": f"{type(error).__name__}: {error}"})
+        return
+    serve(worker, sys.stdin, answer)
+
+
+class WorkerError(Exception):
+    """What a worker could not do, in one line."""
+
+
+class Worker:
+    """A worker process, `python -m MODULE --worker KIND`, seen from the one that asks; it ends with the `with`
+    block."""
+
+    def __init__(self, module: str, kind: str, python: str, log: Path) -> None:
+        self.kind, self.log = kind, log
+        environment = dict(os.environ)
+        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared by the workers
+        environment.setdefault("HF_HUB_OFFLINE", "1")
+        with open(log, "a", encoding="utf-8") as errors:
+            try:
+                self.process = subprocess.Popen(
+                    [python, "-m", module, "--worker", kind],
+                    cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                )  # fmt: skip
+            except OSError as error:
+                raise WorkerError(f"can't start {python}: {error.strerror}") from None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()  # type: ignore[union-attr]
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()  # type: ignore[union-attr]
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin and stdout
+        try:
+            stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
+            stdin.flush()
+        except OSError:
+            pass  # it has ended: its last answer, or its log, says why
+        if not select.select([stdout], [], [], PATIENCE)[0]:
+            self.process.kill()
+            raise WorkerError(f"no answer in {PATIENCE} s")
+        line = stdout.readline()
+        if not line:
+            last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise WorkerError(f"the process ended ({self.process.wait()}): {''.join(last)[:200]}")
+        found = json.loads(line)
+        if "error" in found:
+            raise WorkerError(found["error"])
+        return found
+
+
+class Turns:
+    """Workers that take turns. One that fails is left out and its reason kept; ours must not."""
+
+    def __init__(self, workers: Mapping[str, Any]) -> None:
+        self.alive, self.failed = dict(workers), {}  # type: dict[str, Any], dict[str, str]
+        self.others_share = 0.0  # of the cores' time, with other programs, in `watched`
+
+    def each(self, do: Callable[[str, Any], None]) -> None:
+        """do(kind, worker) for each that is alive."""
+        for kind, worker in list(self.alive.items()):
+            try:
+                do(kind, worker)
+            except WorkerError as error:
+                if kind == OURS:
+                    raise UserError(f"{OURS}: {error}") from None
+                self.failed[kind] = str(error)
+                del self.alive[kind]
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Measures `others_share` meanwhile."""
+        busy, ours, started = busy_seconds(), self._seconds(), time.perf_counter()
+        yield
+        busy, ours, elapsed = busy_seconds() - busy, self._seconds() - ours, time.perf_counter() - started
+        self.others_share = max(busy - ours, 0.0) / (elapsed * cores())
+
+    def _seconds(self) -> float:
+        """That the cores were busy for us."""
+        return time.process_time() + sum(worker.ask("cpu")["seconds"] for worker in self.alive.values())
+
+
+def disturbance(others_share: float) -> list[str]:
+    """A line for the reader where other programs had a noticeable share of the machine."""
+    if others_share <= NOTICEABLE:
+        return []
+    return [f"DISTURBED: other programs used {others_share:.0%} of the machine meanwhile"]
+
+
+def speedup(seconds: Mapping[str, list[float]], other: str | None) -> dict[str, Any] | None:
+    """How many times as fast as another we are: of the medians, and the range over turns side by side."""
+    if other is None:
+        return None
+    ratios = [theirs / ours for ours, theirs in zip(seconds[OURS], seconds[other], strict=True)]
+    median = statistics.median(seconds[other]) / statistics.median(seconds[OURS])
+    return {"over": other, "median": median, "range": [min(ratios), max(ratios)]}
+
+
+def jax_versions() -> dict[str, str]:
+    import jax
+    import jaxlib
+
+    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()}
+
+
+def machine_text(about: Mapping[str, Any]) -> str:
+    """The device, its cores and the versions, in one line."""
+    device = about["processor"] if about["ours"]["platform"] == "cpu" else about["ours"]["device"]
+    names = [name for name in ("jax", "torch", "transformers", "trl") if name in about["versions"]]
+    return ", ".join([f"{device} ({about['cores']} cores)", *(f"{name} {about['versions'][name]}" for name in names)])
+
+
+# ---- the same weights in Hugging Face's GPT-2 ----
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *folders, last = name.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = value
+    return tree
+
+
+def hf_name(name: str) -> str:
+    """Where Hugging Face's GPT-2 keeps one of our parameters; its Conv1D has our [in, out] layout."""
+    head, _, rest = name.partition("/")
+    if head == "embed":
+        return {"tokens_VD": "transformer.wte.weight", "positions_TD": "transformer.wpe.weight"}[rest]
+    leaf = {"kernel": "weight", "scale": "weight", "bias": "bias"}[name.rpartition("/")[2]]
+    if head == "final_norm":
+        return f"transformer.ln_f.{leaf}"
+    inner = {
+        "attention_norm": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj",
+        "mlp_norm": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
+    }[rest.partition("/")[0]]  # fmt: skip
+    return f"transformer.h.{head.removeprefix('block_')}.{inner}.{leaf}"
+
+
+def hf_order(name: str, w: np.ndarray, heads: int) -> np.ndarray:
+    """Hugging Face has all q, then all k, then all v; we have the q, k and v of each head together."""
+    if "/qkv/" not in name:
+        return w
+    parts = w.reshape(*w.shape[:-1], heads, 3, -1)
+    return np.ascontiguousarray(parts.swapaxes(-3, -2)).reshape(w.shape)
+
+
+def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = "cpu") -> Any:
+    """GPT2LMHeadModel with our weights, in config.dtype, that never ends by itself."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2Config(
+        vocab_size=config.vocab, n_positions=config.block, n_embd=config.width, n_layer=config.layers,
+        n_head=config.heads, n_inner=config.width * config.mlp_ratio, activation_function="gelu_new",
+        layer_norm_epsilon=config.norm_epsilon, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device(device):
+        model = GPT2LMHeadModel(theirs).to(getattr(torch, config.dtype)).eval()
+    model.generation_config.eos_token_id = None
+    places = dict(model.named_parameters())  # the tied head appears once, as wte
+    with torch.no_grad():
+        for name in flat:
+            places.pop(hf_name(name)).copy_(torch.from_numpy(hf_order(name, np.asarray(flat[name]), config.heads)))
+    if places or model.lm_head.weight.data_ptr() != model.transformer.wte.weight.data_ptr():
+        raise UserError(f"this version of transformers has other parameters: {', '.join(places) or 'an untied head'}")
+    return model
