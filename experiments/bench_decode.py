@@ -45,6 +45,7 @@ from jaxgpt.bench import (
     best_rate,
     cores,
     disturbance,
+    draw_bars,
     hf_model,
     jax_versions,
     machine_text,
@@ -457,55 +458,14 @@ def table(results: Sequence[Mapping[str, Any]], roof: float) -> list[str]:
 
 
 def figure(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Tokens a second, one panel a model and batch with its own scale; and the fraction of the roof, all together."""
-    from matplotlib.figure import Figure
-
-    kinds = [kind for kind in (OURS, *RIVALS) if any(kind in result["decoders"] for result in results)]
-    panels: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for result in results:
-        panels.setdefault((result["model"], result["batch"]), []).append(result)
-    sizes = [len(group) for group in panels.values()]
-    picture = Figure(figsize=(2.4 + 1.3 * sum(sizes), 7), dpi=110, layout="constrained")
-    grid = picture.add_gridspec(2, len(panels), width_ratios=sizes)
-    tops = [picture.add_subplot(grid[0, i]) for i in range(len(panels))]
-    bottoms = [picture.add_subplot(grid[1, i]) for i in range(len(panels))]
+    """A panel for each model and batch."""
     several = len({(result["prompt"], result["new_tokens"]) for result in results}) > 1
-    width = 0.8 / len(kinds)
-    for ((name, batch), group), top, bottom in zip(panels.items(), tops, bottoms, strict=True):
-        for i, kind in enumerate(kinds):
-            at = [(x + (i - (len(kinds) - 1) / 2) * width, r["decoders"][kind])
-                  for x, r in enumerate(group) if kind in r["decoders"]]  # fmt: skip
-            if not at:
-                continue
-            place = [x for x, _ in at]
-            speed = [found["tokens_a_second"] for _, found in at]
-            ranges = np.abs(np.array([found["tokens_a_second_range"] for _, found in at]).T - speed)
-            label = RIVALS.get(kind, kind)
-            top.bar(place, speed, width * 0.92, yerr=ranges, capsize=2, color=f"C{i}", label=label)
-            bottom.bar(place, [found["fraction_of_roof"] for _, found in at], width * 0.92, color=f"C{i}", label=label)
-            for x, found in at:
-                high = found["tokens_a_second_range"][1]
-                top.annotate(f"{found['tokens_a_second']:,.0f}", (x, high), xytext=(0, 2), textcoords="offset points",
-                             ha="center", va="bottom", fontsize=7)  # fmt: skip
-                bottom.annotate(f"{found['fraction_of_roof']:.0%}", (x, found["fraction_of_roof"]), xytext=(0, 1),
-                                textcoords="offset points", ha="center", va="bottom", fontsize=7)  # fmt: skip
-        lengths = [f"\n{r['prompt']} + {r['new_tokens']}" if several else "" for r in group]
-        labels = [r["dtype"] + length for r, length in zip(group, lengths, strict=True)]
-        top.set_title(f"{name}, batch {batch}", fontsize=10)
-        for axis in (top, bottom):
-            axis.set_xticks(range(len(group)), labels, fontsize=8)
-            axis.set_xlim(-0.6, len(group) - 0.4)
-            axis.spines[["top", "right"]].set_visible(False)
-        largest = max(found["fraction_of_roof"] for r in results for found in r["decoders"].values())
-        bottom.set_ylim(0, max(1.05, 1.1 * largest))
-        bottom.axhline(1, color="0.5", ls=":", lw=1)
-        top.margins(y=0.12)
-    tops[0].set_ylabel("tokens a second (bar: median, line: range)")
-    bottoms[0].set_ylabel("fraction of the measured memory rate")
-    handles, names = tops[0].get_legend_handles_labels()
-    picture.legend(handles, names, loc="outside lower center", ncols=len(kinds), frameon=False)
-    picture.suptitle(title, fontsize=9)
-    picture.savefig(path)
+    panels: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for result in results:
+        lengths = f"\n{result['prompt']} + {result['new_tokens']}" if several else ""
+        panel = panels.setdefault(f"{result['model']}, batch {result['batch']}", [])
+        panel.append((result["dtype"] + lengths, result["decoders"]))
+    draw_bars(panels, {OURS: OURS, **RIVALS}, "fraction of the measured memory rate", path, title)
 
 
 # ---- the experiment ----

@@ -8,6 +8,7 @@ torch stay inside functions: neither kind of process has the other's library.
 import contextlib
 import ctypes
 import json
+import math
 import os
 import platform
 import resource
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -239,7 +240,84 @@ def machine_text(about: Mapping[str, Any]) -> str:
     return ", ".join([f"{device} ({about['cores']} cores)", *(f"{name} {about['versions'][name]}" for name in names)])
 
 
-# ---- the same weights in Hugging Face's GPT-2 ----
+# ---- the picture ----
+
+
+def draw_bars(
+    panels: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]],
+    names: Mapping[str, str],
+    lower: str,
+    path: Path,
+    title: str,
+) -> None:
+    """Tokens a second, each panel with its own scale; below it the fraction of the roof, all on one scale.
+
+    A panel is a list of (label, {kind: tokens_a_second, tokens_a_second_range, fraction_of_roof}); `names` are those of
+    the kinds, `lower` says what the roof is.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in names if any(kind in found for group in panels.values() for _, found in group)]
+    sizes = [len(group) for group in panels.values()]
+    picture = Figure(figsize=(2.4 + max(1.3, 0.55 * len(kinds)) * sum(sizes), 7), dpi=110, layout="constrained")
+    grid = picture.add_gridspec(2, len(panels), width_ratios=sizes)
+    tops = [picture.add_subplot(grid[0, i]) for i in range(len(panels))]
+    bottoms = [picture.add_subplot(grid[1, i]) for i in range(len(panels))]
+    largest = max(one["fraction_of_roof"] for group in panels.values() for _, found in group for one in found.values())
+    width = 0.8 / len(kinds)
+    for (name, group), top, bottom in zip(panels.items(), tops, bottoms, strict=True):
+        for i, kind in enumerate(kinds):
+            at = [(x + (i - (len(kinds) - 1) / 2) * width, found[kind])
+                  for x, (_, found) in enumerate(group) if kind in found]  # fmt: skip
+            if not at:
+                continue
+            place = [x for x, _ in at]
+            speed = [found["tokens_a_second"] for _, found in at]
+            ranges = np.abs(np.array([found["tokens_a_second_range"] for _, found in at]).T - speed)
+            top.bar(place, speed, width * 0.92, yerr=ranges, capsize=2, color=f"C{i}", label=names[kind])
+            bottom.bar(place, [found["fraction_of_roof"] for _, found in at], width * 0.92, color=f"C{i}")
+            for x, found in at:
+                high = found["tokens_a_second_range"][1]
+                top.annotate(f"{found['tokens_a_second']:,.0f}", (x, high), xytext=(0, 2), textcoords="offset points",
+                             ha="center", va="bottom", fontsize=7)  # fmt: skip
+                bottom.annotate(f"{found['fraction_of_roof']:.0%}", (x, found["fraction_of_roof"]), xytext=(0, 1),
+                                textcoords="offset points", ha="center", va="bottom", fontsize=7)  # fmt: skip
+        top.set_title(name, fontsize=10)
+        for axis in (top, bottom):
+            axis.set_xticks(range(len(group)), [label for label, _ in group], fontsize=8)
+            axis.set_xlim(-0.6, len(group) - 0.4)
+            axis.spines[["top", "right"]].set_visible(False)
+        bottom.set_ylim(0, max(1.05, 1.1 * largest))
+        bottom.axhline(1, color="0.5", ls=":", lw=1)
+        top.margins(y=0.12)
+    tops[0].set_ylabel("tokens a second (bar: median, line: range)")
+    bottoms[0].set_ylabel(lower)
+    handles, labels = tops[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=min(len(kinds), 3), frameon=False)
+    picture.suptitle(title, fontsize=9)
+    picture.savefig(path)
+
+
+# ---- weights, and the same in Hugging Face's GPT-2 ----
+
+
+def initial_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """GPT-2's initialisation, as in `model.init`, by name ("block_0/qkv/kernel")."""
+    import jax
+
+    from jaxgpt import model
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith(("scale", "bias")):
+            return np.full(shape, name.endswith("scale"), np.float32)
+        residual = name.endswith(("out/kernel", "down/kernel"))
+        size = 0.02 / math.sqrt(2 * config.layers) if residual else 0.01 if name.endswith("positions_TD") else 0.02
+        return np.float32(size) * rng.standard_normal(shape, dtype=np.float32)
+
+    shapes = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape) for path, leaf in leaves)
+    return {name: draw(name, shape) for name, shape in named}
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,11 +80,27 @@ PLAIN = Layers(dense, norm, gelu, attention.attend, product_VD)
 
 # ---- with gradients written by hand ----
 
+COPIES = 4  # parts in which a matrix is transposed
 _together = jax.lax.optimization_barrier  # materialise
 
 
 def _flat(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
+
+
+def _transposed(x: Array) -> Array:
+    """x^T of a matrix, copied: XLA:CPU's fast bfloat16 product takes no transposed operand, and a transpose alone is a
+    change of layout, even behind a barrier. A loop's result is laid out in order."""
+    x = _flat(x)
+    rows = x.shape[0] // COPIES
+    if x.dtype == jnp.float32 or x.shape[0] % COPIES or sharding.divided():
+        return x.T
+
+    def copy(i: Array, out: Array) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(x, i * rows, rows)
+        return jax.lax.dynamic_update_slice_in_dim(out, part.T, i * rows, axis=1)
+
+    return jax.lax.fori_loop(0, COPIES, copy, jnp.zeros(x.shape[::-1], x.dtype))
 
 
 def _dot(x: Array, w: Array, dtype: Any) -> Array:
@@ -106,9 +122,9 @@ def _linear_forward(x: Array, kernel: Array, bias: Array, axes: tuple[str, str])
 def _linear_backward(axes: tuple[str, str], saved: Any, dy: Array) -> tuple[Array, Array, Array]:
     x, kernel, like = saved
     dy = _together(dy)
-    dkernel = jnp.matmul(_flat(x).T, _flat(dy), preferred_element_type=jnp.float32)
+    dkernel = jnp.matmul(_transposed(x), _flat(dy), preferred_element_type=jnp.float32)
     dbias = _flat(dy).sum(axis=0, dtype=jnp.float32)
-    return _dot(dy, kernel.T, x.dtype), sharding.constrain(dkernel, *axes).astype(like.dtype), dbias
+    return _dot(dy, _transposed(kernel), x.dtype), sharding.constrain(dkernel, *axes).astype(like.dtype), dbias
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
@@ -205,14 +221,14 @@ def _fast_product_VD(h: Array, table_VD: Array) -> Array:
 
 def _product_forward(h: Array, table_VD: Array) -> tuple[Array, Any]:
     h, ready = _together((h, sharding.gathered(table_VD.astype(h.dtype), LINES)))
-    logits = jnp.einsum("...d,vd->...v", h, ready, preferred_element_type=jnp.float32)
+    logits = jnp.matmul(h, _transposed(ready), preferred_element_type=jnp.float32)
     return logits, (h, ready, jnp.zeros((), table_VD.dtype))
 
 
 def _product_backward(saved: Any, dy: Array) -> tuple[Array, Array]:
     h, table_VD, like = saved
     dy = _together(dy.astype(h.dtype))
-    dtable = jnp.matmul(_flat(dy).T, _flat(h), preferred_element_type=jnp.float32)
+    dtable = _together(jnp.matmul(_transposed(h), _flat(dy), preferred_element_type=jnp.float32)).T
     return _dot(dy, table_VD, h.dtype), sharding.constrain(dtable, *LINES).astype(like.dtype)
 
 

@@ -79,6 +79,11 @@ def _active() -> AbstractMesh | None:
     return mesh if automatic and mesh.size > 1 else None
 
 
+def divided() -> bool:
+    """Whether the program that is being traced is divided among several devices by XLA."""
+    return _active() is not None
+
+
 def platform() -> str:
     """What is being compiled for: "cpu", "gpu" or "tpu". Not `jax.default_backend()` alone, which is the machine that
     compiles: a program for a TPU slice may be made on a laptop."""

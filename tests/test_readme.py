@@ -22,6 +22,14 @@ def test_the_block_on_decoding_runs(capsys):
     assert capsys.readouterr().out.startswith("(4, 8) ")
 
 
+def test_models_of_other_libraries_train(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(encoding="utf-8"), flags=re.S)
+    exec(block, {})
+    found = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert found.keys() == {"Linen", "NNX", "Equinox"}
+    assert all(float(loss) < 4.0 for loss in found.values())  # they start at 4.2 or more
+
+
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
 )
