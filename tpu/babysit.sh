@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# See a run through to its end on a slice that may be taken away: create, set up, run; after a preemption once more.
+#
+#   tpu/babysit.sh NAME --tpu v6e:4x4 --zone us-east5-b --spot --bucket BUCKET -- assistant --run runs/mine
+#
+# Takes create.sh's options. Needs --bucket: what a run has saved must outlive its slice. Stages that are finished are
+# not run again. Deletes the slice at the end (--keep: does not). Stops at a mistake in the command (exit status 2), or
+# after three failures in a row. --dry-run prints the commands of one round.
+. "$(dirname "$0")/lib.sh"
+read_arguments "$@"
+
+[ ${#REST[@]} -gt 0 ] || fail "babysit.sh needs the command, after --"
+[ -n "$BUCKET" ] || fail "babysit.sh needs --bucket: without one a run is lost with its slice"
+here=$TPU_FOLDER
+
+if [ "$DRY_RUN" = 1 ]; then
+  "$here/create.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"}
+  "$here/setup.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"}
+  "$here/run.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"} -- "${REST[@]}"
+  [ "$KEEP" = 1 ] || "$here/delete.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"}
+  exit
+fi
+
+finish() {
+  if [ "$KEEP" = 1 ]; then
+    say "the slice is still there, and costs money: tpu/delete.sh $NAME"
+  else
+    "$here/delete.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"} || say "could not delete $NAME: look for it at console.cloud.google.com"
+  fi
+  exit "$1"
+}
+
+failures=0
+while :; do
+  state=$(slice_state)
+  case "$state" in
+    UNKNOWN)
+      sleep "$POLL"
+      continue ;;
+    WAITING)
+      sleep "$POLL"
+      continue ;;
+    GONE)
+      say "$(date -u '+%F %T') the slice is gone; asking for another"
+      "$here/delete.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"} || sleep "$POLL"
+      continue ;;
+    ABSENT)
+      code=0
+      "$here/create.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"} || code=$?
+      [ "$code" != 2 ] || exit 2
+      [ "$code" = 0 ] || sleep "$POLL"
+      continue ;;
+  esac
+  began=$SECONDS
+  code=0
+  { "$here/setup.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"} && "$here/run.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"} -- "${REST[@]}"; } || code=$?
+  say "$(date -u '+%F %T') the round ended with $code"
+  [ $((SECONDS - began)) -lt 3600 ] || failures=0
+  case "$code" in
+    0 | 2) finish "$code" ;;
+    75) ;;  # saved, or taken away: go on where it was
+    *)
+      state=$(slice_state)
+      [ "$state" = READY ] || continue  # the failure was the slice's
+      failures=$((failures + 1))
+      [ "$failures" -lt 3 ] || { say "three failures in a row"; finish "$code"; } ;;
+  esac
+done
