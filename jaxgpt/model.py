@@ -102,8 +102,8 @@ def dropout(key: Array | None, rate: float, x: Array) -> Array:
 def embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) -> Array:
     """Token plus position embedding, in the activations' dtype."""
     table = params["embed"]
-    tokens_VD = sharding.gathered(table["tokens_VD"], LINES)
-    positions_TD = sharding.gathered(table["positions_TD"], (None, "fsdp"))
+    tokens_VD = sharding.gathered(table["tokens_VD"], LINES, lookup=True)
+    positions_TD = sharding.gathered(table["positions_TD"], (None, "fsdp"), lookup=True)
     return (tokens_VD[tokens] + positions_TD[positions]).astype(config.dtype)
 
 

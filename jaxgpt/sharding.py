@@ -104,24 +104,25 @@ def constrain_rows(x: Array) -> Array:
     return constrain(x, ROWS, *[None] * (x.ndim - 1))
 
 
-def gathered(w: Array, axes: Sequence[Axes]) -> Array:
+def gathered(w: Array, axes: Sequence[Axes], lookup: bool = False) -> Array:
     """A parameter that is divided along `axes`, put together along 'fsdp' for its use; its gradient is scattered again.
-    The identity outside a mesh."""
+    `lookup`: it is used by row, not in a product. The identity outside a mesh."""
     mesh = _active()
-    return w if mesh is None or mesh.shape.get("fsdp", 1) == 1 else _gathered(w, tuple(axes))
+    return w if mesh is None or mesh.shape.get("fsdp", 1) == 1 else _gathered(w, tuple(axes), lookup)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(w: Array, axes: tuple[Axes, ...]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(w: Array, axes: tuple[Axes, ...], lookup: bool) -> Array:
     return constrain(w, *(None if axis == "fsdp" else axis for axis in axes))
 
 
-def _scatter(axes: tuple[Axes, ...], _: None, g: Array) -> tuple[Array]:
-    # First whole: XLA would else divide a lookup's gradient by sending activations around.
-    return (constrain(_gathered(g, axes), *axes),)
+def _scatter(axes: tuple[Axes, ...], lookup: bool, _: None, g: Array) -> tuple[Array]:
+    # A product's gradient is summed straight into its parts. A lookup's is first made whole: XLA would else divide it
+    # by sending activations around.
+    return (constrain(_gathered(g, axes, lookup) if lookup else g, *axes),)
 
 
-_gathered.defvjp(lambda w, axes: (_gathered(w, axes), None), _scatter)
+_gathered.defvjp(lambda w, axes, lookup: (_gathered(w, axes, lookup), None), _scatter)
 
 
 def parts_of(size: int, axes: Axes) -> int:
