@@ -102,9 +102,25 @@ def dropout(key: Array | None, rate: float, x: Array) -> Array:
 def embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) -> Array:
     """Token plus position embedding, in the activations' dtype."""
     table = params["embed"]
-    tokens_VD = sharding.gathered(table["tokens_VD"], LINES, lookup=True)
-    positions_TD = sharding.gathered(table["positions_TD"], (None, "fsdp"), lookup=True)
-    return (tokens_VD[tokens] + positions_TD[positions]).astype(config.dtype)
+    return (table["tokens_VD"][tokens] + table["positions_TD"][positions]).astype(config.dtype)
+
+
+def embed_rows(params: Params, config: ModelConfig, tokens_BT: Array, positions_BT: Array) -> Array:
+    """`embed` for rows that are divided among devices, and tables that are divided along 'fsdp'.
+
+    Each device looks its own columns up for all rows, and sends each row's to where it belongs; or, where the table is
+    smaller than that, the tables are put together first."""
+    B, T = tokens_BT.shape
+    if B * T < config.vocab * sharding.parts_of(B, ROWS):
+        x_BTD = constrain(embed(params, config, tokens_BT, positions_BT), "data", None, "fsdp")
+    else:
+        table = params["embed"]
+        whole = {
+            "tokens_VD": sharding.gathered(table["tokens_VD"], LINES, lookup=True),
+            "positions_TD": sharding.gathered(table["positions_TD"], (None, "fsdp"), lookup=True),
+        }
+        x_BTD = embed({"embed": whole}, config, tokens_BT, positions_BT)
+    return constrain(x_BTD, ROWS, None, None)
 
 
 def hidden(
@@ -150,7 +166,7 @@ def hidden_and_kv(
     layers = choose(config.gradients)
     layers = layers._replace(attend=attend or layers.attend)
     embed_key, keys = (None, None) if key is None else _split_for(key, config.layers)
-    x_BTD = constrain(embed(params, config, tokens_BT, positions_BT), ROWS, None, None)
+    x_BTD = embed_rows(params, config, tokens_BT, positions_BT)
     x_BTD = dropout(embed_key, config.dropout, x_BTD)
 
     def one(x_BTD: Array, block: Params, key: Array | None) -> tuple[Array, tuple[Array, Array]]:

@@ -1,0 +1,252 @@
+"""What a compiled XLA program sends between its devices, read from its text, and what a traced one multiplies.
+
+Loops count as often as they run: the text gives their counter's start, step and limit. A collective that the compiler
+has split into a start, pieces beside other work, and an end keeps its channel, and counts once.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
+    "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "f8e4m3fn": 1, "f8e5m2": 1,
+}  # fmt: skip
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+SHAPE = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\]")
+INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange: of what kind, how many bytes it leaves on a device, among how many devices, how often a step."""
+
+    kind: str
+    size: float
+    group: int
+    times: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in a step, by a ring: (n - 1) / n of the whole, twice for an all-reduce."""
+        n = self.group
+        whole = self.size * n if self.kind == "reduce-scatter" else self.size
+        share = {"all-reduce": 2.0, "collective-permute": n / (n - 1) if n > 1 else 0.0}.get(self.kind, 1.0)
+        return self.times * whole * share * (n - 1) / n
+
+
+@dataclasses.dataclass
+class Instruction:
+    name: str
+    shape: str
+    kind: str
+    operands: list[str]
+    text: str  # from the operands on
+    root: bool
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(rf"\b{name}=%?([\w.-]+)", self.text)
+        return found[1] if found else None
+
+    def called(self) -> list[str]:
+        """Computations that run when this instruction does, except a loop's and those that reduce two scalars."""
+        names = [self.attribute(name) for name in ("calls", "async_execution_thread_calls")]
+        branches = re.search(r"branch_computations=\{([^}]*)\}", self.text)
+        names += re.findall(r"%?([\w.-]+)", branches[1]) if branches else []
+        names += [self.attribute(name) for name in ("true_computation", "false_computation")]
+        if self.kind in ("call", "map"):
+            names.append(self.attribute("to_apply"))
+        return [name for name in names if name]
+
+
+class Program:
+    """The computations of an HLO text."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if line[:1] not in (" ", "}", "") and line.rstrip().endswith("{"):
+                head = re.match(r"(ENTRY )?%?([\w.-]+)", line)
+                if head and head[2] != "HloModule":
+                    current = self.computations.setdefault(head[2], {})
+                    self.entry = head[2] if head[1] else self.entry
+            elif found := INSTRUCTION.match(line):
+                root, name, shape, kind, rest = found.groups()
+                operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
+                current[name] = Instruction(name, shape, kind, operands, rest, bool(root))
+
+    def times(self) -> tuple[dict[str, int], set[str]]:
+        """How often each computation runs in a step; and the loops whose count could not be read (taken as once)."""
+        counts: dict[str, int] = {}
+        unknown: set[str] = set()
+
+        def visit(name: str, times: int, inside: tuple[str, ...]) -> None:
+            if name in inside or name not in self.computations:
+                return
+            counts[name] = counts.get(name, 0) + times
+            for one in self.computations[name].values():
+                if one.kind == "while":
+                    body = one.attribute("body") or ""
+                    trips = self.trips(name, one)
+                    if trips is None:
+                        unknown.add(body)
+                    visit(body, times * (1 if trips is None else trips), (*inside, name))
+                for called in one.called():
+                    visit(called, times, (*inside, name))
+
+        visit(self.entry, 1, ())
+        return counts, unknown
+
+    def trips(self, caller: str, loop: Instruction) -> int | None:
+        """How often a loop runs: ceil((limit - start) / step), where all three are constants."""
+        known = re.search(r'known_trip_count":?\s*\{"n":"(\d+)"', loop.text)
+        if known:
+            return int(known[1])
+        body, condition = loop.attribute("body") or "", loop.attribute("condition") or ""
+        if body not in self.computations or condition not in self.computations or not loop.operands:
+            return None
+        compare = next((one for one in self.computations[condition].values() if one.root), None)
+        if compare is None or compare.kind != "compare" or "direction=LT" not in compare.text:
+            return None
+
+        def outside(index: int) -> int | None:  # the loop's element `index` before it starts
+            state = self.computations[caller].get(loop.operands[0])
+            if state is None or state.kind != "tuple" or index >= len(state.operands):
+                return None
+            return self.constant(caller, state.operands[index])
+
+        def value(name: str) -> int | None:
+            index = self.element(condition, name)
+            return self.constant(condition, name) if index is None else outside(index)
+
+        counter = self.element(condition, compare.operands[0])
+        limit = value(compare.operands[1])
+        root = next((one for one in self.computations[body].values() if one.root), None)
+        if counter is None or limit is None or root is None or root.kind != "tuple" or counter >= len(root.operands):
+            return None
+        step = self.step(body, root.operands[counter], counter, outside)
+        start = outside(counter)
+        return None if not step or start is None else max(0, -(-(limit - start) // step))
+
+    def _through(self, computation: str, name: str) -> Instruction | None:
+        """The instruction that a name stands for, through copies."""
+        one = self.computations[computation].get(name)
+        while one is not None and one.kind in ("copy", "bitcast", "convert", "reshape") and one.operands:
+            one = self.computations[computation].get(one.operands[0])
+        return one
+
+    def constant(self, computation: str, name: str) -> int | None:
+        one = self._through(computation, name)
+        found = re.match(r"(-?\d+)\)", one.text) if one is not None and one.kind == "constant" else None
+        return int(found[1]) if found else None
+
+    def element(self, computation: str, name: str) -> int | None:
+        """Which element of the computation's parameter a name is."""
+        one = self._through(computation, name)
+        if one is None or one.kind != "get-tuple-element":
+            return None
+        source = self.computations[computation].get(one.operands[0])
+        index = re.search(r"index=(\d+)", one.text)
+        return int(index[1]) if source is not None and source.kind == "parameter" and index else None
+
+    def step(self, body: str, name: str, counter: int, outside: Any) -> int | None:
+        """By how much a body advances its counter."""
+        one = self._through(body, name)
+        if one is None or one.kind != "add" or len(one.operands) != 2:
+            return None
+        for this, other in (one.operands, one.operands[::-1]):
+            if self.element(body, this) == counter:
+                index = self.element(body, other)
+                return self.constant(body, other) if index is None else outside(index)
+        return None
+
+
+def shape_bytes(text: str) -> list[float]:
+    """The size of each array in a shape, which may be a tuple."""
+    return [
+        BYTES.get(dtype, 0) * int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64))
+        for dtype, dims in SHAPE.findall(text)
+    ]
+
+
+def group_size(text: str, devices: int) -> int:
+    """Devices in one group of a collective: `{{0,1},{2,3}}`, `[2,4]<=[8]`, or a mesh with the axes it goes along."""
+    if found := re.search(r"replica_groups=\{\{([0-9,]*)\}", text):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+        return int(found[2])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", found[1])}
+        return int(np.prod([sizes.get(name, 1) for name in re.findall(r"'([^']*)'", found[2])], dtype=int))
+    return devices
+
+
+def collectives(text: str, devices: int) -> tuple[list[Collective], set[str]]:
+    """What the program of an HLO text exchanges, and the loops of unknown length that do (counted once)."""
+    program = Program(text)
+    times, unknown = program.times()
+    found: dict[str, Collective] = {}
+    for computation, count in times.items():
+        for one in program.computations[computation].values():
+            kind = one.kind.removesuffix("-start")
+            if kind not in KINDS:
+                continue
+            sizes = shape_bytes(one.shape)
+            if one.kind.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ...)
+                sizes = sizes[1:2] if len(sizes) < 2 or kind == "collective-permute" else sizes[len(sizes) // 2 :]
+            channel = re.search(r"channel_id=(\d+)", one.text)
+            pairs = re.search(r"source_target_pairs=", one.text)
+            group = 2 if pairs else group_size(one.text, devices)
+            this = Collective(kind, sum(sizes), devices if pairs and devices > 1 else group, count)
+            key = f"{kind} {channel[1]}" if channel else f"{computation} {one.name}"
+            if key not in found or this.sent > found[key].sent:
+                found[key] = this
+    silent = {name for name in unknown if not _exchanges(program, name)}
+    return [one for one in found.values() if one.group > 1], unknown - silent
+
+
+def _exchanges(program: Program, name: str) -> bool:
+    kinds = {one.kind.removesuffix("-start") for one in program.computations.get(name, {}).values()}
+    return bool(kinds & set(KINDS))
+
+
+# ---- what a program multiplies ----
+
+
+def product_flops(jaxpr: Any) -> tuple[float, bool]:
+    """Multiplications and additions of all matrix products of a (closed) jaxpr, on all devices together, loops and
+    recomputation included; and whether there is a loop of unknown length, whose body counts once."""
+    flops, exact = 0.0, True
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, p = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = p["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            out = np.prod(equation.outvars[0].aval.shape, dtype=float)
+            flops += 2 * out * np.prod([left[i] for i in contracted], dtype=float)
+            continue
+        times = 1.0
+        if name == "scan":
+            times = p["length"]
+        elif name == "shard_map":
+            times = float(np.prod([p["mesh"].shape[axis] for axis in p["manual_axes"]], dtype=float))
+        elif name == "pallas_call":
+            times = float(np.prod(p["grid_mapping"].grid, dtype=float))
+        parts = [product_flops(inner) for inner in _inner(p)]
+        if name == "cond":
+            parts = [max(parts)] if parts else []
+        exact = exact and name != "while" and all(known for _, known in parts)
+        flops += times * sum(part for part, _ in parts)
+    return flops, exact
+
+
+def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(one, "eqns") or hasattr(getattr(one, "jaxpr", None), "eqns"):
+                yield one
