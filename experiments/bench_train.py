@@ -133,14 +133,6 @@ def cases(settings: Settings) -> list[Case]:
     return [Case(*point) for point in itertools.product(*grid)]
 
 
-def flops_a_token(config: ModelConfig) -> int:
-    """Of forward and backward: 6 N + 12 layers width block, N the parameters without positions."""
-    D, F = config.width, config.width * config.mlp_ratio
-    layer = 3 * D * D + 3 * D + D * D + D + 2 * D * F + F + D + 4 * D
-    parameters = config.layers * layer + config.vocab * D + 2 * D
-    return 6 * parameters + 12 * config.layers * D * config.block
-
-
 # ---- workers ----
 
 
@@ -389,7 +381,7 @@ def measure(
         for _ in range(settings.repeats):
             turns.each(turn)
     found: dict[str, Any] = {}
-    tokens, flops = case.batch * case.block, flops_a_token(config)
+    tokens, flops = case.batch * case.block, config.flops_a_token
     for kind, worker in turns.alive.items():
         typical = statistics.median(seconds[kind])
         found[kind] = {

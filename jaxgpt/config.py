@@ -46,6 +46,18 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.width // self.heads
 
+    @property
+    def parameters(self) -> int:
+        """How many weights, without the positions', which only add."""
+        D, F = self.width, self.width * self.mlp_ratio
+        layer = 3 * D * D + 3 * D + D * D + D + 2 * D * F + F + D + 4 * D
+        return self.layers * layer + self.vocab * D + 2 * D
+
+    @property
+    def flops_a_token(self) -> int:
+        """Of forward and backward over a whole block: 6 N + 12 layers width block (the forward pass is a third)."""
+        return 6 * self.parameters + 12 * self.layers * self.width * self.block
+
 
 PRESETS: Mapping[str, ModelConfig] = {
     "toy": ModelConfig(layers=2, width=32, heads=2, block=96, vocab=512),

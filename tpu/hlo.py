@@ -95,7 +95,8 @@ class Program:
                     trips = self.trips(name, one)
                     if trips is None:
                         unknown.add(body)
-                    visit(body, times * (1 if trips is None else trips), (*inside, name))
+                    for part in (body, one.attribute("condition") or ""):
+                        visit(part, times * (1 if trips is None else trips), (*inside, name))
                 for called in one.called():
                     visit(called, times, (*inside, name))
 
@@ -211,8 +212,12 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], set[str]]:
 
 
 def _exchanges(program: Program, name: str) -> bool:
-    kinds = {one.kind.removesuffix("-start") for one in program.computations.get(name, {}).values()}
-    return bool(kinds & set(KINDS))
+    """Whether a computation, or one that it runs, exchanges anything."""
+    for one in program.computations.get(name, {}).values():
+        inner = [*one.called(), *filter(None, (one.attribute("body"), one.attribute("condition")))]
+        if one.kind.removesuffix("-start") in KINDS or any(_exchanges(program, part) for part in inner):
+            return True
+    return False
 
 
 # ---- what a program multiplies ----
@@ -234,7 +239,8 @@ def product_flops(jaxpr: Any) -> tuple[float, bool]:
         if name == "scan":
             times = p["length"]
         elif name == "shard_map":
-            times = float(np.prod([p["mesh"].shape[axis] for axis in p["manual_axes"]], dtype=float))
+            manual = p.get("manual_axes") or p.get("axis_names") or p["mesh"].axis_names
+            times = float(np.prod([p["mesh"].shape[axis] for axis in manual], dtype=float))
         elif name == "pallas_call":
             times = float(np.prod(p["grid_mapping"].grid, dtype=float))
         parts = [product_flops(inner) for inner in _inner(p)]
