@@ -112,7 +112,8 @@ def embed_rows(params: Params, config: ModelConfig, tokens_BT: Array, positions_
     smaller than that, the tables are put together first."""
     B, T = tokens_BT.shape
     if B * T < config.vocab * sharding.parts_of(B, ROWS):
-        x_BTD = constrain(embed(params, config, tokens_BT, positions_BT), "data", None, "fsdp")
+        ids = [constrain(x, "data", None) for x in (tokens_BT, positions_BT)]
+        x_BTD = constrain(embed(params, config, *ids), "data", None, "fsdp")
     else:
         table = params["embed"]
         whole = {

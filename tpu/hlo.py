@@ -192,7 +192,15 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], set[str]]:
     program = Program(text)
     times, unknown = program.times()
     found: dict[str, Collective] = {}
-    for computation, count in times.items():
+    starts = {
+        called
+        for parts in program.computations.values()
+        for one in parts.values()
+        if one.name.startswith("async-collective-start")
+        for called in one.called()
+    }
+    begun: set[str] = set()  # channels whose start was seen: it says how often, not the pieces beside a loop's work
+    for computation, count in sorted(times.items(), key=lambda item: item[0] not in starts):
         for one in program.computations[computation].values():
             kind = one.kind.removesuffix("-start")
             if kind not in KINDS:
@@ -205,8 +213,11 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], set[str]]:
             group = 2 if pairs else group_size(one.text, devices)
             this = Collective(kind, sum(sizes), devices if pairs and devices > 1 else group, count)
             key = f"{kind} {channel[1]}" if channel else f"{computation} {one.name}"
-            if key not in found or this.sent > found[key].sent:
-                found[key] = this
+            if computation in starts and channel:
+                begun.add(key)
+            elif key in begun or (key in found and this.sent <= found[key].sent):
+                continue
+            found[key] = this
     silent = {name for name in unknown if not _exchanges(program, name)}
     return [one for one in found.values() if one.group > 1], unknown - silent
 
