@@ -408,7 +408,7 @@ def estimate(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[st
     times = max(parts.values()), sum(parts.values())
     chips = mesh.data * mesh.fsdp * mesh.tensor / settings.chip.devices
     peak = chips * settings.chip.tflops * 1e12
-    mfu = tuple(closed_form(settings, step) / (peak * t) for t in times)
+    mfu = tuple(min(closed_form(settings, step), found["flops"]) / (peak * t) for t in times)
     return {"parts": parts, "seconds": times, "mfu": mfu}
 
 
