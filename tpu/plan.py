@@ -1,7 +1,7 @@
 """Plan a run on a Cloud TPU slice, on a machine that has no TPU.
 
     python -m tpu.plan --topology v5e:4x4
-    python -m tpu.plan --topology v5p:8x8x8 --preset gpt2-xl --steps train --mesh.fsdp 128 --mesh.tensor 4
+    python -m tpu.plan --topology v5p:8x8x8 --preset gpt2-xl --steps train --batch 1024 --mesh.fsdp 64
 
 Compiles the very steps that the experiments run (their `build`) with Google's TPU compiler, which `jax[tpu]` brings,
 for all chips of the slice, and reports what a chip must hold, what it sends to others, what is computed, and the best
