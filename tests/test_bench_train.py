@@ -147,6 +147,7 @@ def test_settings_are_checked_before_any_work(settings, changes, complaint):
         settings(**changes)
 
 
+@pytest.mark.slow
 def test_whole_runs_without_torch(tmp_path):
     """Ours alone is measured, and why the others are missing is said."""
     empty = tmp_path / "python"

@@ -225,6 +225,7 @@ sys.exit({status})
         assert not (cloud.folder / "slice").exists()
 
 
+@pytest.mark.slow
 def test_a_lost_connection_creates_nothing(cloud):
     (cloud.folder / "offline").touch()
     words = [TPU / "babysit.sh", "one", *cloud.where, "--bucket", "b", *program(cloud, "")]
