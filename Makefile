@@ -10,7 +10,7 @@ ARGS ?=
 JOBS ?= 2
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-STAMP := $(VENV)/.set-up
+STAMP := $(VENV)/.set-up$(addprefix -,$(EXTRAS))
 CANDIDATES := python3 python3.12 python3.13 python3.11 python3.14 python
 SOURCES := jaxgpt tests docs $(wildcard experiments tpu)
 # What `make test-core` runs: the mathematics and the command line, in a few minutes on another Python or jax.
@@ -46,7 +46,7 @@ lint: $(STAMP)  ## ruff and mypy
 set-up: $(STAMP)  ## only make the virtual environment
 
 clean:  ## remove the virtual environment and caches (runs stay)
-	rm -rf $(VENV) .venv-3.12 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-3.12 .venv-tpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate must really run (a version manager's shim may exist and fail), be 3.11 or later, and have venv and pip.

@@ -41,7 +41,6 @@ from jaxgpt.bench import (
     OURS,
     Turns,
     Worker,
-    WorkerError,
     best_rate,
     cores,
     disturbance,
@@ -50,8 +49,8 @@ from jaxgpt.bench import (
     jax_versions,
     machine_text,
     nested,
-    processor,
     speedup,
+    survey,
     worker_main,
 )  # fmt: skip
 from jaxgpt.config import PRESETS as MODELS
@@ -471,27 +470,6 @@ def figure(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
 # ---- the experiment ----
 
 
-def survey(
-    kinds: Sequence[str], settings: Settings, python: Mapping[str, str], log: Path
-) -> tuple[dict[str, Any], dict[str, float], str]:
-    """What is measured on (device, versions, threads), its roofs in bytes a second as every library at hand reads
-    memory, and why Hugging Face is left out, if it is."""
-    about: dict[str, Any] = {"processor": processor(), "cores": cores(), "versions": {}}
-    roofs: dict[str, float] = {}
-    for kind in kinds[:2]:
-        try:
-            with Worker(MODULE, kind, python[kind], log) as worker:
-                found = worker.ask("about")
-                about["versions"] |= found.pop("versions")
-                about["ours" if kind == OURS else "theirs"] = found
-                roofs |= worker.ask("roof", megabytes=settings.roof_mb)
-        except WorkerError as error:
-            if kind == OURS:
-                raise UserError(f"our own process failed: {error}") from None
-            return about, roofs, f"without Hugging Face: {python[kind]}: {error}"
-    return about, roofs, ""
-
-
 def main(settings: Settings) -> dict[str, Any]:
     from jaxgpt.run import Run
     from jaxgpt.settings import settings_to_json, write_json
@@ -505,7 +483,8 @@ def main(settings: Settings) -> dict[str, Any]:
         if os.getloadavg()[0] > 0.5 * cores():
             run.say(f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: other programs disturb these timings")
         kinds = [OURS, *settings.rivals]
-        about, before, note = survey(kinds, settings, python, log)
+        about, read, note = survey(MODULE, kinds, python, log, "Hugging Face", megabytes=settings.roof_mb)
+        before = {name: rate for rates in read.values() for name, rate in rates.items()}
         run.say(f"memory: {roofs_text(before)}")
         if note:
             run.say(note)
@@ -525,7 +504,8 @@ def main(settings: Settings) -> dict[str, Any]:
                     shown = ", ".join(f"{RIVALS.get(kind, kind)} {speed:,.1f}" for kind, speed in speeds.items())
                     run.say(f"{title_of(results[-1])}: {shown} tokens/s")
                     run.log(len(results), {f"tokens_a_second/{kind}": speed for kind, speed in speeds.items()})
-        _, after, _ = survey(kinds, settings, python, log)
+        _, read, _ = survey(MODULE, kinds, python, log, "Hugging Face", megabytes=settings.roof_mb)
+        after = {name: rate for rates in read.values() for name, rate in rates.items()}
         run.say(f"memory, again: {roofs_text(after)}")
         roofs = {name: max(before[name], after.get(name, 0.0)) for name in before}
         used = max(roofs, key=lambda name: roofs[name])

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,6 @@ from jaxgpt.bench import (
     OURS,
     Turns,
     Worker,
-    WorkerError,
     cores,
     disturbance,
     hf_model,
@@ -36,8 +35,8 @@ from jaxgpt.bench import (
     jax_versions,
     machine_text,
     nested,
-    processor,
     speedup,
+    survey,
     worker_main,
 )
 from jaxgpt.config import PRESETS as MODELS
@@ -301,22 +300,6 @@ def table(result: Mapping[str, Any], settings: Settings) -> list[str]:
     return lines + disturbance(result["others_share"])
 
 
-def survey(kinds: Sequence[str], python: Mapping[str, str], log: Path) -> tuple[dict[str, Any], str]:
-    """What is measured on, and why TRL is left out, if it is."""
-    about: dict[str, Any] = {"processor": processor(), "cores": cores(), "versions": {}}
-    for kind in kinds:
-        try:
-            with Worker(MODULE, kind, python[kind], log) as worker:
-                found = worker.ask("about")
-                about["versions"] |= found.pop("versions")
-                about["ours" if kind == OURS else "theirs"] = found
-        except WorkerError as error:
-            if kind == OURS:
-                raise UserError(f"our own process failed: {error}") from None
-            return about, f"without TRL: {python[kind]}: {error}"
-    return about, ""
-
-
 def main(settings: Settings) -> dict[str, Any]:
     from jaxgpt.run import Run
     from jaxgpt.settings import settings_to_json, write_json
@@ -328,7 +311,7 @@ def main(settings: Settings) -> dict[str, Any]:
         for left_behind in run.folder.glob("weights-*"):  # by a run that was killed
             shutil.rmtree(left_behind)
         kinds = [OURS, RIVAL]
-        about, note = survey(kinds, python, log)
+        about, _, note = survey(MODULE, kinds, python, log, "TRL")
         if note:
             run.say(note)
             kinds = [OURS]

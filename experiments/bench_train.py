@@ -38,7 +38,6 @@ from jaxgpt.bench import (
     OURS,
     Turns,
     Worker,
-    WorkerError,
     best_rate,
     cores,
     disturbance,
@@ -49,8 +48,8 @@ from jaxgpt.bench import (
     jax_versions,
     machine_text,
     nested,
-    processor,
     speedup,
+    survey,
     worker_main,
 )  # fmt: skip
 from jaxgpt.config import PRESETS as MODELS
@@ -464,27 +463,6 @@ def figure(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
 # ---- the experiment ----
 
 
-def survey(
-    kinds: Sequence[str], settings: Settings, python: Mapping[str, str], log: Path
-) -> tuple[dict[str, Any], dict[str, dict[str, float]], str]:
-    """What is measured on, each library's {dtype: FLOPs a second} of a matrix product, and why PyTorch is left out, if
-    it is."""
-    about: dict[str, Any] = {"processor": processor(), "cores": cores(), "versions": {}}
-    roofs: dict[str, dict[str, float]] = {}
-    for kind in kinds[:2]:
-        try:
-            with Worker(MODULE, kind, python[kind], log) as worker:
-                found = worker.ask("about")
-                about["versions"] |= found.pop("versions")
-                about["ours" if kind == OURS else "theirs"] = found
-                roofs["jax" if kind == OURS else "torch"] = worker.ask("roof", size=settings.roof_size)
-        except WorkerError as error:
-            if kind == OURS:
-                raise UserError(f"our own process failed: {error}") from None
-            return about, roofs, f"without PyTorch: {python[kind]}: {error}"
-    return about, roofs, ""
-
-
 def main(settings: Settings) -> dict[str, Any]:
     from jaxgpt.run import Run
     from jaxgpt.settings import settings_to_json, write_json
@@ -498,7 +476,8 @@ def main(settings: Settings) -> dict[str, Any]:
         if os.getloadavg()[0] > 0.5 * cores():
             run.say(f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: other programs disturb these timings")
         kinds = [OURS, *settings.rivals]
-        about, measured, note = survey(kinds, settings, python, log)
+        about, answers, note = survey(MODULE, kinds, python, log, "PyTorch", size=settings.roof_size)
+        measured = {"jax" if kind == OURS else "torch": rates for kind, rates in answers.items()}
         if note:
             run.say(note)
             kinds = [OURS]

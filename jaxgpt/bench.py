@@ -35,6 +35,7 @@ NOTICEABLE = 0.05  # share of the cores' time with other programs
 
 
 def cores() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -226,7 +227,31 @@ def speedup(seconds: Mapping[str, list[float]], other: str | None) -> dict[str, 
     return {"over": other, "median": median, "range": [min(ratios), max(ratios)]}
 
 
+def survey(
+    module: str, kinds: Sequence[str], python: Mapping[str, str], log: Path, rival: str, **roof: Any
+) -> tuple[dict[str, Any], dict[str, dict[str, float]], str]:
+    """What is measured on (processor, versions, devices); the answers to "roof" with the settings `roof`, where there
+    are any, ours and the first rival's; why the rivals are left out, if their library is not there. UserError where our
+    own process fails."""
+    about: dict[str, Any] = {"processor": processor(), "cores": cores(), "versions": {}}
+    roofs: dict[str, dict[str, float]] = {}
+    for kind in kinds[:2]:
+        try:
+            with Worker(module, kind, python[kind], log) as worker:
+                found = worker.ask("about")
+                about["versions"] |= found.pop("versions")
+                about["ours" if kind == OURS else "theirs"] = found
+                if roof:
+                    roofs[kind] = worker.ask("roof", **roof)
+        except WorkerError as error:
+            if kind == OURS:
+                raise UserError(f"our own process failed: {error}") from None
+            return about, roofs, f"without {rival}: {python[kind]}: {error}"
+    return about, roofs, ""
+
+
 def jax_versions() -> dict[str, str]:
+    """Of jax, jaxlib and Python."""
     import jax
     import jaxlib
 

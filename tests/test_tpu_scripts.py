@@ -6,6 +6,7 @@ everything but Google's side is the real thing. A program on a worker can have i
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -209,6 +210,30 @@ if os.environ['WORKER'] == '0':
     creations = [line for line in cloud.calls() if " create one" in line and "resource-policies" not in line]
     assert len(creations) in (2, 4)  # once more (with its template, for a group)
     assert all("spot" in line.lower() for line in creations if "instance-groups" not in line)
+
+
+@pytest.mark.slow
+def test_babysit_goes_on_with_a_run_that_goes_on(cloud):
+    text = """
+with open(cloud / ('began' + os.environ['WORKER']), 'a') as file:
+    file.write('x')
+while not (cloud / 'enough').exists():
+    time.sleep(0.1)
+"""
+    words = [TPU / "babysit.sh", "one", *cloud.where, "--bucket", "b", *program(cloud, text)]
+    quiet = {"env": cloud.environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    first = subprocess.Popen(words, **quiet, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not ((cloud.folder / "began0").exists() and (cloud.folder / "began1").exists()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    second = subprocess.Popen(words, **quiet)
+    time.sleep(3)
+    (cloud.folder / "enough").touch()
+    assert second.wait(60) == 0
+    assert (cloud.folder / "began0").read_text() == "x", "started twice"
+    assert not (cloud.folder / "slice").exists()
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@
 #   tpu/babysit.sh NAME --tpu v6e:4x4 --zone us-east5-b --spot --bucket BUCKET -- assistant --run runs/mine
 #
 # Takes create.sh's options. Needs --bucket: what a run has saved must outlive its slice. Stages that are finished are
-# not run again. Deletes the slice at the end (--keep: does not). Stops at a mistake in the command (exit status 2), or
+# not run again. Started again itself, it goes on with a run that still goes on. Deletes the slice at the end (--keep: does not). Stops at a mistake in the command (exit status 2), or
 # after three failures in a row. --dry-run prints the commands of one round.
 . "$(dirname "$0")/lib.sh"
 read_arguments "$@"
@@ -53,7 +53,13 @@ while :; do
   esac
   began=$SECONDS
   code=0
-  { "$here/setup.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"} && "$here/run.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"} -- "${REST[@]}"; } || code=$?
+  states=$(on_workers all 'jaxgpt/tpu/worker.sh status' 2>/dev/null || true)
+  if grep -q running <<<"$states"; then
+    "$here/run.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"} || code=$?  # an earlier babysitter's: only look on
+  else
+    { "$here/setup.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"} && "$here/run.sh" "$NAME" ${FLAGS[@]+"${FLAGS[@]}"} -- "${REST[@]}"; } ||
+      code=$?
+  fi
   say "$(date -u '+%F %T') the round ended with $code"
   [ $((SECONDS - began)) -lt 3600 ] || failures=0
   case "$code" in

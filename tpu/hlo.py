@@ -33,9 +33,8 @@ class Collective:
     def sent(self) -> float:
         """Bytes that a device sends in a step, by a ring: (n - 1) / n of the whole, twice for an all-reduce."""
         n = self.group
-        whole = self.size * n if self.kind == "reduce-scatter" else self.size
-        share = {"all-reduce": 2.0, "collective-permute": n / (n - 1) if n > 1 else 0.0}.get(self.kind, 1.0)
-        return self.times * whole * share * (n - 1) / n
+        share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
+        return self.times * self.size * share.get(self.kind, (n - 1) / n)
 
 
 @dataclasses.dataclass
@@ -53,10 +52,9 @@ class Instruction:
 
     def called(self) -> list[str]:
         """Computations that run when this instruction does, except a loop's and those that reduce two scalars."""
-        names = [self.attribute(name) for name in ("calls", "async_execution_thread_calls")]
+        names = [self.attribute(name) for name in ("calls", "true_computation", "false_computation")]
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.text)
         names += re.findall(r"%?([\w.-]+)", branches[1]) if branches else []
-        names += [self.attribute(name) for name in ("true_computation", "false_computation")]
         if self.kind in ("call", "map"):
             names.append(self.attribute("to_apply"))
         return [name for name in names if name]
@@ -176,7 +174,8 @@ def shape_bytes(text: str) -> list[float]:
 
 
 def group_size(text: str, devices: int) -> int:
-    """Devices in one group of a collective: `{{0,1},{2,3}}`, `[2,4]<=[8]`, or a mesh with the axes it goes along."""
+    """Devices in one group of a collective: `{{0,1},{2,3}}`, `[2,4]<=[8]`, or a mesh with the axes it goes along. All
+    of them for a permutation, which names pairs."""
     if found := re.search(r"replica_groups=\{\{([0-9,]*)\}", text):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
@@ -207,11 +206,9 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], set[str]]:
                 continue
             sizes = shape_bytes(one.shape)
             if one.kind.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ...)
-                sizes = sizes[1:2] if len(sizes) < 2 or kind == "collective-permute" else sizes[len(sizes) // 2 :]
+                sizes = sizes[1:2] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
             channel = re.search(r"channel_id=(\d+)", one.text)
-            pairs = re.search(r"source_target_pairs=", one.text)
-            group = 2 if pairs else group_size(one.text, devices)
-            this = Collective(kind, sum(sizes), devices if pairs and devices > 1 else group, count)
+            this = Collective(kind, sum(sizes), group_size(one.text, devices), count)
             key = f"{kind} {channel[1]}" if channel else f"{computation} {one.name}"
             if computation in starts and channel:
                 begun.add(key)

@@ -460,7 +460,9 @@ def report(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str,
 
 def main(settings: Settings) -> dict[str, Any]:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("plan needs the TPU compiler: make EXTRAS=tpu set-up, or pip install 'jax[tpu]'")
+        raise UserError(
+            "plan needs the TPU compiler: make VENV=.venv-tpu EXTRAS=tpu set-up, then .venv-tpu/bin/python -m tpu.plan"
+        )
     slice_ = in_a_child({"do": "look", "topology": settings.topology}, settings.patience)
     if "mistake" in slice_ or "failed" in slice_:
         raise UserError(slice_.get("mistake") or slice_["failed"])
