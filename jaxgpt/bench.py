@@ -43,7 +43,7 @@ def fast_malloc() -> None:
     """`jaxgpt.process.fast_malloc`, which a Python without jax can't import: the same favour for torch."""
     if os.environ.get("JAXGPT_MALLOC") != "0" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
+        for option, value in ((-4, 0), (-1, -1), (-8, 1)):
             mallopt(option, value)
 
 

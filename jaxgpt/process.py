@@ -36,7 +36,7 @@ def fast_malloc() -> bool:
         return False
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_… of <malloc.h>
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1), mallopt(arena_max, 1)])
+    return all([mallopt(mmap_max, 0), mallopt(trim_threshold, -1), mallopt(arena_max, 1)])  # -1: never
 
 
 def device_line() -> str:
