@@ -15,10 +15,10 @@ CANDIDATES := python3 python3.12 python3.13 python3.11 python3.14 python
 SOURCES := jaxgpt tests docs $(wildcard experiments tpu)
 # What `make test-core` runs: the mathematics and the command line, in a few minutes on another Python or jax.
 CORE := $(wildcard $(patsubst %,tests/test_%.py,checks losses kl returns vocab_head proofs oracles sampling model optim decode speculative beam train rollout ppo reward \
-          run checkpoint cli imports layers sharding tokenizer preferences_file plan))
+          run checkpoint cli imports layers sharding tokenizer preferences_file plan guard resume golden silent_failures))
 
 .DEFAULT_GOAL := help
-.PHONY: help assistant chat test test-all test-core lint set-up clean
+.PHONY: help assistant chat test test-all soak test-core lint set-up clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [ARGS=\"--preset gpu\"]"
@@ -35,6 +35,9 @@ test: $(STAMP)  ## the quick tests
 
 test-all: $(STAMP)  ## all tests
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+soak: $(STAMP)  ## kill every stage 20 times and compare the bits (about an hour; ARGS: its flags)
+	@$(PY) -m tests.soak $(ARGS)
 
 test-core: $(STAMP)  ## the quick tests of the core modules, as for a second version of Python
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(CORE) $(ARGS)

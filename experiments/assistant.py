@@ -3,7 +3,7 @@
     python -m experiments.assistant                      what `make assistant` runs
     python -m experiments.assistant --run runs/other --preset gpu
 
-A stage that is done is not run again; a stage that was interrupted starts again.
+A stage that is done is not run again; one that was interrupted goes on from its newest checkpoint.
 """
 
 import dataclasses

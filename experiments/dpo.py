@@ -20,6 +20,8 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines
 from jaxgpt.data.preferences import fit_rankings, rank_ids, read_preferences, sizes
 from jaxgpt.dpo import make_loss
+from jaxgpt.guard import GuardConfig
+from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, run_fingerprint
 from jaxgpt.settings import file_fingerprint
 from jaxgpt.sharding import MeshConfig
@@ -52,6 +54,9 @@ class Settings:
     log_every: int = 10
     seed: int = 5
     mesh: MeshConfig = MeshConfig()
+    guard: GuardConfig = GuardConfig()
+    save: SaveConfig = SaveConfig(every=50)
+    force: bool = False  # go on although settings, data or tokenizer are others than the checkpoint's
     fresh: bool = False
 
 
@@ -76,7 +81,7 @@ def build(
     tx = optimizer(settings, steps)
     state = shapes_on(mesh, lambda params: init_state({"policy": params}, tx, {"reference": params}), shapes_of(config))
     loss = make_loss(config, settings.beta, settings.temperature, size[2])
-    step = jit_step(loss, tx, mesh, state, microbatches=settings.microbatches)
+    step = jit_step(loss, tx, mesh, state, microbatches=settings.microbatches, spike=settings.guard.spike)
     return step, state, Preferences.shapes(settings.batch, size[0], size[1])
 
 
@@ -88,7 +93,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "preferences": file_fingerprint(settings.preferences),
         "heldout": file_fingerprint(settings.heldout),
     }
-    with Run(settings.run, settings, stage="dpo", inputs=inputs, fresh=settings.fresh) as run:
+    with Run(settings.run, settings, stage="dpo", inputs=inputs, fresh=settings.fresh, force=settings.force) as run:
         if run.finished:
             run.say(f"dpo: already done in {settings.run}")
             return run.results
@@ -108,16 +113,20 @@ def main(settings: Settings) -> dict[str, Any]:
         loss = jit_on(mesh, make_loss(config, settings.beta, settings.temperature, size[2]))
         evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size[1], settings.batch)]
         run.say(f"dpo: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
-        with run.progress(steps, "dpo") as bar:
-            for i, arrays in enumerate(batches, 1):
+        saves = Saves(run, settings, steps, tok, batches)
+        first, state = saves.restore(shapes, lambda: state)
+        with saves, run.progress(steps, "dpo", done=first - 1) as bar:
+            for i in range(first, steps + 1):
+                arrays = saves.next_batch()
                 pipelines.check_tokens(arrays, config.vocab)
                 state, metrics = step(state, sharding.place_rows(Preferences.of(arrays), mesh), None)
                 shown: dict[str, Any] = {}
                 if i % settings.log_every == 0 or i == steps:
                     floats = to_floats(metrics)
                     shown = {"loss": floats["loss"], "accuracy": floats["accuracy"]}
-                    run.log(i, {**{f"train_{k}": v for k, v in shown.items()}, "grad_norm": floats["grad_norm"]})
+                    run.log(i, {**{f"train_{k}": v for k, v in shown.items()}, **saves.figures(floats)})
                 bar.update(tokens=arrays["tokens"].size * share.count, **shown)
+                saves.after(i, state, metrics, arrays)
         found = evaluate(loss, state.params, evaluation, mesh)
         nll, accuracy = found["loss"], found["accuracy"]
         run.log(steps, {"heldout_nll": nll, "heldout_accuracy": accuracy})

@@ -21,7 +21,9 @@ from jaxgpt.checkpoint import load_language_model, load_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import sources
+from jaxgpt.guard import GuardConfig
 from jaxgpt.ppo import PPOConfig, Prompts
+from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, cache_root, run_fingerprint
 from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Array, Batch, Params
@@ -51,6 +53,9 @@ class Settings:
     seed: int = 4
     cache: Path = cache_root() / "data"
     mesh: MeshConfig = MeshConfig()
+    guard: GuardConfig = GuardConfig()
+    save: SaveConfig = SaveConfig(every=10)
+    force: bool = False  # go on although settings, data or tokenizer are others than the checkpoint's
     fresh: bool = False
 
     def __post_init__(self) -> None:
@@ -127,7 +132,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "reward": run_fingerprint(settings.reward, "reward"),
         **sources.fingerprint(settings.data),
     }
-    with Run(settings.run, settings, stage="ppo", inputs=inputs, fresh=settings.fresh) as run:
+    with Run(settings.run, settings, stage="ppo", inputs=inputs, fresh=settings.fresh, force=settings.force) as run:
         if run.finished:
             run.say(f"ppo: already done in {settings.run}")
             return run.results
@@ -154,8 +159,11 @@ def main(settings: Settings) -> dict[str, Any]:
         generate = jit_on(mesh, decode.generate, static_argnums=1, static_argnames=decode.STATIC)
         cooler = functools.partial(sampling.temperature, t=settings.ppo.temperature)
         key, show_key = jax.random.split(jax.random.key(settings.seed))
-        with run.progress(settings.iterations, "ppo") as bar:
-            for i in range(1, settings.iterations + 1):
+        key = sharding.replicate(key, mesh)
+        saves = Saves(run, settings, settings.iterations, tok)
+        first, (state, control, key) = saves.restore((shapes, control, key), lambda: (state, control, key))
+        with saves, run.progress(settings.iterations, "ppo", done=first - 1) as bar:
+            for i in range(first, settings.iterations + 1):
                 index = order[(i - 1) * settings.batch : i * settings.batch]
                 prompts = sharding.place_whole(Prompts(tokens_NP[index], lengths_N[index]), mesh)
                 state, control, metrics = iteration(state, control, prompts, jax.random.fold_in(key, i))
@@ -170,6 +178,7 @@ def main(settings: Settings) -> dict[str, Any]:
                     )  # fmt: skip
                     text = answer_text(tok, np.asarray(shown.tokens_BA[0]))
                     run.say(f"iteration {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats · {text!r}")
+                saves.after(i, (state, control, key), metrics, Prompts(tokens_NP[index], lengths_N[index]))
         save_model(settings.run / "model", state.trainable["policy"], config, tok)
         run.finish({name: floats[name] for name in ("score", "kl", "beta", "ended", "length", "ratio_error_first")})
         return run.results

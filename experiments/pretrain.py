@@ -23,6 +23,8 @@ from jaxgpt.cli import cli
 from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import pipelines, sources
+from jaxgpt.guard import GuardConfig
+from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, cache_root
 from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Array, Batch, Params
@@ -50,6 +52,9 @@ class Settings:
     seed: int = 0
     cache: Path = cache_root() / "data"
     mesh: MeshConfig = MeshConfig()
+    guard: GuardConfig = GuardConfig()
+    save: SaveConfig = SaveConfig(every=200)
+    force: bool = False  # go on although settings, data or tokenizer are others than the checkpoint's
     fresh: bool = False  # replace an earlier run in this folder
 
 
@@ -79,7 +84,10 @@ def build(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     sharding.check_model(settings.model, mesh)
     sharding.check_batch(settings.batch, settings.microbatches, mesh)
     state = shapes_on(mesh, functools.partial(start, settings), jax.random.key(0))
-    step = jit_step(make_nll(settings.model), optimizer(settings), mesh, state, microbatches=settings.microbatches)
+    step = jit_step(
+        make_nll(settings.model), optimizer(settings), mesh, state,
+        microbatches=settings.microbatches, spike=settings.guard.spike,
+    )  # fmt: skip
     row = (settings.batch, settings.model.block)
     return step, state, Batch(jax.ShapeDtypeStruct(row, jnp.int32), jax.ShapeDtypeStruct(row, jnp.bool))
 
@@ -89,7 +97,12 @@ def main(settings: Settings) -> dict[str, Any]:
     share = sharding.share_of_rows(mesh)
     step, shapes, _ = build(settings, mesh)
     with Run(
-        settings.run, settings, stage="pretrain", inputs=sources.fingerprint(settings.data), fresh=settings.fresh
+        settings.run,
+        settings,
+        stage="pretrain",
+        inputs=sources.fingerprint(settings.data),
+        fresh=settings.fresh,
+        force=settings.force,
     ) as run:
         if run.finished:
             run.say(f"pretrain: already done in {settings.run}")
@@ -110,28 +123,28 @@ def main(settings: Settings) -> dict[str, Any]:
         test = [Batch.of(arrays) for arrays in windows]
 
         init_key, sample_key, dropout_key = jax.random.split(jax.random.key(settings.seed), 3)
+        dropout_key = sharding.replicate(dropout_key, mesh)
         places = jax.tree.map(lambda x: x.sharding, shapes)
-        state = jax.jit(functools.partial(start, settings), out_shardings=places)(init_key)
+        begin = jax.jit(functools.partial(start, settings), out_shardings=places)
         loss = jit_on(mesh, make_nll(settings.model))
         generate = jit_on(mesh, decode.generate, static_argnums=1, static_argnames=decode.STATIC)
         run.say(
-            f"pretrain: {model.count_parameters(state.trainable):,} weights, {len(stream):,} tokens in {settings.data}"
+            f"pretrain: {model.count_parameters(shapes.trainable):,} weights, {len(stream):,} tokens in {settings.data}"
             f", {settings.steps * settings.batch * settings.model.block:,} to read"
         )
-        seen = 0  # a Python int: it outgrows int32 on long runs
-        nats = math.nan
-        with run.progress(settings.steps, "pretrain") as bar:
-            for i in range(1, settings.steps + 1):
-                arrays = next(batches)
+        tokens = settings.batch * settings.model.block  # counted in Python ints: they outgrow int32 on long runs
+        saves = Saves(run, settings, settings.steps, tok, batches)
+        first, (state, dropout_key) = saves.restore((shapes, dropout_key), lambda: (begin(init_key), dropout_key))
+        with saves, run.progress(settings.steps, "pretrain", done=first - 1) as bar:
+            for i in range(first, settings.steps + 1):
+                arrays = saves.next_batch()
                 pipelines.check_tokens(arrays, settings.model.vocab)
                 key = jax.random.fold_in(dropout_key, i) if settings.model.dropout else None
                 state, metrics = step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
-                tokens = settings.batch * settings.model.block
-                seen += tokens
                 shown: dict[str, Any] = {}
                 if i % settings.log_every == 0 or i == settings.steps:
                     floats = to_floats(metrics)
-                    run.log(i, {"train_nats_a_token": floats["loss"], "grad_norm": floats["grad_norm"], "tokens": seen})
+                    run.log(i, {"train_nats_a_token": floats["loss"], "tokens": i * tokens, **saves.figures(floats)})
                     shown = {"loss": floats["loss"]}
                 bar.update(tokens=tokens, **shown)
                 if i % settings.eval_every == 0 or i == settings.steps:
@@ -140,8 +153,11 @@ def main(settings: Settings) -> dict[str, Any]:
                     run.log(i, {"heldout_nats_a_token": nats, "heldout_bits_a_byte": bits})
                     text = sample(generate, state.trainable, settings.model, tok, jax.random.fold_in(sample_key, i))
                     run.say(f"step {i}: held out {nats:.3f} nats a token, {bits:.3f} bits a byte · {text!r}")
+                saves.after(i, (state, dropout_key), metrics, arrays)
         save_model(settings.run / "model", state.trainable, settings.model, tok, {"raw": True})
-        run.finish({"heldout_nats_a_token": nats, "heldout_bits_a_byte": bits, "tokens": seen})
+        run.finish({
+            "heldout_nats_a_token": nats, "heldout_bits_a_byte": bits, "tokens": settings.steps * tokens,
+        })  # fmt: skip
         return run.results
 
 

@@ -24,7 +24,9 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines
 from jaxgpt.data.preferences import Preference, fit_rankings, rank_ids, read_preferences, sizes
 from jaxgpt.evaluate import SimulatedAnnotator, calibration
+from jaxgpt.guard import GuardConfig
 from jaxgpt.losses import Mean
+from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, run_fingerprint
 from jaxgpt.settings import file_fingerprint
 from jaxgpt.sharding import MeshConfig
@@ -56,6 +58,9 @@ class Settings:
     log_every: int = 10
     seed: int = 3
     mesh: MeshConfig = MeshConfig()
+    guard: GuardConfig = GuardConfig()
+    save: SaveConfig = SaveConfig(every=50)
+    force: bool = False  # go on although settings, data or tokenizer are others than the checkpoint's
     fresh: bool = False
 
 
@@ -92,7 +97,7 @@ def build(
         return init_state(*_with_frozen(reward.init(jax.random.key(0), params, config.width), tx))
 
     state = shapes_on(mesh, start, shapes_of(config))
-    step = jit_step(make_loss(config), tx, mesh, state, microbatches=settings.microbatches)
+    step = jit_step(make_loss(config), tx, mesh, state, microbatches=settings.microbatches, spike=settings.guard.spike)
     return step, state, Preferences.shapes(settings.batch, size[0], size[1])
 
 
@@ -143,7 +148,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "preferences": file_fingerprint(settings.preferences),
         "heldout": file_fingerprint(settings.heldout),
     }
-    with Run(settings.run, settings, stage="reward", inputs=inputs, fresh=settings.fresh) as run:
+    with Run(settings.run, settings, stage="reward", inputs=inputs, fresh=settings.fresh, force=settings.force) as run:
         if run.finished:
             run.say(f"reward: already done in {settings.run}")
             return run.results
@@ -163,16 +168,20 @@ def main(settings: Settings) -> dict[str, Any]:
         params = normalised(sharding.replicate(reward.init(jax.random.key(settings.seed), sft, config.width), mesh))
         state = sharding.place_like(init_state(*_with_frozen(params, optimizer(settings, steps))), shapes)
         run.say(f"reward: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
-        with run.progress(steps, "reward") as bar:
-            for i, arrays in enumerate(batches, 1):
+        saves = Saves(run, settings, steps, tok, batches)
+        first, state = saves.restore(shapes, lambda: state)
+        with saves, run.progress(steps, "reward", done=first - 1) as bar:
+            for i in range(first, steps + 1):
+                arrays = saves.next_batch()
                 pipelines.check_tokens(arrays, config.vocab)
                 state, metrics = step(state, sharding.place_rows(Preferences.of(arrays), mesh), None)
                 shown: dict[str, Any] = {}
                 if i % settings.log_every == 0 or i == steps:
                     floats = to_floats(metrics)
                     shown = {"loss": floats["loss"], "accuracy": floats["accuracy"]}
-                    run.log(i, {**{f"train_{k}": v for k, v in shown.items()}, "grad_norm": floats["grad_norm"]})
+                    run.log(i, {**{f"train_{k}": v for k, v in shown.items()}, **saves.figures(floats)})
                 bar.update(tokens=arrays["tokens"].size * share.count, **shown)
+                saves.after(i, state, metrics, arrays)
         results = evaluate(state.params, config, heldout, size[1], settings.batch, mesh)
         ceiling = annotator_ceiling(heldout_preferences)
         run.log(steps, {f"heldout_{name}": results[name] for name in ("accuracy", "nll", "calibration_error")})

@@ -21,6 +21,8 @@ from jaxgpt.checkpoint import load_language_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines, sources
+from jaxgpt.guard import GuardConfig
+from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, cache_root, run_fingerprint
 from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Batch
@@ -51,6 +53,9 @@ class Settings:
     seed: int = 1
     cache: Path = cache_root() / "data"
     mesh: MeshConfig = MeshConfig()
+    guard: GuardConfig = GuardConfig()
+    save: SaveConfig = SaveConfig(every=100)
+    force: bool = False  # go on although settings, data or tokenizer are others than the checkpoint's
     fresh: bool = False
 
 
@@ -72,7 +77,7 @@ def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> t
     sharding.check_batch(settings.batch, settings.microbatches, mesh)
     tx = optimizer(settings)
     state = shapes_on(mesh, lambda params: init_state(params, tx), shapes_of(config))
-    step = jit_step(make_nll(config), tx, mesh, state, microbatches=settings.microbatches)
+    step = jit_step(make_nll(config), tx, mesh, state, microbatches=settings.microbatches, spike=settings.guard.spike)
     row = jax.ShapeDtypeStruct((settings.batch, config.block), jnp.int32)
     mask = jax.ShapeDtypeStruct((settings.batch, config.block), jnp.bool)
     return step, state, Batch(row, mask, row, row)
@@ -82,7 +87,7 @@ def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
     share = sharding.share_of_rows(mesh)
     inputs = {"model": run_fingerprint(settings.model), **sources.fingerprint(settings.data)}
-    with Run(settings.run, settings, stage="sft", inputs=inputs, fresh=settings.fresh) as run:
+    with Run(settings.run, settings, stage="sft", inputs=inputs, fresh=settings.fresh, force=settings.force) as run:
         if run.finished:
             run.say(f"sft: already done in {settings.run}")
             return run.results
@@ -104,6 +109,7 @@ def main(settings: Settings) -> dict[str, Any]:
             all_tokens=settings.all_tokens, part=share.index, parts=share.count,
         )  # fmt: skip
         state = sharding.place_like(init_state(params, optimizer(settings)), shapes)
+        dropout_key = sharding.replicate(jax.random.key(settings.seed), mesh)
         loss = jit_on(mesh, make_nll(config))
         kept_before = evaluate(loss, state.trainable, raw_batches, mesh)["loss"]
         answer_nats = evaluate(loss, state.trainable, test_batches, mesh)["loss"]
@@ -111,23 +117,25 @@ def main(settings: Settings) -> dict[str, Any]:
             f"sft: {len(rows):,} examples ({dropped} too long, dropped) · "
             f"before: {answer_nats:.3f} nats an answer token"
         )
-        dropout_key = jax.random.key(settings.seed)
-        with run.progress(settings.steps, "sft") as bar:
-            for i in range(1, settings.steps + 1):
-                arrays = next(batches)
+        saves = Saves(run, settings, settings.steps, tok, batches)
+        first, (state, dropout_key) = saves.restore((shapes, dropout_key), lambda: (state, dropout_key))
+        with saves, run.progress(settings.steps, "sft", done=first - 1) as bar:
+            for i in range(first, settings.steps + 1):
+                arrays = saves.next_batch()
                 pipelines.check_tokens(arrays, config.vocab)
                 key = jax.random.fold_in(dropout_key, i) if config.dropout else None
                 state, metrics = step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
                 shown: dict[str, Any] = {}
                 if i % settings.log_every == 0 or i == settings.steps:
                     floats = to_floats(metrics)
-                    run.log(i, {"train_nats_a_token": floats["loss"], "grad_norm": floats["grad_norm"]})
+                    run.log(i, {"train_nats_a_token": floats["loss"], **saves.figures(floats)})
                     shown = {"loss": floats["loss"]}
                 bar.update(tokens=settings.batch * config.block, **shown)
                 if i % settings.eval_every == 0 or i == settings.steps:
                     answer_nats = evaluate(loss, state.trainable, test_batches, mesh)["loss"]
                     kept_after = evaluate(loss, state.trainable, raw_batches, mesh)["loss"]
                     run.log(i, {"heldout_answer_nats_a_token": answer_nats, "pretraining_nats_a_token": kept_after})
+                saves.after(i, (state, dropout_key), metrics, arrays)
         run.say(
             f"sft: held-out answers {answer_nats:.3f} nats a token · "
             f"pretraining's held-out text {kept_before:.3f} -> {kept_after:.3f} nats a token "

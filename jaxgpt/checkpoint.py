@@ -58,7 +58,7 @@ def save_model(
             "config": settings_to_json(config),
             "params": describe(params),
             "extra": dict(extra or {}),
-            "files": _hashes(new),
+            "files": file_hashes(new),
         }
         write_json(new / "model.json", record)
         shutil.rmtree(old, ignore_errors=True)
@@ -75,15 +75,10 @@ def load_model(folder: Path, expected: Any = None) -> Loaded:
 
     UserError when there is no model, a file is missing or altered, or shapes differ (each parameter is named)."""
     folder = _find(Path(os.path.abspath(folder)))
-    record = read_json(folder / "model.json")
-    if not isinstance(record, dict) or not {"format", "config", "params", "extra", "files"} <= record.keys():
-        raise UserError(f"{folder / 'model.json'} is not a model's description; save the model again")
-    if record["format"] != FORMAT:
-        raise UserError(f"{folder} has format {record['format']}, and this version reads {FORMAT}; save it again")
-    _verify(folder, record["files"])
+    record = check_model(folder)
     config = settings_from_json(ModelConfig, record["config"], where=str(folder / "model.json"))
     if expected is not None:
-        _refuse_differences(folder, describe(expected), record["params"], "the program expects")
+        refuse_differences(folder, describe(expected), record["params"], "the program expects")
     params = _load_params(folder, record["params"])
     tokenizer = None
     if (folder / "tokenizer.json").exists():
@@ -91,6 +86,17 @@ def load_model(folder: Path, expected: Any = None) -> Loaded:
 
         tokenizer = Tokenizer.load(folder)
     return Loaded(params, config, tokenizer, record["extra"])
+
+
+def check_model(folder: Path) -> dict[str, Any]:
+    """model.json, after every byte of the model was compared with it. UserError names what is wrong."""
+    record = read_json(folder / "model.json")
+    if not isinstance(record, dict) or not {"format", "config", "params", "extra", "files"} <= record.keys():
+        raise UserError(f"{folder / 'model.json'} is not a model's description; save the model again")
+    if record["format"] != FORMAT:
+        raise UserError(f"{folder} has format {record['format']}, and this version reads {FORMAT}; save it again")
+    check_files(folder, record["files"])
+    return record
 
 
 def load_language_model(folder: Path) -> Loaded:
@@ -106,7 +112,7 @@ def describe(params: Any) -> dict[str, str]:
     texts = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        texts[name] = f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+        texts[name] = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     return texts
 
 
@@ -120,11 +126,10 @@ def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[s
     ]
 
 
-def _refuse_differences(folder: Path, expected: Mapping[str, str], found: Mapping[str, str], who: str) -> None:
+def refuse_differences(folder: Path, expected: Mapping[str, str], found: Mapping[str, str], who: str) -> None:
     texts = differences(expected, found)
     if texts:
-        shown = "; ".join(texts[:8]) + (f"; and {len(texts) - 8} more" if len(texts) > 8 else "")
-        raise UserError(f"{folder} does not hold the parameters {who}: {shown}")
+        raise UserError("\n  ".join([f"{folder} does not hold the parameters {who}:", *texts]))
 
 
 def _load_params(folder: Path, described: Mapping[str, str]) -> Any:
@@ -132,7 +137,7 @@ def _load_params(folder: Path, described: Mapping[str, str]) -> Any:
     device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
     try:
         stored = ocp.metadata(folder / "params").metadata
-        _refuse_differences(folder, described, describe(stored), "its model.json names")
+        refuse_differences(folder, described, describe(stored), "its model.json names")
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
         return ocp.load(folder / "params", target)
     except UserError:
@@ -162,7 +167,7 @@ def _recover(folder: Path) -> None:
         os.replace(old, folder)
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def file_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file below `folder`, by relative path."""
     hashes = {}
     for path in sorted(folder.rglob("*")):
@@ -172,9 +177,10 @@ def _hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _verify(folder: Path, expected: Mapping[str, str]) -> None:
-    found = _hashes(folder)
+def check_files(folder: Path, expected: Mapping[str, str]) -> None:
+    """UserError unless `folder` holds the files with these sha256."""
+    found = file_hashes(folder)
     for name, digest in expected.items():
         if found.get(name) != digest:
             state = "is damaged (its checksum differs)" if name in found else "is missing"
-            raise UserError(f"{folder / name} {state}; save the model again, or copy the whole folder once more")
+            raise UserError(f"{folder / name} {state}; save it again, or copy the whole folder once more")

@@ -9,16 +9,18 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
 from jaxgpt.config import UserError
-from jaxgpt.process import join_processes, prepare_process, print_device
+from jaxgpt.process import Stopped, join_processes, prepare_process, print_device
 from jaxgpt.settings import did_you_mean, flat_json, read_json, settings_from_json, settings_to_json
 
 __all__ = ["cli", "parse", "settings_from_json", "settings_to_json"]
@@ -35,8 +37,10 @@ def cli(
 ) -> Result:
     """Read the settings from the command line, set the process up, print the device, and return `main(settings)`.
 
-    A UserError ends the process with status 2 and Ctrl-C with 130, each with one line on stderr."""
+    A UserError ends the process with status 2, Ctrl-C with 130 and SIGTERM with 75, each with one line on stderr."""
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminated)
         description = _description(main, settings_type)
         words = sys.argv[1:] if argv is None else argv
         settings = parse(settings_type, presets, words, description)
@@ -49,9 +53,16 @@ def cli(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(stop.code)
     except KeyboardInterrupt:
-        print("interrupted; the same command starts this step again", file=sys.stderr)
+        print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    raise Stopped("the same command goes on from the newest checkpoint, if there is one", 75)
 
 
 def parse(

@@ -205,18 +205,19 @@ def _attention_backward(saved: Any, dy: Array) -> tuple[Array, Array, Array, Non
     dy = _together(dy)
     inner = (dy.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     q_BHKT, dy_BHKT = _together((q.swapaxes(2, 3), dy.swapaxes(2, 3)))
-    dq, dk_BHKT, dv_BHKT = [], 0.0, 0.0
+    dqs, dks, dvs = [], [], []
     for (begin, end), p in zip(_halves(T), weights, strict=True):
         later = ((0, 0), (0, 0), (0, 0), (0, T - end))
         dv = jnp.einsum("bhkq,bhqs->bhks", dy_BHKT[..., begin:end], p, preferred_element_type=jnp.float32)
         dp = jnp.einsum("bhqk,bhsk->bhqs", dy[:, :, begin:end], v[:, :, :end], preferred_element_type=jnp.float32)
         ds = p.astype(jnp.float32) * (dp - inner[:, :, begin:end]) * q.shape[-1] ** -0.5
         ds = _together(ds.astype(dtype))
-        dq.append(jnp.einsum("bhqs,bhsk->bhqk", ds, k[:, :, :end], preferred_element_type=jnp.float32).astype(dtype))
+        dqs.append(jnp.einsum("bhqs,bhsk->bhqk", ds, k[:, :, :end], preferred_element_type=jnp.float32).astype(dtype))
         dk = jnp.einsum("bhkq,bhqs->bhks", q_BHKT[..., begin:end], ds, preferred_element_type=jnp.float32)
-        dk_BHKT, dv_BHKT = dk_BHKT + jnp.pad(dk, later), dv_BHKT + jnp.pad(dv, later)
-    dk, dv = (x.astype(dtype).swapaxes(2, 3) for x in (dk_BHKT, dv_BHKT))
-    return jnp.concatenate(dq, axis=2), dk, dv, None
+        dks.append(jnp.pad(dk, later))
+        dvs.append(jnp.pad(dv, later))
+    dk, dv = (functools.reduce(jnp.add, parts).astype(dtype).swapaxes(2, 3) for parts in (dks, dvs))
+    return jnp.concatenate(dqs, axis=2), dk, dv, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

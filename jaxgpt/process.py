@@ -17,6 +17,15 @@ from jax.experimental import multihost_utils
 from jaxgpt.config import UserError
 
 
+class Stopped(Exception):  # noqa: N818  it is no error
+    """Somebody asked the run to stop, and what it needs to go on is saved. `code` is the exit status: 75 after SIGTERM
+    (what launch scripts take as "start it again"), 130 after Ctrl-C."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def cache_root() -> Path:
     """Where compiled programs and prepared data are kept: JAXGPT_CACHE, else ~/.cache/jaxgpt."""
     return Path(os.environ.get("JAXGPT_CACHE") or Path.home() / ".cache" / "jaxgpt").expanduser()

@@ -17,8 +17,8 @@ WINDOW = 50  # updates over which speed is averaged
 class Bar:
     """Counts steps and tokens, and renders them; `Run.progress` hands one out."""
 
-    def __init__(self, total: int, label: str) -> None:
-        self.total, self.label, self.done = total, label, 0
+    def __init__(self, total: int, label: str, done: int = 0) -> None:
+        self.total, self.label, self.done = total, label, done
         self.fields: dict[str, Any] = {}
         self.started = time.monotonic()
         self._tokens = 0
@@ -54,8 +54,8 @@ class Bar:
 
 
 class _PlainBar(Bar):
-    def __init__(self, total: int, label: str) -> None:
-        super().__init__(total, label)
+    def __init__(self, total: int, label: str, done: int = 0) -> None:
+        super().__init__(total, label, done)
         self._next_line = self.started + PLAIN_SECONDS
 
     def _render(self) -> None:
@@ -69,22 +69,22 @@ class _PlainBar(Bar):
 
 
 class _LiveBar(Bar):
-    def __init__(self, total: int, label: str, live: Progress) -> None:
-        super().__init__(total, label)
+    def __init__(self, total: int, label: str, live: Progress, done: int = 0) -> None:
+        super().__init__(total, label, done)
         self._live = live
-        self._task = live.add_task(label, total=total, status="")
+        self._task = live.add_task(label, total=total, completed=done, status="")
 
     def _render(self, finished: bool = False) -> None:
         self._live.update(self._task, completed=self.done, status=self.status(finished))
 
 
 @contextlib.contextmanager
-def progress_bar(console: Console, total: int, label: str, *, quiet: bool = False) -> Iterator[Bar]:
-    """A Bar for `total` steps: live on a terminal, plain lines elsewhere, nothing when quiet."""
+def progress_bar(console: Console, total: int, label: str, *, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
+    """A Bar for `total` steps of which some are done: live on a terminal, plain lines elsewhere, nothing when quiet."""
     if quiet:
-        yield Bar(total, label)
+        yield Bar(total, label, done)
     elif not console.is_terminal:
-        plain = _PlainBar(total, label)
+        plain = _PlainBar(total, label, done)
         try:
             yield plain
         finally:
@@ -97,7 +97,7 @@ def progress_bar(console: Console, total: int, label: str, *, quiet: bool = Fals
             TextColumn("{task.fields[status]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
         )
         with Progress(*columns, console=console, refresh_per_second=4, expand=True) as live:
-            bar = _LiveBar(total, label, live)
+            bar = _LiveBar(total, label, live, done)
             try:
                 yield bar
             finally:

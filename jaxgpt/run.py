@@ -36,8 +36,13 @@ from jaxgpt.settings import flat_json, read_json, settings_to_json, write_json
 
 __all__ = ["Run", "cache_root", "prepare_process", "print_device", "run_fingerprint"]
 
-PLACE_FIELDS = frozenset({"run", "cache", "fresh"})  # settings that name a place or a way to run, not a result
-OWN_FILES = ("done.json", "settings.json", "metrics.jsonl", "log.txt", "tensorboard", "model")  # removed by a restart
+PLACE_FIELDS = frozenset(
+    {"run", "cache", "fresh", "force", "save"}
+)  # settings that name a place or a way to run, not a result
+OWN_FILES = (  # removed by a restart
+    "done.json", "settings.json", "metrics.jsonl", "log.txt", "tensorboard", "model", "checkpoints",
+)  # fmt: skip
+MAKE_ROOM = "make room, and the same command goes on from the newest checkpoint"
 PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -60,8 +65,9 @@ class Run:
     """A run folder, claimed on entry (see the module's docstring).
 
     A folder with the same stage, settings and inputs is continued: finished -> `finished` is True and `results` holds
-    what it found; not finished -> its files are removed and it starts again. UserError if the folder is not a run's, is
-    another stage's, was made with other settings or inputs (unless `fresh`), or is in use by another process.
+    what it found; not finished -> it goes on from its newest checkpoint (`resume.Saves`), and where there is none its
+    files are removed and it starts again. UserError if the folder is not a run's, is another stage's, was made with
+    other settings or inputs (unless `fresh`; or `force`, for one that isn't finished), or is in use by another process.
     Settings named in PLACE_FIELDS, or in a class variable PLACE_FIELDS of the settings, may differ.
     With several processes, the first one writes and all get the same answer.
     """
@@ -73,13 +79,16 @@ class Run:
         stage: str,
         inputs: Mapping[str, str] | None = None,
         fresh: bool = False,
+        force: bool = False,
     ) -> None:
-        self.folder, self.stage, self.fresh = Path(folder), stage, fresh
+        self.folder, self.stage, self.fresh, self.force = Path(folder), stage, fresh, force
         self.finished = False
+        self._forced = ""  # what differs from the run that is gone on with
         self.results: dict[str, Any] = {}
         self.console = Console(highlight=False)
         written = settings_to_json(settings)
-        written.pop("fresh", None)  # a replay of settings.json is not to replace the run
+        for name in ("fresh", "force"):  # a replay of settings.json is not to replace the run
+            written.pop(name, None)
         self._record = {"stage": stage, "settings": written, "inputs": dict(inputs or {})}
         self._places = PLACE_FIELDS | set(getattr(type(settings), "PLACE_FIELDS", ()))
         self._files = contextlib.ExitStack()
@@ -133,11 +142,14 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
-            for name in OWN_FILES:
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            if self.fresh or not any((self.folder / "checkpoints").glob("*/checkpoint.json")):
+                for name in OWN_FILES:
+                    path = self.folder / name
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
             write_json(self.folder / "settings.json", self._record | {"versions": _versions()})
             self._open()
+            if self._forced:
+                self.say(f"WARNING: going on with other settings ({self._forced})")
         except OSError as error:
             raise UserError(f"can't write to the run folder {self.folder}: {error.strerror or error}") from None
         if wandb is not None:
@@ -157,11 +169,8 @@ class Run:
             pass  # some network file systems have no locks
 
     def _open(self) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._metrics = self._files.enter_context(open(self.folder / "metrics.jsonl", "w", encoding="utf-8"))
-        self._log = self._files.enter_context(open(self.folder / "log.txt", "w", encoding="utf-8"))
-        self._tensorboard = self._files.enter_context(SummaryWriter(str(self.folder / "tensorboard")))
+        self._metrics = self._files.enter_context(open(self.folder / "metrics.jsonl", "a", encoding="utf-8"))
+        self._log = self._files.enter_context(open(self.folder / "log.txt", "a", encoding="utf-8"))
 
     def _inspect(self) -> dict[str, Any] | None:
         """The results of a finished run with the same settings, or None when it is to start; touches nothing."""
@@ -169,12 +178,14 @@ class Run:
         if found is None or self.fresh or not self._holds_results():
             return None
         differences = _differences(_identity(found, self._places), _identity(self._record, self._places))
-        if differences:
+        path = self.folder / "done.json"
+        if differences and self.force and not path.exists():
+            self._forced = differences
+        elif differences:
             raise UserError(
                 f"{self.folder} holds a run with other settings ({differences}); choose another --run, "
                 "or pass --fresh to replace it"
             )
-        path = self.folder / "done.json"
         if not path.exists():
             return None
         done = read_json(path)
@@ -184,6 +195,8 @@ class Run:
     def _holds_results(self) -> bool:
         """False for a run that was stopped (by a mistake in its settings, say) before it measured anything."""
         metrics = self.folder / "metrics.jsonl"
+        if any((self.folder / "checkpoints").glob("*/checkpoint.json")):
+            return True
         return (self.folder / "done.json").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
     def _read_found(self) -> dict[str, Any] | None:
@@ -217,12 +230,36 @@ class Run:
         line |= {name: finite.get(name) for name in numbers}
         if len(finite) < len(numbers):
             line["nonfinite"] = sorted(numbers.keys() - finite.keys())
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise UserError(f"can't write {self.folder / 'metrics.jsonl'} ({error.strerror}); {MAKE_ROOM}") from None
+        if self._tensorboard is None:
+            from tensorboardX import SummaryWriter
+
+            folder = str(self.folder / "tensorboard")  # what an earlier part of the run drew from here on is dropped
+            self._tensorboard = self._files.enter_context(SummaryWriter(folder, purge_step=int(step)))
         for name, value in finite.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(finite, step=int(step))
+
+    def position(self) -> dict[str, float]:
+        """Where the metrics stand, for `rewind`."""
+        end = 0 if self._metrics is None else os.fstat(self._metrics.fileno()).st_size
+        return {"metrics_bytes": end, "seconds": time.monotonic() - self._started}
+
+    def rewind(self, position: Mapping[str, float] | None) -> None:
+        """Drop the metrics written after `position` (None: all of them), the torn line of a killed run included."""
+        end, seconds = (0, 0.0) if position is None else (int(position["metrics_bytes"]), position["seconds"])
+        self._started = time.monotonic() - seconds
+        if self._metrics is None:
+            return
+        found = os.fstat(self._metrics.fileno()).st_size
+        if found < end:
+            self.say(f"WARNING: metrics.jsonl has {found} bytes, and had {end} at the checkpoint: figures are missing")
+        os.truncate(self._metrics.fileno(), min(found, end))
 
     def say(self, text: str) -> None:
         """A milestone: one line on the terminal (above a live bar) and in log.txt."""
@@ -233,12 +270,14 @@ class Run:
         else:
             print(text, flush=True)
         if self._log is not None:
-            self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-            self._log.flush()
+            with contextlib.suppress(OSError):  # a full disk: it has been said, and metrics and checkpoints will stop
+                self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+                self._log.flush()
 
-    def progress(self, total: int, label: str) -> contextlib.AbstractContextManager[Bar]:
-        """`with run.progress(steps, "pretrain") as bar: bar.update(1, tokens=4096, loss=2.3)`."""
-        return progress_bar(self.console, total, label, quiet=not self._first)
+    def progress(self, total: int, label: str, done: int = 0) -> contextlib.AbstractContextManager[Bar]:
+        """`with run.progress(steps, "pretrain") as bar: bar.update(1, tokens=4096, loss=2.3)`. `done` of them were done
+        before."""
+        return progress_bar(self.console, total, label, done=done, quiet=not self._first)
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Mark the run as done. `results` come back from later runs of the same settings, so they must be JSON: numbers
@@ -247,6 +286,7 @@ class Run:
         if self._first:
             done = {"stage": self.stage, "fingerprint": self.fingerprint, "results": self.results}
             write_json(self.folder / "done.json", done)
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # nothing is left to go on with
         barrier("run finished")  # another stage of this process may read the folder next
 
 

@@ -10,7 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from jaxgpt import losses, model, sharding
+from jaxgpt import guard, losses, model, sharding
 from jaxgpt.config import ModelConfig
 from jaxgpt.losses import Mean
 from jaxgpt.structs import Array, Batch, Params
@@ -21,15 +21,17 @@ LossFn = Callable[[Params, Any, Array | None], tuple[Mean, Metrics]]
 
 @struct.dataclass
 class TrainState:
-    """What a step changes (trainable, optimiser, step) and what it carries along untouched (frozen).
+    """What a step changes (trainable, optimiser, step, guard) and what it carries along untouched (frozen).
 
-    `trainable` and `frozen` are dicts with different top-level names; a loss sees them merged.
+    `trainable` and `frozen` are dicts with different top-level names; a loss sees them merged. `step` counts updates
+    without those that the guard skipped.
     """
 
     step: Array
     trainable: Params
     frozen: Params
     opt_state: optax.OptState
+    guard: guard.Guard
 
     @property
     def params(self) -> Params:
@@ -38,7 +40,7 @@ class TrainState:
 
 def init_state(trainable: Params, tx: optax.GradientTransformation, frozen: Params | None = None) -> TrainState:
     """Step 0. Frozen parameters must not share buffers with trainable ones (see optim.copy): the step donates both."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen or {}, tx.init(trainable))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen or {}, tx.init(trainable), guard.init())
 
 
 def pool(a: Metrics, b: Metrics) -> Metrics:
@@ -58,7 +60,12 @@ def join_rows(tree: Any) -> Any:
 
 
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, microbatches: int = 1, axis_name: str | None = None
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+    spike: float = 0.0,
 ) -> Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]:
     """step(state, batch, key) -> (state, metrics); pure, to be jitted with donate_argnums=0.
 
@@ -66,6 +73,9 @@ def make_train_step(
     Gradients are taken of the sum and divided by the global count, so that `microbatches` parts of a batch (run one
     after another) give the gradient of the whole batch, however the masks are spread. Under `jax.pmap` or
     `jax.shard_map`, `axis_name` pools the devices' sums; under `jax.jit` with shardings nothing is needed.
+
+    A loss or gradient that is not finite changes nothing but the guard's counts (`jaxgpt.guard`), which are the metrics
+    `skipped` and `skipped_in_a_row`; `spike` also skips a loss so many standard deviations above its running mean.
     """
 
     def summed(trainable: Params, frozen: Params, batch: Any, key: Array | None) -> tuple[Array, tuple[Mean, Metrics]]:
@@ -98,8 +108,15 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / jnp.maximum(objective.count, 1), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": objective, **metrics, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+        loss, grad_norm = objective.value, optax.tree.norm(grads)
+        admitted = guard.admits(state.guard, loss, grad_norm, spike)
+        made = guard.chosen(
+            admitted, (state.step + 1, trainable, opt_state), (state.step, state.trainable, state.opt_state)
+        )
+        seen = guard.after(state.guard, admitted, loss)
+        counts = {"skipped": seen.skipped, "skipped_in_a_row": seen.in_a_row}
+        state = TrainState(made[0], made[1], state.frozen, made[2], seen)
+        return state, {"loss": objective, **metrics, "grad_norm": grad_norm, **counts}
 
     return step
 
@@ -123,7 +140,13 @@ Step = Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]
 
 
 def jit_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, mesh: Mesh, state: Any = None, *, microbatches: int = 1
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    state: Any = None,
+    *,
+    microbatches: int = 1,
+    spike: float = 0.0,
 ) -> Step:
     """`make_train_step`, jitted for a mesh: the batch's rows divided, the state donated.
 
@@ -133,7 +156,7 @@ def jit_step(
     everywhere = sharding.replicated(mesh)
     places = everywhere if state is None else jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
-        sharding.within(mesh, make_train_step(loss_fn, tx, microbatches=microbatches)),
+        sharding.within(mesh, make_train_step(loss_fn, tx, microbatches=microbatches, spike=spike)),
         donate_argnums=0,
         in_shardings=(places, sharding.rows(mesh), everywhere),
         out_shardings=(places, everywhere),

@@ -14,6 +14,7 @@ generate, generate_until = (
 hidden = jax.jit(model.hidden, static_argnums=1)
 score = jax.jit(model.score, static_argnums=1, static_argnames=("temperature", "window"))
 AS_USERS_RUN_IT = {"xla_backend_optimization_level": 3}  # for what holds to the last bit: see conftest.py
+WALL_CLOCK = ("time", "seconds_data", "seconds_device")  # metrics that differ between two equal runs
 TINY = ModelConfig(layers=2, width=32, heads=2, block=48, vocab=64)
 
 

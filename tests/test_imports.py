@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     0: "structs config checks",
     1: "losses kl returns vocab_head sampling model layers attention tokenizer optim sharding settings process "
-    "progress",
-    2: "decode speculative train lora data checkpoint run cli pretrained reward bench",
+    "progress guard",
+    2: "decode speculative train lora data checkpoint run cli pretrained reward bench resume verify",
     3: "rollout evaluate dpo beam",
     4: "ppo report doctor web",
 }

