@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import platform
 import socket
@@ -34,6 +35,7 @@ def cache_root() -> Path:
 def prepare_process() -> None:
     """Set-up to call once, before any array exists: the allocator, and the cache of compiled programs on disk."""
     fast_malloc()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises, with its trace
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
 

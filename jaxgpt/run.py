@@ -43,6 +43,7 @@ OWN_FILES = (  # removed by a restart
     "done.json", "settings.json", "metrics.jsonl", "log.txt", "tensorboard", "model", "checkpoints",
 )  # fmt: skip
 MAKE_ROOM = "make room, and the same command goes on from the newest checkpoint"
+FLUSH_SECONDS = 10.0  # between two moments at which TensorBoard sees the curves grow
 PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -92,9 +93,9 @@ class Run:
         self._record = {"stage": stage, "settings": written, "inputs": dict(inputs or {})}
         self._places = PLACE_FIELDS | set(getattr(type(settings), "PLACE_FIELDS", ()))
         self._files = contextlib.ExitStack()
-        self._metrics: IO[str] | None = None
-        self._log: IO[str] | None = None
-        self._tensorboard: Any = None
+        self._metrics: IO[bytes] | None = None
+        self._log: IO[bytes] | None = None
+        self._curves: _Curves | None = None
         self._wandb: Any = None
         self._started = time.monotonic()
 
@@ -123,7 +124,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None and self._log is not None:
-            self._log.write(f"stopped by {kind.__name__}: {error}\n")
+            with contextlib.suppress(OSError):
+                self._log.write(f"stopped by {kind.__name__}: {error}\n".encode())
         self._files.close()
         self._metrics = self._log = None
 
@@ -169,8 +171,9 @@ class Run:
             pass  # some network file systems have no locks
 
     def _open(self) -> None:
-        self._metrics = self._files.enter_context(open(self.folder / "metrics.jsonl", "a", encoding="utf-8"))
-        self._log = self._files.enter_context(open(self.folder / "log.txt", "a", encoding="utf-8"))
+        """Without a buffer: what couldn't be written is not tried again when the file is closed."""
+        self._metrics = self._files.enter_context(open(self.folder / "metrics.jsonl", "ab", buffering=0))
+        self._log = self._files.enter_context(open(self.folder / "log.txt", "ab", buffering=0))
 
     def _inspect(self) -> dict[str, Any] | None:
         """The results of a finished run with the same settings, or None when it is to start; touches nothing."""
@@ -231,17 +234,15 @@ class Run:
         if len(finite) < len(numbers):
             line["nonfinite"] = sorted(numbers.keys() - finite.keys())
         try:
-            self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-            self._metrics.flush()
+            text = (json.dumps(line, allow_nan=False) + "\n").encode()
+            while text:  # a disk that is nearly full takes a part
+                text = text[self._metrics.write(text) :]
+            if self._curves is None:
+                self._curves = _Curves(self.folder / "tensorboard", int(step))
+                self._files.callback(self._curves.close)
+            self._curves.add(int(step), finite)
         except OSError as error:
-            raise UserError(f"can't write {self.folder / 'metrics.jsonl'} ({error.strerror}); {MAKE_ROOM}") from None
-        if self._tensorboard is None:
-            from tensorboardX import SummaryWriter
-
-            folder = str(self.folder / "tensorboard")  # what an earlier part of the run drew from here on is dropped
-            self._tensorboard = self._files.enter_context(SummaryWriter(folder, purge_step=int(step)))
-        for name, value in finite.items():
-            self._tensorboard.add_scalar(name, value, step)
+            raise UserError(f"can't write to the run folder {self.folder} ({error.strerror}); {MAKE_ROOM}") from None
         if self._wandb is not None:
             self._wandb.log(finite, step=int(step))
 
@@ -271,8 +272,7 @@ class Run:
             print(text, flush=True)
         if self._log is not None:
             with contextlib.suppress(OSError):  # a full disk: it has been said, and metrics and checkpoints will stop
-                self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-                self._log.flush()
+                self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n".encode())
 
     def progress(self, total: int, label: str, done: int = 0) -> contextlib.AbstractContextManager[Bar]:
         """`with run.progress(steps, "pretrain") as bar: bar.update(1, tokens=4096, loss=2.3)`. `done` of them were done
@@ -288,6 +288,32 @@ class Run:
             write_json(self.folder / "done.json", done)
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # nothing is left to go on with
         barrier("run finished")  # another stage of this process may read the folder next
+
+
+class _Curves:
+    """TensorBoard's event file, written by the caller's own thread, so that an error reaches the caller."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # what was drawn from this step on is dropped
+        self._writer.write_event(self._event(wall_time=time.time(), step=first_step, session_log=start))
+        self._flushed = 0.0
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._flushed = time.monotonic()
+            self._writer.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
 
 def _identity(record: Mapping[str, Any], places: frozenset[str] | set[str]) -> dict[str, Any]:

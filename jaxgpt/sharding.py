@@ -191,6 +191,8 @@ def place(tree: Any, shardings: Any) -> Any:
     def one(x: Any, where: NamedSharding) -> Array:
         if where.is_fully_addressable:
             return jax.numpy.copy(jax.device_put(x, where))
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):  # its numbers have one axis more, which stays whole
+            return jax.random.wrap_key_data(one(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 

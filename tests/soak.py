@@ -65,6 +65,7 @@ class Program:
 
     def __init__(self, words: Sequence[str], processes: int, log: Path) -> None:
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # starting again is most of the time
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]
