@@ -100,8 +100,10 @@ class Program:
 
 
 def lines_of(run: Path) -> list[str]:
-    path = run / "metrics.jsonl"
-    return path.read_text(errors="replace").splitlines() if path.exists() else []
+    try:
+        return (run / "metrics.jsonl").read_text(errors="replace").splitlines()
+    except FileNotFoundError:  # not there yet, or being replaced
+        return []
 
 
 def await_moment(program: Program, run: Path, kind: str, rng: random.Random) -> bool:
