@@ -16,7 +16,7 @@ from jaxgpt import verify
 from jaxgpt.data import sources
 from jaxgpt.data.jsonl import write_rows
 from jaxgpt.run import cache_root
-from tests.soak import ROOT, lines_of
+from tests.soak import ROOT, Program, command, lines_of
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,25 @@ def test_a_signal_saves_and_the_exit_code_says_which(text, tmp_path, number, cod
     (saved,) = (run / "checkpoints").iterdir()
     assert f"stopped: saved after step {saved.name} of 100000" in errors and "Traceback" not in errors
     assert json.loads(lines_of(run)[-1])["step"] == int(saved.name)
+    assert verify.main([str(run)]) == 0
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_saves_both_at_the_same_step(text, tmp_path):
+    (tmp_path / "text.jsonl").write_bytes(text.read_bytes())
+    run = tmp_path / "run"
+    words = [*command("pretrain", tmp_path, run), "--steps", "100000", "--eval-every", "100000", "--save.every", "0"]
+    both = Program(words, 2, tmp_path / "log")
+    end = time.monotonic() + 120
+    while len(lines_of(run)) < 5 and both.running and time.monotonic() < end:
+        time.sleep(0.01)
+    both.processes[1].send_signal(signal.SIGTERM)
+    codes = [one.wait(120) for one in both.processes]
+    told = (tmp_path / "log.0.txt").read_text()
+    assert codes == [75, 75], told
+    (saved,) = (run / "checkpoints").iterdir()
+    assert f"stopped: saved after step {saved.name} of 100000" in told
+    assert f"stopped: saved after step {saved.name} of 100000" in (tmp_path / "log.1.txt").read_text()
     assert verify.main([str(run)]) == 0
 
 
