@@ -247,8 +247,12 @@ class Run:
             self._wandb.log(finite, step=int(step))
 
     def position(self) -> dict[str, float]:
-        """Where the metrics stand, for `rewind`."""
-        end = 0 if self._metrics is None else os.fstat(self._metrics.fileno()).st_size
+        """Where the metrics stand, for `rewind`; they are on the disk (or in the bucket) up to there."""
+        end = 0
+        if self._metrics is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._metrics.fileno())
+            end = os.fstat(self._metrics.fileno()).st_size
         return {"metrics_bytes": end, "seconds": time.monotonic() - self._started}
 
     def rewind(self, position: Mapping[str, float] | None) -> None:

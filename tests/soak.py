@@ -106,13 +106,20 @@ def lines_of(run: Path) -> list[str]:
         return []
 
 
+def half_written(run: Path) -> bool:
+    try:
+        return any(not (one / "checkpoint.json").exists() for one in (run / "checkpoints").iterdir())
+    except FileNotFoundError:
+        return False
+
+
 def await_moment(program: Program, run: Path, kind: str, rng: random.Random) -> bool:
     """Until the moment for a kill of this kind; False when the run ended before."""
     begun = time.monotonic()
     seen = len(lines_of(run))
     wanted = seen + (rng.randint(1, 8) if kind == "step" else 1)
     while program.running and time.monotonic() - begun < PATIENCE:
-        saving = any(not (one / "checkpoint.json").exists() for one in (run / "checkpoints").glob("[0-9]*"))
+        saving = half_written(run)
         lines = len(lines_of(run))
         seen = min(seen, lines)  # going on has dropped what came after the checkpoint
         if (kind == "save" and saving) or (kind != "save" and lines >= min(wanted, seen + 8) and lines > seen):
@@ -131,7 +138,7 @@ def killed_run(words: Sequence[str], run: Path, kills: int, processes: int, seed
     hits = []
     for n in range(kills):
         program = Program(words, processes, run.with_suffix(".log"))
-        kind = KINDS[n % len(KINDS)]
+        kind = KINDS[(seed + n) % len(KINDS)]
         if await_moment(program, run, kind, rng):
             program.kill()
             hits.append(kind)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from jaxgpt import doctor, kl, optim, ppo, train
 from jaxgpt.config import UserError
+from jaxgpt.evaluate import interval
 from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.run import Run
 from tests.helpers import TINY, params_of, prompts_of
@@ -110,15 +112,21 @@ def one(state, control, key, which, rate, spoil):
     return state, control, {**a, **b, "ended": ended_B.mean()}
 
 
-def iterate(folder: Path, reward, *, beta=0.02, rate=3e-3, iterations=24, spoil=1.0) -> Path:
-    """PPO on the tiny model against a reward function; its figures in a run folder."""
+def iterate(folder: Path, reward, **options) -> Path:
+    """The run folder of `trained`."""
+    trained(folder, reward, **options)
+    return folder / "ppo"
+
+
+def trained(folder: Path, reward, *, beta=0.02, rate=3e-3, iterations=24, spoil=1.0):
+    """PPO on the tiny model against a reward function, its figures in a run folder; the policy before and after."""
     state = ppo.init(params_of(scale=1.0), TINY, optim.adam_tf(optax.constant_schedule(1.0)), {})
     control: ppo.Controller = kl.FixedKL(jnp.float32(beta))
     with Run(folder / "ppo", Settings(), "ppo") as run:
         for i in range(1, iterations + 1):
             state, control, metrics = one(state, control, jax.random.key(i), REWARDS.index(reward), rate, spoil)
             run.log(i, train.to_floats(metrics))
-    return folder / "ppo"
+    return state.frozen["reference"], state.trainable["policy"]
 
 
 def test_collapse_to_the_end_token(tmp_path):
@@ -153,13 +161,27 @@ def test_updates_that_were_not_finite(tmp_path):
 
 
 def test_a_dead_reward_model(tmp_path):
-    """Trained on labels by coin: its held-out likelihood is that of guessing."""
+    """tests/test_stages.py trains one."""
     folder = write(tmp_path, "reward", [], {"nll": 1.41, "chance": 0.25, "accuracy": 0.26})
     assert found(folder) == ["the reward model is dead: it guesses"]
 
 
 def test_a_hacked_reward(tmp_path):
-    policies = {"SFT": figures(0.3, -0.2), "PPO": figures(0.1, 2.1), "DPO": figures(0.5, 1.0)}
+    """The proxy counts one token; the gold score is how many different ones there are. PPO repeats that token."""
+    policies = {}
+    collect = jax.jit(ppo.collect, static_argnums=(1, 2), static_argnames="stop")
+    start = ppo.init(params_of(scale=1.0), TINY, optim.adam_tf(optax.constant_schedule(1.0)), {})
+    both = trained(tmp_path, favourite, beta=0.0, rate=1e-2, iterations=40)
+    for name, policy in zip(("SFT", "PPO"), both, strict=True):
+        state = dataclasses.replace(start, trainable={**start.trainable, "policy": policy})
+        rows, _, _ = collect(state, TINY, CONFIG, PROMPTS, jax.random.key(99), stop=5)
+        tokens = np.where(rows.mask_BT, rows.tokens_BT, -1)
+        gold = np.array([len(set(row) - {-1}) for row in tokens], float)
+        policies[name] = {
+            "gold": dataclasses.asdict(interval(gold)),
+            "judge": dataclasses.asdict(interval(gold)),
+            "reward": dataclasses.asdict(interval(np.asarray(favourite(rows), float))),
+        }
     folder = write(tmp_path, "report", [], {"policies": policies})
     assert found(folder) == ["PPO games the reward model"]
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from experiments import assistant, chat, dpo, ppo, preferences, pretrain, reward, sft
-from jaxgpt import model, optim, train
+from jaxgpt import doctor, model, optim, train
 from jaxgpt import ppo as ppo_algorithm
 from jaxgpt import reward as reward_model
 from jaxgpt.checkpoint import load_model
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import sources
 from jaxgpt.data.jsonl import write_rows
+from jaxgpt.data.preferences import read_preferences, write_preferences
 from jaxgpt.run import cache_root
 from tests.helpers import AS_USERS_RUN_IT, WALL_CLOCK
 
@@ -96,6 +97,26 @@ def test_the_report_shows_every_policy(finished):
     assert (finished.run / "report/frontier.png").stat().st_size > 5000
     gold = results(finished, "report")["policies"]["PPO"]["gold"]
     assert gold["low"] <= gold["mean"] <= gold["high"]
+
+
+@pytest.mark.slow
+def test_the_doctor_names_a_reward_model_that_learnt_from_a_coin(finished, tmp_path):
+    """The same answers, the favourite drawn by lot; and it says nothing of the kind about the real one."""
+    rng = np.random.default_rng(0)
+    for name in ("train", "heldout"):
+        rows = list(read_preferences(finished.run / f"preferences/{name}.jsonl"))
+        choices = rng.integers(4, size=len(rows))
+        write_preferences(
+            tmp_path / f"{name}.jsonl",
+            [dataclasses.replace(row, choice=int(choice)) for row, choice in zip(rows, choices, strict=True)],
+        )
+    own = next(own for stage, own in assistant.stage_settings(finished) if stage is reward)
+    settings = dataclasses.replace(
+        own, run=tmp_path / "reward", preferences=tmp_path / "train.jsonl", heldout=tmp_path / "heldout.jsonl",
+        epochs=10, learning_rate=3e-3,
+    )  # fmt: skip
+    reward.main(settings)
+    assert [one.what for one in doctor.examine(doctor.read(settings.run))] == ["the reward model is dead: it guesses"]
 
 
 def test_running_twice_repeats_nothing(finished):
