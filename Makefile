@@ -8,6 +8,7 @@ PYTHON ?=
 EXTRAS ?=
 ARGS ?=
 JOBS ?= 2
+WORKERS = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMP := $(VENV)/.set-up$(addprefix -,$(EXTRAS))
@@ -31,16 +32,16 @@ chat: $(STAMP)  ## talk to a trained model (ARGS: its flags)
 	@$(PY) -m experiments.chat $(ARGS)
 
 test: $(STAMP)  ## the quick tests
-	@$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+	@$(PY) -m pytest $(WORKERS) -m "not slow" $(ARGS)
 
 test-all: $(STAMP)  ## all tests
-	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(PY) -m pytest $(WORKERS) $(ARGS)
 
 soak: $(STAMP)  ## kill every stage 20 times and compare the bits (about an hour; ARGS: its flags)
 	@$(PY) -m tests.soak $(ARGS)
 
 test-core: $(STAMP)  ## the quick tests of the core modules, as for a second version of Python
-	@$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(CORE) $(ARGS)
+	@$(PY) -m pytest $(WORKERS) -m "not slow" $(CORE) $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(PY) -m ruff check $(SOURCES)

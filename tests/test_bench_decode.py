@@ -303,6 +303,7 @@ def finite_and_positive(value):
     return isinstance(value, float) and math.isfinite(value) and value > 0
 
 
+@pytest.mark.slow
 def test_a_whole_run_without_torch(tmp_path, capsys):
     """Table, JSON and picture; a Python without torch is one line, and ours is measured all the same."""
     empty = tmp_path / "python"

@@ -32,7 +32,8 @@ def test_the_loss_starts_at_log_b_and_the_reference_gets_no_gradient():
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(slope["policy"])) > 0.0
 
 
-@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_dpo_converges_to_the_policy_that_is_optimal_for_the_reward(temperature):
     """With choices in exact proportion to softmax(r), the optimum is pi* proportional to rho exp(r / beta)."""
     beta, batch = 0.5, every_answer()

@@ -118,6 +118,7 @@ def test_the_optimum_is_one():
             assert loss > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIND_IT)
 def test_the_method_converges_to_the_optimum(learned, name):
     """KL(pi || pi*) below 0.01 nats in all five problems, from at least 0.1 at the start."""

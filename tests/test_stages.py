@@ -192,6 +192,7 @@ def test_mistakes_are_one_line_and_come_before_training(finished, tmp_path, caps
     assert not list(tmp_path.glob("*/model"))
 
 
+@pytest.mark.slow
 def test_gpu_presets_fit_together():
     """Every stage of the GPU preset traces at its full size: shapes, settings and batch sizes agree."""
     gpu, mesh = assistant.PRESETS["gpu"], jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
