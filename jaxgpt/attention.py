@@ -1,7 +1,8 @@
 """Causal attention: the formula, and kernels that never hold the scores [B, H, T, T].
 
 cuDNN's flash attention serves an NVIDIA GPU, splash attention a TPU (Dao et al. 2022 for the idea). They have a
-reverse-mode gradient only, and leave to the formula what they can't do.
+reverse-mode gradient only, and leave to the formula what they can't do. There may be fewer heads of keys and values than
+of queries: each then serves as many neighbouring ones (Ainslie et al. 2023).
 """
 
 from typing import Any, Literal
@@ -28,6 +29,11 @@ def attend(
     )
 
 
+def for_all_heads(x_BTGK: Array, heads: int) -> Array:
+    """Keys or values repeated for each of the heads that share them, [B, T, H, K]."""
+    return jnp.repeat(x_BTGK, heads // x_BTGK.shape[2], axis=2) if x_BTGK.shape[2] < heads else x_BTGK
+
+
 def cudnn(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None) -> Array:
     """cuDNN's flash attention: half precision, K a multiple of 8 up to 128, an even T, an Ampere GPU or newer."""
     T, K = q_BTHK.shape[1], q_BTHK.shape[3]
@@ -43,6 +49,7 @@ def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | Non
     tile = next((tile for tile in SPLASH_TILES if T % tile == 0), None)
     if tile is None:
         return attend(q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    k_BTHK, v_BTHK = (for_all_heads(x, H) for x in (k_BTHK, v_BTHK))
     mesh = jax.sharding.get_abstract_mesh()
     heads = "tensor" if H % mesh.shape.get("tensor", 1) == 0 and "tensor" in mesh.shape else None
     own_heads = H // mesh.shape[heads] if heads else H

@@ -387,7 +387,7 @@ def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = 
 
     theirs = GPT2Config(
         vocab_size=config.vocab, n_positions=config.block, n_embd=config.width, n_layer=config.layers,
-        n_head=config.heads, n_inner=config.width * config.mlp_ratio, activation_function="gelu_new",
+        n_head=config.heads, n_inner=config.mlp_units, activation_function="gelu_new",
         layer_norm_epsilon=config.norm_epsilon, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip

@@ -10,6 +10,7 @@ a segment at a time, so that a token costs what it has to look at, not what it m
     stream            one prompt's tokens as they come
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ def prepare(params: Params, config: ModelConfig) -> Params:
         return sharding.gathered(w, tuple(sharding.rule_of(path, model.PARTITION)))
 
     cast = jax.tree_util.tree_map_with_path(ready, params)
-    return {**cast, "head_DV": jax.lax.optimization_barrier(cast["embed"]["tokens_VD"].T)}
+    head_DV = jax.lax.optimization_barrier(model.head_table(cast).T)
+    return {**{name: part for name, part in cast.items() if name != "unembed"}, "head_DV": head_DV}
 
 
 def unembed(params: Params, h: Array) -> Array:
@@ -62,10 +64,10 @@ def read(
     h_BPD, kv = model.hidden_and_kv(params, config, prompt_BP)
     dtype = jnp.float32 if sharding.platform() == "cpu" else config.dtype
 
-    def layout(x_BPHK: Array) -> Array:
-        x_BHPK = jnp.repeat(x_BPHK.swapaxes(1, 2).astype(dtype), copies, axis=0)
-        x_BHPK = sharding.constrain(x_BHPK, sharding.ROWS, "tensor", None, None)
-        return x_BHPK.reshape(*(n for n in x_BHPK.shape[:2] if n > 1), *x_BHPK.shape[2:])
+    def layout(x_BPGK: Array) -> Array:
+        x_BGPK = jnp.repeat(x_BPGK.swapaxes(1, 2).astype(dtype), copies, axis=0)
+        x_BGPK = sharding.constrain(x_BGPK, sharding.ROWS, "tensor", None, None)
+        return x_BGPK.reshape(*(n for n in x_BGPK.shape[:2] if n > 1), *x_BGPK.shape[2:])
 
     keys, values = (tuple(layout(layer[i]) for layer in kv) for i in (0, 1))
     h_BD = jnp.take_along_axis(h_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
@@ -101,36 +103,33 @@ def feed(
     """
     B, E = tokens_BE.shape
     *rows, _, K = cache.keys[0].shape
-    some, e = ((E,), "e") if E > 1 else ((), "")  # an axis of 1 is left out, as in the cache
+    H, shared = config.heads, config.heads // config.groups
+    some, e = ((shared * E,), "e") if shared * E > 1 else ((), "")  # an axis of 1 is left out, as in the cache
 
-    def store(all_: Array, new: Array) -> Array:
-        new = new.reshape(*rows, E, K).astype(all_.dtype)
+    def store(all_: Array, new_BEGK: Array) -> Array:
+        new = new_BEGK.swapaxes(1, 2).reshape(*rows, E, K).astype(all_.dtype)
         return jax.lax.dynamic_update_slice_in_dim(all_, new, slot, axis=len(rows))
 
-    x_BED = model.embed(params, config, tokens_BE, position_BE)
-    keys, values = [], []
-    for n in range(config.layers):
-        block = params[f"block_{n}"]
-        normed = layers.norm(block["attention_norm"], x_BED, config.norm_epsilon)
-        q, k, v = (
-            x.swapaxes(1, 2).reshape(*rows, *some, -1)
-            for x in model.split_heads(layers.dense(block["qkv"], normed, layers.COLUMNS), config.heads)
-        )
+    def attend(n: int, q_BEHK: Array, k_BEGK: Array, v_BEGK: Array) -> tuple[Array, tuple[Array, Array]]:
         # Behind a barrier: XLA would else write, and so copy, it once for the loop and once for the product.
-        k, v = jax.lax.optimization_barrier((store(cache.keys[n], k), store(cache.values[n], v)))
-        keys.append(k)
-        values.append(v)
-        scores = jnp.einsum(f"...{e}k,...sk->...{e}s", q.astype(k.dtype), k, preferred_element_type=jnp.float32)
-        scores_BHES = scores.reshape(B, config.heads, E, -1) * config.head_dim**-0.5
+        k, v = jax.lax.optimization_barrier((store(cache.keys[n], k_BEGK), store(cache.values[n], v_BEGK)))
+        q = q_BEHK.swapaxes(1, 2).reshape(*rows, *some, K).astype(k.dtype)
+        scores = jnp.einsum(f"...{e}k,...sk->...{e}s", q, k, preferred_element_type=jnp.float32)
+        scores_BHES = scores.reshape(B, H, E, -1) * K**-0.5
         weights_BHES = jax.nn.softmax(jnp.where(visible_BES[:, None], scores_BHES, sampling.NEVER))
         weights = weights_BHES.reshape(scores.shape).astype(v.dtype)
-        mixed = jnp.einsum(f"...{e}s,...sk->...{e}k", weights, v).astype(x_BED.dtype)
-        mixed_BEHK = mixed.reshape(B, config.heads, E, -1).swapaxes(1, 2)
-        x_BED += layers.dense(block["out"], mixed_BEHK.reshape(x_BED.shape), layers.LINES)
-        normed = layers.norm(block["mlp_norm"], x_BED, config.norm_epsilon)
-        x_BED += model.mlp(block, normed)
-    h_BED = layers.norm(params["final_norm"], x_BED, config.norm_epsilon)
-    return KVCache(tuple(keys), tuple(values)), h_BED
+        mixed = jnp.einsum(f"...{e}s,...sk->...{e}k", weights, v).astype(q_BEHK.dtype)
+        return mixed.reshape(B, H, E, K).swapaxes(1, 2), (k, v)
+
+    x_BED = model.embed(params, config, tokens_BE, position_BE)
+    turned = model.angles(config, position_BE)
+    stored = []
+    for n in range(config.layers):
+        one = functools.partial(attend, n)
+        x_BED, kv = model.transformer_block(params[f"block_{n}"], config, layers.PLAIN, x_BED, turned, one)
+        stored.append(kv)
+    keys, values = zip(*stored, strict=True)
+    return KVCache(keys, values), model.final_norm(params, config, x_BED)
 
 
 def advance(

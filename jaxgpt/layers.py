@@ -30,6 +30,7 @@ class Layers(NamedTuple):
     dense: Callable[[Params, Array, tuple[str, str]], Array]  # (layer, x, COLUMNS or LINES)
     norm: Callable[[Params, Array, float], Array]
     gelu: Callable[[Array], Array]
+    swiglu: Callable[[Array, Array], Array]  # (gate, up)
     attend: Attend
     product_VD: Callable[[Array, Array], Array]  # (h [..., D], table [V, D]) -> float32 [..., V]
 
@@ -47,19 +48,26 @@ def dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Array:
     """x @ kernel + bias in x's dtype."""
     kernel = sharding.gathered(layer["kernel"].astype(x.dtype), axes)
     product = jnp.matmul(x, kernel, preferred_element_type=_wide(x))
-    return (product + layer["bias"].astype(product.dtype)).astype(x.dtype)
+    if "bias" in layer:
+        product += layer["bias"].astype(product.dtype)
+    return product.astype(x.dtype)
 
 
 def norm(norm: Params, x: Array, epsilon: float) -> Array:
-    """LayerNorm over the last axis, computed in float32, returned in x's dtype."""
-    normal, _ = _normal(x, epsilon)
-    return (normal * norm["scale"] + norm["bias"]).astype(x.dtype)
+    """LayerNorm over the last axis, or RMSNorm (Zhang & Sennrich 2019) if it has no bias: computed in float32, returned
+    in x's dtype."""
+    return _norm(x, norm["scale"], norm.get("bias"), epsilon)
 
 
-def _normal(x: Array, epsilon: float) -> tuple[Array, Array]:
-    """((x - mean) / deviation, 1 / deviation) in float32."""
+def _norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
+    normal = _normal(x, epsilon, centre=bias is not None)[0] * scale
+    return (normal if bias is None else normal + bias).astype(x.dtype)
+
+
+def _normal(x: Array, epsilon: float, centre: bool) -> tuple[Array, Array]:
+    """((x - mean) / deviation, 1 / deviation) in float32; without `centre` the mean counts as 0."""
     x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
+    centred = x32 - x32.mean(-1, keepdims=True) if centre else x32
     inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
     return centred * inverse, inverse
 
@@ -69,13 +77,18 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up (Shazeer 2020)."""
+    return jax.nn.silu(gate) * up
+
+
 def product_VD(h: Array, table_VD: Array) -> Array:
     """Float32 products of hidden states with each row of an embedding, taken in h's dtype."""
     table_VD = sharding.gathered(table_VD.astype(h.dtype), LINES)
     return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=jnp.float32)
 
 
-PLAIN = Layers(dense, norm, gelu, attention.attend, product_VD)
+PLAIN = Layers(dense, norm, gelu, swiglu, attention.attend, product_VD)
 
 
 # ---- with gradients written by hand ----
@@ -109,21 +122,22 @@ def _dot(x: Array, w: Array, dtype: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _linear(x: Array, kernel: Array, bias: Array, axes: tuple[str, str]) -> Array:
+def _linear(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str]) -> Array:
     return _linear_forward(x, kernel, bias, axes)[0]
 
 
-def _linear_forward(x: Array, kernel: Array, bias: Array, axes: tuple[str, str]) -> tuple[Array, Any]:
+def _linear_forward(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str]) -> tuple[Array, Any]:
     x, ready = _together((x, sharding.gathered(kernel.astype(x.dtype), axes)))
     product = jnp.matmul(x, ready, preferred_element_type=jnp.float32)
-    return (product + bias).astype(x.dtype), (x, ready, jnp.zeros((), kernel.dtype))
+    likes = jnp.zeros((), kernel.dtype), None if bias is None else jnp.zeros((), bias.dtype)
+    return (product if bias is None else product + bias).astype(x.dtype), (x, ready, *likes)
 
 
-def _linear_backward(axes: tuple[str, str], saved: Any, dy: Array) -> tuple[Array, Array, Array]:
-    x, kernel, like = saved
+def _linear_backward(axes: tuple[str, str], saved: Any, dy: Array) -> tuple[Array, Array, Array | None]:
+    x, kernel, like, bias_like = saved
     dy = _together(dy)
     dkernel = jnp.matmul(_transposed(x), _flat(dy), preferred_element_type=jnp.float32)
-    dbias = _flat(dy).sum(axis=0, dtype=jnp.float32)
+    dbias = None if bias_like is None else _flat(dy).sum(axis=0, dtype=jnp.float32)
     return _dot(dy, _transposed(kernel), x.dtype), sharding.constrain(dkernel, *axes).astype(like.dtype), dbias
 
 
@@ -131,32 +145,34 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _fast_dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Array:
-    return _linear(x, layer["kernel"], layer["bias"].astype(jnp.float32), axes)
+    bias = layer["bias"].astype(jnp.float32) if "bias" in layer else None
+    return _linear(x, layer["kernel"], bias, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
-    return norm({"scale": scale, "bias": bias}, x, epsilon)
+_norm_vjp = jax.custom_vjp(_norm, nondiff_argnums=(3,))
 
 
-def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Any]:
-    return _layer_norm(x, scale, bias, epsilon), (x, scale)
+def _norm_forward(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple[Array, Any]:
+    return _norm_vjp(x, scale, bias, epsilon), (x, scale, bias)
 
 
-def _layer_norm_backward(epsilon: float, saved: Any, dy: Array) -> tuple[Array, Array, Array]:
-    x, scale = saved
-    normal, inverse = _normal(x, epsilon)
+def _norm_backward(epsilon: float, saved: Any, dy: Array) -> tuple[Array, Array, Array | None]:
+    x, scale, bias = saved
+    normal, inverse = _normal(x, epsilon, centre=bias is not None)
     dy = dy.astype(jnp.float32)
     g = dy * scale
-    dx = inverse * (g - g.mean(-1, keepdims=True) - normal * (g * normal).mean(-1, keepdims=True))
+    dx = g - normal * (g * normal).mean(-1, keepdims=True)
+    if bias is None:
+        return (inverse * dx).astype(x.dtype), _flat(dy * normal).sum(axis=0), None
+    dx = inverse * (dx - g.mean(-1, keepdims=True))
     return dx.astype(x.dtype), _flat(dy * normal).sum(axis=0), _flat(dy).sum(axis=0)
 
 
-_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+_norm_vjp.defvjp(_norm_forward, _norm_backward)
 
 
 def _fast_norm(norm: Params, x: Array, epsilon: float) -> Array:
-    return _layer_norm(x, norm["scale"], norm["bias"], epsilon)
+    return _norm_vjp(x, norm["scale"], norm.get("bias"), epsilon)
 
 
 @jax.custom_vjp
@@ -173,6 +189,21 @@ def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
 
 
 _fast_gelu.defvjp(lambda x: (_fast_gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def _fast_swiglu(gate: Array, up: Array) -> Array:
+    return swiglu(gate, up)
+
+
+def _swiglu_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    gate, up, dy = _together((*saved, dy))
+    g, u, dy32 = (x.astype(jnp.float32) for x in (gate, up, dy))
+    s = jax.nn.sigmoid(g)
+    return (dy32 * u * s * (1 + g * (1 - s))).astype(gate.dtype), (dy32 * g * s).astype(up.dtype)
+
+
+_fast_swiglu.defvjp(lambda gate, up: (_fast_swiglu(gate, up), (gate, up)), _swiglu_backward)
 
 
 @jax.custom_vjp
@@ -228,6 +259,7 @@ def _fast_attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array
     seen = jnp.tril(jnp.ones((T, T), bool))
     if segments_BT is not None:
         seen = seen & (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
+    k_BTHK, v_BTHK = (attention.for_all_heads(x, q_BTHK.shape[2]) for x in (k_BTHK, v_BTHK))
     q, k, v = _together(tuple(x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK)))
     return _attention(q, k, v, seen).swapaxes(1, 2)
 
@@ -252,7 +284,7 @@ def _product_backward(saved: Any, dy: Array) -> tuple[Array, Array]:
 
 _fast_product_VD.defvjp(_product_forward, _product_backward)
 
-FAST = Layers(_fast_dense, _fast_norm, _fast_gelu, _fast_attend, _fast_product_VD)
+FAST = Layers(_fast_dense, _fast_norm, _fast_gelu, _fast_swiglu, _fast_attend, _fast_product_VD)
 
 
 def choose(gradients: str) -> Layers:

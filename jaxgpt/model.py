@@ -4,17 +4,21 @@
     logits_BTV = unembed(params, config, h_BTD)   the tied head
     logp_BT, h_BTD = score(params, config, batch) what every training stage uses
 
-Radford et al. 2019 (GPT-2): learned positions, LayerNorm before each sub-layer, GELU, output head tied to the
-embedding.
+One family: GPT (Radford et al. 2018), which normalises behind each sub-layer; GPT-2 (2019), before it; and the Llama
+type (Touvron et al. 2023) with rotary positions, RMSNorm, SwiGLU, keys and values shared by groups of heads, and no biases.
+Which parameters a block has follows from the settings, and what is computed from the parameters.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import losses, sharding, vocab_head
@@ -31,6 +35,8 @@ PARTITION = {
     "positions_TD": P(None, "fsdp"),
     "qkv/kernel": P(*COLUMNS),
     "qkv/bias": P("tensor"),
+    "gate/kernel": P(*COLUMNS),
+    "gate/bias": P("tensor"),
     "out/kernel": P(*LINES),
     "up/kernel": P(*COLUMNS),
     "up/bias": P("tensor"),
@@ -40,31 +46,34 @@ PARTITION = {
 
 def init(key: Array, config: ModelConfig) -> Params:
     """GPT-2's initialisation: normal(0.02), projections into the residual stream scaled by 1/sqrt(2 N)."""
-    D, F = config.width, config.width * config.mlp_ratio
+    D, F = config.width, config.mlp_units
     residual_scale = 0.02 / math.sqrt(2 * config.layers)
 
-    def dense(key: Array, fan_in: int, fan_out: int, scale: float) -> Params:
-        return {"kernel": scale * jax.random.normal(key, (fan_in, fan_out)), "bias": jnp.zeros(fan_out)}
+    def dense(key: Array, fan_in: int, fan_out: int, scale: float = 0.02) -> Params:
+        layer = {"kernel": scale * jax.random.normal(key, (fan_in, fan_out))}
+        return {**layer, "bias": jnp.zeros(fan_out)} if config.biases else layer
 
     def norm() -> Params:
-        return {"scale": jnp.ones(D), "bias": jnp.zeros(D)}
+        return {"scale": jnp.ones(D), "bias": jnp.zeros(D)} if config.norm == "layer" else {"scale": jnp.ones(D)}
 
     token_key, position_key, *block_keys = jax.random.split(key, 2 + config.layers)
-    params: Params = {
-        "embed": {
-            "tokens_VD": 0.02 * jax.random.normal(token_key, (config.vocab, D)),
-            "positions_TD": 0.01 * jax.random.normal(position_key, (config.block, D)),
-        },
-        "final_norm": norm(),
-    }
+    params: Params = {"embed": {"tokens_VD": 0.02 * jax.random.normal(token_key, (config.vocab, D))}}
+    if config.positions == "learned":
+        params["embed"]["positions_TD"] = 0.01 * jax.random.normal(position_key, (config.block, D))
+    if config.norm_at == "input":
+        params["final_norm"] = norm()
+    if not config.tied:
+        head_key = jax.random.fold_in(key, 1)
+        params["unembed"] = {"tokens_VD": 0.02 * jax.random.normal(head_key, (config.vocab, D))}
     for n, block_key in enumerate(block_keys):
-        qkv_key, out_key, up_key, down_key = jax.random.split(block_key, 4)
+        qkv_key, out_key, up_key, down_key, *gate_key = jax.random.split(block_key, 5 if config.mlp == "swiglu" else 4)
         params[f"block_{n}"] = {
             "attention_norm": norm(),
-            "qkv": dense(qkv_key, D, 3 * D, 0.02),
+            "qkv": dense(qkv_key, D, (config.heads + 2 * config.groups) * config.head_dim),
             "out": dense(out_key, D, D, residual_scale),
             "mlp_norm": norm(),
-            "up": dense(up_key, D, F, 0.02),
+            **{"gate": dense(one, D, F) for one in gate_key},
+            "up": dense(up_key, D, F),
             "down": dense(down_key, F, D, residual_scale),
         }
     return params
@@ -81,15 +90,44 @@ def apply_scalar_head(head: Params, h_BTD: Array) -> Array:
     return jnp.einsum("...d,d->...", h_BTD.astype(jnp.float32), head["kernel_D"]) + head["bias"]
 
 
-def split_heads(qkv: Array, heads: int) -> tuple[Array, Array, Array]:
-    """[..., 3D] -> q, k, v of [..., H, K]. A head's q, k and v lie together, so that dividing 3D divides the heads."""
-    x = qkv.reshape(*qkv.shape[:-1], heads, 3, -1)
-    return x[..., 0, :], x[..., 1, :], x[..., 2, :]
+def split_heads(qkv: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
+    """q [..., H, K], k and v [..., G, K] from [..., (H + 2G) K], in which a key, its value and the queries that see them
+    lie together: dividing the last axis divides the groups of heads."""
+    shared = config.heads // config.groups
+    x = qkv.reshape(*qkv.shape[:-1], config.groups, shared + 2, config.head_dim)
+    q = x[..., :shared, :].reshape(*qkv.shape[:-1], config.heads, config.head_dim)
+    return q, x[..., shared, :], x[..., shared + 1, :]
+
+
+def angles(config: ModelConfig, positions_BT: Array) -> tuple[Array, Array] | None:
+    """Cosine and sine of every position times every frequency, [B, T, 1, K/2] float32, for rotary positions (Su et al.
+    2021). Pair i turns by theta^(-2i/K) a token; with rope_factor, pairs that turn less than once in rope_block turn
+    that much slower, those of more than four turns as before, and the others something between (Llama 3.1)."""
+    if config.positions != "rotary":
+        return None
+    turn = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    if config.rope_factor > 1.0:
+        turns = config.rope_block * turn / (2 * np.pi)
+        share = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+        turn = turn * (share + (1.0 - share) / config.rope_factor)
+    angle_BTK = positions_BT[..., None, None] * jnp.asarray(turn, jnp.float32)
+    return jnp.cos(angle_BTK), jnp.sin(angle_BTK)
+
+
+def rotate(x_BTHK: Array, angles: tuple[Array, Array] | None) -> Array:
+    """Each pair (i, i + K/2) turned by its angle; x itself without angles."""
+    if angles is None:
+        return x_BTHK
+    cos, sin = angles
+    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
 
 def mlp(block: Params, x: Array, layers: Layers = PLAIN) -> Array:
-    """Two dense layers with a GELU (tanh form, as GPT-2) between them."""
-    return layers.dense(block["down"], layers.gelu(layers.dense(block["up"], x, COLUMNS)), LINES)
+    """Two dense layers with a GELU (tanh form, as GPT-2) between them; or, where there is a gate, a SwiGLU."""
+    up = layers.dense(block["up"], x, COLUMNS)
+    inside = layers.swiglu(layers.dense(block["gate"], x, COLUMNS), up) if "gate" in block else layers.gelu(up)
+    return layers.dense(block["down"], inside, LINES)
 
 
 def dropout(key: Array | None, rate: float, x: Array) -> Array:
@@ -100,9 +138,10 @@ def dropout(key: Array | None, rate: float, x: Array) -> Array:
 
 
 def embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) -> Array:
-    """Token plus position embedding, in the activations' dtype."""
+    """The tokens' embedding, plus the positions' where they are learned, in the activations' dtype."""
     table = params["embed"]
-    return (table["tokens_VD"][tokens] + table["positions_TD"][positions]).astype(config.dtype)
+    x = table["tokens_VD"][tokens]
+    return (x + table["positions_TD"][positions] if "positions_TD" in table else x).astype(config.dtype)
 
 
 def embed_rows(params: Params, config: ModelConfig, tokens_BT: Array, positions_BT: Array) -> Array:
@@ -115,11 +154,8 @@ def embed_rows(params: Params, config: ModelConfig, tokens_BT: Array, positions_
         ids = [constrain(x, "data", None) for x in (tokens_BT, positions_BT)]
         x_BTD = constrain(embed(params, config, *ids), "data", None, "fsdp")
     else:
-        table = params["embed"]
-        whole = {
-            "tokens_VD": sharding.gathered(table["tokens_VD"], LINES, lookup=True),
-            "positions_TD": sharding.gathered(table["positions_TD"], (None, "fsdp"), lookup=True),
-        }
+        axes = {"tokens_VD": LINES, "positions_TD": (None, "fsdp")}
+        whole = {name: sharding.gathered(x, axes[name], lookup=True) for name, x in params["embed"].items()}
         x_BTD = embed({"embed": whole}, config, tokens_BT, positions_BT)
     return constrain(x_BTD, ROWS, None, None)
 
@@ -155,7 +191,7 @@ def hidden_and_kv(
     key: Array | None = None,
     attend: Attend | None = None,
 ) -> tuple[Array, list[tuple[Array, Array]]]:
-    """`hidden`, and each layer's keys and values [B, T, H, K]: what a prefill stores."""
+    """`hidden`, and each layer's keys and values [B, T, G, K]: what a prefill stores."""
     chex.assert_rank(tokens_BT, 2)
     T = tokens_BT.shape[1]
     if T > config.block:
@@ -170,8 +206,13 @@ def hidden_and_kv(
     x_BTD = embed_rows(params, config, tokens_BT, positions_BT)
     x_BTD = dropout(embed_key, config.dropout, x_BTD)
 
+    turned = angles(config, positions_BT)
+
+    def with_kv(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+        return layers.attend(q, k, v, segments_BT), (k, v)
+
     def one(x_BTD: Array, block: Params, key: Array | None) -> tuple[Array, tuple[Array, Array]]:
-        return transformer_block(block, config, layers, x_BTD, segments_BT, key)
+        return transformer_block(block, config, layers, x_BTD, turned, with_kv, key)
 
     if config.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
@@ -186,7 +227,12 @@ def hidden_and_kv(
         for n, block in enumerate(blocks):
             x_BTD, both = one(x_BTD, block, None if keys is None else keys[n])
             kv.append(both)
-    return layers.norm(params["final_norm"], x_BTD, config.norm_epsilon), kv
+    return final_norm(params, config, x_BTD, layers), kv
+
+
+def final_norm(params: Params, config: ModelConfig, x_BTD: Array, layers: Layers = PLAIN) -> Array:
+    """The norm behind the last block, if the model has one."""
+    return layers.norm(params["final_norm"], x_BTD, config.norm_epsilon) if "final_norm" in params else x_BTD
 
 
 def _split_for(key: Array, layers: int) -> tuple[Array, Array]:
@@ -196,23 +242,43 @@ def _split_for(key: Array, layers: int) -> tuple[Array, Array]:
 
 
 def transformer_block(
-    block: Params, config: ModelConfig, layers: Layers, x_BTD: Array, segments_BT: Array | None, key: Array | None
-) -> tuple[Array, tuple[Array, Array]]:
-    """One layer of attention and one of the MLP, each behind a norm and added to its input; and keys and values."""
+    block: Params,
+    config: ModelConfig,
+    layers: Layers,
+    x_BTD: Array,
+    angles: tuple[Array, Array] | None,
+    attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+    key: Array | None = None,
+) -> tuple[Array, Any]:
+    """One layer of attention and one of the MLP, each added to its input, with a norm before it or behind the sum.
+
+    attend(q [B, T, H, K], k, v [B, T, G, K]) -> (mixed [B, T, H, K], anything), which is returned too: keys and values
+    of a whole row, or the cache with the new ones in it.
+    """
     attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-    normed = layers.norm(block["attention_norm"], x_BTD, config.norm_epsilon)
-    qkv = split_heads(layers.dense(block["qkv"], normed, COLUMNS), config.heads)
-    q, k, v = (constrain(x, ROWS, None, "tensor", None) for x in qkv)
-    mixed_BTD = layers.attend(q, k, v, segments_BT).reshape(x_BTD.shape)
+
+    def norm(name: str, x: Array, at: str) -> Array:
+        return layers.norm(block[name], x, config.norm_epsilon) if config.norm_at == at else x
+
+    normed = norm("attention_norm", x_BTD, "input")
+    q, k, v = split_heads(layers.dense(block["qkv"], normed, COLUMNS), config)
+    qkv = (constrain(x, ROWS, None, "tensor", None) for x in (rotate(q, angles), rotate(k, angles), v))
+    mixed_BTHK, kept = attend(*qkv)
+    mixed_BTD = mixed_BTHK.reshape(x_BTD.shape)
     x_BTD += dropout(attention_key, config.dropout, layers.dense(block["out"], mixed_BTD, LINES))
-    normed = layers.norm(block["mlp_norm"], x_BTD, config.norm_epsilon)
-    x_BTD += dropout(mlp_key, config.dropout, mlp(block, normed, layers))
-    return constrain(x_BTD, ROWS, None, None), (k, v)
+    x_BTD = norm("attention_norm", x_BTD, "output")
+    x_BTD += dropout(mlp_key, config.dropout, mlp(block, norm("mlp_norm", x_BTD, "input"), layers))
+    return constrain(norm("mlp_norm", x_BTD, "output"), ROWS, None, None), kept
+
+
+def head_table(params: Params) -> Array:
+    """The weights of the vocabulary head, [V, D]: the embedding's, if they are tied."""
+    return params["unembed" if "unembed" in params else "embed"]["tokens_VD"]
 
 
 def unembed(params: Params, h: Array, layers: Layers = PLAIN) -> Array:
-    """Float32 logits from hidden states, with the transposed embedding as weights."""
-    return layers.product_VD(h, params["embed"]["tokens_VD"])
+    """Float32 logits from hidden states."""
+    return layers.product_VD(h, head_table(params))
 
 
 def predict(
@@ -230,7 +296,7 @@ def predict(
         logits = jax.lax.optimization_barrier(unembed(params, h_BWD, choose(config.gradients)) / temperature)
         return losses.log_prob(logits, tokens_BW), losses.entropy(logits)
     # A copy of the table for each part of the rows, so that its gradient is added up once, not in every tile.
-    table_VD = sharding.gathered(params["embed"]["tokens_VD"].astype(h_BWD.dtype), LINES)
+    table_VD = sharding.gathered(head_table(params).astype(h_BWD.dtype), LINES)
     table_PVD = constrain(jnp.broadcast_to(table_VD, (parts, *table_VD.shape)), ROWS, "tensor", None)
     rows = [constrain_rows(x.reshape(parts, B // parts, *x.shape[1:])) for x in (h_BWD, tokens_BW)]
     tiles = functools.partial(vocab_head.outputs, tile=max(1, WHOLE_LOGITS // position_bytes), temperature=temperature)

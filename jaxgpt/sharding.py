@@ -262,7 +262,8 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
     doesn't divide its width: they would be kept whole in silence."""
     sizes = {
         "heads": ("tensor", config.heads),
-        "width x mlp_ratio": ("tensor", config.width * config.mlp_ratio),
+        "heads of keys": ("tensor", config.groups),
+        "hidden units": ("tensor", config.mlp_units),
         "vocab": ("tensor", config.vocab),
         "width": ("fsdp", config.width),
     }

@@ -4,6 +4,7 @@ Names carry their dimensions: `logits_BTV` has axes B, T, V.
 
     B  batch          T  time, in tokens      V  vocabulary       C  candidate answers of one prompt
     D  width          H  heads                K  head dimension   F  hidden units of the MLP
+    G  groups of heads that share keys and values
     N  layers         S  cache slots          P  prompt tokens    A  answer tokens
 
 Masks are aligned with their target: `mask_BT[b, t]` says that token t of row b is to be predicted (from the tokens
@@ -71,9 +72,9 @@ class Preferences:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values, [B, H, S, K] for each layer. Slots [0, P) hold the prompt, slot P + t the t-th new token.
+    """Keys and values, [B, G, S, K] for each layer. Slots [0, P) hold the prompt, slot P + t the t-th new token.
 
-    Both choices keep XLA from copying it in every step: one array a layer, not a slice of one for all; and B and H only
+    Both choices keep XLA from copying it in every step: one array a layer, not a slice of one for all; and B and G only
     where they are more than 1, since a product drops an axis of 1 and then has another shape than the loop.
     """
 

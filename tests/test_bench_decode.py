@@ -50,7 +50,7 @@ def test_bytes_a_step_by_hand():
     """2 layers of width 4, 8 wide inside, 10 words: a layer has 4 x 12 + 4 x 4 + 4 x 8 + 8 x 4 = 128 weights, the head
     40. After 3 prompt tokens, 4 new ones take 3 steps that see 4, 5 and 6 slots: 5 on average, each a key and a value
     of 4 numbers in both layers, 80 a row."""
-    config = ModelConfig(layers=2, width=4, heads=2, block=16, vocab=10, mlp_ratio=2)
+    config = ModelConfig(layers=2, width=4, heads=2, block=16, vocab=10, mlp_width=8)
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         found = bench_decode.bytes_a_step(dataclasses.replace(config, dtype=dtype), batch=3, prompt=3, new_tokens=4)
         assert found == {"weights": 296 * size, "cache": 3 * 80 * size, "total": (296 + 240) * size}
