@@ -1,5 +1,7 @@
 """A tiny model and rows of tokens that several tests use."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,18 @@ score = jax.jit(model.score, static_argnums=1, static_argnames=("temperature", "
 AS_USERS_RUN_IT = {"xla_backend_optimization_level": 3}  # for what holds to the last bit: see conftest.py
 WALL_CLOCK = ("time", "seconds_data", "seconds_device")  # metrics that differ between two equal runs
 TINY = ModelConfig(layers=2, width=32, heads=2, block=48, vocab=64)
+FAMILY = {
+    "gpt": dataclasses.replace(TINY, norm_at="output"),
+    "gpt2": TINY,
+    "llama": dataclasses.replace(
+        TINY, heads=4, kv_heads=2, mlp="swiglu", mlp_width=48, norm="rms", positions="rotary", rope_theta=50.0,
+        biases=False,
+    ),
+    "llama3": dataclasses.replace(
+        TINY, heads=4, kv_heads=1, mlp="swiglu", norm="rms", positions="rotary", rope_theta=50.0, rope_factor=8.0,
+        rope_block=24, tied=False,
+    ),
+}  # fmt: skip
 
 
 def params_of(config: ModelConfig = TINY, seed: int = 0, scale: float = 4.0) -> Params:

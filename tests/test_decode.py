@@ -10,34 +10,39 @@ import pytest
 
 from jaxgpt import decode, model, sampling
 from jaxgpt.config import ModelConfig, UserError
-from tests.helpers import TINY, generate, generate_until, hidden, params_of, prompts_of, score
+from tests.helpers import FAMILY, TINY, generate, generate_until, hidden, params_of, prompts_of, score
 
 
 @functools.cache
-def generated(width: int = 12, new_tokens: int = 16, temperature: float = 1.0):
+def generated(width: int = 12, new_tokens: int = 16, temperature: float = 1.0, config: ModelConfig = TINY):
     prompts, lengths = prompts_of(6, width)
     answers = generate(
-        params_of(), TINY, prompts, lengths, jax.random.key(3), new_tokens=new_tokens, stop=5,
+        params_of(config), config, prompts, lengths, jax.random.key(3), new_tokens=new_tokens, stop=5,
         filter_logits=lambda logits: logits / temperature,
     )  # fmt: skip
     return prompts, lengths, answers
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_of_the_sampler_equal_those_of_the_trainer(temperature):
-    prompts, lengths, answers = generated(temperature=temperature)
+@pytest.mark.parametrize(
+    ("name", "temperature"), [("gpt2", 1.0), ("gpt2", 0.6), ("gpt", 0.6), ("llama", 0.6), ("llama3", 0.6)]
+)
+def test_log_probs_of_the_sampler_equal_those_of_the_trainer(name, temperature):
+    config = FAMILY[name]
+    prompts, lengths, answers = generated(temperature=temperature, config=config)
     rows, sampler_logp = decode.join(prompts, lengths, answers)
-    logp, _ = score(params_of(), TINY, rows, temperature=temperature)
+    logp, _ = score(params_of(config), config, rows, temperature=temperature)
     np.testing.assert_allclose(jnp.where(rows.mask_BT, logp, 0.0), sampler_logp, atol=1e-5)
     assert int(rows.mask_BT.sum()) == int(answers.length_B.sum())
 
 
-def test_greedy_decoding_equals_argmax_of_the_full_forward():
-    params, (prompts, lengths) = params_of(), prompts_of(3, 7)
-    answers = generate(params, TINY, prompts, lengths, jax.random.key(0), new_tokens=9, stop=5, sample=sampling.greedy)
+@pytest.mark.parametrize(("name", "rows"), [("gpt2", 3), ("llama", 3), ("llama", 1), ("llama3", 1)])
+def test_greedy_decoding_equals_argmax_of_the_full_forward(name, rows):
+    config, (prompts, lengths) = FAMILY[name], prompts_of(rows, 7)
+    params, key = params_of(config), jax.random.key(0)
+    answers = generate(params, config, prompts, lengths, key, new_tokens=9, stop=5, sample=sampling.greedy)
     rows, _ = decode.join(prompts, lengths, answers)
-    best = jnp.argmax(model.unembed(params, hidden(params, TINY, rows.tokens_BT)), axis=-1)
-    for b in range(3):
+    best = jnp.argmax(model.unembed(params, hidden(params, config, rows.tokens_BT)), axis=-1)
+    for b in range(len(prompts)):
         t = np.flatnonzero(rows.mask_BT[b])
         np.testing.assert_array_equal(best[b, t - 1], rows.tokens_BT[b, t])
 

@@ -25,9 +25,13 @@ def segments():
 
 CASES = {
     "dense": lambda of, x, y: of.dense({"kernel": y, "bias": y[0]}, x, layers.COLUMNS),
+    "dense, no bias": lambda of, x, y: of.dense({"kernel": y}, x, layers.COLUMNS),
+    "rms norm": lambda of, x, y: of.norm({"scale": y[0, :D]}, 3.0 * x + 1.0, 1e-5),
+    "swiglu": lambda of, x, y: of.swiglu(x, jnp.flip(x, axis=0) * 2),
     "norm": lambda of, x, y: of.norm({"scale": y[0, :D], "bias": y[1, :D]}, 3.0 * x + 1.0, 1e-5),
     "gelu": lambda of, x, y: of.gelu(x),
     "attend": lambda of, x, y: of.attend(*attention_inputs(x, y), None),
+    "attend, shared keys": lambda of, x, y: of.attend(*shared_keys(*attention_inputs(x, y)), segments()),
     "attend, segments": lambda of, x, y: of.attend(*attention_inputs(x, y), segments()),
     "product_VD": lambda of, x, y: of.product_VD(x, y.T),
 }
@@ -36,6 +40,10 @@ CASES = {
 def attention_inputs(x, y):
     mixed = jnp.tanh(x @ y.astype(x.dtype))
     return (part.reshape(B, T, H, K) for part in (x, mixed[..., :D], mixed[..., -D:]))
+
+
+def shared_keys(q, k, v):
+    return q, k[:, :, :1], v[:, :, :1]
 
 
 @pytest.mark.parametrize("name", CASES)

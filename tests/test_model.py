@@ -8,27 +8,28 @@ import numpy as np
 import pytest
 
 from jaxgpt import model
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.config import PRESETS, ModelConfig, UserError
 from jaxgpt.structs import Batch
-from tests.helpers import TINY, batch_of, hidden, params_of, score, tokens_of
+from tests.helpers import FAMILY, TINY, batch_of, hidden, params_of, score, tokens_of
 
 
-def test_each_position_depends_on_itself_and_the_past_only():
-    params, tokens = params_of(), tokens_of(1, 10)
-    weights_D = jax.random.normal(jax.random.key(8), (TINY.width,))  # a plain sum over a normalised vector is constant
+family = pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
 
-    def output(change_TD, t):  # a perturbation of each input embedding, by way of positions
-        moved = {
-            **params,
-            "embed": {**params["embed"], "positions_TD": params["embed"]["positions_TD"].at[:10].add(change_TD)},
-        }
-        return hidden(moved, TINY, tokens)[0, t] @ weights_D
 
-    for t in (0, 4, 9):
-        slope_TD = jax.grad(output)(jnp.zeros((10, TINY.width)), t)
-        reach_T = np.abs(slope_TD).max(axis=1)
-        assert (reach_T[: t + 1] > 0).all(), "the past must matter"
-        assert (reach_T[t + 1 :] == 0).all(), "the future must not"
+@family
+def test_each_position_depends_on_itself_and_the_past_only(config):
+    params, tokens = params_of(config), jnp.arange(10)[None]  # every token once, so that its embedding is one position's
+    weights_D = jax.random.normal(jax.random.key(8), (config.width,))  # a plain sum over a normalised vector is constant
+
+    @jax.jit
+    def slopes(change_TD):
+        table = params["embed"]["tokens_VD"].at[:10].add(change_TD)
+        moved = {**params, "embed": {**params["embed"], "tokens_VD": table}}
+        return model.hidden(moved, config, tokens)[0] @ weights_D
+
+    reach_TT = np.abs(jax.jacrev(slopes)(jnp.zeros((10, config.width)))).max(axis=2)
+    assert (reach_TT[np.tril_indices(10)] > 0).all(), "the past must matter"
+    assert (reach_TT[np.triu_indices(10, 1)] == 0).all(), "the future must not"
 
 
 def test_log_probs_are_a_distribution_over_the_next_token():
@@ -43,32 +44,43 @@ def test_log_probs_are_a_distribution_over_the_next_token():
     assert float(logp_BT[0, 0]) == 0.0
 
 
-def test_forward_equals_a_float64_reference():
-    params, tokens = params_of(), tokens_of(2, 12)
-    expected = _reference_logits(jax.tree.map(lambda w: np.asarray(w, np.float64), params), TINY, np.asarray(tokens))
-    found = model.unembed(params, hidden(params, TINY, tokens))
+@family
+@pytest.mark.parametrize("gradients", ["auto", "plain"])
+def test_forward_equals_a_float64_reference(config, gradients):
+    params, tokens = params_of(config), tokens_of(2, 40)
+    expected = _reference_logits(jax.tree.map(lambda w: np.asarray(w, np.float64), params), config, np.asarray(tokens))
+    found = model.unembed(params, hidden(params, dataclasses.replace(config, gradients=gradients), tokens))
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
-def test_padding_behind_a_row_changes_nothing():
-    params, batch = params_of(), batch_of(3, 12)
-    logp, h = score(params, TINY, batch)
+@family
+def test_the_count_of_parameters_is_what_init_makes(config):
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    positions = shapes["embed"].pop("positions_TD").size if config.positions == "learned" else 0
+    assert model.count_parameters(shapes) == config.parameters and (positions > 0) == (config.positions == "learned")
+
+
+@family
+def test_padding_behind_a_row_changes_nothing(config):
+    params, batch = params_of(config), batch_of(3, 12)
+    logp, h = score(params, config, batch)
     padded = Batch(jnp.pad(batch.tokens_BT, ((0, 0), (0, 7))), jnp.pad(batch.mask_BT, ((0, 0), (0, 7))))
-    padded_logp, padded_h = score(params, TINY, padded)
+    padded_logp, padded_h = score(params, config, padded)
     np.testing.assert_allclose(padded_logp[:, :12], logp, atol=1e-5)
     np.testing.assert_allclose(padded_h[:, :12], h, atol=1e-4)
 
 
-def test_packed_rows_equal_unpacked_ones():
-    params = params_of()
+@family
+def test_packed_rows_equal_unpacked_ones(config):
+    params = params_of(config)
     a, b = tokens_of(1, 9, seed=1), tokens_of(1, 6, seed=2)
     packed = Batch(
         jnp.concatenate([a, b], axis=1), jnp.ones((1, 15), bool),
         segments_BT=jnp.array([[1] * 9 + [2] * 6]), positions_BT=jnp.array([[*range(9), *range(6)]]),
     )  # fmt: skip
-    logp, _ = score(params, TINY, packed)
+    logp, _ = score(params, config, packed)
     for row, part in ((a, logp[0, 1:9]), (b, logp[0, 10:])):
-        alone, _ = score(params, TINY, Batch(row, row > 0))
+        alone, _ = score(params, config, Batch(row, row > 0))
         np.testing.assert_allclose(part, alone[0, 1:], atol=1e-5)
 
 
@@ -99,10 +111,11 @@ def test_temperature_divides_the_logits():
     np.testing.assert_allclose(logp[:, 1:], picked, atol=1e-4)
 
 
-def test_bfloat16_is_close_to_float32():
-    params, batch = params_of(scale=1.0), batch_of(2, 16)
-    exact, _ = score(params, TINY, batch)
-    rough, h = score(params, dataclasses.replace(TINY, dtype="bfloat16"), batch)
+@family
+def test_bfloat16_is_close_to_float32(config):
+    params, batch = params_of(config, scale=1.0), batch_of(2, 16)
+    exact, _ = score(params, config, batch)
+    rough, h = score(params, dataclasses.replace(config, dtype="bfloat16"), batch)
     assert h.dtype == jnp.bfloat16 and rough.dtype == jnp.float32
     np.testing.assert_allclose(rough, exact, atol=0.03)
 
@@ -123,7 +136,14 @@ def test_rows_longer_than_the_block_are_refused():
         hidden(params_of(), TINY, tokens_of(1, 49))
 
 
-@pytest.mark.parametrize("change", [{"width": 33}, {"layers": 0}, {"dropout": 1.0}, {"dtype": "float16"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 33}, {"layers": 0}, {"dropout": 1.0}, {"dtype": "float16"}, {"kv_heads": 3}, {"mlp_width": -1},
+        {"positions": "rotary", "width": 6}, {"rope_theta": 0.0}, {"norm": "batch"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_impossible_configurations_are_refused(change):
     with pytest.raises(UserError):
         dataclasses.replace(TINY, **change)
@@ -142,35 +162,66 @@ def test_value_head_is_exactly_zero_and_reward_head_has_the_stated_scale():
     assert float(head["kernel_D"].std()) == pytest.approx(1 / np.sqrt(2001), rel=0.05)
 
 
+@pytest.mark.parametrize(("name", "millions"), [("gpt", 116.6), ("gpt2", 124.5), ("smollm2-135m", 134.5)])
+def test_presets_have_their_models_sizes(name, millions):
+    """GPT's and GPT-2's tables are padded to a multiple of 128 rows."""
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), PRESETS[name]))
+    assert model.count_parameters(shapes) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
 def _reference_logits(p: dict, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    """The same GPT-2 in NumPy, float64, with explicit loops over heads."""
+    """The same models in NumPy, float64, with explicit loops over heads and rotations as complex numbers."""
     B, T = tokens.shape
-    H, K = config.heads, config.head_dim
+    H, G, K = config.heads, config.groups, config.head_dim
 
     def norm(layer, x):
-        centred = x - x.mean(-1, keepdims=True)
-        return (
-            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + config.norm_epsilon) * layer["scale"]
-            + layer["bias"]
-        )
+        if config.norm == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * layer["scale"] + layer.get("bias", 0)
 
     def dense(layer, x):
-        return x @ layer["kernel"] + layer["bias"]
+        return x @ layer["kernel"] + layer.get("bias", 0)
 
-    x = p["embed"]["tokens_VD"][tokens] + p["embed"]["positions_TD"][:T]
+    def turned(x):  # [B, T, K]
+        if config.positions != "rotary":
+            return x
+        speed = config.rope_theta ** (-2 * np.arange(K // 2) / K)
+        for i, one in enumerate(speed):
+            wavelength = 2 * np.pi / one
+            if config.rope_factor > 1 and wavelength > config.rope_block:
+                speed[i] = one / config.rope_factor
+            elif config.rope_factor > 1 and wavelength > config.rope_block / 4:
+                share = (config.rope_block / wavelength - 1) / 3
+                speed[i] = (1 - share) * one / config.rope_factor + share * one
+        z = (x[..., : K // 2] + 1j * x[..., K // 2 :]) * np.exp(1j * np.arange(T)[:, None] * speed)
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    def attention(block, x):
+        qkv = dense(block["qkv"], x).reshape(B, T, G, H // G + 2, K)
+        mixed = np.zeros((B, T, H * K))
+        for head in range(H):
+            group, place = divmod(head, H // G)
+            q, k, v = turned(qkv[:, :, group, place]), turned(qkv[:, :, group, -2]), qkv[:, :, group, -1]
+            scores = np.where(np.tril(np.ones((T, T), bool)), q @ k.swapaxes(1, 2) / np.sqrt(K), -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            mixed[..., head * K : (head + 1) * K] = weights / weights.sum(-1, keepdims=True) @ v
+        return dense(block["out"], mixed)
+
+    def mlp(block, x):
+        u = dense(block["up"], x)
+        if config.mlp == "swiglu":
+            gate = dense(block["gate"], x)
+            return dense(block["down"], gate / (1 + np.exp(-gate)) * u)
+        return dense(block["down"], 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3))))
+
+    x = p["embed"]["tokens_VD"][tokens]
+    if config.positions == "learned":
+        x = x + p["embed"]["positions_TD"][:T]
     for n in range(config.layers):
         block = p[f"block_{n}"]
-        qkv = dense(block["qkv"], norm(block["attention_norm"], x))
-        q, k, v = np.moveaxis(qkv.reshape(B, T, H, 3, K), 3, 0).reshape(3, B, T, H * K)
-        mixed = np.zeros_like(x)
-        for head in range(H):
-            part = slice(head * K, (head + 1) * K)
-            scores = q[..., part] @ k[..., part].swapaxes(1, 2) / np.sqrt(K)
-            scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            mixed[..., part] = weights / weights.sum(-1, keepdims=True) @ v[..., part]
-        x = x + dense(block["out"], mixed)
-        u = dense(block["up"], norm(block["mlp_norm"], x))
-        u = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
-        x = x + dense(block["down"], u)
-    return norm(p["final_norm"], x) @ p["embed"]["tokens_VD"].T
+        for part, name in ((attention, "attention_norm"), (mlp, "mlp_norm")):
+            before = config.norm_at == "input"
+            x = x + part(block, norm(block[name], x)) if before else norm(block[name], x + part(block, x))
+    if config.norm_at == "input":
+        x = norm(p["final_norm"], x)
+    return x @ (p["embed"] if config.tied else p["unembed"])["tokens_VD"].T

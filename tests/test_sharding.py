@@ -16,7 +16,7 @@ from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.sharding import MeshConfig, make_mesh
 from jaxgpt.structs import Batch, Preferences
-from tests.helpers import batch_of, params_of, prompts_of
+from tests.helpers import FAMILY, batch_of, params_of, prompts_of
 
 CONFIG = ModelConfig(layers=2, width=32, heads=8, block=24, vocab=64)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (2, 1, 4), (1, 4, 2)]
@@ -43,8 +43,10 @@ def start(trainable, frozen=None):
     return train.init_state(jax.tree.map(jnp.copy, trainable), SGD, jax.tree.map(jnp.copy, frozen or {}))
 
 
+LLAMA = dataclasses.replace(FAMILY["llama3"], heads=8, kv_heads=4, block=24)
 STAGES = {
     "nll": (lambda: train.make_nll(CONFIG), lambda: start(params()), lambda: batch_of(16, 20)),
+    "llama": (lambda: train.make_nll(LLAMA), lambda: start(params_of(LLAMA, scale=2.0)), lambda: batch_of(16, 20)),
     "reward": (
         lambda: reward_stage.make_loss(CONFIG),
         lambda: start(
@@ -90,7 +92,7 @@ def test_every_mesh_gives_the_step_of_one_device(shape):
 
 
 @pytest.mark.parametrize("shape", FEW, ids=str)
-@pytest.mark.parametrize("stage", ["reward", "dpo"])
+@pytest.mark.parametrize("stage", ["llama", "reward", "dpo"])
 def test_every_stage_gives_the_step_of_one_device(stage, shape):
     assert_step_of_one_device(stage, shape)
 
