@@ -22,7 +22,7 @@ from jaxgpt.checkpoint import Loaded, load_language_model
 from jaxgpt.cli import cli
 from jaxgpt.config import UserError
 from jaxgpt.structs import Array
-from jaxgpt.tokenizer import ANSWER_END, BOS, prompt_ids
+from jaxgpt.tokenizer import prompt_ids
 
 HELP = "/model PATH another model · /stats speed of the last answer · /again the same prompt · /quit"
 
@@ -59,7 +59,8 @@ def filter_logits(settings: Settings) -> sampling.Filter:
 def reply(loaded: Loaded, settings: Settings, text: str, key: Array) -> Iterator[str]:
     """Pieces of the answer's text as tokens come; a piece waits until its characters are whole."""
     raw = settings.raw or loaded.extra.get("raw", False)
-    ids = [BOS, *loaded.tokenizer.encode(text)] if raw else prompt_ids(loaded.tokenizer, text)
+    template = loaded.tokenizer.template
+    ids = [template.separator, *loaded.tokenizer.encode(text)] if raw else prompt_ids(loaded.tokenizer, text)
     room = loaded.config.block - settings.new_tokens
     if room < 1:
         raise UserError(
@@ -72,7 +73,7 @@ def reply(loaded: Loaded, settings: Settings, text: str, key: Array) -> Iterator
     sampler = sampling.categorical if settings.temperature > 0 else sampling.greedy
     stream = decode.stream(
         loaded.params, loaded.config, jnp.asarray(tokens), jnp.asarray(length), key,
-        new_tokens=settings.new_tokens, stop=BOS if raw else ANSWER_END, sample=sampler,
+        new_tokens=settings.new_tokens, stop=template.separator if raw else template.end, sample=sampler,
         filter_logits=filter_logits(settings),
     )  # fmt: skip
     said, seen = "", []

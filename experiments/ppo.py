@@ -90,7 +90,9 @@ def reward_fn(config: ModelConfig, params: Params, rows: Batch) -> Array:
     return reward.score(params["reward"], config, rows)
 
 
-def build(settings: Settings, config: ModelConfig, prompt_tokens: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+def build(
+    settings: Settings, config: ModelConfig, prompt_tokens: int, mesh: jax.sharding.Mesh, stop: int = ANSWER_END
+) -> tuple[Any, Any, Any]:
     """(jitted iteration, shapes of state and controller, shapes of the prompts)."""
     sharding.check_model(config, mesh)
     sharding.check_rows(settings.batch // settings.ppo.minibatches, mesh, "a minibatch")
@@ -105,7 +107,7 @@ def build(settings: Settings, config: ModelConfig, prompt_tokens: int, mesh: jax
     places = jax.tree.map(lambda x: x.sharding, state)
     one = functools.partial(
         ppo.ppo_iteration, config=config, ppo=settings.ppo, tx=tx, reward_fn=functools.partial(reward_fn, config),
-        stop=ANSWER_END,
+        stop=stop,
     )  # fmt: skip
     iteration = jax.jit(
         sharding.within(mesh, one),
@@ -142,7 +144,7 @@ def main(settings: Settings) -> dict[str, Any]:
             raise UserError(f"{settings.reward} was trained with another model or tokenizer than {settings.model}")
         ids = [prompt_ids(tok, prompt.text) for prompt in sources.prompts(settings.data, "train", settings.cache)]
         prompt_tokens = max(map(len, ids))
-        iteration, (shapes, _), _ = build(settings, config, prompt_tokens, mesh)
+        iteration, (shapes, _), _ = build(settings, config, prompt_tokens, mesh, tok.template.end)
         tokens_NP, lengths_N = rollout.pad_prompts(ids, prompt_tokens)
 
         state = ppo.init(sft, config, optimizer(settings), {"reward": reward_params})
@@ -174,7 +176,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 if i == 1 or i % settings.sample_every == 0:
                     shown = generate(
                         state.trainable["policy"], config, tokens_NP[:1], lengths_N[:1], jax.random.clone(show_key),
-                        new_tokens=settings.ppo.new_tokens, stop=ANSWER_END, filter_logits=cooler,
+                        new_tokens=settings.ppo.new_tokens, stop=tok.template.end, filter_logits=cooler,
                     )  # fmt: skip
                     text = answer_text(tok, np.asarray(shown.tokens_BA[0]))
                     run.say(f"iteration {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats · {text!r}")

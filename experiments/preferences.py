@@ -24,7 +24,7 @@ from jaxgpt.data.preferences import Preference, write_preferences
 from jaxgpt.evaluate import SimulatedAnnotator, gold_scores
 from jaxgpt.run import Run, cache_root, run_fingerprint
 from jaxgpt.structs import Array, Params
-from jaxgpt.tokenizer import ANSWER_END, Tokenizer, answer_text, prompt_ids
+from jaxgpt.tokenizer import Tokenizer, answer_text, prompt_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def candidates(
     ids = [prompt_ids(tok, prompt) for prompt, _ in prompts for _ in range(count)]
     sampled = rollout.sample_answers(
         params, config, ids, key, lambda tokens: answer_text(tok, tokens), mesh,
-        new_tokens=settings.new_tokens, stop=ANSWER_END, batch=settings.batch, temperature=settings.temperature,
+        new_tokens=settings.new_tokens, stop=tok.template.end, batch=settings.batch, temperature=settings.temperature,
         label=bar.update,
     )  # fmt: skip
     texts = [[sampled.texts[i * count + c] for c in range(count)] for i in range(len(prompts))]

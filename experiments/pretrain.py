@@ -28,7 +28,7 @@ from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, cache_root
 from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.tokenizer import BOS, Tokenizer, cached_tokenizer
+from jaxgpt.tokenizer import Tokenizer, cached_tokenizer
 from jaxgpt.train import TrainState, evaluate, init_state, jit_on, jit_step, make_nll, shapes_on, to_floats
 
 
@@ -163,9 +163,10 @@ def main(settings: Settings) -> dict[str, Any]:
 
 def sample(generate: Any, params: Params, config: ModelConfig, tok: Tokenizer, key: Array, new_tokens: int = 32) -> str:
     """A document's beginning, sampled at temperature 0.8."""
+    separator = tok.template.separator
     answers = generate(
-        params, config, np.array([[BOS]], np.int32), np.array([1], np.int32), key,
-        new_tokens=min(new_tokens, config.block - 1), stop=BOS, filter_logits=_cooler,
+        params, config, np.array([[separator]], np.int32), np.array([1], np.int32), key,
+        new_tokens=min(new_tokens, config.block - 1), stop=separator, filter_logits=_cooler,
     )  # fmt: skip
     return tok.decode(np.asarray(answers.tokens_BA[0]))
 

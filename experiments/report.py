@@ -27,7 +27,7 @@ from jaxgpt.process import from_first_process
 from jaxgpt.report import Policy, write_report
 from jaxgpt.run import Run, cache_root, run_fingerprint
 from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.tokenizer import ANSWER_END, BOS, Row, Tokenizer, answer_text, example_ids, prompt_ids
+from jaxgpt.tokenizer import Row, Tokenizer, answer_text, example_ids, prompt_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,9 @@ class Bench:
     judge: evaluate.Judge
     mesh: Mesh  # on which the models lie
 
-    def sample(self, params: Params, ids: list[list[int]], key: Array, stop: int = ANSWER_END) -> rollout.Sampled:
+    def sample(self, params: Params, ids: list[list[int]], key: Array, raw: bool = False) -> rollout.Sampled:
+        template = self.tok.template
+        stop = template.separator if raw else template.end
         return rollout.sample_answers(
             params, self.config, ids, key, lambda tokens: answer_text(self.tok, tokens), self.mesh,
             new_tokens=self.settings.new_tokens, stop=stop, batch=self.settings.batch,
@@ -105,7 +107,8 @@ class Bench:
 
     def pretrained_nll(self, texts: list[str]) -> np.ndarray:
         """Nats a token of each text as a document, its end included, under the frozen pretrained model."""
-        ids = [[BOS, *self.tok.encode(text)[: self.config.block - 2], BOS] for text in texts]
+        end = self.tok.template.separator
+        ids = [[end, *self.tok.encode(text)[: self.config.block - 2], end] for text in texts]
         rows = padded(self, [(row, [1] * len(row)) for row in ids], all_tokens=True)
         return -self.log_probs(self.pretrained, rows, 1.0) / rows.mask_BT.sum(1)
 
@@ -139,7 +142,8 @@ def base_answers(bench: Bench, prompts: list[Prompt], key: Array) -> rollout.Sam
     """The pretrained model knows no tags: it continues the opening words (or the prompt) as raw text. What it wrote is
     then put behind the prompt as an answer, so that reward and length mean the same as for the others."""
     starts = [prompt.opening or prompt.text for prompt in prompts]
-    sampled = bench.sample(bench.pretrained, [[BOS, *bench.tok.encode(start)] for start in starts], key, stop=BOS)
+    begun = [[bench.tok.template.separator, *bench.tok.encode(start)] for start in starts]
+    sampled = bench.sample(bench.pretrained, begun, key, raw=True)
     texts = [start + text for start, text in zip(starts, sampled.texts, strict=True)]
     pairs = [example_ids(bench.tok, prompt.text, text) for prompt, text in zip(prompts, texts, strict=True)]
     limit = bench.config.block

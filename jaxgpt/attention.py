@@ -1,8 +1,8 @@
 """Causal attention: the formula, and kernels that never hold the scores [B, H, T, T].
 
 cuDNN's flash attention serves an NVIDIA GPU, splash attention a TPU (Dao et al. 2022 for the idea). They have a
-reverse-mode gradient only, and leave to the formula what they can't do. There may be fewer heads of keys and values than
-of queries: each then serves as many neighbouring ones (Ainslie et al. 2023).
+reverse-mode gradient only, and leave to the formula what they can't do. Keys and values may have fewer heads than
+queries: each then serves as many neighbouring ones (Ainslie et al. 2023).
 """
 
 from typing import Any, Literal

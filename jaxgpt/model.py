@@ -5,7 +5,7 @@
     logp_BT, h_BTD = score(params, config, batch) what every training stage uses
 
 One family: GPT (Radford et al. 2018), which normalises behind each sub-layer; GPT-2 (2019), before it; and the Llama
-type (Touvron et al. 2023) with rotary positions, RMSNorm, SwiGLU, keys and values shared by groups of heads, and no biases.
+type (Touvron et al. 2023) with rotary positions, RMSNorm, SwiGLU, keys and values shared by groups of heads, no biases.
 Which parameters a block has follows from the settings, and what is computed from the parameters.
 """
 
@@ -72,10 +72,11 @@ def init(key: Array, config: ModelConfig) -> Params:
             "qkv": dense(qkv_key, D, (config.heads + 2 * config.groups) * config.head_dim),
             "out": dense(out_key, D, D, residual_scale),
             "mlp_norm": norm(),
-            **{"gate": dense(one, D, F) for one in gate_key},
             "up": dense(up_key, D, F),
             "down": dense(down_key, F, D, residual_scale),
         }
+        if gate_key:
+            params[f"block_{n}"]["gate"] = dense(gate_key[0], D, F)
     return params
 
 
@@ -91,7 +92,7 @@ def apply_scalar_head(head: Params, h_BTD: Array) -> Array:
 
 
 def split_heads(qkv: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
-    """q [..., H, K], k and v [..., G, K] from [..., (H + 2G) K], in which a key, its value and the queries that see them
+    """q [..., H, K], k and v [..., G, K] from [..., (H + 2G) K], in which a key, its value and the queries that see it
     lie together: dividing the last axis divides the groups of heads."""
     shared = config.heads // config.groups
     x = qkv.reshape(*qkv.shape[:-1], config.groups, shared + 2, config.head_dim)

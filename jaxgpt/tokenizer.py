@@ -4,7 +4,8 @@ The template is made of ids, never of rendered text that is encoded afterwards:
 
     <prompt> prompt </prompt> <answer> answer </answer>
 
-so text that spells a tag stays text and cannot forge one. Ids 0-5 are the tags of `SPECIALS` in every tokenizer.
+so text that spells a tag stays text and cannot forge one. Ids 0-5 are the tags of `SPECIALS` in every tokenizer trained
+here; a pretrained model's tokenizer has its own chat template, or the tags behind its vocabulary (`Template`).
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import random
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -25,7 +26,7 @@ from jaxgpt.config import UserError
 
 SPECIALS = ("<pad>", "<bos>", "<prompt>", "</prompt>", "<answer>", "</answer>")
 PAD, BOS, PROMPT, PROMPT_END, ANSWER, ANSWER_END = range(len(SPECIALS))
-TEMPLATE_VERSION = 1
+TEMPLATE_VERSION = 2  # 2: the ids are part of the file
 SMALLEST_BPE = len(SPECIALS) + 256  # the tags and every byte
 TRAINING_CHARACTERS = 8_000_000  # BPE learns its merges from at most this much text
 _PIECE = 65_536  # characters: long documents are cut into such pieces before the sample is drawn
@@ -34,17 +35,53 @@ Ids = Sequence[int] | np.ndarray
 Row = tuple[Sequence[int], Sequence[int]]  # the ids of an example, and their roles: see `example_ids`
 
 
-class Tokenizer:
-    """Encodes any Unicode text exactly. Wraps a `tokenizers.Tokenizer` whose first ids are `SPECIALS`."""
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """What stands around a prompt and its answer, in ids: *before, prompt, *between, answer, end. Rows are padded with
+    0; masks come from lengths."""
 
-    def __init__(self, core: tokenizers.Tokenizer) -> None:
-        found = tuple(core.id_to_token(i) for i in range(len(SPECIALS)))
-        if found != SPECIALS:
-            raise UserError(f"ids 0-5 of this tokenizer are {found}, not {SPECIALS}; train one with jaxgpt.tokenizer")
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    end: int  # closes an answer: where generation stops
+    separator: int  # before, between and after documents of raw text
+    turn: tuple[int, ...] = ()  # in a conversation, from an answer's end to the next prompt; (): none was learnt
+    strip: bool = False  # white space around a prompt is removed
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": TEMPLATE_VERSION, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_json(record: Any) -> "Template":
+        """Raises ValueError when the record is not one of `to_json`."""
+        fields = {field.name: field.type for field in dataclasses.fields(Template)}
+        if not isinstance(record, dict) or record.keys() != {"version", *fields}:
+            raise ValueError(f"not the fields {', '.join(fields)}")
+        values = {name: tuple(x) if isinstance(x, list) else x for name, x in record.items() if name != "version"}
+        ids = [i for x in values.values() for i in (x if isinstance(x, tuple) else (x,))]
+        if record["version"] != TEMPLATE_VERSION or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise ValueError(f"not template version {TEMPLATE_VERSION}")
+        return Template(**values)
+
+
+TAGS = Template((PROMPT,), (PROMPT_END, ANSWER), ANSWER_END, BOS)
+
+
+class Tokenizer:
+    """Encodes any Unicode text exactly. Wraps a `tokenizers.Tokenizer` and the template of its model."""
+
+    def __init__(self, core: tokenizers.Tokenizer, template: Template = TAGS) -> None:
         core.encode_special_tokens = True  # "</answer>" inside a text is text; this setting is not part of the file
+        added = core.get_added_tokens_decoder()
         self._core = core
+        self._specials: dict[int, str] = {i: token.content for i, token in added.items() if token.special}
+        unknown = {*template.before, *template.between, template.end} - self._specials.keys()
+        if template == TAGS and tuple(self._specials.get(i) for i in range(len(SPECIALS))) != SPECIALS:
+            raise UserError(f"ids 0-5 of this tokenizer are not {SPECIALS}; train one with jaxgpt.tokenizer")
+        if template.end in unknown or not self._specials.keys() & set(template.between):
+            raise UserError("this template's answers don't begin and end with special tokens; text could forge them")
+        self.template = template
         self.vocab_size: int = core.get_vocab_size()
-        self.fingerprint: str = _digest([f"template {TEMPLATE_VERSION}", core.to_str()])
+        self.fingerprint: str = _digest([json.dumps(template.to_json()), core.to_str()])
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without tags. Raises UserError for lone surrogates, which are not Unicode text."""
@@ -65,15 +102,19 @@ class Tokenizer:
         """The text of `ids`; tags, padding and ids outside the vocabulary are dropped, broken UTF-8 becomes U+FFFD."""
         return self._core.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def is_special(self, token: int) -> bool:
+        """Whether this id is a tag, which no text is encoded as."""
+        return token in self._specials
+
     def show(self, ids: Ids) -> str:
         """The text of `ids` with the tags in place and padding dropped, for people to read."""
         parts: list[str] = []
         run: list[int] = []
         for i in (int(i) for i in ids):
-            if i >= len(SPECIALS):
+            if i not in self._specials:
                 run.append(i)
                 continue
-            parts += [self.decode(run), "" if i == PAD else SPECIALS[i]]
+            parts += [self.decode(run), "" if i == PAD else self._specials[i]]
             run = []
         return "".join([*parts, self.decode(run)])
 
@@ -81,8 +122,8 @@ class Tokenizer:
         """Writes tokenizer.json and template.json into `folder`, which is made if needed."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self._core.to_str(pretty=True), encoding="utf-8")
-        template = {"version": TEMPLATE_VERSION, "specials": list(SPECIALS)}
-        (folder / "template.json").write_text(json.dumps(template, indent=1) + "\n", encoding="utf-8")
+        template = json.dumps(self.template.to_json(), indent=1) + "\n"
+        (folder / "template.json").write_text(template, encoding="utf-8")
 
     @staticmethod
     def load(folder: Path) -> "Tokenizer":
@@ -91,13 +132,14 @@ class Tokenizer:
             if not (folder / name).is_file():
                 raise UserError(f"no {name} in {folder}; give a folder that a run saved a model or tokenizer to")
         try:
-            template = json.loads((folder / "template.json").read_text(encoding="utf-8"))
+            record = json.loads((folder / "template.json").read_text(encoding="utf-8"))
             core = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         except Exception as error:  # the tokenizers package raises bare Exception
             raise UserError(f"the tokenizer in {folder} is unreadable ({error}); delete it, run again") from error
-        if template != {"version": TEMPLATE_VERSION, "specials": list(SPECIALS)}:
-            raise UserError(f"{folder}/template.json is not template version {TEMPLATE_VERSION}; train the model again")
-        return Tokenizer(core)
+        try:
+            return Tokenizer(core, Template.from_json(record))
+        except ValueError as error:
+            raise UserError(f"{folder}/template.json is unreadable ({error}); train the model again") from error
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -163,37 +205,43 @@ class Example:
     ended: bool
 
 
-def prompt_ids(tok: Tokenizer, prompt: str) -> list[int]:
-    """<prompt> prompt </prompt> <answer>: what an answer is sampled from."""
-    return [PROMPT, *tok.encode(prompt), PROMPT_END, ANSWER]
+def prompt_ids(tok: Tokenizer, prompt: str, history: Sequence[int] = ()) -> list[int]:
+    """<prompt> prompt </prompt> <answer>: what an answer is sampled from. `history`: the ids of a conversation so far, the
+    last answer and its end included."""
+    template = tok.template
+    ids = tok.encode(prompt.strip() if template.strip else prompt)
+    return [*history, *(template.turn if history else template.before), *ids, *template.between]
 
 
 def example_ids(tok: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Ids of the whole example, and a role for each: 1 for the answer and its closing </answer>, else 0."""
     head = prompt_ids(tok, prompt)
-    tail = [*tok.encode(answer), ANSWER_END]
+    tail = [*tok.encode(answer), tok.template.end]
     return head + tail, [0] * len(head) + [1] * len(tail)
 
 
 def parse(tok: Tokenizer, ids: Ids) -> Example:
     """The inverse of `example_ids`; padding after the end is ignored. Raises ValueError for any other sequence."""
-    row = [int(i) for i in ids]
+    row, template = [int(i) for i in ids], tok.template
+    before, between = list(template.before), list(template.between)
     while row and row[-1] == PAD:
         row.pop()
-    tags = [i for i in row if i < len(SPECIALS)]
-    ended = tags[3:] == [ANSWER_END] and row[-1] == ANSWER_END
-    if tags[:3] != [PROMPT, PROMPT_END, ANSWER] or row[0] != PROMPT or not (ended or len(tags) == 3):
+    first, width = len(before), len(between)
+    middle = next((i for i in range(first, len(row)) if row[i : i + width] == between), None)
+    if middle is None or row[:first] != before:
         raise ValueError(f"not a prompt with an answer: {tok.show(row)[:80]!r}")
-    middle = row.index(PROMPT_END)
-    if row[middle + 1] != ANSWER:
-        raise ValueError(f"text between </prompt> and <answer>: {tok.show(row)[:80]!r}")
-    return Example(tok.decode(row[1:middle]), tok.decode(row[middle + 2 :]), ended)
+    answer = row[middle + width :]
+    ended = answer[-1:] == [template.end]
+    prompt, answer = row[first:middle], answer[:-1] if ended else answer
+    if any(tok.is_special(i) for i in prompt + answer):
+        raise ValueError(f"special tokens inside the text: {tok.show(row)[:80]!r}")
+    return Example(tok.decode(prompt), tok.decode(answer), ended)
 
 
 def answer_text(tok: Tokenizer, ids: Ids) -> str:
     """The text of generated `ids` (what follows <answer>) up to the first </answer>, or all of it."""
-    row = [int(i) for i in ids]
-    return tok.decode(row[: row.index(ANSWER_END)] if ANSWER_END in row else row)
+    row, end = [int(i) for i in ids], tok.template.end
+    return tok.decode(row[: row.index(end)] if end in row else row)
 
 
 def _training_sample(texts: Sequence[str]) -> list[str]:

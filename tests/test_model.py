@@ -12,14 +12,18 @@ from jaxgpt.config import PRESETS, ModelConfig, UserError
 from jaxgpt.structs import Batch
 from tests.helpers import FAMILY, TINY, batch_of, hidden, params_of, score, tokens_of
 
-
 family = pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
 
 
 @family
 def test_each_position_depends_on_itself_and_the_past_only(config):
-    params, tokens = params_of(config), jnp.arange(10)[None]  # every token once, so that its embedding is one position's
-    weights_D = jax.random.normal(jax.random.key(8), (config.width,))  # a plain sum over a normalised vector is constant
+    params, tokens = (
+        params_of(config),
+        jnp.arange(10)[None],
+    )  # every token once, so that its embedding is one position's
+    weights_D = jax.random.normal(
+        jax.random.key(8), (config.width,)
+    )  # a plain sum over a normalised vector is constant
 
     @jax.jit
     def slopes(change_TD):

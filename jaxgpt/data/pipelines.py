@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxgpt.config import UserError
 from jaxgpt.data.preferences import Ranking
-from jaxgpt.tokenizer import BOS, Row, Tokenizer
+from jaxgpt.tokenizer import Row, Tokenizer
 
 ArrayBatch = dict[str, np.ndarray]
 _READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # made while the device works: steps aren't waited for
@@ -68,10 +68,11 @@ def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndar
     path = cache / "streams" / f"{digest.hexdigest()[:32]}.npy"
     if path.is_file():
         return np.load(path)
-    parts = [np.array([BOS], np.int32)]
+    separator = tok.template.separator
+    parts = [np.array([separator], np.int32)]
     for at in range(0, len(docs), 1000):
         for ids in tok.encode_batch(docs[at : at + 1000]):
-            parts.append(np.array([*ids, BOS], np.int32))
+            parts.append(np.array([*ids, separator], np.int32))
     stream = np.concatenate(parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
