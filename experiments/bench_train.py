@@ -43,7 +43,6 @@ from jaxgpt.bench import (
     disturbance,
     draw_bars,
     hf_model,
-    hf_order,
     initial_weights,
     jax_versions,
     machine_text,
@@ -309,9 +308,12 @@ def torch_module(config: ModelConfig, flat: Mapping[str, np.ndarray]) -> Any:
     from torch import nn
     from torch.nn import functional
 
-    def linear(name: str) -> Any:
-        kernel, bias = (hf_order(f"{name}/{part}", np.asarray(flat[f"{name}/{part}"]), config.heads)
-                        for part in ("kernel", "bias"))  # fmt: skip
+    from jaxgpt.pretrained.places import to_tensors
+
+    tensors = to_tensors(flat, config)
+
+    def linear(n: int, name: str) -> Any:
+        kernel, bias = (tensors[f"transformer.h.{n}.{name}.{part}"] for part in ("weight", "bias"))
         layer = nn.Linear(*kernel.shape)
         layer.weight.data, layer.bias.data = torch.from_numpy(kernel.T.copy()), torch.from_numpy(bias.copy())
         return layer
@@ -320,7 +322,8 @@ def torch_module(config: ModelConfig, flat: Mapping[str, np.ndarray]) -> Any:
         def __init__(self, n: int) -> None:
             super().__init__()
             self.attention_norm, self.mlp_norm = (nn.LayerNorm(config.width, config.norm_epsilon) for _ in range(2))
-            self.qkv, self.out, self.up, self.down = (linear(f"block_{n}/{x}") for x in ("qkv", "out", "up", "down"))
+            names = "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
+            self.qkv, self.out, self.up, self.down = (linear(n, name) for name in names)
 
         def forward(self, x: Any) -> Any:
             B, T, D = x.shape

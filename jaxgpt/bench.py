@@ -357,33 +357,12 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def hf_name(name: str) -> str:
-    """Where Hugging Face's GPT-2 keeps one of our parameters; its Conv1D has our [in, out] layout."""
-    head, _, rest = name.partition("/")
-    if head == "embed":
-        return {"tokens_VD": "transformer.wte.weight", "positions_TD": "transformer.wpe.weight"}[rest]
-    leaf = {"kernel": "weight", "scale": "weight", "bias": "bias"}[name.rpartition("/")[2]]
-    if head == "final_norm":
-        return f"transformer.ln_f.{leaf}"
-    inner = {
-        "attention_norm": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj",
-        "mlp_norm": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
-    }[rest.partition("/")[0]]  # fmt: skip
-    return f"transformer.h.{head.removeprefix('block_')}.{inner}.{leaf}"
-
-
-def hf_order(name: str, w: np.ndarray, heads: int) -> np.ndarray:
-    """Hugging Face has all q, then all k, then all v; we have the q, k and v of each head together."""
-    if "/qkv/" not in name:
-        return w
-    parts = w.reshape(*w.shape[:-1], heads, 3, -1)
-    return np.ascontiguousarray(parts.swapaxes(-3, -2)).reshape(w.shape)
-
-
 def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = "cpu") -> Any:
     """GPT2LMHeadModel with our weights, in config.dtype, that never ends by itself."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from jaxgpt.pretrained.places import to_tensors
 
     theirs = GPT2Config(
         vocab_size=config.vocab, n_positions=config.block, n_embd=config.width, n_layer=config.layers,
@@ -396,8 +375,8 @@ def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = 
     model.generation_config.eos_token_id = None
     places = dict(model.named_parameters())  # the tied head appears once, as wte
     with torch.no_grad():
-        for name in flat:
-            places.pop(hf_name(name)).copy_(torch.from_numpy(hf_order(name, np.asarray(flat[name]), config.heads)))
+        for name, w in to_tensors(flat, config).items():
+            places.pop(name).copy_(torch.from_numpy(w))
     if places or model.lm_head.weight.data_ptr() != model.transformer.wte.weight.data_ptr():
         raise UserError(f"this version of transformers has other parameters: {', '.join(places) or 'an untied head'}")
     return model

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.pretrained import loading
 from jaxgpt.process import barrier
-from jaxgpt.settings import read_json, settings_from_json, settings_to_json, write_json
+from jaxgpt.settings import did_you_mean, read_json, settings_from_json, settings_to_json, write_json
 
 FORMAT = 2  # 2: a head's q, k and v lie together in qkv
 
@@ -100,7 +101,11 @@ def check_model(folder: Path) -> dict[str, Any]:
 
 
 def load_language_model(folder: Path) -> Loaded:
-    """`load_model`, and a UserError where the folder holds something else than a language model with its tokenizer."""
+    """`load_model`, or a model that others trained (`pretrained.loading.load`). UserError where the place holds
+    something else than a language model with its tokenizer."""
+    if loading.is_pretrained(folder):
+        found = loading.load(folder)
+        return Loaded(found.params, found.config, found.tokenizer, {} if found.chats else {"raw": True})
     loaded = load_model(folder)
     if "embed" not in loaded.params or loaded.tokenizer is None:
         raise UserError(f"{folder} holds no language model with a tokenizer; give a run of pretrain, sft, dpo or ppo")
@@ -157,7 +162,8 @@ def _find(folder: Path) -> Path:
         if (place / "settings.json").exists():
             stage = read_json(place / "settings.json").get("stage")
             maker = f"experiments/{stage}.py --run {place}"
-    raise UserError(f"{folder} holds no model; run {maker} first")
+    near = did_you_mean(folder.name, loading.KNOWN)
+    raise UserError(f"{folder} holds no model; run {maker} first{near}")
 
 
 def _recover(folder: Path) -> None:

@@ -102,6 +102,14 @@ class Tokenizer:
         """The text of `ids`; tags, padding and ids outside the vocabulary are dropped, broken UTF-8 becomes U+FFFD."""
         return self._core.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def to_json(self) -> str:
+        """The content of tokenizer.json."""
+        return str(self._core.to_str(pretty=True))
+
+    def tag(self, token: int) -> str:
+        """The name of a special token."""
+        return self._specials[token]
+
     def is_special(self, token: int) -> bool:
         """Whether this id is a tag, which no text is encoded as."""
         return token in self._specials
@@ -121,7 +129,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and template.json into `folder`, which is made if needed."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._core.to_str(pretty=True), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
         template = json.dumps(self.template.to_json(), indent=1) + "\n"
         (folder / "template.json").write_text(template, encoding="utf-8")
 
@@ -206,8 +214,8 @@ class Example:
 
 
 def prompt_ids(tok: Tokenizer, prompt: str, history: Sequence[int] = ()) -> list[int]:
-    """<prompt> prompt </prompt> <answer>: what an answer is sampled from. `history`: the ids of a conversation so far, the
-    last answer and its end included."""
+    """<prompt> prompt </prompt> <answer>: what an answer is sampled from. `history`: the conversation so far, its
+    last answer's end included."""
     template = tok.template
     ids = tok.encode(prompt.strip() if template.strip else prompt)
     return [*history, *(template.turn if history else template.before), *ids, *template.between]

@@ -137,11 +137,6 @@ def test_weights_have_the_models_shapes_and_all_matter():
     assert 2 < float(logits.std()) < 5
 
 
-def test_hf_names_are_all_different():
-    flat = flat_weights()
-    assert len({bench.hf_name(name) for name in flat}) == len(flat)
-
-
 def test_hugging_face_computes_the_same_logits():
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")

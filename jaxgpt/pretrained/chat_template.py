@@ -1,0 +1,79 @@
+"""A checkpoint's chat template (Jinja) as ids, once and for all.
+
+The template is rendered around stand-ins for the texts and cut there; only what the template itself wrote is encoded
+with special tokens. So no text can forge one, which is not so where a rendered conversation is encoded as a whole.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from jaxgpt.config import UserError
+from jaxgpt.tokenizer import SPECIALS, Template
+
+_TEXTS = ("\u2060prompt one\u2060", "\u2060answer one\u2060", "\u2060prompt two\u2060")
+
+
+def read(core: tokenizers.Tokenizer, source: str, names: Mapping[str, str], separator: int, where: str) -> Template:
+    """The Template that renders as `source` does. `names`: bos_token, eos_token and the like, which templates mention.
+    UserError when it can't be cut, or answers don't end with a special token."""
+    one, answer, two = _TEXTS
+    user, said, again = (
+        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), _TEXTS, strict=False)
+    )
+    try:
+        single, padded = (_render(source, [{"role": "user", "content": text}], names) for text in (one, f"  {one}\n\n"))
+        before, between = single.split(one)
+        whole = _render(source, [user, said, again], names)
+        first, rest = whole.split(answer)
+        after, last = rest.split(two)
+    except Exception as error:  # Jinja's errors, and texts that are not there exactly once
+        raise UserError(f"the chat template of {where} can't be used ({type(error).__name__}: {error})") from error
+    begin, middle, end, *turn = *(_encode(core, text) for text in (before, between)), *_encode(core, after)
+    specials = {i for i, token in core.get_added_tokens_decoder().items() if token.special}
+    if end not in specials:
+        raise UserError(f"the chat template of {where} ends answers with {after[:20]!r}, which is no special token")
+    same = first == before + one + between and last == between  # a conversation goes on as it began
+    return Template(
+        tuple(begin), tuple(middle), end, separator, turn=tuple(turn) if same else (), strip=single == padded
+    )
+
+
+def tags(core: tokenizers.Tokenizer, separator: int) -> Template:
+    """Our tags, added behind the vocabulary: for a checkpoint without a chat template, or in place of it."""
+    core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIALS[2:]])
+    prompt, prompt_end, answer, answer_end = (core.token_to_id(name) for name in SPECIALS[2:])
+    return Template((prompt,), (prompt_end, answer), answer_end, separator)
+
+
+def of_folder(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The chat template of a Hugging Face folder, if it has one."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    found = settings.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+    return found
+
+
+def _encode(core: tokenizers.Tokenizer, text: str) -> list[int]:
+    core.encode_special_tokens = False
+    return list(core.encode(text, add_special_tokens=False).ids)
+
+
+def _render(source: str, messages: list[dict[str, str]], names: Mapping[str, str]) -> str:
+    """As Hugging Face does it, in a sandbox. A date that a template asks for is left out: it would change from day to
+    day."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    space = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    space.filters["tojson"] = lambda x, **_: json.dumps(x, ensure_ascii=False)
+    space.globals["raise_exception"] = refuse
+    return space.from_string(source).render(messages=messages, add_generation_prompt=True, **names)

@@ -1,0 +1,137 @@
+"""GGUF files of the Llama type: weights (dequantised to float32), tokenizer and chat template, all in one file."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.pretrained import chat_template, places
+from jaxgpt.pretrained.huggingface import separator_of
+from jaxgpt.tokenizer import Tokenizer
+
+_NAMES = {  # theirs -> Hugging Face's
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_CONTROL = 3  # tokenizer.ggml.token_type of special tokens
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class File:
+    """An open file: its fields and tensors, by name."""
+
+    def __init__(self, path: Path) -> None:
+        import gguf
+
+        try:
+            reader = gguf.GGUFReader(path)
+        except Exception as error:  # whatever the reader or the system says
+            raise UserError(f"{path} is no readable GGUF file ({error}); copy it once more") from error
+        self.path, self._fields = path, reader.fields
+        self.tensors = {_common(tensor.name): tensor for tensor in reader.tensors}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._fields[name].contents() if name in self._fields else default
+
+    def need(self, name: str) -> Any:
+        if name not in self._fields:
+            raise UserError(f"{self.path} has no field {name}")
+        return self.get(name)
+
+
+def _common(name: str) -> str:
+    *block, inner, last = name.split(".")
+    head = f"model.layers.{block[1]}." if block[:1] == ["blk"] else ""
+    return f"{head}{_NAMES.get(inner, inner)}.{last}"
+
+
+def read(path: Path) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
+    """Parameters (float32 arrays of NumPy), configuration and tokenizer. UserError lists what differs."""
+    return read_with(path, use_tags=False)
+
+
+def read_with(path: Path, use_tags: bool) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
+    """`read`, with our tags instead of the file's chat template if they are wanted."""
+    import gguf
+
+    file = File(path)
+    config = _config(file)
+    shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in file.tensors.items()}
+    texts = places.differences(config, shapes)
+    if texts:
+        raise UserError("\n  ".join([f"{path} does not hold the tensors of its architecture:", *texts]))
+
+    def tensor(name: str) -> np.ndarray:
+        one = file.tensors[name]
+        x = np.asarray(gguf.dequantize(one.data, one.tensor_type), np.float32).reshape(shapes[name])
+        if "q_proj" in name or "k_proj" in name:  # the pairs that rotate lie next to each other there
+            heads = config.heads if "q_proj" in name else config.groups
+            x = x.reshape(heads, config.head_dim // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+        return x
+
+    return places.to_params(tensor, config), config, _tokenizer(file, use_tags)
+
+
+def _config(file: File) -> ModelConfig:
+    architecture = file.need("general.architecture")
+    if architecture != "llama":
+        raise UserError(f"{file.path} is a {architecture!r} model; GGUF files of the llama type are read")
+    if "model.rope_freqs.weight" in file.tensors or "rope_freqs.weight" in file.tensors:
+        raise UserError(
+            f"{file.path} has stretched positions (rope_freqs); read the model's Hugging Face folder instead"
+        )
+    width, heads = file.need("llama.embedding_length"), file.need("llama.attention.head_count")
+    if file.get("llama.rope.dimension_count", width // heads) != width // heads or file.get("llama.rope.scaling.type"):
+        raise UserError(f"{file.path} rotates only a part of its heads, or scales positions; that is not supported")
+    return ModelConfig(
+        layers=file.need("llama.block_count"), width=width, heads=heads,
+        kv_heads=file.get("llama.attention.head_count_kv", 0), block=file.need("llama.context_length"),
+        vocab=int(file.tensors["model.embed_tokens.weight"].shape[1]), mlp="swiglu",
+        mlp_width=file.need("llama.feed_forward_length"), norm="rms", positions="rotary",
+        rope_theta=float(file.get("llama.rope.freq_base", 1e4)), biases=False,
+        tied="lm_head.weight" not in file.tensors,
+        norm_epsilon=float(f"{file.need('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5, not its float32
+    )  # fmt: skip
+
+
+def _tokenizer(file: File, use_tags: bool) -> Tokenizer:
+    kind, pre = file.need("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "gpt-2")
+    digits, plain = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    known = {
+        "gpt-2": plain,
+        "default": plain,
+        "smollm": pre_tokenizers.Sequence([digits, plain]),
+        "llama-bpe": pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]),
+    }  # fmt: skip
+    if kind != "gpt2" or pre not in known:
+        raise UserError(
+            f"the tokenizer of {file.path} is {kind!r} ({pre!r}); read are byte-level BPE of {', '.join(known)}: use "
+            "the model's Hugging Face folder instead"
+        )
+    tokens = file.need("tokenizer.ggml.tokens")
+    merges = [tuple(pair.split(" ")) for pair in file.need("tokenizer.ggml.merges")]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    core.pre_tokenizer, core.decoder = known[pre], decoders.ByteLevel()
+    types = file.get("tokenizer.ggml.token_type", [])
+    control = [token for token, type_ in zip(tokens, types, strict=False) if type_ == _CONTROL]
+    core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in control])
+    names = {}
+    for name in ("bos", "eos", "unknown", "padding"):
+        if (i := file.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            names[f"{ {'unknown': 'unk', 'padding': 'pad'}.get(name, name) }_token"] = tokens[i]
+    separator, source = separator_of(core, names.get("eos_token")), file.get("tokenizer.chat_template")
+    if use_tags or source is None:
+        return Tokenizer(core, chat_template.tags(core, separator))
+    return Tokenizer(core, chat_template.read(core, source, names, separator, str(file.path)))

@@ -1,0 +1,269 @@
+"""Hugging Face folders, in and out: config.json, safetensors (one file or several), tokenizer. No pickle is ever read.
+
+params, config = read(folder)
+write(folder, params, config, tok)      AutoModelForCausalLM.from_pretrained(folder) loads it
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.pretrained import chat_template, places
+from jaxgpt.settings import read_json, write_json
+from jaxgpt.tokenizer import Template, Tokenizer
+
+_BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # constants that old checkpoints carry
+_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # "gelu" only for openai-gpt, which means the tanh form by it
+
+
+def read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """Parameters (float32 arrays of NumPy) and configuration. UserError lists everything that is not as it should be;
+    names and shapes are compared before any tensor is read."""
+    from safetensors import safe_open
+
+    config = config_from(read_json(folder / "config.json"), folder)
+    files = {}
+    for path in _weight_files(folder):
+        try:
+            files[path] = safe_open(path, framework="numpy")
+        except Exception as error:  # safetensors' own errors, and the system's
+            raise UserError(f"{path} can't be read ({error}); copy it once more") from error
+    where = {_common(name): (file, name) for file in files.values() for name in file.keys()}  # noqa: SIM118
+    shapes = {name: tuple(file.get_slice(own).get_shape()) for name, (file, own) in where.items()}
+    shapes = {name: shape for name, shape in shapes.items() if not _BUFFERS.search(name)}
+    if config.tied:
+        shapes.pop("lm_head.weight", None)
+    texts = places.differences(config, shapes)
+    if texts:
+        raise UserError("\n  ".join([f"{folder} does not hold the tensors that its config.json names:", *texts]))
+    return places.to_params(lambda name: where[name][0].get_tensor(where[name][1]), config), config
+
+
+def _common(name: str) -> str:
+    """GPT-2's first checkpoints have no "transformer." before their names."""
+    return f"transformer.{name}" if re.match(r"(wte|wpe|h\.\d+|ln_f|tokens_embed|positions_embed)\.", name) else name
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{index} names files outside its folder; don't use this checkpoint")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing or not names:
+            raise UserError(f"{folder} lacks {', '.join(missing) or 'weights'}; download the whole model again")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickled = [path.name for path in folder.glob("*.bin")]
+    hint = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
+    raise UserError(f"{folder} has no model.safetensors{hint}")
+
+
+# ---- config.json ----
+
+
+def config_from(record: Any, folder: Path) -> ModelConfig:
+    """Our settings for a config.json. UserError for architectures and options that our model does not have."""
+    if not isinstance(record, dict) or "model_type" not in record:
+        raise UserError(f"{folder / 'config.json'} is not a model's config.json: it has no model_type")
+    kind = {"mistral": "llama"}.get(record["model_type"], record["model_type"])
+    if kind not in places.KINDS:
+        raise UserError(f"{folder} is a {kind!r} model; read are gpt2, openai-gpt, llama and mistral")
+    try:
+        return _llama(record) if kind == "llama" else _gpt(record, kind)
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'} has no {error.args[0]}") from error
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _refuse(record: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    texts = [f"{name} {record[name]!r}" for name, known in allowed.items() if record.get(name, known[0]) not in known]
+    if texts:
+        raise UserError(f"not supported: {', '.join(texts)}")
+
+
+def _gpt(record: Mapping[str, Any], kind: str) -> ModelConfig:
+    activation = "activation_function" if kind == "gpt2" else "afn"
+    _refuse(record, {
+        activation: _TANH[: 2 if kind == "gpt2" else 3], "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    })  # fmt: skip
+    return ModelConfig(
+        layers=record["n_layer"], width=record["n_embd"], heads=record["n_head"], block=record["n_positions"],
+        vocab=record["vocab_size"], mlp_width=record.get("n_inner") or 0,
+        norm_at="input" if kind == "gpt2" else "output", norm_epsilon=record.get("layer_norm_epsilon", 1e-5),
+    )  # fmt: skip
+
+
+def _llama(record: Mapping[str, Any]) -> ModelConfig:
+    rope = {"rope_theta": record.get("rope_theta", 1e4), **(record.get("rope_scaling") or {})}
+    rope |= record.get("rope_parameters") or {}
+    stretched = rope.get("rope_type", rope.get("type", "default")) == "llama3"
+    biases = bool(record.get("attention_bias", False))
+    head_dim = record["hidden_size"] // record["num_attention_heads"]
+    _refuse(record, {
+        "hidden_act": ("silu",), "sliding_window": (None,), "mlp_bias": (biases,), "head_dim": (head_dim, None),
+    })  # fmt: skip
+    _refuse(rope, {"rope_type": ("default", "llama3"), "type": ("default", "llama3")})
+    if stretched:
+        _refuse(rope, {"low_freq_factor": (1.0,), "high_freq_factor": (4.0,)})
+    return ModelConfig(
+        layers=record["num_hidden_layers"], width=record["hidden_size"], heads=record["num_attention_heads"],
+        kv_heads=record.get("num_key_value_heads") or 0, block=record["max_position_embeddings"],
+        vocab=record["vocab_size"], mlp="swiglu", mlp_width=record["intermediate_size"], norm="rms",
+        positions="rotary", rope_theta=float(rope["rope_theta"]), biases=biases,
+        rope_factor=float(rope["factor"]) if stretched else 1.0,
+        rope_block=rope["original_max_position_embeddings"] if stretched else 8192,
+        tied=record.get("tie_word_embeddings", False), norm_epsilon=record.get("rms_norm_eps", 1e-6),
+    )  # fmt: skip
+
+
+def config_to(config: ModelConfig) -> dict[str, Any]:
+    """config.json for our settings."""
+    kind = places.kind_of(config)
+    common = {"model_type": kind, "vocab_size": config.vocab, "tie_word_embeddings": config.tied, "dtype": "float32"}
+    if kind != "llama":
+        architecture, activation = ("GPT2", "activation_function") if kind == "gpt2" else ("OpenAIGPT", "afn")
+        return {
+            "architectures": [f"{architecture}LMHeadModel"], **common,
+            activation: "gelu_new" if kind == "gpt2" else "gelu",
+            "n_layer": config.layers, "n_embd": config.width, "n_head": config.heads, "n_positions": config.block,
+            "n_inner": config.mlp_units, "layer_norm_epsilon": config.norm_epsilon,
+        }  # fmt: skip
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_factor > 1.0:
+        rope |= {
+            "rope_type": "llama3", "factor": config.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": config.rope_block,
+        }  # fmt: skip
+    return {
+        "architectures": ["LlamaForCausalLM"], **common, "hidden_act": "silu", "num_hidden_layers": config.layers,
+        "hidden_size": config.width, "num_attention_heads": config.heads, "num_key_value_heads": config.groups,
+        "head_dim": config.head_dim, "intermediate_size": config.mlp_units, "max_position_embeddings": config.block,
+        "rms_norm_eps": config.norm_epsilon, "attention_bias": config.biases, "mlp_bias": config.biases,
+        "rope_theta": config.rope_theta, "rope_parameters": rope,
+        "rope_scaling": rope if config.rope_factor > 1.0 else None,
+    }  # fmt: skip
+
+
+# ---- tokenizers ----
+
+
+def read_tokenizer(folder: Path, use_tags: bool = False) -> Tokenizer:
+    """A folder's tokenizer.json (or GPT-2's vocab.json and merges.txt) with its chat template, or with our tags where
+    there is none or they are wanted."""
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    core = _read_core(folder)
+    names = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = settings.get(name)
+        names[name] = token.get("content") if isinstance(token, dict) else token
+    names = {name: token for name, token in names.items() if isinstance(token, str)}
+    separator = separator_of(core, names.get("eos_token"))
+    source = None if use_tags else chat_template.of_folder(folder, settings)
+    if source is None:
+        return Tokenizer(core, chat_template.tags(core, separator))
+    return Tokenizer(core, chat_template.read(core, source, names, separator, str(folder)))
+
+
+def separator_of(core: tokenizers.Tokenizer, eos: str | None) -> int:
+    """What stood between the documents of pretraining."""
+    for name in ("<|endoftext|>", "<|end_of_text|>", "<bos>", eos or "", "</s>"):
+        if (found := core.token_to_id(name)) is not None:
+            return int(found)
+    return 0
+
+
+def gpt2_core(vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """Byte-level BPE as of GPT-2."""
+    core = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    if "<|endoftext|>" in vocab:
+        core.add_special_tokens(["<|endoftext|>"])
+    return core
+
+
+def read_merges(text: str) -> list[tuple[str, str]]:
+    """The pairs of a merges.txt."""
+    lines = [line.split(" ") for line in text.splitlines() if line and not line.startswith("#version")]
+    return [(line[0], line[1]) for line in lines]
+
+
+def _read_core(folder: Path) -> tokenizers.Tokenizer:
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        merges = read_merges((folder / "merges.txt").read_text(encoding="utf-8"))
+        return gpt2_core(read_json(folder / "vocab.json"), merges)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers package raises bare Exception
+        raise UserError(
+            f"{folder} has no readable tokenizer.json, nor vocab.json and merges.txt ({error}); copy them there"
+        ) from error
+
+
+# ---- out ----
+
+
+def write(folder: Path, params: Any, config: ModelConfig, tok: Tokenizer | None = None) -> None:
+    """A new folder that `transformers` loads. The template becomes a chat template of Jinja. UserError if the folder
+    exists, or no architecture there computes what our model does."""
+    from safetensors.numpy import save_file
+
+    record = config_to(config)
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another folder")
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    texts = sorted(flat.keys() ^ {place.path for place in places.places(config)})
+    if texts:
+        raise UserError(f"only whole models of one architecture can be written; these don't fit: {', '.join(texts)}")
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    save_file(places.to_tensors(flat, config), new / "model.safetensors", metadata={"format": "pt"})
+    if tok is not None:
+        end, separator = tok.template.end, tok.template.separator
+        record |= {"eos_token_id": end, "bos_token_id": separator, "pad_token_id": separator}
+        write_json(new / "generation_config.json", {"eos_token_id": end, "bos_token_id": separator})
+        (new / "tokenizer.json").write_text(tok.to_json(), encoding="utf-8")
+        write_json(new / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tok.tag(end),
+            "bos_token": tok.tag(separator), "clean_up_tokenization_spaces": False,
+            "model_max_length": config.block,
+        })  # fmt: skip
+        (new / "chat_template.jinja").write_text(jinja_of(tok), encoding="utf-8")
+    write_json(new / "config.json", record)
+    os.replace(new, folder)
+
+
+def jinja_of(tok: Tokenizer) -> str:
+    """Our template in Jinja: for programs that know no other."""
+    template: Template = tok.template
+    before, between, end, turn = (
+        json.dumps(tok.show(ids), ensure_ascii=False)
+        for ids in (template.before, template.between, [template.end], template.turn or template.before)
+    )
+    text = "message['content'] | trim" if template.strip else "message['content']"
+    return (
+        "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
+        "{{- (" + before + " if loop.first else " + turn + ") + (" + text + ") + " + between + " -}}"
+        "{%- elif message['role'] == 'assistant' -%}{{- message['content'] + " + end + " -}}"
+        "{%- else -%}{{- raise_exception('this template has no role ' + message['role']) -}}{%- endif -%}{%- endfor -%}"
+    )

@@ -1,0 +1,180 @@
+"""Where each of our parameters is in other people's checkpoints, and the way there and back.
+
+Hugging Face's names serve as the common language: "gpt2" (its Conv1D has our [in, out] layout), "openai-gpt" (Radford
+2018) and "llama". Nothing is rounded or scaled, so that a model that goes out and comes back has the same bits.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxgpt.config import ModelConfig, UserError
+
+KINDS = ("gpt2", "openai-gpt", "llama")
+_CONV = {
+    "gpt2": ("transformer.wte.weight", "transformer.wpe.weight", "transformer.h"),
+    "openai-gpt": ("transformer.tokens_embed.weight", "transformer.positions_embed.weight", "transformer.h"),
+}
+
+
+class Place(NamedTuple):
+    """One of our leaves, the tensors that it is made of, and both ways between them."""
+
+    path: str  # "block_0/qkv/kernel"
+    shapes: Mapping[str, tuple[int, ...]]  # of their tensors
+    join: Callable[..., np.ndarray]
+    split: Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+def kind_of(config: ModelConfig) -> str:
+    """The architecture of Hugging Face that computes what our model does. UserError if there is none."""
+    rope = config.positions == "rotary"
+    gpt = config.mlp == "gelu" and config.norm == "layer" and not rope and config.groups == config.heads
+    if gpt and config.biases and config.tied:
+        return "gpt2" if config.norm_at == "input" else "openai-gpt"
+    if rope and config.mlp == "swiglu" and config.norm == "rms" and config.norm_at == "input":
+        return "llama"
+    raise UserError(
+        "no architecture of Hugging Face has these settings of mlp, norm, norm_at, positions, biases and tied together"
+    )
+
+
+def places(config: ModelConfig) -> list[Place]:
+    """All our leaves."""
+    return _llama(config) if kind_of(config) == "llama" else _gpt(config)
+
+
+def to_tensors(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Our parameters {"block_0/qkv/kernel": …} under Hugging Face's names and in its layout."""
+    found: dict[str, np.ndarray] = {}
+    for place in places(config):
+        parts = place.split(np.asarray(flat[place.path]))
+        found |= {name: np.ascontiguousarray(x) for name, x in zip(place.shapes, parts, strict=True)}
+    return found
+
+
+def to_params(read: Callable[[str], np.ndarray], config: ModelConfig) -> dict[str, Any]:
+    """Our nested parameters, float32, from read(name) of Hugging Face's tensors."""
+    params: dict[str, Any] = {}
+    for place in places(config):
+        *folders, last = place.path.split("/")
+        inner = functools.reduce(lambda tree, folder: tree.setdefault(folder, {}), folders, params)
+        inner[last] = np.ascontiguousarray(place.join(*(read(name).astype(np.float32) for name in place.shapes)))
+    return params
+
+
+def differences(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One text for each tensor that is missing, not wanted, or of another shape."""
+    wanted = {name: shape for place in places(config) for name, shape in place.shapes.items()}
+    texts = [f"{name} is missing" for name in wanted if name not in found]
+    texts += [f"{name} is not one of this architecture" for name in found if name not in wanted]
+    both = [name for name in wanted if name in found]
+    return texts + [
+        f"{name} has shape {found[name]}, not {wanted[name]}" for name in both if found[name] != wanted[name]
+    ]
+
+
+# ---- the layouts ----
+
+
+def _one(x: np.ndarray) -> list[np.ndarray]:
+    return [x]
+
+
+def _same(path: str, name: str, *shape: int) -> Place:
+    return Place(path, {name: shape}, lambda x: x, _one)
+
+
+def _transposed(path: str, name: str, fan_in: int, fan_out: int) -> Place:
+    return Place(path, {name: (fan_out, fan_in)}, lambda x: x.T, lambda x: [x.T])
+
+
+def _grouped(q: np.ndarray, k: np.ndarray, v: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """[H K, …], [G K, …] and [G K, …] with what each group shares next to each other, [(H + 2G) K, …]."""
+    G, K, rest = config.groups, config.head_dim, q.shape[1:]
+    parts = [x.reshape(G, -1, K, *rest) for x in (q, k, v)]
+    return np.concatenate(parts, axis=1).reshape(-1, *rest)
+
+
+def _ungrouped(x: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
+    G, K, rest = config.groups, config.head_dim, x.shape[1:]
+    parts = np.split(x.reshape(G, -1, K, *rest), [config.heads // G, config.heads // G + 1], axis=1)
+    return [part.reshape(-1, *rest) for part in parts]
+
+
+def _llama(config: ModelConfig) -> list[Place]:
+    D, F, HK, GK = config.width, config.mlp_units, config.width, config.groups * config.head_dim
+    found = [_same("embed/tokens_VD", "model.embed_tokens.weight", config.vocab, D)]
+    found += [_same("final_norm/scale", "model.norm.weight", D)]
+    if not config.tied:
+        found += [_same("unembed/tokens_VD", "lm_head.weight", config.vocab, D)]
+    for n in range(config.layers):
+        ours, theirs = f"block_{n}", f"model.layers.{n}"
+        names = [f"{theirs}.self_attn.{x}_proj" for x in "qkv"]
+        found += [
+            _same(f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight", D),
+            _same(f"{ours}/mlp_norm/scale", f"{theirs}.post_attention_layernorm.weight", D),
+            Place(
+                f"{ours}/qkv/kernel",
+                {f"{name}.weight": (size, D) for name, size in zip(names, (HK, GK, GK), strict=True)},
+                lambda *qkv: _grouped(*qkv, config).T,
+                lambda x: _ungrouped(x.T, config),
+            ),
+            _transposed(f"{ours}/out/kernel", f"{theirs}.self_attn.o_proj.weight", HK, D),
+            _transposed(f"{ours}/gate/kernel", f"{theirs}.mlp.gate_proj.weight", D, F),
+            _transposed(f"{ours}/up/kernel", f"{theirs}.mlp.up_proj.weight", D, F),
+            _transposed(f"{ours}/down/kernel", f"{theirs}.mlp.down_proj.weight", F, D),
+        ]
+        if config.biases:
+            found += [
+                Place(
+                    f"{ours}/qkv/bias",
+                    {f"{name}.bias": (size,) for name, size in zip(names, (HK, GK, GK), strict=True)},
+                    lambda *qkv: _grouped(*qkv, config),
+                    lambda x: _ungrouped(x, config),
+                ),
+                _same(f"{ours}/out/bias", f"{theirs}.self_attn.o_proj.bias", D),
+                _same(f"{ours}/gate/bias", f"{theirs}.mlp.gate_proj.bias", F),
+                _same(f"{ours}/up/bias", f"{theirs}.mlp.up_proj.bias", F),
+                _same(f"{ours}/down/bias", f"{theirs}.mlp.down_proj.bias", D),
+            ]
+    return found
+
+
+def _gpt(config: ModelConfig) -> list[Place]:
+    D, F = config.width, config.mlp_units
+    tokens, positions, blocks = _CONV[kind_of(config)]
+    found = [_same("embed/tokens_VD", tokens, config.vocab, D), _same("embed/positions_TD", positions, config.block, D)]
+
+    def both(ours: str, theirs: str) -> list[Place]:
+        return [_same(f"{ours}/scale", f"{theirs}.weight", D), _same(f"{ours}/bias", f"{theirs}.bias", D)]
+
+    if config.norm_at == "input":
+        found += both("final_norm", "transformer.ln_f")
+    for n in range(config.layers):
+        ours, theirs = f"block_{n}", f"{blocks}.{n}"
+        found += both(f"{ours}/attention_norm", f"{theirs}.ln_1") + both(f"{ours}/mlp_norm", f"{theirs}.ln_2")
+        found += [
+            Place(
+                f"{ours}/qkv/kernel",
+                {f"{theirs}.attn.c_attn.weight": (D, 3 * D)},
+                lambda x: _grouped(*np.split(x.T, 3), config).T,
+                lambda x: [np.concatenate(_ungrouped(x.T, config)).T],
+            ),
+            Place(
+                f"{ours}/qkv/bias",
+                {f"{theirs}.attn.c_attn.bias": (3 * D,)},
+                lambda x: _grouped(*np.split(x, 3), config),
+                lambda x: [np.concatenate(_ungrouped(x, config))],
+            ),
+        ]
+        for name, inner, fan_in, fan_out in (
+            ("out", "attn.c_proj", D, D), ("up", "mlp.c_fc", D, F), ("down", "mlp.c_proj", F, D),
+        ):  # fmt: skip
+            found += [
+                _same(f"{ours}/{name}/kernel", f"{theirs}.{inner}.weight", fan_in, fan_out),
+                _same(f"{ours}/{name}/bias", f"{theirs}.{inner}.bias", fan_out),
+            ]
+    return found
