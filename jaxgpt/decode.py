@@ -303,23 +303,45 @@ def stream(
     filter_logits: sampling.Filter = lambda logits: logits,
     segment: int = SEGMENT,
 ) -> Iterator[int]:
-    """The tokens of `generate` for one prompt, one at a time as they come: for a person who reads along."""
+    """The tokens of `generate` for one prompt, one at a time as they come: for a person who reads along.
+
+    The cache doubles when it is full. Parameters that went through `prepare` once are used as they are; pass the same
+    `sample` and `filter_logits` again, or they are compiled again."""
     P = prompt_BP.shape[1]
     check_room(config, P, new_tokens)
     stops = {stop} if isinstance(stop, int) else set(stop)
-    params = jax.jit(prepare, static_argnums=1)(params, config)
+    if "head_DV" not in params:
+        params = jax.jit(prepare, static_argnums=1)(params, config)
     room = min(segment, new_tokens)
-    cache, logits_BV = jax.jit(prefill, static_argnums=(1, 4))(params, config, prompt_BP, length_B, room)
-    for t, step_key in enumerate(jax.random.split(key, new_tokens)):
-        token_B = sample(step_key, filter_logits(logits_BV))
-        if int(token_B[0]) in stops:
+    chosen = {"sample": sample, "filter_logits": filter_logits}
+    first, *rest = jax.random.split(key, new_tokens)
+    cache, token_B = _first(params, config, prompt_BP, length_B, room, first, **chosen)
+    for t, step_key in enumerate([*rest, None]):
+        token = int(token_B[0])
+        if token in stops:
             return
-        yield int(token_B[0])
-        if t + 1 < new_tokens:
-            if t == room:
-                more = min(segment, new_tokens - room)
-                cache, room = grow(cache, more), room + more
-            cache, logits_BV = _jitted_step(params, config, cache, token_B, length_B, P, jnp.asarray(t))
+        yield token
+        if step_key is None:
+            return
+        if t == room:
+            more = min(room, new_tokens - room)
+            cache, room = grow(cache, more), room + more
+        cache, token_B = _next(params, config, cache, token_B, length_B, P, jnp.asarray(t), step_key, **chosen)
 
 
-_jitted_step = jax.jit(decode_step, static_argnums=(1, 5), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(1, 4), static_argnames=("sample", "filter_logits"))
+def _first(
+    params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, key: Array, *,
+    sample: Sampler, filter_logits: sampling.Filter,
+) -> tuple[KVCache, Array]:  # fmt: skip
+    cache, logits_BV = prefill(params, config, prompt_BP, length_B, slots)
+    return cache, sample(key, filter_logits(logits_BV))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 5), static_argnames=("sample", "filter_logits"), donate_argnums=2)
+def _next(
+    params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array,
+    key: Array, *, sample: Sampler, filter_logits: sampling.Filter,
+) -> tuple[KVCache, Array]:  # fmt: skip
+    cache, logits_BV = decode_step(params, config, cache, token_B, length_B, prompt_slots, t)
+    return cache, sample(key, filter_logits(logits_BV))

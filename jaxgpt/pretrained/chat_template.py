@@ -21,31 +21,28 @@ def read(core: tokenizers.Tokenizer, source: str, names: Mapping[str, str], sepa
     """The Template that renders as `source` does. `names`: bos_token, eos_token and the like, which templates mention.
     UserError when it can't be cut, or answers don't end with a special token."""
     one, answer, two = _TEXTS
-    user, said, again = (
-        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), _TEXTS, strict=False)
-    )
+    first = {"role": "user", "content": one}
+    talk = [first, {"role": "assistant", "content": answer}, {"role": "user", "content": two}]
     try:
-        single, padded = (_render(source, [{"role": "user", "content": text}], names) for text in (one, f"  {one}\n\n"))
-        before, between = single.split(one)
-        whole = _render(source, [user, said, again], names)
-        first, rest = whole.split(answer)
+        before, between = _render(source, [first], names).split(one)
+        spaced = _render(source, [{"role": "user", "content": f"  {one}\n\n"}], names)
+        begun, rest = _render(source, talk, names).split(answer)
         after, last = rest.split(two)
     except Exception as error:  # Jinja's errors, and texts that are not there exactly once
         raise UserError(f"the chat template of {where} can't be used ({type(error).__name__}: {error})") from error
-    begin, middle, end, *turn = *(_encode(core, text) for text in (before, between)), *_encode(core, after)
-    specials = {i for i, token in core.get_added_tokens_decoder().items() if token.special}
-    if end not in specials:
+    begin, middle, tail = (tuple(_encode(core, text)) for text in (before, between, after))
+    added = core.get_added_tokens_decoder()
+    if not tail or tail[0] not in added or not added[tail[0]].special:
         raise UserError(f"the chat template of {where} ends answers with {after[:20]!r}, which is no special token")
-    same = first == before + one + between and last == between  # a conversation goes on as it began
-    return Template(
-        tuple(begin), tuple(middle), end, separator, turn=tuple(turn) if same else (), strip=single == padded
-    )
+    goes_on = begun == before + one + between and last == between  # a conversation continues as it began
+    strip = spaced == before + one + between
+    return Template(begin, middle, tail[0], separator, turn=tail[1:] if goes_on else (), strip=strip)
 
 
 def tags(core: tokenizers.Tokenizer, separator: int) -> Template:
     """Our tags, added behind the vocabulary: for a checkpoint without a chat template, or in place of it."""
     core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIALS[2:]])
-    prompt, prompt_end, answer, answer_end = (core.token_to_id(name) for name in SPECIALS[2:])
+    prompt, prompt_end, answer, answer_end = (int(core.token_to_id(name) or 0) for name in SPECIALS[2:])
     return Template((prompt,), (prompt_end, answer), answer_end, separator)
 
 

@@ -166,11 +166,11 @@ def read_tokenizer(folder: Path, use_tags: bool = False) -> Tokenizer:
     there is none or they are wanted."""
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     core = _read_core(folder)
-    names = {}
+    names: dict[str, str] = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = settings.get(name)
-        names[name] = token.get("content") if isinstance(token, dict) else token
-    names = {name: token for name, token in names.items() if isinstance(token, str)}
+        token = token.get("content") if isinstance(token, dict) else token
+        names |= {name: token} if isinstance(token, str) else {}
     separator = separator_of(core, names.get("eos_token"))
     source = None if use_tags else chat_template.of_folder(folder, settings)
     if source is None:

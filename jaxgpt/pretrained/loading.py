@@ -96,7 +96,7 @@ def with_room(params: Params, config: ModelConfig, vocab: int) -> tuple[Params, 
     more = round_up(vocab) - config.vocab
     if vocab <= config.vocab:
         return params, config
-    tables = {}
+    tables: Params = {}
     for name in ("embed", "unembed"):
         if name in params:
             table_VD = np.asarray(params[name]["tokens_VD"])

@@ -91,7 +91,7 @@ def _transposed(path: str, name: str, fan_in: int, fan_out: int) -> Place:
     return Place(path, {name: (fan_out, fan_in)}, lambda x: x.T, lambda x: [x.T])
 
 
-def _grouped(q: np.ndarray, k: np.ndarray, v: np.ndarray, config: ModelConfig) -> np.ndarray:
+def _grouped(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     """[H K, …], [G K, …] and [G K, …] with what each group shares next to each other, [(H + 2G) K, …]."""
     G, K, rest = config.groups, config.head_dim, q.shape[1:]
     parts = [x.reshape(G, -1, K, *rest) for x in (q, k, v)]
@@ -119,7 +119,7 @@ def _llama(config: ModelConfig) -> list[Place]:
             Place(
                 f"{ours}/qkv/kernel",
                 {f"{name}.weight": (size, D) for name, size in zip(names, (HK, GK, GK), strict=True)},
-                lambda *qkv: _grouped(*qkv, config).T,
+                lambda *qkv: _grouped(config, *qkv).T,
                 lambda x: _ungrouped(x.T, config),
             ),
             _transposed(f"{ours}/out/kernel", f"{theirs}.self_attn.o_proj.weight", HK, D),
@@ -132,7 +132,7 @@ def _llama(config: ModelConfig) -> list[Place]:
                 Place(
                     f"{ours}/qkv/bias",
                     {f"{name}.bias": (size,) for name, size in zip(names, (HK, GK, GK), strict=True)},
-                    lambda *qkv: _grouped(*qkv, config),
+                    lambda *qkv: _grouped(config, *qkv),
                     lambda x: _ungrouped(x, config),
                 ),
                 _same(f"{ours}/out/bias", f"{theirs}.self_attn.o_proj.bias", D),
@@ -160,13 +160,13 @@ def _gpt(config: ModelConfig) -> list[Place]:
             Place(
                 f"{ours}/qkv/kernel",
                 {f"{theirs}.attn.c_attn.weight": (D, 3 * D)},
-                lambda x: _grouped(*np.split(x.T, 3), config).T,
+                lambda x: _grouped(config, *np.split(x.T, 3)).T,
                 lambda x: [np.concatenate(_ungrouped(x.T, config)).T],
             ),
             Place(
                 f"{ours}/qkv/bias",
                 {f"{theirs}.attn.c_attn.bias": (3 * D,)},
-                lambda x: _grouped(*np.split(x, 3), config),
+                lambda x: _grouped(config, *np.split(x, 3)),
                 lambda x: [np.concatenate(_ungrouped(x, config))],
             ),
         ]
