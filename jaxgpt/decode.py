@@ -46,10 +46,33 @@ def prepare(params: Params, config: ModelConfig) -> Params:
     return {**{name: part for name, part in cast.items() if name != "unembed"}, "head_DV": head_DV}
 
 
+def int8(params: Params) -> Params:
+    """Parameters of `prepare` with every matrix in int8, a scale for each column: w ~ round(w / s) s with
+    s = max|w| / 127. The embedding, of which a token reads one row, norms and biases stay. For decoding only."""
+
+    def rounded(w: Array) -> tuple[Array, Array]:
+        w = w.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(w).max(axis=0), 1e-30) / 127.0
+        return jnp.round(w / scale).astype(jnp.int8), scale
+
+    def layer(part: Params) -> Params:
+        if "kernel" not in part:
+            return part
+        kernel, scale = rounded(part["kernel"])
+        return {**part, "kernel": kernel, "scale": scale}
+
+    blocks = {name: {inner: layer(part) for inner, part in block.items()} for name, block in params.items()
+              if name.startswith("block_")}  # fmt: skip
+    head_DV, scale_V = rounded(params["head_DV"])
+    return {**params, **blocks, "head_DV": head_DV, "head_scale_V": scale_V}
+
+
 def unembed(params: Params, h: Array) -> Array:
     """`model.unembed`, with the head of `prepare` where it has been made: float32 logits."""
     if "head_DV" not in params:
         return model.unembed(params, h)
+    if "head_scale_V" in params:
+        return layers.int8_product(h, params["head_DV"], params["head_scale_V"])
     return jnp.matmul(h, params["head_DV"], preferred_element_type=jnp.float32)
 
 

@@ -45,9 +45,12 @@ def _wide(x: Array) -> Any:
 
 
 def dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Array:
-    """x @ kernel + bias in x's dtype."""
-    kernel = sharding.gathered(layer["kernel"].astype(x.dtype), axes)
-    product = jnp.matmul(x, kernel, preferred_element_type=_wide(x))
+    """x @ kernel + bias in x's dtype; a kernel of int8 has a scale for each column (see `int8_product`)."""
+    if "scale" in layer:
+        product = int8_product(x, layer["kernel"], layer["scale"]).astype(_wide(x))
+    else:
+        kernel = sharding.gathered(layer["kernel"].astype(x.dtype), axes)
+        product = jnp.matmul(x, kernel, preferred_element_type=_wide(x))
     if "bias" in layer:
         product += layer["bias"].astype(product.dtype)
     return product.astype(x.dtype)
@@ -86,6 +89,38 @@ def product_VD(h: Array, table_VD: Array) -> Array:
     """Float32 products of hidden states with each row of an embedding, taken in h's dtype."""
     table_VD = sharding.gathered(table_VD.astype(h.dtype), LINES)
     return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=jnp.float32)
+
+
+INT8_LINES = 64  # of a matrix that are widened at a time
+INT8_WHOLE = 2**21  # numbers: a larger matrix is widened in parts even for one row
+INT8_LEVELS = 2047  # of an activation
+
+
+def int8_product(x: Array, kernel: Array, scale: Array) -> Array:
+    """x @ (kernel * scale) in float32, for an int8 kernel [in, out] with a scale for each column.
+
+    XLA:CPU has no fast product of int8 and float. One row is multiplied in integers there, its numbers rounded to
+    1/2047 of the largest (int32 holds the sums, exactly); for several rows, and large matrices, `INT8_LINES` lines of
+    the kernel are widened at a time. Elsewhere the kernel is widened on its way into the product."""
+    rows, (fan_in, fan_out) = x.size // x.shape[-1], kernel.shape
+    if sharding.platform() != "cpu":
+        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale
+    if rows == 1 and kernel.size <= INT8_WHOLE:
+        levels = min(INT8_LEVELS, (2**31 - 1) // (127 * fan_in))
+        x32 = x.reshape(-1).astype(jnp.float32)
+        unit = jnp.maximum(jnp.abs(x32).max(), 1e-30) / levels
+        whole = jnp.round(x32 / unit).astype(jnp.int32)
+        product = (whole[:, None] * kernel.astype(jnp.int32)).sum(axis=0)
+        return (product.astype(jnp.float32) * unit * scale).reshape(*x.shape[:-1], fan_out)
+    lines = INT8_LINES if fan_in % INT8_LINES == 0 else fan_in
+    flat = x.reshape(rows, fan_in).astype(jnp.float32)
+
+    def add(i: Array, total: Array) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(kernel, i * lines, lines).astype(jnp.float32)
+        return total + jax.lax.dynamic_slice_in_dim(flat, i * lines, lines, axis=1) @ jax.lax.optimization_barrier(part)
+
+    product = jax.lax.fori_loop(0, fan_in // lines, add, jnp.zeros((rows, fan_out), jnp.float32))
+    return (product * scale).reshape(*x.shape[:-1], fan_out)
 
 
 PLAIN = Layers(dense, norm, gelu, swiglu, attention.attend, product_VD)
@@ -145,6 +180,8 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _fast_dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Array:
+    if "scale" in layer:
+        return dense(layer, x, axes)
     bias = layer["bias"].astype(jnp.float32) if "bias" in layer else None
     return _linear(x, layer["kernel"], bias, axes)
 

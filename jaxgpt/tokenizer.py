@@ -56,7 +56,9 @@ class Template:
         fields = {field.name: field.type for field in dataclasses.fields(Template)}
         if not isinstance(record, dict) or record.keys() != {"version", *fields}:
             raise ValueError(f"not the fields {', '.join(fields)}")
-        values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in record.items() if name != "version"}
+        values: dict[str, Any] = {
+            name: tuple(x) if isinstance(x, list) else x for name, x in record.items() if name != "version"
+        }
         ids = [i for x in values.values() for i in (x if isinstance(x, tuple) else (x,))]
         if record["version"] != TEMPLATE_VERSION or not all(isinstance(i, int) and i >= 0 for i in ids):
             raise ValueError(f"not template version {TEMPLATE_VERSION}")

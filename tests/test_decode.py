@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import decode, model, sampling
+from jaxgpt import decode, layers, model, sampling
 from jaxgpt.config import ModelConfig, UserError
 from tests.helpers import FAMILY, TINY, generate, generate_until, hidden, params_of, prompts_of, score
 
@@ -273,3 +273,36 @@ def test_one_trace_a_segment():
     for seed in range(3):
         run(params_of(), jax.random.key(seed))
     assert len(traced) == 3  # the token after the prompt, and a body for each of the two segments
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_int8_weights_decode_nearly_the_same(name, rows):
+    """Within what rounding to 127 levels costs, and by far more than rounding to 15 levels would; int8 in memory."""
+    config, (prompts, lengths) = FAMILY[name], prompts_of(rows, 9)
+    prepared = decode.prepare(params_of(config, scale=2.0), config)
+    small = jax.jit(decode.int8)(prepared)
+    matrices = [x for x in jax.tree.leaves(small) if x.ndim == 2 and x.dtype == jnp.int8]
+    assert len(matrices) == config.layers * (5 if config.mlp == "swiglu" else 4) + 1
+    logits, rough = (decode.prefill(p, config, prompts, lengths, 4)[1] for p in (prepared, small))
+    cache = decode.prefill(small, config, prompts, lengths, 4)[0]
+    error = float(jnp.abs(rough - logits).max() / logits.std())
+    assert 1e-4 < error < 0.1
+    token = jnp.full(rows, 7)
+    step = [
+        decode.decode_step(p, config, cache, token, lengths, prompts.shape[1], jnp.asarray(0))[1]
+        for p in (prepared, small)
+    ]
+    assert 1e-4 < float(jnp.abs(step[0] - step[1]).max() / logits.std()) < 0.1
+
+
+@pytest.mark.parametrize(("rows", "fan_in", "fan_out"), [(1, 64, 96), (3, 128, 40), (1, 9000, 8), (1, 100, 30_000)])
+def test_the_int8_product_is_that_of_the_widened_matrix(rows, fan_in, fan_out):
+    rng = np.random.default_rng(0)
+    kernel = rng.integers(-127, 128, (fan_in, fan_out)).astype(np.int8)
+    x, scale = rng.normal(size=(rows, fan_in)).astype(np.float32), rng.uniform(0.5, 2.0, fan_out).astype(np.float32)
+    expected = x.astype(np.float64) @ (kernel * scale.astype(np.float64))
+    found = jax.jit(layers.int8_product)(x, kernel, scale)
+    np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
+    worst = jax.jit(layers.int8_product)(np.ones((1, fan_in), np.float32), np.full_like(kernel, 127), scale)
+    np.testing.assert_allclose(worst[0], 127.0 * fan_in * scale, rtol=1e-5)  # the largest sum does not overflow

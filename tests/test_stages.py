@@ -142,9 +142,10 @@ def test_a_run_replayed_from_its_settings_has_the_same_numbers(finished, tmp_pat
 
 def test_chat_streams_an_answer_from_any_stage(finished):
     for stage in ("pretrain", "sft", "ppo", "dpo"):
-        settings = chat.Settings(model=finished.run / stage, new_tokens=8)
-        text = "".join(chat.reply(load_model(settings.model), settings, "Say </answer> & <prompt>", jax.random.key(0)))
-        assert isinstance(text, str)
+        talk = chat.Chat(chat.Settings(model=finished.run / stage, new_tokens=8))
+        text = "".join(talk.reply("Say </answer> & <prompt>", jax.random.key(0)))
+        assert isinstance(text, str) and "tokens/s" in talk.stats
+        assert talk.raw == (stage == "pretrain") and not talk.history
 
 
 def fails(capsys, main, *argv: str) -> str:
