@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import optax
 
-from jaxgpt import optim, sharding
+from jaxgpt import lora, optim, sharding
 from jaxgpt.checkpoint import load_language_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
@@ -25,8 +25,8 @@ from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, run_fingerprint
 from jaxgpt.settings import file_fingerprint
 from jaxgpt.sharding import MeshConfig
-from jaxgpt.structs import Preferences
-from jaxgpt.train import evaluate, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
+from jaxgpt.structs import Params, Preferences
+from jaxgpt.train import TrainState, evaluate, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Settings:
     heldout: Path = Path("runs/assistant/preferences/heldout.jsonl")
     beta: float = 0.1  # reward units a nat
     temperature: float = 0.7  # of the policy and its reference, as in sampling
+    lora: int = 0  # rank of the adapters to train instead of all weights
     limit: int = 1000  # preferences to learn from, at most
     epochs: int = 1
     batch: int = 16  # prompts; each brings its B answers
@@ -79,10 +80,18 @@ def build(
     sharding.check_model(config, mesh)
     sharding.check_batch(settings.batch, settings.microbatches, mesh)
     tx = optimizer(settings, steps)
-    state = shapes_on(mesh, lambda params: init_state({"policy": params}, tx, {"reference": params}), shapes_of(config))
+    state = shapes_on(mesh, lambda params: start(settings, params, tx), shapes_of(config))
     loss = make_loss(config, settings.beta, settings.temperature, size[2])
     step = jit_step(loss, tx, mesh, state, microbatches=settings.microbatches, spike=settings.guard.spike)
     return step, state, Preferences.shapes(settings.batch, size[0], size[1])
+
+
+def start(settings: Settings, params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """The first state: a policy and a frozen copy of it, or adapters and the weights they belong to."""
+    if settings.lora:
+        adapters = lora.init(jax.random.key(settings.seed), params, settings.lora)
+        return init_state({"policy": adapters}, tx, {"policy": params})
+    return init_state({"policy": params}, tx, {"reference": optim.copy(params)})
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -108,8 +117,7 @@ def main(settings: Settings) -> dict[str, Any]:
             part=share.index, parts=share.count,
         )  # fmt: skip
         step, shapes, _ = build(settings, config, size, steps, mesh)
-        state = init_state({"policy": sft}, optimizer(settings, steps), {"reference": optim.copy(sft)})
-        state = sharding.place_like(state, shapes)
+        state = sharding.place_like(start(settings, sft, optimizer(settings, steps)), shapes)
         loss = jit_on(mesh, make_loss(config, settings.beta, settings.temperature, size[2]))
         evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size[1], settings.batch)]
         run.say(f"dpo: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
@@ -131,7 +139,9 @@ def main(settings: Settings) -> dict[str, Any]:
         nll, accuracy = found["loss"], found["accuracy"]
         run.log(steps, {"heldout_nll": nll, "heldout_accuracy": accuracy})
         run.say(f"dpo: held-out loss {nll:.3f} (log B at the start), accuracy of the implicit reward {accuracy:.1%}")
-        save_model(settings.run / "model", state.trainable["policy"], config, tok)
+        if settings.lora:
+            save_model(settings.run / "adapters", state.trainable["policy"], config)
+        save_model(settings.run / "model", lora.merge(state.params["policy"]), config, tok)
         run.finish({"heldout_nll": nll, "heldout_accuracy": accuracy, "preferences": len(rankings), "dropped": dropped})
         return run.results
 

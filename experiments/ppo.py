@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgpt import decode, kl, optim, ppo, reward, rollout, sampling, sharding
+from jaxgpt import decode, kl, lora, optim, ppo, reward, rollout, sampling, sharding
 from jaxgpt.checkpoint import load_language_model, load_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig, UserError
@@ -44,6 +44,7 @@ class Settings:
     iterations: int = 28
     batch: int = 128  # answers an iteration
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
+    lora: int = 0  # rank of the adapters to train instead of all weights
     learning_rate: float = 3e-4  # to 0, linearly
     beta: float = 0.18  # reward units a nat, where the controller starts
     target_kl: float = 6.0  # nats a sequence
@@ -101,7 +102,8 @@ def build(
     everywhere = sharding.replicated(mesh)
 
     def start(params: Params) -> Any:
-        return ppo.init(params, config, tx, {"reward": reward.init(jax.random.key(0), params, config.width)})
+        frozen = {"reward": reward.init(jax.random.key(0), params, config.width)}
+        return ppo.init(params, config, tx, frozen, adapters(settings, params))
 
     state = shapes_on(mesh, start, shapes_of(config))
     places = jax.tree.map(lambda x: x.sharding, state)
@@ -120,6 +122,11 @@ def build(
         jax.ShapeDtypeStruct((settings.batch,), jnp.int32),
     )
     return iteration, (state, controller(settings)), prompts
+
+
+def adapters(settings: Settings, params: Params) -> Params | None:
+    """Adapters to train, if they were asked for."""
+    return lora.init(jax.random.key(settings.seed), params, settings.lora) if settings.lora else None
 
 
 def controller(settings: Settings) -> ppo.Controller:
@@ -147,7 +154,8 @@ def main(settings: Settings) -> dict[str, Any]:
         iteration, (shapes, _), _ = build(settings, config, prompt_tokens, mesh, tok.template.end)
         tokens_NP, lengths_N = rollout.pad_prompts(ids, prompt_tokens)
 
-        state = ppo.init(sft, config, optimizer(settings), {"reward": reward_params})
+        frozen = {"reward": reward_params}
+        state = ppo.init(sft, config, optimizer(settings), frozen, adapters(settings, sft))
         state = sharding.place_like(state, shapes)
         control = sharding.replicate(controller(settings), mesh)
         rng = np.random.default_rng(settings.seed)
@@ -175,13 +183,15 @@ def main(settings: Settings) -> dict[str, Any]:
                 bar.update(tokens=int(floats["length"] * settings.batch), **figures)
                 if i == 1 or i % settings.sample_every == 0:
                     shown = generate(
-                        state.trainable["policy"], config, tokens_NP[:1], lengths_N[:1], jax.random.clone(show_key),
+                        state.params["policy"], config, tokens_NP[:1], lengths_N[:1], jax.random.clone(show_key),
                         new_tokens=settings.ppo.new_tokens, stop=tok.template.end, filter_logits=cooler,
                     )  # fmt: skip
                     text = answer_text(tok, np.asarray(shown.tokens_BA[0]))
                     run.say(f"iteration {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats · {text!r}")
                 saves.after(i, (state, control, key), metrics, Prompts(tokens_NP[index], lengths_N[index]))
-        save_model(settings.run / "model", state.trainable["policy"], config, tok)
+        if settings.lora:
+            save_model(settings.run / "adapters", state.trainable["policy"], config)
+        save_model(settings.run / "model", lora.merge(state.params["policy"]), config, tok)
         run.finish({name: floats[name] for name in ("score", "kl", "beta", "ended", "length", "ratio_error_first")})
         return run.results
 

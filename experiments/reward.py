@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxgpt import optim, reward, sharding
+from jaxgpt import lora, optim, reward, sharding
 from jaxgpt.checkpoint import load_language_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
@@ -31,7 +31,7 @@ from jaxgpt.run import Run, run_fingerprint
 from jaxgpt.settings import file_fingerprint
 from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Array, Batch, Params, Preferences
-from jaxgpt.train import Metrics, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
+from jaxgpt.train import Metrics, TrainState, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Settings:
     model: Path = Path("runs/assistant/sft")
     preferences: Path = Path("runs/assistant/preferences/train.jsonl")
     heldout: Path = Path("runs/assistant/preferences/heldout.jsonl")
+    lora: int = 0  # rank of the adapters to train instead of all weights
     limit: int = 2500  # preferences to learn from, at most
     epochs: int = 1
     batch: int = 16  # prompts; each brings its B answers
@@ -94,18 +95,18 @@ def build(
     tx = optimizer(settings, steps)
 
     def start(params: Params) -> Any:
-        return init_state(*_with_frozen(reward.init(jax.random.key(0), params, config.width), tx))
+        return first_state(settings, reward.init(jax.random.key(0), params, config.width), tx)
 
     state = shapes_on(mesh, start, shapes_of(config))
     step = jit_step(make_loss(config), tx, mesh, state, microbatches=settings.microbatches, spike=settings.guard.spike)
     return step, state, Preferences.shapes(settings.batch, size[0], size[1])
 
 
-def _with_frozen(
-    params: Params, tx: optax.GradientTransformation
-) -> tuple[Params, optax.GradientTransformation, Params]:
+def first_state(settings: Settings, params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """Model and head to train, or adapters and head; gain and bias never."""
     trainable, frozen = optim.split(params, reward.trainable_names())
-    return trainable, tx, frozen
+    adapters, weights = lora.start(jax.random.key(settings.seed), params["model"], settings.lora)
+    return init_state({**trainable, "model": adapters}, tx, {**frozen, "model": weights} if weights else frozen)
 
 
 def read(path: Path, tok: Any, length: int) -> tuple[list[Preference], list[Any], int]:
@@ -166,7 +167,7 @@ def main(settings: Settings) -> dict[str, Any]:
         reference = reference_rows(heldout, size[1], settings.reference_samples)
         normalised = jit_on(mesh, lambda params: reward.normalise_on(params, config, reference))
         params = normalised(sharding.replicate(reward.init(jax.random.key(settings.seed), sft, config.width), mesh))
-        state = sharding.place_like(init_state(*_with_frozen(params, optimizer(settings, steps))), shapes)
+        state = sharding.place_like(first_state(settings, params, optimizer(settings, steps)), shapes)
         run.say(f"reward: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
         saves = Saves(run, settings, steps, tok, batches)
         first, state = saves.restore(shapes, lambda: state)
@@ -190,7 +191,9 @@ def main(settings: Settings) -> dict[str, Any]:
             + (f", the annotator's own ceiling {ceiling:.1%}" if ceiling else "")
             + f"), calibration error {results['calibration_error']:.3f}"
         )
-        save_model(settings.run / "model", normalised(state.params), config, tok)
+        if settings.lora:
+            save_model(settings.run / "adapters", state.trainable, config)
+        save_model(settings.run / "model", normalised(lora.merge(state.params)), config, tok)
         run.finish({**results, "annotator_ceiling": ceiling, "preferences": len(rankings), "dropped": dropped})
         return run.results
 

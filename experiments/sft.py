@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgpt import optim, sharding
+from jaxgpt import lora, optim, sharding
 from jaxgpt.checkpoint import load_language_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
@@ -25,9 +25,9 @@ from jaxgpt.guard import GuardConfig
 from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, cache_root, run_fingerprint
 from jaxgpt.sharding import MeshConfig
-from jaxgpt.structs import Batch
+from jaxgpt.structs import Batch, Params
 from jaxgpt.tokenizer import example_ids
-from jaxgpt.train import evaluate, init_state, jit_on, jit_step, make_nll, shapes_of, shapes_on, to_floats
+from jaxgpt.train import TrainState, evaluate, init_state, jit_on, jit_step, make_nll, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,9 @@ class Settings:
     data: str = "movie_reviews"  # or a .jsonl path with prompt and answer fields, or tfds:NAME
     pretraining_data: str = "movie_reviews"  # whose held-out text shows what was kept
     all_tokens: bool = False  # count the loss on the prompt too
+    tags: bool = False  # our <prompt> and <answer>, although a pretrained model has a chat template of its own
+    lora: int = 0  # rank of the adapters to train instead of all weights
+    length: int = 512  # tokens of a row, at most model.block
     steps: int = 260
     batch: int = 16  # rows of model.block tokens, each holding several examples
     microbatches: int = 1
@@ -76,11 +79,17 @@ def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> t
     sharding.check_model(config, mesh)
     sharding.check_batch(settings.batch, settings.microbatches, mesh)
     tx = optimizer(settings)
-    state = shapes_on(mesh, lambda params: init_state(params, tx), shapes_of(config))
+    state = shapes_on(mesh, lambda params: start(settings, params, tx), shapes_of(config))
     step = jit_step(make_nll(config), tx, mesh, state, microbatches=settings.microbatches, spike=settings.guard.spike)
-    row = jax.ShapeDtypeStruct((settings.batch, config.block), jnp.int32)
-    mask = jax.ShapeDtypeStruct((settings.batch, config.block), jnp.bool)
+    shape = settings.batch, min(settings.length, config.block)
+    row, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool))
     return step, state, Batch(row, mask, row, row)
+
+
+def start(settings: Settings, params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """The first state: all weights to train, or adapters beside them."""
+    trainable, frozen = lora.start(jax.random.key(settings.seed), params, settings.lora)
+    return init_state(trainable, tx, frozen)
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -91,28 +100,29 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             run.say(f"sft: already done in {settings.run}")
             return run.results
-        params, config, tok, _ = load_language_model(settings.model)
+        params, config, tok, _ = load_language_model(settings.model, settings.tags)
+        length = min(settings.length, config.block)
         step, shapes, _ = build(settings, config, mesh)
         rows, dropped = pipelines.fit_rows(
-            [example_ids(tok, *pair) for pair in sources.examples(settings.data, "train", settings.cache)], config.block
+            [example_ids(tok, *pair) for pair in sources.examples(settings.data, "train", settings.cache)], length
         )
         test_rows, _ = pipelines.fit_rows(
-            [example_ids(tok, *pair) for pair in sources.examples(settings.data, "test", settings.cache)], config.block
+            [example_ids(tok, *pair) for pair in sources.examples(settings.data, "test", settings.cache)], length
         )
-        test = pipelines.padded_examples(test_rows, config.block, settings.batch)[: settings.eval_batches]
+        test = pipelines.padded_examples(test_rows, length, settings.batch)[: settings.eval_batches]
         documents = sources.documents(settings.pretraining_data, "test", settings.cache)
         stream = pipelines.tokenize_stream(documents, tok, settings.cache)
-        raw = pipelines.window_eval(stream, config.block, settings.batch, settings.eval_batches)
+        raw = pipelines.window_eval(stream, length, settings.batch, settings.eval_batches)
         test_batches, raw_batches = ([Batch.of(arrays) for arrays in part] for part in (test, raw))
         batches = pipelines.packed_examples(
-            rows, config.block, settings.batch, seed=settings.seed,
+            rows, length, settings.batch, seed=settings.seed,
             all_tokens=settings.all_tokens, part=share.index, parts=share.count,
         )  # fmt: skip
-        state = sharding.place_like(init_state(params, optimizer(settings)), shapes)
+        state = sharding.place_like(start(settings, params, optimizer(settings)), shapes)
         dropout_key = sharding.replicate(jax.random.key(settings.seed), mesh)
         loss = jit_on(mesh, make_nll(config))
-        kept_before = evaluate(loss, state.trainable, raw_batches, mesh)["loss"]
-        answer_nats = evaluate(loss, state.trainable, test_batches, mesh)["loss"]
+        kept_before = evaluate(loss, state.params, raw_batches, mesh)["loss"]
+        answer_nats = evaluate(loss, state.params, test_batches, mesh)["loss"]
         run.say(
             f"sft: {len(rows):,} examples ({dropped} too long, dropped) · "
             f"before: {answer_nats:.3f} nats an answer token"
@@ -130,10 +140,10 @@ def main(settings: Settings) -> dict[str, Any]:
                     floats = to_floats(metrics)
                     run.log(i, {"train_nats_a_token": floats["loss"], **saves.figures(floats)})
                     shown = {"loss": floats["loss"]}
-                bar.update(tokens=settings.batch * config.block, **shown)
+                bar.update(tokens=settings.batch * length, **shown)
                 if i % settings.eval_every == 0 or i == settings.steps:
-                    answer_nats = evaluate(loss, state.trainable, test_batches, mesh)["loss"]
-                    kept_after = evaluate(loss, state.trainable, raw_batches, mesh)["loss"]
+                    answer_nats = evaluate(loss, state.params, test_batches, mesh)["loss"]
+                    kept_after = evaluate(loss, state.params, raw_batches, mesh)["loss"]
                     run.log(i, {"heldout_answer_nats_a_token": answer_nats, "pretraining_nats_a_token": kept_after})
                 saves.after(i, (state, dropout_key), metrics, arrays)
         run.say(
@@ -141,7 +151,9 @@ def main(settings: Settings) -> dict[str, Any]:
             f"pretraining's held-out text {kept_before:.3f} -> {kept_after:.3f} nats a token "
             f"(perplexity x {math.exp(kept_after - kept_before):.2f})"
         )
-        save_model(settings.run / "model", state.trainable, config, tok)
+        if settings.lora:
+            save_model(settings.run / "adapters", state.trainable, config)
+        save_model(settings.run / "model", lora.merge(state.params), config, tok)
         run.finish({
             "heldout_answer_nats_a_token": answer_nats, "examples": len(rows), "dropped": dropped,
             "pretraining_nats_before": kept_before, "pretraining_nats_after": kept_after,

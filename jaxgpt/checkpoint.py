@@ -100,11 +100,11 @@ def check_model(folder: Path) -> dict[str, Any]:
     return record
 
 
-def load_language_model(folder: Path) -> Loaded:
+def load_language_model(folder: Path, use_tags: bool = False) -> Loaded:
     """`load_model`, or a model that others trained (`pretrained.loading.load`). UserError where the place holds
     something else than a language model with its tokenizer."""
     if loading.is_pretrained(folder):
-        found = loading.load(folder)
+        found = loading.load(folder, use_tags=use_tags)
         return Loaded(found.params, found.config, found.tokenizer, {} if found.chats else {"raw": True})
     loaded = load_model(folder)
     if "embed" not in loaded.params or loaded.tokenizer is None:

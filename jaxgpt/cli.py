@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import re
 import signal
 import sys
 import textwrap
@@ -70,6 +71,8 @@ def parse(
 ) -> Settings:
     """The settings that `argv` asks for. `--help` prints and exits; mistakes raise UserError (a value that does not
     parse is reported by tyro, which exits with 2)."""
+    if get_type_hints(settings_type).get("model") is Path:  # two names for the model to start from
+        argv = [re.sub(r"^--model\.pretrained(?==|$)", "--model", word) for word in argv]
     start = _starting_values(settings_type, presets, argv)
     complaint = io.StringIO()
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import layers, losses, model, sampling, sharding
+from jaxgpt import layers, lora, losses, model, sampling, sharding
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.structs import Answers, Array, Batch, KVCache, Params
 
@@ -31,11 +31,12 @@ STATIC = (  # for jax.jit(generate, static_argnums=1, static_argnames=STATIC)
 
 
 def prepare(params: Params, config: ModelConfig) -> Params:
-    """Weights as decoding reads them, made once outside the loop: matrices in the activations' dtype (norms stay
-    float32), the parts of an 'fsdp' axis put together, and the tied head as [D, V], which a product with few rows reads
-    far faster than its transpose."""
+    """Weights as decoding reads them, made once outside the loop: adapters merged, matrices in the activations' dtype
+    (norms stay float32), the parts of an 'fsdp' axis put together, and the tied head as [D, V], which a product with
+    few rows reads far faster than its transpose."""
     if "head_DV" in params:
         return params
+    params = lora.merge(params)
 
     def ready(path: tuple[Any, ...], w: Array) -> Array:
         w = w.astype(config.dtype) if w.ndim >= 2 else w

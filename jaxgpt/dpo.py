@@ -2,12 +2,12 @@
 
     h(x, y) = beta log( pi(y|x) / rho(y|x) ),   J = -log( exp h(x, y^b) / sum_j exp h(x, y^j) )
 
-Parameters: trainable 'policy', frozen 'reference'.
+Parameters: trainable 'policy', frozen 'reference'; or adapters for the policy, whose frozen rest is the reference.
 """
 
 import jax
 
-from jaxgpt import losses, model
+from jaxgpt import lora, losses, model
 from jaxgpt.config import ModelConfig
 from jaxgpt.losses import Mean
 from jaxgpt.structs import Array, Params, Preferences
@@ -23,7 +23,7 @@ def make_loss(config: ModelConfig, beta: float, temperature: float = 1.0, window
             logp = model.answer_logp(params, config, batch.rows, temperature=temperature, window=window)
             return logp.reshape(batch.present_BC.shape)
 
-        ref_logp_BC = jax.lax.stop_gradient(answer_logp_BC(params["reference"]))
+        ref_logp_BC = jax.lax.stop_gradient(answer_logp_BC(lora.reference(params)))
         h_BC = losses.implicit_reward(answer_logp_BC(params["policy"]), ref_logp_BC, beta)
         return losses.preference_objective(h_BC, batch.choice_B, batch.present_BC)
 

@@ -51,9 +51,16 @@ def dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Array:
     else:
         kernel = sharding.gathered(layer["kernel"].astype(x.dtype), axes)
         product = jnp.matmul(x, kernel, preferred_element_type=_wide(x))
+    if "lora_a" in layer:
+        product += low_rank(layer, x).astype(product.dtype)
     if "bias" in layer:
         product += layer["bias"].astype(product.dtype)
     return product.astype(x.dtype)
+
+
+def low_rank(layer: Params, x: Array) -> Array:
+    """(x A) B of a layer with adapters (`jaxgpt.lora`)."""
+    return (x @ layer["lora_a"].astype(x.dtype)) @ layer["lora_b"].astype(x.dtype)
 
 
 def norm(norm: Params, x: Array, epsilon: float) -> Array:
@@ -183,7 +190,8 @@ def _fast_dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Arr
     if "scale" in layer:
         return dense(layer, x, axes)
     bias = layer["bias"].astype(jnp.float32) if "bias" in layer else None
-    return _linear(x, layer["kernel"], bias, axes)
+    product = _linear(x, layer["kernel"], bias, axes)
+    return product + low_rank(layer, x) if "lora_a" in layer else product
 
 
 _norm_vjp = jax.custom_vjp(_norm, nondiff_argnums=(3,))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jaxgpt import kl, losses, model, returns, rollout, sharding
+from jaxgpt import kl, lora, losses, model, returns, rollout, sharding
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.losses import Mean
 from jaxgpt.structs import Array, Batch, Leaf, Params, Rollout
@@ -70,9 +70,19 @@ class Targets:
     return_BT: Array
 
 
-def init(policy: Params, config: ModelConfig, tx: optax.GradientTransformation, frozen: Params) -> TrainState:
-    """Policy and a critic head of exactly 0 to train; a copy of the policy as the frozen reference."""
-    trainable = {"policy": policy, "value_head": model.scalar_head(None, config.width)}
+def init(
+    policy: Params,
+    config: ModelConfig,
+    tx: optax.GradientTransformation,
+    frozen: Params,
+    adapters: Params | None = None,
+) -> TrainState:
+    """Policy and a critic head of exactly 0 to train; a copy of the policy as the frozen reference. With `adapters`
+    only they and the head are trained, and the policy's own weights are the reference."""
+    head = model.scalar_head(None, config.width)
+    if adapters:
+        return init_state({"policy": adapters, "value_head": head}, tx, {"policy": policy, **frozen})
+    trainable = {"policy": policy, "value_head": head}
     return init_state(trainable, tx, {"reference": jax.tree.map(jnp.copy, policy), **frozen})
 
 
@@ -81,7 +91,7 @@ def collect(
 ) -> tuple[Batch, Array, Array]:
     """Answers of the current policy: rows, the sampler's log-probabilities on them, and which answers ended, [B]."""
     rows, sampler_logp_BT, answers = rollout.collect(
-        state.trainable["policy"], config, prompts.tokens_BP, prompts.length_B, key,
+        state.params["policy"], config, prompts.tokens_BP, prompts.length_B, key,
         new_tokens=ppo.new_tokens, stop=stop, temperature=ppo.temperature,
     )  # fmt: skip
     return rows, sampler_logp_BT, answers.ended_B
@@ -98,13 +108,14 @@ def score(
 ) -> tuple[Rollout, Metrics]:
     """Add the policy's and the reference's log-probabilities, the values, and the score of answers that never ended."""
 
+    params = state.params
+    reference = lora.reference(params)
+
     def look(rows: Batch) -> tuple[Array, ...]:
         outputs = rollout.policy_outputs(
-            state.trainable["policy"], state.trainable["value_head"], config, rows, ppo.new_tokens, ppo.temperature
+            params["policy"], params["value_head"], config, rows, ppo.new_tokens, ppo.temperature
         )
-        ref_logp_BT, _ = model.score(
-            state.frozen["reference"], config, rows, temperature=ppo.temperature, window=ppo.new_tokens
-        )
+        ref_logp_BT, _ = model.score(reference, config, rows, temperature=ppo.temperature, window=ppo.new_tokens)
         return (*outputs, ref_logp_BT)
 
     logp_BT, value_BT, entropy_BT, ref_logp_BT = rollout.in_minibatches(look, rows, ppo.minibatches)

@@ -30,6 +30,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxgpt.config import UserError
+from jaxgpt.pretrained import loading
 from jaxgpt.process import barrier, cache_root, from_first_process, prepare_process, print_device
 from jaxgpt.progress import Bar, progress_bar
 from jaxgpt.settings import flat_json, read_json, settings_to_json, write_json
@@ -40,7 +41,8 @@ PLACE_FIELDS = frozenset(
     {"run", "cache", "fresh", "force", "save"}
 )  # settings that name a place or a way to run, not a result
 OWN_FILES = (  # removed by a restart
-    "done.json", "settings.json", "metrics.jsonl", "log.txt", "tensorboard", "model", "checkpoints",
+    "done.json", "settings.json", "metrics.jsonl", "log.txt", "tensorboard", "model", "adapters",
+    "checkpoints",
 )  # fmt: skip
 MAKE_ROOM = "make room, and the same command goes on from the newest checkpoint"
 FLUSH_SECONDS = 10.0  # between two moments at which TensorBoard sees the curves grow
@@ -48,8 +50,10 @@ PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "num
 
 
 def run_fingerprint(folder: Path, stage: str | None = None) -> str:
-    """The fingerprint of a finished run, to pass as an input of a later stage. UserError when `folder` is not a
-    finished run (of `stage`, if given)."""
+    """The fingerprint of a finished run, to pass as an input of a later stage; or of a model that others trained.
+    UserError when `folder` is neither, or not a run of `stage`, if one is given."""
+    if stage is None and loading.is_pretrained(folder):
+        return loading.fingerprint(folder)
     made_by = f"run experiments/{stage}.py --run {folder} first" if stage else "run the experiment that makes it first"
     if not (folder / "done.json").exists():
         state = "is not finished" if (folder / "settings.json").exists() else "does not exist or is not a run folder"

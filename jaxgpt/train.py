@@ -23,7 +23,7 @@ LossFn = Callable[[Params, Any, Array | None], tuple[Mean, Metrics]]
 class TrainState:
     """What a step changes (trainable, optimiser, step, guard) and what it carries along untouched (frozen).
 
-    `trainable` and `frozen` are dicts with different top-level names; a loss sees them merged. `step` counts updates
+    `trainable` and `frozen` are nested dicts of different leaves; a loss sees them merged. `step` counts updates
     without those that the guard skipped.
     """
 
@@ -35,7 +35,14 @@ class TrainState:
 
     @property
     def params(self) -> Params:
-        return {**self.frozen, **self.trainable}
+        return merged(self.frozen, self.trainable)
+
+
+def merged(frozen: Params, trainable: Params) -> Params:
+    """One tree of both: where both have a dict of the same name, those are merged too (adapters join their kernels)."""
+    both = {name: merged(frozen[name], part) if isinstance(frozen.get(name), dict) and isinstance(part, dict) else part
+            for name, part in trainable.items()}  # fmt: skip
+    return {**frozen, **both}
 
 
 def init_state(trainable: Params, tx: optax.GradientTransformation, frozen: Params | None = None) -> TrainState:
@@ -79,7 +86,7 @@ def make_train_step(
     """
 
     def summed(trainable: Params, frozen: Params, batch: Any, key: Array | None) -> tuple[Array, tuple[Mean, Metrics]]:
-        objective, metrics = loss_fn({**frozen, **trainable}, batch, key)
+        objective, metrics = loss_fn(merged(frozen, trainable), batch, key)
         return objective.sum, (objective, metrics)
 
     grad_fn = jax.grad(summed, has_aux=True)

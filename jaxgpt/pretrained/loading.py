@@ -73,6 +73,16 @@ def is_pretrained(source: Path) -> bool:
     return str(source) in KNOWN or source.suffix == ".gguf" or (source / "config.json").is_file()
 
 
+def fingerprint(source: Path) -> str:
+    """A hash of the weights, settings and tokenizer that `load` would read."""
+    if str(source) in KNOWN:
+        return KNOWN[str(source)].sha256
+    if source.is_file():
+        return _sha256(source)
+    files = sorted(path for path in source.iterdir() if path.suffix in (".json", ".jinja", ".txt", ".safetensors"))
+    return hashlib.sha256("".join(f"{path.name} {_sha256(path)}\n" for path in files).encode()).hexdigest()
+
+
 def load(source: Path | str, *, use_tags: bool = False, cache: Path | None = None) -> Pretrained:
     """A pretrained model by its name in KNOWN or from its place. Without a chat template, or with `use_tags`, our tags
     are added behind the vocabulary: their rows of the embedding are new (its mean and a little noise), for finetuning
