@@ -1,0 +1,219 @@
+"""Align a pretrained model to a measurable wish: SmolLM2 learns to be cheerful, by PPO and by DPO.
+
+    python -m experiments.align                          2 CPU cores, offline once the model's wheel is there
+    python -m experiments.align --preset gpu --run runs/align-gpu
+
+It answers questions about everyday things in one sentence; a simulated annotator (VADER's sentiment, noisily) picks the
+most cheerful of four answers; reward model, PPO and DPO train low-rank adapters on those choices alone. What came of it
+is measured on questions about other things, in other words, which no stage has seen. Each stage is an experiment of this
+folder with other settings: one that is done is not run again, one that was interrupted goes on.
+"""
+
+import dataclasses
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import experiments.dpo
+import experiments.ppo
+import experiments.preferences
+import experiments.reward
+from jaxgpt import evaluate, model, rollout, sharding
+from jaxgpt.checkpoint import load_language_model
+from jaxgpt.cli import cli
+from jaxgpt.data.jsonl import write_rows
+from jaxgpt.ppo import PPOConfig
+from jaxgpt.run import Run, run_fingerprint
+from jaxgpt.tokenizer import answer_text, prompt_ids
+from jaxgpt.train import jit_on
+
+THINGS = (
+    "Mondays", "rain", "an old bicycle", "the dentist", "mushrooms", "airports", "homework", "spiders", "snow",
+    "a long queue", "the night shift", "cold coffee", "a broken umbrella", "mathematics", "the sea", "traffic jams",
+    "onions", "a small garden", "winter mornings", "an empty fridge", "libraries", "a lost key", "thunderstorms",
+    "the bus", "moving house", "cats", "a new neighbour", "silence", "the alarm clock", "exams", "mud",
+    "grandparents", "elevators", "a slow computer", "camping", "taxes", "birthdays", "pigeons", "the moon",
+    "a flat tyre", "waiting rooms", "bread", "mountains", "ironing", "a noisy street", "the first day at school",
+    "seagulls", "fog", "an unread book", "potatoes", "the gym", "dust", "a train journey", "forgetting a name",
+    "deserts", "mosquitoes", "a hospital", "old photographs", "chess", "stairs",
+)  # fmt: skip
+FORMS = (
+    "In one short sentence, what do you think of {}?",
+    "Describe {} in one short sentence.",
+    "Say something about {}, in a single short sentence.",
+    "What is it like to deal with {}? Answer in one short sentence.",
+    "Tell me about {} in one short sentence.",
+)
+OTHER_THINGS = (
+    "autumn leaves", "a parking ticket", "soup", "the last day of a holiday", "a leaking tap", "owls", "poetry",
+    "the subway", "a heavy suitcase", "wind", "cleaning windows", "a power cut", "frogs", "an early meeting",
+    "islands", "socks", "a job interview", "salt", "the smell of paint", "a crowded beach", "bees", "a locked door",
+    "grey hair", "puzzles", "a late letter", "rivers", "the supermarket", "a sleepless night", "pencils", "old age",
+)  # fmt: skip
+OTHER_FORMS = ("How would you sum up {} in a short sentence?", "Give me one short sentence on {}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: under an hour; see docs/pretrained.md for what it reached."""
+
+    run: Path = Path("runs/align")
+    model: Path = Path("smollm2-135m")  # or a Hugging Face folder, a .gguf file, a run
+    lora: int = 8  # rank of the adapters
+    temperature: float = 0.7  # of the policy, in every stage that samples or trains it
+    new_tokens: int = 48  # longest answer
+    preferences: experiments.preferences.Settings = experiments.preferences.Settings(prompts=300, heldout=60, batch=60)
+    reward: experiments.reward.Settings = experiments.reward.Settings(
+        batch=8, learning_rate=3e-4, reference_samples=120, log_every=5
+    )
+    ppo: experiments.ppo.Settings = experiments.ppo.Settings(
+        iterations=40, batch=32, ppo=PPOConfig(epochs=1, minibatches=2), learning_rate=3e-4, beta=0.1, target_kl=8.0,
+        horizon=1000.0, sample_every=10,
+    )  # fmt: skip
+    dpo: experiments.dpo.Settings = experiments.dpo.Settings(batch=8, learning_rate=2e-4, log_every=5)
+    answers: int = 2  # to each held-out question, of each model
+    seed: int = 0
+    fresh: bool = False  # run every stage again
+
+
+_TINY = Settings()
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(
+        lora=2, new_tokens=8, answers=1,
+        preferences=dataclasses.replace(_TINY.preferences, prompts=16, heldout=8, candidates=2, batch=8),
+        reward=dataclasses.replace(_TINY.reward, batch=4, reference_samples=8),
+        ppo=dataclasses.replace(_TINY.ppo, iterations=2, batch=4, ppo=PPOConfig(epochs=1, minibatches=1)),
+        dpo=dataclasses.replace(_TINY.dpo, batch=4),
+    ),
+    "gpu": Settings(
+        lora=16,
+        preferences=dataclasses.replace(_TINY.preferences, prompts=2000, heldout=300, batch=512),
+        reward=dataclasses.replace(_TINY.reward, batch=32, limit=2000),
+        ppo=dataclasses.replace(_TINY.ppo, iterations=100, batch=256, ppo=PPOConfig(epochs=2, minibatches=2)),
+        dpo=dataclasses.replace(_TINY.dpo, batch=32, limit=2000),
+        answers=8,
+    ),
+}  # fmt: skip
+STAGES: dict[str, Any] = {
+    "preferences": experiments.preferences,
+    "reward": experiments.reward,
+    "ppo": experiments.ppo,
+    "dpo": experiments.dpo,
+}
+
+
+def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
+    """(stage, its settings) in order, with folders below `run` that lead from one to the next."""
+    root, questions = settings.run, str(settings.run / "questions.jsonl")
+    files = {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
+    sampling = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
+    special: dict[str, dict[str, Any]] = {
+        "preferences": {"data": questions, **sampling},
+        "reward": {"lora": settings.lora, **files},
+        "ppo": {
+            "lora": settings.lora, "data": questions, "reward": root / "reward",
+            "ppo": dataclasses.replace(settings.ppo.ppo, **sampling),
+        },
+        "dpo": {"lora": settings.lora, "temperature": settings.temperature, **files},
+    }  # fmt: skip
+    chosen = []
+    for name, stage in STAGES.items():
+        own = getattr(settings, name)
+        common = {
+            "run": root / name,
+            "model": settings.model,
+            "seed": own.seed + settings.seed,
+            "fresh": settings.fresh or own.fresh,
+        }
+        chosen.append((stage, dataclasses.replace(own, **common, **special[name])))
+    return chosen
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Each model's answers to the held-out questions, and what they are like: gold score, how often an answer is more
+    cheerful than the starting model's, nats from it (each with its 95 % interval), length, and how many end."""
+    places = {"before": settings.model, "ppo": settings.run / "ppo", "dpo": settings.run / "dpo"}
+    questions = [form.format(thing) for form, thing in itertools.product(OTHER_FORMS, OTHER_THINGS)]
+    count, key, mesh = settings.answers, jax.random.key(1000 + settings.seed), sharding.data_mesh()
+    score = jit_on(mesh, model.answer_logp, static_argnums=1, static_argnames="temperature")
+    start, config, tok, _ = load_language_model(settings.model)
+    reference = sharding.replicate(start, mesh)
+    ids = [prompt_ids(tok, question) for question in questions for _ in range(count)]
+    found: dict[str, Any] = {}
+    baseline = np.zeros(0)
+    for name, place in places.items():
+        params = reference if name == "before" else sharding.replicate(load_language_model(place).params, mesh)
+        answers = rollout.sample_answers(
+            params, config, ids, jax.random.clone(key), lambda tokens: answer_text(tok, tokens), mesh,
+            new_tokens=settings.new_tokens, stop=tok.template.end, batch=min(60, len(ids)),
+            temperature=settings.temperature,
+        )  # fmt: skip
+
+        def log_probs(params: Any, rows: Any = answers.rows) -> np.ndarray:
+            return rollout.in_batches(
+                lambda rows: score(params, config, rows, temperature=settings.temperature), rows, 30, mesh
+            )
+
+        gold = evaluate.gold_scores(answers.texts).reshape(-1, count).mean(1)
+        baseline = gold if name == "before" else baseline
+        nats = (log_probs(params) - log_probs(reference)).reshape(-1, count).mean(1)
+        found[name] = {
+            "gold": dataclasses.asdict(evaluate.interval(gold)),
+            "more_cheerful_than_before": dataclasses.asdict(evaluate.interval(evaluate.wins(gold, baseline))),
+            "kl_nats_a_sequence": dataclasses.asdict(evaluate.interval(nats)),
+            "tokens": float(answers.lengths.mean()),
+            "ended": float(answers.ended.mean()),
+            "distinct_2": evaluate.distinct_2(answers.texts),
+            "answers": answers.texts[:: count * 5],
+        }
+    return {"questions": questions[::5], "models": found}
+
+
+def table(found: dict[str, Any]) -> Table:
+    """What `measure` found, for the terminal."""
+    grid = Table(title="held-out questions about things that no stage has seen")
+    for column in ("", "cheerfulness (VADER)", "beats before", "KL, nats", "tokens", "ended", "distinct-2"):
+        grid.add_column(column)
+    for name, row in found["models"].items():
+        gold, wins, nats = (evaluate.Interval(**row[field]) for field in ("gold", "more_cheerful_than_before",
+                                                                          "kl_nats_a_sequence"))  # fmt: skip
+        grid.add_row(
+            name, str(gold), "" if name == "before" else str(wins), str(nats), f"{row['tokens']:.0f}",
+            f"{row['ended']:.0%}", f"{row['distinct_2']:.2f}",
+        )  # fmt: skip
+    return grid
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    started = time.monotonic()
+    load_language_model(settings.model)  # what is wrong with it is said before anything is trained
+    settings.run.mkdir(parents=True, exist_ok=True)
+    questions = [form.format(thing) for form, thing in itertools.product(FORMS, THINGS)]
+    if jax.process_index() == 0 and not (settings.run / "questions.jsonl").exists():
+        write_rows(settings.run / "questions.jsonl", ({"prompt": question} for question in questions))
+    for stage, own in stage_settings(settings):
+        stage.main(own)
+    inputs = {name: run_fingerprint(settings.run / name) for name in ("ppo", "dpo")}
+    with Run(settings.run / "report", settings, stage="align", inputs=inputs, fresh=settings.fresh) as run:
+        if not run.finished:
+            run.finish(measure(settings))
+        found = run.results
+        Console().print(table(found))
+        for i, question in enumerate(found["questions"][:4]):
+            print(f"\n{question}")
+            for name, row in found["models"].items():
+                print(f"  {name:<7}{row['answers'][i]}")
+        print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; talk to it: "
+              f'make chat ARGS="--model {settings.run / "ppo"}"')  # fmt: skip
+        return found
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)
