@@ -3,9 +3,9 @@
     python -m experiments.align                          2 CPU cores, offline once the model's wheel is there
     python -m experiments.align --preset gpu --run runs/align-gpu
 
-It answers questions about everyday things in one sentence; a simulated annotator (VADER's sentiment, noisily) picks the
-most cheerful of four answers; reward model, PPO and DPO train low-rank adapters on those choices alone. What came of it
-is measured on questions about other things, in other words, which no stage has seen. Each stage is an experiment of this
+It answers questions about everyday things in a sentence; a simulated annotator (VADER's sentiment, noisily) picks the
+most cheerful of four; reward model, PPO and DPO train low-rank adapters on those choices alone. What came of it is
+measured on questions about other things, in other words, which no stage has seen. Each stage is an experiment of this
 folder with other settings: one that is done is not run again, one that was interrupted goes on.
 """
 
@@ -113,7 +113,7 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     """(stage, its settings) in order, with folders below `run` that lead from one to the next."""
     root, questions = settings.run, str(settings.run / "questions.jsonl")
     files = {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
-    sampling = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
+    sampling: dict[str, Any] = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
     special: dict[str, dict[str, Any]] = {
         "preferences": {"data": questions, **sampling},
         "reward": {"lora": settings.lora, **files},
