@@ -16,7 +16,7 @@ CANDIDATES := python3 python3.12 python3.13 python3.11 python3.14 python
 SOURCES := jaxgpt tests docs $(wildcard experiments tpu)
 # What `make test-core` runs: the mathematics and the command line, in a few minutes on another Python or jax.
 CORE := $(wildcard $(patsubst %,tests/test_%.py,checks losses kl returns vocab_head proofs oracles sampling model optim decode speculative beam train rollout ppo reward \
-          run checkpoint cli imports layers sharding tokenizer preferences_file plan guard resume golden silent_failures))
+          run checkpoint cli imports layers sharding tokenizer preferences_file plan guard resume golden silent_failures lora pretrained))
 
 .DEFAULT_GOAL := help
 .PHONY: help assistant chat test test-all soak test-core lint set-up clean

@@ -88,9 +88,9 @@ PRESETS = {
     "toy": Settings(
         lora=2, new_tokens=8, answers=1,
         preferences=dataclasses.replace(_TINY.preferences, prompts=16, heldout=8, candidates=2, batch=8),
-        reward=dataclasses.replace(_TINY.reward, batch=4, reference_samples=8),
-        ppo=dataclasses.replace(_TINY.ppo, iterations=2, batch=4, ppo=PPOConfig(epochs=1, minibatches=1)),
-        dpo=dataclasses.replace(_TINY.dpo, batch=4),
+        reward=dataclasses.replace(_TINY.reward, batch=8, reference_samples=8),
+        ppo=dataclasses.replace(_TINY.ppo, iterations=2, batch=8, ppo=PPOConfig(epochs=1, minibatches=1)),
+        dpo=dataclasses.replace(_TINY.dpo, batch=8),
     ),
     "gpu": Settings(
         lora=16,

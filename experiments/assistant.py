@@ -96,7 +96,8 @@ def main(settings: Settings) -> dict[str, Any]:
     results = {name: stage.main(own) for name, (stage, own) in zip(STAGES, stage_settings(settings), strict=True)}
     minutes = (time.monotonic() - started) / 60
     if jax.process_index() == 0:
-        print(f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to it: make chat")
+        print(f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to it: "
+              f'make chat ARGS="--model {settings.run / "ppo"}"')  # fmt: skip
     return results
 
 

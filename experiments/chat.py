@@ -43,7 +43,7 @@ class Settings:
     top_k: int = 0  # 0: off
     top_p: float = 0.95
     new_tokens: int = 256  # of an answer, at most
-    int8: bool = False  # weights rounded to 127 levels for decoding: less memory to read
+    int8: bool = True  # weights rounded to 127 levels: less memory to read a token; --no-int8 for float32
     raw: bool = False  # continue the words themselves instead of answering a prompt
     seed: int = 0
 
