@@ -216,11 +216,25 @@ def loop_bodies(compiled) -> str:
     return "\n".join(text[name] for name in found)
 
 
+KINDS = {
+    "gpt2": {},
+    "llama": {"kv_heads": 2, "mlp": "swiglu", "norm": "rms", "positions": "rotary", "biases": False},
+}
+
+
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("program", [decode.generate, decode.generate_until])
-def test_no_loop_body_copies_the_cache_sorts_the_vocabulary_or_converts_weights(program, dtype, rows):
-    config = ModelConfig(layers=2, width=64, heads=4, block=192, vocab=1024, dtype=dtype)
+@pytest.mark.parametrize(
+    ("program", "dtype", "kind"),
+    [
+        (decode.generate, "float32", "gpt2"),
+        (decode.generate, "bfloat16", "gpt2"),
+        (decode.generate_until, "float32", "gpt2"),
+        (decode.generate_until, "bfloat16", "gpt2"),
+        (decode.generate, "float32", "llama"),
+    ],
+)
+def test_no_loop_body_copies_the_cache_sorts_the_vocabulary_or_converts_weights(program, dtype, kind, rows):
+    config = ModelConfig(layers=2, width=64, heads=4, block=192, vocab=1024, dtype=dtype, **KINDS[kind])
     B, P, new = rows, 8, 100
     params = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
     shapes = (params, jax.ShapeDtypeStruct((B, P), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32))
@@ -230,7 +244,7 @@ def test_no_loop_body_copies_the_cache_sorts_the_vocabulary_or_converts_weights(
         return program(params, config, prompts, lengths, key, new_tokens=new, stop=5, filter_logits=nucleus)
 
     compiled = jax.jit(run).lower(*shapes, jax.eval_shape(lambda: jax.random.key(0))).compile()
-    cache = B * config.heads * (P + new - 1) * config.head_dim
+    cache = B * config.groups * (P + new - 1) * config.head_dim
     weights = {",".join(map(str, w.shape)) for w in jax.tree.leaves(params) if w.ndim == 2} | {"64,1024"}
 
     def size(dims: str) -> int:

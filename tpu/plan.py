@@ -365,7 +365,7 @@ def candidates(settings: Settings, step: Step, devices: int, capacity: float) ->
     for fsdp, tensor in itertools.product(divisors, divisors):
         if devices % (fsdp * tensor) == 0 and tensor <= 8:
             mesh = MeshConfig(devices // (fsdp * tensor), fsdp, tensor)
-            divides = c.heads % tensor == 0 and c.vocab % tensor == 0 and c.width % fsdp == 0
+            divides = c.groups % tensor == 0 and c.vocab % tensor == 0 and c.width % fsdp == 0
             if divides and rows % (mesh.data * fsdp) == 0:
                 found.append(mesh)
     if not found:

@@ -53,13 +53,9 @@ def _common(name: str) -> str:
     return f"{head}{_NAMES.get(inner, inner)}.{last}"
 
 
-def read(path: Path) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
-    """Parameters (float32 arrays of NumPy), configuration and tokenizer. UserError lists what differs."""
-    return read_with(path, use_tags=False)
-
-
-def read_with(path: Path, use_tags: bool) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
-    """`read`, with our tags instead of the file's chat template if they are wanted."""
+def read(path: Path, use_tags: bool = False) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
+    """Parameters (float32 arrays of NumPy), configuration, and tokenizer with the file's chat template, or with our
+    tags where there is none or they are wanted. UserError lists what differs."""
     import gguf
 
     file = File(path)

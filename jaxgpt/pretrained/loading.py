@@ -89,7 +89,7 @@ def load(source: Path | str, *, use_tags: bool = False, cache: Path | None = Non
     to teach. UserError says what is wrong and what to do."""
     place = fetch(KNOWN[str(source)], cache) if str(source) in KNOWN else Path(source)
     if place.is_file() and place.suffix == ".gguf":
-        flat, config, tok = gguf_file.read_with(place, use_tags)
+        flat, config, tok = gguf_file.read(place, use_tags)
     elif (place / "config.json").is_file():
         flat, config = huggingface.read(place)
         tok = huggingface.read_tokenizer(place, use_tags)
