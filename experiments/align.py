@@ -73,7 +73,7 @@ class Settings:
         batch=8, learning_rate=3e-4, reference_samples=120, log_every=5
     )
     ppo: experiments.ppo.Settings = experiments.ppo.Settings(
-        iterations=40, batch=32, ppo=PPOConfig(epochs=1, minibatches=2), learning_rate=3e-4, beta=0.1, target_kl=8.0,
+        iterations=28, batch=32, ppo=PPOConfig(epochs=1, minibatches=2), learning_rate=4e-4, beta=0.1, target_kl=8.0,
         horizon=1000.0, sample_every=10,
     )  # fmt: skip
     dpo: experiments.dpo.Settings = experiments.dpo.Settings(batch=8, learning_rate=2e-4, log_every=5)
