@@ -137,9 +137,10 @@ def bytes_a_step(config: ModelConfig, batch: int, prompt: int, new_tokens: int) 
     """What one step (one token for each row) must read: the weights of the matrix products, once for all rows, and
     the keys and values of the slots filled so far, the new one's included, averaged over the steps of a call."""
     D, F, size = config.width, config.mlp_units, 4 if config.dtype == "float32" else 2
-    weights = config.layers * (3 * D * D + D * D + 2 * D * F) + config.vocab * D
+    GK, inner = config.groups * config.head_dim, 3 if config.mlp == "swiglu" else 2
+    weights = config.layers * (D * (D + 2 * GK) + D * D + inner * D * F) + config.vocab * D
     filled = prompt + new_tokens / 2  # the mean of prompt + 1 ... prompt + new_tokens - 1
-    cache = config.layers * 2 * D * batch * filled
+    cache = config.layers * 2 * GK * batch * filled
     return {"weights": weights * size, "cache": cache * size, "total": (weights + cache) * size}
 
 

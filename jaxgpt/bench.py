@@ -362,7 +362,10 @@ def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = 
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from jaxgpt.pretrained.places import to_tensors
+    from jaxgpt.pretrained.places import kind_of, to_tensors
+
+    if kind_of(config) != "gpt2":
+        raise UserError("models of GPT-2's type are compared with transformers' GPT-2; choose another --models")
 
     theirs = GPT2Config(
         vocab_size=config.vocab, n_positions=config.block, n_embd=config.width, n_layer=config.layers,

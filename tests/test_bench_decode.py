@@ -60,7 +60,8 @@ def test_weights_that_are_counted_are_those_of_the_matrix_products():
     """All parameters but biases, norms and positions, for every preset."""
     for name, config in bench_decode.MODELS.items():
         shapes = jax.eval_shape(lambda key, config=config: model.init(key, config), jax.random.key(0))
-        matrices = sum(leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim == 2) - config.block * config.width
+        matrices = sum(leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim == 2)
+        matrices -= config.block * config.width if config.positions == "learned" else 0
         assert bench_decode.bytes_a_step(config, 1, 1, 2)["weights"] == 4 * matrices, name
 
 

@@ -123,7 +123,7 @@ def both_ways(new_tokens: int = 20, segment: int = 128, **settings):
     return [f(params, TINY, prompts, lengths, jax.random.key(3), **run) for f in (generate, generate_until)]
 
 
-@pytest.mark.parametrize("segment", [pytest.param(1, marks=pytest.mark.slow), 7, 19, 128])
+@pytest.mark.parametrize("segment", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7)), 19, 128])
 def test_the_growth_of_the_cache_and_the_kind_of_loop_change_nothing(segment):
     expected = both_ways()[0]
     for answers in both_ways(segment=segment):

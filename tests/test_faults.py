@@ -48,7 +48,11 @@ def await_lines(child: subprocess.Popen[str], run: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["preempted", "ctrl-c"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ids=["preempted", "ctrl-c"],
+)
 def test_a_signal_saves_and_the_exit_code_says_which(text, tmp_path, number, code, capsys):
     run = tmp_path / "run"
     child = pretrain(text, run, "--save.every", "0")

@@ -99,6 +99,7 @@ def test_the_critic_starts_at_zero_and_reads_the_state_before_the_token():
     assert float(jnp.abs(before.value_BT[0, t + 1] - after.value_BT[0, t + 1])) > 1e-4
 
 
+@pytest.mark.slow  # tests/test_sharding.py has the same for a larger mesh
 def test_divided_rows_give_the_update_of_one_device():
     config = PPOConfig(new_tokens=8, epochs=2, minibatches=1)
     tx = optax.sgd(0.05)

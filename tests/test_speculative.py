@@ -194,7 +194,12 @@ DISTRIBUTION_DRAFTS = {
 
 @pytest.mark.parametrize(
     ("kind", "filter_logits"),
-    [("bad", warm), ("near", lambda logits: logits), ("ngram", warm), ("ngram", lambda logits: logits)],
+    [
+        pytest.param("bad", warm, marks=pytest.mark.slow),
+        ("near", lambda logits: logits),
+        ("ngram", warm),
+        ("ngram", lambda logits: logits),
+    ],
 )
 def test_answers_follow_the_models_distribution(kind, filter_logits):
     """Chi-square of many draws against all answers of three tokens, enumerated."""
