@@ -122,7 +122,7 @@ class Chat:
 
 def main(settings: Settings) -> None:
     chat = Chat(settings)
-    print(f"{settings.model}: {chat.config.layers} layers, width {chat.config.width}; the first answer compiles. {HELP}")
+    print(f"{settings.model}: {chat.config.layers} layers, width {chat.config.width} (compiles first). {HELP}")
     for count in range(sys.maxsize):
         try:
             line = input("> ").strip()
