@@ -419,3 +419,25 @@ def test_smollm2_goes_out_and_comes_back(tmp_path):
     ours = load_language_model(tmp_path / "ours")
     assert ours.tokenizer.template == loaded.tokenizer.template
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tags", "chat"])
+def test_transformers_reads_the_tokenizer_and_template_that_we_write(kind, tmp_path):
+    tf = pytest.importorskip("transformers")
+    tok = small_tokenizer() if kind == "tags" else chat_tokenizer()
+    config = dataclasses.replace(FAMILY["llama"], vocab=tok.vocab_size)
+    huggingface.write(tmp_path / "out", random_params(config), config, tok)
+    theirs = tf.AutoTokenizer.from_pretrained(tmp_path / "out")
+    talk = [{"role": "user", "content": "a few words"}]
+    assert theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False) == prompt_ids(
+        tok, "a few words"
+    )
+    assert (theirs.eos_token_id, theirs.bos_token_id) == (tok.template.end, tok.template.separator)
+    more = [*talk, {"role": "assistant", "content": "of two"}, {"role": "user", "content": "and a few"}]
+    history = [*prompt_ids(tok, "a few words"), *tok.encode("of two"), tok.template.end]
+    if tok.template.turn:
+        expected = prompt_ids(tok, "and a few", history)
+        assert theirs.apply_chat_template(more, add_generation_prompt=True, return_dict=False) == expected
+    text = "plain, with a </answer> and <|im_end|> in it: é 12"
+    assert theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] == tok.encode(text)
