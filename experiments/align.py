@@ -70,13 +70,13 @@ class Settings:
     new_tokens: int = 48  # longest answer
     preferences: experiments.preferences.Settings = experiments.preferences.Settings(prompts=300, heldout=60, batch=60)
     reward: experiments.reward.Settings = experiments.reward.Settings(
-        batch=8, learning_rate=3e-4, reference_samples=120, log_every=5
+        batch=8, microbatches=4, learning_rate=3e-4, reference_samples=64, log_every=5
     )
     ppo: experiments.ppo.Settings = experiments.ppo.Settings(
-        iterations=28, batch=32, ppo=PPOConfig(epochs=1, minibatches=2), learning_rate=4e-4, beta=0.1, target_kl=8.0,
+        iterations=28, batch=32, ppo=PPOConfig(epochs=1, minibatches=4), learning_rate=3e-4, beta=0.1, target_kl=8.0,
         horizon=1000.0, sample_every=10,
     )  # fmt: skip
-    dpo: experiments.dpo.Settings = experiments.dpo.Settings(batch=8, learning_rate=2e-4, log_every=5)
+    dpo: experiments.dpo.Settings = experiments.dpo.Settings(batch=8, microbatches=4, learning_rate=2e-4, log_every=5)
     answers: int = 2  # to each held-out question, of each model
     seed: int = 0
     fresh: bool = False  # run every stage again
@@ -88,9 +88,9 @@ PRESETS = {
     "toy": Settings(
         lora=2, new_tokens=8, answers=1,
         preferences=dataclasses.replace(_TINY.preferences, prompts=16, heldout=8, candidates=2, batch=8),
-        reward=dataclasses.replace(_TINY.reward, batch=8, reference_samples=8),
+        reward=dataclasses.replace(_TINY.reward, batch=8, microbatches=1, reference_samples=8),
         ppo=dataclasses.replace(_TINY.ppo, iterations=2, batch=8, ppo=PPOConfig(epochs=1, minibatches=1)),
-        dpo=dataclasses.replace(_TINY.dpo, batch=8),
+        dpo=dataclasses.replace(_TINY.dpo, batch=8, microbatches=1),
     ),
     "gpu": Settings(
         lora=16,
