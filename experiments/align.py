@@ -61,7 +61,7 @@ OTHER_FORMS = ("How would you sum up {} in a short sentence?", "Give me one shor
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores, 8 GB; what it reached is printed at the end and kept in the folder `report`."""
+    """2 CPU cores; what it reached is printed at the end and kept in the folder `report`."""
 
     run: Path = Path("runs/align")
     model: Path = Path("smollm2-135m")  # or a Hugging Face folder, a .gguf file, a run
