@@ -36,7 +36,8 @@ def test_new_adapters_change_nothing_and_sit_at_every_dense_layer(config):
     kernels = [path for path in leaves(params) if path.endswith("['kernel']")]
     assert len(leaves(adapters)) == 2 * len(kernels) > 0
     logp, _ = score(train.merged(params, adapters), config, batch)
-    np.testing.assert_array_equal(logp, score(params, config, batch)[0])
+    np.testing.assert_allclose(logp, score(params, config, batch)[0], atol=2e-6)  # another program: other roundings
+    assert all(not x.any() for path, x in leaves(adapters).items() if "lora_b" in path)
     assert len({x.tobytes() for path, x in leaves(adapters).items() if "lora_a" in path}) == len(kernels)
 
 
