@@ -10,7 +10,6 @@ folder with other settings: one that is done is not run again, one that was inte
 """
 
 import dataclasses
-import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -28,35 +27,11 @@ from jaxgpt import evaluate, model, rollout, sharding
 from jaxgpt.checkpoint import load_language_model
 from jaxgpt.cli import cli
 from jaxgpt.data.jsonl import write_rows
+from jaxgpt.data.questions import questions as questions_about_things
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.run import Run, run_fingerprint
 from jaxgpt.tokenizer import answer_text, prompt_ids
 from jaxgpt.train import jit_on
-
-THINGS = (
-    "Mondays", "rain", "an old bicycle", "the dentist", "mushrooms", "airports", "homework", "spiders", "snow",
-    "a long queue", "the night shift", "cold coffee", "a broken umbrella", "mathematics", "the sea", "traffic jams",
-    "onions", "a small garden", "winter mornings", "an empty fridge", "libraries", "a lost key", "thunderstorms",
-    "the bus", "moving house", "cats", "a new neighbour", "silence", "the alarm clock", "exams", "mud",
-    "grandparents", "elevators", "a slow computer", "camping", "taxes", "birthdays", "pigeons", "the moon",
-    "a flat tyre", "waiting rooms", "bread", "mountains", "ironing", "a noisy street", "the first day at school",
-    "seagulls", "fog", "an unread book", "potatoes", "the gym", "dust", "a train journey", "forgetting a name",
-    "deserts", "mosquitoes", "a hospital", "old photographs", "chess", "stairs",
-)  # fmt: skip
-FORMS = (
-    "In one short sentence, what do you think of {}?",
-    "Describe {} in one short sentence.",
-    "Say something about {}, in a single short sentence.",
-    "What is it like to deal with {}? Answer in one short sentence.",
-    "Tell me about {} in one short sentence.",
-)
-OTHER_THINGS = (
-    "autumn leaves", "a parking ticket", "soup", "the last day of a holiday", "a leaking tap", "owls", "poetry",
-    "the subway", "a heavy suitcase", "wind", "cleaning windows", "a power cut", "frogs", "an early meeting",
-    "islands", "socks", "a job interview", "salt", "the smell of paint", "a crowded beach", "bees", "a locked door",
-    "grey hair", "puzzles", "a late letter", "rivers", "the supermarket", "a sleepless night", "pencils", "old age",
-)  # fmt: skip
-OTHER_FORMS = ("How would you sum up {} in a short sentence?", "Give me one short sentence on {}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +115,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     """Each model's answers to the held-out questions, and what they are like: gold score, how often an answer is more
     cheerful than the starting model's, nats from it (each with its 95 % interval), length, and how many end."""
     places = {"before": settings.model, "ppo": settings.run / "ppo", "dpo": settings.run / "dpo"}
-    questions = [form.format(thing) for form, thing in itertools.product(OTHER_FORMS, OTHER_THINGS)]
+    questions = questions_about_things(held_out=True)
     count, key, mesh = settings.answers, jax.random.key(1000 + settings.seed), sharding.data_mesh()
     score = jit_on(mesh, model.answer_logp, static_argnums=1, static_argnames="temperature")
     start, config, tok, _ = load_language_model(settings.model)
@@ -195,7 +170,7 @@ def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     load_language_model(settings.model)  # what is wrong with it is said before anything is trained
     settings.run.mkdir(parents=True, exist_ok=True)
-    questions = [form.format(thing) for form, thing in itertools.product(FORMS, THINGS)]
+    questions = questions_about_things()
     if jax.process_index() == 0 and not (settings.run / "questions.jsonl").exists():
         write_rows(settings.run / "questions.jsonl", ({"prompt": question} for question in questions))
     for stage, own in stage_settings(settings):

@@ -17,13 +17,12 @@ from jaxgpt import lora, optim, sharding
 from jaxgpt.checkpoint import load_language_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
-from jaxgpt.data import pipelines
-from jaxgpt.data.preferences import fit_rankings, rank_ids, read_preferences, sizes
+from jaxgpt.data import formats, pipelines
+from jaxgpt.data.preferences import fit_rankings, rank_ids, sizes
 from jaxgpt.dpo import make_loss
 from jaxgpt.guard import GuardConfig
 from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, run_fingerprint
-from jaxgpt.settings import file_fingerprint
 from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Params, Preferences
 from jaxgpt.train import TrainState, evaluate, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
@@ -99,16 +98,16 @@ def main(settings: Settings) -> dict[str, Any]:
     share = sharding.share_of_rows(mesh)
     inputs = {
         "model": run_fingerprint(settings.model),
-        "preferences": file_fingerprint(settings.preferences),
-        "heldout": file_fingerprint(settings.heldout),
+        "preferences": formats.fingerprint(settings.preferences),
+        "heldout": formats.fingerprint(settings.heldout),
     }
     with Run(settings.run, settings, stage="dpo", inputs=inputs, fresh=settings.fresh, force=settings.force) as run:
         if run.finished:
             run.say(f"dpo: already done in {settings.run}")
             return run.results
         sft, config, tok, _ = load_language_model(settings.model)
-        rankings, dropped = fit_rankings(rank_ids(tok, read_preferences(settings.preferences)), config.block)
-        heldout, _ = fit_rankings(rank_ids(tok, read_preferences(settings.heldout)), config.block)
+        rankings, dropped = fit_rankings(rank_ids(tok, formats.load(settings.preferences)), config.block)
+        heldout, _ = fit_rankings(rank_ids(tok, formats.load(settings.heldout)), config.block)
         rankings = rankings[: settings.limit]
         size = sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch

@@ -21,14 +21,13 @@ from jaxgpt import lora, optim, reward, sharding
 from jaxgpt.checkpoint import load_language_model, save_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
-from jaxgpt.data import pipelines
-from jaxgpt.data.preferences import Preference, fit_rankings, rank_ids, read_preferences, sizes
+from jaxgpt.data import formats, pipelines
+from jaxgpt.data.preferences import Preference, fit_rankings, rank_ids, sizes
 from jaxgpt.evaluate import SimulatedAnnotator, calibration
 from jaxgpt.guard import GuardConfig
 from jaxgpt.losses import Mean
 from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, run_fingerprint
-from jaxgpt.settings import file_fingerprint
 from jaxgpt.sharding import MeshConfig
 from jaxgpt.structs import Array, Batch, Params, Preferences
 from jaxgpt.train import Metrics, TrainState, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
@@ -111,7 +110,7 @@ def first_state(settings: Settings, params: Params, tx: optax.GradientTransforma
 
 def read(path: Path, tok: Any, length: int) -> tuple[list[Preference], list[Any], int]:
     """Preferences of a file, their rankings in ids, and how many were too long for the model."""
-    preferences = list(read_preferences(path))
+    preferences = formats.load(path)
     rankings, dropped = fit_rankings(rank_ids(tok, preferences), length)
     return preferences, rankings, dropped
 
@@ -146,8 +145,8 @@ def main(settings: Settings) -> dict[str, Any]:
     share = sharding.share_of_rows(mesh)
     inputs = {
         "model": run_fingerprint(settings.model),
-        "preferences": file_fingerprint(settings.preferences),
-        "heldout": file_fingerprint(settings.heldout),
+        "preferences": formats.fingerprint(settings.preferences),
+        "heldout": formats.fingerprint(settings.heldout),
     }
     with Run(settings.run, settings, stage="reward", inputs=inputs, fresh=settings.fresh, force=settings.force) as run:
         if run.finished:

@@ -8,12 +8,14 @@ A person can write such a file by hand; only the first three fields are needed:
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxgpt.config import UserError
 from jaxgpt.data.jsonl import checked_text, read_rows, write_rows
 from jaxgpt.tokenizer import Row, Tokenizer, example_ids
 
+Kind = Literal["favourite", "ranking", "tie", "bad", "skip"]  # what a verdict on several answers may be
+Tiers = Sequence[Sequence[int]]  # indices of answers, best first; those of one tier are equally good
 _FIELDS = ("prompt", "answers", "choice", "ended", "meta")
 
 
@@ -57,6 +59,22 @@ def read_preferences(path: Path) -> Iterator[Preference]:
         yield _preference(row, where)
     if not found:
         raise UserError(f"{path} holds no preferences; write one JSON object a line")
+
+
+def from_tiers(
+    prompt: str, answers: Sequence[str], tiers: Tiers, ended: Sequence[bool] = (), meta: Mapping[str, Any] | None = None
+) -> list[Preference]:
+    """The choices that a ranking amounts to: a favourite of all, one of those that remain, and so on (Plackett 1975),
+    so that the softmax losses of the choices sum to that of the ranking. Each of several that tie is a favourite over
+    what is below them (Breslow 1974). No tiers, or a single one: nothing was preferred."""
+    found = []
+    for place, tier in enumerate(tiers[:-1]):
+        below = [i for lower in tiers[place + 1 :] for i in lower]
+        for best in tier:
+            among = sorted([best, *below])
+            texts, flags = tuple(answers[i] for i in among), tuple(ended[i] for i in among) if ended else ()
+            found.append(Preference(prompt, texts, among.index(best), flags, dict(meta or {})))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,233 @@
+"""A page on which people pick the best of several answers, and a database of what they picked.
+
+    python -m experiments.label                                       `make label`: our SFT model, else SmolLM2, answers
+    python -m experiments.label --models runs/a/sft runs/a/ppo        a mixture, blind
+    python -m experiments.label --answers theirs.jsonl                answers from a file: {"prompt", "answers"} a line
+    python -m experiments.label --retrain 50                          a reward model after every 50 votes, and then the
+                                                                      prompts that it is least sure of
+    python -m experiments.label --serve.host 0.0.0.0                  for others on this network, by a secret address
+
+Answers are made ahead in the background. Votes are on disk before the next prompt appears; the same command goes on
+where it was stopped, however that was. Then `python -m experiments.reward --preferences votes.sqlite:train --heldout
+votes.sqlite:heldout`, dpo alike, or `make assistant LABELS=votes.sqlite`; experiments/votes.py converts and counts.
+"""
+
+import dataclasses
+import subprocess
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt import reward, rollout, sharding
+from jaxgpt.checkpoint import Loaded, load_language_model, load_model
+from jaxgpt.cli import cli
+from jaxgpt.config import UserError
+from jaxgpt.data import formats, pipelines, sources, votes
+from jaxgpt.data.jsonl import read_rows
+from jaxgpt.data.preferences import Preference, rank_ids
+from jaxgpt.data.questions import questions
+from jaxgpt.run import cache_root, run_fingerprint
+from jaxgpt.structs import Preferences
+from jaxgpt.tokenizer import answer_text, prompt_ids
+from jaxgpt.train import jit_on
+from jaxgpt.web import label, server
+from jaxgpt.web.label import LabelConfig
+
+ROUND = 4  # prompts that are answered together
+POOL = 3  # with a reward model: prompts that are answered for each one that is kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Any machine: 2 CPU cores answer faster than a person reads."""
+
+    votes: Path = Path("runs/label/votes.sqlite")
+    models: tuple[Path, ...] = ()  # who answers, in turn; none: runs/assistant/sft if there, else smollm2-135m
+    prompts: str = ""  # movie_reviews, questions, or files as for the other stages; '': what suits the first model
+    answers: Path | None = None  # prompts with answers from a file, before all others
+    candidates: int = 4  # answers to a prompt
+    ahead: int = 12  # prompts whose answers wait for a person
+    new_tokens: int = 48
+    temperature: float = 0.7
+    retrain: int = 0  # train a reward model after so many new votes; 0: never
+    who: LabelConfig = LabelConfig()
+    serve: server.ServeConfig = server.ServeConfig()
+    seed: int = 0
+    cache: Path = cache_root() / "data"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.candidates <= 9:
+            raise UserError(f"candidates is {self.candidates}; a page shows 2 to 9 answers")
+        if not self.temperature > 0:
+            raise UserError(f"temperature is {self.temperature}; answers that shall differ need one above 0")
+
+
+PRESETS: dict[str, Settings] = {}
+
+
+class Maker:
+    """Keeps `ahead` prompts with answers in the store, in a thread of its own."""
+
+    def __init__(self, settings: Settings, store: votes.Store) -> None:
+        self.settings, self.store = settings, store
+        self.models: list[tuple[Path, Loaded]] = []
+        self.state, self.rounds, self.trained_at = "loading", 0, store.count()
+        self.rng = np.random.default_rng()
+        self.doubt: Any = None  # from texts to how unsure the reward model is
+        self.mesh = sharding.data_mesh()
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self.models = [(place, load_language_model(place)) for place in places(self.settings)]
+            self.left = [text for text in prompts(self.settings, self.models[0][0]) if text not in self.store.prompts()]
+            self.rng.shuffle(self.left)
+            while not self.stop.is_set():
+                if self.settings.retrain and self.store.count() - self.trained_at >= self.settings.retrain:
+                    self.retrain()
+                if self.store.unseen() < self.settings.ahead and self.left:
+                    self.state = f"{self.store.unseen()} of {self.settings.ahead} prompts have answers"
+                    self.make()
+                else:
+                    self.state = ""
+                    self.stop.wait(0.3)
+        except Exception as error:  # the page goes on with what is there, and says so
+            traceback.print_exc()
+            self.state = f"no more answers are made ({error})"
+
+    def make(self) -> None:
+        """Answers to a few more prompts; the most doubtful of them where a reward model can tell."""
+        count = ROUND * (POOL if self.doubt else 1)
+        chosen, self.left = self.left[:count], self.left[count:]
+        tasks = [self.task(prompt, answers) for prompt, answers in zip(chosen, self.answer(chosen), strict=True)]
+        found = sorted((task for task in tasks if task), key=lambda task: -task.doubt)
+        for task in found[:ROUND]:
+            self.store.add_task(task)
+
+    def answer(self, chosen: list[str]) -> list[list[votes.Answer]]:
+        """`candidates` answers to each prompt: number c is by model c, c - models, ..."""
+        settings, found = self.settings, [[] for _ in chosen]  # type: tuple[Settings, list[list[votes.Answer]]]
+        self.rounds += 1
+        for m, (place, one) in enumerate(self.models):
+            share = len(range(m, settings.candidates, len(self.models)))
+            if not share:
+                continue
+            ids = [prompt_ids(one.tokenizer, prompt) for prompt in chosen for _ in range(share)]
+            seed = int(self.rng.integers(2**31))
+            sampled = rollout.sample_answers(
+                sharding.replicate(one.params, self.mesh), one.config, ids, jax.random.key(seed),
+                lambda tokens, tok=one.tokenizer: answer_text(tok, tokens), self.mesh, new_tokens=settings.new_tokens,
+                stop=one.tokenizer.template.end, batch=ROUND * share, temperature=settings.temperature,
+            )  # fmt: skip
+            origin = {"model": str(place), "checkpoint": self.fingerprints[m], "temperature": settings.temperature,
+                      "new_tokens": settings.new_tokens, "seed": seed}  # fmt: skip
+            for row, (text, ended) in enumerate(zip(sampled.texts, sampled.ended, strict=True)):
+                found[row // share].append(votes.Answer(text.strip(), bool(ended), {**origin, "row": row}))
+        return found
+
+    @property
+    def fingerprints(self) -> list[str]:
+        return [run_fingerprint(place)[:16] for place, _ in self.models]
+
+    def task(self, prompt: str, answers: list[votes.Answer]) -> votes.Task | None:
+        """Answers in random order, equal ones once; None if fewer than two are left."""
+        different = list({answer.text: answer for answer in answers if answer.text}.values())
+        self.rng.shuffle(different)  # type: ignore[arg-type]
+        if len(different) < 2:
+            return None
+        return votes.Task(prompt, tuple(different), self.doubt(prompt, different) if self.doubt else 0.0)
+
+    def retrain(self) -> None:
+        """A new reward model on all votes; until then, and where there are too few, the old one stays."""
+        self.trained_at, file = self.store.count(), self.settings.votes
+        run = file.parent / f"reward-{self.trained_at}"
+        self.state = f"a reward model learns from {self.trained_at} votes"
+        command = [
+            "-m", "experiments.reward", "--model", str(self.models[0][0]), "--preferences", f"{file}:train",
+            "--heldout", f"{file}:heldout", "--run", str(run), "--epochs", "3", "--batch", "8", "--lora", "8",
+            "--microbatches", "4", "--fresh",
+        ]  # fmt: skip
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no message"]
+        print(f"after {self.trained_at} votes: {said[-1]}", flush=True)
+        if done.returncode == 0:
+            self.doubt = doubt_by(run, self.settings, self.mesh)
+
+
+def doubt_by(run: Path, settings: Settings, mesh: jax.sharding.Mesh) -> Any:
+    """The entropy of the reward model's choice, in nats over that of a blind one: 1 where it knows nothing."""
+    params, config, tok, _ = load_model(run)
+    params = sharding.replicate(params, mesh)
+    program = jit_on(mesh, lambda params, batch: reward.candidate_scores(params, config, batch))
+
+    def doubt(prompt: str, answers: list[votes.Answer]) -> float:
+        one = Preference(prompt, tuple(a.text for a in answers), 0, tuple(a.ended for a in answers))
+        ranking = rank_ids(tok, [one])
+        longest = max(len(ids) for ids, _ in ranking[0].rows)
+        if longest > config.block:
+            return 0.0
+        arrays = next(iter(pipelines.preference_eval(ranking, min(config.block, -(-longest // 64) * 64), 1)))
+        h = np.asarray(program(params, sharding.place_whole(Preferences.of(arrays), mesh)), np.float64)[0]
+        p = np.exp(h - np.logaddexp.reduce(h))
+        return float(-(p * np.log(np.maximum(p, 1e-30))).sum() / np.log(len(answers)))
+
+    return doubt
+
+
+def places(settings: Settings) -> tuple[Path, ...]:
+    """The models that answer."""
+    own = Path("runs/assistant/sft")
+    return settings.models or ((own,) if (own / "done.json").exists() else (Path("smollm2-135m"),))
+
+
+def prompts(settings: Settings, model: Path) -> list[str]:
+    """What is asked: opening words for a model that was trained here, else questions."""
+    source = settings.prompts or (sources.EMBEDDED if (model / "done.json").exists() else "questions")
+    if source == "questions":
+        return questions()
+    return [prompt.text for prompt in sources.prompts(source, "train", settings.cache)]
+
+
+def from_file(path: Path) -> list[votes.Task]:
+    """Tasks from {"prompt", "answers"} a line, or from any format of preferences, whose verdicts are not used."""
+    rows = list(read_rows(path)) if path.suffix != ".json" else []
+    if rows and all({"prompt", "answers"} <= row.keys() for _, row in rows):
+        texts = [(row["prompt"], row["answers"]) for _, row in rows]
+    else:
+        texts = [(one.prompt, one.answers) for one in formats.read(path)[0]]
+    return [
+        votes.Task(prompt, tuple(votes.Answer(text, origin={"model": str(path), "row": i}) for text in answers))
+        for i, (prompt, answers) in enumerate(texts)
+    ]
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    waiting = from_file(settings.answers) if settings.answers else []
+    for place in places(settings):
+        run_fingerprint(place)  # a model that isn't there is said now
+    bound = server.Server(settings.serve, token := settings.serve.secret())
+    store = votes.Store(settings.votes)
+    new = sum(store.add_task(task) for task in waiting)
+    maker = Maker(settings, store)
+    if not waiting or settings.models:
+        threading.Thread(target=maker.run, daemon=True).start()
+    else:
+        maker.state = ""
+    print(f"votes: {settings.votes} ({store.count()} so far{f', {new} new prompts' if waiting else ''})")
+    print(f"label at {bound.address} (Ctrl-C ends; every vote is saved at once)", flush=True)
+    server.open_page(bound.address)
+    bound.run(label.application(store, settings.who, settings.serve, token, lambda: maker.state))
+    maker.stop.set()
+    found = {"votes": store.count(), "agreement": votes.agreement(store.votes())}
+    print(f"\n{found['votes']} votes in {settings.votes}"
+          + (f"; annotators agree on {found['agreement']}" if found["agreement"] else ""))  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

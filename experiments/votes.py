@@ -1,0 +1,61 @@
+"""Votes in and out of a database, and how far annotators agree.
+
+    python -m experiments.votes                                          what is in runs/label/votes.sqlite
+    python -m experiments.votes --read hh.jsonl                          add the verdicts of a file, of any format below
+    python -m experiments.votes --write out.jsonl --format trl           write them
+
+Formats: jaxgpt, trl, trl-implicit, trl-conversational, hh-rlhf, lm-human-preferences, arena (jaxgpt/data/formats.py).
+"""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.cli import cli
+from jaxgpt.config import UserError
+from jaxgpt.data import formats, votes
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Seconds."""
+
+    votes: Path = Path("runs/label/votes.sqlite")
+    read: Path | None = None  # a file of verdicts to add; the same file again adds nothing
+    write: Path | None = None  # a file to write
+    format: str = "jaxgpt"  # of the file to write
+    annotator: str = "imported"  # for verdicts that name none
+
+    def __post_init__(self) -> None:
+        if self.format not in formats.WRITERS:
+            raise UserError(f"unknown format {self.format!r}; formats are {', '.join(formats.WRITERS)}")
+
+
+PRESETS: dict[str, Settings] = {}
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    judged, differ = formats.read(settings.read) if settings.read else ([], 0)  # before a database is made
+    store = votes.Store(settings.votes, create=settings.read is not None)
+    if settings.read:
+        new = formats.into_store(store, judged, settings.annotator)
+        print(f"{new} new verdicts of {len(judged)} from {settings.read}"
+              + (f"; {differ} left out: their answers are to different conversations" if differ else ""))  # fmt: skip
+    everything = store.votes()
+    kinds = Counter(vote.kind for vote in everything)
+    print(f"{settings.votes}: {len(everything)} votes on {len(store.tasks())} prompts ("
+          + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) + ")")  # fmt: skip
+    for annotator, count in Counter(vote.annotator for vote in everything).most_common():
+        steady = votes.agreement([vote for vote in everything if vote.annotator == annotator], within=True)
+        print(f"  {annotator}: {count}" + (f", same favourite when asked again {steady}" if steady else ""))
+    between = votes.agreement(everything)
+    print(f"agreement between annotators: {between or 'no prompt has votes of two yet'}")
+    if settings.write:
+        rows, left_out = formats.write(settings.write, formats.judged_of(store), settings.format)
+        print(f"{rows} rows in {settings.write}; {left_out} votes say nothing that {settings.format} can hold")
+    return {"votes": len(everything), "agreement": between}
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

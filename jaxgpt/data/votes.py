@@ -1,0 +1,400 @@
+"""What people said of answers, in an SQLite file that any number of them write to at once and that no crash harms.
+
+    store = Store(Path("votes.sqlite"))
+    store.add_task(Task("Finish: a film", (Answer("that sings ."), Answer("."))))
+    task = store.next_task("ada")
+    store.vote(Vote(id=..., task=task.id, annotator="ada", kind="favourite", tiers=((1,), (0,)), shown=(1, 0)))
+
+A vote puts the answers that were shown into tiers, best first: ((2,), (0, 1, 3)) is a favourite, ((2,), (0,), (1,)) a
+ranking, ((0, 1),) a tie. Votes are only ever appended: one that is taken back stays, with a line that takes it back.
+`vote` returns when the disk has it, and a vote that comes twice (same id) counts once, so whoever sends it may send it
+again until an answer comes.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import random
+import sqlite3
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from jaxgpt.config import UserError
+from jaxgpt.data.jsonl import checked_text
+from jaxgpt.data.preferences import Kind, Preference, from_tiers
+
+FORMAT = 1
+HELD_OUT = 0.1  # of the prompts, by hash: `:heldout` behind a database's name
+PARTS = ("train", "heldout")
+LEASE = 600.0  # seconds for which a task that somebody looks at isn't offered to another annotator
+_TABLES = """
+CREATE TABLE IF NOT EXISTS tasks (id TEXT PRIMARY KEY, prompt TEXT NOT NULL, doubt REAL NOT NULL, time REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS answers (task TEXT NOT NULL, position INTEGER NOT NULL, text TEXT NOT NULL,
+  ended INTEGER NOT NULL, origin TEXT NOT NULL, id TEXT NOT NULL UNIQUE, PRIMARY KEY (task, position));
+CREATE TABLE IF NOT EXISTS votes (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, task TEXT NOT NULL,
+  annotator TEXT NOT NULL, kind TEXT NOT NULL, tiers TEXT NOT NULL, shown TEXT NOT NULL, seconds REAL,
+  time REAL NOT NULL, again INTEGER NOT NULL, undoes TEXT UNIQUE);
+CREATE INDEX IF NOT EXISTS votes_by_task ON votes (task, annotator);
+CREATE TABLE IF NOT EXISTS ratings (id TEXT PRIMARY KEY, prompt TEXT NOT NULL, answer TEXT NOT NULL,
+  annotator TEXT NOT NULL, stars INTEGER NOT NULL, seconds REAL, time REAL NOT NULL);
+"""
+_STANDING = "kind != 'undo' AND id NOT IN (SELECT undoes FROM votes WHERE undoes IS NOT NULL)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One candidate and where it comes from: a model with its sampling and seed, a file, a person."""
+
+    text: str
+    ended: bool = True
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checked_text(self.text, "an answer", blank=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A prompt and its candidates; the id is a hash of both, so that adding it twice adds it once."""
+
+    prompt: str
+    answers: tuple[Answer, ...]
+    doubt: float = 0.0  # what the reward model is least sure of comes first
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        checked_text(self.prompt, "prompt")
+        if len(self.answers) < 2:
+            raise UserError(f"answers has {len(self.answers)}: nothing to choose from; give two or more")
+        if not self.id:
+            content = json.dumps([self.prompt, [answer.text for answer in self.answers]])
+            object.__setattr__(self, "id", hashlib.sha256(content.encode()).hexdigest()[:24])
+
+
+@dataclasses.dataclass(frozen=True)
+class Vote:
+    """One verdict. `shown` is the order on the screen; `tiers` hold the same answers, best first."""
+
+    id: str
+    task: str
+    annotator: str
+    kind: Kind
+    tiers: tuple[tuple[int, ...], ...]
+    shown: tuple[int, ...]
+    seconds: float | None = None  # from seeing it to deciding
+    time: float = 0.0
+    again: bool = False  # the same annotator had judged it before: counts for agreement only
+
+    def __post_init__(self) -> None:
+        for name in ("id", "task", "annotator"):
+            value = checked_text(getattr(self, name), name)
+            if len(value) > 64:
+                raise UserError(f"{name} has {len(value)} characters; at most 64")
+        if self.kind not in get_args(Kind):
+            raise UserError(f"kind is {self.kind!r}; it must be one of {', '.join(get_args(Kind))}")
+        placed = sorted(i for tier in self.tiers for i in tier)
+        if len(self.shown) < 2 or placed != sorted(set(self.shown)) or len(placed) != len(self.shown):
+            raise UserError("tiers must hold each answer that was shown, two or more, exactly once")
+        sizes = [len(tier) for tier in self.tiers]
+        ranked = self.kind in ("favourite", "ranking")
+        if 0 in sizes or (ranked and len(sizes) < 2) or (not ranked and len(sizes) != 1):
+            raise UserError("tiers don't fit this kind: a favourite or a ranking has two or more, all others one")
+        if self.seconds is not None and not 0 <= self.seconds < 1e7:
+            raise UserError(f"seconds is {self.seconds}; give how long the decision took, or nothing")
+
+
+class Store:
+    """The database. Safe to use from several threads and several processes; make it once a process."""
+
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        if not create and not path.is_file():
+            raise UserError(f"no database of votes {path}; `make label` makes one")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._lock = path, threading.RLock()
+        self._leases: dict[str, tuple[str, float]] = {}
+        self._db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
+        try:
+            self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _TABLES)
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, FORMAT):
+                raise UserError(f"{path} has format {version}, and this version reads {FORMAT}")
+            self._db.execute(f"PRAGMA user_version={FORMAT}")
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{path} can't be used as a database of votes ({error}); choose another file") from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction at a time, on disk when it ends."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+
+    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    # ---- tasks ----
+
+    def add_task(self, task: Task) -> bool:
+        """False if it was there already."""
+        with self._writing() as db:
+            found = db.execute(
+                "INSERT OR IGNORE INTO tasks VALUES (?, ?, ?, ?)", (task.id, task.prompt, task.doubt, time.time())
+            )
+            if not found.rowcount:
+                return False
+            for position, answer in enumerate(task.answers):
+                self._insert_answer(task.id, position, answer, f"{task.id}/{position}")
+        return True
+
+    def _insert_answer(self, task: str, position: int, answer: Answer, id_: str) -> None:
+        self._db.execute(
+            "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)",
+            (task, position, answer.text, answer.ended, json.dumps(dict(answer.origin)), id_),
+        )
+
+    def add_answer(self, task: str, answer: Answer, id_: str) -> Task:
+        """One more candidate, written by a person; the same `id_` again changes nothing."""
+        checked_text(answer.text, "the answer")
+        with self._writing() as db:
+            count = len(self.task(task).answers)
+            if not db.execute("SELECT 1 FROM answers WHERE id = ?", (id_,)).fetchone():
+                if count >= 16:
+                    raise UserError("this prompt has 16 answers already")
+                self._insert_answer(task, count, answer, id_)
+        return self.task(task)
+
+    def task(self, id_: str) -> Task:
+        """UserError when there is none."""
+        found = self._rows("SELECT prompt, doubt FROM tasks WHERE id = ?", id_)
+        if not found:
+            raise UserError(f"no task {id_!r}")
+        rows = self._rows("SELECT text, ended, origin FROM answers WHERE task = ? ORDER BY position", id_)
+        answers = tuple(Answer(text, bool(ended), json.loads(origin)) for text, ended, origin in rows)
+        return Task(found[0][0], answers, found[0][1], id_)
+
+    def tasks(self) -> dict[str, Task]:
+        return {id_: self.task(id_) for (id_,) in self._rows("SELECT id FROM tasks ORDER BY rowid")}
+
+    def next_task(self, annotator: str, *, overlap: float = 0.0, repeat: float = 0.0) -> tuple[Task, bool] | None:
+        """What this annotator is to judge next, and whether it is one they have judged before; None when all is done.
+
+        Of all tasks a fraction `overlap` goes to every annotator, to measure how far they agree; the others to
+        whoever comes first. After every 1 / `repeat` votes one task comes a second time. Most doubtful first."""
+        now = time.time()
+        with self._lock:
+            taken = {task for task, (who, until) in self._leases.items() if who != annotator and until > now}
+            mine = dict(self._rows(
+                f"SELECT task, count(*) FROM votes WHERE annotator = ? AND {_STANDING} GROUP BY task", annotator
+            ))  # fmt: skip
+            everyone = {task for (task,) in self._rows(f"SELECT DISTINCT task FROM votes WHERE {_STANDING}")}
+            once = [task for task, count in mine.items() if count == 1]
+            extra = sum(mine.values()) - len(mine)
+            if repeat and len(mine) * repeat >= extra + 1 and len(once) > 1:
+                return self.task(random.Random(f"{annotator} {len(mine)}").choice(once[:-1])), True
+            for (id_,) in self._rows("SELECT id FROM tasks ORDER BY doubt DESC, rowid"):
+                shared = share(id_) < overlap
+                if id_ not in mine and (shared or (id_ not in taken and id_ not in everyone)):
+                    self._leases[id_] = (annotator, now + LEASE)
+                    return self.task(id_), False
+        return None
+
+    def unseen(self) -> int:
+        """How many tasks nobody has judged."""
+        judged = f"SELECT task FROM votes WHERE {_STANDING}"
+        return int(self._rows(f"SELECT count(*) FROM tasks WHERE id NOT IN ({judged})")[0][0])
+
+    def prompts(self) -> set[str]:
+        return {prompt for (prompt,) in self._rows("SELECT prompt FROM tasks")}
+
+    # ---- votes ----
+
+    def vote(self, vote: Vote) -> bool:
+        """Append it; False if it was there already. UserError when its task or answers don't exist."""
+        with self._writing() as db:
+            if db.execute("SELECT 1 FROM votes WHERE id = ?", (vote.id,)).fetchone():
+                return False
+            count = len(self.task(vote.task).answers)
+            if max(vote.shown) >= count or min(vote.shown) < 0:
+                raise UserError(f"task {vote.task} has answers 0 to {count - 1}, and the vote names others")
+            earlier = db.execute(
+                f"SELECT 1 FROM votes WHERE task = ? AND annotator = ? AND {_STANDING}", (vote.task, vote.annotator)
+            )
+            self._append(vote, again=earlier.fetchone() is not None)
+        self._leases.pop(vote.task, None)
+        return True
+
+    def undo(self, annotator: str, id_: str) -> Task | None:
+        """Take back this annotator's newest standing vote; the task it was on, or None if there is none. The same
+        `id_` again takes back nothing more."""
+        with self._writing() as db:
+            done = db.execute("SELECT task FROM votes WHERE id = ?", (id_,)).fetchone()
+            if done:
+                return self.task(done[0])
+            newest = db.execute(
+                f"SELECT id, task FROM votes WHERE annotator = ? AND {_STANDING} ORDER BY number DESC LIMIT 1",
+                (annotator,),
+            ).fetchone()
+            if not newest:
+                return None
+            db.execute(
+                "INSERT INTO votes (id, task, annotator, kind, tiers, shown, time, again, undoes) "
+                "VALUES (?, ?, ?, 'undo', '[]', '[]', ?, 0, ?)",
+                (id_, newest[1], annotator, time.time(), newest[0]),
+            )
+            self._leases[newest[1]] = (annotator, time.time() + LEASE)
+            return self.task(newest[1])
+
+    def _append(self, vote: Vote, again: bool) -> None:
+        self._db.execute(
+            "INSERT INTO votes (id, task, annotator, kind, tiers, shown, seconds, time, again) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (vote.id, vote.task, vote.annotator, vote.kind, json.dumps(vote.tiers), json.dumps(vote.shown),
+             vote.seconds, vote.time or time.time(), again),
+        )  # fmt: skip
+
+    def votes(self, annotator: str | None = None) -> list[Vote]:
+        """The votes that stand, in order."""
+        rows = self._rows(
+            "SELECT id, task, annotator, kind, tiers, shown, seconds, time, again FROM votes "
+            f"WHERE {_STANDING} AND (? IS NULL OR annotator = ?) ORDER BY number", annotator, annotator,
+        )  # fmt: skip
+        return [
+            Vote(
+                id_, task, who, kind, tuple(map(tuple, json.loads(tiers))), tuple(json.loads(shown)), *rest, bool(again)
+            )
+            for id_, task, who, kind, tiers, shown, *rest, again in rows
+        ]
+
+    def count(self, annotator: str | None = None) -> int:
+        return int(self._rows(
+            f"SELECT count(*) FROM votes WHERE {_STANDING} AND (? IS NULL OR annotator = ?)", annotator, annotator
+        )[0][0])  # fmt: skip
+
+    # ---- ratings: a person as the reward ----
+
+    def rate(self, id_: str, prompt: str, answer: str, annotator: str, stars: int, seconds: float | None) -> bool:
+        """One to five stars for one answer; False if it was there already."""
+        if stars not in range(1, 6):
+            raise UserError(f"stars is {stars}; give 1 to 5")
+        with self._writing() as db:
+            return db.execute(
+                "INSERT OR IGNORE INTO ratings VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (id_, prompt, answer, annotator, stars, seconds, time.time()),
+            ).rowcount == 1  # fmt: skip
+
+    def rating(self, id_: str) -> int | None:
+        found = self._rows("SELECT stars FROM ratings WHERE id = ?", id_)
+        return found[0][0] if found else None
+
+
+def share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+# ---- what training reads ----
+
+
+def is_database(path: Path) -> bool:
+    return _split(path)[0].suffix in (".sqlite", ".db")
+
+
+def read(path: Path) -> list[Preference]:
+    """The preferences in a database; "votes.sqlite:train" and "votes.sqlite:heldout" are nine and one of ten prompts,
+    by their hash, the same ones as votes are added. Skips, ties of all answers and second votes say nothing and are
+    left out. UserError when none is left."""
+    file, part = _split(path)
+    store = Store(file, create=False)
+    try:
+        tasks, votes = store.tasks(), store.votes()
+    finally:
+        store.close()
+    found = [
+        preference
+        for vote in votes
+        if not vote.again and part in ("", PARTS[share(tasks[vote.task].prompt) < HELD_OUT])
+        for preference in preferences_of(tasks[vote.task], vote)
+    ]
+    if not found:
+        kind = f" in the part {part!r}" if part else ""
+        raise UserError(f"{file} holds no preferences{kind} yet ({len(votes)} votes); label more with `make label`")
+    return found
+
+
+def preferences_of(task: Task, vote: Vote) -> list[Preference]:
+    """The choices that a vote amounts to (`preferences.from_tiers`)."""
+    meta = {"annotator": vote.annotator, "vote": vote.id}
+    tiers = vote.tiers if vote.kind in ("favourite", "ranking") else ()
+    answers, ended = [a.text for a in task.answers], [a.ended for a in task.answers]
+    return from_tiers(task.prompt, answers, tiers, ended, meta)
+
+
+def _split(path: Path) -> tuple[Path, str]:
+    """("votes.sqlite", "train") of "votes.sqlite:train"."""
+    head, _, part = str(path).rpartition(":")
+    return (Path(head), part) if head and part in PARTS else (path, "")
+
+
+# ---- how far people agree ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How often two votes on one task have the same favourite, with a 95 % interval over tasks (bootstrap), what
+    chance gives, and Cohen's kappa = (observed - chance) / (1 - chance)."""
+
+    pairs: int
+    same: float
+    low: float
+    high: float
+    chance: float
+
+    @property
+    def kappa(self) -> float:
+        return (self.same - self.chance) / max(1 - self.chance, 1e-9)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.same:.0%} [{self.low:.0%}, {self.high:.0%}] of {self.pairs} pairs, chance {self.chance:.0%}, "
+            f"kappa {self.kappa:.2f}"
+        )
+
+
+def agreement(votes: Sequence[Vote], *, within: bool = False) -> Agreement | None:
+    """Between annotators, or, `within`, of each with their own earlier votes. None without a pair of votes on one task.
+    Votes without a favourite (skips, ties at the top, all bad) are left out."""
+    by_task: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+    for vote in votes:
+        if vote.kind in ("favourite", "ranking") and len(vote.tiers[0]) == 1:
+            by_task[vote.task].append((vote.annotator, vote.tiers[0][0], len(vote.shown)))
+    rows = []  # for each task: pairs, those that agree, and how many would by chance
+    for marks in by_task.values():
+        pairs = [(a, b) for a, b in itertools.combinations(marks, 2) if (a[0] == b[0]) == within]
+        if pairs:
+            rows.append((len(pairs), sum(a[1] == b[1] for a, b in pairs), sum(1 / max(a[2], b[2]) for a, b in pairs)))
+    if not rows:
+        return None
+    table = np.array(rows, float)
+    count, same, chance = table.sum(0)
+    drawn = np.random.default_rng(0).integers(len(table), size=(1000, len(table)))
+    rates = table[drawn, 1].sum(1) / table[drawn, 0].sum(1)
+    low, high = np.quantile(rates, [0.025, 0.975])
+    return Agreement(int(count), same / count, float(low), float(high), chance / count)

@@ -1,0 +1,1 @@
+"""Pages in the browser: `label` (people rank answers), `chat` (models side by side), over one guarded `server`."""

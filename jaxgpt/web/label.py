@@ -1,0 +1,119 @@
+"""The page on which people judge answers: its calls over a `votes.Store`.
+
+    app = label.application(store, LabelConfig(), ServeConfig(), token="")
+
+Answers come blind and shuffled, once more for each annotator; what a vote changes is on disk before it is answered.
+"""
+
+import dataclasses
+import random
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from jaxgpt.config import UserError
+from jaxgpt.data import votes
+from jaxgpt.data.jsonl import checked_text
+from jaxgpt.web import server
+from jaxgpt.web.server import ServeConfig, field
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelConfig:
+    """Who judges what."""
+
+    overlap: float = 0.15  # of the prompts: judged by every annotator, to measure how far they agree
+    repeat: float = 0.04  # of one's votes: on a prompt that one has judged before, to measure one's own steadiness
+
+    def __post_init__(self) -> None:
+        for name in ("overlap", "repeat"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it is a fraction, 0 to 1")
+
+
+def application(
+    store: votes.Store,
+    config: LabelConfig,
+    serve: ServeConfig,
+    token: str,
+    preparing: Callable[[], str] = lambda: "",
+) -> server.Guard:
+    """`preparing` says what is being made ready in the background, '' for nothing."""
+
+    def show(task: votes.Task | None, annotator: str, again: bool = False) -> dict[str, Any]:
+        shown = None
+        if task:
+            order = list(range(len(task.answers)))
+            random.Random(f"{task.id} {annotator} {again}").shuffle(order)
+            answers = [{"index": i, "text": task.answers[i].text, "ended": task.answers[i].ended} for i in order]
+            shown = {"id": task.id, "prompt": task.prompt, "answers": answers}
+        return {"task": shown, "preparing": preparing(), "stats": statistics_of(store, annotator)}
+
+    def next_task(annotator: str) -> dict[str, Any]:
+        task, again = store.next_task(annotator, **dataclasses.asdict(config)) or (None, False)
+        return show(task, annotator, again)
+
+    def vote(data: dict[str, Any], annotator: str) -> dict[str, Any]:
+        tiers = field(data, "tiers", list)
+        shown = field(data, "shown", list)
+        if not all(isinstance(tier, list) for tier in tiers):
+            raise server.Refused(400, "tiers must be lists of answers")
+        if not all(type(i) is int for i in [*shown, *(i for tier in tiers for i in tier)]):
+            raise server.Refused(400, "answers are named by whole numbers")
+        store.vote(
+            votes.Vote(
+                id=field(data, "id", str), task=field(data, "task", str), annotator=annotator,
+                kind=field(data, "kind", str), tiers=tuple(map(tuple, tiers)), shown=tuple(shown),
+                seconds=field(data, "seconds", (int, float), None),
+            )
+        )  # fmt: skip
+        return next_task(annotator)
+
+    def undo(data: dict[str, Any], annotator: str) -> dict[str, Any]:
+        task = store.undo(annotator, field(data, "id", str))
+        if task is None:
+            raise server.Refused(409, "there is no vote of yours to take back")
+        return show(task, annotator)
+
+    def answer(data: dict[str, Any], annotator: str) -> dict[str, Any]:
+        origin = {"by": annotator, "edited": field(data, "edited", int, None)}
+        written = votes.Answer(field(data, "text", str).strip(), origin=origin)
+        return show(store.add_answer(field(data, "task", str), written, field(data, "id", str)), annotator)
+
+    def call(function: Callable[[dict[str, Any], str], dict[str, Any]]) -> server.Call:
+        async def handle(data: dict[str, Any]) -> dict[str, Any]:
+            name = checked_text(field(data, "annotator", str), "annotator", blank=True).strip()
+            if not 1 <= len(name) <= 64:
+                raise server.Refused(400, "give your name: 1 to 64 characters")
+            return await run_in_threadpool(function, data, name)
+
+        return handle
+
+    calls = {
+        "next": call(lambda data, annotator: next_task(annotator)),
+        "vote": call(vote),
+        "undo": call(undo),
+        "answer": call(answer),
+    }
+    return server.application("label", calls, serve, token)
+
+
+def statistics_of(store: votes.Store, annotator: str) -> dict[str, Any]:
+    """What the page shows of progress, speed and agreement."""
+    everything = store.votes()
+    mine = [vote for vote in everything if vote.annotator == annotator]
+    seconds = [vote.seconds for vote in mine if vote.seconds is not None]
+    return {
+        "mine": len(mine),
+        "all": len(everything),
+        "waiting": store.unseen(),
+        "seconds": statistics.median(seconds[-50:]) if seconds else None,
+        "with_myself": _shown(votes.agreement(mine, within=True)),
+        "with_others": _shown(votes.agreement(everything)),
+    }
+
+
+def _shown(found: votes.Agreement | None) -> dict[str, Any] | None:
+    return {**dataclasses.asdict(found), "kappa": found.kappa} if found else None

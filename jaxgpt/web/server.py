@@ -1,0 +1,318 @@
+"""What every page of ours is served by: a Starlette application behind a guard, on this machine alone unless asked.
+
+The guard (`Guard`, one ASGI middleware) lets nothing through that a browser on this machine could be tricked into:
+
+    Host           must be one that we serve under: DNS rebinding ends here
+    Origin         whatever changes something comes from our own page, as JSON
+    token          anywhere but on 127.0.0.1 every call carries one; the page takes it from its address's fragment,
+                   which browsers keep to themselves, and sends it as a header, which no other site can
+    body, rate     64 KiB and 10 s a request; so many calls a second from one address
+    headers        a policy under which only our own files run; nothing is sniffed, framed or kept
+
+Files are read when the program starts, into memory: no request names a path.
+"""
+
+import asyncio
+import dataclasses
+import hmac
+import importlib.resources
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+import webbrowser
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from jaxgpt.config import UserError
+
+BODY = 64 * 1024  # bytes of a request, at most
+PATIENCE = 10.0  # seconds for a request's body; and twice that for a connection's first request
+RATE, BURST = 100.0, 300.0  # calls a second from one address, and how many at once
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """Where the page is. Anywhere but on this machine it demands a token (made up if not given)."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free one
+    names: tuple[str, ...] = ()  # further host names it may be called by, such as "lab-pc.local"
+    token: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise UserError(f"serve.port is {self.port}; it must be 0 to 65535")
+
+    def secret(self) -> str:
+        """The token that calls must carry, or '' for none."""
+        return self.token or ("" if self.host in LOCAL else secrets.token_urlsafe(24))
+
+
+class Refused(Exception):  # noqa: N818  an answer, not an error of ours
+    """A request that gets a status and a sentence instead of what it asked for."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Guard:
+    """See the module's docstring. `names`: host names without ports; `token`: '' for none."""
+
+    def __init__(self, app: ASGIApp, names: frozenset[str], token: str) -> None:
+        self.app, self.names, self.token = app, names, token
+        self._calls: dict[str, tuple[float, float]] = {}  # address: (calls left, when that was)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return  # no websockets: nothing answers them
+        try:
+            self._check(scope)
+            body = await asyncio.wait_for(_read(receive), PATIENCE)
+        except Refused as refusal:
+            response = JSONResponse({"error": str(refusal)}, refusal.status)
+            await response(scope, receive, _with_headers(send))
+            return
+        except TimeoutError:
+            await JSONResponse({"error": "the request took too long"}, 408)(scope, receive, _with_headers(send))
+            return
+        sent = False
+
+        async def once() -> Message:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            return await receive()
+
+        await self.app(scope, once, _with_headers(send))
+
+    def _check(self, scope: Scope) -> None:
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if _host_of(f"//{headers.get('host', '')}") not in self.names:
+            raise Refused(400, "this page isn't served under that host name; --serve.names adds one")
+        if not self._may(scope["client"][0] if scope.get("client") else ""):
+            raise Refused(429, "too many calls; wait a second")
+        if not scope["path"].startswith("/api/"):
+            if scope["method"] not in ("GET", "HEAD"):
+                raise Refused(405, "only GET")
+            return
+        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            raise Refused(403, "calls come from this page only")
+        if scope["method"] != "GET":
+            origin = headers.get("origin", "")
+            if urlsplit(origin).netloc != headers.get("host") or urlsplit(origin).scheme not in ("http", "https"):
+                raise Refused(403, "calls come from this page only")
+            if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                raise Refused(415, "send application/json")
+        given = headers.get("authorization", "").removeprefix("Bearer ")
+        if self.token and not hmac.compare_digest(given.encode(), self.token.encode()):
+            raise Refused(401, "open the page by the whole address that was printed, token included")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > BODY:
+            raise Refused(413, f"at most {BODY // 1024} KiB a request")
+
+    def _may(self, address: str) -> bool:
+        """One call more from this address: a bucket of BURST that fills up at RATE."""
+        now = time.monotonic()
+        left, when = self._calls.get(address, (BURST, now))
+        left = min(BURST, left + (now - when) * RATE)
+        if len(self._calls) > 10_000:
+            self._calls.clear()
+        self._calls[address] = (max(left - 1, 0.0), now)
+        return left >= 1
+
+
+async def _read(receive: Receive) -> bytes:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refused(400, "gone")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > BODY:
+            raise Refused(413, f"at most {BODY // 1024} KiB a request")
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _with_headers(send: Send) -> Send:
+    async def sender(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+            message = {**message, "headers": [*message.get("headers", []), *own]}
+        await send(message)
+
+    return sender
+
+
+def _host_of(url: str) -> str:
+    try:
+        return (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+
+
+# ---- an application ----
+
+Call = Callable[[dict[str, Any]], Awaitable[Any]]
+
+
+def application(
+    page: str, calls: Mapping[str, Call], config: ServeConfig, token: str, more: tuple[BaseRoute, ...] = ()
+) -> Guard:
+    """The page (static/PAGE.html, .js, and style.css) and its calls: POST /api/NAME with a JSON object, answered with
+    what the function returns; a UserError or Refused becomes a status with a sentence."""
+    folder = importlib.resources.files("jaxgpt.web") / "static"
+    routes: list[BaseRoute] = [*more]
+    for name in (f"{page}.html", f"{page}.js", "shared.js", "style.css", "icon.svg"):
+        content = (folder / name).read_bytes()
+        kind = TYPES[name[name.rindex(".") :]]
+        routes.append(Route("/" if name.endswith(".html") else f"/{name}", _file(content, kind)))
+    routes += [Route(f"/api/{name}", _call(call), methods=["POST"]) for name, call in calls.items()]
+    names = {config.host, *config.names}
+    names |= {*LOCAL} if config.host in (*LOCAL, "0.0.0.0", "::") else set()
+    if config.host in ("0.0.0.0", "::"):
+        names |= {socket.gethostname().lower(), address_outside()}
+    return Guard(Starlette(routes=routes), frozenset(name.lower() for name in names), token)
+
+
+def _file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    async def send(request: Request) -> Response:
+        return Response(content, media_type=kind)
+
+    return send
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The request's JSON object."""
+
+    def no(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        data = json.loads(await request.body(), parse_constant=no)
+    except (ValueError, RecursionError):
+        raise Refused(400, "the request isn't JSON") from None
+    if not isinstance(data, dict):
+        raise Refused(400, "send a JSON object")
+    return data
+
+
+def _call(function: Call) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        try:
+            return JSONResponse(await function(await read_json(request)))
+        except Refused as refusal:
+            return JSONResponse({"error": str(refusal)}, refusal.status)
+        except UserError as error:
+            return JSONResponse({"error": str(error)}, 400)
+
+    return answer
+
+
+def field(data: Mapping[str, Any], name: str, kind: Any, default: Any = ...) -> Any:
+    """data[name] if it has this type (a bool is no number), or a Refused."""
+    value = data.get(name, default)
+    if value is ...:
+        raise Refused(400, f"no field {name!r}")
+    if value is default and name not in data:
+        return value
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise Refused(400, f"field {name!r} is of the wrong type")
+    return value
+
+
+# ---- serving ----
+
+
+class _Connection(H11Protocol):
+    """Closes a connection on which no request comes: whoever opens many must not use them up."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(2 * PATIENCE, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server:
+    """A bound socket and its address; `run` serves until Ctrl-C or `stop`."""
+
+    def __init__(self, config: ServeConfig, token: str) -> None:
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((config.host, config.port))
+            self._socket.listen(1024)  # from now on whoever comes early waits instead of being turned away
+        except OSError as error:
+            self._socket.close()
+            raise UserError(
+                f"can't serve on {config.host}:{config.port} ({error.strerror}); choose another --serve.port, or 0"
+            ) from error
+        self.port = self._socket.getsockname()[1]
+        host = config.host if config.host not in ("0.0.0.0", "::") else address_outside()
+        host = f"[{host}]" if ":" in host else host
+        self.address = f"http://{host}:{self.port}/" + (f"#token={token}" if token else "")
+        self._server: uvicorn.Server | None = None
+
+    def run(self, app: ASGIApp) -> None:
+        settings = uvicorn.Config(
+            app, http=_Connection, ws="none", lifespan="off", log_level="warning", access_log=False,
+            timeout_keep_alive=20, timeout_graceful_shutdown=2, server_header=False, date_header=False,
+        )  # fmt: skip
+        self._server = uvicorn.Server(settings)
+        self._server.run(sockets=[self._socket])
+
+    def stop(self) -> None:
+        if self._server:
+            self._server.should_exit = True
+
+
+def address_outside() -> str:
+    """This machine's address as others on its network see it. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def open_page(address: str) -> None:
+    """In the browser of this desktop, if there is one."""
+    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(address)

@@ -1,0 +1,281 @@
+"""The pages in a real browser: Debian's chromium, driven by Playwright."""
+
+import contextlib
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import reward, sft
+from jaxgpt.checkpoint import save_model
+from jaxgpt.config import ModelConfig, round_up
+from jaxgpt.data import formats, votes
+from jaxgpt.data.jsonl import write_rows
+from jaxgpt.run import Run
+from jaxgpt.tokenizer import train_bpe
+from tests.helpers import params_of
+
+pytestmark = pytest.mark.slow
+sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if CHROMIUM is None:
+    pytest.skip("no chromium; on Debian: apt install chromium", allow_module_level=True)
+ROOT = Path(__file__).parents[1]
+HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+def open_page(browser, address: str, **options):
+    """A page of a person who was never here; what goes wrong in it fails the test when it is closed."""
+    context = browser.new_context(**options)
+    context.set_default_timeout(30_000)
+    page = context.new_page()
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("console", lambda m: page.problems.append(m.text) if "Content Security Policy" in m.text else None)
+    page.problems = []
+    page.goto(address)
+    return page
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def served(module: str, *flags: str, port: int):
+    """An experiment in a process of its own, until it answers; its process."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", module, "--serve.port", str(port), *flags]
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(1200):
+            assert process.poll() is None, process.stdout.read().decode()
+            with contextlib.suppress(OSError):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                connection.request("GET", "/")
+                assert connection.getresponse().status == 200
+                break
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def begin(page, name: str) -> None:
+    page.get_by_label("Your name").fill(name)
+    page.get_by_role("button", name="Begin").click()
+    page.locator(".answer").first.wait_for()
+
+
+def prompt(page) -> str:
+    return page.locator("#prompt").inner_text()
+
+
+def judged(page) -> int:
+    return int(page.locator("#stats span").first.inner_text().split()[0])
+
+
+def after(page, action, count: int | None = None) -> None:
+    """Do something that saves, and wait until the page counts it."""
+    count = judged(page) + 1 if count is None else count
+    action()
+    expect(page.locator("#stats span").first).to_have_text(f"{count} judged")
+
+
+def violations(page) -> list:
+    from axe_core_python.sync_playwright import Axe
+
+    return [(found["id"], [node["html"] for node in found["nodes"]]) for found in Axe().run(page)["violations"]]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    """A finished run that holds a tiny untrained model."""
+    folder = tmp_path_factory.mktemp("tiny") / "sft"
+    tok = train_bpe(["first second third prompt number answer own"] * 20, 300)
+    config = ModelConfig(layers=2, width=32, heads=2, block=128, vocab=round_up(tok.vocab_size))
+    with Run(folder, sft.Settings(run=folder), stage="sft") as run:
+        save_model(folder / "model", params_of(config, scale=1.0), config, tok)
+        run.finish({})
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path) -> Path:
+    rows = ({"prompt": f"Prompt number {n}?", "answers": [f"first {n}", f"second {n} {HOSTILE}", f"third {n}"]}
+            for n in range(24))  # fmt: skip
+    write_rows(tmp_path / "questions.jsonl", rows)
+    return tmp_path / "questions.jsonl"
+
+
+def test_two_people_label_the_server_is_killed_and_a_reward_model_learns(browser, questions, tmp_path, tiny_run):
+    file, port = tmp_path / "votes.sqlite", free_port()
+    flags = ("--answers", str(questions), "--votes", str(file), "--who.overlap", "0.5", "--who.repeat", "0")
+    address = f"http://127.0.0.1:{port}/"
+    chosen: dict[str, str] = {}  # prompt: the text that ada liked best
+    with served("experiments.label", *flags, port=port) as process:
+        ada, bob = (open_page(browser, address) for _ in range(2))
+        begin(ada, "ada"), begin(bob, "bob")
+        assert prompt(ada) != prompt(bob)
+        for n in range(5):  # by keys
+            chosen[prompt(ada)] = ada.locator(".answer .words").nth(n % 3).inner_text()
+            after(ada, lambda n=n: ada.keyboard.press(str(n % 3 + 1)))
+        for n in range(3):  # by mouse: the button, and the card itself
+            chosen[prompt(ada)] = ada.locator(".answer .words").nth(n).inner_text()
+            after(ada, ada.get_by_role("button", name=f"Answer {n + 1} is the best").click if n else
+                  ada.locator(".answer").nth(n).click)  # fmt: skip
+        taken = prompt(ada)
+        after(ada, lambda: ada.keyboard.press("x"))
+        after(ada, lambda: ada.keyboard.press("u"), 8)
+        assert prompt(ada) == taken  # here it is again
+        assert judged(ada) == 8
+        for key in "tsx":
+            after(bob, lambda key=key: bob.keyboard.press(key))
+
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        chosen[prompt(ada)] = ada.locator(".answer .words").nth(1).inner_text()
+        ada.keyboard.press("2")  # into the void
+        expect(ada.locator("#message")).to_contain_text("No connection")
+    with served("experiments.label", *flags, port=port):
+        expect(ada.locator("#stats span").first).to_have_text("9 judged")  # it was kept and sent again
+        bob.close()
+        bob = open_page(browser, address)
+        begin(bob, "bob")
+        assert judged(bob) == 3  # goes on where he stopped
+
+        ada.keyboard.press("r")  # a ranking with a tie
+        order = [ada.locator(".answer .words").nth(i).inner_text() for i in (2, 0, 1)]
+        ranked = prompt(ada)
+        ada.keyboard.press("3"), ada.keyboard.press("1"), ada.keyboard.press("=")
+        after(ada, lambda: ada.keyboard.press("2"))
+        own = prompt(ada)
+        ada.keyboard.press("w")  # her own answer
+        ada.get_by_label("Answer", exact=True).fill(f"ada's own {HOSTILE}")
+        ada.get_by_role("button", name="Add").click()
+        expect(ada.locator(".answer")).to_have_count(4)
+        after(ada, ada.locator(".answer", has_text="ada's own").click)
+        chosen[own] = f"ada's own {HOSTILE}"
+        while ada.locator(".answer").count():  # the rest: whatever says "first"
+            words = [ada.locator(".answer .words").nth(i).inner_text() for i in range(3)]
+            best = next(i for i, text in enumerate(words) if text.startswith("first"))
+            last, count = prompt(ada), judged(ada) + 1
+            ada.keyboard.press(str(best + 1))
+            expect(ada.locator("#stats span").first).to_have_text(f"{count} judged")
+            if ada.locator("#task").is_hidden() or prompt(ada) == last:
+                break
+        assert ada.title() == bob.title() == "Which answer is best? · jaxgpt"  # nothing hostile ran
+        assert ada.problems == bob.problems == [] and ada.locator(".answer img, .answer script").count() == 0
+
+    store = votes.Store(file)
+    mine = {store.task(vote.task).prompt: vote for vote in store.votes("ada")}
+    for text, best in chosen.items():
+        vote = mine[text]
+        assert vote.kind == "favourite" and store.task(vote.task).answers[vote.tiers[0][0]].text == best
+        assert vote.seconds is not None and sorted(vote.shown) == list(range(len(vote.shown)))
+    texts = [answer.text for answer in store.task(mine[ranked].task).answers]
+    assert [sorted(texts[i] for i in tier) for tier in mine[ranked].tiers] == [[order[0]], sorted(order[1:])]
+    assert [vote.kind for vote in store.votes("bob")] == ["tie", "skip", "bad"]
+    assert store.task(mine[own].task).answers[3].origin == {"by": "ada", "edited": None}
+
+    count, _ = formats.write(tmp_path / "out.jsonl", formats.judged_of(store), "trl")
+    assert count > 30
+    store.close()
+    settings = reward.Settings(
+        run=tmp_path / "reward", model=tiny_run, preferences=Path(f"{file}:train"),
+        heldout=Path(f"{file}:heldout"), batch=8, epochs=2, warmup=1, reference_samples=8,
+    )  # fmt: skip
+    assert 0 <= reward.main(settings)["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_label_page_is_accessible_and_fits_a_phone(browser, questions, tmp_path, scheme):
+    port = free_port()
+    flags = ("--answers", str(questions), "--votes", str(tmp_path / "v.sqlite"))
+    with served("experiments.label", *flags, port=port):
+        page = open_page(browser, f"http://127.0.0.1:{port}/", color_scheme=scheme)
+        assert violations(page) == []
+        begin(page, "ada")
+        assert violations(page) == []
+        page.keyboard.press("r"), page.keyboard.press("1")
+        assert violations(page) == []
+        page.keyboard.press("r"), page.keyboard.press("w")
+        assert violations(page) == []
+        page.keyboard.press("Escape"), page.keyboard.press("?")
+        assert violations(page) == []
+        page.keyboard.press("Escape")
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        sizes = page.eval_on_selector_all("button", "all => all.map(b => b.offsetHeight).filter(h => h)")
+        assert min(sizes) >= 44  # a finger
+        assert violations(page) == []
+
+
+def test_everything_is_reached_by_the_tab_key(browser, questions, tmp_path):
+    port = free_port()
+    with served("experiments.label", "--answers", str(questions), "--votes", str(tmp_path / "v.sqlite"), port=port):
+        page = open_page(browser, f"http://127.0.0.1:{port}/")
+        begin(page, "ada")
+        seen = set()
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            seen.add(page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.id"))
+        wanted = {f"Answer {n} is the best" for n in (1, 2, 3)} | {"tie", "bad", "skip", "rank", "write", "undo"}
+        assert wanted <= seen
+        page.get_by_role("button", name="Answer 2 is the best").focus()
+        after(page, lambda: page.keyboard.press("Enter"))
+
+
+def test_a_stranger_s_page_can_neither_read_nor_write(browser, questions, tmp_path):
+    """A page of another site, in the same browser, posts to ours."""
+    port, file = free_port(), tmp_path / "v.sqlite"
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "index.html").write_text("<title>evil</title>")
+    other = free_port()
+    stranger = subprocess.Popen(
+        [sys.executable, "-m", "http.server", str(other), "--bind", "127.0.0.1", "--directory", str(evil)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        with served("experiments.label", "--answers", str(questions), "--votes", str(file), port=port):
+            time.sleep(1)
+            page = open_page(browser, f"http://127.0.0.1:{other}/")
+            task = next(iter(votes.Store(file).tasks()))
+            vote = {"annotator": "evil", "id": "1", "task": task, "kind": "skip", "tiers": [[0, 1, 2]],
+                    "shown": [0, 1, 2]}  # fmt: skip
+            for mode, kind in (("no-cors", "text/plain"), ("cors", "application/json")):
+                outcome = page.evaluate(
+                    """([port, mode, kind, vote]) => fetch(`http://127.0.0.1:${port}/api/vote`, {method: "POST", mode,
+                         headers: {"content-type": kind}, body: JSON.stringify(vote)}).then(r => r.status, e => -1)""",
+                    [port, mode, kind, vote],
+                )
+                assert outcome in (-1, 0)  # refused, or opaque
+            framed = page.evaluate(
+                """port => new Promise(done => { const f = document.createElement("iframe");
+                     f.onload = () => { try { done(f.contentDocument ? "empty" : "shut"); } catch { done("shut"); } };
+                     f.src = `http://127.0.0.1:${port}/`; document.body.append(f); })""",
+                port,
+            )
+            assert framed in ("empty", "shut")
+            assert votes.Store(file).count() == 0
+    finally:
+        stranger.kill()

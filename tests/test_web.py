@@ -1,0 +1,275 @@
+"""The guard in front of every page, through a real server and real sockets; and fifty annotators at once."""
+
+import http.client
+import json
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxgpt.config import UserError
+from jaxgpt.data import votes
+from jaxgpt.web import label, server
+from tests.test_votes import task_of
+
+STATIC = Path(server.__file__).parent / "static"
+
+
+class Site:
+    """A label page on a free port, in a thread."""
+
+    def __init__(self, folder: Path, tasks: int = 5, token: str = "", host: str = "127.0.0.1", **serve: Any) -> None:
+        self.store = votes.Store(folder / "votes.sqlite")
+        for number in range(tasks):
+            self.store.add_task(task_of(number))
+        config = server.ServeConfig(host=host, port=0, token=token, **serve)
+        self.bound = server.Server(config, token)
+        self.host = f"127.0.0.1:{self.bound.port}"
+        app = label.application(self.store, label.LabelConfig(overlap=0, repeat=0), config, token)
+        self.thread = threading.Thread(target=self.bound.run, args=(app,), daemon=True)
+        self.thread.start()
+
+    def send(self, method: str, path: str, body: Any = None, timeout: float = 30, **headers: str | None) -> Any:
+        """(status, headers, JSON or text) of a request as our page makes it, with `headers` changed (None: without)."""
+        own = {"Host": self.host, "Origin": f"http://{self.host}", "Content-Type": "application/json"}
+        own |= {name.replace("_", "-"): value for name, value in headers.items()}
+        connection = http.client.HTTPConnection("127.0.0.1", self.bound.port, timeout=timeout)
+        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in own.items():
+            if value is not None:
+                connection.putheader(name, value)
+        if data is not None and "Content-Length" not in own:
+            connection.putheader("Content-Length", str(len(data)))
+        connection.endheaders(data)
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        is_json = "json" in (answer.getheader("content-type") or "")
+        return answer.status, answer.headers, json.loads(content) if is_json else content.decode()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    made = Site(tmp_path_factory.mktemp("site"))
+    yield made
+    made.bound.stop()
+
+
+ME = {"annotator": "ada"}
+
+
+def test_our_own_page_may(site):
+    status, headers, page = site.send("GET", "/", Origin=None)
+    assert status == 200 and "<title>" in page
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert headers["x-content-type-options"] == "nosniff" and headers["cache-control"] == "no-store"
+    status, headers, found = site.send("POST", "/api/next", ME)
+    assert status == 200 and found["task"]["prompt"] == "prompt 0"
+    assert "access-control-allow-origin" not in headers and "content-security-policy" in headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 400),  # DNS rebinding
+        ({"Host": "127.0.0.1.evil.example"}, 400),
+        ({"Host": "["}, 400),
+        ({"Host": None}, 400),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),  # a sandboxed frame, a file
+        ({"Origin": None}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),  # another page of this machine
+        ({"Sec_Fetch_Site": "cross-site"}, 403),
+        ({"Sec_Fetch_Site": "same-site"}, 403),
+        ({"Content_Type": "text/plain"}, 415),  # what a form can send without asking
+        ({"Content_Type": None}, 415),
+        ({"Content_Length": str(10**9)}, 413),
+        ({"Content_Length": "x"}, 400),
+    ],
+)
+def test_others_may_not(site, headers, status):
+    before = site.store.count()
+    assert site.send("POST", "/api/next", ME, **headers)[0] == status
+    assert site.store.count() == before
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/../../etc/passwd", "/..%2f..%2fetc/passwd", "//etc/passwd", "/static/label.html", "/label.py", "/%00", "/api/",
+     "/api/../label.js/..", "/votes.sqlite", "/api/next/../../etc/passwd", "/shared.js%2f..%2f..%2fserver.py"],
+)  # fmt: skip
+def test_no_path_reaches_the_file_system(site, path):
+    for method in ("GET", "POST"):
+        status, _, content = site.send(method, path, {} if method == "POST" else None)
+        assert status in (403, 404, 405) and "root:" not in str(content), (method, path, status)
+
+
+def test_only_pages_are_gotten_and_only_calls_change(site):
+    assert site.send("GET", "/api/next")[0] == 405
+    assert site.send("POST", "/", {})[0] == 405
+    assert site.send("PUT", "/api/vote", {})[0] == 405
+    assert site.send("OPTIONS", "/api/vote")[0] in (403, 405)  # no preflight is ever granted
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"{", "isn't JSON"),
+        (b"\xff", "isn't JSON"),
+        (b"[" * 20_000, "isn't JSON"),
+        (b'{"annotator": NaN}', "isn't JSON"),
+        ([], "JSON object"),
+        ({}, "no field 'annotator'"),
+        ({"annotator": 3}, "wrong type"),
+        ({"annotator": "  "}, "1 to 64"),
+        ({"annotator": "x" * 65}, "1 to 64"),
+        ({"annotator": "\ud800"}, "surrogate"),
+        ({**ME, "id": "1"}, "no field"),
+        ({**ME, "id": "1", "task": "x", "kind": "tie", "tiers": [[0, 1]], "shown": [0, 1]}, "no task"),
+        ({**ME, "id": "1", "task": "x", "kind": "tie", "tiers": [0], "shown": [0, 1]}, "lists"),
+        ({**ME, "id": "1", "task": "x", "kind": "tie", "tiers": [[0, True]], "shown": [0, 1]}, "whole numbers"),
+        ({**ME, "id": "1", "task": "x", "kind": "tie", "tiers": [[]], "shown": [0, 1]}, "exactly once"),
+    ],
+)
+def test_what_is_wrong_with_a_vote_is_said(site, body, says):
+    status, _, found = site.send("POST", "/api/vote", body)
+    assert status == 400 and says in found["error"], found
+    assert site.store.count() == 0
+
+
+def test_a_body_is_small_however_it_is_sent(site):
+    assert site.send("POST", "/api/next", b"x" * (server.BODY + 1))[0] == 413
+    with socket.create_connection(("127.0.0.1", site.bound.port), timeout=20) as raw:  # chunked: no length is told
+        raw.sendall(
+            f"POST /api/next HTTP/1.1\r\nHost: {site.host}\r\nOrigin: http://{site.host}\r\n"
+            "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        )
+        answer = b""
+        for _ in range(20):
+            try:
+                raw.sendall(b"2000\r\n" + b" " * 0x2000 + b"\r\n")
+            except OSError:
+                break
+        answer = raw.recv(200)
+    assert b" 413 " in answer
+
+
+def test_slow_clients_stall_nobody(site, monkeypatch):
+    """Two hundred connections that send a little and wait, some in their headers and some in their body."""
+    slow = []
+    for n in range(200):
+        raw = socket.create_connection(("127.0.0.1", site.bound.port))
+        raw.sendall(b"POST /api/next HTTP/1.1\r\nHost: " + site.host.encode())
+        if n % 2:
+            raw.sendall(f"\r\nOrigin: http://{site.host}\r\nContent-Type: application/json\r\n"
+                        "Content-Length: 20\r\n\r\n{".encode())  # fmt: skip
+        slow.append(raw)
+    for _ in range(10):
+        assert site.send("POST", "/api/next", ME, timeout=5)[0] == 200
+    for raw in slow:
+        raw.close()
+
+
+@pytest.mark.slow
+def test_slow_clients_are_sent_away(site):
+    silent, half = (socket.create_connection(("127.0.0.1", site.bound.port)) for _ in range(2))
+    half.sendall(f"POST /api/next HTTP/1.1\r\nHost: {site.host}\r\nOrigin: http://{site.host}\r\n"
+                 "Content-Type: application/json\r\nContent-Length: 20\r\n\r\n{".encode())  # fmt: skip
+    for raw in (half, silent):
+        raw.settimeout(4 * server.PATIENCE)
+    assert b" 408 " in half.recv(1000)
+    assert silent.recv(1000) == b""  # closed
+
+
+def test_one_address_may_call_only_so_often(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "BURST", 20.0)
+    monkeypatch.setattr(server, "RATE", 0.001)
+    crowded = Site(tmp_path)
+    found = [crowded.send("POST", "/api/next", ME)[0] for _ in range(25)]
+    assert found == [200] * 20 + [429] * 5
+    crowded.bound.stop()
+
+
+def test_elsewhere_than_here_a_token_is_demanded(tmp_path):
+    assert server.ServeConfig().secret() == "" and len(server.ServeConfig(host="0.0.0.0").secret()) > 30
+    assert server.ServeConfig(host="0.0.0.0").secret() != server.ServeConfig(host="0.0.0.0").secret()
+    open_site = Site(tmp_path, token="secret-word", host="0.0.0.0", names=("lab.local",))
+    send = open_site.send
+    assert open_site.bound.address.endswith("/#token=secret-word")
+    assert send("GET", "/")[0] == 200  # the page itself holds nothing
+    assert send("POST", "/api/next", ME)[0] == 401
+    assert send("POST", "/api/next", ME, Authorization="Bearer wrong")[0] == 401
+    assert send("POST", "/api/next", ME, Authorization="Bearer \xe9")[0] == 401
+    assert send("POST", "/api/next", ME, Authorization="Bearer secret-word")[0] == 200
+    there = {"Host": "lab.local:80", "Origin": "http://lab.local:80", "Authorization": "Bearer secret-word"}
+    assert send("POST", "/api/next", ME, **there)[0] == 200
+    assert send("POST", "/api/next", ME, **(there | {"Host": "other.local"}))[0] == 400
+    open_site.bound.stop()
+
+
+def test_a_port_in_use_is_named(site):
+    with pytest.raises(UserError, match=f"can't serve on 127.0.0.1:{site.bound.port}.*--serve.port"):
+        server.Server(server.ServeConfig(port=site.bound.port), "")
+
+
+def test_answers_come_blind_shuffled_and_alike_for_the_same_person(tmp_path):
+    blind = Site(tmp_path, tasks=1)
+    task = votes.Task("p", tuple(votes.Answer(str(i), origin={"model": "runs/secret"}) for i in range(9)))
+    for store in (blind.store,):
+        store.add_task(task)
+    orders = {}
+    for who in ("ada", "bob", "eve", "ada"):
+        blind.store._leases.clear()
+        blind.store.vote(votes.Vote(f"{who}0", task_of(0).id, who, "skip", ((0, 1, 2),), (0, 1, 2)))
+        found = blind.send("POST", "/api/next", {"annotator": who})[2]["task"]
+        assert "secret" not in json.dumps(found)
+        order = tuple(answer["index"] for answer in found["answers"])
+        assert orders.setdefault(who, order) == order and sorted(order) == list(range(9))
+    assert len(set(orders.values())) == 3
+    blind.bound.stop()
+
+
+def test_scripts_make_no_html_and_load_nothing_from_elsewhere():
+    for path in STATIC.iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function", text), path
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), path
+        if path.suffix == ".html":
+            assert not re.search(r"<script(?![^>]*\bsrc=)|\son\w+=|<style|\sstyle=", text), path
+
+
+def test_fifty_annotators_at_once_lose_and_double_nothing(tmp_path):
+    crowd = Site(tmp_path, tasks=200)
+    sent: list[str] = []
+    waits: list[float] = []
+
+    def annotate(n: int) -> None:
+        who = f"annotator {n}"
+        found = crowd.send("POST", "/api/next", {"annotator": who})[2]
+        while found["task"]:
+            task = found["task"]
+            shown = [answer["index"] for answer in task["answers"]]
+            vote = {"id": f"{n}-{task['id']}", "task": task["id"], "annotator": who, "kind": "favourite",
+                    "tiers": [[shown[0]], shown[1:]], "shown": shown, "seconds": 1.0}  # fmt: skip
+            for _ in range(2):  # every vote is sent twice, as after a broken connection
+                started = time.monotonic()
+                while (answer := crowd.send("POST", "/api/vote", vote))[0] == 429:
+                    time.sleep(0.1)
+                assert answer[0] == 200, answer[2]
+                waits.append(time.monotonic() - started)
+            sent.append(vote["id"])
+            found = answer[2]
+
+    with ThreadPoolExecutor(50) as pool:
+        list(pool.map(annotate, range(50)))
+    kept = [vote.id for vote in crowd.store.votes()]
+    assert sorted(kept) == sorted(sent) and len(set(kept)) == len(kept)
+    assert {vote.task for vote in crowd.store.votes()} == set(crowd.store.tasks())
+    crowd.bound.stop()
