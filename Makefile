@@ -2,6 +2,7 @@
 #   make PYTHON=/path/to/python3.12 test     choose the Python (else the first suitable one on the PATH)
 #   make EXTRAS=tpu assistant                choose the hardware: cuda, cuda12, tpu, or none (else detected)
 #   make JOBS=4 test                         tests in so many processes (up to 4 GB each)
+#   make LABELS=votes.sqlite assistant       preferences of people (`make label`) instead of the simulated annotator's
 
 VENV ?= .venv
 PYTHON ?=
@@ -19,17 +20,23 @@ CORE := $(wildcard $(patsubst %,tests/test_%.py,checks losses kl returns vocab_h
           run checkpoint cli imports layers sharding tokenizer preferences_file plan guard resume golden silent_failures lora pretrained))
 
 .DEFAULT_GOAL := help
-.PHONY: help assistant chat test test-all soak test-core lint set-up clean
+.PHONY: help assistant label chat chat-web test test-all soak test-core lint set-up clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [ARGS=\"--preset gpu\"]"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
 assistant: $(STAMP)  ## from raw text to an assistant: every stage, one after the other (ARGS: its flags)
-	@$(PY) -m experiments.assistant $(ARGS)
+	@$(PY) -m experiments.assistant $(if $(LABELS),--labels $(LABELS)) $(ARGS)
+
+label: $(STAMP)  ## a page on which people pick the best of several answers (ARGS: its flags)
+	@$(PY) -m experiments.label $(ARGS)
 
 chat: $(STAMP)  ## talk to a trained model (ARGS: its flags)
 	@$(PY) -m experiments.chat $(ARGS)
+
+chat-web: $(STAMP)  ## a page on which models answer side by side, token by token (ARGS: its flags)
+	@$(PY) -m experiments.chat_web $(ARGS)
 
 test: $(STAMP)  ## the quick tests
 	@$(PY) -m pytest $(WORKERS) -m "not slow" $(ARGS)

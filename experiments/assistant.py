@@ -2,6 +2,7 @@
 
     python -m experiments.assistant                      what `make assistant` runs
     python -m experiments.assistant --run runs/other --preset gpu
+    python -m experiments.assistant --labels runs/label/votes.sqlite --run runs/ours      what people preferred
 
 A stage that is done is not run again; one that was interrupted goes on from its newest checkpoint.
 """
@@ -21,6 +22,7 @@ import experiments.report
 import experiments.reward
 import experiments.sft
 from jaxgpt.cli import cli
+from jaxgpt.data import votes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Settings:
     report: experiments.report.Settings = experiments.report.PRESETS["laptop"]
     temperature: float = 0.7  # of the policy, in every stage that samples or trains it
     new_tokens: int = 40  # longest answer, in every stage
+    labels: Path | None = None  # a database of people's votes, in place of the simulated annotator's preferences
     seed: int = 0  # added to every stage's own seed
     fresh: bool = False  # run every stage again
 
@@ -59,9 +62,13 @@ PRESETS = {
 
 
 def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
-    """(stage, its settings) in order, with folders below `run` that lead from one stage to the next."""
+    """(stage, its settings) in order, with folders below `run` that lead from one stage to the next. People's labels
+    take the place of the stage that makes preferences."""
     root = settings.run
     preferences_files = {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
+    if settings.labels:
+        preferences_files = {"preferences": votes.part(settings.labels, "train"),
+                             "heldout": votes.part(settings.labels, "heldout")}  # fmt: skip
     places: dict[str, dict[str, Any]] = {
         "pretrain": {},
         "sft": {"model": root / "pretrain"},
@@ -73,6 +80,8 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     }
     chosen = []
     for name, stage in STAGES.items():
+        if settings.labels and name == "preferences":
+            continue
         own = getattr(settings, name)
         common: dict[str, Any] = {
             "run": root / name,
@@ -93,7 +102,9 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
 def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     experiments.report.heldout_prompts(settings.report)  # too few would be found out only at the end
-    results = {name: stage.main(own) for name, (stage, own) in zip(STAGES, stage_settings(settings), strict=True)}
+    for part in votes.PARTS if settings.labels else ():
+        votes.read(votes.part(settings.labels, part))  # none at all would be found out half-way
+    results = {stage.__name__.rpartition(".")[2]: stage.main(own) for stage, own in stage_settings(settings)}
     minutes = (time.monotonic() - started) / 60
     if jax.process_index() == 0:
         print(f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to it: "

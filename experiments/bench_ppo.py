@@ -127,7 +127,7 @@ class JaxWorker:
 
         start = time.perf_counter()
         key = jax.random.key(self.taken)
-        self.state, self.control, metrics = self.iteration(self.state, self.control, self.prompts, key)
+        self.state, self.control, metrics, _ = self.iteration(self.state, self.control, self.prompts, key)
         found = to_floats(metrics)
         self.taken += 1
         return {"seconds": time.perf_counter() - start, "tokens": found["length"]}

@@ -15,14 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
-from jaxgpt import decode, rollout, sampling
-from jaxgpt.checkpoint import load_language_model
+from jaxgpt.chat import SamplingConfig, Speaker
 from jaxgpt.cli import cli
 from jaxgpt.config import UserError
 from jaxgpt.structs import Array
-from jaxgpt.tokenizer import prompt_ids
 
 HELP = "/new  /again  /model PATH  /stats  /help  /quit"
 MEANING = """/new         forget the conversation
@@ -31,7 +28,6 @@ MEANING = """/new         forget the conversation
 /stats       speed of the last answer
 /quit        or the end of the input
 Ctrl-C       stops an answer"""
-SHORTEST = 32  # prompts are padded to this many tokens or a power of two: few shapes, so few compilations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +44,10 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.new_tokens < 1:
-            raise UserError(f"new_tokens is {self.new_tokens}; ask for at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}; it can't be negative, and 0 takes the likeliest token")
+        self.sampling()
+
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.new_tokens)
 
 
 PRESETS: dict[str, Settings] = {}
@@ -61,68 +57,38 @@ class Chat:
     """A model that is ready to answer, and the conversation so far."""
 
     def __init__(self, settings: Settings) -> None:
-        loaded = load_language_model(settings.model)
-        self.settings, self.config, self.tok = settings, loaded.config, loaded.tokenizer
-        self.raw = settings.raw or bool(loaded.extra.get("raw", False))
-        params = jax.jit(decode.prepare, static_argnums=1)(loaded.params, loaded.config)
-        self.params = jax.jit(decode.int8)(params) if settings.int8 else params
+        self.speaker = Speaker(settings.model, int8=settings.int8, raw=settings.raw)
+        self.how = settings.sampling()
         self.history: list[int] = []
         self.last, self.stats = "", "nothing said yet"
-        self.sample = sampling.categorical if settings.temperature > 0 else sampling.greedy
-
-    def filter_logits(self, logits: Array) -> Array:
-        """The sampling settings as one function of the logits."""
-        if self.settings.temperature > 0:
-            logits = sampling.temperature(logits, self.settings.temperature)
-        if self.settings.top_k:
-            logits = sampling.top_k(logits, self.settings.top_k)
-        return sampling.top_p(logits, self.settings.top_p)
-
-    def ids(self, text: str) -> tuple[list[int], int]:
-        """The prompt in ids, and how many tokens may follow. The oldest part of a conversation that is too long for the
-        model is forgotten."""
-        template, block = self.tok.template, self.config.block
-        room = min(self.settings.new_tokens, block // 2)
-        ids = [template.separator, *self.tok.encode(text)] if self.raw else prompt_ids(self.tok, text, self.history)
-        if len(ids) + room > block and self.history:
-            self.history = []
-            ids = prompt_ids(self.tok, text)
-        if len(ids) + room > block:
-            raise UserError(f"this prompt has {len(ids)} tokens and {block - room} fit; write a shorter one")
-        return ids, room
 
     def reply(self, text: str, key: Array) -> Iterator[str]:
-        """Pieces of the answer's text as tokens come; a piece waits until its characters are whole."""
-        ids, room = self.ids(text)
-        width = min(max(SHORTEST, 1 << (len(ids) - 1).bit_length()), self.config.block - room)
-        tokens, length = rollout.pad_prompts([ids], width)
-        stop = self.tok.template.separator if self.raw else self.tok.template.end
-        started = time.monotonic()
-        stream = decode.stream(
-            self.params, self.config, jnp.asarray(tokens), jnp.asarray(length), key, new_tokens=room, stop=stop,
-            sample=self.sample, filter_logits=self.filter_logits,
-        )  # fmt: skip
-        said, begun = "", started
+        """Pieces of the answer's text as tokens come. The oldest part of a conversation that is too long for the model
+        is forgotten."""
+        ids = self.speaker.prompt(text, self.history)
+        block = self.speaker.config.block
+        if self.history and len(ids) + min(self.how.new_tokens, block // 2) > block:
+            self.history, ids = [], self.speaker.prompt(text)
+        started, begun = time.monotonic(), 0.0
         seen: list[int] = []
-        for token in stream:
-            begun = begun if seen else time.monotonic()
+        for token, piece in self.speaker.say(ids, self.how, key):
+            begun = begun or time.monotonic()
             seen.append(token)
-            whole = self.tok.decode(seen)
-            if not whole.endswith("\ufffd"):
-                yield whole[len(said) :]
-                said = whole
+            if piece:
+                yield piece
         ended = time.monotonic()
-        if self.tok.template.turn and not self.raw:
-            self.history = [*ids, *seen, stop]
+        if self.speaker.remembers:
+            self.history = [*ids, *seen, self.speaker.stop]
         self.stats = (
-            f"prompt of {len(ids)} tokens in {begun - started:.2f} s, then {len(seen)} tokens, "
+            f"prompt of {len(ids)} tokens in {(begun or ended) - started:.2f} s, then {len(seen)} tokens, "
             f"{max(len(seen) - 1, 0) / max(ended - begun, 1e-9):.1f} tokens/s; the first answer of each length compiles"
         )
 
 
 def main(settings: Settings) -> None:
     chat = Chat(settings)
-    print(f"{settings.model}: {chat.config.layers} layers, width {chat.config.width} (compiles first). {HELP}")
+    config = chat.speaker.config
+    print(f"{settings.model}: {config.layers} layers, width {config.width} (compiles first). {HELP}")
     for count in range(sys.maxsize):
         try:
             line = input("> ").strip()

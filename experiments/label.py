@@ -13,6 +13,7 @@ votes.sqlite:heldout`, dpo alike, or `make assistant LABELS=votes.sqlite`; exper
 """
 
 import dataclasses
+import functools
 import subprocess
 import sys
 import threading
@@ -121,7 +122,7 @@ class Maker:
             seed = int(self.rng.integers(2**31))
             sampled = rollout.sample_answers(
                 sharding.replicate(one.params, self.mesh), one.config, ids, jax.random.key(seed),
-                lambda tokens, tok=one.tokenizer: answer_text(tok, tokens), self.mesh, new_tokens=settings.new_tokens,
+                functools.partial(answer_text, one.tokenizer), self.mesh, new_tokens=settings.new_tokens,
                 stop=one.tokenizer.template.end, batch=ROUND * share, temperature=settings.temperature,
             )  # fmt: skip
             origin = {"model": str(place), "checkpoint": self.fingerprints[m], "temperature": settings.temperature,

@@ -25,10 +25,11 @@ from jaxgpt.guard import GuardConfig
 from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.resume import SaveConfig, Saves
 from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.settings import write_json
 from jaxgpt.sharding import MeshConfig
-from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.tokenizer import ANSWER_END, answer_text, prompt_ids
-from jaxgpt.train import jit_on, shapes_of, shapes_on, to_floats
+from jaxgpt.structs import Array, Batch, Params, Rollout
+from jaxgpt.tokenizer import ANSWER_END, Tokenizer, answer_text, prompt_ids
+from jaxgpt.train import TrainState, jit_on, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Settings:
             raise UserError(f"target_kl {self.target_kl} and horizon {self.horizon} must both be above 0")
 
 
+KEPT = 8  # answers of a rollout whose figures are kept, token by token
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(
@@ -107,15 +109,23 @@ def build(
 
     state = shapes_on(mesh, start, shapes_of(config))
     places = jax.tree.map(lambda x: x.sharding, state)
-    one = functools.partial(
-        ppo.ppo_iteration, config=config, ppo=settings.ppo, tx=tx, reward_fn=functools.partial(reward_fn, config),
-        stop=stop,
-    )  # fmt: skip
+    judge = functools.partial(reward_fn, config)
+
+    def one(state: TrainState, control: ppo.Controller, prompts: Prompts, key: Array) -> tuple[Any, ...]:
+        """`ppo.ppo_iteration`, with what it saw beside it."""
+        sample_key, update_key = jax.random.split(key)
+        seen, metrics = ppo.gather(
+            state, prompts, sample_key, config=config, ppo=settings.ppo, reward_fn=judge, stop=stop
+        )
+        beta = control.beta
+        state, control, more = ppo.update(state, config, settings.ppo, tx, seen, control, update_key)
+        return state, control, {**metrics, **more}, ppo.targets(seen, settings.ppo, beta)
+
     iteration = jax.jit(
         sharding.within(mesh, one),
         donate_argnums=(0, 1),
         in_shardings=(places, everywhere, sharding.rows(mesh), everywhere),
-        out_shardings=(places, everywhere, everywhere),
+        out_shardings=(places, everywhere, everywhere, everywhere),
     )
     prompts = Prompts(
         jax.ShapeDtypeStruct((settings.batch, prompt_tokens), jnp.int32),
@@ -167,6 +177,7 @@ def main(settings: Settings) -> dict[str, Any]:
             f"{len(ids):,} prompts (≤{prompt_tokens} tokens)"
         )
         generate = jit_on(mesh, decode.generate, static_argnums=1, static_argnames=decode.STATIC)
+        probabilities = jit_on(mesh, functools.partial(answer_logp, config, settings.ppo))
         cooler = functools.partial(sampling.temperature, t=settings.ppo.temperature)
         key, show_key = jax.random.split(jax.random.key(settings.seed))
         key = sharding.replicate(key, mesh)
@@ -176,7 +187,7 @@ def main(settings: Settings) -> dict[str, Any]:
             for i in range(first, settings.iterations + 1):
                 index = order[(i - 1) * settings.batch : i * settings.batch]
                 prompts = sharding.place_whole(Prompts(tokens_NP[index], lengths_N[index]), mesh)
-                state, control, metrics = iteration(state, control, prompts, jax.random.fold_in(key, i))
+                state, control, metrics, seen = iteration(state, control, prompts, jax.random.fold_in(key, i))
                 floats = to_floats(metrics)
                 run.log(i, floats)
                 figures: dict[str, Any] = {name: floats[name] for name in ("score", "kl", "beta", "ended")}
@@ -187,13 +198,44 @@ def main(settings: Settings) -> dict[str, Any]:
                         new_tokens=settings.ppo.new_tokens, stop=tok.template.end, filter_logits=cooler,
                     )  # fmt: skip
                     text = answer_text(tok, np.asarray(shown.tokens_BA[0]))
+                    keep_rollout(settings, i, seen, probabilities(state.params, seen.rollout), floats["beta"], tok)
                     run.say(f"iteration {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats · {text!r}")
                 saves.after(i, (state, control, key), metrics, Prompts(tokens_NP[index], lengths_N[index]))
         if settings.lora:
             save_model(settings.run / "adapters", state.trainable["policy"], config)
+        save_model(settings.run / "critic", {"value_head": state.params["value_head"]}, config)
         save_model(settings.run / "model", lora.merge(state.params["policy"]), config, tok)
         run.finish({name: floats[name] for name in ("score", "kl", "beta", "ended", "length", "ratio_error_first")})
         return run.results
+
+
+def answer_logp(config: ModelConfig, algorithm: PPOConfig, params: Params, seen: Rollout) -> Array:
+    """The policy's log-probabilities on the first rows of a rollout, [KEPT, T]."""
+    rows = Batch(seen.tokens_BT[:KEPT], seen.mask_BT[:KEPT])
+    window, temperature = algorithm.new_tokens, algorithm.temperature
+    return rollout.policy_outputs(params["policy"], params["value_head"], config, rows, window, temperature)[0]
+
+
+def keep_rollout(settings: Settings, i: int, seen: ppo.Targets, after_BT: Array, beta: float, tok: Tokenizer) -> None:
+    """rollouts/NNNNNN.json: the first answers of iteration i, token by token, as `make chat-web` shows them. `ratio` is
+    that of the policy after the update to the one before."""
+    old, after_BT = jax.tree.map(np.asarray, (seen.rollout, after_BT))
+    arrays = {"logp": old.logp_BT, "ref_logp": old.ref_logp_BT, "value": old.value_BT, "return": seen.return_BT,
+              "advantage": seen.advantage_BT}  # fmt: skip
+    rows = []
+    for b in range(len(after_BT)):
+        places = np.flatnonzero(old.mask_BT[b])
+        figures = {name: np.asarray(x)[b, places].tolist() for name, x in arrays.items()}
+        figures["ratio"] = np.exp(after_BT[b, places] - old.logp_BT[b, places]).tolist()
+        ids = old.tokens_BT[b]
+        rows.append({
+            "prompt": tok.show(ids[: places[0]]), "tokens": [tok.show([t]) for t in ids[places]],
+            "score": float(old.score_B[b]), "ended": bool(old.ended_B[b]), **figures,
+        })  # fmt: skip
+    if jax.process_index() == 0:
+        folder = settings.run / "rollouts"
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{i:06d}.json", {"iteration": i, "beta": beta, "answers": rows})
 
 
 if __name__ == "__main__":

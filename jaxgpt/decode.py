@@ -330,14 +330,15 @@ def stream(
     """The tokens of `generate` for one prompt, one at a time as they come: for a person who reads along.
 
     The cache doubles when it is full. Parameters that went through `prepare` once are used as they are; pass the same
-    `sample` and `filter_logits` again, or they are compiled again."""
+    `sample` and `filter_logits` again, or they are compiled again: a `jax.tree_util.Partial` may change the numbers it
+    holds without that."""
     P = prompt_BP.shape[1]
     check_room(config, P, new_tokens)
     stops = {stop} if isinstance(stop, int) else set(stop)
     if "head_DV" not in params:
         params = jax.jit(prepare, static_argnums=1)(params, config)
     room = min(segment, new_tokens)
-    chosen = {"sample": sample, "filter_logits": filter_logits}
+    chosen = {"sample": jax.tree_util.Partial(sample), "filter_logits": jax.tree_util.Partial(filter_logits)}
     first, *rest = jax.random.split(key, new_tokens)
     cache, token_B = _first(params, config, prompt_BP, length_B, room, first, **chosen)
     for t, step_key in enumerate([*rest, None]):
@@ -353,7 +354,7 @@ def stream(
         cache, token_B = _next(params, config, cache, token_B, length_B, P, jnp.asarray(t), step_key, **chosen)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 4), static_argnames=("sample", "filter_logits"))
+@functools.partial(jax.jit, static_argnums=(1, 4))
 def _first(
     params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, key: Array, *,
     sample: Sampler, filter_logits: sampling.Filter,
@@ -362,7 +363,7 @@ def _first(
     return cache, sample(key, filter_logits(logits_BV))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 5), static_argnames=("sample", "filter_logits"), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(1, 5), donate_argnums=2)
 def _next(
     params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array,
     key: Array, *, sample: Sampler, filter_logits: sampling.Filter,

@@ -7,7 +7,7 @@ summed over the answer this is r = h - beta log(pi(y|x) / rho(y|x)) (Ziegler et 
     rollout, metrics = score(state, config, ppo, rows, sampler_logp, ended_B, score_B)     h from a model or the host
     state, controller, metrics = update(state, config, ppo, tx, rollout, controller, key)
 
-`ppo_iteration` is these three with a reward that is a JAX function, for one jit. State parameters: trainable
+`ppo_iteration` is these three with a reward that is a JAX function, for one jit; `host_iteration` with any other. State parameters: trainable
 'policy' and 'value_head', frozen 'reference' and whatever the reward needs (usually 'reward').
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -23,10 +24,12 @@ from jaxgpt import kl, lora, losses, model, returns, rollout, sharding
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.losses import Mean
 from jaxgpt.structs import Array, Batch, Leaf, Params, Rollout
+from jaxgpt.tokenizer import Tokenizer, answer_text
 from jaxgpt.train import Metrics, TrainState, init_state, make_train_step, split_rows
 
 Controller = kl.AdaptiveKL | kl.FixedKL
 RewardFn = Callable[[Params, Batch], Array]
+HostReward = Callable[[Batch], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,11 +240,70 @@ def ppo_iteration(
     reward_fn(params, rows) -> h_B sees all parameters, frozen ones included.
     """
     sample_key, update_key = jax.random.split(key)
-    rows, sampler_logp_BT, ended_B = collect(state, config, ppo, prompts, sample_key, stop)
-    score_B = reward_fn(state.params, rows)
-    experience, seen = score(state, config, ppo, rows, sampler_logp_BT, ended_B, score_B)
+    experience, seen = gather(state, prompts, sample_key, config=config, ppo=ppo, reward_fn=reward_fn, stop=stop)
     state, controller, metrics = update(state, config, ppo, tx, experience, controller, update_key)
     return state, controller, {**seen, **metrics}
+
+
+def gather(
+    state: TrainState,
+    prompts: Prompts,
+    key: Array,
+    *,
+    config: ModelConfig,
+    ppo: PPOConfig,
+    reward_fn: RewardFn,
+    stop: int,
+) -> tuple[Rollout, Metrics]:
+    """`collect` and `score` with a reward that is a JAX function."""
+    rows, sampler_logp_BT, ended_B = collect(state, config, ppo, prompts, key, stop)
+    return score(state, config, ppo, rows, sampler_logp_BT, ended_B, reward_fn(state.params, rows))
+
+
+def host_iteration(
+    config: ModelConfig, ppo: PPOConfig, tx: optax.GradientTransformation, reward_fn: HostReward, stop: int
+) -> Callable[[TrainState, Controller, Prompts, Array], tuple[TrainState, Controller, Metrics]]:
+    """`ppo_iteration` for a reward that runs on the host (a lexicon, a verifier, a person): two compiled programs with
+    reward_fn(rows) -> h_B, on NumPy arrays, between them. State and controller are donated.
+
+    `on_texts` makes such a function of one of texts. UserError when it doesn't return one finite number a row."""
+    sample = jax.jit(lambda state, prompts, key: collect(state, config, ppo, prompts, key, stop))
+
+    def learn(
+        state: TrainState, controller: Controller, seen: tuple[Batch, Array, Array], score_B: Array, key: Array
+    ) -> tuple[TrainState, Controller, Metrics]:
+        experience, metrics = score(state, config, ppo, *seen, score_B)
+        state, controller, more = update(state, config, ppo, tx, experience, controller, key)
+        return state, controller, {**metrics, **more}
+
+    learn_jit = jax.jit(learn, donate_argnums=(0, 1))
+
+    def one(
+        state: TrainState, controller: Controller, prompts: Prompts, key: Array
+    ) -> tuple[TrainState, Controller, Metrics]:
+        sample_key, update_key = jax.random.split(key)
+        seen = sample(state, prompts, sample_key)
+        scores = np.asarray(reward_fn(jax.device_get(seen[0])), np.float32)
+        if scores.shape != seen[2].shape or not np.isfinite(scores).all():
+            raise UserError(
+                f"the reward function returned {scores!r} for {len(seen[2])} answers; one finite number each"
+            )
+        return learn_jit(state, controller, seen, scores, update_key)
+
+    return one
+
+
+def on_texts(reward_fn: Callable[[list[str], list[str]], Any], tok: Tokenizer) -> HostReward:
+    """reward_fn(prompts, answers) -> scores as a function of rows."""
+
+    def on_rows(rows: Batch) -> Any:
+        prompts, answers = [], []
+        for tokens_T, mask_T in zip(rows.tokens_BT, rows.mask_BT, strict=True):
+            prompts.append(tok.decode(tokens_T[: int(np.argmax(mask_T))]))
+            answers.append(answer_text(tok, tokens_T[mask_T]))
+        return reward_fn(prompts, answers)
+
+    return on_rows
 
 
 def check_batch(rows: int, ppo: PPOConfig, config: ModelConfig, prompt_tokens: int) -> None:

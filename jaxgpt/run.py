@@ -42,7 +42,7 @@ PLACE_FIELDS = frozenset(
 )  # settings that name a place or a way to run, not a result
 OWN_FILES = (  # removed by a restart
     "done.json", "settings.json", "metrics.jsonl", "log.txt", "tensorboard", "model", "adapters",
-    "checkpoints",
+    "critic", "rollouts", "checkpoints",
 )  # fmt: skip
 MAKE_ROOM = "make room, and the same command goes on from the newest checkpoint"
 FLUSH_SECONDS = 10.0  # between two moments at which TensorBoard sees the curves grow

@@ -18,9 +18,9 @@ Filter = Callable[[Array], Array]
 NEVER = -1e30  # a logit that is never drawn; finite, so that no difference of two is NaN
 
 
-def temperature(logits: Array, t: float) -> Array:
+def temperature(logits: Array, t: float | Array) -> Array:
     """logits / t. The temperature is part of the policy: training and reference use the same one."""
-    if not t > 0:
+    if isinstance(t, (int, float)) and not t > 0:
         raise UserError(f"temperature {t} must be above 0; use greedy decoding for the limit of 0")
     return logits / t
 
@@ -35,15 +35,16 @@ def top_k(logits: Array, k: int) -> Array:
     return jnp.where(logits >= threshold, logits, NEVER)
 
 
-def top_p(logits: Array, p: float) -> Array:
+def top_p(logits: Array, p: float | Array) -> Array:
     """Nucleus: keep the most probable tokens until their probabilities reach p (and ties with the last); at least one.
 
     Holtzman et al. 2020. No sort: the threshold is found bit by bit, the largest value above which p is reached.
     """
-    if not 0 < p <= 1:
-        raise UserError(f"top-p {p} must be in (0, 1]")
-    if p == 1:
-        return logits
+    if isinstance(p, (int, float)):
+        if not 0 < p <= 1:
+            raise UserError(f"top-p {p} must be in (0, 1]")
+        if p == 1:
+            return logits
     order = _ordered(logits)
     probability = jax.nn.softmax(logits.astype(jnp.float32))
 

@@ -179,11 +179,12 @@ def differences(untouched: Path, killed: Path) -> list[str]:
 
 
 def prepare(root: Path, texts: Sequence[str], stages: Sequence[str] = STAGES, processes: int = 1) -> None:
-    """The untouched runs."""
+    """The untouched runs of these stages and of what they start from."""
     from jaxgpt.data.jsonl import write_rows
 
     write_rows(root / "text.jsonl", ({"text": text} for text in texts))
-    for stage in ("pretrain", "sft", "preferences", "reward", "ppo", "dpo"):
+    order = ("pretrain", "sft", "preferences", "reward", "ppo", "dpo")
+    for stage in order[: 1 + max(map(order.index, stages))]:
         if stage in stages or stage not in ("ppo", "dpo"):
             several = processes if stage in STAGES else 1
             Program(command(stage, root, root / stage), several, root / f"{stage}.log").finish()

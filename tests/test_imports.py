@@ -14,7 +14,7 @@ LEVELS = {
     1: "losses kl returns vocab_head sampling model layers attention tokenizer optim sharding settings process "
     "progress guard",
     2: "decode speculative train lora data checkpoint run cli pretrained reward bench resume verify",
-    3: "rollout evaluate dpo beam",
+    3: "rollout evaluate dpo beam chat",
     4: "ppo report doctor web",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}

@@ -8,13 +8,13 @@ from tests import soak
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "kills"), [(1, 2), (2, 1)])
-def test_killed_runs_go_on_to_the_last_bit(tmp_path, processes, kills):
-    """Three kills a stage in all; `make soak` does more."""
+@pytest.mark.parametrize(("processes", "kills", "stages"), [(1, 2, soak.STAGES), (2, 2, ("pretrain",))])
+def test_killed_runs_go_on_to_the_last_bit(tmp_path, processes, kills, stages):
+    """Two kills a stage, and of two processes; `make soak` does more."""
     texts = sources.documents("movie_reviews", "train", cache_root() / "data")[:150]
-    soak.prepare(tmp_path, texts, processes=processes)
-    outcomes = list(soak.soak(tmp_path, soak.STAGES, processes, kills, seed=processes))
-    assert [one.stage for one in outcomes] == list(soak.STAGES)
+    soak.prepare(tmp_path, texts, stages=stages, processes=processes)
+    outcomes = list(soak.soak(tmp_path, stages, processes, kills, seed=processes))
+    assert [one.stage for one in outcomes] == list(stages)
     for one in outcomes:
         assert not one.differences, one
         assert len(one.hits) == kills, one

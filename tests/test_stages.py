@@ -145,7 +145,7 @@ def test_chat_streams_an_answer_from_any_stage(finished):
         talk = chat.Chat(chat.Settings(model=finished.run / stage, new_tokens=8))
         text = "".join(talk.reply("Say </answer> & <prompt>", jax.random.key(0)))
         assert isinstance(text, str) and "tokens/s" in talk.stats
-        assert talk.raw == (stage == "pretrain") and not talk.history
+        assert talk.speaker.raw == (stage == "pretrain") and not talk.history
 
 
 def fails(capsys, main, *argv: str) -> str:

@@ -276,12 +276,11 @@ class Store:
             "SELECT id, task, annotator, kind, tiers, shown, seconds, time, again FROM votes "
             f"WHERE {_STANDING} AND (? IS NULL OR annotator = ?) ORDER BY number", annotator, annotator,
         )  # fmt: skip
-        return [
-            Vote(
-                id_, task, who, kind, tuple(map(tuple, json.loads(tiers))), tuple(json.loads(shown)), *rest, bool(again)
-            )
-            for id_, task, who, kind, tiers, shown, *rest, again in rows
-        ]
+        found = []
+        for id_, task, who, kind, tiers, shown, seconds, when, again in rows:
+            places = tuple(map(tuple, json.loads(tiers)))
+            found.append(Vote(id_, task, who, kind, places, tuple(json.loads(shown)), seconds, when, bool(again)))
+        return found
 
     def count(self, annotator: str | None = None) -> int:
         return int(self._rows(
@@ -345,6 +344,13 @@ def preferences_of(task: Task, vote: Vote) -> list[Preference]:
     tiers = vote.tiers if vote.kind in ("favourite", "ranking") else ()
     answers, ended = [a.text for a in task.answers], [a.ended for a in task.answers]
     return from_tiers(task.prompt, answers, tiers, ended, meta)
+
+
+def part(file: Path, name: str) -> Path:
+    """The name that `read` takes for one part of a database."""
+    if not is_database(file):
+        raise UserError(f"{file} is no database of votes; python -m experiments.votes --read makes one of a file")
+    return file.with_name(f"{file.name}:{name}")
 
 
 def _split(path: Path) -> tuple[Path, str]:

@@ -18,9 +18,9 @@ import hmac
 import importlib.resources
 import json
 import os
+import platform
 import secrets
 import socket
-import sys
 import time
 import webbrowser
 from collections.abc import Awaitable, Callable, Mapping
@@ -264,7 +264,8 @@ class _Connection(H11Protocol):
         self.loop.call_later(2 * PATIENCE, self._close_if_silent)
 
     def _close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        silent: Any = self.cycle is None
+        if silent and not self.transport.is_closing():
             self.transport.close()
 
 
@@ -314,5 +315,6 @@ def address_outside() -> str:
 
 def open_page(address: str) -> None:
     """In the browser of this desktop, if there is one."""
-    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+    desktop = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if desktop or platform.system() in ("Darwin", "Windows"):
         webbrowser.open(address)

@@ -1,0 +1,107 @@
+"""PPO whose reward is a person: what a learned reward model replaces, and why.
+
+    python -m experiments.rate --model runs/assistant/sft --run runs/rated
+
+The loop stops at every batch until somebody has given each answer one to five stars on a page; the person is a host
+function `reward_fn(prompts, answers) -> scores` like any other. At the end it says how long the loop waited. Ratings
+are on disk at once: the same command goes through what is rated again without asking, and asks from there on.
+"""
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgpt import kl, optim, ppo, rollout
+from jaxgpt.checkpoint import load_language_model, save_model
+from jaxgpt.cli import cli
+from jaxgpt.data import sources, votes
+from jaxgpt.data.questions import questions
+from jaxgpt.ppo import PPOConfig, Prompts
+from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.tokenizer import prompt_ids
+from jaxgpt.train import to_floats
+from jaxgpt.web import rate, server
+from jaxgpt.web.server import ServeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """40 ratings. 2 CPU cores: seconds a step; the person is what takes time."""
+
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "serve")  # what they hold counts, not where it is
+
+    run: Path = Path("runs/rated")
+    model: Path = Path("runs/assistant/sft")
+    prompts: str = "movie_reviews"  # or "questions", or files as for the other stages
+    iterations: int = 5
+    batch: int = 8  # answers that are rated before each update
+    ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=4)
+    learning_rate: float = 1e-4
+    beta: float = 0.1  # stars a nat
+    seed: int = 0
+    serve: ServeConfig = ServeConfig(port=8002)
+    cache: Path = cache_root() / "data"
+    fresh: bool = False
+
+
+PRESETS: dict[str, Settings] = {}
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    inputs = {"model": run_fingerprint(settings.model), **sources.fingerprint(settings.prompts)}
+    with Run(settings.run, settings, stage="rate", inputs=inputs, fresh=settings.fresh) as run:
+        if run.finished:
+            run.say(f"rate: already done in {settings.run}")
+            return run.results
+        start, config, tok, _ = load_language_model(settings.model)
+        asked = (questions() if settings.prompts == "questions"
+                 else [one.text for one in sources.prompts(settings.prompts, "train", settings.cache)])  # fmt: skip
+        ids = [prompt_ids(tok, text) for text in asked]
+        tokens_NP, lengths_N = rollout.pad_prompts(ids, max(map(len, ids)))
+        ppo.check_batch(settings.batch, settings.ppo, config, tokens_NP.shape[1])
+        order = np.random.default_rng(settings.seed).permutation(len(ids))
+
+        bound = server.Server(settings.serve, token := settings.serve.secret())
+        person = rate.Person(votes.Store(settings.run / "ratings.sqlite"))
+        app = rate.application(person, settings.serve, token)
+        threading.Thread(target=bound.run, args=(app,), daemon=True).start()
+        run.say(f"rate at {bound.address} ({settings.iterations} rounds of {settings.batch} answers)")
+        server.open_page(bound.address)
+
+        tx = optim.adam_tf(optax.constant_schedule(settings.learning_rate))
+        state = ppo.init(start, config, tx, {})
+        control: ppo.Controller = kl.FixedKL(jnp.float32(settings.beta))
+        reward_fn = ppo.on_texts(person, tok)
+        iteration = ppo.host_iteration(config, settings.ppo, tx, reward_fn, tok.template.end)
+        began, waited = time.monotonic(), 0.0
+        for i in range(1, settings.iterations + 1):
+            person.about = f"round {i} of {settings.iterations}"
+            index = order[np.arange((i - 1) * settings.batch, i * settings.batch) % len(order)]
+            prompts = Prompts(jnp.asarray(tokens_NP[index]), jnp.asarray(lengths_N[index]))
+            key = jax.random.fold_in(jax.random.key(settings.seed), i)
+            state, control, metrics = iteration(state, control, prompts, key)
+            floats = {**to_floats(metrics), "seconds_waited": person.waited - waited}
+            waited = person.waited
+            run.log(i, floats)
+            run.say(f"round {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats, "
+                    f"waited {floats['seconds_waited']:.1f} s for the person")  # fmt: skip
+        total = time.monotonic() - began
+        save_model(settings.run / "model", state.params["policy"], config, tok)
+        run.say(f"rate: of {total:.0f} s the loop waited {waited:.0f} s ({waited / total:.0%}) for "
+                f"{settings.iterations * settings.batch} ratings; a reward model answers at once")  # fmt: skip
+        run.finish({"seconds": total, "seconds_waited": waited, "score": floats["score"], "kl": floats["kl"]})
+        person.finished = True
+        time.sleep(1.5)  # the page says that it is done
+        bound.stop()
+        return run.results
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

@@ -1,0 +1,261 @@
+"""The page on which models answer side by side: its calls.
+
+    say       one model's answer, as lines of JSON while it is drawn; the last line says what each token was worth
+    rate      which of the answers was best: a vote in the same database as the label page's
+    models    who answers;  rollouts, rollout   what a run of PPO kept of its own answers
+
+A model draws in a thread of its own, into a queue, so that whoever reads slowly, or not at all, holds nobody up.
+"""
+
+import asyncio
+import dataclasses
+import json
+import random
+import re
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from jaxgpt.chat import Microscope, SamplingConfig, Speaker
+from jaxgpt.config import UserError
+from jaxgpt.data import votes
+from jaxgpt.data.formats import ASSISTANT, HUMAN
+from jaxgpt.data.jsonl import checked_text
+from jaxgpt.run import run_fingerprint
+from jaxgpt.settings import read_json
+from jaxgpt.web import server
+from jaxgpt.web.server import Refused, ServeConfig, field
+
+TOP_K = (0, 10, 50)  # each is compiled, so the page offers a few
+LONGEST = 512  # tokens of an answer, at most
+WAITING = 8  # answers that may wait for one model
+
+
+@dataclasses.dataclass
+class Seat:
+    """A model on the page."""
+
+    name: str
+    place: Path
+    scope: Microscope
+    fingerprint: str
+    turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    waiting: int = 0
+
+    @property
+    def speaker(self) -> Speaker:
+        return self.scope.speaker
+
+    def described(self) -> dict[str, Any]:
+        config = self.speaker.config
+        return {
+            "name": self.name, "layers": config.layers, "width": config.width, "block": config.block,
+            "raw": self.speaker.raw, "remembers": self.speaker.remembers,
+            "reference": self.scope.reference is not None, "critic": self.scope.critic is not None,
+            "judge": self.scope.judge is not None,
+        }  # fmt: skip
+
+
+def seats(places: Sequence[Path], reference: Path | None, judge: Path | None) -> list[Seat]:
+    """Load the models. The KL of each is to `reference` if that has the same tokenizer and size; the reward model
+    `judge` scores the answers of those whose tokenizer it shares."""
+    compared = Speaker(reference) if reference else None
+    found: list[Seat] = []
+    for place in places:
+        speaker = compared if compared and place == reference else Speaker(place)
+        alike = compared and (speaker.config, speaker.tok.fingerprint) == (compared.config, compared.tok.fingerprint)
+        critic = place / "critic" if (place / "critic" / "model.json").exists() else None
+        scope = Microscope(speaker, compared.params if compared and alike else None, critic, judge)
+        name = place.name if place.name not in {seat.name for seat in found} else str(place)
+        found.append(Seat(name, place, scope, run_fingerprint(place)[:16]))
+    return found
+
+
+def application(
+    models: Sequence[Seat], store: votes.Store, serve: ServeConfig, token: str, rollouts: Path | None = None
+) -> server.Guard:
+    kept = {path.stem: path for path in sorted(rollouts.glob("*.json"))} if rollouts else {}
+
+    async def describe(data: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "models": [seat.described() for seat in models], "top_k": TOP_K, "longest": LONGEST,
+            "rollouts": sorted(kept),
+        }  # fmt: skip
+
+    async def rollout(data: dict[str, Any]) -> Any:
+        name = field(data, "name", str)
+        if name not in kept:
+            raise Refused(404, "no such rollout")
+        return await run_in_threadpool(read_json, kept[name])
+
+    async def say(request: Request) -> Response:
+        try:
+            data = await server.read_json(request)
+            number = field(data, "model", int)
+            if not 0 <= number < len(models):
+                raise Refused(404, "no such model")
+            seat = models[number]
+            how = SamplingConfig(
+                temperature=float(field(data, "temperature", (int, float))),
+                top_p=float(field(data, "top_p", (int, float))),
+                top_k=field(data, "top_k", int), new_tokens=min(field(data, "new_tokens", int), LONGEST),
+            )  # fmt: skip
+            if how.top_k not in TOP_K:
+                raise Refused(400, f"top_k is one of {', '.join(map(str, TOP_K))}")
+            ids = prompt_of(seat.speaker, turns(data))
+            seat.speaker.room(ids, how.new_tokens)
+            if seat.waiting >= WAITING:
+                raise Refused(429, f"{seat.name} has {WAITING} answers to give already")
+            seed = field(data, "seed", int, random.randrange(2**31)) % 2**31
+        except Refused as refusal:
+            return JSONResponse({"error": str(refusal)}, refusal.status)
+        except UserError as error:
+            return JSONResponse({"error": str(error)}, 400)
+        loop, gone = asyncio.get_running_loop(), threading.Event()
+        lines: asyncio.Queue[str | None] = asyncio.Queue()
+
+        def put(line: str | None) -> None:
+            seat.waiting -= line is None
+            lines.put_nowait(line)
+
+        def work() -> None:
+            for line in draw(seat, ids, how, seed, gone):
+                loop.call_soon_threadsafe(put, line)
+            loop.call_soon_threadsafe(put, None)
+
+        async def sent() -> AsyncIterator[str]:
+            try:
+                while (line := await lines.get()) is not None:
+                    yield line
+            finally:
+                gone.set()
+
+        seat.waiting += 1
+        threading.Thread(target=work, daemon=True).start()
+
+        return StreamingResponse(sent(), media_type="application/x-ndjson")
+
+    def rate(data: dict[str, Any]) -> dict[str, Any]:
+        annotator = checked_text(field(data, "annotator", str), "annotator").strip()
+        answers = []
+        for one in field(data, "answers", list):
+            if not isinstance(one, dict):
+                raise Refused(400, "answers must be objects")
+            number, how = field(one, "model", int), field(one, "how", dict)
+            if not 0 <= number < len(models):
+                raise Refused(404, "no such model")
+            figures = {name: how[name] for name in ("temperature", "top_p", "top_k", "new_tokens", "seed")
+                       if isinstance(how.get(name), (int, float))}  # fmt: skip
+            origin = {"model": str(models[number].place), "checkpoint": models[number].fingerprint, **figures}
+            answers.append(votes.Answer(field(one, "text", str).strip(), field(one, "ended", bool), origin))
+        best = field(data, "best", (int, type(None)))
+        task = votes.Task(dialogue(turns(data)), tuple(answers))
+        shown = tuple(range(len(answers)))
+        if best is not None and best not in shown:
+            raise Refused(400, "the best one is not among the answers")
+        tiers = (shown,) if best is None else ((best,), tuple(i for i in shown if i != best))
+        kind: Any = "bad" if best is None else "favourite"
+        vote = votes.Vote(field(data, "id", str), task.id, annotator, kind, tiers, shown)
+        store.add_task(task)
+        return {"new": store.vote(vote), "votes": store.count(annotator)}
+
+    async def rated(data: dict[str, Any]) -> Any:
+        return await run_in_threadpool(rate, data)
+
+    calls = {"models": describe, "rollout": rollout, "rate": rated}
+    return server.application("chat", calls, serve, token, (Route("/api/say", say, methods=["POST"]),))
+
+
+def turns(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """(prompt, answer) of each turn; the last answer is still to come."""
+    found = []
+    for turn in field(data, "turns", list):
+        if not isinstance(turn, dict):
+            raise Refused(400, "turns must be objects")
+        found.append((checked_text(field(turn, "prompt", str), "a prompt"), str(field(turn, "answer", str, ""))))
+    if not found:
+        raise Refused(400, "say something")
+    return found
+
+
+def prompt_of(speaker: Speaker, conversation: list[tuple[str, str]]) -> list[int]:
+    """The conversation in ids; a model that never learnt to hold one sees its last prompt alone."""
+    ids: list[int] = []
+    if speaker.remembers:
+        for prompt, answer in conversation[:-1]:
+            ids = [*speaker.prompt(prompt, ids), *speaker.tok.encode(answer), speaker.stop]
+            if len(ids) > speaker.config.block // 2:
+                ids = []  # the oldest part is forgotten
+    return speaker.prompt(conversation[-1][0], ids)
+
+
+def dialogue(conversation: list[tuple[str, str]]) -> str:
+    """As one prompt: its words, or several turns in hh-rlhf's notation (`data.formats`)."""
+    if len(conversation) == 1:
+        return conversation[0][0]
+    words = "".join(HUMAN + prompt + ASSISTANT + answer for prompt, answer in conversation)
+    return re.sub(r"\n\nAssistant: $", "", words)
+
+
+def draw(seat: Seat, ids: list[int], how: SamplingConfig, seed: int, gone: threading.Event) -> Iterator[str]:
+    """One answer's lines; ends early when the reader is gone."""
+    try:
+        with seat.turn:
+            started = time.monotonic()
+            answer: list[int] = []
+            for token, text in seat.speaker.say(ids, how, jax.random.key(seed)):
+                if gone.is_set():
+                    return
+                answer.append(token)
+                if text:
+                    yield json.dumps({"text": text}) + "\n"
+            seconds = time.monotonic() - started
+            ended = len(answer) < seat.speaker.room(ids, how.new_tokens)
+            if ended:
+                answer.append(seat.speaker.stop)
+            yield json.dumps({"done": report(seat, ids, answer, how, ended, seconds, seed)}) + "\n"
+    except Exception as error:  # said on the page: the thread has nobody else to tell
+        traceback.print_exc()
+        yield json.dumps({"error": f"this answer failed ({type(error).__name__})"}) + "\n"
+
+
+def report(
+    seat: Seat, ids: list[int], answer: list[int], how: SamplingConfig, ended: bool, seconds: float, seed: int
+) -> dict[str, Any]:
+    """What there is to say of an answer, token by token."""
+    seen = seat.scope.look(ids, answer, how.temperature)
+    tokens = texts(seat.speaker, answer)
+
+    def listed(x: np.ndarray | None) -> list[float] | None:
+        return None if x is None else [round(float(v), 5) for v in x]
+
+    return {
+        "tokens": tokens, "p": listed(np.exp(seen.logp)), "entropy": listed(seen.entropy), "kl": listed(seen.kl),
+        "log_ratio": None if seen.ref_logp is None else listed(seen.logp - seen.ref_logp),
+        "value": listed(seen.value), "score": seen.score, "ended": ended, "seconds": seconds,
+        "how": {**dataclasses.asdict(how), "seed": seed},
+    }  # fmt: skip
+
+
+def texts(speaker: Speaker, ids: list[int]) -> list[str]:
+    """A text for each token, which together are the answer's: a character of several tokens is the last one's."""
+    found, said = [], ""
+    for n in range(len(ids)):
+        if speaker.tok.is_special(ids[n]):
+            found.append(speaker.tok.tag(ids[n]))
+            continue
+        whole = speaker.tok.decode(ids[: n + 1])
+        more = "" if whole.endswith("\ufffd") and n + 1 < len(ids) else whole[len(said) :]
+        said += more
+        found.append(more)
+    return found

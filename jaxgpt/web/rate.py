@@ -1,0 +1,86 @@
+"""A person as the reward inside the reinforcement learning loop, where a learned reward model would else stand.
+
+    person = Person(store, "ada")                   # a host reward function: (prompts, answers) -> scores
+    app = rate.application(person, ServeConfig(), token)
+
+The loop calls `person(prompts, answers)` and waits; the page shows one answer after the other and takes one to five
+stars. Every rating is on disk when it is answered: a loop that is started again with the same answers asks only for
+what is missing.
+"""
+
+import dataclasses
+import hashlib
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from starlette.concurrency import run_in_threadpool
+
+from jaxgpt.data import votes
+from jaxgpt.web import server
+from jaxgpt.web.server import Refused, ServeConfig, field
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One answer that waits for its stars."""
+
+    id: str
+    prompt: str
+    answer: str
+
+
+class Person:
+    """reward_fn(prompts, answers) -> stars - 3, [B] float32, in -2 ... 2. `waited` adds up the seconds that calls took."""
+
+    def __init__(self, store: votes.Store, annotator: str = "person") -> None:
+        self.store, self.annotator = store, annotator
+        self.waited, self.calls, self.about, self.finished = 0.0, 0, "", False
+        self._items: list[Item] = []
+        self._change = threading.Condition()
+
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        started = time.monotonic()
+        self.calls += 1
+        items = [
+            Item(hashlib.sha256(f"{self.calls}\0{i}\0{prompt}\0{answer}".encode()).hexdigest()[:32], prompt, answer)
+            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        ]
+        with self._change:
+            self._items = items
+            while any(self.store.rating(item.id) is None for item in items):
+                self._change.wait(1.0)
+        self.waited += time.monotonic() - started
+        stars = [self.store.rating(item.id) or 3 for item in items]
+        return np.array(stars, np.float32) - 3
+
+    def state(self) -> dict[str, Any]:
+        """What the page shows: the next item of those that the loop waits for."""
+        with self._change:
+            left = [item for item in self._items if self.store.rating(item.id) is None]
+            return {
+                "item": dataclasses.asdict(left[0]) if left else None, "rated": len(self._items) - len(left),
+                "of": len(self._items), "about": self.about, "finished": self.finished,
+            }  # fmt: skip
+
+    def rate(self, id_: str, stars: int, seconds: float | None) -> dict[str, Any]:
+        with self._change:
+            item = next((item for item in self._items if item.id == id_), None)
+            if item is None:
+                raise Refused(409, "this answer isn't waited for any more")
+            self.store.rate(item.id, item.prompt, item.answer, self.annotator, stars, seconds)
+            self._change.notify_all()
+        return self.state()
+
+
+def application(person: Person, serve: ServeConfig, token: str) -> server.Guard:
+    async def state(data: dict[str, Any]) -> Any:
+        return await run_in_threadpool(person.state)
+
+    async def rate(data: dict[str, Any]) -> Any:
+        id_, stars = field(data, "id", str), field(data, "stars", int)
+        return await run_in_threadpool(person.rate, id_, stars, field(data, "seconds", (int, float), None))
+
+    return server.application("rate", {"state": state, "rate": rate}, serve, token)
