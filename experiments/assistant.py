@@ -102,8 +102,9 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
 def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     experiments.report.heldout_prompts(settings.report)  # too few would be found out only at the end
-    for part in votes.PARTS if settings.labels else ():
-        votes.read(votes.part(settings.labels, part))  # none at all would be found out half-way
+    if settings.labels:
+        for part in votes.PARTS:
+            votes.read(votes.part(settings.labels, part))  # none at all would be found out half-way
     results = {stage.__name__.rpartition(".")[2]: stage.main(own) for stage, own in stage_settings(settings)}
     minutes = (time.monotonic() - started) / 60
     if jax.process_index() == 0:

@@ -7,12 +7,14 @@ summed over the answer this is r = h - beta log(pi(y|x) / rho(y|x)) (Ziegler et 
     rollout, metrics = score(state, config, ppo, rows, sampler_logp, ended_B, score_B)     h from a model or the host
     state, controller, metrics = update(state, config, ppo, tx, rollout, controller, key)
 
-`ppo_iteration` is these three with a reward that is a JAX function, for one jit; `host_iteration` with any other. State parameters: trainable
-'policy' and 'value_head', frozen 'reference' and whatever the reward needs (usually 'reward').
+`ppo_iteration` is these three with a reward that is a JAX function, for one jit; `host_iteration` with any other.
+State parameters: trainable 'policy' and 'value_head', frozen 'reference' and whatever the reward needs (usually
+'reward').
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

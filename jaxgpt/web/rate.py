@@ -33,7 +33,7 @@ class Item:
 
 
 class Person:
-    """reward_fn(prompts, answers) -> stars - 3, [B] float32, in -2 ... 2. `waited` adds up the seconds that calls took."""
+    """reward_fn(prompts, answers) -> stars - 3, [B] float32, -2 to 2. `waited` adds up the seconds that calls took."""
 
     def __init__(self, store: votes.Store, annotator: str = "person") -> None:
         self.store, self.annotator = store, annotator
