@@ -2,23 +2,29 @@
 
 import contextlib
 import http.client
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
-from experiments import reward, sft
-from jaxgpt.checkpoint import save_model
+from experiments import label, ppo, reward, sft
+from jaxgpt import model
+from jaxgpt import reward as reward_model
+from jaxgpt.checkpoint import load_language_model, save_model
 from jaxgpt.config import ModelConfig, round_up
 from jaxgpt.data import formats, votes
 from jaxgpt.data.jsonl import write_rows
 from jaxgpt.run import Run
+from jaxgpt.settings import write_json
 from jaxgpt.tokenizer import train_bpe
 from tests.helpers import params_of
 
@@ -279,3 +285,166 @@ def test_a_stranger_s_page_can_neither_read_nor_write(browser, questions, tmp_pa
             assert votes.Store(file).count() == 0
     finally:
         stranger.kill()
+
+
+# ---- models side by side ----
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny_run) -> dict[str, Path]:
+    """A reference, a policy with a critic and kept rollouts, and a reward model, all tiny and untrained."""
+    root = tmp_path_factory.mktemp("models")
+    loaded = load_language_model(tiny_run)
+    ppo_run = root / "ppo"
+    with Run(ppo_run, ppo.Settings(run=ppo_run), stage="ppo") as run:
+        save_model(ppo_run / "model", params_of(loaded.config, 1, scale=1.5), loaded.config, loaded.tokenizer)
+        head = model.scalar_head(jax.random.key(2), loaded.config.width)
+        save_model(ppo_run / "critic", {"value_head": head}, loaded.config)
+        figures = {name: [0.5, -1.0, 0.25] for name in ("logp", "ref_logp", "ratio", "advantage", "value", "return")}
+        one = {"prompt": f"<prompt>{HOSTILE}</prompt><answer>", "tokens": ["fi", HOSTILE, "</answer>"], "score": 1.5,
+               "ended": True, **figures}  # fmt: skip
+        write_json(ppo_run / "rollouts/000014.json", {"iteration": 14, "beta": 0.1, "answers": [one]})
+        run.finish({})
+    judge = reward_model.init(jax.random.key(3), loaded.params, loaded.config.width)
+    save_model(root / "reward/model", judge, loaded.config, loaded.tokenizer)
+    return {"sft": tiny_run, "ppo": ppo_run, "reward": root / "reward"}
+
+
+def chat_flags(models: dict[str, Path], file: Path) -> tuple[str, ...]:
+    return ("--models", str(models["sft"]), str(models["ppo"]), "--reference", str(models["sft"]), "--reward",
+            str(models["reward"]), "--ppo", str(models["ppo"]), "--votes", str(file))  # fmt: skip
+
+
+def test_models_answer_side_by_side_and_every_token_can_be_looked_at(browser, models, tmp_path):
+    port, file = free_port(), tmp_path / "votes.sqlite"
+    with served("experiments.chat_web", *chat_flags(models, file), port=port):
+        page = open_page(browser, f"http://127.0.0.1:{port}/", color_scheme="dark")
+        expect(page.locator("#summary")).to_contain_text("sft, ppo")
+        page.locator("summary").click()
+        page.get_by_label("Tokens", exact=True).fill("16")
+        page.get_by_label("Seed").fill("3")
+        assert violations(page) == []
+        page.get_by_label("Prompt").fill(f"first {HOSTILE}")
+        page.keyboard.press("Enter")
+        page.locator(".tokens").nth(1).wait_for(timeout=120_000)
+        assert page.locator(".turn .prompt .words").inner_text() == f"first {HOSTILE}"
+        facts = page.locator(".facts").nth(1).inner_text()
+        assert "KL" in facts and "reward" in facts and page.locator(".trace").count() == 1  # the critic is ppo's
+        tokens = page.locator(".tokens").nth(1).locator("span")
+        tokens.nth(2).hover()
+        figures = page.locator("#figures")
+        expect(figures).to_contain_text("probability")
+        expect(figures).to_contain_text("critic's value")
+        before = figures.inner_text()
+        page.locator(".tokens").nth(1).focus()
+        page.keyboard.press("ArrowRight")
+        assert figures.inner_text() != before
+        for name in ("p", "kl", "log_ratio", "entropy"):
+            page.locator("#paint").select_option(name)
+            painted = tokens.evaluate_all("all => all.filter(t => t.style.backgroundColor).length")
+            assert painted > 0, name
+        assert violations(page) == []
+        page.on("dialog", lambda dialog: dialog.accept("ada"))
+        page.get_by_role("button", name="The answer of ppo is the best").click()
+        expect(page.locator("#message")).to_have_text("Saved: 1 votes of ada.")
+        text = "".join(tokens.all_inner_texts())
+        page.get_by_label("Prompt").fill("second")
+        page.get_by_role("button", name="Send").click()
+        page.locator(".tokens").nth(3).wait_for(timeout=120_000)
+        page.get_by_role("button", name="Again").click()
+        expect(page.locator(".turn")).to_have_count(2)
+        page.locator(".tokens").nth(3).wait_for(timeout=120_000)
+        page.get_by_role("button", name="New").click()
+        expect(page.locator(".turn")).to_have_count(0)
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.problems == [] and page.title() == "Models side by side · jaxgpt"
+    store = votes.Store(file)
+    (vote,) = store.votes("ada")
+    task = store.task(vote.task)
+    best = task.answers[vote.tiers[0][0]]
+    assert task.prompt == f"first {HOSTILE}" and best.origin["model"] == str(models["ppo"]) and best.text in text
+
+
+def test_rollouts_of_ppo_are_shown_token_by_token(browser, models, tmp_path):
+    port = free_port()
+    with served("experiments.chat_web", *chat_flags(models, tmp_path / "v.sqlite"), port=port):
+        page = open_page(browser, f"http://127.0.0.1:{port}/")
+        page.get_by_role("tab", name="PPO rollouts").click()
+        token = page.locator(".rollout .tokens span").nth(1)
+        assert token.inner_text() == HOSTILE
+        token.hover()
+        for name in ("advantage -1.000", "log π, nats", "log ρ, nats", "ratio after the update", "value", "return"):
+            expect(page.locator("#figures")).to_contain_text(name)
+        assert page.locator(".rollout .trace").count() == 3
+        assert violations(page) == [] and page.problems == []
+        assert page.locator(".rollout img").count() == 0
+
+
+# ---- a person as the reward ----
+
+
+def test_a_person_is_the_reward_of_ppo_and_a_killed_loop_asks_for_no_rating_twice(
+    browser, tiny_run, questions, tmp_path
+):
+    port, run = free_port(), tmp_path / "rated"
+    flags = ("--model", str(tiny_run), "--run", str(run), "--prompts", str(questions), "--iterations", "2", "--batch",
+             "4", "--ppo.new-tokens", "8")  # fmt: skip
+    with served("experiments.rate", *flags, port=port):
+        page = open_page(browser, f"http://127.0.0.1:{port}/")
+        expect(page.locator("#count")).to_have_text("0 of 4 in this round", timeout=120_000)
+        assert violations(page) == []
+        for n in range(2):
+            page.keyboard.press(str(n + 1))
+            expect(page.locator("#count")).to_have_text(f"{n + 1} of 4 in this round")
+    with served("experiments.rate", *flags, port=port) as process:
+        expect(page.locator("#count")).to_have_text("2 of 4 in this round", timeout=120_000)
+        page.keyboard.press("5")
+        expect(page.locator("#count")).to_have_text("3 of 4 in this round")
+        page.get_by_role("button", name="4 stars: good").click()
+        expect(page.locator("#about")).to_have_text("round 2 of 2", timeout=120_000)
+        for n in range(4):
+            expect(page.locator("#count")).to_have_text(f"{n} of 4 in this round", timeout=120_000)
+            page.keyboard.press("3")
+        assert process.wait(timeout=120) == 0
+        said = process.stdout.read().decode()
+    assert "the loop waited" in said
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and lines[-1]["score"] <= 0 and all(line["seconds_waited"] > 0 for line in lines)
+    assert json.loads((run / "done.json").read_text())["results"]["seconds_waited"] > 0
+
+
+# ---- answers made in the background ----
+
+
+def test_answers_are_made_ahead_and_a_reward_model_picks_what_it_is_least_sure_of(models, tmp_path, monkeypatch):
+    words = [f"first number {n}" for n in range(60)]
+    write_rows(tmp_path / "prompts.jsonl", ({"prompt": text} for text in words))
+    settings = label.Settings(
+        votes=tmp_path / "votes.sqlite", models=(models["sft"], models["ppo"]), prompts=str(tmp_path / "prompts.jsonl"),
+        candidates=3, ahead=40, new_tokens=6, retrain=20,
+    )  # fmt: skip
+    store = votes.Store(settings.votes)
+    maker = label.Maker(settings, store)
+    worker = threading.Thread(target=maker.run, daemon=True)
+    worker.start()
+    while store.unseen() < 40:
+        assert worker.is_alive(), maker.state
+        time.sleep(0.2)
+    for task in store.tasks().values():
+        assert 2 <= len(task.answers) <= 3 and task.doubt == 0
+        assert {answer.origin["model"] for answer in task.answers} <= {str(models["sft"]), str(models["ppo"])}
+        assert all({"checkpoint", "temperature", "seed"} <= answer.origin.keys() for answer in task.answers)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for task in list(store.tasks().values()):
+        rest = tuple(range(1, len(task.answers)))
+        store.vote(votes.Vote(task.id, task.id, "ada", "favourite", ((0,), rest), (0, *rest)))
+    deadline = time.monotonic() + 300
+    while not any(task.doubt > 0 for task in store.tasks().values()):
+        assert time.monotonic() < deadline and worker.is_alive(), maker.state
+        time.sleep(0.5)
+    maker.stop.set()
+    worker.join(60)
+    doubts = [task.doubt for task in store.tasks().values() if task.doubt > 0]
+    assert all(0 < doubt <= 1 + 1e-6 for doubt in doubts)
+    assert store.next_task("bob")[0].doubt == max(doubts)

@@ -204,3 +204,35 @@ def test_losses_module_is_what_the_update_uses():
     expected = jax.jit(jax.grad(policy_gradient))(state.trainable["policy"])
     for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_host_reward_gives_the_numbers_of_the_same_reward_in_jax():
+    """`host_iteration` with h = share of token 7 in the answer against `ppo_iteration` with the same, to rounding."""
+    config = PPOConfig(new_tokens=6, epochs=2, temperature=0.9)
+    tx = optax.sgd(0.1)
+    prompts = Prompts(*prompts_of(8, 5))
+    asked = []
+
+    def in_jax(params, rows):
+        return jnp.where(rows.mask_BT, rows.tokens_BT == 7, False).sum(1) / rows.mask_BT.sum(1)
+
+    def on_host(rows):
+        assert isinstance(rows.tokens_BT, np.ndarray)
+        asked.append(len(rows.tokens_BT))
+        return [(t[m] == 7).mean() for t, m in zip(rows.tokens_BT, rows.mask_BT, strict=True)]
+
+    def start():
+        return ppo.init(params_of(), TINY, tx, {}), kl.FixedKL(jnp.float32(0.1))
+
+    one = jax.jit(functools.partial(ppo.ppo_iteration, config=TINY, ppo=config, tx=tx, reward_fn=in_jax, stop=5))
+    other = ppo.host_iteration(TINY, config, tx, on_host, stop=5)
+    key = jax.random.key(0)
+    expected, _, metrics = one(*start(), prompts, jax.random.clone(key))
+    found, _, others = other(*start(), prompts, key)
+    assert asked == [8] and metrics.keys() == others.keys()
+    for name in ("score", "kl", "policy_loss", "length"):
+        np.testing.assert_allclose(train.to_floats(metrics)[name], train.to_floats(others)[name], atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), expected.trainable, found.trainable)
+    for wrong in (lambda rows: [1.0], lambda rows: [float("nan")] * 8):
+        with pytest.raises(UserError, match="one finite number each"):
+            ppo.host_iteration(TINY, config, tx, wrong, stop=5)(*start(), prompts, jax.random.key(1))

@@ -13,9 +13,10 @@ from experiments import assistant, chat, dpo, ppo, preferences, pretrain, reward
 from jaxgpt import doctor, model, optim, train
 from jaxgpt import ppo as ppo_algorithm
 from jaxgpt import reward as reward_model
+from jaxgpt.chat import Microscope, Speaker
 from jaxgpt.checkpoint import load_model
-from jaxgpt.config import ModelConfig
-from jaxgpt.data import sources
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.data import formats, sources, votes
 from jaxgpt.data.jsonl import write_rows
 from jaxgpt.data.preferences import read_preferences, write_preferences
 from jaxgpt.run import cache_root
@@ -97,6 +98,49 @@ def test_the_report_shows_every_policy(finished):
     assert (finished.run / "report/frontier.png").stat().st_size > 5000
     gold = results(finished, "report")["policies"]["PPO"]["gold"]
     assert gold["low"] <= gold["mean"] <= gold["high"]
+
+
+def test_ppo_keeps_rollouts_token_by_token_and_its_critic(finished):
+    """At the first iteration policy and reference are one, and after an update the ratio is not 1."""
+    first, second = (json.loads((finished.run / f"ppo/rollouts/{i:06d}.json").read_text()) for i in (1, 2))
+    assert first["beta"] == pytest.approx(finished.ppo.beta) and len(first["answers"]) == 8
+    for one in first["answers"] + second["answers"]:
+        lengths = {len(one[name]) for name in ("tokens", "logp", "ref_logp", "ratio", "value", "advantage", "return")}
+        assert lengths == {len(one["tokens"])} and one["prompt"].endswith("<answer>")
+        assert one["ended"] == (one["tokens"][-1] == "</answer>")
+        np.testing.assert_allclose(np.exp(one["logp"]), np.clip(np.exp(one["logp"]), 0, 1))
+    ratios = np.concatenate([one["ratio"] for one in first["answers"]])
+    assert 0 < np.abs(ratios - 1).max() < 1
+    for one in first["answers"]:
+        np.testing.assert_allclose(one["logp"], one["ref_logp"], atol=1e-5)
+        np.testing.assert_allclose(one["value"], 0, atol=1e-7)
+    scope = Microscope(Speaker(finished.run / "ppo"), critic=finished.run / "ppo/critic")
+    seen = scope.look(scope.speaker.prompt("Finish"), [7, 8, 9])
+    assert seen.value.shape == (3,) and np.abs(seen.value).max() > 0
+
+
+def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, tmp_path):
+    store = votes.Store(tmp_path / "votes.sqlite")
+    for name in ("train", "heldout"):
+        rows = list(read_preferences(finished.run / f"preferences/{name}.jsonl"))
+        judged = [
+            formats.Judged(row.prompt, row.answers, "favourite",
+                           ((row.choice,), tuple(i for i in range(len(row.answers)) if i != row.choice)))
+            for row in rows
+        ]  # fmt: skip
+        formats.into_store(store, judged, "ada")
+    settings = dataclasses.replace(finished, labels=tmp_path / "votes.sqlite", run=tmp_path / "run")
+    stages = {stage.__name__.rpartition(".")[2]: own for stage, own in assistant.stage_settings(settings)}
+    assert "preferences" not in stages and len(stages) == 6
+    assert str(stages["reward"].preferences).endswith("votes.sqlite:train")
+    assert str(stages["dpo"].heldout).endswith("votes.sqlite:heldout")
+    own = dataclasses.replace(stages["reward"], model=finished.run / "sft")
+    assert reward.main(own)["annotator_ceiling"] is None
+    with pytest.raises(UserError, match="holds no preferences"):
+        votes.Store(tmp_path / "empty.sqlite")
+        assistant.main(dataclasses.replace(settings, labels=tmp_path / "empty.sqlite"))
+    with pytest.raises(UserError, match="no database of votes"):
+        assistant.main(dataclasses.replace(settings, labels=tmp_path / "votes.jsonl"))
 
 
 @pytest.mark.slow

@@ -240,7 +240,10 @@ function choosePaint(names) {
   $("#paint").value = names.includes(before) ? before : names[0];
 }
 
+const HINT = "Point at a token of an answer, or go to it with the arrow keys, to see its figures.";
+
 function view(name) {
+  $("#figures").replaceChildren(make("span", { className: "quiet" }, HINT));
   for (const other of ["chat", "rollouts"]) {
     $(`#${other}`).hidden = other !== name;
     $(`#tab-${other}`).setAttribute("aria-selected", String(other === name));
