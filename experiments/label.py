@@ -151,7 +151,7 @@ class Maker:
         command = [
             "-m", "experiments.reward", "--model", str(self.models[0][0]), "--preferences", f"{file}:train",
             "--heldout", f"{file}:heldout", "--run", str(run), "--epochs", "3", "--batch", "8", "--lora", "8",
-            "--microbatches", "4", "--fresh",
+            "--microbatches", "4" if jax.device_count() == 1 else "1", "--fresh",
         ]  # fmt: skip
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
         said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no message"]

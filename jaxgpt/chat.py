@@ -57,14 +57,13 @@ def _unchanged(logits: Array) -> Array:
     return logits
 
 
-def _shape(logits: Array, t: Array, p: Array, *, top_k: int) -> Array:
-    logits = sampling.temperature(logits, t)
-    return sampling.top_p(sampling.top_k(logits, top_k) if top_k else logits, p)
-
-
 @functools.lru_cache(maxsize=64)
 def _shaper(top_k: int) -> Callable[..., Array]:
-    return functools.partial(_shape, top_k=top_k)
+    def shape(logits: Array, t: Array, p: Array) -> Array:
+        logits = sampling.temperature(logits, t)
+        return sampling.top_p(sampling.top_k(logits, top_k) if top_k else logits, p)
+
+    return shape
 
 
 class Piece(NamedTuple):

@@ -338,7 +338,7 @@ def stream(
     if "head_DV" not in params:
         params = jax.jit(prepare, static_argnums=1)(params, config)
     room = min(segment, new_tokens)
-    chosen = {"sample": jax.tree_util.Partial(sample), "filter_logits": jax.tree_util.Partial(filter_logits)}
+    chosen = {"sample": _as_tree(sample), "filter_logits": _as_tree(filter_logits)}
     first, *rest = jax.random.split(key, new_tokens)
     cache, token_B = _first(params, config, prompt_BP, length_B, room, first, **chosen)
     for t, step_key in enumerate([*rest, None]):
@@ -352,6 +352,11 @@ def stream(
             more = min(room, new_tokens - room)
             cache, room = grow(cache, more), room + more
         cache, token_B = _next(params, config, cache, token_B, length_B, P, jnp.asarray(t), step_key, **chosen)
+
+
+def _as_tree(function: Callable[..., Array]) -> jax.tree_util.Partial:
+    """A function that jit takes as an argument: the numbers a `Partial` holds are traced, all else is static."""
+    return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4))

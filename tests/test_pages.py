@@ -67,7 +67,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def served(module: str, *flags: str, port: int):
     """An experiment in a process of its own, until it answers; its process."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-m", module, "--serve.port", str(port), *flags]
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
@@ -303,6 +303,7 @@ def models(tmp_path_factory, tiny_run) -> dict[str, Path]:
         figures = {name: [0.5, -1.0, 0.25] for name in ("logp", "ref_logp", "ratio", "advantage", "value", "return")}
         one = {"prompt": f"<prompt>{HOSTILE}</prompt><answer>", "tokens": ["fi", HOSTILE, "</answer>"], "score": 1.5,
                "ended": True, **figures}  # fmt: skip
+        (ppo_run / "rollouts").mkdir()
         write_json(ppo_run / "rollouts/000014.json", {"iteration": 14, "beta": 0.1, "answers": [one]})
         run.finish({})
     judge = reward_model.init(jax.random.key(3), loaded.params, loaded.config.width)
@@ -331,7 +332,7 @@ def test_models_answer_side_by_side_and_every_token_can_be_looked_at(browser, mo
         facts = page.locator(".facts").nth(1).inner_text()
         assert "KL" in facts and "reward" in facts and page.locator(".trace").count() == 1  # the critic is ppo's
         tokens = page.locator(".tokens").nth(1).locator("span")
-        tokens.nth(2).hover()
+        page.locator(".tokens").nth(1).locator("span:not(:empty)").first.hover()
         figures = page.locator("#figures")
         expect(figures).to_contain_text("probability")
         expect(figures).to_contain_text("critic's value")
@@ -436,6 +437,7 @@ def test_answers_are_made_ahead_and_a_reward_model_picks_what_it_is_least_sure_o
         assert {answer.origin["model"] for answer in task.answers} <= {str(models["sft"]), str(models["ppo"])}
         assert all({"checkpoint", "temperature", "seed"} <= answer.origin.keys() for answer in task.answers)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as on a laptop
     for task in list(store.tasks().values()):
         rest = tuple(range(1, len(task.answers)))
         store.vote(votes.Vote(task.id, task.id, "ada", "favourite", ((0,), rest), (0, *rest)))

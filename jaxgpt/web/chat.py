@@ -248,14 +248,15 @@ def report(
 
 
 def texts(speaker: Speaker, ids: list[int]) -> list[str]:
-    """A text for each token, which together are the answer's: a character of several tokens is the last one's."""
+    """A text for each token, which together are the answer's: a character of several tokens is the last one's, and one
+    that was cut off is left out."""
     found, said = [], ""
     for n in range(len(ids)):
         if speaker.tok.is_special(ids[n]):
             found.append(speaker.tok.tag(ids[n]))
             continue
         whole = speaker.tok.decode(ids[: n + 1])
-        more = "" if whole.endswith("\ufffd") and n + 1 < len(ids) else whole[len(said) :]
+        more = "" if whole.endswith("\ufffd") else whole[len(said) :]
         said += more
         found.append(more)
     return found

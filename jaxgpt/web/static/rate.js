@@ -2,7 +2,7 @@
 "use strict";
 
 const WORDS = ["bad", "poor", "fair", "good", "very good"];
-let item = null, since = 0, busy = false;
+let item = null, since = 0, busy = false, kept = null; // kept: stars that came before the loop asked again
 
 function say(text, bad = false) {
   $("#message").textContent = text;
@@ -24,6 +24,11 @@ function show(found) {
     say(found.finished ? "The run is done. Thank you!" : "The model learns from your stars, and then asks again…");
     setTimeout(refresh, 500);
   }
+  if (kept && item) {
+    const { id, stars } = kept;
+    kept = null;
+    if (id === item.id) setTimeout(() => rate(stars));
+  }
 }
 
 const refresh = async () => show(await call("state", {}, waiting));
@@ -34,6 +39,7 @@ async function rate(stars) {
   try {
     show(await call("rate", { id: item.id, stars, seconds: (performance.now() - since) / 1000 }, waiting));
   } catch (error) {
+    if (error.status === 409) kept = { id: item.id, stars };
     say(error.message, true);
     item = null;
     setTimeout(refresh, 500);
