@@ -25,9 +25,9 @@ import jax
 import numpy as np
 
 from jaxgpt import reward, rollout, sharding
-from jaxgpt.checkpoint import Loaded, load_language_model, load_model
+from jaxgpt.checkpoint import load_language_model, load_model
 from jaxgpt.cli import cli
-from jaxgpt.config import UserError
+from jaxgpt.config import UserError, round_up
 from jaxgpt.data import formats, pipelines, sources, votes
 from jaxgpt.data.jsonl import read_rows
 from jaxgpt.data.preferences import Preference, rank_ids
@@ -71,22 +71,32 @@ class Settings:
 PRESETS: dict[str, Settings] = {}
 
 
+class Model:
+    """One that answers, on the devices."""
+
+    def __init__(self, place: Path, mesh: jax.sharding.Mesh) -> None:
+        params, self.config, self.tok, _ = load_language_model(place)
+        self.place, self.fingerprint = place, run_fingerprint(place)[:16]
+        self.params = sharding.replicate(params, mesh)
+
+
 class Maker:
     """Keeps `ahead` prompts with answers in the store, in a thread of its own."""
 
     def __init__(self, settings: Settings, store: votes.Store) -> None:
         self.settings, self.store = settings, store
-        self.models: list[tuple[Path, Loaded]] = []
-        self.state, self.rounds, self.trained_at = "loading", 0, store.count()
-        self.rng = np.random.default_rng()
+        self.models: list[Model] = []
+        self.state, self.trained_at = "loading", store.count()
+        self.rng = np.random.default_rng([settings.seed, len(store.tasks())])  # others after a restart
         self.doubt: Any = None  # from texts to how unsure the reward model is
         self.mesh = sharding.data_mesh()
         self.stop = threading.Event()
 
     def run(self) -> None:
         try:
-            self.models = [(place, load_language_model(place)) for place in places(self.settings)]
-            self.left = [text for text in prompts(self.settings, self.models[0][0]) if text not in self.store.prompts()]
+            self.models = [Model(place, self.mesh) for place in places(self.settings)]
+            known = self.store.prompts()
+            self.left = [text for text in prompts(self.settings, self.models[0].place) if text not in known]
             self.rng.shuffle(self.left)
             while not self.stop.is_set():
                 if self.settings.retrain and self.store.count() - self.trained_at >= self.settings.retrain:
@@ -112,28 +122,26 @@ class Maker:
 
     def answer(self, chosen: list[str]) -> list[list[votes.Answer]]:
         """`candidates` answers to each prompt: number c is by model c, c - models, ..."""
-        settings, found = self.settings, [[] for _ in chosen]  # type: tuple[Settings, list[list[votes.Answer]]]
-        self.rounds += 1
-        for m, (place, one) in enumerate(self.models):
+        settings = self.settings
+        found: list[list[votes.Answer]] = [[] for _ in chosen]
+        for m, one in enumerate(self.models):
             share = len(range(m, settings.candidates, len(self.models)))
             if not share:
                 continue
-            ids = [prompt_ids(one.tokenizer, prompt) for prompt in chosen for _ in range(share)]
+            ids = [prompt_ids(one.tok, prompt) for prompt in chosen for _ in range(share)]
+            width = min(round_up(max(map(len, ids)), 32), one.config.block - settings.new_tokens)
             seed = int(self.rng.integers(2**31))
             sampled = rollout.sample_answers(
-                sharding.replicate(one.params, self.mesh), one.config, ids, jax.random.key(seed),
-                functools.partial(answer_text, one.tokenizer), self.mesh, new_tokens=settings.new_tokens,
-                stop=one.tokenizer.template.end, batch=ROUND * share, temperature=settings.temperature,
+                one.params, one.config, ids, jax.random.key(seed),
+                functools.partial(answer_text, one.tok), self.mesh, new_tokens=settings.new_tokens,
+                stop=one.tok.template.end, batch=ROUND * share, temperature=settings.temperature,
+                width=max(width, *map(len, ids)),
             )  # fmt: skip
-            origin = {"model": str(place), "checkpoint": self.fingerprints[m], "temperature": settings.temperature,
+            origin = {"model": str(one.place), "checkpoint": one.fingerprint, "temperature": settings.temperature,
                       "new_tokens": settings.new_tokens, "seed": seed}  # fmt: skip
             for row, (text, ended) in enumerate(zip(sampled.texts, sampled.ended, strict=True)):
                 found[row // share].append(votes.Answer(text.strip(), bool(ended), {**origin, "row": row}))
         return found
-
-    @property
-    def fingerprints(self) -> list[str]:
-        return [run_fingerprint(place)[:16] for place, _ in self.models]
 
     def task(self, prompt: str, answers: list[votes.Answer]) -> votes.Task | None:
         """Answers in random order, equal ones once; None if fewer than two are left."""
@@ -149,7 +157,7 @@ class Maker:
         run = file.parent / f"reward-{self.trained_at}"
         self.state = f"a reward model learns from {self.trained_at} votes"
         command = [
-            "-m", "experiments.reward", "--model", str(self.models[0][0]), "--preferences", f"{file}:train",
+            "-m", "experiments.reward", "--model", str(self.models[0].place), "--preferences", f"{file}:train",
             "--heldout", f"{file}:heldout", "--run", str(run), "--epochs", "3", "--batch", "8", "--lora", "8",
             "--microbatches", "4" if jax.device_count() == 1 else "1", "--fresh",
         ]  # fmt: skip

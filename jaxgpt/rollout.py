@@ -100,11 +100,13 @@ def sample_answers(
     stop: int,
     batch: int,
     temperature: float = 1.0,
+    width: int | None = None,
     label: Callable[[int], None] = lambda done: None,
 ) -> Sampled:
     """One answer to each prompt (token ids), sampled in batches of one shape, their rows divided among the devices of
-    the mesh, on which `params` lie; `label` hears how many are done."""
-    longest = max(map(len, prompts))
+    the mesh, on which `params` lie; `label` hears how many are done. Prompts are padded to `width` tokens, or to the
+    longest one's: each is compiled for."""
+    longest = width or max(map(len, prompts))
     check_room(config, longest, new_tokens)
     program = _collector(mesh, config, new_tokens=new_tokens, stop=stop, temperature=temperature)
     parts = []

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxgpt.data import votes
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -28,6 +30,19 @@ def test_models_of_other_libraries_train(capsys):
     found = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert found.keys() == {"Linen", "NNX", "Equinox"}
     assert all(float(loss) < 4.0 for loss in found.values())  # they start at 4.2 or more
+
+
+def test_the_block_on_votes_runs(capsys, tmp_path, monkeypatch):
+    store = votes.Store(tmp_path / "runs/label/votes.sqlite")
+    for n in range(3):
+        task = votes.Task(f"prompt {n}", (votes.Answer("a"), votes.Answer("b")))
+        store.add_task(task)
+        store.vote(votes.Vote(str(n), task.id, "ada", "favourite", ((1,), (0,)), (0, 1)))
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/people.md").read_text(encoding="utf-8"), flags=re.S)
+    found: dict = {}
+    exec(block, found)
+    assert capsys.readouterr().out == "3 None\n" and len(found["preferences"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,14 @@ class Store:
             f"SELECT count(*) FROM votes WHERE {_STANDING} AND (? IS NULL OR annotator = ?)", annotator, annotator
         )[0][0])  # fmt: skip
 
+    def seconds(self, annotator: str, newest: int) -> list[float]:
+        """How long this annotator's newest decisions took."""
+        rows = self._rows(
+            f"SELECT seconds FROM votes WHERE annotator = ? AND seconds IS NOT NULL AND {_STANDING} "
+            "ORDER BY number DESC LIMIT ?", annotator, newest,
+        )  # fmt: skip
+        return [seconds for (seconds,) in rows]
+
     # ---- ratings: a person as the reward ----
 
     def rate(self, id_: str, prompt: str, answer: str, annotator: str, stars: int, seconds: float | None) -> bool:

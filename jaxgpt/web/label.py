@@ -8,9 +8,11 @@ Answers come blind and shuffled, once more for each annotator; what a vote chang
 import dataclasses
 import random
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from starlette.concurrency import run_in_threadpool
 
 from jaxgpt.config import UserError
@@ -41,6 +43,7 @@ def application(
     preparing: Callable[[], str] = lambda: "",
 ) -> server.Guard:
     """`preparing` says what is being made ready in the background, '' for nothing."""
+    progress = Statistics(store)
 
     def show(task: votes.Task | None, annotator: str, again: bool = False) -> dict[str, Any]:
         shown = None
@@ -49,7 +52,7 @@ def application(
             random.Random(f"{task.id} {annotator} {again}").shuffle(order)
             answers = [{"index": i, "text": task.answers[i].text, "ended": task.answers[i].ended} for i in order]
             shown = {"id": task.id, "prompt": task.prompt, "answers": answers}
-        return {"task": shown, "preparing": preparing(), "stats": statistics_of(store, annotator)}
+        return {"task": shown, "preparing": preparing(), "stats": progress.of(annotator)}
 
     def next_task(annotator: str) -> dict[str, Any]:
         task, again = store.next_task(annotator, **dataclasses.asdict(config)) or (None, False)
@@ -100,20 +103,28 @@ def application(
     return server.application("label", calls, serve, token)
 
 
-def statistics_of(store: votes.Store, annotator: str) -> dict[str, Any]:
-    """What the page shows of progress, speed and agreement."""
-    everything = store.votes()
-    mine = [vote for vote in everything if vote.annotator == annotator]
-    seconds = [vote.seconds for vote in mine if vote.seconds is not None]
-    return {
-        "mine": len(mine),
-        "all": len(everything),
-        "waiting": store.unseen(),
-        "seconds": statistics.median(seconds[-50:]) if seconds else None,
-        "with_myself": _shown(votes.agreement(mine, within=True)),
-        "with_others": _shown(votes.agreement(everything)),
-    }
+class Statistics:
+    """What the page shows of progress, speed and agreement. The agreement is worked out again at most every `every`
+    seconds: it reads all votes."""
 
+    def __init__(self, store: votes.Store, every: float = 3.0) -> None:
+        self.store, self.every = store, every
+        self._known: dict[str | None, tuple[float, dict[str, Any] | None]] = {}
 
-def _shown(found: votes.Agreement | None) -> dict[str, Any] | None:
-    return {**dataclasses.asdict(found), "kappa": found.kappa} if found else None
+    def of(self, annotator: str) -> dict[str, Any]:
+        seconds = self.store.seconds(annotator, 50)
+        return {
+            "mine": self.store.count(annotator), "all": self.store.count(), "waiting": self.store.unseen(),
+            "seconds": statistics.median(seconds) if seconds else None,
+            "with_myself": self._agreement(annotator), "with_others": self._agreement(None),
+        }  # fmt: skip
+
+    def _agreement(self, annotator: str | None) -> dict[str, Any] | None:
+        """Of one with themselves, or between all."""
+        now = time.monotonic()
+        when, known = self._known.get(annotator, (-np.inf, None))
+        if now - when > self.every:
+            found = votes.agreement(self.store.votes(annotator), within=annotator is not None)
+            known = {**dataclasses.asdict(found), "kappa": found.kappa} if found else None
+            self._known[annotator] = now, known
+        return known
