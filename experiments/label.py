@@ -96,7 +96,8 @@ class Maker:
         try:
             self.models = [Model(place, self.mesh) for place in places(self.settings)]
             known = self.store.prompts()
-            self.left = [text for text in prompts(self.settings, self.models[0].place) if text not in known]
+            wanted = prompts(self.settings, self.models[0].place)
+            self.left = [text for text in wanted if text not in known and self.fits(text)]
             self.rng.shuffle(self.left)
             while not self.stop.is_set():
                 if self.settings.retrain and self.store.count() - self.trained_at >= self.settings.retrain:
@@ -110,6 +111,11 @@ class Maker:
         except Exception as error:  # the page goes on with what is there, and says so
             traceback.print_exc()
             self.state = f"no more answers are made ({error})"
+
+    def fits(self, prompt: str) -> bool:
+        """Whether every model has room for it and an answer."""
+        room = self.settings.new_tokens
+        return all(len(prompt_ids(one.tok, prompt)) + room <= one.config.block for one in self.models)
 
     def make(self) -> None:
         """Answers to a few more prompts; the most doubtful of them where a reward model can tell."""
