@@ -123,10 +123,10 @@ def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, t
     store = votes.Store(tmp_path / "votes.sqlite")
     for name in ("train", "heldout"):
         rows = list(read_preferences(finished.run / f"preferences/{name}.jsonl"))
-        judged = [
-            formats.Judged(row.prompt, row.answers, "favourite",
+        judged = [  # three times, in other words: which part a prompt belongs to is drawn by its hash
+            formats.Judged(f"{row.prompt} {k}", row.answers, "favourite",
                            ((row.choice,), tuple(i for i in range(len(row.answers)) if i != row.choice)))
-            for row in rows
+            for row in rows for k in range(3)
         ]  # fmt: skip
         formats.into_store(store, judged, "ada")
     settings = dataclasses.replace(finished, labels=tmp_path / "votes.sqlite", run=tmp_path / "run")
