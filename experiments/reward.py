@@ -55,6 +55,7 @@ class Settings:
     learning_rate: float = 5e-4  # to 0, linearly
     warmup: int = 10
     reference_samples: int = 512  # answers that fix the scale of h
+    first_spread: float = 1.0  # of h before training, in standard deviations: small when labels are few
     log_every: int = 10
     seed: int = 3
     mesh: MeshConfig = MeshConfig()
@@ -166,6 +167,7 @@ def main(settings: Settings) -> dict[str, Any]:
         reference = reference_rows(heldout, size[1], settings.reference_samples)
         normalised = jit_on(mesh, lambda params: reward.normalise_on(params, config, reference))
         params = normalised(sharding.replicate(reward.init(jax.random.key(settings.seed), sft, config.width), mesh))
+        params = {**params, "head": jax.tree.map(lambda w: w * settings.first_spread, params["head"])}
         state = sharding.place_like(first_state(settings, params, optimizer(settings, steps)), shapes)
         run.say(f"reward: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
         saves = Saves(run, settings, steps, tok, batches)

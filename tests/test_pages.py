@@ -49,7 +49,7 @@ def browser():
 
 def open_page(browser, address: str, **options):
     """A page of a person who was never here; what goes wrong in it fails the test when it is closed."""
-    context = browser.new_context(**options)
+    context = browser.new_context(reduced_motion="reduce", **options)  # no colour on its way to another
     context.set_default_timeout(30_000)
     page = context.new_page()
     page.on("pageerror", lambda error: page.problems.append(str(error)))
