@@ -21,7 +21,7 @@ from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import sources
 from jaxgpt.data.preferences import Preference, write_preferences
-from jaxgpt.evaluate import SimulatedAnnotator, gold_scores
+from jaxgpt.evaluate import SimulatedAnnotator
 from jaxgpt.run import Run, cache_root, run_fingerprint
 from jaxgpt.structs import Array, Params
 from jaxgpt.tokenizer import Tokenizer, answer_text, prompt_ids
@@ -107,7 +107,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 key = jax.random.fold_in(jax.random.key(settings.seed), n)
                 texts, ended = candidates(settings, params, config, tok, prompts, key, mesh, bar)
             annotator = {"annotator": settings.annotator.name, "temperature": settings.annotator.temperature}
-            gold_BC = gold_scores([text for row in texts for text in row]).reshape(count, -1)
+            gold_BC = settings.annotator.gold([text for row in texts for text in row]).reshape(count, -1)
             choices = settings.annotator.choose(gold_BC, rng)
             preferences = (
                 Preference(prompt, tuple(row), int(choice), tuple(map(bool, end)), {**annotator, "gold": gold.tolist()})

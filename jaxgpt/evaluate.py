@@ -1,8 +1,8 @@
 """How good are answers? A simulated annotator, an independent judge, and figures with intervals.
 
 The *simulated annotator* stands in for a person: its gold score of a text is VADER's compound sentiment (Hutto &
-Gilbert 2014, a lexicon; -1 to 1), and it picks a favourite with probability softmax(gold / temperature). It is a
-program and is called one wherever its labels appear.
+Gilbert 2014, a lexicon; -1 to 1), or how short it is, and it picks a favourite with probability softmax(gold / temperature)
+It is a program and is called one wherever its labels appear.
 
 The *judge* is a classifier of reviews (TF-IDF and logistic regression) fitted on labels that people gave. No stage
 trains on its verdicts or on those labels, so it tells whether what the annotator likes is seen by someone else too.
@@ -11,7 +11,7 @@ trains on its verdicts or on those labels, so it tells whether what the annotato
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,19 +20,30 @@ from jaxgpt.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class SimulatedAnnotator:
-    """Prefers cheerful answers, noisily: P(choose i) = softmax(gold / temperature)_i."""
+    """Prefers cheerful answers, or short ones, noisily: P(choose i) = softmax(gold / temperature)_i."""
 
     temperature: float = 0.15
+    wish: Literal["cheerful", "short"] = "cheerful"
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise UserError(
                 f"annotator temperature is {self.temperature}; it must be above 0 (small: hardly any noise)"
             )
+        if self.wish not in ("cheerful", "short"):
+            raise UserError(f"annotator wish is {self.wish!r}; choose cheerful or short")
 
     @property
     def name(self) -> str:
-        return f"simulated annotator (VADER, temperature {self.temperature:g})"
+        kind = "VADER" if self.wish == "cheerful" else "number of words"
+        return f"simulated annotator ({kind}, temperature {self.temperature:g})"
+
+    def gold(self, texts: Sequence[str]) -> np.ndarray:
+        """The score that the choices come from, float64: `gold_scores`, or -words / 20 (where an answer that says
+        nothing is as bad as one of 40 words)."""
+        if self.wish == "cheerful":
+            return gold_scores(texts)
+        return -np.array([len(text.split()) or 40 for text in texts]) / 20.0
 
     def probabilities(self, scores_BC: np.ndarray) -> np.ndarray:
         """P(choice) for gold scores [B, C], float64."""
@@ -106,6 +117,21 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
         raise UserError(f"an interval needs at least 2 values, not {x.size}; evaluate on more prompts")
     half = 1.96 * x.std(ddof=1) / np.sqrt(x.size)
     return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
+
+
+def crossed_interval(values_SN: np.ndarray, resamples: int = 1000) -> Interval:
+    """The mean over S runs and the N prompts that all of them answered, with a 95 % percentile bootstrap that draws
+    runs and prompts anew (Owen 2007): how far other seeds on other prompts could be. With three runs it is still too
+    narrow (a t-interval over the three would be wider)."""
+    x = np.atleast_2d(np.asarray(values_SN, np.float64))
+    if x.shape[1] < 2:
+        raise UserError(f"an interval needs at least 2 values, not {x.shape[1]}; evaluate on more prompts")
+    rng = np.random.default_rng(0)
+    S, N = x.shape
+    runs = rng.multinomial(S, np.full(S, 1 / S), resamples) / S
+    prompts = rng.multinomial(N, np.full(N, 1 / N), resamples) / N
+    low, high = np.quantile(((runs @ x) * prompts).sum(1), [0.025, 0.975])
+    return Interval(float(x.mean()), float(low), float(high))
 
 
 def wins(scores: np.ndarray, baseline: np.ndarray) -> np.ndarray:

@@ -190,8 +190,37 @@ def _fast_dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Arr
     if "scale" in layer:
         return dense(layer, x, axes)
     bias = layer["bias"].astype(jnp.float32) if "bias" in layer else None
-    product = _linear(x, layer["kernel"], bias, axes)
-    return product + low_rank(layer, x) if "lora_a" in layer else product
+    if "lora_a" in layer:
+        return _adapted(x, layer["kernel"], layer["lora_a"], layer["lora_b"], bias, axes)
+    return _linear(x, layer["kernel"], bias, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _adapted(x: Array, kernel: Array, a: Array, b: Array, bias: Array | None, axes: tuple[str, str]) -> Array:
+    return _adapted_forward(x, kernel, a, b, bias, axes)[0]
+
+
+def _adapted_forward(
+    x: Array, kernel: Array, a: Array, b: Array, bias: Array | None, axes: tuple[str, str]
+) -> tuple[Array, Any]:
+    """x W + (x A) B. XLA would compute dy anew in each of the five products that it is an operand of."""
+    product, saved = _linear_forward(x, kernel, bias, axes)
+    x = saved[0]
+    xa = _together(x @ a.astype(x.dtype))
+    return product + xa @ b.astype(x.dtype), (saved, a, b, xa)
+
+
+def _adapted_backward(axes: tuple[str, str], saved: Any, dy: Array) -> tuple[Array | None, ...]:
+    linear, a, b, xa = saved
+    dy = _together(dy)
+    dxa = _together(dy @ b.astype(dy.dtype).T)
+    dx, dkernel, dbias = _linear_backward(axes, linear, dy)
+    da = jnp.matmul(_flat(linear[0]).T, _flat(dxa), preferred_element_type=jnp.float32).astype(a.dtype)
+    db = jnp.matmul(_flat(xa).T, _flat(dy), preferred_element_type=jnp.float32).astype(b.dtype)
+    return dx + dxa @ a.astype(dxa.dtype).T, dkernel, da, db, dbias
+
+
+_adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
 _norm_vjp = jax.custom_vjp(_norm, nondiff_argnums=(3,))

@@ -48,7 +48,7 @@ class PPOConfig:
     gamma: float = 1.0
     lam: float = 0.95
     whiten_rewards: bool = False
-    unfinished_score: float = -1.0  # replaces h for answers that never ended
+    unfinished_score: float | None = -1.0  # replaces h for answers that never ended; None: nothing does
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -130,7 +130,7 @@ def score(
         logp_BT=logp_BT,
         ref_logp_BT=ref_logp_BT,
         value_BT=value_BT,
-        score_B=jnp.where(ended_B, score_B, ppo.unfinished_score),
+        score_B=score_B if ppo.unfinished_score is None else jnp.where(ended_B, score_B, ppo.unfinished_score),
         ended_B=ended_B,
         sampler_logp_BT=sampler_logp_BT,
     )

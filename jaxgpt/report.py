@@ -201,7 +201,8 @@ def _curve(folder: Path, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> Any:
+def new_figure(rows: int, columns: int, width: float, height: float) -> Any:
+    """(figure, axes [rows, columns]) in the style of all our pictures."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
@@ -214,7 +215,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> Any:
 
 def frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> None:
     """Gold score, judge and reward model against sequence KL, with intervals; and PPO's way there in training."""
-    figure, axes = _figure(1, 3, 13, 4)
+    figure, axes = new_figure(1, 3, 13, 4)
     panels = (("gold", "gold score"), ("judge", "judge, P(positive)"), ("reward", "reward model, h"))
     (_, way_x), (_, way_y) = (_curve(stages / "ppo", name) for name in ("kl", "score"))
     axes[0, 2].plot(way_x, way_y, color="0.75", lw=1, label="PPO, in training")
@@ -241,7 +242,7 @@ def frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> Non
 
 def scores_figure(path: Path, policies: Sequence[Policy]) -> None:
     """Histograms of gold scores, one panel a policy."""
-    figure, axes = _figure(1, len(policies), 2.3 * len(policies), 2.6)
+    figure, axes = new_figure(1, len(policies), 2.3 * len(policies), 2.6)
     for axis, policy in zip(axes[0], policies, strict=True):
         axis.hist(policy.gold, bins=np.linspace(-1, 1, 21), color="tab:blue", alpha=0.8)
         axis.axvline(policy.gold.mean(), color="k", lw=1)
@@ -265,7 +266,7 @@ def training_figure(path: Path, stages: Path) -> None:
         ("ppo", "score h", {"score": "score h", "score_after_kl": "h − β KL"}),
         ("ppo", "nats a sequence", {"kl": "KL to SFT"}),
     )
-    figure, axes = _figure(2, 3, 11, 5.5)
+    figure, axes = new_figure(2, 3, 11, 5.5)
     for axis, (stage, unit, curves) in zip(axes.flat, panels, strict=True):
         for name, label in curves.items():
             steps, values = _curve(stages / stage, name)
@@ -280,7 +281,7 @@ def training_figure(path: Path, stages: Path) -> None:
 
 def calibration_figure(path: Path, stages: Path) -> None:
     """Predicted probability of a candidate against how often it was chosen."""
-    figure, axes = _figure(1, 1, 4, 3.6)
+    figure, axes = new_figure(1, 1, 4, 3.6)
     table = _results(stages / "reward").get("calibration", [])
     axis = axes[0, 0]
     axis.plot([0, 1], [0, 1], color="0.6", ls=":")

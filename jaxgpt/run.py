@@ -290,7 +290,7 @@ class Run:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Mark the run as done. `results` come back from later runs of the same settings, so they must be JSON: numbers
         (arrays become numbers or lists, NaN becomes null), text, lists and dicts."""
-        self.finished, self.results = True, _plain(results)
+        self.finished, self.results = True, plain(results)
         if self._first:
             done = {"stage": self.stage, "fingerprint": self.fingerprint, "results": self.results}
             write_json(self.folder / "done.json", done)
@@ -361,14 +361,14 @@ def _import_wandb() -> Any:
     return wandb
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Results as JSON values."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return _plain(np.asarray(value).tolist())
+        return plain(np.asarray(value).tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return settings_to_json(value)

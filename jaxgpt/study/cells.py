@@ -1,0 +1,49 @@
+"""The parts of a study, each kept on disk as soon as it is done: one that was stopped goes on behind the last."""
+
+import re
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from jaxgpt.checkpoint import load_model, save_model
+from jaxgpt.config import ModelConfig
+from jaxgpt.progress import Bar
+from jaxgpt.run import Run, plain
+from jaxgpt.settings import read_json, write_json
+from jaxgpt.structs import Params
+
+
+class Cells:
+    """cells/NAME.json in a run's folder. A cell of another study (other settings, other inputs) is made again."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.folder = run, run.folder / "cells"
+        if run.fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(exist_ok=True)
+
+    def __call__(self, name: str, make: Callable[[], Any], steps: int, bar: Bar) -> Any:
+        """What `make` returned, now or in an earlier start of the same study. JSON: numbers, text, lists and dicts.
+        `make` moves the bar by `steps` itself; here it is moved where nothing was left to make."""
+        path = self.folder / f"{name}.json"
+        kept = read_json(path) if path.exists() else None
+        if isinstance(kept, dict) and kept.get("study") == self.run.fingerprint:
+            bar.update(steps)
+            return kept["found"]
+        found = plain(make())
+        write_json(path, {"study": self.run.fingerprint, "found": found})
+        return found
+
+    def model(
+        self, name: str, make: Callable[[], tuple[Params, ModelConfig]], steps: int, bar: Bar
+    ) -> tuple[Params, ModelConfig]:
+        """The same for a model that others of the study's parts need."""
+        folder = self.folder / re.sub(r"[^A-Za-z0-9]+", "-", name)
+        if (folder / "model.json").exists():
+            kept = load_model(folder)
+            if kept.extra.get("study") == self.run.fingerprint:
+                bar.update(steps)
+                return kept.params, kept.config
+        params, config = make()
+        save_model(folder, params, config, extra={"study": self.run.fingerprint})
+        return params, config

@@ -1,0 +1,142 @@
+"""What preferences are learnt by, R runs at once: a reward model, DPO, finetuning on the favourites.
+
+`rankings` holds a list of preferences for each run (the same list for all, or one a run); all runs take the same
+number of steps.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from jaxgpt import dpo, optim, reward, sharding
+from jaxgpt.config import ModelConfig
+from jaxgpt.data import pipelines
+from jaxgpt.data.preferences import Ranking, sizes
+from jaxgpt.losses import Mean
+from jaxgpt.structs import Array, Batch, Params, Preferences
+from jaxgpt.study import runs
+from jaxgpt.study.runs import How, Watch
+from jaxgpt.study.task import Task
+from jaxgpt.train import Metrics, make_nll
+
+
+def preference_batches(rankings: Sequence[Ranking], length: int, batch: int, seed: int) -> Iterator[Preferences]:
+    """One shuffled pass."""
+    for arrays in pipelines.preference_batches(rankings, length, batch, seed=seed, epochs=1):
+        yield Preferences.of(arrays)
+
+
+def longest(rankings: Sequence[Sequence[Ranking]]) -> tuple[int, int]:
+    """Tokens of the longest row and of the longest answer."""
+    found = [sizes(own) for own in rankings]
+    return max(length for _, length, _ in found), max(answer for _, _, answer in found)
+
+
+def reward_models(
+    config: ModelConfig,
+    start: Params,
+    rankings: Sequence[Sequence[Ranking]],
+    seeds: Sequence[int],
+    reference: Batch,
+    task: Task,
+    *,
+    learning_rate: float,
+    batch: int,
+    first_spread: float = 1.0,
+    watch: Watch = lambda i, found: None,
+    how: How = "vmap",
+) -> list[Params]:
+    """A reward model a run from a language model, its scores with mean 0 and standard deviation 1 on the `reference`
+    rows. `first_spread`: of the scores before training, small where labels are few."""
+    length, _ = longest(rankings)
+    steps = min(map(len, rankings)) // batch
+    tx = optim.adamw(optim.linear_to_zero(learning_rate, steps, steps // 10), weight_decay=0.01, b2=0.999)
+    normalise = jax.jit(lambda params: reward.normalise_on(params, config, reference))
+    first = []
+    for seed in seeds:
+        params = normalise(reward.init(jax.random.key(seed), start, config.width))
+        first.append({**params, "head": jax.tree.map(lambda w: w * first_spread, params["head"])})
+    own = [optim.split(params, reward.trainable_names()) for params in first]
+
+    def loss_fn(params: Params, both: tuple[Params, Preferences], key: Array | None) -> tuple[Mean, Metrics]:
+        scale, preferences = both
+        return reward.loss({**params, **scale}, config, preferences)
+
+    def batches(n: int) -> Iterator[tuple[Params, Preferences]]:
+        scale = jax.tree.map(np.asarray, own[n][1])
+        for preferences in preference_batches(rankings[n], length, batch, seeds[n]):
+            yield scale, preferences
+
+    each = runs.together([batches(n) for n in range(len(seeds))])
+    trained = runs.fit(loss_fn, tx, [trainable for trainable, _ in own], {}, each, task.mesh, watch, how)
+    whole = zip(trained, own, strict=True)
+    return [sharding.replicate(normalise({**frozen, **params}), task.mesh) for params, (_, frozen) in whole]
+
+
+def accuracy(task: Task, config: ModelConfig, params: Params, rankings: Sequence[Ranking]) -> float:
+    """How often the favourite has the highest score."""
+    length, hits = sizes(rankings)[1], []
+    program = jax.jit(lambda batch: reward.candidate_scores(params, config, batch))
+    for arrays in pipelines.preference_eval(rankings, length, min(64, len(rankings))):
+        present = arrays["present"]
+        scores = np.where(present, np.asarray(program(Preferences.of(arrays))), -np.inf)
+        hits.append((scores.argmax(1) == arrays["choice"])[present.any(1)])
+    return float(np.concatenate(hits).mean())
+
+
+def dpo_policies(
+    task: Task,
+    rankings: Sequence[Sequence[Ranking]],
+    betas: Sequence[float],
+    seeds: Sequence[int],
+    *,
+    learning_rate: float,
+    batch: int,
+    watch: Watch = lambda i, found: None,
+    how: How = "vmap",
+) -> list[Params]:
+    """A policy a run by DPO, each with its own beta. Runs with the same seed and preferences see the same batches."""
+    length, window = longest(rankings)
+    steps = min(map(len, rankings)) // batch
+    tx = optim.adamw(optim.linear_to_zero(learning_rate, steps, steps // 10), weight_decay=0.0, b2=0.999)
+
+    def batches(n: int) -> Iterator[tuple[np.float32, Preferences]]:
+        for preferences in preference_batches(rankings[n], length, batch, seeds[n]):
+            yield np.float32(betas[n]), preferences
+
+    def loss_fn(params: Params, both: tuple[Array, Preferences], key: Array | None) -> tuple[Mean, Metrics]:
+        beta, preferences = both
+        return dpo.make_loss(task.config, beta, task.algorithm.temperature, window)(params, preferences, key)
+
+    each = runs.together([batches(n) for n in range(len(seeds))])
+    frozen, first = {"reference": task.start}, [{"policy": task.start}] * len(seeds)
+    return [params["policy"] for params in runs.fit(loss_fn, tx, first, frozen, each, task.mesh, watch, how)]
+
+
+def finetuned_on_favourites(
+    task: Task,
+    rankings: Sequence[Sequence[Ranking]],
+    seeds: Sequence[int],
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch: int,
+    watch: Watch = lambda i, found: None,
+    how: How = "vmap",
+) -> list[Params]:
+    """A policy a run by next-token prediction on the favourites alone (preferred-FT, Rafailov et al. 2023)."""
+    length, _ = longest(rankings)
+    passes = min(map(len, rankings)) // batch
+    tx = optim.adamw(optim.linear_to_zero(learning_rate, epochs * passes, passes // 10), weight_decay=0.0)
+
+    def batches(n: int) -> Iterator[Batch]:
+        rng, rows = np.random.default_rng(seeds[n]), [one.rows[one.choice] for one in rankings[n]]
+        for index in np.concatenate([rng.permutation(len(rows))[: passes * batch] for _ in range(epochs)]).reshape(
+            -1, batch
+        ):
+            arrays = pipelines.padded_examples([rows[i] for i in index], length, batch)[0]
+            yield Batch(arrays["tokens"], arrays["mask"])
+
+    each = runs.together([batches(n) for n in range(len(seeds))])
+    return runs.fit(make_nll(task.config), tx, [task.start] * len(seeds), {}, each, task.mesh, watch, how)

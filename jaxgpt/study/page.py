@@ -1,0 +1,138 @@
+"""What a study found: points with intervals, the reward-KL figure, and one HTML page."""
+
+import base64
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.evaluate import Interval, crossed_interval
+from jaxgpt.report import CSS, new_figure
+from jaxgpt.settings import write_text
+from jaxgpt.study.task import Seen
+
+MEASURES = {"gold": "gold score", "proxy": "reward model h", "judge": "judge, P(positive)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One setting of a method: the runs that differ in their seed alone, and a name ("beta 0.1"). `kl` where the KL
+    isn't that of the runs' own answers (best-of-n)."""
+
+    name: str
+    runs: Sequence[Seen]
+    kl: float | None = None
+
+    def __getitem__(self, measure: str) -> Interval:
+        """Mean over runs and prompts, with its 95 % interval."""
+        if measure == "kl" and self.kl is not None:
+            return Interval(self.kl, self.kl, self.kl)
+        return crossed_interval(np.stack([getattr(run, measure) for run in self.runs]))
+
+    def of_runs(self, measure: str) -> np.ndarray:
+        """Each run's own mean, [R]."""
+        if measure == "kl" and self.kl is not None:
+            return np.full(len(self.runs), self.kl)
+        return np.array([getattr(run, measure).mean() for run in self.runs])
+
+
+Methods = Mapping[str, Sequence[Point]]
+
+
+def frontier_figure(path: Path, methods: Methods, measures: Mapping[str, str] = MEASURES, unit: str = "") -> None:
+    """Each measure against the KL: a line a method through its settings with the band of its 95 % intervals, and a
+    small dot for each run."""
+    figure, axes = new_figure(1, len(measures), 4.6 * len(measures), 4.2)
+    for axis, (measure, label) in zip(axes[0], measures.items(), strict=True):
+        for n, (method, points) in enumerate(methods.items()):
+            color = f"C{n}"
+            found = sorted(((point["kl"], point[measure], point) for point in points), key=lambda one: one[0].mean)
+            x, y = [kl.mean for kl, _, _ in found], [value.mean for _, value, _ in found]
+            axis.plot(x, y, marker="o", ms=5, lw=1.4, color=color, label=method)
+            axis.fill_between(x, [v.low for _, v, _ in found], [v.high for _, v, _ in found], color=color, alpha=0.15,
+                              lw=0)  # fmt: skip
+            for _, _, point in found:
+                if len(point.runs) > 1:
+                    axis.plot(point.of_runs("kl"), point.of_runs(measure), ".", ms=3, color=color, alpha=0.6)
+        axis.set(xlabel=f"KL to the starting model, nats a sequence{unit}", ylabel=label)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def table(methods: Methods, measures: Sequence[str] = ("kl", "gold", "proxy", "judge", "length", "ended")) -> str:
+    """All points with their intervals, as HTML."""
+    titles = {**MEASURES, "kl": "KL, nats", "length": "tokens", "ended": "ended"}
+    rows = "".join(
+        f"<tr><th>{html.escape(method)}</th><td>{html.escape(point.name)}</td>"
+        + "".join(f"<td>{_cell(point, name)}</td>" for name in measures)
+        + f"<td>{len(point.runs)}</td></tr>"
+        for method, points in methods.items()
+        for point in points
+    )
+    head = "".join(f"<th>{html.escape(titles.get(name, name))}</th>" for name in measures)
+    return f"<table><thead><tr><th>method</th><th></th>{head}<th>runs</th></tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _cell(point: Point, name: str) -> str:
+    if not all(np.isfinite(getattr(run, name)).all() for run in point.runs):
+        return "–"
+    one = point[name]
+    digits = 1 if name == "length" else 2
+    spread = "" if one.low == one.high else f" <small>[{one.low:.{digits}f}, {one.high:.{digits}f}]</small>"
+    return f"{one.mean:.{digits}f}{spread}"
+
+
+def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts, as HTML."""
+    cells = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in rows)
+    titles = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table>"
+
+
+def samples(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> str:
+    """The same prompts answered by each policy, as HTML; every text is escaped."""
+    parts = []
+    for i, prompt in enumerate(prompts):
+        said = "".join(
+            f"<dt>{html.escape(name)}</dt><dd>{html.escape(texts[i])}</dd>" for name, texts in answers.items()
+        )
+        parts.append(f"<section><h3>{html.escape(prompt)}</h3><dl>{said}</dl></section>")
+    return "".join(parts)
+
+
+def write_page(folder: Path, title: str, said: str, parts: Sequence[tuple[str, str | Path]]) -> Path:
+    """report.html of (heading, HTML or a picture in the folder); pictures are inside. `said`: what was done."""
+    body = []
+    for heading, part in parts:
+        body.append(f"<h2>{html.escape(heading)}</h2>" if heading else "")
+        if isinstance(part, Path):
+            data = base64.b64encode(part.read_bytes()).decode()
+            body.append(f'<figure><img alt="{html.escape(heading)}" src="data:image/png;base64,{data}"></figure>')
+        else:
+            body.append(part)
+    path = folder / "report.html"
+    write_text(path, PAGE.format(title=html.escape(title), css=CSS, said=html.escape(said), body="\n".join(body)))
+    return path
+
+
+def summary(methods: Methods, measures: Sequence[str] = ("kl", "gold", "proxy", "judge", "length", "ended")) -> Any:
+    """All points as JSON: {method: [{"name", measure: {mean, low, high}}]}."""
+    return {
+        method: [
+            {"name": point.name, **{name: dataclasses.asdict(point[name]) for name in measures}} for point in points
+        ]
+        for method, points in methods.items()
+    }
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{css}</style></head><body>
+<h1>{title}</h1>
+<p>{said}</p>
+{body}
+</body></html>
+"""

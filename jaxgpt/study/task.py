@@ -1,0 +1,202 @@
+"""What the policies of a study are to do, and who looks at their answers."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgpt import evaluate, model, reward, rollout, sharding
+from jaxgpt.checkpoint import load_language_model
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.data import sources
+from jaxgpt.ppo import PPOConfig
+from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.tokenizer import Tokenizer, answer_text, prompt_ids
+from jaxgpt.train import jit_on
+
+Ids = list[int]
+Look = Callable[[Sequence[str]], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A starting model with the prompts that it answers. `gold` is what the preferences come from, `judge` somebody
+    whose opinion no stage learns; both see `text(ids, mask)` of an answer's row."""
+
+    config: ModelConfig
+    tok: Tokenizer
+    start: Params  # what every run starts from, and the reference of its KL
+    prompts: list[Ids]  # to train on
+    heldout: list[Ids]  # to measure on
+    gold: Look
+    judge: Look
+    text: Callable[[np.ndarray, np.ndarray], str]
+    stop: int
+    algorithm: PPOConfig  # its new_tokens, temperature and unfinished_score hold for every method
+    mesh: Mesh
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the longest prompt: what all are padded to."""
+        return max(map(len, self.prompts + self.heldout))
+
+    def texts(self, rows: Batch) -> list[str]:
+        """The texts of rows [..., T] on the host, in order."""
+        tokens, mask = np.asarray(rows.tokens_BT), np.asarray(rows.mask_BT)
+        T = tokens.shape[-1]
+        return [self.text(ids, own) for ids, own in zip(tokens.reshape(-1, T), mask.reshape(-1, T), strict=True)]
+
+    def finished(self, score: np.ndarray, ended: np.ndarray) -> np.ndarray:
+        """Scores, with the fixed one where an answer never ended."""
+        fixed = self.algorithm.unfinished_score
+        return score if fixed is None else np.where(ended, score, fixed)
+
+
+def reviews(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig) -> Task:
+    """The task of `make assistant`: one-line reviews whose sentiment by VADER is the gold score; the judge is fitted on
+    people's labels. `model_folder`: a finetuned model."""
+    start, config, tok, _ = load_language_model(model_folder)
+    mesh = sharding.data_mesh()
+    judge = evaluate.fit_judge(
+        sources.labelled(sources.EMBEDDED, "train", cache), sources.labelled(sources.EMBEDDED, "test", cache)
+    )
+    ids = {
+        split: [prompt_ids(tok, prompt.text) for prompt in sources.prompts(sources.EMBEDDED, split, cache)]
+        for split in ("train", "test")
+    }
+    if len(ids["test"]) < heldout:
+        raise UserError(f"there are {len(ids['test'])} held-out prompts, not {heldout}; lower --prompts")
+    return Task(
+        config, tok, sharding.replicate(start, mesh), ids["train"], ids["test"][:heldout], evaluate.gold_scores,
+        judge.scores, lambda ids, mask: answer_text(tok, ids[mask]), tok.template.end, algorithm, mesh,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """One policy's answers to the held-out prompts: one number a prompt of each measure (or [N, n] for n answers)."""
+
+    texts: list[str]
+    gold: np.ndarray
+    judge: np.ndarray
+    logp: np.ndarray  # log pi of the answer, nats
+    kl: np.ndarray  # log pi - log rho
+    length: np.ndarray  # tokens
+    ended: np.ndarray
+    proxy: np.ndarray  # what a learned reward model gives it; NaN without one
+
+    def to_json(self, texts: int = 6) -> dict[str, Any]:
+        """For a file: all numbers, and the first few texts."""
+        numbers = {name: np.asarray(x, float).round(6).tolist() for name, x in vars(self).items() if name != "texts"}
+        return {**numbers, "texts": self.texts[:texts]}
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> "Seen":
+        """The inverse of `to_json`, as far as it goes."""
+        return Seen(record["texts"], **{name: np.array(x, float) for name, x in record.items() if name != "texts"})
+
+
+@functools.lru_cache(maxsize=8)
+def _log_probs(mesh: Mesh, config: ModelConfig, temperature: float, window: int) -> Callable[..., Any]:
+    return jit_on(
+        mesh, lambda params, rows: model.answer_logp(params, config, rows, temperature=temperature, window=window)
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _scores(mesh: Mesh, config: ModelConfig) -> Callable[..., Any]:
+    return jit_on(mesh, lambda params, rows: reward.score(params, config, rows))
+
+
+def sample(task: Task, params: Params, ids: Sequence[Ids], key: Array, batch: int = 250) -> rollout.Sampled:
+    """One answer of a policy to each prompt."""
+    found = rollout.sample_answers(
+        params, task.config, ids, key, lambda tokens: "", task.mesh, stop=task.stop, width=task.prompt_tokens,
+        new_tokens=task.algorithm.new_tokens, temperature=task.algorithm.temperature, batch=min(batch, len(ids)),
+    )  # fmt: skip
+    return dataclasses.replace(found, texts=task.texts(found.rows))
+
+
+def log_probs(task: Task, params: Params, rows: Batch, batch: int = 250) -> np.ndarray:
+    """log P(y | x) of each row at the task's temperature, [rows]."""
+    program = _log_probs(task.mesh, task.config, task.algorithm.temperature, task.algorithm.new_tokens)
+    count = min(batch, len(np.asarray(rows.mask_BT)))
+    return rollout.in_batches(lambda rows: program(params, rows), rows, count, task.mesh)
+
+
+def reward_scores(task: Task, params: Params, config: ModelConfig, rows: Batch, batch: int = 250) -> np.ndarray:
+    """h(x, y) of each row, [rows]; the reward model may be of another size than the policy."""
+    program, count = _scores(task.mesh, config), min(batch, len(np.asarray(rows.mask_BT)))
+    return rollout.in_batches(lambda rows: program(params, rows), rows, count, task.mesh)
+
+
+Proxy = tuple[Params, ModelConfig]  # a reward model, which may be of another size than the policy
+
+
+def seen(task: Task, params: Params, answers: rollout.Sampled, proxy: Proxy | None = None, each: int = 1) -> Seen:
+    """A policy's answers to the held-out prompts as everyone sees them; `each` of a prompt: in a last axis, if several."""
+    logp = log_probs(task, params, answers.rows)
+    h = np.full(len(logp), np.nan)
+    if proxy is not None:
+        h = task.finished(reward_scores(task, *proxy, answers.rows), answers.ended)
+    numbers = {
+        "gold": task.gold(answers.texts), "judge": task.judge(answers.texts), "proxy": h, "logp": logp,
+        "kl": logp - log_probs(task, task.start, answers.rows), "length": answers.lengths.astype(float),
+        "ended": answers.ended.astype(float),
+    }  # fmt: skip
+    if each > 1:
+        numbers = {name: x.reshape(-1, each) for name, x in numbers.items()}
+    return Seen(answers.texts, **numbers)
+
+
+def look(task: Task, params: Params, key: Array, proxy: Proxy | None = None, each: int = 1) -> Seen:
+    """`seen` of newly sampled answers."""
+    ids = [row for row in task.heldout for _ in range(each)]
+    return seen(task, params, sample(task, params, ids, key), proxy, each)
+
+
+def best_of_weights(score_N: np.ndarray, n: int) -> np.ndarray:
+    """The probability of each of N answers to be the best of n drawn from them without replacement, [N]: the weights
+    of an unbiased estimate of best-of-n from N >= n samples (Nakano et al. 2021, appendix I). Of equal scores the
+    later one wins."""
+    N = len(score_N)
+    rank = np.empty(N, int)
+    rank[np.argsort(score_N, kind="stable")] = np.arange(N)
+    # C(rank, n - 1) / C(N, n): the others of its n are among those below it.
+    below = np.array([np.prod((r - np.arange(n - 1)) / (N - 1 - np.arange(n - 1))) if r >= n - 1 else 0.0
+                      for r in range(N)])  # fmt: skip
+    return (below * n / N)[rank]
+
+
+def best_of(pool: Seen, n: int) -> dict[str, np.ndarray]:
+    """What best-of-n by the proxy score is expected to reach, one number a prompt of each measure, from a pool
+    [prompts, N]. For its KL see `best_of_kl`."""
+    weight_PN = np.stack([best_of_weights(score_N, n) for score_N in pool.proxy])
+    return {
+        name: (weight_PN * getattr(pool, name)).sum(1) for name in ("gold", "judge", "proxy", "logp", "length", "ended")
+    }
+
+
+def best_of_kl(logp_N: np.ndarray, score_N: np.ndarray, n: int) -> float:
+    """KL of best-of-n to the policy that the N answers come from, in nats, estimated from their log-probabilities.
+
+    With F = P(score <= s) and p = P(y), best-of-n gives y the probability F^n - (F - p)^n (Beirami et al. 2024), so
+
+        KL = E[ (n - 1) log F + log( (1 - (1 - p / F)^n) / (p / F) ) ]
+
+    over its answers. Where no answer has much probability the second term is log n, and the whole is
+    log n - (n - 1) / n, which is an upper bound. log F is taken at its mean given the rank among N.
+    """
+    from scipy.special import digamma
+
+    N = len(score_N)
+    rank = np.empty(N, int)
+    rank[np.argsort(score_N, kind="stable")] = np.arange(1, N + 1)
+    log_f = digamma(rank) - digamma(N + 1)
+    share = np.clip(np.exp(np.asarray(logp_N, float) - log_f), 1e-300, 1.0)
+    gain = np.log(-np.expm1(n * np.log1p(-np.minimum(share, 1 - 1e-12)))) - np.log(share)
+    return float(best_of_weights(score_N, n) @ ((n - 1) * log_f + gain))
