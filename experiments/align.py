@@ -1,12 +1,16 @@
-"""Align a pretrained model to a measurable wish: SmolLM2 learns to be cheerful, by PPO and by DPO.
+"""Align a pretrained model to a measurable wish: SmolLM2 learns to be brief, by PPO and by DPO.
 
     python -m experiments.align                          2 CPU cores, offline once the model's wheel is there
     python -m experiments.align --preset gpu --run runs/align-gpu
 
-It answers questions about everyday things in a sentence; a simulated annotator (VADER's sentiment, noisily) picks the
-most cheerful of four; reward model, PPO and DPO train low-rank adapters on those choices alone. What came of it is
-measured on questions about other things, in other words, which no stage has seen. Each stage is an experiment of this
-folder with other settings: one that is done is not run again, one that was interrupted goes on.
+It answers questions about everyday things in a sentence; a simulated annotator (the number of words, noisily) picks the
+shortest of four; reward model, PPO and DPO train low-rank adapters on those choices alone. What came of it is measured
+on questions about other things, in other words, which no stage has seen: how many words, how often fewer than the
+starting model's, and whether an answer still names what it was asked about, which nobody asked for. Each stage is an
+experiment of this folder with other settings: one that is done is not run again, one that was interrupted goes on.
+
+`--annotator.wish cheerful` asks for cheerful answers instead (VADER's sentiment): a harder thing to tell from so few
+labels.
 """
 
 import dataclasses
@@ -27,7 +31,9 @@ from jaxgpt import evaluate, model, rollout, sharding
 from jaxgpt.checkpoint import load_language_model
 from jaxgpt.cli import cli
 from jaxgpt.data.jsonl import write_rows
+from jaxgpt.data.questions import names_its_thing
 from jaxgpt.data.questions import questions as questions_about_things
+from jaxgpt.evaluate import SimulatedAnnotator
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.run import Run, run_fingerprint
 from jaxgpt.tokenizer import answer_text, prompt_ids
@@ -43,9 +49,10 @@ class Settings:
     lora: int = 8  # rank of the adapters
     temperature: float = 0.7  # of the policy, in every stage that samples or trains it
     new_tokens: int = 48  # longest answer
-    preferences: experiments.preferences.Settings = experiments.preferences.Settings(prompts=300, heldout=60, batch=60)
+    annotator: SimulatedAnnotator = SimulatedAnnotator(wish="short")
+    preferences: experiments.preferences.Settings = experiments.preferences.Settings(prompts=160, heldout=40, batch=80)
     reward: experiments.reward.Settings = experiments.reward.Settings(
-        batch=8, microbatches=4, learning_rate=3e-4, reference_samples=64, log_every=5
+        batch=8, microbatches=4, learning_rate=1e-3, warmup=4, first_spread=0.1, reference_samples=64, log_every=5
     )
     ppo: experiments.ppo.Settings = experiments.ppo.Settings(
         iterations=28, batch=32, ppo=PPOConfig(epochs=1, minibatches=4), learning_rate=3e-4, beta=0.1, target_kl=8.0,
@@ -90,7 +97,7 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     files = {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
     sampling: dict[str, Any] = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
     special: dict[str, dict[str, Any]] = {
-        "preferences": {"data": questions, **sampling},
+        "preferences": {"data": questions, "annotator": settings.annotator, **sampling},
         "reward": {"lora": settings.lora, **files},
         "ppo": {
             "lora": settings.lora, "data": questions, "reward": root / "reward",
@@ -112,8 +119,9 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Each model's answers to the held-out questions, and what they are like: gold score, how often an answer is more
-    cheerful than the starting model's, nats from it (each with its 95 % interval), length, and how many end."""
+    """Each model's answers to the held-out questions, and what they are like: gold score, words, how often an answer is
+    better than the starting model's, nats from it (each with its 95 % interval over questions), how many name the
+    thing that was asked about, how many end, how varied they are."""
     places = {"before": settings.model, "ppo": settings.run / "ppo", "dpo": settings.run / "dpo"}
     questions = questions_about_things(held_out=True)
     count, key, mesh = settings.answers, jax.random.key(1000 + settings.seed), sharding.data_mesh()
@@ -122,7 +130,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     reference = sharding.replicate(start, mesh)
     ids = [prompt_ids(tok, question) for question in questions for _ in range(count)]
     found: dict[str, Any] = {}
-    baseline = np.zeros(0)
+    baseline = np.zeros((0, 0))
     for name, place in places.items():
         params = reference if name == "before" else sharding.replicate(load_language_model(place).params, mesh)
         answers = rollout.sample_answers(
@@ -136,33 +144,35 @@ def measure(settings: Settings) -> dict[str, Any]:
                 lambda rows: score(params, config, rows, temperature=settings.temperature), rows, 30, mesh
             )
 
-        gold = evaluate.gold_scores(answers.texts).reshape(-1, count).mean(1)
+        gold = settings.annotator.gold(answers.texts).reshape(-1, count)
         baseline = gold if name == "before" else baseline
-        nats = (log_probs(params) - log_probs(reference)).reshape(-1, count).mean(1)
+        named = [names_its_thing(True, answers.texts[n::count]) for n in range(count)]
+        words = np.array([len(text.split()) for text in answers.texts])
+        per_question = {
+            "gold": gold, "words": words, "better_than_before": evaluate.wins(gold, baseline),
+            "kl_nats_a_sequence": log_probs(params) - log_probs(reference), "names_the_thing": np.array(named).T,
+        }  # fmt: skip
         found[name] = {
-            "gold": dataclasses.asdict(evaluate.interval(gold)),
-            "more_cheerful_than_before": dataclasses.asdict(evaluate.interval(evaluate.wins(gold, baseline))),
-            "kl_nats_a_sequence": dataclasses.asdict(evaluate.interval(nats)),
-            "tokens": float(answers.lengths.mean()),
+            **{measure: dataclasses.asdict(evaluate.interval(x.reshape(-1, count).mean(1)))
+               for measure, x in per_question.items()},
             "ended": float(answers.ended.mean()),
             "distinct_2": evaluate.distinct_2(answers.texts),
             "answers": answers.texts[:: count * 5],
-        }
+        }  # fmt: skip
     return {"questions": questions[::5], "models": found}
 
 
 def table(found: dict[str, Any]) -> Table:
     """What `measure` found, for the terminal."""
-    grid = Table(title="held-out questions about things that no stage has seen")
-    for column in ("", "cheerfulness (VADER)", "beats before", "KL, nats", "tokens", "ended", "distinct-2"):
+    grid = Table(title="held-out questions about things that no stage has seen (95 % intervals)")
+    for column in ("", "words", "beats before", "KL, nats", "names the thing", "ended", "distinct-2"):
         grid.add_column(column)
     for name, row in found["models"].items():
-        gold, wins, nats = (evaluate.Interval(**row[field]) for field in ("gold", "more_cheerful_than_before",
-                                                                          "kl_nats_a_sequence"))  # fmt: skip
-        grid.add_row(
-            name, str(gold), "" if name == "before" else str(wins), str(nats), f"{row['tokens']:.0f}",
-            f"{row['ended']:.0%}", f"{row['distinct_2']:.2f}",
-        )  # fmt: skip
+        shown = {k: evaluate.Interval(**row[k]) for k in ("words", "better_than_before", "kl_nats_a_sequence",
+                                                         "names_the_thing")}  # fmt: skip
+        cells = [f"{x.mean:.{digits}f} ± {x.high - x.mean:.{digits}f}"
+                 for x, digits in zip(shown.values(), (1, 2, 1, 2), strict=True)]  # fmt: skip
+        grid.add_row(name, *cells, f"{row['ended']:.0%}", f"{row['distinct_2']:.2f}")
     return grid
 
 

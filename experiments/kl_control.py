@@ -102,7 +102,8 @@ def smoothed(x: np.ndarray, width: int = 5) -> np.ndarray:
 def figure(path: Path, found: dict[str, dict[str, Any]], targets: dict[str, float | None]) -> None:
     """KL with its targets, beta, the learned reward, and the gold score, over the iterations."""
     picture, axes = new_figure(1, 4, 17, 3.8)
-    panels = {"kl": "KL, nats a sequence", "beta": "beta, reward units a nat", "score": "reward model h", "gold": "gold"}
+    panels = {"kl": "KL, nats a sequence", "beta": "beta, reward units a nat", "score": "reward model h",
+              "gold": "gold score"}  # fmt: skip
     for n, (name, one) in enumerate(found.items()):
         for axis, (measure, label) in zip(axes[0], panels.items(), strict=True):
             if measure == "beta" and targets[name] is None:
@@ -121,11 +122,13 @@ def figure(path: Path, found: dict[str, dict[str, Any]], targets: dict[str, floa
 
 def report(s: Settings, task: Task, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """kl_control.png and report.html; returns what was held, and what the policies are like."""
-    targets = {name: target for name, target in zip(found, (*s.targets, None), strict=True)}
+    targets = dict(zip(found, (*s.targets, None), strict=True))
     figure(s.run / "kl_control.png", found, targets)
     last = {name: np.array(one["curves"]["kl"])[:, -max(s.iterations // 4, 2) :] for name, one in found.items()}
-    held = {name: {"target": targets[name], "last_quarter": dataclasses.asdict(crossed_interval(kl))}
-            for name, kl in last.items()}  # fmt: skip
+    held: dict[str, Any] = {
+        name: {"target": targets[name], "last_quarter": dataclasses.asdict(crossed_interval(kl))}
+        for name, kl in last.items()
+    }
     methods = {name: [Point("", [Seen.from_json(seen) for seen in one["seen"]])] for name, one in found.items()}
     prompts = [task.tok.show(ids) for ids in task.heldout[:12]]
     variety = [[name, f"{held[name]['last_quarter']['mean']:.2f}", *(f"{x:.2f}" for x in one["distinct_2"])]
@@ -139,7 +142,8 @@ def report(s: Settings, task: Task, found: dict[str, dict[str, Any]]) -> dict[st
           page.plain_table(("run", "KL", *(f"distinct-2, seed {n}" for n in range(s.seeds))), variety)),
          ("Answers", page.samples(prompts, {name: row[0].runs[0].texts for name, row in methods.items()}))],
     )  # fmt: skip
-    return {"held": held, "policies": page.summary(methods), "distinct_2": {n: one["distinct_2"] for n, one in found.items()}}
+    variety_of = {name: one["distinct_2"] for name, one in found.items()}
+    return {"held": held, "policies": page.summary(methods), "distinct_2": variety_of}
 
 
 def main(settings: Settings) -> dict[str, Any]:

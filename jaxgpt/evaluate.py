@@ -1,8 +1,8 @@
 """How good are answers? A simulated annotator, an independent judge, and figures with intervals.
 
-The *simulated annotator* stands in for a person: its gold score of a text is VADER's compound sentiment (Hutto &
-Gilbert 2014, a lexicon; -1 to 1), or how short it is, and it picks a favourite with probability softmax(gold / temperature)
-It is a program and is called one wherever its labels appear.
+The *simulated annotator* stands in for a person. Its gold score of a text is VADER's compound sentiment (Hutto &
+Gilbert 2014, a lexicon; -1 to 1), or how short it is, and it picks a favourite with probability
+softmax(gold / temperature). It is a program and is called one wherever its labels appear.
 
 The *judge* is a classifier of reviews (TF-IDF and logistic regression) fitted on labels that people gave. No stage
 trains on its verdicts or on those labels, so it tells whether what the annotator likes is seen by someone else too.

@@ -168,18 +168,22 @@ def hidden(
     *,
     positions_BT: Array | None = None,
     segments_BT: Array | None = None,
+    nudge_BTD: Array | None = None,
     key: Array | None = None,
     attend: Attend | None = None,
 ) -> Array:
     """The hidden states after the final norm, [B, T, D]; position t has read tokens 0…t.
 
-    Without `positions_BT` rows are counted from 0. `key` turns dropout on. `attend` may be another implementation.
+    Without `positions_BT` rows are counted from 0. `nudge_BTD` is added to the embeddings: through it one can
+    differentiate by the input, or read something that is no token. `key` turns dropout on. `attend` may be another
+    implementation.
     Raises UserError when a row is longer than config.block (checked while tracing; the positions would clamp in
     silence).
     """
     return hidden_and_kv(
-        params, config, tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, key=key, attend=attend
-    )[0]
+        params, config, tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, nudge_BTD=nudge_BTD, key=key,
+        attend=attend,
+    )[0]  # fmt: skip
 
 
 def hidden_and_kv(
@@ -189,6 +193,7 @@ def hidden_and_kv(
     *,
     positions_BT: Array | None = None,
     segments_BT: Array | None = None,
+    nudge_BTD: Array | None = None,
     key: Array | None = None,
     attend: Attend | None = None,
 ) -> tuple[Array, list[tuple[Array, Array]]]:
@@ -205,6 +210,8 @@ def hidden_and_kv(
     layers = layers._replace(attend=attend or layers.attend)
     embed_key, keys = (None, None) if key is None else _split_for(key, config.layers)
     x_BTD = embed_rows(params, config, tokens_BT, positions_BT)
+    if nudge_BTD is not None:
+        x_BTD += nudge_BTD.astype(x_BTD.dtype)
     x_BTD = dropout(embed_key, config.dropout, x_BTD)
 
     turned = angles(config, positions_BT)

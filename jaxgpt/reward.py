@@ -25,9 +25,10 @@ def init(key: Array, params: Params, width: int) -> Params:
     }
 
 
-def score(params: Params, config: ModelConfig, batch: Batch) -> Array:
-    """h(x, y) of each row, [B] float32. The padding behind the answer doesn't matter."""
-    h_BTD = model.hidden(params["model"], config, batch.tokens_BT)
+def score(params: Params, config: ModelConfig, batch: Batch, nudge_BTD: Array | None = None) -> Array:
+    """h(x, y) of each row, [B] float32. The padding behind the answer doesn't matter. For `nudge_BTD` see
+    `model.hidden`."""
+    h_BTD = model.hidden(params["model"], config, batch.tokens_BT, nudge_BTD=nudge_BTD)
     raw_B = model.at_last_token(model.apply_scalar_head(params["head"], h_BTD), batch.mask_BT)
     return params["gain"] * raw_B + params["bias"]
 

@@ -15,7 +15,7 @@ LEVELS = {
     "progress guard",
     2: "decode speculative train lora data checkpoint run cli pretrained reward bench resume verify",
     3: "rollout evaluate dpo beam chat",
-    4: "ppo report doctor web study",
+    4: "ppo through_reward report doctor web study",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 ARRAYS_ONLY = ("checks", "losses", "kl", "returns", "vocab_head")  # what people lift out

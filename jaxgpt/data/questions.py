@@ -31,5 +31,15 @@ OTHER_FORMS = ("How would you sum up {} in a short sentence?", "Give me one shor
 
 def questions(held_out: bool = False) -> list[str]:
     """Every form of every thing: 300, or 60 that share neither with them."""
+    return [form.format(thing) for form, thing in _pairs(held_out)]
+
+
+def names_its_thing(held_out: bool, answers: list[str]) -> list[bool]:
+    """Whether each answer, one to each of `questions`, still says what it is about: the thing's last word, singular."""
+    things = [thing.split()[-1].lower().rstrip("s") for _, thing in _pairs(held_out)]
+    return [thing in answer.lower() for thing, answer in zip(things, answers, strict=True)]
+
+
+def _pairs(held_out: bool) -> list[tuple[str, str]]:
     forms, things = (OTHER_FORMS, OTHER_THINGS) if held_out else (FORMS, THINGS)
-    return [form.format(thing) for form, thing in itertools.product(forms, things)]
+    return list(itertools.product(forms, things))

@@ -25,7 +25,7 @@ class Cells:
     def __call__(self, name: str, make: Callable[[], Any], steps: int, bar: Bar) -> Any:
         """What `make` returned, now or in an earlier start of the same study. JSON: numbers, text, lists and dicts.
         `make` moves the bar by `steps` itself; here it is moved where nothing was left to make."""
-        path = self.folder / f"{name}.json"
+        path = self.folder / f"{_file(name)}.json"
         kept = read_json(path) if path.exists() else None
         if isinstance(kept, dict) and kept.get("study") == self.run.fingerprint:
             bar.update(steps)
@@ -38,7 +38,7 @@ class Cells:
         self, name: str, make: Callable[[], tuple[Params, ModelConfig]], steps: int, bar: Bar
     ) -> tuple[Params, ModelConfig]:
         """The same for a model that others of the study's parts need."""
-        folder = self.folder / re.sub(r"[^A-Za-z0-9]+", "-", name)
+        folder = self.folder / _file(name)
         if (folder / "model.json").exists():
             kept = load_model(folder)
             if kept.extra.get("study") == self.run.fingerprint:
@@ -47,3 +47,7 @@ class Cells:
         params, config = make()
         save_model(folder, params, config, extra={"study": self.run.fingerprint})
         return params, config
+
+
+def _file(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name)

@@ -17,12 +17,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import optim, ppo, rollout, sharding
-from jaxgpt.config import UserError
-from jaxgpt.losses import Mean
+from jaxgpt import optim, ppo, reward, rollout, sharding, through_reward
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.losses import Mean, reduce
 from jaxgpt.ppo import Controller, Prompts, RewardFn
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.study.task import Task
+from jaxgpt.through_reward import ThroughReward
 from jaxgpt.train import LossFn, TrainState, init_state, make_train_step
 
 How = Literal["vmap", "map"]
@@ -57,9 +58,12 @@ def unstack(tree: Any) -> list[Any]:
 
 def spread(tree: Any, mesh: Mesh) -> Any:
     """The runs divided among the devices, if that comes out even; else all on each."""
-    count = jax.tree.leaves(tree)[0].shape[0]
-    axes = P(sharding.ROWS) if count % sharding.row_parts(mesh) == 0 else P()
-    return jax.device_put(tree, NamedSharding(mesh, axes))
+
+    def place(x: Any) -> Any:
+        axes = P(sharding.ROWS) if x.shape[0] % sharding.row_parts(mesh) == 0 else P()
+        return jax.device_put(x, NamedSharding(mesh, axes))
+
+    return jax.tree.map(place, tree)
 
 
 def values(metrics: Any) -> dict[str, np.ndarray]:
@@ -125,6 +129,24 @@ def learn_by_ppo(task: Task, tx: optax.GradientTransformation, reward_fn: Reward
         experience, metrics = ppo.score(state, task.config, task.algorithm, rows, sampler_logp_BT, ended_B, score_B)
         state, control, more = ppo.update(state, task.config, task.algorithm, tx, experience, control, key)
         return state, control, {**metrics, **more}
+
+    return learn
+
+
+def learn_through_reward(
+    task: Task, tx: optax.GradientTransformation, reward_config: ModelConfig, how: ThroughReward
+) -> Learn:
+    """One step of `through_reward` a rollout; beta is the controller's, the reward model 'reward' among the frozen."""
+
+    def learn(
+        state: TrainState, control: Controller, seen: tuple[Batch, Array, Array], score_B: Array, key: Array
+    ) -> tuple[TrainState, Controller, Any]:
+        rows, _, ended_B = seen
+        h_B = reward.score(state.params["reward"], reward_config, rows)
+        loss = through_reward.make_loss(task.config, reward_config, control.beta, how, task.algorithm.temperature)
+        state, metrics = make_train_step(loss, tx)(state, rows, key)
+        return state, control, {**metrics, "h": reduce(h_B), "kl": metrics["kl_exact"], "beta": control.beta,
+                                "ended": reduce(ended_B.astype(jnp.float32))}  # fmt: skip
 
     return learn
 

@@ -138,7 +138,7 @@ Proxy = tuple[Params, ModelConfig]  # a reward model, which may be of another si
 
 
 def seen(task: Task, params: Params, answers: rollout.Sampled, proxy: Proxy | None = None, each: int = 1) -> Seen:
-    """A policy's answers to the held-out prompts as everyone sees them; `each` of a prompt: in a last axis, if several."""
+    """A policy's answers to the held-out prompts as everyone sees them; `each` of a prompt, in a last axis."""
     logp = log_probs(task, params, answers.rows)
     h = np.full(len(logp), np.nan)
     if proxy is not None:
