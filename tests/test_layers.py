@@ -26,6 +26,9 @@ def segments():
 CASES = {
     "dense": lambda of, x, y: of.dense({"kernel": y, "bias": y[0]}, x, layers.COLUMNS),
     "dense, no bias": lambda of, x, y: of.dense({"kernel": y}, x, layers.COLUMNS),
+    "dense, adapters": lambda of, x, y: of.dense(
+        {"kernel": y, "bias": y[0], "lora_a": jnp.tanh(y[:, :4]), "lora_b": jnp.sin(y[:4])}, x, layers.COLUMNS
+    ),
     "rms norm": lambda of, x, y: of.norm({"scale": y[0, :D]}, 3.0 * x + 1.0, 1e-5),
     "swiglu": lambda of, x, y: of.swiglu(x, jnp.flip(x, axis=0) * 2),
     "norm": lambda of, x, y: of.norm({"scale": y[0, :D], "bias": y[1, :D]}, 3.0 * x + 1.0, 1e-5),

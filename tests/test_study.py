@@ -1,0 +1,370 @@
+"""Many runs as one program, best-of-n without bias, derivatives through a reward model; and each study at toy size."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import arithmetic, assistant, frontier, how_many_labels, imdb, kl_control, overoptimisation
+from jaxgpt import kl, model, optim, reward, sharding, through_reward
+from jaxgpt.config import UserError
+from jaxgpt.data import sources
+from jaxgpt.data.jsonl import write_rows
+from jaxgpt.data.preferences import Ranking
+from jaxgpt.evaluate import SimulatedAnnotator, best_of_n_kl_bound, crossed_interval
+from jaxgpt.ppo import PPOConfig
+from jaxgpt.run import Run, cache_root
+from jaxgpt.structs import Batch
+from jaxgpt.study import methods, runs
+from jaxgpt.study.cells import Cells
+from jaxgpt.study.task import Seen, Task, best_of_kl, best_of_weights
+from jaxgpt.tokenizer import train_char
+from jaxgpt.train import make_nll
+from tests.helpers import TINY, batch_of, params_of
+
+STOP = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def keys_in_rows():
+    """JAX's check of reused keys takes the vmapped keys of a scan for used ones; those of single runs are checked
+    elsewhere."""
+    with jax.debug_key_reuse(False):
+        yield
+
+
+def tiny_task() -> Task:
+    """A tiny model that answers with at most five tokens; the gold score is how often it says token 7."""
+
+    def gold(texts):
+        return np.array([text.split().count("7") for text in texts], float)
+
+    return Task(
+        TINY, train_char(["ab"]), params_of(scale=1.0), [[1, 5], [1, 6, 8], [1, 9]], [[1, 4], [1, 7, 9]], gold, gold,
+        lambda ids, mask: " ".join(map(str, ids[mask])), STOP, PPOConfig(new_tokens=5, epochs=2, minibatches=2),
+        sharding.make_mesh(devices=jax.devices()[:1]),
+    )  # fmt: skip
+
+
+def likes_seven(params, rows):
+    return (jnp.where(rows.mask_BT, rows.tokens_BT == 7, False)).sum(1) * params["scale"]
+
+
+def on_policy(task, how, host=None):
+    tx = runs.ppo_optimizer(task, 1e-3, 2)
+    learn = runs.learn_by_ppo(task, tx, None if host else likes_seven)
+    return runs.OnPolicy(task, learn, tx, 2, 8, host=host, how=how)
+
+
+def close(a, b, tolerance=2e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance), a, b)
+
+
+@pytest.mark.parametrize("how", ["vmap", "map"])
+def test_runs_together_are_the_runs_alone(how):
+    task = tiny_task()
+    controls = [kl.FixedKL(jnp.float32(beta)) for beta in (0.0, 0.5)]
+    frozen = [{"scale": jnp.float32(scale)} for scale in (1.0, 2.0)]
+    policies, curves = on_policy(task, how).train(controls, [0, 1], frozen)
+    for n in range(2):
+        (alone,), curve = on_policy(task, "vmap").train(controls[n : n + 1], [n], frozen[n : n + 1])
+        close(policies[n], alone)
+        for name in ("gold", "kl", "score"):
+            np.testing.assert_allclose(curves[name][:, n], curve[name][:, 0], atol=1e-4)
+    assert curves["kl"][0] == pytest.approx(0.0, abs=1e-6)  # a run starts at the reference
+    assert np.abs(curves["ratio_error_first"]).max() == 0.0
+    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, policies), strict=True)) > 1e-4
+
+
+def test_runs_divided_among_devices_are_the_same_runs():
+    task = tiny_task()
+    everywhere = dataclasses.replace(task, mesh=sharding.make_mesh(devices=jax.devices()[:2]))
+    controls, frozen = [kl.FixedKL(jnp.float32(0.1))] * 2, [{"scale": jnp.float32(1.0)}] * 2
+    one, two = (on_policy(own, "vmap").train(controls, [0, 1], frozen)[0] for own in (task, everywhere))
+    close(one, two)
+
+
+def test_a_reward_on_the_host_is_the_same_reward():
+    task = tiny_task()
+    control, frozen = [kl.FixedKL(jnp.float32(0.1))], [{"scale": jnp.float32(1.0)}]
+    inside, _ = on_policy(task, "vmap").train(control, [0], frozen)
+    outside, _ = on_policy(task, "vmap", host=task.gold).train(control, [0])
+    close(inside, outside, 1e-6)
+
+
+def test_fitting_together_is_fitting_alone():
+    tx, mesh = optim.adamw(1e-2), sharding.make_mesh(devices=jax.devices()[:1])
+    batches = [[jax.tree.map(np.asarray, batch_of(seed=10 * n + i)) for i in range(2)] for n in range(2)]
+    start = [params_of(seed=n, scale=1.0) for n in range(2)]
+    both = runs.fit(make_nll(TINY), tx, start, {}, runs.together(batches), mesh)
+    for n in range(2):
+        (alone,) = runs.fit(make_nll(TINY), tx, start[n : n + 1], {}, runs.together(batches[n : n + 1]), mesh)
+        close(both[n], alone)
+
+
+def test_a_run_whose_loss_is_not_finite_is_named():
+    def loss(params, batch, key=None):
+        objective, metrics = make_nll(TINY)(params, batch[1], key)
+        return dataclasses.replace(objective, sum=objective.sum * batch[0]), metrics
+
+    batch = jax.tree.map(np.asarray, batch_of())
+    batches = runs.together([[(np.float32(1.0), batch)], [(np.float32(np.nan), batch)]])
+    with pytest.raises(UserError, match=r"run \[1\] was not finite in step 1"):
+        runs.fit(loss, optim.adamw(1e-2), [params_of()] * 2, {}, batches, sharding.make_mesh(devices=jax.devices()[:1]))
+
+
+def test_dpo_with_several_betas_is_dpo_with_each():
+    task = tiny_task()
+    rng = np.random.default_rng(0)
+    rows = [([1, 5, *map(int, rng.integers(4, 60, 4))], [0, 0, 1, 1, 1, 1]) for _ in range(16)]
+    rankings = [Ranking((rows[i], rows[i + 1]), i % 2) for i in range(0, 16, 2)]
+    options = {"learning_rate": 1e-3, "batch": 4}
+    both = methods.dpo_policies(task, [rankings] * 2, [0.1, 2.0], [0, 0], **options)
+    for beta, policy in zip((0.1, 2.0), both, strict=True):
+        close(policy, methods.dpo_policies(task, [rankings], [beta], [0], **options)[0])
+    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, both), strict=True)) > 1e-4
+
+
+# ---- best-of-n ----
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_best_of_weights_are_those_of_all_subsets(n):
+    score = np.array([0.3, -1.0, 2.0, 0.3, 5.0, 0.0])
+    count = np.zeros(6)
+    for subset in itertools.combinations(range(6), n):
+        count[max(subset, key=lambda i: (score[i], i))] += 1
+    np.testing.assert_allclose(best_of_weights(score, n), count / count.sum(), atol=1e-12)
+
+
+def test_best_of_kl_is_the_bound_where_no_answer_has_much_probability():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 8, 32):
+        estimate = best_of_kl(np.full(64, -40.0), rng.normal(size=64), n)
+        assert estimate == pytest.approx(best_of_n_kl_bound(n), abs=1e-9)
+
+
+def test_best_of_kl_is_that_of_the_enumerated_distribution():
+    """Twelve answers with scores of their own: best-of-n gives y the probability F^n - (F - p)^n."""
+    rng = np.random.default_rng(0)
+    p, score, n = rng.dirichlet(np.full(12, 2.0)), rng.permutation(12).astype(float), 3
+    upto = np.array([p[score <= s].sum() for s in score])
+    best = upto**n - (upto - p) ** n
+    exact = best @ np.log(best / p)
+    draws = rng.choice(12, size=(200, 400), p=p)
+    found = np.mean([best_of_kl(np.log(p[row]), score[row], n) for row in draws])
+    assert exact < best_of_n_kl_bound(n) - 0.05
+    assert found == pytest.approx(exact, abs=0.03)
+
+
+def test_a_crossed_interval_widens_with_either_spread():
+    rng = np.random.default_rng(0)
+    prompts, seeds = rng.normal(size=200), np.array([[-0.3], [0.0], [0.3]])
+    one = crossed_interval(prompts)
+    assert one.high - one.low == pytest.approx(2 * 1.96 * prompts.std() / np.sqrt(200), rel=0.15)
+    assert (wide := crossed_interval(prompts + seeds)).high - wide.low > 1.5 * (one.high - one.low)
+    same = crossed_interval(np.stack([prompts] * 3))
+    assert same.high - same.low == pytest.approx(one.high - one.low, rel=0.1)
+
+
+# ---- through the reward model ----
+
+
+def test_conditional_gumbel_chooses_the_token_and_is_gumbel_on_average():
+    logits = jnp.array([1.0, -2.0, 0.5, 0.0])
+    logp = np.asarray(jax.nn.log_softmax(logits))
+    tokens = jax.random.categorical(jax.random.key(0), logits, shape=(40_000,))
+    z = through_reward.conditional_gumbel(jax.random.key(1), jnp.broadcast_to(logits, (40_000, 4)), tokens)
+    assert (z.argmax(-1) == tokens).all()
+    noise = np.asarray(z) - logp
+    np.testing.assert_allclose(noise.mean(0), np.euler_gamma, atol=0.03)
+    np.testing.assert_allclose(noise.var(0), np.pi**2 / 6, atol=0.08)
+    np.testing.assert_allclose(np.corrcoef(noise.T), np.eye(4), atol=0.03)
+
+
+def test_the_input_can_be_nudged_to_another_token():
+    batch = batch_of()
+    params, other = params_of(), batch.tokens_BT.at[:, 4].set(9)
+    table = params["embed"]["tokens_VD"]
+    nudged = model.hidden(params, TINY, batch.tokens_BT, nudge_BTD=table[other] - table[batch.tokens_BT])
+    np.testing.assert_allclose(nudged, model.hidden(params, TINY, other), atol=1e-4)
+
+
+def test_the_derivative_through_the_reward_model_raises_the_reward():
+    """One token after one prompt: the expected h, summed over the vocabulary, rises along the gradient; the value that
+    is differentiated is that of the sampled tokens, or (not straight through) of mixtures."""
+    policy, judge = params_of(seed=1, scale=1.0), reward.init(jax.random.key(2), params_of(seed=3), TINY.width)
+    every = jnp.stack([jnp.full(64, 1), jnp.arange(64)], 1)
+    h_V = reward.score(judge, TINY, Batch(every, every > -1))
+
+    def expected(policy):
+        return jax.nn.softmax(model.unembed(policy, model.hidden(policy, TINY, every[:1]))[0, 0]) @ h_V
+
+    logits_V = model.unembed(policy, model.hidden(policy, TINY, every[:1]))[0, 0]
+    tokens = jax.random.categorical(jax.random.key(4), logits_V, shape=(512,))
+    rows = Batch(jnp.stack([jnp.ones_like(tokens), tokens], 1), jnp.tile(jnp.array([False, True]), (512, 1)))
+    frozen = {"reference": policy, "reward": judge}
+
+    def objective(policy, how):
+        loss = through_reward.make_loss(TINY, TINY, 0.0, how)
+        mean, metrics = loss({"policy": policy, **frozen}, rows, jax.random.key(5))
+        return mean.value, metrics
+
+    straight = through_reward.ThroughReward(tau=0.5)
+    (value, metrics), slope = jax.jit(jax.value_and_grad(objective, has_aux=True), static_argnums=1)(policy, straight)
+    np.testing.assert_allclose(-value, h_V[tokens].mean(), rtol=1e-4)
+    assert metrics["kl_exact"].value == 0.0
+    step = 1e-2 / optim.optax.tree.norm(slope)
+    assert expected(jax.tree.map(lambda w, g: w - step * g, policy, slope)) > expected(policy) + 1e-4
+    mixed, _ = objective(policy, through_reward.ThroughReward(tau=0.5, straight_through=False))
+    assert abs(float(mixed - value)) > 1e-3
+
+
+# ---- what the studies are made of ----
+
+
+def test_cells_are_made_once_a_study(tmp_path):
+    made = []
+
+    def start(value):
+        with Run(tmp_path, arithmetic.Settings(seed=value), stage="arithmetic") as run, run.progress(3, "x") as bar:
+            cells = Cells(run)
+            found = cells("a part", lambda: made.append(value) or {"x": np.arange(3) + value}, 2, bar)
+            weights = cells.model("m", lambda: made.append(-value) or (params_of(seed=value), TINY), 1, bar)[0]
+            return found, weights
+
+    first, again = start(1), start(1)
+    assert made == [1, -1] and first[0] == again[0] == {"x": [1, 2, 3]}
+    close(first[1], again[1], 0)
+    start(2)
+    assert made == [1, -1, 2, -2]
+
+
+def test_fits_of_overoptimisation_find_what_made_the_data():
+    d = np.linspace(0.2, 3.0, 20)
+    np.testing.assert_allclose(overoptimisation.fitted(d, d * (1.2 - 0.3 * d), "best-of-n"), [1.2, 0.3], atol=1e-9)
+    np.testing.assert_allclose(overoptimisation.fitted(d, d * (0.7 - 0.4 * np.log(d)), "RL"), [0.7, 0.4], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("37+85=122", True), ("37+85=...122", True), ("37+85=12.2", False), ("37+85=122.", False), ("37+85=", False),
+     ("37+85=0122", False), ("0+0=0", True), ("0+0=...", False)],
+)  # fmt: skip
+def test_a_sum_is_right_or_wrong(text, right):
+    assert arithmetic.solved(text) is right
+
+
+def test_sums_are_held_out():
+    train, heldout = arithmetic.sums(arithmetic.Settings())
+    assert len(heldout) == 500 and len(train) == 9500 and not set(train) & set(heldout)
+
+
+def test_groups_weigh_as_their_method_says():
+    """Dr. GRPO's weight of a group is 2 p (1 - p) in right answers p; GRPO's falls off more slowly to either side."""
+    score_BC = (jnp.arange(8) < jnp.arange(1, 8)[:, None]).astype(jnp.float32)
+    found = {name: arithmetic.weights(score_BC, arithmetic.METHODS[name].advantage(score_BC)) for name in
+             ("GRPO", "GRPO, neither (Dr. GRPO)")}  # fmt: skip
+    grpo, unbiased = (np.array([one[f"weight_{n}"].value for n in range(1, 8)]) for one in found.values())
+    p = np.arange(1, 8) / 8
+    np.testing.assert_allclose(unbiased, 2 * p * (1 - p), rtol=1e-5)
+    np.testing.assert_allclose(grpo / grpo.max(), 2 * np.sqrt(p * (1 - p)), rtol=1e-3)
+
+
+def test_labels_are_asked_for_with_equal_effort():
+    s = how_many_labels.PRESETS["toy"]
+    rng = np.random.default_rng(0)
+    rows = [[[1, n], [0, 1]] for n in range((s.pool + s.heldout) * 8)]
+    pool = {"rows": rows, "gold": rng.normal(size=(s.pool + s.heldout, 8)).tolist()}
+    for one in how_many_labels.conditions(s):
+        found = how_many_labels.asked(s, pool, one, 0)
+        ids = [row[0][1] for ranking in found for row in ranking.rows]
+        assert len(found) == one.choices and {len(ranking.rows) for ranking in found} == {one.candidates}
+        assert len(set(ids)) == len(ids) and max(ids) < s.pool * 8
+        if one.group.startswith("answers"):
+            assert len(ids) == s.read
+    certain = dataclasses.replace(how_many_labels.conditions(s)[0], temperature=1e-6)
+    for ranking in how_many_labels.asked(s, pool, certain, 0):
+        gold = [pool["gold"][row[0][1] // 8][row[0][1] % 8] for row in ranking.rows]
+        assert ranking.choice == int(np.argmax(gold))
+
+
+def test_an_annotator_who_likes_it_short():
+    annotator = SimulatedAnnotator(wish="short")
+    gold = annotator.gold(["one two three", "one", ""])
+    assert gold.argmax() == 1 and gold.argmin() == 2
+    assert "words" in annotator.name and "VADER" in SimulatedAnnotator().name
+    with pytest.raises(UserError, match="cheerful or short"):
+        SimulatedAnnotator(wish="loud")  # type: ignore[arg-type]
+
+
+def test_what_was_seen_comes_back_from_a_file():
+    seen = Seen(["a", "b"], *(np.arange(2.0) + n for n in range(6)), np.array([np.nan, 1.0]))
+    back = Seen.from_json(json.loads(json.dumps({**seen.to_json(), "proxy": [None, 1.0]})))
+    for name in ("gold", "kl", "ended", "proxy"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(seen, name))
+
+
+# ---- each study, whole ----
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """The first four stages at toy size."""
+    folder, cache = tmp_path_factory.mktemp("toy"), cache_root() / "data"
+    texts = sources.documents("movie_reviews", "train", cache)[:150]
+    write_rows(folder / "text.jsonl", ({"text": text} for text in texts))
+    toy, text = assistant.PRESETS["toy"], str(folder / "text.jsonl")
+    settings = dataclasses.replace(
+        toy, run=folder, pretrain=dataclasses.replace(toy.pretrain, data=text),
+        sft=dataclasses.replace(toy.sft, pretraining_data=text),
+    )  # fmt: skip
+    for stage, own in assistant.stage_settings(settings)[:4]:
+        stage.main(own)
+    return folder
+
+
+STUDIES = {frontier: "", overoptimisation: "", kl_control: "", imdb: "pretrain", how_many_labels: "sft"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.__name__.rpartition(".")[2])
+def test_a_study_runs_and_is_not_repeated(study, start, tmp_path, capsys):
+    name = study.__name__.rpartition(".")[2]
+    settings = dataclasses.replace(study.PRESETS["toy"], run=tmp_path / "run", start=start / STUDIES[study])
+    found = study.main(settings)
+    assert (tmp_path / "run" / f"{name}.png").stat().st_size > 10_000
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "<table>" in page and "data:image/png;base64," in page and "<script" not in page
+    capsys.readouterr()
+    assert study.main(settings) == found and "already done" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_study_that_was_stopped_goes_on_behind_its_last_part(start, tmp_path, monkeypatch):
+    settings = dataclasses.replace(frontier.PRESETS["toy"], run=tmp_path / "run", start=start)
+    with monkeypatch.context() as patched:
+        patched.setattr(frontier, "by_dpo", lambda study: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            frontier.main(settings)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/cells").iterdir()}
+    assert {"start.json", "ppo-0.json", "ppo-1.json"} <= kept.keys()
+    frontier.main(settings)
+    for name, time in kept.items():
+        assert (tmp_path / "run/cells" / name).stat().st_mtime_ns == time
+
+
+@pytest.mark.slow
+def test_sums_are_learnt_from_a_verifier(tmp_path):
+    """Small sums, from a third right to most, by every method but with one seed."""
+    settings = dataclasses.replace(
+        arithmetic.PRESETS["toy"], run=tmp_path / "run", steps=220, demonstrations=64, iterations=60, prompts=16,
+        each=4, learning_rate=4e-3, rl_learning_rate=1e-3,
+    )  # fmt: skip
+    found = arithmetic.main(settings)
+    assert found["before"] < 0.8
+    assert max(one["mean"] for one in found["solved"].values()) > found["before"] + 0.15
