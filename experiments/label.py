@@ -99,6 +99,8 @@ class Maker:
             wanted = prompts(self.settings, self.models[0].place)
             self.left = [text for text in wanted if text not in known and self.fits(text)]
             self.rng.shuffle(self.left)
+            if self.settings.retrain:
+                self.resume()
             while not self.stop.is_set():
                 if self.settings.retrain and self.store.count() - self.trained_at >= self.settings.retrain:
                     self.retrain()
@@ -156,6 +158,15 @@ class Maker:
         if len(different) < 2:
             return None
         return votes.Task(prompt, tuple(different), self.doubt(prompt, different) if self.doubt else 0.0)
+
+    def resume(self) -> None:
+        """With the newest reward model of an earlier session."""
+        found = {
+            int(done.parent.name[7:]): done.parent for done in self.settings.votes.parent.glob("reward-*/done.json")
+        }
+        if found:
+            self.trained_at = max(found)
+            self.doubt = doubt_by(found[self.trained_at], self.settings, self.mesh)
 
     def retrain(self) -> None:
         """A new reward model on all votes; until then, and where there are too few, the old one stays."""

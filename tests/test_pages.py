@@ -233,6 +233,9 @@ def test_the_label_page_is_accessible_and_fits_a_phone(browser, questions, tmp_p
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         sizes = page.eval_on_selector_all("button", "all => all.map(b => b.offsetHeight).filter(h => h)")
         assert min(sizes) >= 44  # a finger
+        page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        last, tools = (page.locator(name).last.bounding_box() for name in (".answer", "#tools"))
+        assert last["y"] + last["height"] <= tools["y"]  # the last answer comes out from under the buttons
         assert violations(page) == []
 
 
@@ -249,6 +252,58 @@ def test_everything_is_reached_by_the_tab_key(browser, questions, tmp_path):
         assert wanted <= seen
         page.get_by_role("button", name="Answer 2 is the best").focus()
         after(page, lambda: page.keyboard.press("Enter"))
+
+
+def test_a_key_that_is_held_and_a_double_click_vote_once(browser, questions, tmp_path):
+    port, file = free_port(), tmp_path / "v.sqlite"
+    with served("experiments.label", "--answers", str(questions), "--votes", str(file), "--who.repeat", "0", port=port):
+        page = open_page(browser, f"http://127.0.0.1:{port}/")
+        begin(page, "ada")
+        for _ in range(10):
+            page.keyboard.down("1")
+            page.wait_for_timeout(30)
+        page.keyboard.up("1")
+        expect(page.locator("#stats span").first).to_have_text("1 judged")
+        for count, name in ((2, "Answer 2 is the best"), (3, "Skip")):
+            box = page.get_by_role("button", name=name).bounding_box()
+            page.mouse.move(box["x"] + 9, box["y"] + 9)
+            for click in (1, 2):
+                page.mouse.down(click_count=click), page.mouse.up(click_count=click)
+                page.wait_for_timeout(300)
+            expect(page.locator("#stats span").first).to_have_text(f"{count} judged")
+        assert votes.Store(file).count() == 3
+
+
+def test_undo_within_a_ranking_takes_back_a_place_and_escape_ends_it(browser, questions, tmp_path):
+    port, file = free_port(), tmp_path / "v.sqlite"
+    with served("experiments.label", "--answers", str(questions), "--votes", str(file), port=port):
+        page = open_page(browser, f"http://127.0.0.1:{port}/")
+        begin(page, "ada")
+        after(page, lambda: page.keyboard.press("1"))
+        page.keyboard.press("r"), page.keyboard.press("1"), page.keyboard.press("u"), page.keyboard.press("3")
+        assert page.locator(".answer .place").all_inner_texts() == ["", "", "place 1"]
+        page.keyboard.press("Escape")
+        assert page.locator("#rank").get_attribute("aria-pressed") == "false" and judged(page) == 1
+        page.keyboard.press("r"), page.keyboard.press("2")
+        words = page.locator(".answer .words").nth(1).inner_text()
+        after(page, lambda: page.keyboard.press("Enter"))
+    store = votes.Store(file)
+    vote = store.votes()[-1]
+    assert vote.kind == "ranking" and store.task(vote.task).answers[vote.tiers[0][0]].text == words
+
+
+def test_a_vote_waits_for_the_page_that_has_the_new_token(browser, questions, tmp_path):
+    port, file = free_port(), tmp_path / "v.sqlite"
+    flags = ("--answers", str(questions), "--votes", str(file), "--serve.token")
+    with served("experiments.label", *flags, "old", port=port):
+        page = open_page(browser, f"http://127.0.0.1:{port}/#token=old")
+        begin(page, "ada")
+    page.keyboard.press("1")
+    with served("experiments.label", *flags, "new", port=port):
+        expect(page.locator("#message")).to_contain_text("token included")
+        page.goto("about:blank"), page.goto(f"http://127.0.0.1:{port}/#token=new")
+        expect(page.locator("#stats span").first).to_have_text("1 judged")
+    assert votes.Store(file).count() == 1
 
 
 def test_a_stranger_s_page_can_neither_read_nor_write(browser, questions, tmp_path):
@@ -408,7 +463,10 @@ def test_a_person_is_the_reward_of_ppo_and_a_killed_loop_asks_for_no_rating_twic
         for n in range(4):
             expect(page.locator("#count")).to_have_text(f"{n} of 4 in this round", timeout=120_000)
             page.keyboard.press("3")
+        expect(page.locator("#message")).to_have_text("The run is done. Thank you!", timeout=120_000)
         assert process.wait(timeout=120) == 0
+        page.wait_for_timeout(1500)  # and stays so, though the server is gone
+        expect(page.locator("#message")).to_have_text("The run is done. Thank you!")
         said = process.stdout.read().decode()
     assert "the loop waited" in said
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -88,6 +88,24 @@ def test_a_task_that_somebody_looks_at_is_not_offered_to_others_and_comes_again_
     assert store.next_task("ada")[0].id == first != store.next_task("bob")[0].id
 
 
+def test_a_vote_taken_back_stays_with_its_annotator_until_the_lease_ends(store, monkeypatch):
+    first = store.next_task("ada")[0]
+    store.vote(vote_of(first))
+    assert store.undo("ada", "u").id == first.id
+    assert store.next_task("bob")[0].id != first.id == store.next_task("ada")[0].id
+    monkeypatch.setattr(votes, "LEASE", -1.0)  # ended when it began
+    assert store.next_task("ada")[0].id == store.next_task("eve")[0].id == first.id
+
+
+def test_a_confirmed_change_is_on_disk_and_one_that_fails_leaves_nothing(store):
+    assert store._rows("PRAGMA journal_mode") == [("wal",)]
+    assert store._rows("PRAGMA synchronous") == [(2,)]  # FULL: an fsync before COMMIT returns
+    with pytest.raises(TypeError):
+        store.add_task(Task("half", (Answer("a"), Answer("b", origin={"no": object()}))))
+    assert store.unseen() == 20 and "half" not in store.prompts()
+    assert store.add_task(Task("half", (Answer("a"), Answer("b"))))
+
+
 def test_earlier_tasks_come_a_second_time_and_count_for_agreement_only(store):
     again = []
     for n in range(30):
@@ -116,6 +134,10 @@ def test_a_person_s_answer_joins_the_others_once(store):
     store.vote(vote_of(task, best=3))
     (found,) = votes.read(store.path)
     assert found.answers[found.choice] == "mine"
+    for n in range(12):
+        store.add_answer(task.id, Answer(str(n)), f"more {n}")
+    with pytest.raises(UserError, match="16 answers already"):
+        store.add_answer(task.id, Answer("one too many"), "y")
 
 
 @pytest.mark.parametrize(
@@ -272,6 +294,8 @@ def test_agreement_of_coins_is_chance_and_of_twins_is_1():
     found = votes.agreement(twins)
     assert found.pairs == 1200 and found.same == found.kappa == 1
     assert votes.agreement(coins[::2]) is None
+    shared = vote_of(tasks[0], kind="ranking", tiers=((0, 1), (2, 3)))  # names no favourite
+    assert votes.agreement([shared, vote_of(tasks[0], annotator="bob")]) is None
 
 
 # ---- formats ----
@@ -366,12 +390,24 @@ def test_real_shapes_of_other_projects_are_read(tmp_path):
         ({"query": "q", "sample0": "a", "sample1": "b", "best": 2}, "x.jsonl:1: choice is 2"),
         ({"query": "q", "sample0": "a", "sample1": "b"}, "x.jsonl:1: choice is 'missing'"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "x.jsonl:1: prompt is int"),
+        ({"prompt": "p", "chosen": "a", "rejected": None}, "x.jsonl:1: rejected is NoneType"),
+        ({"prompt": "p", "chosen": [{"role": "assistant", "content": "a"}], "rejected": []}, "must be a list"),
+        ({"chosen": [{"role": "assistant", "content": None}], "rejected": []}, "must be a list of objects"),
+        ({"prompt": "p", "answers": ["a", "b"]}, "x.jsonl:1: no field 'choice'"),
+        ({"prompt": "p", "answers": 3, "choice": 0}, "x.jsonl:1: answers is int"),
     ],
 )
 def test_what_is_wrong_with_a_row_is_said_with_its_place(tmp_path, row, says):
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=says):
         formats.read(tmp_path / "x.jsonl")
+
+
+def test_what_goes_out_is_each_first_vote_in_the_order_of_the_candidates(store):
+    store.vote(vote_of(task_of(0), best=2, shown=(2, 0, 1)))
+    store.vote(vote_of(task_of(0), best=1, id_="again"))
+    (one,) = formats.judged_of(store)
+    assert one.answers == ("answer 0.0", "answer 0.1", "answer 0.2") and one.tiers == ((2,), (0, 1))
 
 
 def test_verdicts_go_into_a_database_and_out_again_and_twice_is_once(tmp_path):
@@ -387,6 +423,34 @@ def test_verdicts_go_into_a_database_and_out_again_and_twice_is_once(tmp_path):
         (one.prompt, one.answers, one.kind, one.tiers, one.meta.get("annotator", "ada")) for one in judged
     ]
     assert found[1].models == ("x", "y")
+
+
+@pytest.mark.parametrize("format_", ["trl-conversational", "hh-rlhf"])
+def test_a_conversation_comes_back_as_its_turns(tmp_path, format_):
+    before = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "How?")]
+    turns = [{"role": role, "content": words} for role, words in before]
+    row = {"prompt": turns, **{side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    found, _ = formats.read(tmp_path / "in.jsonl")
+    assert found[0].prompt == "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?"
+    assert back(tmp_path, found, format_, ".jsonl") == [
+        (found[0].prompt, ("chosen", "rejected"), "favourite", ((0,), (1,)))
+    ]
+    formats.write(tmp_path / "out.jsonl", found, "trl-conversational")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["prompt"] == turns
+
+
+def test_our_own_rows_bring_back_who_said_it_and_which_answers_were_cut_off(tmp_path):
+    store = Store(tmp_path / "v.sqlite")
+    task = Task("p", (Answer("a"), Answer("b", ended=False), Answer("c")))
+    store.add_task(task)
+    for who in ("ada", "bob"):
+        store.vote(vote_of(task, best=1, annotator=who))
+    formats.write(tmp_path / "out.jsonl", formats.judged_of(store), "jaxgpt")
+    again, (found, _) = Store(tmp_path / "again.sqlite"), formats.read(tmp_path / "out.jsonl")
+    assert formats.into_store(again, found, "imported") == 2
+    assert [vote.annotator for vote in again.votes()] == ["ada", "bob"] and votes.agreement(again.votes()).pairs == 1
+    assert [one.ended for one in votes.read(again.path)] == [(True, False, True)] * 2
 
 
 def test_a_reward_model_s_input_may_be_any_of_them(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from jaxgpt.config import UserError
 from jaxgpt.data import votes
 from jaxgpt.web import label, server
-from tests.test_votes import task_of
+from tests.test_votes import task_of, vote_of
 
 STATIC = Path(server.__file__).parent / "static"
 
@@ -73,6 +73,25 @@ def test_our_own_page_may(site):
     status, headers, found = site.send("POST", "/api/next", ME)
     assert status == 200 and found["task"]["prompt"] == "prompt 0"
     assert "access-control-allow-origin" not in headers and "content-security-policy" in headers
+
+
+def test_every_answer_carries_the_policy(site):
+    policy = {
+        "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data:", "connect-src 'self'",
+        "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+    }  # fmt: skip
+    others = {
+        "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store",
+        "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
+    }  # fmt: skip
+    for method, path, body, changed in (
+        ("GET", "/", None, {}), ("GET", "/label.js", None, {}), ("GET", "/none", None, {}),
+        ("POST", "/api/next", ME, {}), ("POST", "/api/next", ME, {"Origin": "http://evil.example"}),
+        ("POST", "/api/next", ME, {"Host": "evil.example"}), ("POST", "/api/next", b"x" * (server.BODY + 1), {}),
+    ):  # fmt: skip
+        _, headers, _ = site.send(method, path, body, **changed)
+        assert set(headers["content-security-policy"].split("; ")) == policy, (path, changed)
+        assert {name: headers[name] for name in others} == others, (path, changed)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +216,17 @@ def test_one_address_may_call_only_so_often(tmp_path, monkeypatch):
     crowded.bound.stop()
 
 
+def test_one_address_does_not_use_up_the_calls_of_another(monkeypatch):
+    monkeypatch.setattr(server, "BURST", 2.0)
+    guard = server.Guard(None, frozenset({"here"}), "")
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"here")]}
+    for address in ("10.0.0.1", "10.0.0.2"):
+        for _ in range(2):
+            guard._check({**scope, "client": (address, 1)})
+        with pytest.raises(server.Refused, match="too many calls"):
+            guard._check({**scope, "client": (address, 2)})
+
+
 def test_elsewhere_than_here_a_token_is_demanded(tmp_path):
     assert server.ServeConfig().secret() == "" and len(server.ServeConfig(host="0.0.0.0").secret()) > 30
     assert server.ServeConfig(host="0.0.0.0").secret() != server.ServeConfig(host="0.0.0.0").secret()
@@ -234,6 +264,20 @@ def test_answers_come_blind_shuffled_and_alike_for_the_same_person(tmp_path):
         assert orders.setdefault(who, order) == order and sorted(order) == list(range(9))
     assert len(set(orders.values())) == 3
     blind.bound.stop()
+
+
+def test_the_page_counts_progress_speed_and_agreement(tmp_path):
+    store = votes.Store(tmp_path / "votes.sqlite")
+    for number in range(4):
+        store.add_task(task_of(number))
+    for number, seconds in enumerate((1.0, 3.0, 100.0)):
+        store.vote(vote_of(task_of(number), seconds=seconds))
+    store.vote(vote_of(task_of(0), annotator="bob", seconds=9.0))
+    found = label.Statistics(store, every=0).of("ada")
+    assert [found[name] for name in ("mine", "all", "waiting", "seconds", "with_myself")] == [3, 4, 1, 3.0, None]
+    assert (found["with_others"]["pairs"], found["with_others"]["same"]) == (1, 1)
+    store.vote(vote_of(task_of(1), best=2, id_="again"))
+    assert label.Statistics(store, every=0).of("ada")["with_myself"]["same"] == 0
 
 
 def test_scripts_make_no_html_and_load_nothing_from_elsewhere():

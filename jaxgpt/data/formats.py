@@ -23,11 +23,13 @@ from typing import Any
 
 from jaxgpt.config import UserError
 from jaxgpt.data import votes
-from jaxgpt.data.jsonl import read_rows, text_field, write_rows
-from jaxgpt.data.preferences import Kind, Preference, from_tiers, read_preferences, write_preferences
+from jaxgpt.data.jsonl import checked_text, read_rows, text_field, write_rows
+from jaxgpt.data.preferences import Kind, Preference, from_row, from_tiers, read_preferences, write_preferences
 from jaxgpt.settings import file_fingerprint, read_json, write_json
 
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
+MARKED = ("\n\nHuman:", "\n\nSystem:")  # how a conversation in that notation begins
+ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 ARENA = {"model_a": ((0,), (1,)), "model_b": ((1,), (0,))}
 Row = Mapping[str, Any]
 
@@ -125,8 +127,10 @@ def into_store(store: votes.Store, judged: Sequence[Judged], annotator: str) -> 
     new = 0
     for one in judged:
         origins = one.models or ("file",) * len(one.answers)
+        ended = one.meta.get("ended") or (True,) * len(one.answers)
         candidates = tuple(
-            votes.Answer(text, origin={"model": name}) for text, name in zip(one.answers, origins, strict=True)
+            votes.Answer(text, flag, {"model": name})
+            for text, flag, name in zip(one.answers, ended, origins, strict=True)
         )
         task = votes.Task(one.prompt, candidates)
         store.add_task(task)
@@ -164,22 +168,23 @@ def _read_row(row: Row, where: str) -> Judged | None:
     if "winner" in row:
         return _arena(row, where)
     if "answers" in row:
-        one = Preference(row["prompt"], tuple(row["answers"]), row["choice"])
-        return Judged(one.prompt, one.answers, "favourite", _first(one.choice, len(one.answers)))
+        one = from_row(row, where)
+        meta = {**one.meta, "ended": list(one.ended)}
+        return Judged(one.prompt, one.answers, "favourite", _first(one.choice, len(one.answers)), meta=meta)
     if not {"chosen", "rejected"} <= row.keys():
         raise UserError(
             f"{where}: fields {', '.join(row)} are of no known format; see python -m experiments.votes --help"
         )
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list):
-        before = row.get("prompt", [])
+        before = _messages(row.get("prompt", []), where)
         sides = [_turns([*before, *_messages(side, where)], where) for side in (chosen, rejected)]
     elif "prompt" in row:
         prompt = text_field(row, "prompt", where)
-        sides = [(prompt, str(side)) for side in (chosen, rejected)]
+        sides = [(prompt, checked_text(row[name], f"{where}: {name}", blank=True)) for name in ("chosen", "rejected")]
     else:
         text_field(row, "chosen", where), text_field(row, "rejected", where)
-        if chosen.startswith("\n\nHuman:"):
+        if chosen.startswith(MARKED):
             sides = [_turns(_dialogue(side), where) for side in (chosen, rejected)]
         else:
             same = len(os.path.commonprefix([chosen, rejected]))
@@ -223,18 +228,17 @@ def _arena(row: Row, where: str) -> Judged | None:
 
 
 def _messages(value: Any, where: str) -> list[Row]:
-    fits = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    fits = isinstance(value, list) and all(
+        isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str) for m in value
+    )
     if not fits:
-        raise UserError(f"{where}: a conversation must be a list of objects with role and content")
+        raise UserError(f"{where}: a conversation must be a list of objects with role and content, both text")
     return list(value)
 
 
 def _dialogue(text: str) -> list[Row]:
-    parts = re.split(r"\n\n(Human|Assistant): ?", text)
-    return [
-        {"role": "user" if who == "Human" else "assistant", "content": words}
-        for who, words in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+    parts = re.split(r"\n\n(Human|Assistant|System): ?", text)
+    return [{"role": ROLES[who], "content": words} for who, words in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def _turns(messages: Sequence[Row], where: str) -> tuple[str, str]:
@@ -261,7 +265,7 @@ def _pairs(one: Judged) -> Iterator[tuple[str, str]]:
 
 
 def _prompt_messages(prompt: str) -> list[Row]:
-    return _dialogue(prompt) if prompt.startswith("\n\nHuman:") else [{"role": "user", "content": prompt}]
+    return _dialogue(prompt) if prompt.startswith(MARKED) else [{"role": "user", "content": prompt}]
 
 
 def _said(text: str) -> list[Row]:
@@ -269,7 +273,7 @@ def _said(text: str) -> list[Row]:
 
 
 def _human(prompt: str) -> str:
-    return (prompt if prompt.startswith("\n\nHuman:") else HUMAN + prompt) + ASSISTANT
+    return (prompt if prompt.startswith(MARKED) else HUMAN + prompt) + ASSISTANT
 
 
 def _write_ziegler(one: Judged) -> list[Row]:

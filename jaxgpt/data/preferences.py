@@ -56,7 +56,7 @@ def read_preferences(path: Path) -> Iterator[Preference]:
     found = False
     for where, row in read_rows(path):
         found = True
-        yield _preference(row, where)
+        yield from_row(row, where)
     if not found:
         raise UserError(f"{path} holds no preferences; write one JSON object a line")
 
@@ -122,7 +122,8 @@ def _row(preference: Preference) -> dict[str, Any]:
     return row
 
 
-def _preference(row: dict[str, Any], where: str) -> Preference:
+def from_row(row: Mapping[str, Any], where: str) -> Preference:
+    """The preference in one row of a file."""
     for name in ("prompt", "answers", "choice"):
         if name not in row:
             raise UserError(f"{where}: no field {name!r}; prompt, answers and choice are needed")

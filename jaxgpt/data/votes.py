@@ -238,7 +238,7 @@ class Store:
                 f"SELECT 1 FROM votes WHERE task = ? AND annotator = ? AND {_STANDING}", (vote.task, vote.annotator)
             )
             self._append(vote, again=earlier.fetchone() is not None)
-        self._leases.pop(vote.task, None)
+            self._leases.pop(vote.task, None)
         return True
 
     def undo(self, annotator: str, id_: str) -> Task | None:
@@ -373,7 +373,8 @@ def _split(path: Path) -> tuple[Path, str]:
 @dataclasses.dataclass(frozen=True)
 class Agreement:
     """How often two votes on one task have the same favourite, with a 95 % interval over tasks (bootstrap), what
-    chance gives, and Cohen's kappa = (observed - chance) / (1 - chance)."""
+    chance gives (1 of B: the order of candidates means nothing), and kappa = (observed - chance) / (1 - chance)
+    (Brennan & Prediger 1981)."""
 
     pairs: int
     same: float

@@ -240,7 +240,8 @@ def report(
         return None if x is None else [round(float(v), 5) for v in x]
 
     return {
-        "tokens": tokens, "p": listed(np.exp(seen.logp)), "entropy": listed(seen.entropy), "kl": listed(seen.kl),
+        "tokens": tokens, "p": listed(np.exp(seen.logp)), "logp": listed(seen.logp),
+        "entropy": listed(seen.entropy), "kl": listed(seen.kl),
         "log_ratio": None if seen.ref_logp is None else listed(seen.logp - seen.ref_logp),
         "value": listed(seen.value), "score": seen.score, "ended": ended, "seconds": seconds,
         "how": {**dataclasses.asdict(how), "seed": seed},

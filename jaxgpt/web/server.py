@@ -13,6 +13,7 @@ Files are read when the program starts, into memory: no request names a path.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hmac
 import importlib.resources
@@ -296,7 +297,8 @@ class Server:
             timeout_keep_alive=20, timeout_graceful_shutdown=2, server_header=False, date_header=False,
         )  # fmt: skip
         self._server = uvicorn.Server(settings)
-        self._server.run(sockets=[self._socket])
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes Ctrl-C on when it has ended
+            self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:
         if self._server:

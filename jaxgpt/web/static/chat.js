@@ -20,11 +20,13 @@ const PAINTS = {
 const IN_CHAT = ["p", "kl", "log_ratio", "entropy", "value"];
 const IN_ROLLOUTS = ["advantage", "logp", "ref_logp", "ratio", "value", "return"];
 
+const FAINT = 0.1; // where no token of an answer has more, the colours stay pale
+
 function strength(kind, value, scale) {
   if (kind === "rare") return value <= 0 && scale.low < 0 ? Math.min(1, value / Math.min(-1, scale.low)) : 1 - value;
   if (kind === "ratio") return Math.max(-1, Math.min(1, (value - 1) / 0.2));
-  const most = Math.max(Math.abs(scale.low), Math.abs(scale.high), 1e-9);
-  return kind === "much" ? Math.max(0, value) / Math.max(scale.high, 1) : value / most;
+  const most = Math.max(Math.abs(scale.low), Math.abs(scale.high), FAINT);
+  return (kind === "much" ? Math.max(0, value) : value) / most;
 }
 
 function paint(view) {
@@ -116,7 +118,6 @@ function summarise() {
 
 async function answer(turn, cell, i, signal) {
   const words = make("p", { className: "words" });
-  cell.body.replaceChildren(words);
   const earlier = state.turns.slice(0, state.turns.indexOf(turn))
     .map((past) => ({ prompt: past.prompt, answer: past.cells.find((other) => other.model === i)?.text || "" }));
   const data = { model: i, turns: [...earlier, { prompt: turn.prompt }], ...how() };
@@ -127,6 +128,7 @@ async function answer(turn, cell, i, signal) {
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines.map((text) => JSON.parse(text))) {
+      if (line.text && !cell.text) cell.body.replaceChildren(words);
       if (line.text) words.textContent = cell.text += line.text;
       if (line.error) throw new Error(line.error);
       if (line.done) finish(cell, state.models[i].name, line.done);
@@ -138,7 +140,7 @@ function finish(cell, name, found) {
   const { tokens, ended, seconds, score, how: drawn } = found;
   Object.assign(cell, { ended, how: drawn });
   const figures = Object.fromEntries(IN_CHAT.map((by) => [by, found[by]]));
-  const facts = [`${tokens.length} tokens in ${seconds.toFixed(1)} s`, `log-probability ${sum(found.p.map(Math.log)).toFixed(1)} nats`];
+  const facts = [`${tokens.length} tokens in ${seconds.toFixed(1)} s`, `log-probability ${sum(found.logp).toFixed(1)} nats`];
   if (found.log_ratio) facts.push(`log π/ρ ${sum(found.log_ratio).toFixed(2)}`, `KL ${sum(found.kl).toFixed(2)} nats`);
   if (score !== null) facts.push(`reward ${score.toFixed(2)}`);
   if (!ended) facts.push("cut off");
@@ -155,9 +157,8 @@ function finish(cell, name, found) {
 
 async function rate(turn, cell, button) {
   if (turn.rated) return;
-  const name = localStorage.getItem("name") || prompt("Your name, kept beside your votes");
+  const name = (localStorage.getItem("name") || prompt("Your name, kept beside your votes") || "").trim().slice(0, 64);
   if (!name) return;
-  localStorage.setItem("name", name);
   const cells = turn.cells.filter((other) => other.how);
   const answers = cells.map((other) => ({ model: other.model, text: other.text, ended: other.ended, how: other.how }));
   const past = state.turns.slice(0, state.turns.indexOf(turn))
@@ -167,6 +168,7 @@ async function rate(turn, cell, button) {
     const saved = await call("rate", {
       id: (turn.id ??= newId()), annotator: name, turns: [...past, { prompt: turn.prompt }], answers, best: cells.indexOf(cell),
     });
+    localStorage.setItem("name", name);
     turn.rated = true;
     button.setAttribute("aria-pressed", "true");
     for (const other of cells) other.best.disabled = other.best !== button;
@@ -179,11 +181,15 @@ async function rate(turn, cell, button) {
 async function ask(prompt) {
   const picked = chosen();
   if (!picked.length) return say("Choose a model first.", true);
+  const wrong = [...document.querySelectorAll("#settings input[type=number]")]
+    .find((one) => !one.value || one.validity.rangeUnderflow || one.validity.rangeOverflow);
+  if (wrong) return say(`${wrong.parentElement.textContent.trim()} must be ${wrong.min} to ${wrong.max}.`, true);
   say("");
+  hint();
   const turn = { prompt, cells: [], rated: false };
   const grid = make("ol", { className: "answers" });
   for (const i of picked) {
-    const body = make("div", {}, make("p", { className: "quiet" }, "waiting… (the first answer of each length compiles)"));
+    const body = make("div", { className: "body" }, make("p", { className: "quiet" }, "waiting… (the first answer of each length compiles)"));
     turn.cells.push({ model: i, turn, text: "", body });
     grid.append(make("li", { className: "answer still" }, make("h2", {}, state.models[i].name), body));
   }
@@ -242,8 +248,10 @@ function choosePaint(names) {
 
 const HINT = "Point at a token of an answer, or go to it with the arrow keys, to see its figures.";
 
+const hint = () => $("#figures").replaceChildren(make("span", { className: "quiet" }, HINT));
+
 function view(name) {
-  $("#figures").replaceChildren(make("span", { className: "quiet" }, HINT));
+  hint();
   for (const other of ["chat", "rollouts"]) {
     $(`#${other}`).hidden = other !== name;
     $(`#tab-${other}`).setAttribute("aria-selected", String(other === name));

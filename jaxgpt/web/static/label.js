@@ -29,14 +29,14 @@ function card(answer, place) {
   const choose = make("button", {
     type: "button", className: "choose", "aria-keyshortcuts": String(number),
     "aria-label": `Answer ${number} is the best`,
-    onclick: (event) => { event.stopPropagation(); pick(place); },
+    onclick: (event) => { event.stopPropagation(); if (event.detail < 2) pick(place); },
   }, "Best", make("kbd", {}, String(number)));
   const edit = make("button", {
     type: "button", "aria-label": `Edit a copy of answer ${number}`,
     onclick: (event) => { event.stopPropagation(); openEditor(answer); },
   }, "Edit");
   const words = make("p", { className: "words" }, answer.text || "(an empty answer)");
-  const item = make("li", { className: "answer", onclick: () => { if (!String(getSelection())) pick(place); } }, words);
+  const item = make("li", { className: "answer", onclick: (event) => { if (event.detail < 2 && !String(getSelection())) pick(place); } }, words);
   if (!answer.ended) item.append(make("p", { className: "cut" }, "… cut off here"));
   item.append(make("div", { className: "row" }, choose, edit, make("span", { className: "place", "aria-live": "polite" })));
   return item;
@@ -48,9 +48,11 @@ function show(found) {
   if (found.task) $("#answers").replaceChildren(...found.task.answers.map(card));
   stopRanking();
   $("#task").hidden = $("#tools").hidden = !found.task;
+  $("#tools").classList.toggle("idle", !found.task);
   if (!found.task) {
     $("#tools").hidden = found.stats.mine === 0;
-    say(found.preparing ? `Waiting for answers: ${found.preparing}` : "All prompts are judged. Thank you!");
+    const others = found.stats.waiting ? "Others look at the prompts that are left; this page goes on when there are more." : "";
+    say(found.preparing ? `Waiting for answers: ${found.preparing}` : others || "All prompts are judged. Thank you!");
     setTimeout(() => { if (!state.task && !state.busy) refresh(); }, 1500);
     return;
   }
@@ -84,7 +86,7 @@ async function deliver() {
     outbox.set(null);
     return found;
   } catch (error) {
-    outbox.set(null); // the server said no: sending it again would not help
+    if (error.status !== 401) outbox.set(null); // a no that stays a no; without the token it waits for the page that has it
     throw error;
   }
 }
@@ -143,6 +145,13 @@ function showPlaces() {
   });
 }
 
+function unplace() {
+  state.ranking.at(-1).pop();
+  if (!state.ranking.at(-1).length) state.ranking.pop();
+  setTied(false);
+  showPlaces();
+}
+
 function setTied(on) {
   state.tied = on;
   $("#equal").setAttribute("aria-pressed", String(on));
@@ -166,11 +175,12 @@ function stopRanking() {
   if (state.task) showPlaces();
 }
 
-const undo = () => during(async () => {
+/** The last place of a ranking, or, outside of one, the last vote. */
+const undo = () => (state.ranking?.length ? unplace() : during(async () => {
   const found = await call("undo", { annotator: myName(), id: newId() }, waiting);
   show(found);
   say("Your last vote is taken back: here it is again.");
-});
+}));
 
 function openEditor(answer = null) {
   if (!state.task) return;
@@ -203,16 +213,19 @@ const ACTIONS = {
   r: () => (state.ranking ? stopRanking() : startRanking()),
   "=": () => state.ranking && state.ranking.length && setTied(!state.tied),
   enter: () => state.ranking && state.ranking.length && finishRanking(),
+  escape: () => state.ranking && stopRanking(),
   w: () => openEditor(),
   u: undo,
   "?": () => $("#keys").showModal(),
 };
 
 const BUTTONS = { tie: "t", bad: "x", skip: "s", rank: "r", equal: "=", rest: "enter", write: "w", undo: "u", help: "?" };
-for (const [id, key] of Object.entries(BUTTONS)) $(`#${id}`).addEventListener("click", ACTIONS[key]);
+for (const [id, key] of Object.entries(BUTTONS)) {
+  $(`#${id}`).addEventListener("click", (event) => { if (event.detail < 2 || id === "undo") ACTIONS[key](); });
+}
 
 document.addEventListener("keydown", (event) => {
-  if (event.target.matches("input, textarea") || (event.key === "Enter" && event.target.matches("button")) || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.repeat || event.target.matches("input, textarea") || (event.key === "Enter" && event.target.matches("button")) || event.ctrlKey || event.metaKey || event.altKey) return;
   if (document.querySelector("dialog[open]")) return;
   const key = event.key.toLowerCase();
   if (/^[1-9]$/.test(key)) pick(Number(key) - 1);

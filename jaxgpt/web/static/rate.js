@@ -21,8 +21,9 @@ function show(found) {
     $("#answer").textContent = item.answer || "(an empty answer)";
     say("");
   } else {
-    say(found.finished ? "The run is done. Thank you!" : "The model learns from your stars, and then asks again…");
-    setTimeout(refresh, 500);
+    const soon = found.of ? "The model learns from your stars, and then asks again…" : "The model writes its first answers…";
+    say(found.finished ? "The run is done. Thank you!" : soon);
+    if (!found.finished) setTimeout(refresh, 500);
   }
   if (kept && item) {
     const { id, stars } = kept;
@@ -49,9 +50,9 @@ async function rate(stars) {
 }
 
 $("#stars").append(...WORDS.map((word, i) => make("button", {
-  type: "button", "aria-label": `${i + 1} stars: ${word}`, "aria-keyshortcuts": String(i + 1), onclick: () => rate(i + 1),
+  type: "button", "aria-label": `${i + 1} stars: ${word}`, "aria-keyshortcuts": String(i + 1), onclick: (event) => { if (event.detail < 2) rate(i + 1); },
 }, `${"★".repeat(i + 1)} ${word}`, make("kbd", {}, String(i + 1)))));
 document.addEventListener("keydown", (event) => {
-  if (/^[1-5]$/.test(event.key) && !event.ctrlKey && !event.metaKey && !event.altKey) rate(Number(event.key));
+  if (/^[1-5]$/.test(event.key) && !event.repeat && !event.ctrlKey && !event.metaKey && !event.altKey) rate(Number(event.key));
 });
 refresh().catch((error) => say(error.message, true));
