@@ -1,12 +1,13 @@
-"""The reward-KL frontier: what a nat of drift buys, by PPO, DPO, best-of-n and finetuning on the favourites.
+"""The reward-KL frontier: what a nat of drift buys, by PPO, DPO, best-of-n and two other ways.
 
     make frontier                                        the start (`make assistant`, once), then this
     python -m experiments.frontier --start runs/mine --betas 0.05 0.2 0.8 --seeds 4
 
 All methods begin at the same finetuned model and know the same preferences. PPO maximises the learned reward minus
-beta KL, for each beta and seed; DPO takes the preferences themselves, for each beta and seed; best-of-n picks by the
-learned reward; the last one finetunes on the favourites alone ("preferred-FT", Rafailov et al. 2023). A run is a pure
-function of numbers, so that a whole grid is one compiled program: `jax.vmap` over runs, divided among devices.
+beta KL, for each beta and seed; so does backpropagation through the reward model, by its derivative in place of a policy
+gradient (`jaxgpt/through_reward.py`); DPO takes the preferences themselves, for each beta and seed; best-of-n picks by
+the learned reward; the last one finetunes on the favourites alone ("preferred-FT", Rafailov et al. 2023). A run is a
+pure function of numbers, so that a whole grid is one compiled program: `jax.vmap` over runs, divided among devices.
 
 Measured on held-out prompts against KL(pi || start) in nats a sequence: the annotator's gold score, which nothing
 but its noisy choices ever showed; the reward model; and a judge fitted on people's labels. Bands are 95 % intervals
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from jaxgpt import kl, reward, sharding
+from jaxgpt import kl, optim, reward, sharding
 from jaxgpt.checkpoint import load_model
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import formats
@@ -34,6 +35,7 @@ from jaxgpt.study import methods, page, runs
 from jaxgpt.study.cells import Cells
 from jaxgpt.study.page import Point
 from jaxgpt.study.task import Seen, Task, best_of, best_of_kl, look, reviews
+from jaxgpt.through_reward import ThroughReward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Settings:
     batch: int = 64  # answers an iteration
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     learning_rate: float = 5e-4
+    through_betas: tuple[float, ...] = (0.1, 0.3, 1.0)  # of backpropagation through the reward model
+    through_iterations: int = 60  # one update each
+    through_learning_rate: float = 3e-4
+    through: ThroughReward = ThroughReward()
     dpo_betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     dpo_learning_rate: float = 2e-4
     limit: int = 640  # preferences for DPO, at most
@@ -72,7 +78,8 @@ class Settings:
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(
-        seeds=2, betas=(0.1, 1.0), dpo_betas=(0.1,), iterations=2, batch=8, epochs=1, best_of=4, prompts=12, limit=16,
+        seeds=2, betas=(0.1, 1.0), dpo_betas=(0.1,), iterations=2, batch=8, epochs=1, through_betas=(0.1,),
+        through_iterations=2, best_of=4, prompts=12, limit=16,
         favourites=16, dpo_batch=8,
         ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1),
     ),
@@ -98,6 +105,12 @@ class Study:
         key = jax.random.fold_in(jax.random.key(self.settings.seed), seed)
         return look(self.task, params, key, (self.reward, self.reward_config), answers)
 
+    def through_reward(self) -> runs.OnPolicy:
+        s = self.settings
+        tx = optim.adam_tf(optim.linear_to_zero(s.through_learning_rate, s.through_iterations))
+        learn = runs.learn_through_reward(self.task, tx, self.reward_config, s.through)
+        return runs.OnPolicy(self.task, learn, tx, s.through_iterations, s.batch, how=s.how)
+
     def ppo(self) -> runs.OnPolicy:
         s, config = self.settings, self.reward_config
 
@@ -109,15 +122,15 @@ class Study:
         return runs.OnPolicy(self.task, learn, tx, s.iterations, s.batch, how=s.how)
 
 
-def by_ppo(study: Study, program: runs.OnPolicy, seed: int) -> dict[str, Any]:
-    """PPO at every beta, one seed."""
-    betas, bar = study.settings.betas, study.bar
+def on_policy(study: Study, program: runs.OnPolicy, betas: tuple[float, ...], seed: int) -> dict[str, Any]:
+    """PPO, or backpropagation through the reward model, at every beta, one seed."""
+    bar = study.bar
     policies, curves = program.train(
         [kl.FixedKL(jax.numpy.float32(beta)) for beta in betas], [study.settings.seed + seed] * len(betas),
         [{"reward": study.reward}] * len(betas),
         lambda i, found: bar.update(gold=found["gold"].mean(), kl=found["kl"].mean()),
     )  # fmt: skip
-    kept = {name: curves[name].T for name in ("gold", "score", "judge", "kl")}
+    kept = {name: curves[name].T for name in ("gold", "judge", "kl")}
     return {"seen": [study.look(policy, seed).to_json() for policy in policies], "curves": kept}
 
 
@@ -160,11 +173,16 @@ def by_best_of(study: Study) -> dict[str, Any]:
 def points(study: Study, found: dict[str, Any]) -> dict[str, list[Point]]:
     """What each method reached, a point a setting."""
     s, seeds = study.settings, range(study.settings.seeds)
-    ppo = [[Seen.from_json(found[f"ppo-{seed}"]["seen"][n]) for seed in seeds] for n in range(len(s.betas))]
+
+    def by_beta(name: str, betas: tuple[float, ...]) -> list[Point]:
+        rows = [[Seen.from_json(found[f"{name}-{seed}"]["seen"][n]) for seed in seeds] for n in range(len(betas))]
+        return [Point(f"beta {beta:g}", row) for beta, row in zip(betas, rows, strict=True)]
+
     tuned = {n: [Seen.from_json(one) for one in found[f"favourites-{n}"]] for n in range(1, s.epochs + 1)}
     best = {n: Seen.from_json(one) for n, one in found["best-of"].items()}
     return {
-        "PPO": [Point(f"beta {beta:g}", row) for beta, row in zip(s.betas, ppo, strict=True)],
+        "PPO": by_beta("ppo", s.betas),
+        "through the reward model": by_beta("through", s.through_betas),
         "DPO": [Point(f"beta {beta:g}", [Seen.from_json(one) for one in row])
                 for beta, row in zip(s.dpo_betas, found["dpo"], strict=True)],
         "best of n": [Point(f"n = {n}", [one]) for n, one in best.items()],
@@ -209,7 +227,9 @@ def main(settings: Settings) -> dict[str, Any]:
         favourite_steps = min(s.favourites, len(rankings)) // s.dpo_batch
         run.say(f"frontier: {s.seeds} seeds, {len(s.betas)} betas of PPO, {len(s.dpo_betas)} of DPO, best of "
                 f"{s.best_of}, {s.prompts} held-out prompts")  # fmt: skip
-        total = s.seeds * s.iterations + dpo_steps + favourite_steps * sum(range(s.epochs + 1)) + 1
+        total = (
+            s.seeds * (s.iterations + s.through_iterations) + dpo_steps + favourite_steps * sum(range(s.epochs + 1)) + 1
+        )
         with run.progress(total, "frontier") as bar:
             study = Study(s, task, sharding.replicate(judge, task.mesh), config, rankings, bar)
             program = study.ppo()
@@ -219,7 +239,11 @@ def main(settings: Settings) -> dict[str, Any]:
 
             part("start", 0, lambda: [study.look(task.start, seed).to_json() for seed in range(s.seeds)])
             for seed in range(s.seeds):
-                part(f"ppo-{seed}", s.iterations, functools.partial(by_ppo, study, program, seed))
+                part(f"ppo-{seed}", s.iterations, functools.partial(on_policy, study, program, s.betas, seed))
+            program = study.through_reward()
+            for seed in range(s.seeds):
+                part(f"through-{seed}", s.through_iterations,
+                     functools.partial(on_policy, study, program, s.through_betas, seed))  # fmt: skip
             part("dpo", dpo_steps, functools.partial(by_dpo, study))
             for n in range(1, s.epochs + 1):
                 part(f"favourites-{n}", n * favourite_steps, functools.partial(by_finetuning, study, n))

@@ -7,9 +7,11 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import arithmetic, assistant, frontier, how_many_labels, imdb, kl_control, overoptimisation
+from experiments import through_reward as through_reward_study
 from jaxgpt import kl, model, optim, reward, sharding, through_reward
 from jaxgpt.config import UserError
 from jaxgpt.data import sources
@@ -97,7 +99,7 @@ def test_a_reward_on_the_host_is_the_same_reward():
 
 
 def test_fitting_together_is_fitting_alone():
-    tx, mesh = optim.adamw(1e-2), sharding.make_mesh(devices=jax.devices()[:1])
+    tx, mesh = optax.sgd(0.1), sharding.make_mesh(devices=jax.devices()[:1])  # Adam would magnify rounding
     batches = [[jax.tree.map(np.asarray, batch_of(seed=10 * n + i)) for i in range(2)] for n in range(2)]
     start = [params_of(seed=n, scale=1.0) for n in range(2)]
     both = runs.fit(make_nll(TINY), tx, start, {}, runs.together(batches), mesh)
@@ -149,15 +151,15 @@ def test_best_of_kl_is_the_bound_where_no_answer_has_much_probability():
 
 
 def test_best_of_kl_is_that_of_the_enumerated_distribution():
-    """Twelve answers with scores of their own: best-of-n gives y the probability F^n - (F - p)^n."""
+    """Six answers with scores of their own: best-of-n gives y the probability F^n - (F - p)^n."""
     rng = np.random.default_rng(0)
-    p, score, n = rng.dirichlet(np.full(12, 2.0)), rng.permutation(12).astype(float), 3
+    p, score, n = np.array([0.02, 0.08, 0.1, 0.2, 0.25, 0.35]), np.array([3.0, 1.0, 4.0, 0.0, 2.0, 5.0]), 8
     upto = np.array([p[score <= s].sum() for s in score])
     best = upto**n - (upto - p) ** n
     exact = best @ np.log(best / p)
-    draws = rng.choice(12, size=(200, 400), p=p)
+    draws = rng.choice(6, size=(200, 400), p=p)
     found = np.mean([best_of_kl(np.log(p[row]), score[row], n) for row in draws])
-    assert exact < best_of_n_kl_bound(n) - 0.05
+    assert exact < best_of_n_kl_bound(n) - 0.2
     assert found == pytest.approx(exact, abs=0.03)
 
 
@@ -218,7 +220,7 @@ def test_the_derivative_through_the_reward_model_raises_the_reward():
     (value, metrics), slope = jax.jit(jax.value_and_grad(objective, has_aux=True), static_argnums=1)(policy, straight)
     np.testing.assert_allclose(-value, h_V[tokens].mean(), rtol=1e-4)
     assert metrics["kl_exact"].value == 0.0
-    step = 1e-2 / optim.optax.tree.norm(slope)
+    step = 1e-2 / optax.tree.norm(slope)
     assert expected(jax.tree.map(lambda w, g: w - step * g, policy, slope)) > expected(policy) + 1e-4
     mixed, _ = objective(policy, through_reward.ThroughReward(tau=0.5, straight_through=False))
     assert abs(float(mixed - value)) > 1e-3
@@ -328,7 +330,9 @@ def start(tmp_path_factory):
     return folder
 
 
-STUDIES = {frontier: "", overoptimisation: "", kl_control: "", imdb: "pretrain", how_many_labels: "sft"}
+STUDIES = {
+    frontier: "", overoptimisation: "", kl_control: "", through_reward_study: "", imdb: "pretrain", how_many_labels: "sft",
+}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -184,19 +184,21 @@ def best_of(pool: Seen, n: int) -> dict[str, np.ndarray]:
 def best_of_kl(logp_N: np.ndarray, score_N: np.ndarray, n: int) -> float:
     """KL of best-of-n to the policy that the N answers come from, in nats, estimated from their log-probabilities.
 
-    With F = P(score <= s) and p = P(y), best-of-n gives y the probability F^n - (F - p)^n (Beirami et al. 2024), so
+    With F = P(score <= s) and p = P(score = s), best-of-n gives that score the probability F^n - (F - p)^n, shared out
+    among its answers as they come (Beirami et al. 2024), so that over best-of-n's answers
 
         KL = E[ (n - 1) log F + log( (1 - (1 - p / F)^n) / (p / F) ) ]
 
-    over its answers. Where no answer has much probability the second term is log n, and the whole is
-    log n - (n - 1) / n, which is an upper bound. log F is taken at its mean given the rank among N.
+    Where no score has much probability the second term is log n, and the whole is log n - (n - 1) / n, which is an
+    upper bound. p is an answer's own probability, or the share of the N that have its score if there are several; log F
+    is taken at its mean given the rank among N.
     """
     from scipy.special import digamma
 
-    N = len(score_N)
-    rank = np.empty(N, int)
-    rank[np.argsort(score_N, kind="stable")] = np.arange(1, N + 1)
-    log_f = digamma(rank) - digamma(N + 1)
-    share = np.clip(np.exp(np.asarray(logp_N, float) - log_f), 1e-300, 1.0)
-    gain = np.log(-np.expm1(n * np.log1p(-np.minimum(share, 1 - 1e-12)))) - np.log(share)
+    N, score_N = len(score_N), np.asarray(score_N)
+    count_N = (score_N[:, None] == score_N).sum(1)
+    log_f = digamma((score_N[:, None] >= score_N).sum(1)) - digamma(N + 1)
+    log_p = np.where(count_N > 1, np.log(count_N / N), logp_N)
+    share = np.clip(np.exp(log_p - log_f), 1e-300, 1 - 1e-12)
+    gain = np.log(-np.expm1(n * np.log1p(-share))) - np.log(share)
     return float(best_of_weights(score_N, n) @ ((n - 1) * log_f + gain))

@@ -1,0 +1,180 @@
+"""How backpropagation through the learned reward model fails, and when it doesn't.
+
+    python -m experiments.through_reward                 after `make assistant`
+
+Supervised, so to speak: the derivative of h by the policy's logits, through straight-through Gumbel-softmax samples
+(`jaxgpt/through_reward.py`), minus beta KL; `experiments.frontier` has it beside PPO. Here is one policy for each
+temperature tau of the relaxation, with the tokens' own embeddings and, as a warning, with the mixtures themselves as
+the reward model's input: the objective then rises on inputs that no text has, and what is really sampled doesn't
+follow. For each tau the derivative is also compared, at the start, with the policy gradient of the same answers'
+rewards, which is unbiased: their cosine, between independent halves of the answers, beside the policy gradient's own.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgpt import kl, losses, model, optim, returns, reward, sharding, through_reward
+from jaxgpt.checkpoint import load_model
+from jaxgpt.cli import cli
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.ppo import PPOConfig
+from jaxgpt.progress import Bar
+from jaxgpt.report import new_figure
+from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.study import page, runs
+from jaxgpt.study.cells import Cells
+from jaxgpt.study.page import Point
+from jaxgpt.study.task import Seen, Task, look, reviews, sample
+from jaxgpt.through_reward import ThroughReward
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about 12 minutes (docs/results.md)."""
+
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
+
+    run: Path = Path("runs/through_reward")
+    start: Path = Path("runs/assistant")  # of which sft and reward are used
+    taus: tuple[float, ...] = (0.3, 1.0, 3.0)  # temperatures of the relaxation
+    beta: float = 0.2  # reward units a nat
+    seeds: int = 2
+    iterations: int = 60
+    batch: int = 64
+    learning_rate: float = 3e-4
+    ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7)  # how answers are sampled
+    compared: int = 512  # answers whose gradients are compared
+    prompts: int = 300  # held out
+    how: runs.How = "vmap"
+    seed: int = 61
+    cache: Path = cache_root() / "data"
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.taus or min(self.taus) <= 0 or self.seeds < 1 or self.compared % self.batch:
+            raise UserError("taus and seeds must be above 0, and compared a multiple of batch")
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(taus=(1.0,), seeds=1, iterations=3, batch=8, compared=16, prompts=12,
+                    ppo=PPOConfig(new_tokens=12, temperature=0.7)),
+    "gpu": Settings(taus=(0.1, 0.3, 1.0, 3.0, 10.0), seeds=8, iterations=300, batch=256, compared=8192, prompts=900),
+}  # fmt: skip
+
+
+def ways(s: Settings) -> dict[str, ThroughReward]:
+    """What is compared: every tau, and mixtures as the input."""
+    found = {f"tau {tau:g}": ThroughReward(tau=tau) for tau in s.taus}
+    return {**found, "mixtures, tau 1": ThroughReward(straight_through=False)}
+
+
+def followed(
+    s: Settings, task: Task, judge: tuple[Params, ModelConfig], how: ThroughReward, bar: Bar
+) -> dict[str, Any]:
+    """All seeds at once: curves [seeds, iterations], and the answers of the policies."""
+    tx = optim.adam_tf(optim.linear_to_zero(s.learning_rate, s.iterations))
+    learn = runs.learn_through_reward(task, tx, judge[1], how)
+    policies, curves = runs.OnPolicy(task, learn, tx, s.iterations, s.batch, how=s.how).train(
+        [kl.FixedKL(jnp.float32(s.beta))] * s.seeds, [s.seed + n for n in range(s.seeds)],
+        [{"reward": judge[0]}] * s.seeds,
+        lambda i, found: bar.update(h=found["h"].mean(), h_seen=found["h_seen"].mean(), kl=found["kl"].mean()),
+    )  # fmt: skip
+    keys = [jax.random.fold_in(jax.random.key(s.seed), n) for n in range(s.seeds)]
+    seen = [look(task, policy, key, judge).to_json() for policy, key in zip(policies, keys, strict=True)]
+    return {"curves": {name: curves[name].T for name in ("h", "h_seen", "gold", "kl")}, "seen": seen}
+
+
+def alignment(s: Settings, task: Task, judge: tuple[Params, ModelConfig], bar: Bar) -> dict[str, float]:
+    """Cosines at the start, between gradients from independent halves of sampled answers: of each tau's derivative to
+    the policy gradient, and of the policy gradient to itself (what its noise leaves)."""
+    rng = np.random.default_rng(s.seed)
+    ids = [task.prompts[i] for i in rng.integers(len(task.prompts), size=s.compared)]
+    rows = sample(task, task.start, ids, jax.random.key(s.seed)).rows
+    params, config = judge
+    whole = {"reference": task.start, "reward": params}
+
+    def by_policy(policy: Params, rows: Batch, key: Array) -> Array:
+        h_B = reward.score(params, config, rows)
+        logp_B = model.answer_logp(policy, task.config, rows, temperature=task.algorithm.temperature)
+        return losses.reduce(losses.reinforce(logp_B, returns.rloo(h_B[None])[0])).value
+
+    def through(how: ThroughReward, policy: Params, rows: Batch, key: Array) -> Array:
+        loss = through_reward.make_loss(task.config, config, 0.0, how, task.algorithm.temperature)
+        return loss({**whole, "policy": policy}, rows, key)[0].value
+
+    def halves(objective: Any) -> list[Array]:
+        slope = jax.jit(jax.grad(objective))
+        parts: list[list[Array]] = [[], []]
+        for n, at in enumerate(range(0, s.compared, s.batch)):
+            part = jax.tree.map(lambda x, at=at: jnp.asarray(x[at : at + s.batch]), rows)
+            gradient = slope(task.start, part, jax.random.fold_in(jax.random.key(s.seed), n))
+            parts[n % 2].append(jax.flatten_util.ravel_pytree(gradient)[0])
+        return [sum(half) for half in parts if half]
+
+    def cosine(a: Array, b: Array) -> float:
+        return float(a @ b / (optax.tree.norm(a) * optax.tree.norm(b)))
+
+    exact = halves(by_policy)
+    found = {"policy gradient": cosine(exact[0], exact[-1])}
+    for name, how in ways(s).items():
+        own = halves(functools.partial(through, how))
+        found[name] = (cosine(own[0], exact[-1]) + cosine(own[-1], exact[0])) / 2
+    bar.update()
+    return found
+
+
+def figure(path: Path, found: dict[str, dict[str, Any]]) -> None:
+    """What the objective sees, what the reward model says of real answers, gold score, KL."""
+    picture, axes = new_figure(1, 4, 17, 3.8)
+    panels = {"h_seen": "h as the objective sees it", "h": "h of the sampled answers", "gold": "gold score",
+              "kl": "KL, nats a sequence"}  # fmt: skip
+    for n, (name, one) in enumerate(found.items()):
+        for axis, (measure, label) in zip(axes[0], panels.items(), strict=True):
+            axis.plot(np.array(one["curves"][measure]).mean(0), color=f"C{n}", lw=1.3, label=name)
+            axis.set(xlabel="iterations", ylabel=label)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    picture.savefig(path)
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    s = settings
+    inputs = {name: run_fingerprint(s.start / name, name) for name in ("sft", "reward")}
+    with Run(s.run, s, stage="through_reward", inputs=inputs, fresh=s.fresh) as run:
+        if run.finished:
+            run.say(f"through_reward: already done, see {s.run / 'report.html'}")
+            return run.results
+        task, cells = reviews(s.start / "sft", s.cache, s.prompts, s.ppo), Cells(run)
+        params, config, _, _ = load_model(s.start / "reward")
+        judge = sharding.replicate(params, task.mesh), config
+        with run.progress(len(ways(s)) * s.iterations + 1, "through_reward") as bar:
+            cosines = cells("alignment", functools.partial(alignment, s, task, judge, bar), 1, bar)
+            found = {name: cells(name, functools.partial(followed, s, task, judge, how, bar), s.iterations, bar)
+                     for name, how in ways(s).items()}  # fmt: skip
+        figure(s.run / "through_reward.png", found)
+        points = {name: [Point("", [Seen.from_json(seen) for seen in one["seen"]])] for name, one in found.items()}
+        prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
+        rows = [[name, f"{value:.3f}"] for name, value in cosines.items()]
+        page.write_page(
+            s.run, "Through the reward model", f"{s.prompts} held-out prompts, {s.seeds} seeds, beta {s.beta:g}. The "
+            "objective sees the sampled tokens' embeddings, or (mixtures) weighted means of all tokens' embeddings.",
+            [("", s.run / "through_reward.png"), ("Held-out prompts", page.table(points)),
+             ("Cosine to the policy gradient at the start", page.plain_table(("derivative", "cosine"), rows)),
+             ("Answers", page.samples(prompts, {name: row[0].runs[0].texts for name, row in points.items()}))],
+        )  # fmt: skip
+        for name, value in cosines.items():
+            run.say(f"{name}: cosine to the policy gradient {value:.3f}")
+        run.finish({"cosines": cosines, "policies": page.summary(points)})
+        return run.results
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)
