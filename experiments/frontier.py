@@ -4,10 +4,10 @@
     python -m experiments.frontier --start runs/mine --betas 0.05 0.2 0.8 --seeds 4
 
 All methods begin at the same finetuned model and know the same preferences. PPO maximises the learned reward minus
-beta KL, for each beta and seed; so does backpropagation through the reward model, by its derivative in place of a policy
-gradient (`jaxgpt/through_reward.py`); DPO takes the preferences themselves, for each beta and seed; best-of-n picks by
-the learned reward; the last one finetunes on the favourites alone ("preferred-FT", Rafailov et al. 2023). A run is a
-pure function of numbers, so that a whole grid is one compiled program: `jax.vmap` over runs, divided among devices.
+beta KL, for each beta and seed; so does backpropagation through the reward model, by its derivative in place of a
+policy gradient (`jaxgpt/through_reward.py`); DPO takes the preferences themselves, for each beta and seed; best-of-n
+picks by the learned reward; the last one finetunes on the favourites alone ("preferred-FT", Rafailov et al. 2023). A
+run is a pure function of numbers, so that a whole grid is one compiled program: `jax.vmap`, divided among devices.
 
 Measured on held-out prompts against KL(pi || start) in nats a sequence: the annotator's gold score, which nothing
 but its noisy choices ever showed; the reward model; and a judge fitted on people's labels. Bands are 95 % intervals

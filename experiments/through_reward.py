@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from jaxgpt import kl, losses, model, optim, returns, reward, sharding, through_reward
 from jaxgpt.checkpoint import load_model
@@ -59,8 +60,8 @@ class Settings:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if not self.taus or min(self.taus) <= 0 or self.seeds < 1 or self.compared % self.batch:
-            raise UserError("taus and seeds must be above 0, and compared a multiple of batch")
+        if not self.taus or min(self.taus) <= 0 or self.seeds < 1 or self.compared % (2 * self.batch):
+            raise UserError("taus and seeds must be above 0, and compared a multiple of twice the batch")
 
 
 PRESETS = {
@@ -117,17 +118,17 @@ def alignment(s: Settings, task: Task, judge: tuple[Params, ModelConfig], bar: B
         for n, at in enumerate(range(0, s.compared, s.batch)):
             part = jax.tree.map(lambda x, at=at: jnp.asarray(x[at : at + s.batch]), rows)
             gradient = slope(task.start, part, jax.random.fold_in(jax.random.key(s.seed), n))
-            parts[n % 2].append(jax.flatten_util.ravel_pytree(gradient)[0])
-        return [sum(half) for half in parts if half]
+            parts[n % 2].append(ravel_pytree(gradient)[0])
+        return [jnp.stack(half).sum(0) for half in parts]
 
     def cosine(a: Array, b: Array) -> float:
         return float(a @ b / (optax.tree.norm(a) * optax.tree.norm(b)))
 
     exact = halves(by_policy)
-    found = {"policy gradient": cosine(exact[0], exact[-1])}
+    found = {"policy gradient": cosine(exact[0], exact[1])}
     for name, how in ways(s).items():
         own = halves(functools.partial(through, how))
-        found[name] = (cosine(own[0], exact[-1]) + cosine(own[-1], exact[0])) / 2
+        found[name] = (cosine(own[0], exact[1]) + cosine(own[1], exact[0])) / 2
     bar.update()
     return found
 

@@ -331,7 +331,8 @@ def start(tmp_path_factory):
 
 
 STUDIES = {
-    frontier: "", overoptimisation: "", kl_control: "", through_reward_study: "", imdb: "pretrain", how_many_labels: "sft",
+    frontier: "", overoptimisation: "", kl_control: "", through_reward_study: "", imdb: "pretrain",
+    how_many_labels: "sft",
 }  # fmt: skip
 
 
