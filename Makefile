@@ -20,7 +20,7 @@ CORE := $(wildcard $(patsubst %,tests/test_%.py,checks losses kl returns vocab_h
           run checkpoint cli imports layers sharding tokenizer preferences_file plan guard resume golden silent_failures lora pretrained))
 
 .DEFAULT_GOAL := help
-.PHONY: help assistant label chat chat-web test test-all soak test-core lint set-up clean
+.PHONY: help assistant frontier label chat chat-web test test-all soak test-core lint set-up clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [ARGS=\"--preset gpu\"]"
@@ -28,6 +28,10 @@ help:  ## list the targets
 
 assistant: $(STAMP)  ## from raw text to an assistant: every stage, one after the other (ARGS: its flags)
 	@$(PY) -m experiments.assistant $(if $(LABELS),--labels $(LABELS)) $(ARGS)
+
+frontier: $(STAMP)  ## after `assistant`: reward against KL for every method, seed and beta (ARGS: its flags)
+	@$(PY) -m experiments.assistant
+	@$(PY) -m experiments.frontier $(ARGS)
 
 label: $(STAMP)  ## a page on which people pick the best of several answers (ARGS: its flags)
 	@$(PY) -m experiments.label $(ARGS)
