@@ -22,6 +22,7 @@ import experiments.report
 import experiments.reward
 import experiments.sft
 from jaxgpt.cli import cli
+from jaxgpt.config import UserError
 from jaxgpt.data import votes
 
 
@@ -101,6 +102,8 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
 
 def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
+    if settings.preferences.annotator.wish != "cheerful":
+        raise UserError("the report's gold score is sentiment: keep --preferences.annotator.wish cheerful, or use align")
     experiments.report.heldout_prompts(settings.report)  # too few would be found out only at the end
     if settings.labels:
         for part in votes.PARTS:
