@@ -103,7 +103,7 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
 def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     if settings.preferences.annotator.wish != "cheerful":
-        raise UserError("the report's gold score is sentiment: keep --preferences.annotator.wish cheerful, or use align")
+        raise UserError("the report knows sentiment only: keep preferences.annotator.wish at cheerful, or use align")
     experiments.report.heldout_prompts(settings.report)  # too few would be found out only at the end
     if settings.labels:
         for part in votes.PARTS:
