@@ -50,7 +50,7 @@ class Settings:
     largest: int = 99  # summand
     dots: int = 6  # at most, in a demonstration
     heldout: int = 500  # sums that are never trained on
-    steps: int = 500  # of learning from demonstrations
+    steps: int = 1200  # of learning from demonstrations
     demonstrations: int = 128  # a step
     learning_rate: float = 2e-3
     iterations: int = 150

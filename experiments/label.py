@@ -14,6 +14,7 @@ votes.sqlite:heldout`, dpo alike, or `make assistant LABELS=votes.sqlite`; exper
 
 import dataclasses
 import functools
+import re
 import subprocess
 import sys
 import threading
@@ -161,17 +162,14 @@ class Maker:
 
     def resume(self) -> None:
         """With the newest reward model of an earlier session."""
-        found = {
-            int(done.parent.name[7:]): done.parent for done in self.settings.votes.parent.glob("reward-*/done.json")
-        }
-        if found:
+        if found := reward_runs(self.settings.votes):
             self.trained_at = max(found)
             self.doubt = doubt_by(found[self.trained_at], self.settings, self.mesh)
 
     def retrain(self) -> None:
         """A new reward model on all votes; until then, and where there are too few, the old one stays."""
         self.trained_at, file = self.store.count(), self.settings.votes
-        run = file.parent / f"reward-{self.trained_at}"
+        run = file.with_name(f"{file.stem}-reward-{self.trained_at}")
         self.state = f"a reward model learns from {self.trained_at} votes"
         command = [
             "-m", "experiments.reward", "--model", str(self.models[0].place), "--preferences", f"{file}:train",
@@ -183,6 +181,13 @@ class Maker:
         print(f"after {self.trained_at} votes: {said[-1]}", flush=True)
         if done.returncode == 0:
             self.doubt = doubt_by(run, self.settings, self.mesh)
+
+
+def reward_runs(file: Path) -> dict[int, Path]:
+    """The finished reward models of this database, by how many votes each learnt from."""
+    name = re.compile(re.escape(file.stem) + r"-reward-(\d+)")
+    runs = [done.parent for done in file.parent.glob("*/done.json")]
+    return {int(found[1]): run for run in runs if (found := name.fullmatch(run.name))}
 
 
 def doubt_by(run: Path, settings: Settings, mesh: jax.sharding.Mesh) -> Any:

@@ -174,11 +174,13 @@ def test_two_people_label_the_server_is_killed_and_a_reward_model_learns(browser
         ranked = prompt(ada)
         ada.keyboard.press("3"), ada.keyboard.press("1"), ada.keyboard.press("=")
         after(ada, lambda: ada.keyboard.press("2"))
-        own = prompt(ada)
+        own, before = prompt(ada), ada.locator(".answer .words").all_inner_texts()
         ada.keyboard.press("w")  # her own answer
         ada.get_by_label("Answer", exact=True).fill(f"ada's own {HOSTILE}")
         ada.get_by_role("button", name="Add").click()
         expect(ada.locator(".answer")).to_have_count(4)
+        there = ada.locator(".answer .words").all_inner_texts()
+        assert [text for text in there if not text.startswith("ada's own")] == before
         after(ada, ada.locator(".answer", has_text="ada's own").click)
         chosen[own] = f"ada's own {HOSTILE}"
         while ada.locator(".answer").count():  # the rest: whatever says "first"
@@ -396,14 +398,29 @@ def test_models_answer_side_by_side_and_every_token_can_be_looked_at(browser, mo
         page.locator(".tokens").nth(1).focus()
         page.keyboard.press("ArrowRight")
         assert figures.inner_text() != before
+        legends = []
         for name in ("p", "kl", "log_ratio", "entropy"):
             page.locator("#paint").select_option(name)
             painted = tokens.evaluate_all("all => all.filter(t => t.style.backgroundColor).length")
             assert painted > 0, name
+            legends.append(page.locator("#legend").inner_text())
+        assert "improbable" in legends[0] and "red: below 0" in legends[2].replace("\n", " ")
+        page.locator("#paint").select_option("")
+        expect(page.locator("#legend")).to_be_empty()
         assert violations(page) == []
         page.on("dialog", lambda dialog: dialog.accept("ada"))
+        message, bad = page.locator("#message"), page.get_by_role("button", name="All bad")
+        for picked in (page.get_by_role("button", name="The answer of sft is the best"), bad):
+            picked.click()
+            expect(message).to_contain_text("Saved: 1 vote of ada.")
+            expect(picked).to_have_attribute("aria-pressed", "true")
+            expect(page.get_by_role("button", name="The answer of ppo is the best")).to_be_disabled()
+            picked.click()
+            expect(message).to_have_text("Taken back: 0 votes of ada.")
         page.get_by_role("button", name="The answer of ppo is the best").click()
-        expect(page.locator("#message")).to_have_text("Saved: 1 votes of ada.")
+        expect(message).to_contain_text("Saved: 1 vote of ada.")
+        expect(bad).to_be_disabled()
+        assert violations(page) == []
         text = "".join(tokens.all_inner_texts())
         page.get_by_label("Prompt").fill("second")
         page.get_by_role("button", name="Send").click()
@@ -415,9 +432,13 @@ def test_models_answer_side_by_side_and_every_token_can_be_looked_at(browser, mo
         expect(page.locator(".turn")).to_have_count(0)
         page.set_viewport_size({"width": 360, "height": 740})
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert sum(page.locator(name).bounding_box()["height"] for name in ("header", "footer")) < 250
+        assert page.get_by_label("Colour of a token").is_visible() and violations(page) == []
         assert page.problems == [] and page.title() == "Models side by side · jaxgpt"
     store = votes.Store(file)
     (vote,) = store.votes("ada")
+    rows = store._rows("SELECT kind FROM votes ORDER BY number")
+    assert [kind for (kind,) in rows] == ["favourite", "undo", "bad", "undo", "favourite"] and not vote.again
     task = store.task(vote.task)
     best = task.answers[vote.tiers[0][0]]
     assert task.prompt == f"first {HOSTILE}" and best.origin["model"] == str(models["ppo"]) and best.text in text
@@ -434,6 +455,9 @@ def test_rollouts_of_ppo_are_shown_token_by_token(browser, models, tmp_path):
         for name in ("advantage -1.000", "log π, nats", "log ρ, nats", "ratio after the update", "value", "return"):
             expect(page.locator("#figures")).to_contain_text(name)
         assert page.locator(".rollout .trace").count() == 3
+        expect(page.locator("#legend")).to_contain_text("red: below 0")
+        page.locator("#paint").select_option("ratio")
+        expect(page.locator("#legend")).to_contain_text("blue: ≥ 1.2")
         assert violations(page) == [] and page.problems == []
         assert page.locator(".rollout img").count() == 0
 

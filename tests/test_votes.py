@@ -120,6 +120,52 @@ def test_earlier_tasks_come_a_second_time_and_count_for_agreement_only(store):
     assert votes.agreement(kept, within=True).pairs == 3 and votes.agreement(kept) is None
 
 
+def test_only_favourites_and_rankings_come_a_second_time(store):
+    picked = set()
+    for n in range(16):
+        task, repeated = store.next_task("ada")
+        assert not repeated
+        if n % 4 == 3:
+            picked.add(task.id)
+            store.vote(vote_of(task, kind="ranking", tiers=((2,), (1,), (0,))) if n % 8 == 3 else vote_of(task))
+        else:
+            store.vote(vote_of(task, kind=("skip", "tie", "bad")[n % 4], tiers=((0, 1, 2),)))
+    newest, seen = task.id, []
+    while (found := store.next_task("ada", repeat=1.0))[1]:
+        seen.append(found[0].id)
+        store.vote(vote_of(found[0], id_=f"again {len(seen)}"))
+    assert newest in picked and sorted(seen) == sorted(picked - {newest})
+
+
+def test_what_waits_for_an_annotator_is_what_they_will_get(store):
+    for _ in range(6):
+        store.vote(vote_of(store.next_task("ada", overlap=0.5)[0]))
+    for n in range(3):
+        store.vote(vote_of(store.next_task("bob", overlap=0.5)[0], annotator="bob", id_=f"bob {n}"))
+    store.undo("bob", "u")
+    store._leases.clear()
+    waiting = {who: store.waiting(who, overlap=0.5) for who in ("ada", "bob", "eve")}
+    assert store.waiting("eve") == store.unseen() < waiting["ada"] < waiting["eve"]
+    for who, count in waiting.items():
+        other = Store(store.path)  # of the others: no more votes
+        seen = set()
+        while found := other.next_task(who, overlap=0.5):
+            assert other.waiting(who, overlap=0.5) == count - len(seen)
+            seen.add(found[0].id)
+            other.vote(vote_of(found[0], annotator=who, id_=f"{who} last {len(seen)}"))
+        assert len(seen) == count
+        for n in range(count):
+            other.undo(who, f"{who} back {n}")
+
+
+def test_a_vote_is_taken_back_by_its_id(store):
+    first, second = (vote_of(task_of(i)) for i in range(2))
+    store.vote(first), store.vote(second)
+    assert store.undo("bob", "u0", first.id) is None and store.undo("ada", "u0", "none") is None
+    assert store.undo("ada", "u1", first.id).id == store.undo("ada", "u1", first.id).id == first.task
+    assert store.undo("ada", "u2", first.id) is None and [vote.id for vote in store.votes()] == [second.id]
+
+
 def test_the_most_doubtful_comes_first(store):
     store.add_task(dataclasses.replace(task_of(50), doubt=0.2))
     store.add_task(dataclasses.replace(task_of(51), doubt=0.9))

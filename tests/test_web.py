@@ -1,7 +1,9 @@
 """The guard in front of every page, through a real server and real sockets; and fifty annotators at once."""
 
 import http.client
+import itertools
 import json
+import logging
 import re
 import socket
 import threading
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from experiments.label import reward_runs
 from jaxgpt.config import UserError
 from jaxgpt.data import votes
 from jaxgpt.web import label, server
@@ -23,14 +26,16 @@ STATIC = Path(server.__file__).parent / "static"
 class Site:
     """A label page on a free port, in a thread."""
 
-    def __init__(self, folder: Path, tasks: int = 5, token: str = "", host: str = "127.0.0.1", **serve: Any) -> None:
+    def __init__(
+        self, folder: Path, tasks: int = 5, token: str = "", host: str = "127.0.0.1", repeat: float = 0, **serve: Any
+    ) -> None:
         self.store = votes.Store(folder / "votes.sqlite")
         for number in range(tasks):
             self.store.add_task(task_of(number))
         config = server.ServeConfig(host=host, port=0, token=token, **serve)
         self.bound = server.Server(config, token)
         self.host = f"127.0.0.1:{self.bound.port}"
-        app = label.application(self.store, label.LabelConfig(overlap=0, repeat=0), config, token)
+        app = label.application(self.store, label.LabelConfig(overlap=0, repeat=repeat), config, token)
         self.thread = threading.Thread(target=self.bound.run, args=(app,), daemon=True)
         self.thread.start()
 
@@ -244,6 +249,26 @@ def test_elsewhere_than_here_a_token_is_demanded(tmp_path):
     open_site.bound.stop()
 
 
+def test_a_server_s_thread_makes_no_loggers(monkeypatch):
+    """Whoever goes through all loggers meanwhile, as pytest does, would fall over them."""
+    monkeypatch.setattr(logging.root.manager, "loggerDict", {})
+    bound = server.Server(server.ServeConfig(port=0), "")
+    before = set(logging.root.manager.loggerDict)
+    bound.stop()
+    bound.run(server.application("label", {}, server.ServeConfig(), ""))
+    assert set(logging.root.manager.loggerDict) == before
+
+
+def test_the_reward_models_of_two_databases_in_one_folder_are_told_apart(tmp_path):
+    for name in ("a-reward-3", "a-reward-20", "b-reward-7", "a-reward-b-reward-9", "a-reward-x", "reward-5"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "done.json").touch()
+    (tmp_path / "a-reward-40").mkdir()  # never finished
+    found = {count: run.name for count, run in reward_runs(tmp_path / "a.sqlite").items()}
+    assert found == {3: "a-reward-3", 20: "a-reward-20"}
+    assert set(reward_runs(tmp_path / "b.sqlite")) == {7} and reward_runs(tmp_path / "c.sqlite") == {}
+
+
 def test_a_port_in_use_is_named(site):
     with pytest.raises(UserError, match=f"can't serve on 127.0.0.1:{site.bound.port}.*--serve.port"):
         server.Server(server.ServeConfig(port=site.bound.port), "")
@@ -266,6 +291,47 @@ def test_answers_come_blind_shuffled_and_alike_for_the_same_person(tmp_path):
     blind.bound.stop()
 
 
+def test_a_written_answer_joins_at_a_random_place_and_moves_no_other(tmp_path):
+    site = Site(tmp_path, tasks=2, repeat=1.0)
+    site.store.add_task(votes.Task("p", tuple(votes.Answer(str(i)) for i in range(4)), doubt=1.0))
+    places = []
+    for n in range(12):
+        who = f"annotator {n}"
+        site.store._leases.clear()
+        found = site.send("POST", "/api/next", {"annotator": who})[2]["task"]
+        before = [answer["index"] for answer in found["answers"]]
+        data = {"annotator": who, "task": found["id"], "id": who, "text": f"by {who}"}
+        found = site.send("POST", "/api/answer", data)[2]["task"]
+        after = [answer["index"] for answer in found["answers"]]
+        assert [index for index in after if index != 4 + n] == before
+        places.append(after.index(4 + n))
+    assert len(set(places)) > 4
+    site.bound.stop()
+
+
+def test_a_written_answer_moves_no_other_when_asked_again_and_the_vote_holds_the_order(tmp_path):
+    site = Site(tmp_path, tasks=3, repeat=1.0)
+    shown = []
+    for n in range(3):  # the third is one of the first two
+        task = site.send("POST", "/api/next", ME)[2]["task"]
+        order = [answer["index"] for answer in task["answers"]]
+        if n == 2:
+            data = {**ME, "task": task["id"], "id": "own", "text": "own"}
+            more = [answer["index"] for answer in site.send("POST", "/api/answer", data)[2]["task"]["answers"]]
+            assert [index for index in more if index != 3] == order
+            order = more
+        vote = {**ME, "id": str(n), "task": task["id"], "kind": "favourite", "tiers": [order[:1], order[1:]]}
+        assert site.send("POST", "/api/vote", {**vote, "shown": order})[0] == 200
+        shown.append(tuple(order))
+    assert [vote.shown for vote in site.store.votes()] == shown and site.store.votes()[2].again
+    site.bound.stop()
+
+
+def test_every_order_of_answers_is_as_likely():
+    orders = [tuple(label.shuffled(3, str(seed))) for seed in range(6000)]
+    assert all(abs(orders.count(order) - 1000) < 150 for order in itertools.permutations(range(3)))
+
+
 def test_the_page_counts_progress_speed_and_agreement(tmp_path):
     store = votes.Store(tmp_path / "votes.sqlite")
     for number in range(4):
@@ -278,6 +344,7 @@ def test_the_page_counts_progress_speed_and_agreement(tmp_path):
     assert (found["with_others"]["pairs"], found["with_others"]["same"]) == (1, 1)
     store.vote(vote_of(task_of(1), best=2, id_="again"))
     assert label.Statistics(store, every=0).of("ada")["with_myself"]["same"] == 0
+    assert [label.Statistics(store, overlap=1).of(who)["waiting"] for who in ("ada", "bob", "eve")] == [1, 3, 4]
 
 
 def test_scripts_make_no_html_and_load_nothing_from_elsewhere():

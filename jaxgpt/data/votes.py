@@ -197,16 +197,19 @@ class Store:
         """What this annotator is to judge next, and whether it is one they have judged before; None when all is done.
 
         Of all tasks a fraction `overlap` goes to every annotator, to measure how far they agree; the others to
-        whoever comes first. After every 1 / `repeat` votes one task comes a second time. Most doubtful first."""
+        whoever comes first. After every 1 / `repeat` votes a task of which they picked a favourite or a ranking comes a
+        second time. Most doubtful first."""
         now = time.time()
         with self._lock:
             taken = {task for task, (who, until) in self._leases.items() if who != annotator and until > now}
-            mine = dict(self._rows(
-                f"SELECT task, count(*) FROM votes WHERE annotator = ? AND {_STANDING} GROUP BY task", annotator
-            ))  # fmt: skip
+            rows = self._rows(
+                "SELECT task, count(*), max(kind IN ('favourite', 'ranking')) FROM votes "
+                f"WHERE annotator = ? AND {_STANDING} GROUP BY task ORDER BY max(number)", annotator,
+            )  # fmt: skip
+            mine = {task for task, _, _ in rows}
             everyone = {task for (task,) in self._rows(f"SELECT DISTINCT task FROM votes WHERE {_STANDING}")}
-            once = [task for task, count in mine.items() if count == 1]
-            extra = sum(mine.values()) - len(mine)
+            once = [task for task, count, picked in rows if count == 1 and picked]
+            extra = sum(count for _, count, _ in rows) - len(mine)
             if repeat and len(mine) * repeat >= extra + 1 and len(once) > 1:
                 return self.task(random.Random(f"{annotator} {len(mine)}").choice(once[:-1])), True
             for (id_,) in self._rows("SELECT id FROM tasks ORDER BY doubt DESC, rowid"):
@@ -221,6 +224,19 @@ class Store:
         judged = f"SELECT task FROM votes WHERE {_STANDING}"
         return int(self._rows(f"SELECT count(*) FROM tasks WHERE id NOT IN ({judged})")[0][0])
 
+    def waiting(self, annotator: str, *, overlap: float = 0.0) -> int:
+        """How many tasks are left to this annotator: what nobody has judged, and what is shared and they have not."""
+        others = self._rows(
+            f"SELECT DISTINCT task FROM votes WHERE {_STANDING} EXCEPT "
+            f"SELECT task FROM votes WHERE annotator = ? AND {_STANDING}", annotator,
+        )  # fmt: skip
+        return self.unseen() + sum(share(task) < overlap for (task,) in others)
+
+    def judged(self, task: str, annotator: str) -> bool:
+        """Whether a vote of theirs on it stands."""
+        query = f"SELECT 1 FROM votes WHERE task = ? AND annotator = ? AND {_STANDING} LIMIT 1"
+        return bool(self._rows(query, task, annotator))
+
     def prompts(self) -> set[str]:
         return {prompt for (prompt,) in self._rows("SELECT prompt FROM tasks")}
 
@@ -234,23 +250,21 @@ class Store:
             count = len(self.task(vote.task).answers)
             if max(vote.shown) >= count or min(vote.shown) < 0:
                 raise UserError(f"task {vote.task} has answers 0 to {count - 1}, and the vote names others")
-            earlier = db.execute(
-                f"SELECT 1 FROM votes WHERE task = ? AND annotator = ? AND {_STANDING}", (vote.task, vote.annotator)
-            )
-            self._append(vote, again=earlier.fetchone() is not None)
+            self._append(vote, again=self.judged(vote.task, vote.annotator))
             self._leases.pop(vote.task, None)
         return True
 
-    def undo(self, annotator: str, id_: str) -> Task | None:
-        """Take back this annotator's newest standing vote; the task it was on, or None if there is none. The same
-        `id_` again takes back nothing more."""
+    def undo(self, annotator: str, id_: str, vote: str | None = None) -> Task | None:
+        """Take back this annotator's newest standing vote, or the one with the id `vote`; the task it was on, or None
+        if there is none. The same `id_` again takes back nothing more."""
         with self._writing() as db:
             done = db.execute("SELECT task FROM votes WHERE id = ?", (id_,)).fetchone()
             if done:
                 return self.task(done[0])
             newest = db.execute(
-                f"SELECT id, task FROM votes WHERE annotator = ? AND {_STANDING} ORDER BY number DESC LIMIT 1",
-                (annotator,),
+                f"SELECT id, task FROM votes WHERE annotator = ? AND (? IS NULL OR id = ?) AND {_STANDING} "
+                "ORDER BY number DESC LIMIT 1",
+                (annotator, vote, vote),
             ).fetchone()
             if not newest:
                 return None

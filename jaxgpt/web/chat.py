@@ -1,7 +1,8 @@
 """The page on which models answer side by side: its calls.
 
     say       one model's answer, as lines of JSON while it is drawn; the last line says what each token was worth
-    rate      which of the answers was best: a vote in the same database as the label page's
+    rate      which of the answers was best, or none: a vote in the same database as the label page's
+    unrate    takes such a vote back, if it stands
     models    who answers;  rollouts, rollout   what a run of PPO kept of its own answers
 
 A model draws in a thread of its own, into a queue, so that whoever reads slowly, or not at all, holds nobody up.
@@ -169,10 +170,18 @@ def application(
         store.add_task(task)
         return {"new": store.vote(vote), "votes": store.count(annotator)}
 
+    def unrate(data: dict[str, Any]) -> dict[str, Any]:
+        annotator = checked_text(field(data, "annotator", str), "annotator").strip()
+        store.undo(annotator, field(data, "id", str), field(data, "vote", str))
+        return {"votes": store.count(annotator)}
+
     async def rated(data: dict[str, Any]) -> Any:
         return await run_in_threadpool(rate, data)
 
-    calls = {"models": describe, "rollout": rollout, "rate": rated}
+    async def unrated(data: dict[str, Any]) -> Any:
+        return await run_in_threadpool(unrate, data)
+
+    calls = {"models": describe, "rollout": rollout, "rate": rated, "unrate": unrated}
     return server.application("chat", calls, serve, token, (Route("/api/say", say, methods=["POST"]),))
 
 

@@ -2,7 +2,8 @@
 
     app = label.application(store, LabelConfig(), ServeConfig(), token="")
 
-Answers come blind and shuffled, once more for each annotator; what a vote changes is on disk before it is answered.
+Answers come blind and shuffled, once more for each annotator and each time they are asked; one that is written joins
+them at a random place and moves no other. What a vote changes is on disk before it is answered.
 """
 
 import dataclasses
@@ -43,20 +44,19 @@ def application(
     preparing: Callable[[], str] = lambda: "",
 ) -> server.Guard:
     """`preparing` says what is being made ready in the background, '' for nothing."""
-    progress = Statistics(store)
+    progress = Statistics(store, config.overlap)
 
-    def show(task: votes.Task | None, annotator: str, again: bool = False) -> dict[str, Any]:
+    def show(task: votes.Task | None, annotator: str) -> dict[str, Any]:
         shown = None
         if task:
-            order = list(range(len(task.answers)))
-            random.Random(f"{task.id} {annotator} {again}").shuffle(order)
+            order = shuffled(len(task.answers), f"{task.id} {annotator} {store.judged(task.id, annotator)}")
             answers = [{"index": i, "text": task.answers[i].text, "ended": task.answers[i].ended} for i in order]
             shown = {"id": task.id, "prompt": task.prompt, "answers": answers}
         return {"task": shown, "preparing": preparing(), "stats": progress.of(annotator)}
 
     def next_task(annotator: str) -> dict[str, Any]:
-        task, again = store.next_task(annotator, **dataclasses.asdict(config)) or (None, False)
-        return show(task, annotator, again)
+        task, _ = store.next_task(annotator, **dataclasses.asdict(config)) or (None, False)
+        return show(task, annotator)
 
     def vote(data: dict[str, Any], annotator: str) -> dict[str, Any]:
         tiers = field(data, "tiers", list)
@@ -103,18 +103,27 @@ def application(
     return server.application("label", calls, serve, token)
 
 
+def shuffled(count: int, seed: str) -> list[int]:
+    """A random order in which each number is put among those before it: with one more, the others keep theirs."""
+    rng, order = random.Random(seed), list[int]()
+    for number in range(count):
+        order.insert(rng.randrange(number + 1), number)
+    return order
+
+
 class Statistics:
     """What the page shows of progress, speed and agreement. The agreement is worked out again at most every `every`
     seconds: it reads all votes."""
 
-    def __init__(self, store: votes.Store, every: float = 3.0) -> None:
-        self.store, self.every = store, every
+    def __init__(self, store: votes.Store, overlap: float = 0.0, every: float = 3.0) -> None:
+        self.store, self.overlap, self.every = store, overlap, every
         self._known: dict[str | None, tuple[float, dict[str, Any] | None]] = {}
 
     def of(self, annotator: str) -> dict[str, Any]:
         seconds = self.store.seconds(annotator, 50)
         return {
-            "mine": self.store.count(annotator), "all": self.store.count(), "waiting": self.store.unseen(),
+            "mine": self.store.count(annotator), "all": self.store.count(),
+            "waiting": self.store.waiting(annotator, overlap=self.overlap),
             "seconds": statistics.median(seconds) if seconds else None,
             "with_myself": self._agreement(annotator), "with_others": self._agreement(None),
         }  # fmt: skip

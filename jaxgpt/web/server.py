@@ -271,7 +271,7 @@ class _Connection(H11Protocol):
 
 
 class Server:
-    """A bound socket and its address; `run` serves until Ctrl-C or `stop`."""
+    """A bound socket and its address; `run` serves until Ctrl-C or `stop`, which may come first."""
 
     def __init__(self, config: ServeConfig, token: str) -> None:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -289,20 +289,19 @@ class Server:
         host = config.host if config.host not in ("0.0.0.0", "::") else address_outside()
         host = f"[{host}]" if ":" in host else host
         self.address = f"http://{host}:{self.port}/" + (f"#token={token}" if token else "")
-        self._server: uvicorn.Server | None = None
-
-    def run(self, app: ASGIApp) -> None:
-        settings = uvicorn.Config(
-            app, http=_Connection, ws="none", lifespan="off", log_level="warning", access_log=False,
+        settings = uvicorn.Config(  # not in `run`, whose thread must add no loggers while another goes through them
+            "", http=_Connection, ws="none", lifespan="off", log_level="warning", access_log=False,
             timeout_keep_alive=20, timeout_graceful_shutdown=2, server_header=False, date_header=False,
         )  # fmt: skip
         self._server = uvicorn.Server(settings)
+
+    def run(self, app: ASGIApp) -> None:
+        self._server.config.app = app
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes Ctrl-C on when it has ended
             self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:
-        if self._server:
-            self._server.should_exit = True
+        self._server.should_exit = True
 
 
 def address_outside() -> str:

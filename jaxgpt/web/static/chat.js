@@ -17,6 +17,13 @@ const PAINTS = {
   logp: ["log π, nats", "rare"],
   ref_logp: ["log ρ, nats", "rare"],
 };
+// What the colours of each kind say: [the swatch's classes, its words].
+const LEGENDS = {
+  rare: [["warm pale", "pale: probable"], ["warm", "deep: improbable"]],
+  much: [["cool pale", "pale: little"], ["cool", "deep: this answer's most"]],
+  signed: [["cool", "blue: above 0"], ["low", "red: below 0"]],
+  ratio: [["low", "red: ≤ 0.8"], ["pale none", "pale: 1"], ["cool", "blue: ≥ 1.2"]],
+};
 const IN_CHAT = ["p", "kl", "log_ratio", "entropy", "value"];
 const IN_ROLLOUTS = ["advantage", "logp", "ref_logp", "ratio", "value", "return"];
 
@@ -38,6 +45,12 @@ function paint(view) {
     const hue = PAINTS[by]?.[1] === "much" ? "--cool" : much < 0 ? "--low" : PAINTS[by]?.[1] === "rare" ? "--warm" : "--cool";
     span.style.backgroundColor = much ? `color-mix(in srgb, var(${hue}) ${Math.round(Math.min(1, Math.abs(much)) * 55)}%, transparent)` : "";
   });
+}
+
+function repaint() {
+  const legend = LEGENDS[PAINTS[$("#paint").value]?.[1]] || [];
+  $("#legend").replaceChildren(...legend.map(([swatch, words]) => make("span", {}, make("i", { className: `swatch ${swatch}` }), words)));
+  views.forEach(paint);
 }
 
 const number = (x) => (Math.abs(x) >= 100 || (x !== 0 && Math.abs(x) < 0.001) ? x.toExponential(2) : x.toFixed(3));
@@ -144,38 +157,70 @@ function finish(cell, name, found) {
   if (found.log_ratio) facts.push(`log π/ρ ${sum(found.log_ratio).toFixed(2)}`, `KL ${sum(found.kl).toFixed(2)} nats`);
   if (score !== null) facts.push(`reward ${score.toFixed(2)}`);
   if (!ended) facts.push("cut off");
-  const best = make("button", { type: "button", "aria-label": `The answer of ${name} is the best` }, "Best");
-  best.addEventListener("click", () => rate(cell.turn, cell, best));
-  cell.best = best;
+  cell.best = make("button", {
+    type: "button", "aria-label": `The answer of ${name} is the best`, onclick: () => rate(cell.turn, cell),
+  }, "Best");
   cell.body.replaceChildren(
     tokenView(name, tokens, figures),
     ...(found.value ? [trace("Critic's value", found.value)] : []),
     make("p", { className: "quiet facts" }, ...facts.map((fact) => make("span", {}, fact))),
-    make("div", { className: "row" }, best),
+    make("div", { className: "row" }, cell.best),
   );
+  showVerdict(cell.turn);
 }
 
-async function rate(turn, cell, button) {
-  if (turn.rated) return;
-  const name = (localStorage.getItem("name") || prompt("Your name, kept beside your votes") || "").trim().slice(0, 64);
-  if (!name) return;
-  const cells = turn.cells.filter((other) => other.how);
-  const answers = cells.map((other) => ({ model: other.model, text: other.text, ended: other.ended, how: other.how }));
-  const past = state.turns.slice(0, state.turns.indexOf(turn))
-    .map((one) => ({ prompt: one.prompt, answer: one.cells.find((other) => other.model === cell.model)?.text || "" }));
+const answered = (turn) => turn.cells.filter((cell) => cell.how);
+
+/** The pressed button stays enabled: pressed again, it takes the verdict back. */
+function showVerdict(turn) {
+  const there = answered(turn);
+  const buttons = [...there.map((cell) => [cell.best, cell]), [turn.bad, null]];
+  for (const [button, cell] of buttons) {
+    const pressed = turn.vote?.cell === cell;
+    button.setAttribute("aria-pressed", String(pressed));
+    button.disabled = Boolean(turn.vote) && !pressed;
+  }
+  turn.bad.parentElement.hidden = there.length < 2;
+}
+
+/** The best cell, or null: all are bad. */
+async function rate(turn, cell) {
+  if (turn.busy) return;
+  turn.busy = true;
   try {
-    if (cells.length < 2) throw new Error("There is nothing to choose from: let two models answer.");
-    const saved = await call("rate", {
-      id: (turn.id ??= newId()), annotator: name, turns: [...past, { prompt: turn.prompt }], answers, best: cells.indexOf(cell),
-    });
-    localStorage.setItem("name", name);
-    turn.rated = true;
-    button.setAttribute("aria-pressed", "true");
-    for (const other of cells) other.best.disabled = other.best !== button;
-    say(`Saved: ${saved.votes} votes of ${name}.`);
+    await (turn.vote ? takeBack(turn) : decide(turn, cell));
   } catch (error) {
     say(error.message, true);
+  } finally {
+    turn.busy = false;
+    showVerdict(turn);
   }
+}
+
+async function takeBack(turn) {
+  const { name, id } = turn.vote;
+  const saved = await call("unrate", { id: newId(), annotator: name, vote: id });
+  turn.vote = null;
+  say(`Taken back: ${count(saved.votes, "vote")} of ${name}.`);
+}
+
+const count = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
+
+async function decide(turn, cell) {
+  const name = (localStorage.getItem("name") || prompt("Your name, kept beside your votes") || "").trim().slice(0, 64);
+  if (!name) return;
+  const cells = answered(turn);
+  if (cells.length < 2) throw new Error("There is nothing to choose from: let two models answer.");
+  const answers = cells.map((other) => ({ model: other.model, text: other.text, ended: other.ended, how: other.how }));
+  const past = state.turns.slice(0, state.turns.indexOf(turn))
+    .map((one) => ({ prompt: one.prompt, answer: one.cells.find((other) => other.model === (cell || cells[0]).model)?.text || "" }));
+  const id = newId();
+  const saved = await call("rate", {
+    id, annotator: name, turns: [...past, { prompt: turn.prompt }], answers, best: cell && cells.indexOf(cell),
+  });
+  localStorage.setItem("name", name);
+  turn.vote = { id, name, cell };
+  say(`Saved: ${count(saved.votes, "vote")} of ${name}. Press the button again to take it back.`);
 }
 
 async function ask(prompt) {
@@ -186,7 +231,8 @@ async function ask(prompt) {
   if (wrong) return say(`${wrong.parentElement.textContent.trim()} must be ${wrong.min} to ${wrong.max}.`, true);
   say("");
   hint();
-  const turn = { prompt, cells: [], rated: false };
+  const turn = { prompt, cells: [], vote: null };
+  turn.bad = make("button", { type: "button", onclick: () => rate(turn, null) }, "All bad");
   const grid = make("ol", { className: "answers" });
   for (const i of picked) {
     const body = make("div", { className: "body" }, make("p", { className: "quiet" }, "waiting… (the first answer of each length compiles)"));
@@ -195,7 +241,7 @@ async function ask(prompt) {
   }
   const past = state.turns.length && picked.some((i) => state.models[i].remembers);
   $("#turns").append(make("section", { className: "turn", "aria-label": `Turn ${state.turns.length + 1}` },
-    make("div", { className: "prompt" }, make("h2", {}, past ? "You, going on" : "You"), make("p", { className: "words" }, prompt)), grid));
+    make("div", { className: "prompt" }, make("h2", {}, past ? "You, going on" : "You"), make("p", { className: "words" }, prompt)), grid, make("div", { hidden: true }, turn.bad)));
   state.turns.push(turn);
   const stop = (state.running = new AbortController());
   busy(true);
@@ -248,7 +294,7 @@ function choosePaint(names) {
 
 const HINT = "Point at a token of an answer, or go to it with the arrow keys, to see its figures.";
 
-const hint = () => $("#figures").replaceChildren(make("span", { className: "quiet" }, HINT));
+const hint = () => $("#figures").replaceChildren(make("span", { className: "quiet hint" }, HINT));
 
 function view(name) {
   hint();
@@ -259,8 +305,8 @@ function view(name) {
   }
   $("#ask").hidden = name !== "chat";
   choosePaint(name === "chat" ? IN_CHAT : IN_ROLLOUTS);
+  repaint();
   if (name === "rollouts") showRollout().catch((error) => { $("#about").textContent = error.message; });
-  views.forEach(paint);
 }
 
 // ---- start ----
@@ -273,7 +319,7 @@ for (const name of ["chat", "rollouts"]) {
     if (!$(`#tab-${other}`).disabled) view(other), $(`#tab-${other}`).focus();
   });
 }
-$("#paint").addEventListener("change", () => views.forEach(paint));
+$("#paint").addEventListener("change", repaint);
 $("#iteration").addEventListener("change", showRollout);
 $("#settings").addEventListener("input", summarise);
 $("#ask").addEventListener("submit", (event) => {
@@ -309,6 +355,7 @@ $("#new").addEventListener("click", forget);
     $("#iteration").value = found.rollouts.at(-1) || "";
     $("#tab-rollouts").disabled = !found.rollouts.length;
     choosePaint(IN_CHAT);
+    repaint();
     summarise();
     $("#words").focus();
   } catch (error) {

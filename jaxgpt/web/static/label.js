@@ -17,10 +17,10 @@ function say(text, bad = false) {
 const percent = (x) => `${Math.round(100 * x)} %`;
 
 function showStats(stats) {
-  const parts = [`${stats.mine} judged`, `${stats.waiting} waiting`];
+  const parts = [`${stats.mine} judged`, `${stats.waiting} waiting for you`];
   if (stats.seconds !== null) parts.push(`${stats.seconds.toFixed(1)} s each`);
-  if (stats.with_myself) parts.push(`${percent(stats.with_myself.same)} as before`);
-  if (stats.with_others) parts.push(`annotators agree on ${percent(stats.with_others.same)} (chance ${percent(stats.with_others.chance)})`);
+  if (stats.with_myself) parts.push(`same choice when asked again: ${percent(stats.with_myself.same)}`);
+  if (stats.with_others) parts.push(`annotators agree: ${percent(stats.with_others.same)} (chance ${percent(stats.with_others.chance)})`);
   $("#stats").replaceChildren(...parts.map((text) => make("span", {}, text)));
 }
 
