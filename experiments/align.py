@@ -58,7 +58,7 @@ class Settings:
         iterations=16, batch=32, ppo=PPOConfig(epochs=1, minibatches=4), learning_rate=3e-4, beta=0.1, target_kl=8.0,
         horizon=1000.0, sample_every=8,
     )  # fmt: skip
-    dpo: experiments.dpo.Settings = experiments.dpo.Settings(batch=8, microbatches=4, learning_rate=2e-4, log_every=5)
+    dpo: experiments.dpo.Settings = experiments.dpo.Settings(batch=8, microbatches=4, learning_rate=1e-3, log_every=5)
     answers: int = 2  # to each held-out question, of each model
     seed: int = 0
     fresh: bool = False  # run every stage again
