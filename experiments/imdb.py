@@ -193,14 +193,15 @@ def main(settings: Settings) -> dict[str, Any]:
         with run.progress(all_steps + 2 * s.iterations + 2 * steps + 2, "imdb") as bar:
             made = cells("pairs", functools.partial(pairs, s, task), 1, bar)
             rankings = [Ranking(tuple((ids, roles) for ids, roles in pair), 0) for pair in made]
-            few, held = rankings[: s.pairs], rankings[-64:]
+            few, held = rankings[: s.pairs], rankings[-min(64, len(rankings) // 4) :]
+            others = rankings[: -len(held)]
             reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed))
             gold = task.gold(reference.texts)
             scale = float(gold.mean()), float(gold.std())
 
             def reward_model() -> Any:
                 (params,) = methods.reward_models(
-                    task.config, task.start, [rankings[:-64]], [s.seed], reference.rows, task, batch=s.pair_batch,
+                    task.config, task.start, [others], [s.seed], reference.rows, task, batch=s.pair_batch,
                     learning_rate=s.reward_learning_rate, first_spread=0.2,
                     watch=lambda i, found: bar.update(reward_loss=found["loss"].mean()),
                 )  # fmt: skip
@@ -209,7 +210,7 @@ def main(settings: Settings) -> dict[str, Any]:
             model, _ = cells.model("reward", reward_model, all_steps, bar)
             model = sharding.replicate(model, task.mesh)
             accuracy = methods.accuracy(task, task.config, model, held)
-            run.say(f"imdb: {len(rankings):,} pairs; the reward model agrees with {accuracy:.1%} of 64 held-out ones")
+            run.say(f"imdb: {len(rankings):,} pairs; the reward model agrees with {accuracy:.1%} of {len(held)} others")
             parts: dict[str, tuple[Any, int]] = {
                 "PPO, true reward": (functools.partial(by_ppo, s, task, None, scale, bar), s.iterations),
                 "PPO, learned reward": (functools.partial(by_ppo, s, task, model, scale, bar), s.iterations),

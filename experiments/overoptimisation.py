@@ -145,7 +145,9 @@ def followed(s: Settings, task: Task, proxy: Proxy, beta: float, bar: Bar) -> di
 
 
 def fitted(d: np.ndarray, gain: np.ndarray, shape: str) -> np.ndarray:
-    """(alpha, beta) by least squares."""
+    """(alpha, beta) by least squares; NaN from fewer than two points."""
+    if len(d) < 2:
+        return np.full(2, np.nan)
     basis = np.stack([d, -d * (d if shape == "best-of-n" else np.log(d))], 1)
     return np.linalg.lstsq(basis, gain, rcond=None)[0]
 
