@@ -98,7 +98,7 @@ def small_model(s: Settings, task: Task, config: ModelConfig, bar: Bar) -> Param
     stream = pipelines.tokenize_stream(sources.documents(sources.EMBEDDED, "train", s.cache), task.tok, s.cache)
     windows = pipelines.windows(stream, config.block, 16, seed=s.seed)
     pairs = [example_ids(task.tok, *pair) for pair in sources.examples(sources.EMBEDDED, "train", s.cache)]
-    packed = pipelines.packed_examples(pairs, config.block, 16, seed=s.seed)
+    packed = pipelines.packed_examples(pipelines.fit_rows(pairs, config.block)[0], config.block, 16, seed=s.seed)
     params = model.init(jax.random.key(s.seed), config)
     for batches, steps, rate in ((windows, s.steps, 3e-3), (packed, s.steps // 2, 8e-4)):
         first = (jax.tree.map(lambda x: x[None], Batch.of(next(batches))) for _ in range(steps))

@@ -337,6 +337,7 @@ STUDIES = {
 
 
 @pytest.mark.slow
+@pytest.mark.studies
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.__name__.rpartition(".")[2])
 def test_a_study_runs_and_is_not_repeated(study, start, tmp_path, capsys):
     name = study.__name__.rpartition(".")[2]
@@ -350,6 +351,7 @@ def test_a_study_runs_and_is_not_repeated(study, start, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.studies
 def test_a_study_that_was_stopped_goes_on_behind_its_last_part(start, tmp_path, monkeypatch):
     settings = dataclasses.replace(frontier.PRESETS["toy"], run=tmp_path / "run", start=start)
     with monkeypatch.context() as patched:
