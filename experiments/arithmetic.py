@@ -43,7 +43,7 @@ from jaxgpt.train import TrainState, make_nll, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about 15 minutes; held-out sums solved rise from a third to nearly all (docs/results.md)."""
+    """Sized for 2 CPU cores; not timed there yet, and no result is claimed."""
 
     run: Path = Path("runs/arithmetic")
     model: ModelConfig = ModelConfig(layers=2, width=96, heads=4, block=32, vocab=384)

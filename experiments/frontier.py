@@ -40,7 +40,7 @@ from jaxgpt.through_reward import ThroughReward
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about 20 minutes and 5 GB; PPO's frontier lies above DPO's (docs/results.md)."""
+    """Sized for 2 CPU cores; not timed there yet, and no result is claimed."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 

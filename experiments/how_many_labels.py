@@ -37,7 +37,7 @@ from jaxgpt.study.task import Seen, Task, look, reviews, sample
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about 20 minutes; what labels buy is in docs/results.md."""
+    """Sized for 2 CPU cores; not timed there yet, and no result is claimed."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 

@@ -35,7 +35,7 @@ from jaxgpt.study.task import Seen, Task, look, reviews
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about 12 minutes; the last quarter's KL is within 20 % of its target (docs/results.md)."""
+    """Sized for 2 CPU cores; not timed there yet, and no result is claimed."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 

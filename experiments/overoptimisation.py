@@ -42,7 +42,7 @@ from jaxgpt.train import make_nll
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about 20 minutes and 4 GB; which of the published shapes appear is in docs/results.md."""
+    """Sized for 2 CPU cores; not timed there yet, and no result is claimed."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 

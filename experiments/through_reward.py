@@ -39,7 +39,7 @@ from jaxgpt.through_reward import ThroughReward
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about 12 minutes (docs/results.md)."""
+    """Sized for 2 CPU cores; not timed there yet, and no result is claimed."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
