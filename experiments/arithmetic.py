@@ -43,7 +43,7 @@ from jaxgpt.train import TrainState, make_nll, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sized for 2 CPU cores; not timed there yet, and no result is claimed."""
+    """Sized for 2 CPU cores; not timed there yet."""
 
     run: Path = Path("runs/arithmetic")
     model: ModelConfig = ModelConfig(layers=2, width=96, heads=4, block=32, vocab=384)

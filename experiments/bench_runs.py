@@ -34,7 +34,7 @@ from jaxgpt.tokenizer import train_char
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sized for 2 CPU cores; not timed there yet, and no result is claimed."""
+    """Sized for 2 CPU cores; not timed there yet."""
 
     run: Path = Path("runs/bench_runs")
     model: ModelConfig = MODELS["tiny"]

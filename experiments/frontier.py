@@ -40,7 +40,7 @@ from jaxgpt.through_reward import ThroughReward
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sized for 2 CPU cores; not timed there yet, and no result is claimed."""
+    """Sized for 2 CPU cores; not timed there yet."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 

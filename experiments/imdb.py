@@ -37,7 +37,7 @@ from jaxgpt.study.task import Seen, Task, best_of, best_of_kl, look, sample
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sized for 2 CPU cores; not timed there yet, and no result is claimed."""
+    """Sized for 2 CPU cores; not timed there yet."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 

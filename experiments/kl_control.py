@@ -35,7 +35,7 @@ from jaxgpt.study.task import Seen, Task, look, reviews
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sized for 2 CPU cores; not timed there yet, and no result is claimed."""
+    """Sized for 2 CPU cores; not timed there yet."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
