@@ -366,6 +366,7 @@ def test_a_study_that_was_stopped_goes_on_behind_its_last_part(start, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.studies
 def test_sums_are_learnt_from_a_verifier(tmp_path):
     """Small sums, from a third right to most, by every method but with one seed."""
     settings = dataclasses.replace(
