@@ -141,9 +141,10 @@ def measure(settings: Settings) -> dict[str, Any]:
 
         def log_probs(params: Any, rows: Any = answers.rows) -> np.ndarray:
             return rollout.in_batches(
-                lambda rows: score(
-                    params, config, rows, temperature=settings.temperature, window=settings.new_tokens
-                ), rows, 30, mesh
+                lambda rows: score(params, config, rows, temperature=settings.temperature, window=settings.new_tokens),
+                rows,
+                30,
+                mesh,
             )
 
         gold = settings.annotator.gold(answers.texts).reshape(-1, count)

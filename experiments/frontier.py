@@ -20,21 +20,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import numpy as np
 
-from jaxgpt import kl, optim, reward, sharding
+from jaxgpt import kl, optim, sharding
 from jaxgpt.checkpoint import load_model
+from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig, UserError
-from jaxgpt.data import formats
-from jaxgpt.data.preferences import Ranking, fit_rankings, rank_ids
+from jaxgpt.data.preferences import Ranking
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.progress import Bar
 from jaxgpt.run import Run, cache_root, run_fingerprint
-from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.structs import Params
 from jaxgpt.study import methods, page, runs
 from jaxgpt.study.cells import Cells
 from jaxgpt.study.page import Point
-from jaxgpt.study.task import Seen, Task, best_of, best_of_kl, look, reviews
+from jaxgpt.study.task import Seen, Task, best_of, look, reviews
 from jaxgpt.through_reward import ThroughReward
 
 
@@ -46,14 +45,14 @@ class Settings:
 
     run: Path = Path("runs/frontier")
     start: Path = Path("runs/assistant")  # of which sft, reward and preferences are used
-    seeds: int = 3
+    seeds: int = 2
     betas: tuple[float, ...] = (0.05, 0.15, 0.4, 1.0)  # PPO's, reward units a nat
     iterations: int = 24
     batch: int = 64  # answers an iteration
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     learning_rate: float = 5e-4
     through_betas: tuple[float, ...] = (0.1, 0.3, 1.0)  # of backpropagation through the reward model
-    through_iterations: int = 60  # one update each
+    through_iterations: int = 40  # one update each
     through_learning_rate: float = 3e-4
     through: ThroughReward = ThroughReward()
     dpo_betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
@@ -62,7 +61,7 @@ class Settings:
     dpo_batch: int = 16
     favourites: int = 640  # for finetuning on them, at most
     favourites_learning_rate: float = 2e-4
-    epochs: int = 3  # of finetuning: a point each
+    epochs: int = 2  # of finetuning: a point each
     best_of: int = 64  # largest n
     prompts: int = 300  # held out
     how: runs.How = "vmap"  # or one run after another, in the same program
@@ -112,14 +111,9 @@ class Study:
         return runs.OnPolicy(self.task, learn, tx, s.through_iterations, s.batch, how=s.how)
 
     def ppo(self) -> runs.OnPolicy:
-        s, config = self.settings, self.reward_config
-
-        def reward_fn(params: Params, rows: Batch) -> Array:
-            return reward.score(params["reward"], config, rows)
-
-        tx = runs.ppo_optimizer(self.task, s.learning_rate, s.iterations)
-        learn = runs.learn_by_ppo(self.task, tx, reward_fn)
-        return runs.OnPolicy(self.task, learn, tx, s.iterations, s.batch, how=s.how)
+        s = self.settings
+        return runs.ppo_on_reward_model(self.task, self.reward_config, learning_rate=s.learning_rate,
+                                        iterations=s.iterations, batch=s.batch, how=s.how)  # fmt: skip
 
 
 def on_policy(study: Study, program: runs.OnPolicy, betas: tuple[float, ...], seed: int) -> dict[str, Any]:
@@ -162,12 +156,8 @@ def by_best_of(study: Study) -> dict[str, Any]:
     """Best-of-n from one pool of answers to each prompt; its KL measured, and its bound."""
     s = study.settings
     pool = study.look(study.task.start, s.seeds, s.best_of)
-    found: dict[str, Any] = {}
-    for n in (2**k for k in range(1, s.best_of.bit_length())):
-        nats = np.array([best_of_kl(logp_N, score_N, n) for logp_N, score_N in zip(pool.logp, pool.proxy, strict=True)])
-        found[str(n)] = {**best_of(pool, n), "kl": nats, "texts": []}
     study.bar.update()
-    return found
+    return {str(2**k): {**best_of(pool, 2**k), "texts": []} for k in range(1, s.best_of.bit_length())}
 
 
 def points(study: Study, found: dict[str, Any]) -> dict[str, list[Point]]:
@@ -218,9 +208,7 @@ def main(settings: Settings) -> dict[str, Any]:
             return run.results
         task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
         judge, config, _, _ = load_model(s.start / "reward")
-        rankings, _ = fit_rankings(
-            rank_ids(task.tok, formats.load(s.start / "preferences/train.jsonl")), task.config.block
-        )
+        rankings = methods.rankings_of(task, s.start / "preferences/train.jsonl")
         cells = Cells(run)
         found: dict[str, Any] = {}
         dpo_steps = min(s.limit, len(rankings)) // s.dpo_batch
@@ -252,3 +240,7 @@ def main(settings: Settings) -> dict[str, Any]:
         run.say(f"frontier: {s.run / 'report.html'}")
         run.finish(results)
         return run.results
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

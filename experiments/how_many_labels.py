@@ -18,21 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import kl, reward
+from jaxgpt import kl
 from jaxgpt.cli import cli
 from jaxgpt.config import UserError
 from jaxgpt.data import formats
-from jaxgpt.data.preferences import Ranking, fit_rankings, rank_ids
+from jaxgpt.data.preferences import Ranking
 from jaxgpt.evaluate import SimulatedAnnotator
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.progress import Bar
 from jaxgpt.report import new_figure
 from jaxgpt.run import Run, cache_root, run_fingerprint
-from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.structs import Batch, Params
 from jaxgpt.study import methods, page, runs
 from jaxgpt.study.cells import Cells
 from jaxgpt.study.page import Point
-from jaxgpt.study.task import Seen, Task, look, reviews, sample
+from jaxgpt.study.task import Seen, Task, answered, look, reviews, sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
     start: Path = Path("runs/assistant/sft")
     pool: int = 640  # prompts, with 8 answers each
     heldout: int = 100  # more such prompts, on which reward models are tested
-    labels: tuple[int, ...] = (40, 160, 640, 1280)  # choices among 4 answers, at the annotator's usual noise
+    labels: tuple[int, ...] = (40, 160, 640)  # choices among 4 answers, at the annotator's usual noise
     noises: tuple[float, ...] = (0.03, 0.6)  # temperatures of the annotator, beside the usual one
     noise_labels: int = 640
     read: int = 1280  # answers that the annotator reads where the number of answers to a prompt varies
@@ -108,10 +108,7 @@ def make_pool(s: Settings, task: Task) -> dict[str, Any]:
     chosen = np.random.default_rng(s.seed).permutation(len(task.prompts))[: s.pool + s.heldout]
     ids = [task.prompts[i] for i in chosen for _ in range(8)]
     answers = sample(task, task.start, ids, jax.random.key(s.seed))
-    tokens, mask = np.asarray(answers.rows.tokens_BT), np.asarray(answers.rows.mask_BT)
-    ends = [int(np.flatnonzero(row)[-1]) + 1 for row in mask]
-    rows = [[tokens[i, :end].tolist(), mask[i, :end].astype(int).tolist()] for i, end in enumerate(ends)]
-    return {"rows": rows, "gold": task.gold(answers.texts).reshape(-1, 8)}
+    return {"rows": answered(answers), "gold": task.gold(answers.texts).reshape(-1, 8)}
 
 
 def asked(s: Settings, pool: dict[str, Any], condition: Condition, seed: int) -> list[Ranking]:
@@ -190,16 +187,11 @@ def main(settings: Settings) -> dict[str, Any]:
         plan = conditions(s)
         people: list[Ranking] = []
         if s.people:
-            people, _ = fit_rankings(rank_ids(task.tok, formats.load(Path(s.people))), task.config.block)
+            people = methods.rankings_of(task, Path(s.people))
             plan.append(Condition("people", f"{len(people)} votes", len(people), 0, 0.0))
         reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
-
-        def reward_fn(params: Params, rows: Batch) -> Array:
-            return reward.score(params["reward"], task.config, rows)
-
-        tx = runs.ppo_optimizer(task, s.ppo_learning_rate, s.iterations)
-        learn = runs.learn_by_ppo(task, tx, reward_fn)
-        program = runs.OnPolicy(task, learn, tx, s.iterations, s.batch, how=s.how)
+        program = runs.ppo_on_reward_model(task, task.config, learning_rate=s.ppo_learning_rate,
+                                           iterations=s.iterations, batch=s.batch, how=s.how)  # fmt: skip
         run.say(f"how_many_labels: {len(plan)} conditions, {s.seeds} seeds each")
         steps = {one: one.choices // s.label_batch + s.iterations for one in plan}
         groups: dict[str, list[Point]] = {}
@@ -210,7 +202,8 @@ def main(settings: Settings) -> dict[str, Any]:
             for one in plan:
                 rankings = [people if one.group == "people" else asked(s, pool, one, n) for n in range(s.seeds)]
                 make = functools.partial(reached, s, task, program, rankings, pool, reference, bar)
-                found = cells(f"{one.group} {one.label}", make, steps[one], bar)
+                name = f"{one.choices} of {one.candidates} at {one.temperature:g}"  # the same in several groups
+                found = cells(name if one.group != "people" else "people", make, steps[one], bar)
                 point = Point(one.label, [Seen.from_json(seen) for seen in found["seen"]])
                 groups.setdefault(one.group, []).append(point)
                 agreements.setdefault(one.group, []).append(found["agreement"])

@@ -32,7 +32,7 @@ from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.study import methods, page, runs
 from jaxgpt.study.cells import Cells
 from jaxgpt.study.page import Point
-from jaxgpt.study.task import Seen, Task, best_of, best_of_kl, look, sample
+from jaxgpt.study.task import Seen, Task, answered, best_of, look, sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +110,7 @@ def pairs(s: Settings, task: Task) -> list[list[Any]]:
     ids = [row for row in task.prompts[: s.prefixes] for _ in range(s.candidates)]
     answers = sample(task, task.start, ids, jax.random.key(s.seed))
     gold = task.gold(answers.texts)
-    tokens, mask = np.asarray(answers.rows.tokens_BT), np.asarray(answers.rows.mask_BT)
-    ends = [int(np.flatnonzero(row)[-1]) + 1 for row in mask]
-    rows = [[tokens[i, :end].tolist(), mask[i, :end].astype(int).tolist()] for i, end in enumerate(ends)]
+    rows = answered(answers)
     found = []
     for first in range(0, len(rows), s.candidates):
         for i, j in itertools.combinations(range(first, first + s.candidates), 2):
@@ -174,11 +172,7 @@ def in_grid(s: Settings, task: Task, grid: list[Any], policies: list[Params], mo
 def by_best_of(s: Settings, task: Task, model: Params) -> dict[str, Any]:
     """Best-of-n by the learned reward, from one pool of continuations."""
     pool = look(task, task.start, jax.random.key(s.seed), (model, task.config), s.best_of)
-    found = {}
-    for n in (2**k for k in range(s.best_of.bit_length())):
-        nats = [best_of_kl(logp, score, n) for logp, score in zip(pool.logp, pool.proxy, strict=True)]
-        found[str(n)] = [{**best_of(pool, n), "kl": nats, "texts": []}]
-    return found
+    return {str(2**k): [{**best_of(pool, 2**k), "texts": []}] for k in range(s.best_of.bit_length())}
 
 
 def main(settings: Settings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.random
 import numpy as np
 
-from jaxgpt import kl, reward, sharding
+from jaxgpt import kl, sharding
 from jaxgpt.checkpoint import load_model
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig, UserError
@@ -26,7 +26,7 @@ from jaxgpt.ppo import Controller, PPOConfig
 from jaxgpt.progress import Bar
 from jaxgpt.report import new_figure
 from jaxgpt.run import Run, cache_root, run_fingerprint
-from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.structs import Params
 from jaxgpt.study import page, runs
 from jaxgpt.study.cells import Cells
 from jaxgpt.study.page import Point
@@ -45,7 +45,7 @@ class Settings:
     beta: float = 0.2  # reward units a nat, where the controller starts
     horizon: float = 400.0  # episodes; Ziegler et al. had 10,000 of 2 million
     seeds: int = 2
-    iterations: int = 48
+    iterations: int = 36
     batch: int = 64
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     learning_rate: float = 5e-4
@@ -72,15 +72,10 @@ def controlled(
     s: Settings, task: Task, judge: tuple[Params, ModelConfig], control: Controller, bar: Bar
 ) -> dict[str, Any]:
     """PPO under one controller, all seeds at once: its curves [seeds, iterations], and the answers of its policies."""
-    params, config = judge
-
-    def reward_fn(params: Params, rows: Batch) -> Array:
-        return reward.score(params["reward"], config, rows)
-
-    tx = runs.ppo_optimizer(task, s.learning_rate, s.iterations)
-    program = runs.OnPolicy(task, runs.learn_by_ppo(task, tx, reward_fn), tx, s.iterations, s.batch, how=s.how)
+    program = runs.ppo_on_reward_model(task, judge[1], learning_rate=s.learning_rate, iterations=s.iterations,
+                                       batch=s.batch, how=s.how)  # fmt: skip
     policies, curves = program.train(
-        [control] * s.seeds, [s.seed + n for n in range(s.seeds)], [{"reward": params}] * s.seeds,
+        [control] * s.seeds, [s.seed + n for n in range(s.seeds)], [{"reward": judge[0]}] * s.seeds,
         lambda i, found: bar.update(beta=found["beta"].mean(), kl=found["kl"].mean(), score=found["score"].mean()),
     )  # fmt: skip
     keys = [jax.random.fold_in(jax.random.key(s.seed), n) for n in range(s.seeds)]

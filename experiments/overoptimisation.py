@@ -22,20 +22,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import kl, model, optim, reward
+from jaxgpt import kl, model, optim
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig, UserError
-from jaxgpt.data import formats, pipelines, sources
-from jaxgpt.data.preferences import Ranking, fit_rankings, rank_ids
+from jaxgpt.data import pipelines, sources
+from jaxgpt.data.preferences import Ranking
 from jaxgpt.evaluate import best_of_n_kl_bound
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.progress import Bar
 from jaxgpt.report import new_figure
 from jaxgpt.run import Run, cache_root, run_fingerprint
-from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.structs import Batch, Params
 from jaxgpt.study import methods, page, runs
 from jaxgpt.study.cells import Cells
-from jaxgpt.study.task import Task, best_of, best_of_kl, reviews, reward_scores, sample, seen
+from jaxgpt.study.task import Task, best_of, reviews, reward_scores, sample, seen
 from jaxgpt.tokenizer import example_ids
 from jaxgpt.train import make_nll
 
@@ -49,14 +49,14 @@ class Settings:
     run: Path = Path("runs/overoptimisation")
     start: Path = Path("runs/assistant")  # of which sft, reward and preferences are used
     sizes: tuple[tuple[int, int], ...] = ((1, 32), (2, 64))  # layers and width of smaller reward models
-    labels: tuple[int, ...] = (160, 640)  # fewer preferences for a reward model of the policy's size
+    labels: tuple[int, ...] = (160,)  # fewer preferences for a reward model of the policy's size
     steps: int = 500  # of pretraining a smaller model; half as many of finetuning
     learning_rate: float = 5e-4  # of reward models
     label_batch: int = 16
     best_of: int = 128  # answers to each held-out prompt
     prompts: int = 150  # held out
     seeds: int = 2  # of PPO, with each reward model
-    iterations: int = 50
+    iterations: int = 40
     batch: int = 64
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     ppo_learning_rate: float = 1e-3
@@ -130,12 +130,8 @@ def trained_proxy(
 
 def followed(s: Settings, task: Task, proxy: Proxy, beta: float, bar: Bar) -> dict[str, Any]:
     """PPO on one reward model, all seeds at once: curves [seeds, iterations] of the training answers."""
-
-    def reward_fn(params: Params, rows: Batch) -> Array:
-        return reward.score(params["reward"], proxy.config, rows)
-
-    tx = runs.ppo_optimizer(task, s.ppo_learning_rate, s.iterations)
-    program = runs.OnPolicy(task, runs.learn_by_ppo(task, tx, reward_fn), tx, s.iterations, s.batch, how=s.how)
+    program = runs.ppo_on_reward_model(task, proxy.config, learning_rate=s.ppo_learning_rate, iterations=s.iterations,
+                                       batch=s.batch, how=s.how)  # fmt: skip
     seeds = [s.seed + n for n in range(s.seeds)]
     _, curves = program.train(
         [kl.FixedKL(jnp.float32(beta))] * s.seeds, seeds, [{"reward": proxy.params}] * s.seeds,
@@ -221,11 +217,9 @@ def by_best_of(s: Settings, task: Task, proxies: list[Proxy], heldout: list[Rank
         own = dataclasses.replace(pool, proxy=h.reshape(pool.gold.shape))
         sizes = [2**k for k in range(1, s.best_of.bit_length())]
         best = [best_of(own, n) for n in sizes]
-        kl_n = [np.mean([best_of_kl(logp, score, n) for logp, score in zip(own.logp, own.proxy, strict=True)])
-                for n in sizes]  # fmt: skip
         curve = {name: [one[name] for one in best] for name in ("gold", "judge", "proxy")}
         bounds = [best_of_n_kl_bound(n) for n in sizes]
-        found["best-of"][proxy.name] = {"n": sizes, "kl": kl_n, "bound": bounds, **curve}
+        found["best-of"][proxy.name] = {"n": sizes, "bound": bounds, **curve, "kl": [one["kl"].mean() for one in best]}
         found["accuracy"][proxy.name] = methods.accuracy(task, proxy.config, proxy.params, heldout)
     found["start"] = pool.gold.mean(1)
     bar.update()
@@ -286,15 +280,11 @@ def main(settings: Settings) -> dict[str, Any]:
             run.say(f"overoptimisation: already done, see {s.run / 'report.html'}")
             return run.results
         task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
-        rankings, _ = fit_rankings(
-            rank_ids(task.tok, formats.load(s.start / "preferences/train.jsonl")), task.config.block
-        )
+        rankings = methods.rankings_of(task, s.start / "preferences/train.jsonl")
+        heldout = methods.rankings_of(task, s.start / "preferences/heldout.jsonl")
         if len(rankings) <= max(s.labels):
             raise UserError(f"{s.start} has {len(rankings)} preferences; labels must be fewer: {s.labels}")
         reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
-        heldout, _ = fit_rankings(
-            rank_ids(task.tok, formats.load(s.start / "preferences/heldout.jsonl")), task.config.block
-        )
         cells, wanted = Cells(run), plans(s, task.config, len(rankings))
         steps = [labels // s.label_batch + (config != task.config) * (s.steps + s.steps // 2)
                  for _, config, labels in wanted]  # fmt: skip

@@ -48,7 +48,7 @@ class Settings:
     taus: tuple[float, ...] = (0.3, 1.0, 3.0)  # temperatures of the relaxation
     beta: float = 0.2  # reward units a nat
     seeds: int = 2
-    iterations: int = 60
+    iterations: int = 40
     batch: int = 64
     learning_rate: float = 3e-4
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7)  # how answers are sampled

@@ -117,3 +117,12 @@ def test_experiments_stand_alone():
     for path in (ROOT / "experiments").glob("*.py"):
         if path.stem not in ("assistant", "align", "bench_ppo"):  # two sequences; what it measures is one of them
             assert not [name for name in imports(path) if name.split(".")[0] == "experiments"], path
+
+
+def test_every_experiment_is_a_command():
+    """Its last statement hands `main` to the command line: without it `python -m` would do nothing, in silence."""
+    paths = [path for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__"]
+    assert len(paths) > 20
+    for path in paths:
+        last = ast.parse(path.read_text()).body[-1]
+        assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'", path

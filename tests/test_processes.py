@@ -151,7 +151,7 @@ def assert_same_run(one: Path, two: Path, without_gradient: tuple[str, ...] = ()
     for (path, a), (_, b) in zip(*leaves, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name not in without_gradient:
-            np.testing.assert_allclose(b, a, rtol=1e-5, atol=2e-6, err_msg=name)
+            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5, err_msg=name)  # Adam enlarges rounding
 
 
 @pytest.mark.slow

@@ -260,9 +260,9 @@ def test_gpu_presets_fit_together():
 
 @pytest.mark.slow
 def test_the_gpu_preset_steps():
-    """One real step of the GPU preset's model in every stage, in bfloat16, with two rows."""
+    """One real step of two layers of the GPU preset's model in every stage, in bfloat16, with two rows."""
     gpu = assistant.PRESETS["gpu"]
-    config = gpu.pretrain.model
+    config = dataclasses.replace(gpu.pretrain.model, layers=2)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def two(settings, **more):
@@ -274,7 +274,7 @@ def test_the_gpu_preset_steps():
     params = model.init(jax.random.key(0), config)
     losses = {}
     for name, (step, state, batch) in {
-        "pretrain": pretrain.build(two(gpu.pretrain), mesh),
+        "pretrain": pretrain.build(two(gpu.pretrain, model=config), mesh),
         "sft": sft.build(two(gpu.sft), config, mesh),
         "reward": reward.build(two(gpu.reward), config, (2, 16, 8), 10, mesh),
         "dpo": dpo.build(two(gpu.dpo), config, (2, 16, 8), 10, mesh),

@@ -5,20 +5,26 @@ number of steps.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from jaxgpt import dpo, optim, reward, sharding
 from jaxgpt.config import ModelConfig
-from jaxgpt.data import pipelines
-from jaxgpt.data.preferences import Ranking, sizes
+from jaxgpt.data import formats, pipelines
+from jaxgpt.data.preferences import Ranking, fit_rankings, rank_ids, sizes
 from jaxgpt.losses import Mean
 from jaxgpt.structs import Array, Batch, Params, Preferences
 from jaxgpt.study import runs
 from jaxgpt.study.runs import How, Watch
 from jaxgpt.study.task import Task
 from jaxgpt.train import Metrics, make_nll
+
+
+def rankings_of(task: Task, path: Path) -> list[Ranking]:
+    """The preferences of a file or a database, in the task's tokens; those that are too long are left out."""
+    return fit_rankings(rank_ids(task.tok, formats.load(path)), task.config.block)[0]
 
 
 def preference_batches(rankings: Sequence[Ranking], length: int, batch: int, seed: int) -> Iterator[Preferences]:

@@ -157,6 +157,18 @@ def ppo_optimizer(task: Task, learning_rate: float, iterations: int) -> optax.Gr
     return optim.adam_tf(optim.linear_to_zero(learning_rate, steps))
 
 
+def ppo_on_reward_model(
+    task: Task, config: ModelConfig, *, learning_rate: float, iterations: int, batch: int, how: How
+) -> "OnPolicy":
+    """PPO on a learned reward, whose parameters are each run's own: 'reward' among its frozen ones."""
+
+    def reward_fn(params: Params, rows: Batch) -> Array:
+        return reward.score(params["reward"], config, rows)
+
+    tx = ppo_optimizer(task, learning_rate, iterations)
+    return OnPolicy(task, learn_by_ppo(task, tx, reward_fn), tx, iterations, batch, how=how)
+
+
 @dataclasses.dataclass(frozen=True)
 class OnPolicy:
     """Learning from the policy's own answers, R runs at once.

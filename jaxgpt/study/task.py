@@ -121,6 +121,15 @@ def sample(task: Task, params: Params, ids: Sequence[Ids], key: Array, batch: in
     return dataclasses.replace(found, texts=task.texts(found.rows))
 
 
+def answered(answers: rollout.Sampled) -> list[tuple[list[int], list[int]]]:
+    """Each answer with its prompt, as what rewards and policies learn from: ids, and 1 for the answer's own."""
+    tokens, mask = np.asarray(answers.rows.tokens_BT), np.asarray(answers.rows.mask_BT)
+    ends = [int(np.flatnonzero(row)[-1]) + 1 for row in mask]
+    return [
+        (ids[:end].tolist(), own[:end].astype(int).tolist()) for ids, own, end in zip(tokens, mask, ends, strict=True)
+    ]
+
+
 def log_probs(task: Task, params: Params, rows: Batch, batch: int = 250) -> np.ndarray:
     """log P(y | x) of each row at the task's temperature, [rows]."""
     program = _log_probs(task.mesh, task.config, task.algorithm.temperature, task.algorithm.new_tokens)
@@ -174,11 +183,11 @@ def best_of_weights(score_N: np.ndarray, n: int) -> np.ndarray:
 
 def best_of(pool: Seen, n: int) -> dict[str, np.ndarray]:
     """What best-of-n by the proxy score is expected to reach, one number a prompt of each measure, from a pool
-    [prompts, N]. For its KL see `best_of_kl`."""
+    [prompts, N]; its KL is `best_of_kl`'s."""
     weight_PN = np.stack([best_of_weights(score_N, n) for score_N in pool.proxy])
-    return {
-        name: (weight_PN * getattr(pool, name)).sum(1) for name in ("gold", "judge", "proxy", "logp", "length", "ended")
-    }
+    names = ("gold", "judge", "proxy", "logp", "length", "ended")
+    nats_P = [best_of_kl(logp_N, score_N, n) for logp_N, score_N in zip(pool.logp, pool.proxy, strict=True)]
+    return {**{name: (weight_PN * getattr(pool, name)).sum(1) for name in names}, "kl": np.array(nats_P)}
 
 
 def best_of_kl(logp_N: np.ndarray, score_N: np.ndarray, n: int) -> float:
