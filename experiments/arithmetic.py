@@ -10,7 +10,7 @@ Dots mean nothing, so that what happens to their number is the method's own doin
 answer's loss by its length and a group's advantages by their deviation. Liu et al. (2025) showed both to be biases:
 a long wrong answer is punished less a token than a short one, so that wrong answers grow; and groups in which nearly
 all answers are right, or wrong, weigh more than the reward alone would have them. `centred` is GRPO without both; RLOO
-is that times C / (C - 1); PPO has a critic in place of a group.
+is that times C / (C - 1), which Adam takes out again; PPO has a critic in place of a group.
 """
 
 import collections
@@ -44,7 +44,7 @@ from jaxgpt.train import TrainState, make_nll, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sized for 2 CPU cores; not timed there yet."""
+    """27 minutes on one CPU core: from 43 % of the held-out sums to 65 % (groups) and 73 % (PPO), docs/results.md."""
 
     run: Path = Path("runs/arithmetic")
     model: ModelConfig = ModelConfig(layers=2, width=96, heads=4, block=32, vocab=384)

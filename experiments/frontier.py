@@ -176,7 +176,7 @@ def points(study: Study, found: dict[str, Any]) -> dict[str, list[Point]]:
         "DPO": [Point(f"beta {beta:g}", [Seen.from_json(one) for one in row])
                 for beta, row in zip(s.dpo_betas, found["dpo"], strict=True)],
         "best of n": [Point(f"n = {n}", [one]) for n, one in best.items()],
-        "finetuned on favourites": [Point(f"{n} epochs", row) for n, row in tuned.items()],
+        "finetuned on favourites": [Point(f"{n} epoch{'s' * (n > 1)}", row) for n, row in tuned.items()],
         "start": [Point("finetuned model", [Seen.from_json(one) for one in found["start"]])],
     }  # fmt: skip
 

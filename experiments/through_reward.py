@@ -46,7 +46,7 @@ class Settings:
     run: Path = Path("runs/through_reward")
     start: Path = Path("runs/assistant")  # of which sft and reward are used
     taus: tuple[float, ...] = (0.3, 1.0, 3.0)  # temperatures of the relaxation
-    beta: float = 0.2  # reward units a nat
+    beta: float = 0.05  # reward units a nat
     seeds: int = 2
     iterations: int = 40
     batch: int = 64
