@@ -43,7 +43,7 @@ class Settings:
     start: Path = Path("runs/assistant")  # of which sft and reward are used
     targets: tuple[float, ...] = (3.0, 8.0)  # nats a sequence
     beta: float = 0.2  # reward units a nat, where the controller starts
-    horizon: float = 400.0  # episodes; Ziegler et al. had 10,000 of 2 million
+    horizon: float = 200.0  # episodes; Ziegler et al. had 10,000 of 2 million
     seeds: int = 2
     iterations: int = 36
     batch: int = 64
