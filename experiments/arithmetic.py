@@ -43,6 +43,24 @@ from jaxgpt.train import TrainState, make_nll, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
+class Method:
+    """How answers are weighed. `advantage`: of a group's scores [B, C]; `mean`: an answer's loss is the mean over its
+    tokens, as in GRPO, in place of their sum."""
+
+    advantage: Callable[[Array], Array]
+    mean: bool
+
+
+METHODS = {
+    "RLOO": Method(returns.rloo, mean=False),
+    "GRPO": Method(returns.grpo, mean=True),
+    "GRPO, no deviation": Method(returns.centred, mean=True),
+    "GRPO, no length": Method(returns.grpo, mean=False),
+    "GRPO, neither (Dr. GRPO)": Method(returns.centred, mean=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """27 minutes on one CPU core: from 43 % of the held-out sums to 65 % (groups) and 73 % (PPO), docs/results.md."""
 
@@ -60,6 +78,7 @@ class Settings:
     each: int = 8  # answers to each, of the methods with groups
     ppo: PPOConfig = PPOConfig(new_tokens=14, temperature=1.0, epochs=1, minibatches=2, unfinished_score=0.0)
     rl_learning_rate: float = 3e-4
+    methods: tuple[str, ...] = ()  # of METHODS and "PPO"; none: all of them
     seeds: int = 2
     how: runs.How = "vmap"
     seed: int = 31
@@ -68,11 +87,14 @@ class Settings:
     def __post_init__(self) -> None:
         if self.each < 2 or self.largest < 9 or self.heldout >= (self.largest + 1) ** 2 // 2:
             raise UserError("each must be at least 2, largest 9, and heldout less than half of all sums")
+        if unknown := set(self.methods) - {*METHODS, "PPO"}:
+            raise UserError(f"no methods named {sorted(unknown)}; there are {[*METHODS, 'PPO']}")
 
 
 PRESETS = {
     "laptop": Settings(),
-    "toy": Settings(largest=9, heldout=20, steps=8, demonstrations=16, iterations=3, prompts=4, each=2, seeds=1),
+    "toy": Settings(largest=9, heldout=20, steps=8, demonstrations=16, iterations=3, prompts=4, each=2, seeds=1,
+                    methods=("GRPO", "PPO")),
     "gpu": Settings(model=ModelConfig(layers=4, width=256, heads=8, block=32, vocab=384), largest=999, dots=6,
                     heldout=2000, steps=3000, iterations=400, prompts=128, seeds=8),
 }  # fmt: skip
@@ -138,24 +160,6 @@ def demonstrate(s: Settings, tok: Tokenizer, bar: Bar) -> Params:
     tx = optim.adamw(optim.warmup_cosine(s.learning_rate, s.steps, s.steps // 10, final=1.0), weight_decay=0.0)
     (params,) = runs.fit(make_nll(s.model), tx, [params], {}, batches(), sharding.data_mesh(), watch)
     return params
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """How answers are weighed. `advantage`: of a group's scores [B, C]; `mean`: an answer's loss is the mean over its
-    tokens, as in GRPO, in place of their sum."""
-
-    advantage: Callable[[Array], Array]
-    mean: bool
-
-
-METHODS = {
-    "RLOO": Method(returns.rloo, mean=False),
-    "GRPO": Method(returns.grpo, mean=True),
-    "GRPO, no deviation": Method(returns.centred, mean=True),
-    "GRPO, no length": Method(returns.grpo, mean=False),
-    "GRPO, neither (Dr. GRPO)": Method(returns.centred, mean=False),
-}
 
 
 def learn_by_groups(s: Settings, task: Task, tx: Any, method: Method) -> runs.Learn:
@@ -289,7 +293,7 @@ def main(settings: Settings) -> dict[str, Any]:
         tok = train_char(["0123456789+.="])
         if tok.vocab_size > s.model.vocab:
             raise UserError(f"model.vocab is {s.model.vocab}, and the characters need {tok.vocab_size}")
-        cells, methods = Cells(run), [*METHODS, "PPO"]
+        cells, methods = Cells(run), s.methods or (*METHODS, "PPO")
         with run.progress(s.steps + len(methods) * s.iterations, "arithmetic") as bar:
             start, _ = cells.model("start", lambda: (demonstrate(s, tok, bar), s.model), s.steps, bar)
             task = make_task(s, start, tok)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import assistant, chat, dpo, ppo, preferences, pretrain, reward, sft
+from experiments import assistant, chat, dpo, kl_control, ppo, preferences, pretrain, reward, sft
 from jaxgpt import doctor, model, optim, train
 from jaxgpt import ppo as ppo_algorithm
 from jaxgpt import reward as reward_model
@@ -161,6 +161,14 @@ def test_the_doctor_names_a_reward_model_that_learnt_from_a_coin(finished, tmp_p
     )  # fmt: skip
     reward.main(settings)
     assert [one.what for one in doctor.examine(doctor.read(settings.run))] == ["the reward model is dead: it guesses"]
+
+
+@pytest.mark.slow
+def test_a_study_starts_from_the_finished_run(finished, tmp_path):
+    settings = dataclasses.replace(kl_control.PRESETS["toy"], run=tmp_path / "study", start=finished.run, iterations=2)
+    found = kl_control.main(settings)
+    assert found["held"].keys() == {"target 4 nats", "no penalty"}
+    assert "<table>" in (tmp_path / "study/report.html").read_text(encoding="utf-8")
 
 
 def test_running_twice_repeats_nothing(finished):
