@@ -353,7 +353,11 @@ def assert_runs_once(study, settings, capsys):
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.__name__.rpartition(".")[2])
 def test_a_study_runs_and_is_not_repeated(study, start, tmp_path, capsys):
     settings = dataclasses.replace(study.PRESETS["toy"], run=tmp_path / "run", start=start / STUDIES[study])
-    assert_runs_once(study, settings, capsys)
+    if study is how_many_labels:  # as people's votes
+        settings = dataclasses.replace(settings, people=str(start / "preferences/heldout.jsonl"))
+    found = assert_runs_once(study, settings, capsys)
+    if study is how_many_labels:
+        assert len(found["conditions"]["people"]) == 1
 
 
 @pytest.mark.slow
