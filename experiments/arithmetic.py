@@ -16,7 +16,7 @@ is that times C / (C - 1), which Adam takes out again; PPO has a critic in place
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ import numpy as np
 from jaxgpt import kl, losses, model, optim, ppo, returns, rollout, sharding
 from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig, UserError
-from jaxgpt.data import pipelines
 from jaxgpt.evaluate import interval
 from jaxgpt.losses import Mean
 from jaxgpt.ppo import PPOConfig
@@ -35,10 +34,10 @@ from jaxgpt.progress import Bar
 from jaxgpt.report import new_figure
 from jaxgpt.run import Run
 from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.study import page, runs
+from jaxgpt.study import page, runs, sums
 from jaxgpt.study.cells import Cells
 from jaxgpt.study.task import Task, sample
-from jaxgpt.tokenizer import Tokenizer, answer_text, example_ids, prompt_ids, train_char
+from jaxgpt.tokenizer import Tokenizer, train_char
 from jaxgpt.train import TrainState, make_nll, make_train_step
 
 
@@ -100,61 +99,21 @@ PRESETS = {
 }  # fmt: skip
 
 
-def solved(text: str) -> bool:
-    """Whether "37+85...122" is right: any number of dots, then the sum, and nothing else."""
-    question, _, answer = text.partition("=")
-    a, _, b = question.partition("+")
-    return answer.lstrip(".") == str(int(a) + int(b))
-
-
-def verify(texts: Sequence[str]) -> np.ndarray:
-    """1 for each right one, else 0."""
-    return np.array([solved(text) for text in texts], float)
-
-
-def sums(s: Settings) -> tuple[list[str], list[str]]:
-    """All sums as prompts, shuffled: those to train on, and those held out."""
-    every = [f"{a}+{b}" for a in range(s.largest + 1) for b in range(s.largest + 1)]
-    order = np.random.default_rng(s.seed).permutation(len(every))
-    return [every[i] for i in order[s.heldout :]], [every[i] for i in order[: s.heldout]]
-
-
-def make_task(s: Settings, start: Params, tok: Tokenizer) -> Task:
-    train, heldout = ([prompt_ids(tok, prompt) for prompt in part] for part in sums(s))
-
-    def text(ids: np.ndarray, mask: np.ndarray) -> str:
-        first = int(np.argmax(mask))
-        prompt = tok.decode([i for i in ids[:first] if not tok.is_special(int(i))])
-        return f"{prompt}={answer_text(tok, ids[mask])}"
-
-    mesh = sharding.data_mesh()
-    return Task(s.model, tok, sharding.replicate(start, mesh), train, heldout, verify, verify, text, tok.template.end,
-                s.ppo, mesh)  # fmt: skip
-
-
-def demonstrate(s: Settings, tok: Tokenizer, bar: Bar) -> Params:
+def demonstrate(s: Settings, tok: Tokenizer, prompts: list[str], bar: Bar) -> Params:
     """A model from scratch that has seen some demonstrations. How many it takes to the same loss varies: sums are
     learnt all of a sudden."""
-    train, _ = sums(s)
-    longest = len(example_ids(tok, f"{s.largest}+{s.largest}", "." * s.dots + str(2 * s.largest))[0])
-
-    def batches() -> Iterator[Batch]:
-        rng = np.random.default_rng(s.seed)
-        for left in range(s.steps, 0, -1):
-            if len(nats) == nats.maxlen and np.mean(nats) < s.enough:
-                return bar.update(left)
-            rows = []
-            for prompt in rng.choice(train, s.demonstrations):
-                a, b = map(int, prompt.split("+"))
-                rows.append(example_ids(tok, str(prompt), "." * int(rng.integers(s.dots + 1)) + str(a + b)))
-            arrays = pipelines.padded_examples(rows, longest, s.demonstrations)[0]
-            yield Batch(arrays["tokens"][None], arrays["mask"][None])
-
     nats: collections.deque[float] = collections.deque(maxlen=20)
 
     def watch(i: int, found: dict[str, np.ndarray]) -> None:
         nats.append(float(found["loss"].mean()))
         bar.update(nats=nats[-1])
+
+    def batches() -> Iterator[Batch]:
+        endless = sums.demonstrations(prompts, tok, s.dots, s.demonstrations, s.seed)
+        for left in range(s.steps, 0, -1):
+            if len(nats) == nats.maxlen and np.mean(nats) < s.enough:
+                return bar.update(left)
+            yield jax.tree.map(lambda x: x[None], next(endless))
 
     params = model.init(jax.random.key(s.seed), s.model)
     tx = optim.adamw(optim.warmup_cosine(s.learning_rate, s.steps, s.steps // 10, final=1.0), weight_decay=0.0)
@@ -223,7 +182,9 @@ def trained(s: Settings, task: Task, name: str, bar: Bar) -> dict[str, Any]:
     steps = s.iterations * (1 if groups else s.ppo.epochs * s.ppo.minibatches)
     tx = optim.adam_tf(optim.linear_to_zero(s.rl_learning_rate, steps, steps // 25))
     learn = learn_by_groups(s, task, tx, METHODS[name]) if groups else learn_by_ppo(s, task, tx)
-    program = runs.OnPolicy(task, learn, tx, s.iterations, s.prompts * s.each, s.each if groups else 1, verify, s.how)
+    program = runs.OnPolicy(
+        task, learn, tx, s.iterations, s.prompts * s.each, s.each if groups else 1, sums.verify, s.how
+    )
     policies, curves = program.train(
         [kl.FixedKL(jnp.float32(0.0))] * s.seeds, [s.seed + n for n in range(s.seeds)],
         watch=lambda i, found: bar.update(solved=found["gold"].mean(), tokens_=found["length"].mean()),
@@ -232,16 +193,17 @@ def trained(s: Settings, task: Task, name: str, bar: Bar) -> dict[str, Any]:
     kept = ("gold", "entropy", "length", "length_right", "length_wrong", *(f"weight_{n}" for n in range(1, s.each)))
     return {
         "curves": {name: curves[name].T for name in kept if name in curves},
-        "solved": [verify(one.texts) for one in heldout],
+        "solved": [sums.verify(one.texts) for one in heldout],
         "texts": heldout[0].texts[:8],
     }
 
 
 def smoothed(curves: Any, width: int = 9) -> np.ndarray:
-    """The mean over seeds, as a running mean over iterations."""
-    x = np.nanmean(np.array(curves, float), axis=0)
-    kernel = np.ones(min(width, len(x)))
-    return np.convolve(x, kernel, "same") / np.convolve(np.ones_like(x), kernel, "same")
+    """The mean over seeds, as a running mean over iterations; NaN where there was nothing (no wrong answers left)."""
+    x = np.array(curves, float)
+    kernel = np.ones(min(width, x.shape[1]))
+    total, count = (np.convolve(y.sum(0), kernel, "same") for y in (np.nan_to_num(x), ~np.isnan(x)))
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
 def figure(path: Path, found: dict[str, dict[str, Any]], each: int) -> None:
@@ -254,8 +216,9 @@ def figure(path: Path, found: dict[str, dict[str, Any]], each: int) -> None:
             axis.plot(smoothed(one["curves"][measure]), color=f"C{n}", lw=1.4, label=name)
             axis.set(xlabel="iterations", ylabel=label)
         if "weight_1" in one["curves"]:
-            weight = np.array([np.nanmean(np.array(one["curves"][f"weight_{k}"], float)) for k in range(1, each)])
-            axes[0, 3].plot(range(1, each), weight / weight.max(), "o-", ms=3, color=f"C{n}", lw=1)
+            every = [np.array(one["curves"][f"weight_{k}"], float) for k in range(1, each)]
+            weight = np.array([np.nansum(x) / max(np.isfinite(x).sum(), 1) for x in every])
+            axes[0, 3].plot(range(1, each), weight / max(weight.max(), 1e-9), "o-", ms=3, color=f"C{n}", lw=1)
     axes[0, 3].set(xlabel=f"right answers of {each}", ylabel="mean |advantage|, relative", ylim=(0, 1.05))
     axes[0, 0].legend(frameon=False, fontsize=7.5)
     picture.savefig(path)
@@ -290,14 +253,14 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             run.say(f"arithmetic: already done, see {s.run / 'report.html'}")
             return run.results
-        tok = train_char(["0123456789+.="])
+        tok, prompts = train_char([sums.CHARACTERS]), sums.split(s.largest, s.heldout, s.seed)
         if tok.vocab_size > s.model.vocab:
             raise UserError(f"model.vocab is {s.model.vocab}, and the characters need {tok.vocab_size}")
         cells, methods = Cells(run), s.methods or (*METHODS, "PPO")
         with run.progress(s.steps + len(methods) * s.iterations, "arithmetic") as bar:
-            start, _ = cells.model("start", lambda: (demonstrate(s, tok, bar), s.model), s.steps, bar)
-            task = make_task(s, start, tok)
-            before = verify(sample(task, task.start, task.heldout, jax.random.key(s.seed)).texts)
+            start, _ = cells.model("start", lambda: (demonstrate(s, tok, prompts[0], bar), s.model), s.steps, bar)
+            task = sums.make_task(s.model, start, tok, prompts, s.ppo)
+            before = sums.verify(sample(task, task.start, task.heldout, jax.random.key(s.seed)).texts)
             run.say(f"arithmetic: {before.mean():.1%} of the held-out sums solved after demonstrations")
             found = {
                 name: cells(name, functools.partial(trained, s, task, name, bar), s.iterations, bar)

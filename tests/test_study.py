@@ -21,7 +21,7 @@ from jaxgpt.evaluate import SimulatedAnnotator, best_of_n_kl_bound, crossed_inte
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.run import Run, cache_root
 from jaxgpt.structs import Batch
-from jaxgpt.study import methods, runs
+from jaxgpt.study import methods, runs, sums
 from jaxgpt.study.cells import Cells
 from jaxgpt.study.task import Seen, Task, best_of_kl, best_of_weights
 from jaxgpt.tokenizer import train_char
@@ -258,12 +258,22 @@ def test_fits_of_overoptimisation_find_what_made_the_data():
      ("37+85=0122", False), ("0+0=0", True), ("0+0=...", False)],
 )  # fmt: skip
 def test_a_sum_is_right_or_wrong(text, right):
-    assert arithmetic.solved(text) is right
+    assert sums.solved(text) is right
 
 
 def test_sums_are_held_out():
-    train, heldout = arithmetic.sums(arithmetic.Settings())
+    train, heldout = sums.split(99, 500, seed=31)
     assert len(heldout) == 500 and len(train) == 9500 and not set(train) & set(heldout)
+
+
+def test_demonstrations_are_right_whatever_their_dots():
+    tok = train_char([sums.CHARACTERS])
+    prompts = ["9+9", "99+99", "0+7"]
+    batch = next(sums.demonstrations(prompts, tok, 3, 64, seed=0))
+    texts = [tok.decode([i for i in ids if not tok.is_special(int(i))]) for ids in batch.tokens_BT]
+    answers = {prompt: {text.removeprefix(prompt) for text in texts if text.startswith(prompt)} for prompt in prompts}
+    assert answers["99+99"] == {"198", ".198", "..198", "...198"} and answers["0+7"] == {"7", ".7", "..7", "...7"}
+    assert sum(map(len, answers.values())) == 12 == len(set(texts))
 
 
 def test_groups_weigh_as_their_method_says():

@@ -1,0 +1,63 @@
+"""Sums as a task whose reward a program checks: "37+85" is to be answered with any number of dots and "122"."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxgpt import sharding
+from jaxgpt.config import ModelConfig
+from jaxgpt.data import pipelines
+from jaxgpt.ppo import PPOConfig
+from jaxgpt.structs import Batch, Params
+from jaxgpt.study.task import Task
+from jaxgpt.tokenizer import Tokenizer, answer_text, example_ids, prompt_ids
+
+CHARACTERS = "0123456789+.="
+
+
+def solved(text: str) -> bool:
+    """Whether "37+85=...122" is right: any number of dots, then the sum, and nothing else."""
+    question, _, answer = text.partition("=")
+    a, _, b = question.partition("+")
+    return answer.lstrip(".") == str(int(a) + int(b))
+
+
+def verify(texts: Sequence[str]) -> np.ndarray:
+    """1 for each right one, else 0."""
+    return np.array([solved(text) for text in texts], float)
+
+
+def split(largest: int, heldout: int, seed: int) -> tuple[list[str], list[str]]:
+    """All sums of two numbers up to `largest` as prompts, shuffled: those to train on, and so many held out."""
+    every = [f"{a}+{b}" for a in range(largest + 1) for b in range(largest + 1)]
+    order = np.random.default_rng(seed).permutation(len(every))
+    return [every[i] for i in order[heldout:]], [every[i] for i in order[:heldout]]
+
+
+def make_task(
+    config: ModelConfig, start: Params, tok: Tokenizer, prompts: tuple[list[str], list[str]], algorithm: PPOConfig
+) -> Task:
+    """The task of a model that has seen some demonstrations; `prompts`: of `split`."""
+    train, heldout = ([prompt_ids(tok, prompt) for prompt in part] for part in prompts)
+
+    def text(ids: np.ndarray, mask: np.ndarray) -> str:
+        first = int(np.argmax(mask))
+        prompt = tok.decode([i for i in ids[:first] if not tok.is_special(int(i))])
+        return f"{prompt}={answer_text(tok, ids[mask])}"
+
+    mesh = sharding.data_mesh()
+    return Task(config, tok, sharding.replicate(start, mesh), train, heldout, verify, verify, text, tok.template.end,
+                algorithm, mesh)  # fmt: skip
+
+
+def demonstrations(prompts: list[str], tok: Tokenizer, dots: int, batch: int, seed: int) -> Iterator[Batch]:
+    """Batches of right answers to prompts drawn at random, behind 0 to `dots` dots, without an end."""
+    rng = np.random.default_rng(seed)
+    most = max(prompts, key=len)
+    longest = len(prompt_ids(tok, most)) + dots + len(most) // 2 + 2  # a sum has at most a digit more; and the end
+    while True:
+        rows = []
+        for prompt in rng.choice(prompts, batch):
+            a, b = map(int, prompt.split("+"))
+            rows.append(example_ids(tok, str(prompt), "." * int(rng.integers(dots + 1)) + str(a + b)))
+        yield Batch.of(pipelines.padded_examples(rows, longest, batch)[0])
