@@ -42,7 +42,7 @@ from jaxgpt.train import make_nll
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sized for 2 CPU cores; not timed there yet."""
+    """37 minutes on one CPU core; overoptimised is the reward model of 160 labels (docs/results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
@@ -178,29 +178,32 @@ def fit_rl(curves: dict[str, Any], start: float, block: int = 5) -> dict[str, An
 
 
 def figure(path: Path, names: list[str], found: dict[str, Any], fits: dict[str, Any]) -> None:
-    """Gold (lines: the fits) and proxy against the distance, by best-of-n above and by PPO below."""
-    picture, axes = new_figure(2, 2, 11, 8)
+    """Gold score gained (lines: the fits), reward model and judge against the distance, by best-of-n and by PPO."""
+    picture, axes = new_figure(2, 3, 15, 8)
     start = np.mean(found["start"])
     for n, name in enumerate(names):
         best, curves = found["best-of"][name], found[f"ppo-{n}"]
-        d = np.sqrt(best["kl"])
-        x = np.linspace(0.05, d.max(), 60)
-        alpha, beta = (fits[name]["best-of-n"][k][0] for k in ("alpha", "beta"))
-        axes[0, 0].plot(d, np.array(best["gold"]).mean(1) - start, "o", ms=4, color=f"C{n}", label=name)
-        axes[0, 0].plot(x, x * (alpha - beta * x), color=f"C{n}", lw=1)
-        axes[0, 1].plot(d, np.array(best["proxy"]).mean(1), "o-", ms=4, lw=1, color=f"C{n}")
+        for axis, measure in zip(axes[0], ("gold", "proxy", "judge"), strict=True):
+            value = np.array(best[measure]).mean(1) - start * (measure == "gold")
+            axis.plot(
+                np.sqrt(best["kl"]), value, "o" if measure == "gold" else "o-", ms=4, lw=1, color=f"C{n}", label=name
+            )
         d = np.sqrt(np.maximum(np.array(curves["kl"]), 0.0))
-        x = np.linspace(0.3, d.max(), 60)
-        alpha, beta = (fits[name]["RL"][k][0] for k in ("alpha", "beta"))
-        axes[1, 0].plot(d.ravel(), np.ravel(curves["gold"]) - start, ".", ms=3, color=f"C{n}", alpha=0.5)
-        axes[1, 0].plot(x, x * (alpha - beta * np.log(x)), color=f"C{n}", lw=1.5)
-        axes[1, 1].plot(d.ravel(), np.ravel(curves["score"]), ".", ms=3, color=f"C{n}", alpha=0.5)
+        for axis, measure in zip(axes[1], ("gold", "score", "judge"), strict=True):
+            axis.plot(
+                d.ravel(), np.ravel(curves[measure]) - start * (measure == "gold"), ".", ms=3, color=f"C{n}", alpha=0.5
+            )
+        for axis, shape, bend, far in ((axes[0, 0], "best-of-n", lambda x: x, max(best["kl"]) ** 0.5),
+                                       (axes[1, 0], "RL", np.log, d.max())):  # fmt: skip
+            (alpha, *_), (beta, *_) = (fits[name][shape][k] for k in ("alpha", "beta"))
+            x = np.linspace(0.1, far, 60)
+            axis.plot(x, x * (alpha - beta * bend(x)), color=f"C{n}", lw=1.3)
     paid = found["paid"]
     d = np.sqrt(np.maximum(np.array(paid["kl"]), 0.0)).ravel()
-    axes[1, 0].plot(d, np.ravel(paid["gold"]) - start, "x", ms=3, color="k", alpha=0.6, label="pays for KL")
-    for axis, title in zip(axes.flat, ("best-of-n: gold score gained", "best-of-n: its reward model",
-                                       "PPO: gold score gained", "PPO: its reward model"), strict=True):  # fmt: skip
-        axis.set(title=title, xlabel="d = sqrt(KL to the start in nats)")
+    axes[1, 0].plot(d, np.ravel(paid["gold"]) - start, "x", ms=3, color="k", alpha=0.6, label="pays for its KL")
+    for column, title in enumerate(("gold score gained", "the reward model's own score", "judge, P(positive)")):
+        for row, method in enumerate(("best-of-n", "PPO")):
+            axes[row, column].set(title=f"{method}: {title}", xlabel="d = sqrt(KL to the start in nats)")
     axes[0, 0].legend(frameon=False, fontsize=8)
     axes[1, 0].legend(frameon=False, fontsize=8)
     picture.savefig(path)
