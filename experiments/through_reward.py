@@ -5,8 +5,9 @@
 Supervised, so to speak: the derivative of h by the policy's logits, through straight-through Gumbel-softmax samples
 (`jaxgpt/through_reward.py`), minus beta KL; `experiments.frontier` has it beside PPO. Here is one policy for each
 temperature tau of the relaxation, with the tokens' own embeddings and with the mixtures themselves as the reward
-model's input: the objective then sees inputs that no text has, and more reward than what is really sampled gets. For each tau the derivative is also compared, at the start, with the policy gradient of the same answers'
-rewards, which is unbiased: their cosine, between independent halves of the answers, beside the policy gradient's own.
+model's input: the objective then sees inputs that no text has, and more reward than what is really sampled gets. For
+each tau the derivative is also compared, at the start, with the policy gradient of the same answers' rewards, which is
+unbiased: their cosine, between independent halves of the answers, beside the policy gradient's own.
 """
 
 import dataclasses
