@@ -34,15 +34,15 @@ from jaxgpt.tokenizer import train_char
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """On one CPU core about 8 minutes; vmap of 4 runs 1.24 x separate ones (docs/results.md)."""
+    """5 minutes on one CPU core; vmap of 4 runs 1.24 x separate ones (docs/results.md)."""
 
     run: Path = Path("runs/bench_runs")
     model: ModelConfig = MODELS["tiny"]
-    runs: tuple[int, ...] = (2, 8)  # at once
+    runs: tuple[int, ...] = (4,)  # at once
     batch: int = 64  # answers of each run's iteration
     prompt: int = 16  # tokens
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
-    turns: int = 5
+    turns: int = 3
     seed: int = 0
     fresh: bool = True
 
