@@ -10,7 +10,7 @@ Dots mean nothing, so that what happens to their number is the method's own doin
 answer's loss by its length and a group's advantages by their deviation. Liu et al. (2025) showed both to be biases:
 a long wrong answer is punished less a token than a short one, so that wrong answers grow; and groups in which nearly
 all answers are right, or wrong, weigh more than the reward alone would have them. `centred` is GRPO without both; RLOO
-is that times C / (C - 1), which Adam takes out again; PPO has a critic in place of a group.
+is that times C / (C - 1), which Adam takes out but for clipping; PPO has a critic in place of a group.
 """
 
 import collections

@@ -39,7 +39,7 @@ from jaxgpt.through_reward import ThroughReward
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """23 minutes on one CPU core: tau 1 gets most of the sampled tokens' embeddings (docs/results.md)."""
+    """23 minutes on one CPU core: gold score 0.51 at tau 1, 0.76 with mixtures (docs/results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
