@@ -44,6 +44,10 @@ class Site:
         own = {"Host": self.host, "Origin": f"http://{self.host}", "Content-Type": "application/json"}
         own |= {name.replace("_", "-"): value for name, value in headers.items()}
         connection = http.client.HTTPConnection("127.0.0.1", self.bound.port, timeout=timeout)
+        connection.connect()
+        # In one piece: a body that comes after its headers were refused makes the server reset the connection.
+        wire = bytearray()
+        connection.send = wire.extend
         data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         for name, value in own.items():
@@ -52,6 +56,7 @@ class Site:
         if data is not None and "Content-Length" not in own:
             connection.putheader("Content-Length", str(len(data)))
         connection.endheaders(data)
+        connection.sock.sendall(wire)
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
