@@ -26,13 +26,12 @@ from jaxgpt.data.preferences import Ranking
 from jaxgpt.evaluate import SimulatedAnnotator
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.progress import Bar
-from jaxgpt.report import new_figure
 from jaxgpt.run import Run, cache_root, run_fingerprint
 from jaxgpt.structs import Batch, Params
-from jaxgpt.study import methods, page, runs
-from jaxgpt.study.cells import Cells
+from jaxgpt.study import figures, methods, page, runs
+from jaxgpt.study.cells import Cells, conduct
 from jaxgpt.study.page import Point
-from jaxgpt.study.task import Seen, Task, answered, look, reviews, sample
+from jaxgpt.study.task import Seen, Task, answered, look, looks, reviews, sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,85 +140,58 @@ def reached(
     seeds = [s.seed + n for n in range(s.seeds)]
     models = methods.reward_models(
         task.config, task.start, rankings, seeds, reference, task, learning_rate=s.learning_rate, batch=s.label_batch,
-        first_spread=0.2, how=s.how, watch=lambda i, found: bar.update(reward_loss=found["loss"].mean()),
+        first_spread=0.2, how=s.how, watch=runs.show(bar, reward_loss="loss"),
     )  # fmt: skip
     policies, _ = program.train(
         [kl.FixedKL(jnp.float32(s.beta))] * s.seeds, seeds, [{"reward": model} for model in models],
-        lambda i, found: bar.update(gold=found["gold"].mean(), kl=found["kl"].mean()),
+        runs.show(bar, "gold", "kl"),
     )  # fmt: skip
-    key = jax.random.key(s.seed)
-    return {
-        "agreement": [agreement(s, task, model, pool) for model in models],
-        "seen": [look(task, policy, jax.random.fold_in(key, n), (model, task.config)).to_json()
-                 for n, (policy, model) in enumerate(zip(policies, models, strict=True))],
-    }  # fmt: skip
+    each = zip(policies, models, strict=True)
+    seen = [looks(task, [policy], [n], s.seed, (model, task.config))[0] for n, (policy, model) in enumerate(each)]
+    return {"agreement": [agreement(s, task, model, pool) for model in models], "seen": seen}
 
 
-def figure(path: Path, groups: dict[str, list[Point]], agreements: dict[str, list[list[float]]], start: Point) -> None:
-    """Gold score after PPO, and the reward model's agreement, over what the annotator was asked."""
-    picture, axes = new_figure(2, len(groups), 4.2 * len(groups), 6.6)
-    for n, (group, points) in enumerate(groups.items()):
-        x, gold = np.arange(len(points)), [point["gold"] for point in points]
-        half = [[g.mean - g.low for g in gold], [g.high - g.mean for g in gold]]
-        axes[0, n].errorbar(x, [g.mean for g in gold], half, marker="o", capsize=3, color=f"C{n}")
-        axes[0, n].axhline(start["gold"].mean, color="0.6", ls=":", lw=1)
-        axes[1, n].plot(x, np.array(agreements[group]), "o", color=f"C{n}", alpha=0.5)
-        axes[1, n].plot(x, np.mean(agreements[group], axis=1), color=f"C{n}")
-        for axis in axes[:, n]:
-            axis.set_xticks(x, [point.name for point in points])
-        axes[1, n].set(xlabel=group, ylim=(0.2, 1.0))
-        axes[0, n].sharey(axes[0, 0])
-    golds = [start["gold"], *(point["gold"] for points in groups.values() for point in points)]
-    axes[0, 0].set_ylim(min(one.low for one in golds) - 0.02, max(one.high for one in golds) + 0.02)
-    axes[0, 0].set_ylabel("gold score after PPO (dotted: before)")
-    axes[1, 0].set_ylabel("finds the best of 4 (chance 0.25)")
-    picture.savefig(path)
+def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
+    task, plan = reviews(s.start, s.cache, s.prompts, s.ppo), conditions(s)
+    people: list[Ranking] = []
+    if s.people:
+        people = methods.rankings_of(task, Path(s.people))
+        plan.append(Condition("people", f"{len(people)} votes", len(people), 0, 0.0))
+    reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
+    program = runs.ppo_on_reward_model(task, task.config, learning_rate=s.ppo_learning_rate,
+                                       iterations=s.iterations, batch=s.batch, how=s.how)  # fmt: skip
+    run.say(f"how_many_labels: {len(plan)} conditions, {s.seeds} seeds each")
+    steps = {one: one.choices // s.label_batch + s.iterations for one in plan}
+    groups: dict[str, list[Point]] = {}
+    agreements: dict[str, list[list[float]]] = {}
+    with run.progress(sum(steps.values()) + 1, "how_many_labels") as bar:
+        pool = cells("pool", functools.partial(make_pool, s, task), 1, bar)
+        start = Point("start", [look(task, task.start, jax.random.key(s.seed))])
+        for one in plan:
+            rankings = [people if one.group == "people" else asked(s, pool, one, n) for n in range(s.seeds)]
+            make = functools.partial(reached, s, task, program, rankings, pool, reference, bar)
+            name = f"{one.choices} of {one.candidates} at {one.temperature:g}"  # the same in several groups
+            found = cells(name if one.group != "people" else "people", make, steps[one], bar)
+            point = Point(one.label, [Seen.from_json(seen) for seen in found["seen"]])
+            groups.setdefault(one.group, []).append(point)
+            agreements.setdefault(one.group, []).append(found["agreement"])
+            run.say(f"{one.group} {one.label}: gold {point['gold']}, KL {point['kl'].mean:.2f} nats, "
+                    f"finds the best {np.mean(found['agreement']):.1%}")  # fmt: skip
+    figures.how_many_labels(s.run / "how_many_labels.png", groups, agreements, start)
+    page.write_page(
+        s.run, "How many labels?", f"Gold score of PPO on {s.prompts} held-out prompts, {s.seeds} seeds (95 % "
+        f"intervals draw seeds and prompts anew), beta {s.beta:g}. Labels are a simulated annotator's (VADER), at "
+        f"temperature {s.annotator.temperature:g} where nothing else is said.",
+        [("", s.run / "how_many_labels.png"), ("All conditions", page.table(groups))],
+    )  # fmt: skip
+    return {"conditions": page.summary(groups), "agreement": agreements}
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    s = settings
-    inputs = {"start": run_fingerprint(s.start, "sft")}
-    if s.people:
-        inputs["people"] = formats.fingerprint(Path(s.people))
-    with Run(s.run, s, stage="how_many_labels", inputs=inputs, fresh=s.fresh) as run:
-        if run.finished:
-            run.say(f"how_many_labels: already done, see {s.run / 'report.html'}")
-            return run.results
-        task, cells = reviews(s.start, s.cache, s.prompts, s.ppo), Cells(run)
-        plan = conditions(s)
-        people: list[Ranking] = []
-        if s.people:
-            people = methods.rankings_of(task, Path(s.people))
-            plan.append(Condition("people", f"{len(people)} votes", len(people), 0, 0.0))
-        reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
-        program = runs.ppo_on_reward_model(task, task.config, learning_rate=s.ppo_learning_rate,
-                                           iterations=s.iterations, batch=s.batch, how=s.how)  # fmt: skip
-        run.say(f"how_many_labels: {len(plan)} conditions, {s.seeds} seeds each")
-        steps = {one: one.choices // s.label_batch + s.iterations for one in plan}
-        groups: dict[str, list[Point]] = {}
-        agreements: dict[str, list[list[float]]] = {}
-        with run.progress(sum(steps.values()) + 1, "how_many_labels") as bar:
-            pool = cells("pool", functools.partial(make_pool, s, task), 1, bar)
-            start = Point("start", [look(task, task.start, jax.random.key(s.seed))])
-            for one in plan:
-                rankings = [people if one.group == "people" else asked(s, pool, one, n) for n in range(s.seeds)]
-                make = functools.partial(reached, s, task, program, rankings, pool, reference, bar)
-                name = f"{one.choices} of {one.candidates} at {one.temperature:g}"  # the same in several groups
-                found = cells(name if one.group != "people" else "people", make, steps[one], bar)
-                point = Point(one.label, [Seen.from_json(seen) for seen in found["seen"]])
-                groups.setdefault(one.group, []).append(point)
-                agreements.setdefault(one.group, []).append(found["agreement"])
-                run.say(f"{one.group} {one.label}: gold {point['gold']}, KL {point['kl'].mean:.2f} nats, "
-                        f"finds the best {np.mean(found['agreement']):.1%}")  # fmt: skip
-        figure(s.run / "how_many_labels.png", groups, agreements, start)
-        page.write_page(
-            s.run, "How many labels?", f"Gold score of PPO on {s.prompts} held-out prompts, {s.seeds} seeds (95 % "
-            f"intervals draw seeds and prompts anew), beta {s.beta:g}. Labels are a simulated annotator's (VADER), at "
-            f"temperature {s.annotator.temperature:g} where nothing else is said.",
-            [("", s.run / "how_many_labels.png"), ("All conditions", page.table(groups))],
-        )  # fmt: skip
-        run.finish({"conditions": page.summary(groups), "agreement": agreements})
-        return run.results
+    inputs = {"start": run_fingerprint(settings.start, "sft")}
+    if settings.people:
+        inputs["people"] = formats.fingerprint(Path(settings.people))
+    return conduct("how_many_labels", settings, inputs, study)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ from, is the judge.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import evaluate, kl, reward, sharding
+from jaxgpt import evaluate, sharding
 from jaxgpt.checkpoint import load_language_model
 from jaxgpt.cli import cli
 from jaxgpt.config import UserError
@@ -28,11 +28,9 @@ from jaxgpt.data.preferences import Ranking
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.progress import Bar
 from jaxgpt.run import Run, cache_root, run_fingerprint
-from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.study import methods, page, runs
-from jaxgpt.study.cells import Cells
-from jaxgpt.study.page import Point
-from jaxgpt.study.task import Seen, Task, answered, best_of, look, sample
+from jaxgpt.study import figures, methods, page, runs
+from jaxgpt.study.cells import Cells, conduct
+from jaxgpt.study.task import Proxy, Task, answered, best_of_powers, look, looks, sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,115 +117,109 @@ def pairs(s: Settings, task: Task) -> list[list[Any]]:
     return [found[i] for i in np.random.default_rng(s.seed).permutation(len(found))]
 
 
-def by_ppo(s: Settings, task: Task, model: Params | None, scale: tuple[float, float], bar: Bar) -> dict[str, Any]:
-    """PPO at every beta and seed: on the reward model, or (None) on the true reward, brought to the same scale."""
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What every method starts from and learns from, and where it shows how far it is."""
 
-    def learned(params: Params, rows: Batch) -> Array:
-        return reward.score(params["reward"], task.config, rows)
-
-    tx = runs.ppo_optimizer(task, s.learning_rate, s.iterations)
-    learn = runs.learn_by_ppo(task, tx, None if model is None else learned)
-    host = None if model is not None else lambda texts: (task.gold(texts) - scale[0]) / scale[1]
-    program = runs.OnPolicy(task, learn, tx, s.iterations, s.batch, host=host, how=s.how)
-    grid = [(beta, seed) for beta in s.betas for seed in range(s.seeds)]
-    policies, _ = program.train(
-        [kl.FixedKL(jnp.float32(beta)) for beta, _ in grid], [s.seed + seed for _, seed in grid],
-        None if model is None else [{"reward": model}] * len(grid),
-        lambda i, found: bar.update(gold=found["gold"].mean(), kl=found["kl"].mean()),
-    )  # fmt: skip
-    return in_grid(s, task, grid, policies, model)
+    task: Task
+    judge: Proxy  # the learned reward
+    rankings: list[Ranking]
+    bar: Bar
 
 
-def by_dpo(s: Settings, task: Task, rankings: list[Ranking], model: Params, bar: Bar) -> dict[str, Any]:
+def on_learned_reward(s: Settings, start: Start) -> methods.Settings:
+    """PPO on the reward model, at every beta and seed."""
+    program = runs.ppo_on_reward_model(start.task, start.judge[1], learning_rate=s.learning_rate,
+                                       iterations=s.iterations, batch=s.batch, how=s.how)  # fmt: skip
+    show = runs.show(start.bar, "gold", "kl")
+    return methods.on_policy_by_beta(program, s.betas, s.seeds, s.seed, start.judge, show)
+
+
+def on_true_reward(s: Settings, start: Start) -> methods.Settings:
+    """PPO on the true reward, brought to the reward model's scale: mean 0 and deviation 1 at the start."""
+    gold = start.task.gold(sample(start.task, start.task.start, start.task.prompts[:256], jax.random.key(s.seed)).texts)
+    tx = runs.ppo_optimizer(start.task, s.learning_rate, s.iterations)
+    program = runs.OnPolicy(start.task, runs.learn_by_ppo(start.task, tx), tx, s.iterations, s.batch, how=s.how,
+                            host=lambda texts: (start.task.gold(texts) - gold.mean()) / gold.std())  # fmt: skip
+    show = runs.show(start.bar, "gold", "kl")
+    return methods.on_policy_by_beta(program, s.betas, s.seeds, s.seed, start.judge, show)
+
+
+def by_dpo(s: Settings, start: Start) -> methods.Settings:
     """DPO at every beta and seed."""
-    grid = [(beta, seed) for beta in s.dpo_betas for seed in range(s.seeds)]
-    policies = methods.dpo_policies(
-        task, [rankings] * len(grid), [beta for beta, _ in grid], [s.seed + seed for _, seed in grid],
-        learning_rate=s.dpo_learning_rate, batch=s.pair_batch, how=s.how,
-        watch=lambda i, found: bar.update(dpo_loss=found["loss"].mean()),
+    return methods.dpo_by_beta(
+        start.task, start.rankings, s.dpo_betas, s.seeds, s.seed, start.judge, learning_rate=s.dpo_learning_rate,
+        batch=s.pair_batch, how=s.how, watch=runs.show(start.bar, dpo_loss="loss"),
     )  # fmt: skip
-    return in_grid(s, task, grid, policies, model)
 
 
-def by_finetuning(s: Settings, task: Task, rankings: list[Ranking], model: Params, bar: Bar) -> dict[str, Any]:
+def by_finetuning(s: Settings, start: Start) -> methods.Settings:
     """Finetuning on the preferred continuations."""
-    grid = [(1, seed) for seed in range(s.seeds)]
     policies = methods.finetuned_on_favourites(
-        task, [rankings] * s.seeds, [s.seed + seed for _, seed in grid], epochs=1, learning_rate=s.dpo_learning_rate,
-        batch=s.pair_batch, how=s.how, watch=lambda i, found: bar.update(nats=found["loss"].mean()),
+        start.task, [start.rankings] * s.seeds, [s.seed + n for n in range(s.seeds)], epochs=1, how=s.how,
+        learning_rate=s.dpo_learning_rate, batch=s.pair_batch, watch=runs.show(start.bar, nats="loss"),
     )  # fmt: skip
-    return in_grid(s, task, grid, policies, model)
+    return {"1 epoch": looks(start.task, policies, range(s.seeds), s.seed, start.judge)}
 
 
-def in_grid(s: Settings, task: Task, grid: list[Any], policies: list[Params], model: Params | None) -> dict[str, Any]:
-    """{setting: what its policies' answers are like}, a list with an entry a seed."""
-    found: dict[str, Any] = {}
-    for (setting, seed), policy in zip(grid, policies, strict=True):
-        proxy = None if model is None else (model, task.config)
-        key = jax.random.fold_in(jax.random.key(s.seed), seed)
-        found.setdefault(f"{setting:g}", []).append(look(task, policy, key, proxy).to_json())
-    return found
-
-
-def by_best_of(s: Settings, task: Task, model: Params) -> dict[str, Any]:
+def by_best_of(s: Settings, start: Start) -> methods.Settings:
     """Best-of-n by the learned reward, from one pool of continuations."""
-    pool = look(task, task.start, jax.random.key(s.seed), (model, task.config), s.best_of)
-    return {str(2**k): [{**best_of(pool, 2**k), "texts": []}] for k in range(s.best_of.bit_length())}
+    pool = look(start.task, start.task.start, jax.random.key(s.seed), start.judge, s.best_of)
+    start.bar.update()
+    return {name: [one] for name, one in best_of_powers(pool).items()}
+
+
+def not_at_all(s: Settings, start: Start) -> methods.Settings:
+    """The start itself."""
+    return {"pretrained model": looks(start.task, [start.task.start] * s.seeds, range(s.seeds), s.seed, start.judge)}
+
+
+def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
+    task, most = make_task(s), s.prefixes * s.candidates * (s.candidates - 1) // 2
+    steps, all_steps = min(s.pairs, most) // s.pair_batch, most // s.pair_batch
+    parts: dict[str, tuple[Callable[[Settings, Start], methods.Settings], int]] = {
+        "PPO, true reward": (on_true_reward, s.iterations),
+        "PPO, learned reward": (on_learned_reward, s.iterations),
+        "DPO": (by_dpo, steps),
+        "finetuned on preferred": (by_finetuning, steps),
+        "best of n, learned reward": (by_best_of, 1),
+        "start": (not_at_all, 0),
+    }
+    with run.progress(1 + all_steps + sum(count for _, count in parts.values()), "imdb") as bar:
+        made = cells("pairs", functools.partial(pairs, s, task), 1, bar)
+        rankings = [Ranking(tuple((ids, roles) for ids, roles in pair), 0) for pair in made]
+        held = rankings[-min(64, len(rankings) // 4) :]
+
+        def reward_model() -> Proxy:
+            reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
+            (params,) = methods.reward_models(
+                task.config, task.start, [rankings[: -len(held)]], [s.seed], reference, task, batch=s.pair_batch,
+                learning_rate=s.reward_learning_rate, first_spread=0.2, watch=runs.show(bar, reward_loss="loss"),
+            )  # fmt: skip
+            return params, task.config
+
+        params, config = cells.model("reward", reward_model, all_steps, bar)
+        judge = sharding.replicate(params, task.mesh), config
+        accuracy = methods.accuracy(task, config, judge[0], held)
+        run.say(f"imdb: {len(rankings):,} pairs; the reward model agrees with {accuracy:.1%} of {len(held)} others")
+        start = Start(task, judge, rankings[: s.pairs], bar)
+        found = {name: cells(name, functools.partial(make, s, start), count, bar)
+                 for name, (make, count) in parts.items()}  # fmt: skip
+    points = page.points(found)
+    measures = {"gold": "true reward, log-odds of positive", "judge": "VADER, which nobody learnt from"}
+    figures.frontier(s.run / "imdb.png", points, measures)
+    prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
+    page.write_page(
+        s.run, "Positive reviews", f"{s.prompts} held-out prefixes of 2 to 8 tokens, {s.seeds} seeds; 95 % "
+        "intervals draw seeds and prompts anew. The true reward is a classifier fitted on people's labels.",
+        [("", s.run / "imdb.png"), ("All points", page.table(points)),
+         ("Continuations", page.samples(prompts, page.first_answers(points)))],
+    )  # fmt: skip
+    return {"accuracy": accuracy, "points": page.summary(points)}
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    s = settings
-    with Run(s.run, s, stage="imdb", inputs={"start": run_fingerprint(s.start, "pretrain")}, fresh=s.fresh) as run:
-        if run.finished:
-            run.say(f"imdb: already done, see {s.run / 'report.html'}")
-            return run.results
-        task, cells = make_task(s), Cells(run)
-        most = s.prefixes * s.candidates * (s.candidates - 1) // 2
-        steps, all_steps = min(s.pairs, most) // s.pair_batch, most // s.pair_batch
-        with run.progress(all_steps + 2 * s.iterations + 2 * steps + 2, "imdb") as bar:
-            made = cells("pairs", functools.partial(pairs, s, task), 1, bar)
-            rankings = [Ranking(tuple((ids, roles) for ids, roles in pair), 0) for pair in made]
-            few, held = rankings[: s.pairs], rankings[-min(64, len(rankings) // 4) :]
-            others = rankings[: -len(held)]
-            reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed))
-            gold = task.gold(reference.texts)
-            scale = float(gold.mean()), float(gold.std())
-
-            def reward_model() -> Any:
-                (params,) = methods.reward_models(
-                    task.config, task.start, [others], [s.seed], reference.rows, task, batch=s.pair_batch,
-                    learning_rate=s.reward_learning_rate, first_spread=0.2,
-                    watch=lambda i, found: bar.update(reward_loss=found["loss"].mean()),
-                )  # fmt: skip
-                return params, task.config
-
-            model, _ = cells.model("reward", reward_model, all_steps, bar)
-            model = sharding.replicate(model, task.mesh)
-            accuracy = methods.accuracy(task, task.config, model, held)
-            run.say(f"imdb: {len(rankings):,} pairs; the reward model agrees with {accuracy:.1%} of {len(held)} others")
-            parts: dict[str, tuple[Any, int]] = {
-                "PPO, true reward": (functools.partial(by_ppo, s, task, None, scale, bar), s.iterations),
-                "PPO, learned reward": (functools.partial(by_ppo, s, task, model, scale, bar), s.iterations),
-                "DPO": (functools.partial(by_dpo, s, task, few, model, bar), steps),
-                "finetuned on preferred": (functools.partial(by_finetuning, s, task, few, model, bar), steps),
-                "best of n, learned reward": (functools.partial(by_best_of, s, task, model), 1),
-            }
-            found = {name: cells(name, make, count, bar) for name, (make, count) in parts.items()}
-        points = {name: [Point(setting, [Seen.from_json(one) for one in row]) for setting, row in one.items()]
-                  for name, one in found.items()}  # fmt: skip
-        measures = {"gold": "true reward, log-odds of positive", "judge": "VADER, which nobody learnt from"}
-        page.frontier_figure(s.run / "imdb.png", points, measures)
-        prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
-        shown = {f"{name}, {point.name}": point.runs[0].texts for name, row in points.items() for point in row}
-        page.write_page(
-            s.run, "Positive reviews", f"{s.prompts} held-out prefixes of 2 to 8 tokens, {s.seeds} seeds; 95 % "
-            "intervals draw seeds and prompts anew. The true reward is a classifier fitted on people's labels.",
-            [("", s.run / "imdb.png"), ("All points", page.table(points)),
-             ("Continuations", page.samples(prompts, {name: texts for name, texts in shown.items() if texts}))],
-        )  # fmt: skip
-        run.say(f"imdb: {s.run / 'report.html'}")
-        run.finish({"accuracy": accuracy, "points": page.summary(points)})
-        return run.results
+    return conduct("imdb", settings, {"start": run_fingerprint(settings.start, "pretrain")}, study)
 
 
 if __name__ == "__main__":

@@ -21,19 +21,16 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jaxgpt import kl, losses, model, optim, returns, reward, sharding, through_reward
-from jaxgpt.checkpoint import load_model
+from jaxgpt import kl, losses, model, optim, returns, reward, through_reward
 from jaxgpt.cli import cli
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.config import UserError
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.progress import Bar
-from jaxgpt.report import new_figure
-from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.run import Run, cache_root
 from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.study import page, runs
-from jaxgpt.study.cells import Cells
-from jaxgpt.study.page import Point
-from jaxgpt.study.task import Seen, Task, look, reviews, sample
+from jaxgpt.study import figures, page, runs
+from jaxgpt.study.cells import Cells, conduct, stages
+from jaxgpt.study.task import Proxy, Task, learned_reward, looks, reviews, sample
 from jaxgpt.through_reward import ThroughReward
 
 
@@ -78,23 +75,20 @@ def ways(s: Settings) -> dict[str, ThroughReward]:
     return {**found, "mixtures, tau 1": ThroughReward(straight_through=False)}
 
 
-def followed(
-    s: Settings, task: Task, judge: tuple[Params, ModelConfig], how: ThroughReward, bar: Bar
-) -> dict[str, Any]:
+def followed(s: Settings, task: Task, judge: Proxy, how: ThroughReward, bar: Bar) -> dict[str, Any]:
     """All seeds at once: curves [seeds, iterations], and the answers of the policies."""
     tx = optim.adam_tf(optim.linear_to_zero(s.learning_rate, s.iterations))
     learn = runs.learn_through_reward(task, tx, judge[1], how)
     policies, curves = runs.OnPolicy(task, learn, tx, s.iterations, s.batch, how=s.how).train(
         [kl.FixedKL(jnp.float32(s.beta))] * s.seeds, [s.seed + n for n in range(s.seeds)],
         [{"reward": judge[0]}] * s.seeds,
-        lambda i, found: bar.update(h=found["h"].mean(), h_seen=found["h_seen"].mean(), kl=found["kl"].mean()),
+        runs.show(bar, "h", "h_seen", "kl"),
     )  # fmt: skip
-    keys = [jax.random.fold_in(jax.random.key(s.seed), n) for n in range(s.seeds)]
-    seen = [look(task, policy, key, judge).to_json() for policy, key in zip(policies, keys, strict=True)]
-    return {"curves": {name: curves[name].T for name in ("h", "h_seen", "gold", "kl")}, "seen": seen}
+    kept = {name: curves[name].T for name in ("h", "h_seen", "gold", "kl")}
+    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, judge)}
 
 
-def alignment(s: Settings, task: Task, judge: tuple[Params, ModelConfig], bar: Bar) -> dict[str, float]:
+def alignment(s: Settings, task: Task, judge: Proxy, bar: Bar) -> dict[str, float]:
     """Cosines at the start, between gradients from independent halves of sampled answers: of each tau's derivative to
     the policy gradient, and of the policy gradient to itself (what its noise leaves)."""
     rng = np.random.default_rng(s.seed)
@@ -133,48 +127,31 @@ def alignment(s: Settings, task: Task, judge: tuple[Params, ModelConfig], bar: B
     return found
 
 
-def figure(path: Path, found: dict[str, dict[str, Any]]) -> None:
-    """What the objective sees, what the reward model says of real answers, gold score, KL."""
-    picture, axes = new_figure(1, 4, 17, 3.8)
-    panels = {"h_seen": "h as the objective sees it", "h": "h of the sampled answers", "gold": "gold score",
-              "kl": "KL, nats a sequence"}  # fmt: skip
-    for n, (name, one) in enumerate(found.items()):
-        for axis, (measure, label) in zip(axes[0], panels.items(), strict=True):
-            axis.plot(np.array(one["curves"][measure]).mean(0), color=f"C{n}", lw=1.3, label=name)
-            axis.set(xlabel="iterations", ylabel=label)
-    axes[0, 1].legend(frameon=False, fontsize=7.5, loc="lower right", ncols=2)
-    picture.savefig(path)
+def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
+    task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
+    judge = learned_reward(task, s.start / "reward")
+    with run.progress(len(ways(s)) * s.iterations + 1, "through_reward") as bar:
+        cosines = cells("alignment", functools.partial(alignment, s, task, judge, bar), 1, bar)
+        found = {name: cells(name, functools.partial(followed, s, task, judge, how, bar), s.iterations, bar)
+                 for name, how in ways(s).items()}  # fmt: skip
+    figures.through_reward(s.run / "through_reward.png", found)
+    points = page.points({name: {"": one["seen"]} for name, one in found.items()})
+    prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
+    rows = [[name, f"{value:.3f}"] for name, value in cosines.items()]
+    page.write_page(
+        s.run, "Through the reward model", f"{s.prompts} held-out prompts, {s.seeds} seeds, beta {s.beta:g}. The "
+        "objective sees the sampled tokens' embeddings, or (mixtures) weighted means of all tokens' embeddings.",
+        [("", s.run / "through_reward.png"), ("Held-out prompts", page.table(points)),
+         ("Cosine to the policy gradient at the start", page.plain_table(("derivative", "cosine"), rows)),
+         ("Answers", page.samples(prompts, page.first_answers(points)))],
+    )  # fmt: skip
+    for name, value in cosines.items():
+        run.say(f"{name}: cosine to the policy gradient {value:.3f}")
+    return {"cosines": cosines, "policies": page.summary(points)}
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    s = settings
-    inputs = {name: run_fingerprint(s.start / name, name) for name in ("sft", "reward")}
-    with Run(s.run, s, stage="through_reward", inputs=inputs, fresh=s.fresh) as run:
-        if run.finished:
-            run.say(f"through_reward: already done, see {s.run / 'report.html'}")
-            return run.results
-        task, cells = reviews(s.start / "sft", s.cache, s.prompts, s.ppo), Cells(run)
-        params, config, _, _ = load_model(s.start / "reward")
-        judge = sharding.replicate(params, task.mesh), config
-        with run.progress(len(ways(s)) * s.iterations + 1, "through_reward") as bar:
-            cosines = cells("alignment", functools.partial(alignment, s, task, judge, bar), 1, bar)
-            found = {name: cells(name, functools.partial(followed, s, task, judge, how, bar), s.iterations, bar)
-                     for name, how in ways(s).items()}  # fmt: skip
-        figure(s.run / "through_reward.png", found)
-        points = {name: [Point("", [Seen.from_json(seen) for seen in one["seen"]])] for name, one in found.items()}
-        prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
-        rows = [[name, f"{value:.3f}"] for name, value in cosines.items()]
-        page.write_page(
-            s.run, "Through the reward model", f"{s.prompts} held-out prompts, {s.seeds} seeds, beta {s.beta:g}. The "
-            "objective sees the sampled tokens' embeddings, or (mixtures) weighted means of all tokens' embeddings.",
-            [("", s.run / "through_reward.png"), ("Held-out prompts", page.table(points)),
-             ("Cosine to the policy gradient at the start", page.plain_table(("derivative", "cosine"), rows)),
-             ("Answers", page.samples(prompts, {name: row[0].runs[0].texts for name, row in points.items()}))],
-        )  # fmt: skip
-        for name, value in cosines.items():
-            run.say(f"{name}: cosine to the policy gradient {value:.3f}")
-        run.finish({"cosines": cosines, "policies": page.summary(points)})
-        return run.results
+    return conduct("through_reward", settings, stages(settings.start, "sft", "reward"), study)
 
 
 if __name__ == "__main__":

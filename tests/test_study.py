@@ -21,7 +21,7 @@ from jaxgpt.evaluate import SimulatedAnnotator, best_of_n_kl_bound, crossed_inte
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.run import Run, cache_root
 from jaxgpt.structs import Batch
-from jaxgpt.study import methods, runs, sums
+from jaxgpt.study import groups, laws, methods, runs, sums
 from jaxgpt.study.cells import Cells
 from jaxgpt.study.task import Seen, Task, best_of_kl, best_of_weights
 from jaxgpt.tokenizer import train_char
@@ -248,8 +248,8 @@ def test_cells_are_made_once_a_study(tmp_path):
 
 def test_fits_of_overoptimisation_find_what_made_the_data():
     d = np.linspace(0.2, 3.0, 20)
-    np.testing.assert_allclose(overoptimisation.fitted(d, d * (1.2 - 0.3 * d), "best-of-n"), [1.2, 0.3], atol=1e-9)
-    np.testing.assert_allclose(overoptimisation.fitted(d, d * (0.7 - 0.4 * np.log(d)), "RL"), [0.7, 0.4], atol=1e-9)
+    np.testing.assert_allclose(laws.least_squares("best-of-n", d, d * (1.2 - 0.3 * d)), [1.2, 0.3], atol=1e-9)
+    np.testing.assert_allclose(laws.least_squares("RL", d, d * (0.7 - 0.4 * np.log(d))), [0.7, 0.4], atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_demonstrations_are_right_whatever_their_dots():
 def test_groups_weigh_as_their_method_says():
     """Dr. GRPO's weight of a group is 2 p (1 - p) in right answers p; GRPO's falls off more slowly to either side."""
     score_BC = (jnp.arange(8) < jnp.arange(1, 8)[:, None]).astype(jnp.float32)
-    found = {name: arithmetic.weights(score_BC, arithmetic.METHODS[name].advantage(score_BC)) for name in
+    found = {name: groups.weights(score_BC, groups.METHODS[name].advantage(score_BC)) for name in
              ("GRPO", "GRPO, neither (Dr. GRPO)")}  # fmt: skip
     grpo, unbiased = (np.array([one[f"weight_{n}"].value for n in range(1, 8)]) for one in found.values())
     p = np.arange(1, 8) / 8
@@ -375,11 +375,11 @@ def test_a_study_runs_and_is_not_repeated(study, start, tmp_path, capsys):
 def test_a_study_that_was_stopped_goes_on_behind_its_last_part(start, tmp_path, monkeypatch):
     settings = dataclasses.replace(frontier.PRESETS["toy"], run=tmp_path / "run", start=start)
     with monkeypatch.context() as patched:
-        patched.setattr(frontier, "by_dpo", lambda study: 1 / 0)
+        patched.setattr(frontier, "by_dpo", lambda settings, start: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             frontier.main(settings)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/cells").iterdir()}
-    assert {"start.json", "ppo-0.json", "ppo-1.json"} <= kept.keys()
+    assert kept.keys() == {"PPO.json", "through-the-reward-model.json"}
     frontier.main(settings)
     for name, time in kept.items():
         assert (tmp_path / "run/cells" / name).stat().st_mtime_ns == time

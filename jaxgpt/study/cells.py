@@ -1,14 +1,15 @@
-"""The parts of a study, each kept on disk as soon as it is done: one that was stopped goes on behind the last."""
+"""A study and its parts, each kept on disk as soon as it is done: one that was stopped goes on behind the last."""
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxgpt.checkpoint import load_model, save_model
 from jaxgpt.config import ModelConfig
 from jaxgpt.progress import Bar
-from jaxgpt.run import Run, plain
+from jaxgpt.run import Run, plain, run_fingerprint
 from jaxgpt.settings import read_json, write_json
 from jaxgpt.structs import Params
 
@@ -47,6 +48,26 @@ class Cells:
         params, config = make()
         save_model(folder, params, config, extra={"study": self.run.fingerprint})
         return params, config
+
+
+def conduct(
+    name: str, settings: Any, inputs: Mapping[str, str], study: Callable[[Any, Run, Cells], dict[str, Any]]
+) -> dict[str, Any]:
+    """What a study with these settings finds, now or in an earlier start. `study` writes report.html."""
+    with Run(settings.run, settings, stage=name, inputs=dict(inputs), fresh=settings.fresh) as run:
+        page = run.folder / "report.html"
+        if run.finished:
+            run.say(f"{name}: already done, see {page}")
+        else:
+            results = study(settings, run, Cells(run))
+            run.say(f"{name}: {page}")
+            run.finish(results)
+        return run.results
+
+
+def stages(start: Path, *names: str) -> dict[str, str]:
+    """Inputs of a study: stages of `make assistant`. UserError if one has not been run."""
+    return {name: run_fingerprint(start / name, name) for name in names}
 
 
 def _file(name: str) -> str:

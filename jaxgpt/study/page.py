@@ -1,4 +1,4 @@
-"""What a study found: points with intervals, the reward-KL figure, and one HTML page."""
+"""What a study found: points with intervals, tables, and one HTML page."""
 
 import base64
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.evaluate import Interval, crossed_interval
-from jaxgpt.report import CSS, new_figure
+from jaxgpt.report import CSS
 from jaxgpt.settings import write_text
 from jaxgpt.study.task import Seen
 
@@ -19,47 +19,33 @@ MEASURES = {"gold": "gold score", "proxy": "reward model h", "judge": "judge, P(
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One setting of a method: the runs that differ in their seed alone, and a name ("beta 0.1"). `kl` where the KL
-    isn't that of the runs' own answers (best-of-n)."""
+    """One setting of a method: the runs that differ in their seed alone, and a name ("beta 0.1")."""
 
     name: str
     runs: Sequence[Seen]
-    kl: float | None = None
 
     def __getitem__(self, measure: str) -> Interval:
         """Mean over runs and prompts, with its 95 % interval."""
-        if measure == "kl" and self.kl is not None:
-            return Interval(self.kl, self.kl, self.kl)
         return crossed_interval(np.stack([getattr(run, measure) for run in self.runs]))
 
     def of_runs(self, measure: str) -> np.ndarray:
         """Each run's own mean, [R]."""
-        if measure == "kl" and self.kl is not None:
-            return np.full(len(self.runs), self.kl)
         return np.array([getattr(run, measure).mean() for run in self.runs])
 
 
 Methods = Mapping[str, Sequence[Point]]
 
 
-def frontier_figure(path: Path, methods: Methods, measures: Mapping[str, str] = MEASURES, unit: str = "") -> None:
-    """Each measure against the KL: a line a method through its settings with the band of its 95 % intervals, and a
-    small dot for each run."""
-    figure, axes = new_figure(1, len(measures), 4.6 * len(measures), 4.2)
-    for axis, (measure, label) in zip(axes[0], measures.items(), strict=True):
-        for n, (method, points) in enumerate(methods.items()):
-            color = f"C{n}"
-            found = sorted(((point["kl"], point[measure], point) for point in points), key=lambda one: one[0].mean)
-            x, y = [kl.mean for kl, _, _ in found], [value.mean for _, value, _ in found]
-            axis.plot(x, y, marker="o", ms=5, lw=1.4, color=color, label=method)
-            axis.fill_between(x, [v.low for _, v, _ in found], [v.high for _, v, _ in found], color=color, alpha=0.15,
-                              lw=0)  # fmt: skip
-            for _, _, point in found:
-                if len(point.runs) > 1:
-                    axis.plot(point.of_runs("kl"), point.of_runs(measure), ".", ms=3, color=color, alpha=0.6)
-        axis.set(xlabel=f"KL to the starting model, nats a sequence{unit}", ylabel=label)
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+def points(found: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[Point]]:
+    """The points of {method: {setting: [`Seen` as JSON, a run each]}}."""
+    return {method: [Point(setting, [Seen.from_json(one) for one in row]) for setting, row in settings.items()]
+            for method, settings in found.items()}  # fmt: skip
+
+
+def first_answers(methods: Methods) -> dict[str, list[str]]:
+    """What the first run of each point said, for `samples`; best-of-n has no texts of its own."""
+    shown = {f"{name} {point.name}".strip(): point.runs[0].texts for name, row in methods.items() for point in row}
+    return {name: texts for name, texts in shown.items() if texts}
 
 
 def table(methods: Methods, measures: Sequence[str] = ("kl", "gold", "proxy", "judge", "length", "ended")) -> str:

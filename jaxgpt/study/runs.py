@@ -21,6 +21,7 @@ from jaxgpt import optim, ppo, reward, rollout, sharding, through_reward
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.losses import Mean, reduce
 from jaxgpt.ppo import Controller, Prompts, RewardFn
+from jaxgpt.progress import Bar
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.study.task import Task
 from jaxgpt.through_reward import ThroughReward
@@ -106,6 +107,12 @@ def refuse_nan(found: dict[str, np.ndarray], i: int) -> None:
     if found["skipped"].any():
         which = np.flatnonzero(found["skipped"]).tolist()
         raise UserError(f"loss or gradient of run {which} was not finite in step {i}; lower the learning rate")
+
+
+def show(bar: Bar, *same: str, **named: str) -> Watch:
+    """Shows metrics on the bar, as means over the runs: under their own names, or under others."""
+    shown = {**{name: name for name in same}, **named}
+    return lambda i, found: bar.update(**{title: found[name].mean() for title, name in shown.items()})
 
 
 def together(batches: Sequence[Iterable[Any]]) -> Iterator[Any]:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt import evaluate, model, reward, rollout, sharding
-from jaxgpt.checkpoint import load_language_model
+from jaxgpt.checkpoint import load_language_model, load_model
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import sources
 from jaxgpt.ppo import PPOConfig
@@ -168,6 +169,22 @@ def look(task: Task, params: Params, key: Array, proxy: Proxy | None = None, eac
     return seen(task, params, sample(task, params, ids, key), proxy, each)
 
 
+def looks(
+    task: Task, policies: Sequence[Params], numbers: Sequence[int], seed: int, proxy: Proxy | None = None,
+    texts: int = 6,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """`look` at every policy, as JSON; those with the same number answer with the same random numbers."""
+    key = jax.random.key(seed)
+    found = [look(task, policy, jax.random.fold_in(key, n), proxy) for policy, n in zip(policies, numbers, strict=True)]
+    return [one.to_json(texts) for one in found]
+
+
+def learned_reward(task: Task, folder: Path) -> Proxy:
+    """The reward model of a run's folder, on the task's devices."""
+    params, config, _, _ = load_model(folder)
+    return sharding.replicate(params, task.mesh), config
+
+
 def best_of_weights(score_N: np.ndarray, n: int) -> np.ndarray:
     """The probability of each of N answers to be the best of n drawn from them without replacement, [N]: the weights
     of an unbiased estimate of best-of-n from N >= n samples (Nakano et al. 2021, appendix I). Of equal scores the
@@ -188,6 +205,11 @@ def best_of(pool: Seen, n: int) -> dict[str, np.ndarray]:
     names = ("gold", "judge", "proxy", "logp", "length", "ended")
     nats_P = [best_of_kl(logp_N, score_N, n) for logp_N, score_N in zip(pool.logp, pool.proxy, strict=True)]
     return {**{name: (weight_PN * getattr(pool, name)).sum(1) for name in names}, "kl": np.array(nats_P)}
+
+
+def best_of_powers(pool: Seen) -> dict[str, dict[str, Any]]:
+    """`best_of` for n = 2, 4, 8, ... up to the size of the pool."""
+    return {f"n = {2**k}": {**best_of(pool, 2**k), "texts": []} for k in range(1, pool.gold.shape[1].bit_length())}
 
 
 def best_of_kl(logp_N: np.ndarray, score_N: np.ndarray, n: int) -> float:
