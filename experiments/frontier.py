@@ -50,17 +50,17 @@ class Settings:
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     learning_rate: float = 5e-4
     through_betas: tuple[float, ...] = (0.0, 0.05, 0.3)  # of backpropagation through the reward model
-    through_iterations: int = 20  # one update each
+    through_iterations: int = 16  # one update each
     through_learning_rate: float = 5e-4
     through: ThroughReward = ThroughReward()
-    dpo_betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    dpo_betas: tuple[float, ...] = (0.03, 0.1, 0.5)
     dpo_learning_rate: float = 2e-4
     limit: int = 640  # preferences for DPO and for finetuning on favourites, at most
     preference_batch: int = 16
     favourites_learning_rate: float = 2e-4
     epochs: int = 2  # of finetuning on favourites: a point each
     best_of: int = 64  # largest n
-    prompts: int = 300  # held out
+    prompts: int = 250  # held out
     how: runs.How = "vmap"  # or one run after another, in the same program
     seed: int = 7
     cache: Path = cache_root() / "data"

@@ -49,16 +49,16 @@ class Settings:
     start: Path = Path("runs/assistant")  # of which sft, reward and preferences are used
     sizes: tuple[tuple[int, int], ...] = ((1, 32), (2, 64))  # layers and width of smaller reward models
     labels: tuple[int, ...] = (160,)  # fewer preferences for a reward model of the policy's size
-    steps: int = 500  # of pretraining a smaller model; half as many of finetuning
+    steps: int = 400  # of pretraining a smaller model; half as many of finetuning
     learning_rate: float = 5e-4  # of reward models
     label_batch: int = 16
     best_of: int = 128  # answers to each held-out prompt
-    prompts: int = 150  # held out
+    prompts: int = 100  # held out
     seeds: int = 2  # of PPO, with each reward model
-    iterations: int = 40
+    iterations: int = 36
     batch: int = 64
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
-    ppo_learning_rate: float = 1e-3
+    ppo_learning_rate: float = 1.1e-3
     penalty: float = 0.3  # beta of the run that pays for its KL, with the largest reward model and all labels
     how: runs.How = "vmap"
     seed: int = 11

@@ -150,12 +150,13 @@ Proxy = tuple[Params, ModelConfig]  # a reward model, which may be of another si
 def seen(task: Task, params: Params, answers: rollout.Sampled, proxy: Proxy | None = None, each: int = 1) -> Seen:
     """A policy's answers to the held-out prompts as everyone sees them; `each` of a prompt, in a last axis."""
     logp = log_probs(task, params, answers.rows)
+    start_logp = logp if params is task.start else log_probs(task, task.start, answers.rows)
     h = np.full(len(logp), np.nan)
     if proxy is not None:
         h = task.finished(reward_scores(task, *proxy, answers.rows), answers.ended)
     numbers = {
         "gold": task.gold(answers.texts), "judge": task.judge(answers.texts), "proxy": h, "logp": logp,
-        "kl": logp - log_probs(task, task.start, answers.rows), "length": answers.lengths.astype(float),
+        "kl": logp - start_logp, "length": answers.lengths.astype(float),
         "ended": answers.ended.astype(float),
     }  # fmt: skip
     if each > 1:
