@@ -79,7 +79,7 @@ def _value(kind: Any, data: Any, name: str, where: str) -> Any:
 
 def _scalar(kind: Any, data: Any, name: str, where: str) -> Any:
     if kind is Path:
-        _expect(isinstance(data, str), "a path", data, name, where)
+        _expect(isinstance(data, str) and data != "", "a path", data, name, where)
         return Path(data)
     if kind is float:
         number = isinstance(data, (int, float)) and not isinstance(data, bool) and math.isfinite(data)

