@@ -290,7 +290,7 @@ def test_one_trace_a_segment():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_int8_weights_decode_nearly_the_same(name, rows):
     """Within what rounding to 127 levels costs, and by far more than rounding to 15 levels would; int8 in memory."""
     config, (prompts, lengths) = FAMILY[name], prompts_of(rows, 9)

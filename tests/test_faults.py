@@ -85,6 +85,7 @@ def test_a_signal_to_one_of_two_processes_saves_both_at_the_same_step(text, tmp_
     assert verify.main([str(run)]) == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving(text, tmp_path):
     """The first checkpoints fit, then the limit comes down: as when others fill the disk."""
     run = tmp_path / "run"
@@ -109,6 +110,7 @@ def test_a_full_disk_while_saving(text, tmp_path):
     assert f"going on after step {newest} of 100000" in told
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_writing_metrics(text, tmp_path):
     run = tmp_path / "run"
     child = pretrain(text, run, "--save.every", "0", limit=6000)

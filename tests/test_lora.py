@@ -41,7 +41,7 @@ def test_new_adapters_change_nothing_and_sit_at_every_dense_layer(config):
     assert len({x.tobytes() for path, x in leaves(adapters).items() if "lora_a" in path}) == len(kernels)
 
 
-@pytest.mark.parametrize("gradients", ["auto", "plain"])
+@pytest.mark.parametrize("gradients", [pytest.param("auto", marks=pytest.mark.slow), "plain"])
 @pytest.mark.parametrize("config", [TINY, LLAMA], ids=["gpt2", "llama"])
 def test_merging_computes_the_same(config, gradients):
     config = dataclasses.replace(config, gradients=gradients)

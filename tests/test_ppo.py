@@ -32,9 +32,9 @@ def started(config: PPOConfig, rows: int = 8, learning_rate: float = 1e-3, scale
     return iteration, state, Prompts(*prompts_of(rows, 6))
 
 
+@pytest.mark.slow  # compiled as users run it; tests/test_study.py has the first ratio too
 @pytest.mark.parametrize(
-    ("epochs", "minibatches", "temperature", "whole_logits"),
-    [pytest.param(1, 1, 1.0, 2**29, marks=pytest.mark.slow), (2, 4, 0.7, 2**12)],
+    ("epochs", "minibatches", "temperature", "whole_logits"), [(1, 1, 1.0, 2**29), (2, 4, 0.7, 2**12)]
 )
 def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once(
     epochs, minibatches, temperature, whole_logits, monkeypatch

@@ -189,6 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tok, k
     assert f"WARNING: passed over checkpoint 9: {run / 'checkpoints/9'}" in (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_without_any_good_checkpoint_the_run_starts_again(run, tok, tmp_path):
     for step in ("6", "9"):
         damage("flipped bit", run / "checkpoints" / step)
@@ -251,6 +252,7 @@ def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(tmp_path, tok
     assert first == 6
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_a_second_one_quits_at_once(tmp_path, tok):
     with pytest.raises(Stopped) as stop:
         train_run(tmp_path / "once", tok, visit=lambda i: i == 5 and os.kill(os.getpid(), signal.SIGINT))

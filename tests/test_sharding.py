@@ -129,7 +129,7 @@ def test_microbatches_scanned_layers_and_remat_on_a_mesh():
     assert_same((state.trainable, metrics), on_one_device("nll"))
 
 
-@pytest.mark.parametrize("stage", ["nll", "dpo"])
+@pytest.mark.parametrize("stage", [pytest.param("nll", marks=pytest.mark.slow), "dpo"])
 def test_pmap_gives_the_step_of_one_device(stage):
     make_loss, make_state, make_batch = STAGES[stage]
     step = train.pmap_step(make_loss(), SGD)

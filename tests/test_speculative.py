@@ -80,7 +80,16 @@ def greedy_answers(stop: tuple[int, int]):
 
 @pytest.mark.parametrize(
     ("kind", "k"),
-    [("itself", 1), ("itself", 3), ("near", 1), ("near", 3), ("other", 3), ("smaller", 2), ("ngram", 1), ("ngram", 4)],
+    [
+        ("itself", 1),
+        ("near", 3),
+        ("smaller", 2),
+        ("ngram", 4),
+        *(
+            pytest.param(kind, k, marks=pytest.mark.slow)
+            for kind, k in (("itself", 3), ("near", 1), ("other", 3), ("ngram", 1))
+        ),
+    ],  # fmt: skip
 )
 def test_greedy_gives_the_tokens_of_generate(kind, k):
     """Whatever the draft; and with some accepted and some rejected, the draft's cache stays in step."""
@@ -196,7 +205,7 @@ DISTRIBUTION_DRAFTS = {
     ("kind", "filter_logits"),
     [
         pytest.param("bad", warm, marks=pytest.mark.slow),
-        ("near", lambda logits: logits),
+        pytest.param("near", lambda logits: logits, marks=pytest.mark.slow),
         ("ngram", warm),
         ("ngram", lambda logits: logits),
     ],

@@ -119,6 +119,7 @@ def test_ppo_keeps_rollouts_token_by_token_and_its_critic(finished):
     assert seen.value.shape == (3,) and np.abs(seen.value).max() > 0
 
 
+@pytest.mark.slow
 def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, tmp_path):
     store = votes.Store(tmp_path / "votes.sqlite")
     for name in ("train", "heldout"):

@@ -75,7 +75,7 @@ def close(a, b, tolerance=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance), a, b)
 
 
-@pytest.mark.parametrize("how", ["vmap", "map"])
+@pytest.mark.parametrize("how", ["vmap", pytest.param("map", marks=pytest.mark.slow)])
 def test_runs_together_are_the_runs_alone(how):
     policies, curves = trained((0, 1), how)
     alone, curve = trained((1,))
@@ -87,6 +87,7 @@ def test_runs_together_are_the_runs_alone(how):
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, policies), strict=True)) > 1e-4
 
 
+@pytest.mark.slow
 def test_runs_divided_among_devices_are_the_same_runs():
     close(trained((0, 1))[0], trained((0, 1), devices=2)[0])
 

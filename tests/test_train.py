@@ -24,7 +24,7 @@ def uneven(batch: Batch) -> Batch:
     return Batch(batch.tokens_BT, batch.mask_BT & (jnp.arange(20) <= keep))
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulated_gradients_equal_those_of_the_whole_batch(microbatches):
     batch = uneven(batch_of(4, 20))
     whole, metrics = sgd_step(batch)

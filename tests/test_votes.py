@@ -282,6 +282,7 @@ def test_kill_9_loses_no_vote_that_was_confirmed(tmp_path):
 # ---- what training reads ----
 
 
+@pytest.mark.slow
 def test_the_choices_of_a_ranking_have_its_likelihood():
     """The sum of the softmax losses of `from_tiers` is the Plackett-Luce loss of the ranking."""
     scores = jnp.array([[0.3, -1.2, 2.0, 0.7]])
