@@ -37,7 +37,7 @@ from jaxgpt.through_reward import ThroughReward
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """41 minutes on one CPU core; best-of-n is cheapest a nat, PPO goes furthest (docs/results.md)."""
+    """30 minutes on one CPU core; best-of-n is cheapest a nat, PPO goes furthest (docs/results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 

@@ -41,7 +41,7 @@ from jaxgpt.train import make_nll
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """37 minutes on one CPU core; overoptimised is the reward model of 160 labels (docs/results.md)."""
+    """31 minutes on one CPU core; overoptimised are reward models of 160 labels or one layer (docs/results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 

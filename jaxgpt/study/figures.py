@@ -34,8 +34,8 @@ def _over_iterations(axes: Any, panels: Mapping[str, str], found: Found, width: 
 
 
 def frontier(path: Path, methods: Methods, measures: Mapping[str, str] = MEASURES) -> None:
-    """Each measure against the KL: a line a method through its settings with the band of its 95 % intervals, and a
-    small dot for each run."""
+    """Each measure against the KL (on a scale of its root, as in Gao et al. 2022): a line a method through its settings
+    with the band of its 95 % intervals, and a small dot for each run."""
     picture, axes = new_figure(1, len(measures), 4.6 * len(measures), 4.2)
     for axis, (measure, label) in zip(axes[0], measures.items(), strict=True):
         for n, (method, points) in enumerate(methods.items()):
@@ -49,6 +49,9 @@ def frontier(path: Path, methods: Methods, measures: Mapping[str, str] = MEASURE
                 if len(point.runs) > 1:
                     axis.plot(point.of_runs("kl"), point.of_runs(measure), ".", ms=3, color=color, alpha=0.6)
         axis.set(xlabel="KL to the starting model, nats a sequence", ylabel=label)
+        axis.set_xscale("function", functions=(laws.distance, np.square))
+        far = axis.get_xlim()[1]
+        axis.set_xticks([x for x in (0, 1, 3, 10, 30, 100, 300) if x <= far])
     axes[0, 0].legend(frameon=False, fontsize=8)
     picture.savefig(path)
 
