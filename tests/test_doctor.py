@@ -129,6 +129,7 @@ def trained(folder: Path, reward, *, beta=0.02, rate=3e-3, iterations=24, spoil=
     return state.frozen["reference"], state.trainable["policy"]
 
 
+@pytest.mark.slow
 def test_collapse_to_the_end_token(tmp_path):
     assert "answers collapsed to the end token" in found(iterate(tmp_path, short, iterations=40, rate=1e-2))
 

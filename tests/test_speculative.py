@@ -206,7 +206,7 @@ DISTRIBUTION_DRAFTS = {
     [
         pytest.param("bad", warm, marks=pytest.mark.slow),
         pytest.param("near", lambda logits: logits, marks=pytest.mark.slow),
-        ("ngram", warm),
+        pytest.param("ngram", warm, marks=pytest.mark.slow),
         ("ngram", lambda logits: logits),
     ],
 )

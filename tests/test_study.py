@@ -92,6 +92,7 @@ def test_runs_divided_among_devices_are_the_same_runs():
     close(trained((0, 1))[0], trained((0, 1), devices=2)[0])
 
 
+@pytest.mark.slow  # tests/test_ppo.py has it for a single run
 def test_a_reward_on_the_host_is_the_same_reward():
     close(trained((0, 1))[0][0], trained((0,), on_host=True)[0][0])  # its scale is 1
 
