@@ -96,8 +96,6 @@ def test_a_full_disk_while_saving(text, tmp_path):
     assert child.returncode == 2, errors
     before, error, told = errors.partition("error: can't write")  # at exit orbax's threads may complain of their own
     assert error and "the same command goes on" in told.splitlines()[0] and "Traceback" not in before
-        errors
-    )  # orbax's threads, at exit
     for line in lines_of(run)[:-1]:
         json.loads(line)
     whole = [step for step, complaint in verify.verify(run) if not complaint]
