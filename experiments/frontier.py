@@ -16,22 +16,18 @@ that draw seeds and prompts anew. A study that was stopped goes on behind its la
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
-
-import jax
 
 from jaxgpt import optim
 from jaxgpt.cli import cli
 from jaxgpt.config import UserError
-from jaxgpt.data.preferences import Ranking
 from jaxgpt.ppo import PPOConfig
-from jaxgpt.progress import Bar
 from jaxgpt.run import Run, cache_root
-from jaxgpt.study import figures, methods, page, runs
+from jaxgpt.study import figures, frontier, methods, page, runs
 from jaxgpt.study.cells import Cells, conduct, stages
-from jaxgpt.study.task import Proxy, Task, best_of_powers, learned_reward, look, looks, reviews
+from jaxgpt.study.frontier import Start
+from jaxgpt.study.task import learned_reward, reviews
 from jaxgpt.through_reward import ThroughReward
 
 
@@ -85,84 +81,39 @@ PRESETS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """What every method starts from and learns from, and where it shows how far it is."""
-
-    task: Task
-    judge: Proxy  # the learned reward
-    rankings: list[Ranking]
-    bar: Bar
-
-
-def by_ppo(s: Settings, start: Start) -> methods.Settings:
-    """PPO on the learned reward, at every beta and seed."""
-    program = runs.ppo_on_reward_model(start.task, start.judge[1], learning_rate=s.learning_rate,
-                                       iterations=s.iterations, batch=s.batch, how=s.how)  # fmt: skip
-    show = runs.show(start.bar, "gold", "kl")
-    return methods.on_policy_by_beta(program, s.betas, s.seeds, s.seed, start.judge, show)
-
-
-def through_reward(s: Settings, start: Start) -> methods.Settings:
-    """Backpropagation through the reward model, at every beta and seed; one update for PPO's rollout."""
+def through_reward(s: Settings, start: Start) -> frontier.Settings:
+    """Backpropagation through the reward model; one update where PPO makes a rollout."""
     tx = optim.adam_tf(optim.linear_to_zero(s.through_learning_rate, s.through_iterations))
     learn = runs.learn_through_reward(start.task, tx, start.judge[1], s.through)
     program = runs.OnPolicy(start.task, learn, tx, s.through_iterations, s.batch, how=s.how)
-    show = runs.show(start.bar, "gold", "kl")
-    return methods.on_policy_by_beta(program, s.through_betas, s.seeds, s.seed, start.judge, show)
+    return start.on_policy(program, s.through_betas)
 
 
-def by_dpo(s: Settings, start: Start) -> methods.Settings:
-    """DPO on the preferences, at every beta and seed."""
-    return methods.dpo_by_beta(
-        start.task, start.rankings, s.dpo_betas, s.seeds, s.seed, start.judge, learning_rate=s.dpo_learning_rate,
-        batch=s.preference_batch, how=s.how, watch=runs.show(start.bar, dpo_loss="loss"),
-    )  # fmt: skip
-
-
-def by_finetuning(s: Settings, start: Start) -> methods.Settings:
-    """Finetuning on the favourites alone, one epoch, two epochs, ..., with every seed."""
-    found, seeds = {}, range(s.seeds)
-    for epochs in range(1, s.epochs + 1):
-        policies = methods.finetuned_on_favourites(
-            start.task, [start.rankings] * s.seeds, [s.seed + n for n in seeds], epochs=epochs, how=s.how,
-            learning_rate=s.favourites_learning_rate, batch=s.preference_batch,
-            watch=runs.show(start.bar, nats="loss"),
-        )  # fmt: skip
-        found[f"{epochs} epoch{'s' * (epochs > 1)}"] = looks(start.task, policies, seeds, s.seed, start.judge)
-    return found
-
-
-def by_best_of(s: Settings, start: Start) -> methods.Settings:
-    """Best-of-n by the learned reward, from one pool of answers to each prompt."""
-    pool = look(start.task, start.task.start, jax.random.key(s.seed), start.judge, s.best_of)
-    start.bar.update()
-    return {name: [one] for name, one in best_of_powers(pool).items()}
-
-
-def not_at_all(s: Settings, start: Start) -> methods.Settings:
-    """The start itself."""
-    return {"finetuned model": looks(start.task, [start.task.start] * s.seeds, range(s.seeds), s.seed, start.judge)}
+def parts(s: Settings, rankings: int) -> frontier.Parts:
+    """Every method with its settings, and the steps that it takes with so many preferences."""
+    epoch, epochs, batch = rankings // s.preference_batch, range(1, s.epochs + 1), s.preference_batch
+    ppo: dict[str, Any] = {"learning_rate": s.learning_rate, "iterations": s.iterations, "batch": s.batch}
+    return {
+        "PPO": (lambda start: start.ppo(s.betas, **ppo), s.iterations),
+        "through the reward model": (functools.partial(through_reward, s), s.through_iterations),
+        "DPO": (lambda start: start.dpo(s.dpo_betas, learning_rate=s.dpo_learning_rate, batch=batch), epoch),
+        "best of n": (lambda start: start.best_of(s.best_of), 1),
+        "finetuned on favourites": (
+            lambda start: start.favourites(epochs, learning_rate=s.favourites_learning_rate, batch=batch),
+            epoch * sum(epochs),
+        ),
+        "start": (Start.itself, 0),
+    }
 
 
 def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
     rankings = methods.rankings_of(task, s.start / "preferences/train.jsonl")[: s.limit]
-    judge, epoch = learned_reward(task, s.start / "reward"), len(rankings) // s.preference_batch
-    parts: dict[str, tuple[Callable[[Settings, Start], methods.Settings], int]] = {
-        "PPO": (by_ppo, s.iterations),
-        "through the reward model": (through_reward, s.through_iterations),
-        "DPO": (by_dpo, epoch),
-        "best of n": (by_best_of, 1),
-        "finetuned on favourites": (by_finetuning, epoch * sum(range(s.epochs + 1))),
-        "start": (not_at_all, 0),
-    }
+    judge, every = learned_reward(task, s.start / "reward"), parts(s, len(rankings))
     run.say(f"frontier: {s.seeds} seeds, {len(s.betas)} betas of PPO, {len(s.dpo_betas)} of DPO, best of "
             f"{s.best_of}, {s.prompts} held-out prompts")  # fmt: skip
-    with run.progress(sum(steps for _, steps in parts.values()), "frontier") as bar:
-        start = Start(task, judge, rankings, bar)
-        found = {name: cells(name, functools.partial(make, s, start), steps, bar)
-                 for name, (make, steps) in parts.items()}  # fmt: skip
+    with run.progress(frontier.steps(every), "frontier") as bar:
+        found = frontier.run(every, Start(task, judge, rankings, s.seeds, s.seed, s.how, bar), cells)
     points = page.points(found)
     figures.frontier(s.run / "frontier.png", points)
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]

@@ -12,7 +12,6 @@ from, is the judge.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,9 +27,10 @@ from jaxgpt.data.preferences import Ranking
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.progress import Bar
 from jaxgpt.run import Run, cache_root, run_fingerprint
-from jaxgpt.study import figures, methods, page, runs
+from jaxgpt.study import figures, frontier, methods, page, runs
 from jaxgpt.study.cells import Cells, conduct
-from jaxgpt.study.task import Proxy, Task, answered, best_of_powers, look, looks, sample
+from jaxgpt.study.frontier import Start
+from jaxgpt.study.task import Proxy, Task, answered, sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,94 +117,54 @@ def pairs(s: Settings, task: Task) -> list[list[Any]]:
     return [found[i] for i in np.random.default_rng(s.seed).permutation(len(found))]
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """What every method starts from and learns from, and where it shows how far it is."""
-
-    task: Task
-    judge: Proxy  # the learned reward
-    rankings: list[Ranking]
-    bar: Bar
-
-
-def on_learned_reward(s: Settings, start: Start) -> methods.Settings:
-    """PPO on the reward model, at every beta and seed."""
-    program = runs.ppo_on_reward_model(start.task, start.judge[1], learning_rate=s.learning_rate,
-                                       iterations=s.iterations, batch=s.batch, how=s.how)  # fmt: skip
-    show = runs.show(start.bar, "gold", "kl")
-    return methods.on_policy_by_beta(program, s.betas, s.seeds, s.seed, start.judge, show)
+def reward_model(s: Settings, task: Task, rankings: list[Ranking], bar: Bar) -> Proxy:
+    """The reward model of these pairs."""
+    reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
+    (params,) = methods.reward_models(
+        task.config, task.start, [rankings], [s.seed], reference, task, batch=s.pair_batch,
+        learning_rate=s.reward_learning_rate, first_spread=0.2, watch=runs.show(bar, reward_loss="loss"),
+    )  # fmt: skip
+    return params, task.config
 
 
-def on_true_reward(s: Settings, start: Start) -> methods.Settings:
+def on_true_reward(s: Settings, start: Start) -> frontier.Settings:
     """PPO on the true reward, brought to the reward model's scale: mean 0 and deviation 1 at the start."""
     gold = start.task.gold(sample(start.task, start.task.start, start.task.prompts[:256], jax.random.key(s.seed)).texts)
     tx = runs.ppo_optimizer(start.task, s.learning_rate, s.iterations)
     program = runs.OnPolicy(start.task, runs.learn_by_ppo(start.task, tx), tx, s.iterations, s.batch, how=s.how,
                             host=lambda texts: (start.task.gold(texts) - gold.mean()) / gold.std())  # fmt: skip
-    show = runs.show(start.bar, "gold", "kl")
-    return methods.on_policy_by_beta(program, s.betas, s.seeds, s.seed, start.judge, show)
+    return start.on_policy(program, s.betas)
 
 
-def by_dpo(s: Settings, start: Start) -> methods.Settings:
-    """DPO at every beta and seed."""
-    return methods.dpo_by_beta(
-        start.task, start.rankings, s.dpo_betas, s.seeds, s.seed, start.judge, learning_rate=s.dpo_learning_rate,
-        batch=s.pair_batch, how=s.how, watch=runs.show(start.bar, dpo_loss="loss"),
-    )  # fmt: skip
-
-
-def by_finetuning(s: Settings, start: Start) -> methods.Settings:
-    """Finetuning on the preferred continuations."""
-    policies = methods.finetuned_on_favourites(
-        start.task, [start.rankings] * s.seeds, [s.seed + n for n in range(s.seeds)], epochs=1, how=s.how,
-        learning_rate=s.dpo_learning_rate, batch=s.pair_batch, watch=runs.show(start.bar, nats="loss"),
-    )  # fmt: skip
-    return {"1 epoch": looks(start.task, policies, range(s.seeds), s.seed, start.judge)}
-
-
-def by_best_of(s: Settings, start: Start) -> methods.Settings:
-    """Best-of-n by the learned reward, from one pool of continuations."""
-    pool = look(start.task, start.task.start, jax.random.key(s.seed), start.judge, s.best_of)
-    start.bar.update()
-    return {name: [one] for name, one in best_of_powers(pool).items()}
-
-
-def not_at_all(s: Settings, start: Start) -> methods.Settings:
-    """The start itself."""
-    return {"pretrained model": looks(start.task, [start.task.start] * s.seeds, range(s.seeds), s.seed, start.judge)}
+def parts(s: Settings, rankings: int) -> frontier.Parts:
+    """Every method with its settings, and the steps that it takes with so many pairs."""
+    steps = rankings // s.pair_batch
+    fit: dict[str, Any] = {"learning_rate": s.dpo_learning_rate, "batch": s.pair_batch}
+    ppo: dict[str, Any] = {"learning_rate": s.learning_rate, "iterations": s.iterations, "batch": s.batch}
+    return {
+        "PPO, true reward": (functools.partial(on_true_reward, s), s.iterations),
+        "PPO, learned reward": (lambda start: start.ppo(s.betas, **ppo), s.iterations),
+        "DPO": (lambda start: start.dpo(s.dpo_betas, **fit), steps),
+        "finetuned on preferred": (lambda start: start.favourites([1], **fit), steps),
+        "best of n, learned reward": (lambda start: start.best_of(s.best_of), 1),
+        "start": (Start.itself, 0),
+    }
 
 
 def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
-    task, most = make_task(s), s.prefixes * s.candidates * (s.candidates - 1) // 2
-    steps, all_steps = min(s.pairs, most) // s.pair_batch, most // s.pair_batch
-    parts: dict[str, tuple[Callable[[Settings, Start], methods.Settings], int]] = {
-        "PPO, true reward": (on_true_reward, s.iterations),
-        "PPO, learned reward": (on_learned_reward, s.iterations),
-        "DPO": (by_dpo, steps),
-        "finetuned on preferred": (by_finetuning, steps),
-        "best of n, learned reward": (by_best_of, 1),
-        "start": (not_at_all, 0),
-    }
-    with run.progress(1 + all_steps + sum(count for _, count in parts.values()), "imdb") as bar:
+    task = make_task(s)
+    with run.progress(1, "imdb, pairs") as bar:
         made = cells("pairs", functools.partial(pairs, s, task), 1, bar)
-        rankings = [Ranking(tuple((ids, roles) for ids, roles in pair), 0) for pair in made]
-        held = rankings[-min(64, len(rankings) // 4) :]
-
-        def reward_model() -> Proxy:
-            reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
-            (params,) = methods.reward_models(
-                task.config, task.start, [rankings[: -len(held)]], [s.seed], reference, task, batch=s.pair_batch,
-                learning_rate=s.reward_learning_rate, first_spread=0.2, watch=runs.show(bar, reward_loss="loss"),
-            )  # fmt: skip
-            return params, task.config
-
-        params, config = cells.model("reward", reward_model, all_steps, bar)
+    rankings = [Ranking(tuple((ids, roles) for ids, roles in pair), 0) for pair in made]
+    held = rankings[-min(64, len(rankings) // 4) :]
+    others, few = rankings[: -len(held)], rankings[: s.pairs]
+    every, steps = parts(s, len(few)), len(others) // s.pair_batch
+    with run.progress(steps + frontier.steps(every), "imdb") as bar:
+        params, config = cells.model("reward", functools.partial(reward_model, s, task, others, bar), steps, bar)
         judge = sharding.replicate(params, task.mesh), config
         accuracy = methods.accuracy(task, config, judge[0], held)
         run.say(f"imdb: {len(rankings):,} pairs; the reward model agrees with {accuracy:.1%} of {len(held)} others")
-        start = Start(task, judge, rankings[: s.pairs], bar)
-        found = {name: cells(name, functools.partial(make, s, start), count, bar)
-                 for name, (make, count) in parts.items()}  # fmt: skip
+        found = frontier.run(every, Start(task, judge, few, s.seeds, s.seed, s.how, bar), cells)
     points = page.points(found)
     measures = {"gold": "true reward, log-odds of positive", "judge": "VADER, which nobody learnt from"}
     figures.frontier(s.run / "imdb.png", points, measures)

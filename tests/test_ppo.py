@@ -62,6 +62,7 @@ def test_the_first_kl_is_zero_and_the_reference_stays():
     state, control, first = program(state, kl.FixedKL(jnp.float32(0.1)), prompts, jax.random.key(0))
     state, _, second = program(state, control, prompts, jax.random.key(1))
     assert float(first["kl"]) == pytest.approx(0.0, abs=1e-5)
+    assert train.to_floats(first)["ratio_error_first"] == train.to_floats(second)["ratio_error_first"] == 0.0
     assert abs(float(second["kl"])) > 1e-4
     jax.tree.map(np.testing.assert_array_equal, before, state.frozen)
 

@@ -22,9 +22,10 @@ from jaxgpt.evaluate import SimulatedAnnotator, best_of_n_kl_bound, crossed_inte
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.run import Run, cache_root
 from jaxgpt.structs import Batch
-from jaxgpt.study import groups, laws, methods, runs, sums
+from jaxgpt.study import figures, groups, laws, methods, runs, sums
 from jaxgpt.study.cells import Cells
-from jaxgpt.study.task import Seen, Task, best_of_kl, best_of_weights
+from jaxgpt.study.frontier import Start
+from jaxgpt.study.task import Seen, Task, best_of_kl, best_of_weights, log_probs, sample, seen
 from jaxgpt.tokenizer import train_char
 from jaxgpt.train import make_nll
 from tests.helpers import TINY, batch_of, params_of
@@ -230,6 +231,36 @@ def test_the_derivative_through_the_reward_model_raises_the_reward():
 # ---- what the studies are made of ----
 
 
+def test_the_kl_of_a_policy_is_measured_on_its_own_answers():
+    task, other = tiny_task(), params_of(seed=1, scale=1.0)
+    for policy in (task.start, other):
+        answers = sample(task, policy, task.heldout, jax.random.key(0))
+        found = seen(task, policy, answers)
+        expected = log_probs(task, policy, answers.rows) - log_probs(task, task.start, answers.rows)
+        np.testing.assert_allclose(found.kl, expected, atol=1e-6)
+        assert (np.abs(found.kl) > 1e-2).any() == (policy is other)
+
+
+def test_a_running_mean_passes_over_what_is_missing():
+    curves = [[1.0, np.nan, 3.0, 5.0, np.nan], [3.0, np.nan, np.nan, np.nan, np.nan]]
+    np.testing.assert_allclose(figures.running_mean(curves, 1), [2.0, np.nan, 3.0, 5.0, np.nan])
+    np.testing.assert_allclose(figures.running_mean(curves, 3), [2.0, 7 / 3, 4.0, 4.0, 5.0])
+
+
+def test_the_intervals_of_a_fit_hold_what_made_the_data():
+    """Prompts, or iterations, differ by noise alone; a KL estimate may be below 0."""
+    rng, kl_n = np.random.default_rng(0), np.array([0.2, 0.6, 1.2, 1.8, 2.5])
+    gain_nP = laws.gain("best-of-n", np.sqrt(kl_n), 0.5, 0.1)[:, None] + 0.05 * rng.normal(size=(5, 80))
+    kl_SI = np.stack([np.linspace(-0.01, 40, 60)] * 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        clean_SI = np.where(kl_SI > 0.1, laws.gain("RL", laws.distance(kl_SI), 0.7, 0.2), 0.0)
+    fits = laws.fit_best_of(kl_n, gain_nP), laws.fit_rl(kl_SI, clean_SI + 0.05 * rng.normal(size=kl_SI.shape))
+    for fit, made in zip(fits, ({"alpha": 0.5, "beta": 0.1}, {"alpha": 0.7, "beta": 0.2}), strict=True):
+        for name, value in made.items():
+            estimate, low, high = fit[name]
+            assert low < value < high and low < estimate < high and high - low < 0.2, (name, fit)
+
+
 def test_cells_are_made_once_a_study(tmp_path):
     made = []
 
@@ -376,7 +407,7 @@ def test_a_study_runs_and_is_not_repeated(study, start, tmp_path, capsys):
 def test_a_study_that_was_stopped_goes_on_behind_its_last_part(start, tmp_path, monkeypatch):
     settings = dataclasses.replace(frontier.PRESETS["toy"], run=tmp_path / "run", start=start)
     with monkeypatch.context() as patched:
-        patched.setattr(frontier, "by_dpo", lambda settings, start: 1 / 0)
+        patched.setattr(Start, "dpo", lambda *args, **settings: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             frontier.main(settings)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/cells").iterdir()}

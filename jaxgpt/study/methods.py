@@ -6,13 +6,11 @@ number of steps.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import dpo, kl, optim, reward, sharding
+from jaxgpt import dpo, optim, reward, sharding
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
 from jaxgpt.data.preferences import Ranking, fit_rankings, rank_ids, sizes
@@ -20,40 +18,13 @@ from jaxgpt.losses import Mean
 from jaxgpt.structs import Array, Batch, Params, Preferences
 from jaxgpt.study import runs
 from jaxgpt.study.runs import How, Watch
-from jaxgpt.study.task import Proxy, Task, looks
+from jaxgpt.study.task import Task
 from jaxgpt.train import Metrics, make_nll
 
 
 def rankings_of(task: Task, path: Path) -> list[Ranking]:
     """The preferences of a file or a database, in the task's tokens; those that are too long are left out."""
     return fit_rankings(rank_ids(task.tok, formats.load(path)), task.config.block)[0]
-
-
-Settings = dict[str, list[dict[str, Any]]]  # {"beta 0.1": [what a policy's answers are like, a seed each]}
-
-
-def grid(betas: Sequence[float], seeds: int) -> list[tuple[float, int]]:
-    """(beta, seed) of a run for every beta and seed."""
-    return [(beta, n) for beta in betas for n in range(seeds)]
-
-
-def by_beta(task: Task, betas: Sequence[float], policies: Sequence[Params], seed: int, proxy: Proxy) -> Settings:
-    """What the policies of a `grid` answer to the held-out prompts, for `page.points`."""
-    seeds = len(policies) // len(betas)
-    found = looks(task, policies, list(range(seeds)) * len(betas), seed, proxy)
-    return {f"beta {beta:g}": found[n * seeds : (n + 1) * seeds] for n, beta in enumerate(betas)}
-
-
-def on_policy_by_beta(
-    program: runs.OnPolicy, betas: Sequence[float], seeds: int, seed: int, proxy: Proxy, watch: Watch
-) -> Settings:
-    """Every beta and seed of a method that learns from its own answers, in one program; its reward model is `proxy`."""
-    every = grid(betas, seeds)
-    policies, _ = program.train(
-        [kl.FixedKL(jnp.float32(beta)) for beta, _ in every], [seed + n for _, n in every],
-        [{"reward": proxy[0]}] * len(every), watch,
-    )  # fmt: skip
-    return by_beta(program.task, betas, policies, seed, proxy)
 
 
 def preference_batches(rankings: Sequence[Ranking], length: int, batch: int, seed: int) -> Iterator[Preferences]:
@@ -147,17 +118,6 @@ def dpo_policies(
     each = runs.together([batches(n) for n in range(len(seeds))])
     frozen, first = {"reference": task.start}, [{"policy": task.start}] * len(seeds)
     return [params["policy"] for params in runs.fit(loss_fn, tx, first, frozen, each, task.mesh, watch, how)]
-
-
-def dpo_by_beta(
-    task: Task, rankings: Sequence[Ranking], betas: Sequence[float], seeds: int, seed: int, proxy: Proxy, **how: Any
-) -> Settings:
-    """DPO at every beta and seed, in one program; `how` as for `dpo_policies`."""
-    every = grid(betas, seeds)
-    policies = dpo_policies(
-        task, [rankings] * len(every), [beta for beta, _ in every], [seed + n for _, n in every], **how
-    )
-    return by_beta(task, betas, policies, seed, proxy)
 
 
 def finetuned_on_favourites(

@@ -1,0 +1,100 @@
+"""The methods of a reward-KL frontier, each at all of its settings and seeds: one point a setting.
+
+Every method here returns {setting: [what a policy's answers to the held-out prompts are like, a seed each]} as JSON:
+what a cell keeps, and what `page.points` reads.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import kl
+from jaxgpt.data.preferences import Ranking
+from jaxgpt.progress import Bar
+from jaxgpt.structs import Params
+from jaxgpt.study import methods, runs
+from jaxgpt.study.cells import Cells
+from jaxgpt.study.task import Proxy, Task, best_of_powers, look, looks
+
+Settings = dict[str, list[dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What every method starts from and learns from. Seeds are counted from `seed`."""
+
+    task: Task
+    judge: Proxy  # the learned reward
+    rankings: list[Ranking]
+    seeds: int
+    seed: int
+    how: runs.How
+    bar: Bar
+
+    def itself(self) -> Settings:
+        """The start's own answers, its one setting."""
+        return {"": looks(self.task, [self.task.start] * self.seeds, range(self.seeds), self.seed, self.judge)}
+
+    def on_policy(self, program: runs.OnPolicy, betas: Sequence[float]) -> Settings:
+        """Every beta and seed of a method that learns from its own answers, in one program."""
+        grid = [(beta, n) for beta in betas for n in range(self.seeds)]
+        policies, _ = program.train(
+            [kl.FixedKL(jnp.float32(beta)) for beta, _ in grid], [self.seed + n for _, n in grid],
+            [{"reward": self.judge[0]}] * len(grid), runs.show(self.bar, "gold", "kl"),
+        )  # fmt: skip
+        return self._by_beta(betas, policies)
+
+    def ppo(self, betas: Sequence[float], *, learning_rate: float, iterations: int, batch: int) -> Settings:
+        """PPO on the learned reward."""
+        program = runs.ppo_on_reward_model(
+            self.task, self.judge[1], learning_rate=learning_rate, iterations=iterations, batch=batch, how=self.how
+        )
+        return self.on_policy(program, betas)
+
+    def dpo(self, betas: Sequence[float], *, learning_rate: float, batch: int) -> Settings:
+        """DPO on the preferences, every beta and seed in one program."""
+        grid = [(beta, n) for beta in betas for n in range(self.seeds)]
+        policies = methods.dpo_policies(
+            self.task, [self.rankings] * len(grid), [beta for beta, _ in grid], [self.seed + n for _, n in grid],
+            learning_rate=learning_rate, batch=batch, how=self.how, watch=runs.show(self.bar, dpo_loss="loss"),
+        )  # fmt: skip
+        return self._by_beta(betas, policies)
+
+    def favourites(self, epochs: Sequence[int], *, learning_rate: float, batch: int) -> Settings:
+        """Finetuning on the favourites alone, anew for each number of epochs."""
+        found, seeds = {}, range(self.seeds)
+        for count in epochs:
+            policies = methods.finetuned_on_favourites(
+                self.task, [self.rankings] * self.seeds, [self.seed + n for n in seeds], epochs=count,
+                learning_rate=learning_rate, batch=batch, how=self.how, watch=runs.show(self.bar, nats="loss"),
+            )  # fmt: skip
+            found[f"{count} epoch{'s' * (count > 1)}"] = looks(self.task, policies, seeds, self.seed, self.judge)
+        return found
+
+    def best_of(self, most: int) -> Settings:
+        """Best-of-n by the learned reward for n = 2, 4, ..., from one pool of `most` answers to each prompt."""
+        pool = look(self.task, self.task.start, jax.random.key(self.seed), self.judge, most)
+        self.bar.update()
+        return {name: [one] for name, one in best_of_powers(pool).items()}
+
+    def _by_beta(self, betas: Sequence[float], policies: Sequence[Params]) -> Settings:
+        found = looks(self.task, policies, [*range(self.seeds)] * len(betas), self.seed, self.judge)
+        return {f"beta {beta:g}": found[n * self.seeds : (n + 1) * self.seeds] for n, beta in enumerate(betas)}
+
+
+Parts = Mapping[str, tuple[Callable[[Start], Settings], int]]  # of each method: how it is run, and its steps on the bar
+
+
+def steps(parts: Parts) -> int:
+    """Of all parts together."""
+    return sum(count for _, count in parts.values())
+
+
+def run(parts: Parts, start: Start, cells: Cells) -> dict[str, Settings]:
+    """All parts, one after the other, each kept as a cell."""
+    return {name: cells(name, functools.partial(make, start), count, start.bar)
+            for name, (make, count) in parts.items()}  # fmt: skip
