@@ -41,7 +41,7 @@ from jaxgpt.train import make_nll
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """31 minutes on one CPU core; overoptimised are reward models of 160 labels or one layer (docs/results.md)."""
+    """31 minutes on one CPU core, 19 on two; overoptimised are reward models of 160 labels or one layer (docs/results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
