@@ -1,49 +1,40 @@
-"""Every function of the loss library: equal to its float64 reference, and unmoved by what must not move it."""
+"""Every function of the loss library: equal to its float64 reference, and unmoved by what must not move it.
+
+All cases of a function (seeds, extreme values, rubbish outside masks, nothing to count) have one shape, so that one
+program computes the values and gradients of all of them: jit(vmap(grad)). The tests read its results.
+"""
 
 import functools
 import inspect
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import kl, losses, returns, vocab_head
-from tests.proofs import EXEMPT, PROOFS, Inputs, Sizes
+from tests.proofs import EXEMPT, PROOFS, Inputs, Proof, Sizes
 
-SIZES = (Sizes(), Sizes(B=1, T=3, C=1, V=2), Sizes(B=3, T=9, C=5, V=11))
+SIZE, OTHER_SIZES = Sizes(), (Sizes(B=1, T=3, C=1, V=2), Sizes(B=3, T=9, C=5, V=11))
+SEEDS = range(4)
 MASKS = {"mask", "mask_B", "mask_BT", "present_BC"}
-TAKES = {name: set(proof.make(np.random.default_rng(0), Sizes())) for name, proof in PROOFS.items()}
+TAKES = {name: set(proof.make(np.random.default_rng(0), SIZE)) for name, proof in PROOFS.items()}
+NO_RIVAL = ("losses.smooth_choice", "losses.reward_centering", "losses.preference_objective, accuracy")
 every = pytest.mark.parametrize("name", PROOFS)
 
 
 def where(condition):
-    return pytest.mark.parametrize("name", [name for name, proof in PROOFS.items() if condition(proof)])
+    return pytest.mark.parametrize("name", [name for name, proof in PROOFS.items() if condition(name, proof)])
 
 
-def takes(argument: str, *but: str):
-    return pytest.mark.parametrize("name", [name for name in PROOFS if argument in TAKES[name] and name not in but])
-
-
-@functools.cache
-def program(name: str):
-    """The function jitted, and what it returns with the gradient of a weighted sum of that."""
-    proof = PROOFS[name]
-
-    def weighted(moving, still, weights):
-        found = proof.ours(**moving, **still)
-        return sum((w * leaf).sum() for w, leaf in zip(weights, jax.tree.leaves(found), strict=True)), found
-
-    return jax.jit(proof.ours), jax.jit(jax.grad(weighted, has_aux=True))
-
-
-def inputs(name: str, seed: int = 0, sizes: Sizes = SIZES[0]) -> Inputs:
-    return PROOFS[name].make(np.random.default_rng(seed), sizes)
+def inputs(name: str, seed: int = 0, sizes: Sizes = SIZE) -> Inputs:
+    """What float32 can hold, in float64: the function and its reference compute with the same numbers."""
+    x = PROOFS[name].make(np.random.default_rng(seed), sizes)
+    return {n: a.astype(np.float32).astype(np.float64) if a.dtype.kind == "f" else a for n, a in x.items()}
 
 
 def arrays(x: Inputs) -> dict[str, jax.Array]:
@@ -52,42 +43,132 @@ def arrays(x: Inputs) -> dict[str, jax.Array]:
 
 
 def weights_of(name: str, a: dict[str, jax.Array]) -> list[np.ndarray]:
-    """What a sum of the outputs weighs them with: uneven, so that no two could be exchanged."""
+    """The weights of the sum that is differentiated: uneven, so that no two outputs could be exchanged."""
     leaves = jax.tree.leaves(jax.eval_shape(PROOFS[name].ours, **a))
     return [np.cos(np.arange(1.0, leaf.size + 1)).reshape(leaf.shape) for leaf in leaves]
 
 
-def with_gradient(name: str, a: dict[str, jax.Array], weights: list | None = None):
-    """(outputs, gradients by argument); no gradients where there is nothing to differentiate."""
-    wrt = PROOFS[name].wrt
-    if not wrt:
-        return program(name)[0](**a), {}
-    weights = weights_of(name, a) if weights is None else weights
-    moving, still = {n: a[n] for n in wrt}, {n: a[n] for n in a if n not in wrt}
-    slopes, found = program(name)[1](moving, still, [jnp.asarray(w, jnp.float32) for w in weights])
+def with_gradient(name: str, a: dict[str, jax.Array]):
+    """(outputs, gradients by argument) of the weighted sum; no gradients where there is nothing to differentiate."""
+    proof, weights = PROOFS[name], [jnp.asarray(w, jnp.float32) for w in weights_of(name, a)]
+    if not proof.wrt:
+        return proof.ours(**a), {}
+
+    def weighted(moving, still):
+        found = proof.ours(**moving, **still)
+        return sum((w * leaf).sum() for w, leaf in zip(weights, jax.tree.leaves(found), strict=True)), found
+
+    moving, still = {n: a[n] for n in proof.wrt}, {n: a[n] for n in a if n not in proof.wrt}
+    slopes, found = jax.grad(weighted, has_aux=True)(moving, still)
     return found, slopes
 
 
-def agree(found, expected, rtol=2e-5, atol=2e-5, least=0.0):
+# ---- the cases ----------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    given: Inputs  # to our function
+    meant: Inputs  # to the reference
+
+
+def polluted(x: Inputs, keep: np.ndarray, rubbish: float) -> Inputs:
+    """Rubbish wherever `keep` [B, T or C] is False."""
+    fill = {"f": rubbish, "i": -1, "b": False}
+    return {n: np.where(keep, a, fill[a.dtype.kind]) if a.ndim > 1 else a for n, a in x.items()}
+
+
+def counted(name: str, x: Inputs) -> np.ndarray | None:
+    """What counts along the second axis: the tokens inside the mask, or the candidates that are present."""
+    if "present_BC" in x:
+        return x["present_BC"]
+    return x.get("mask_BT", x.get("mask")) if PROOFS[name].time else None
+
+
+def nothing(name: str) -> Inputs:
+    """Empty masks, prompts without candidates or favourites."""
+    x = inputs(name, 8)
+    for n in TAKES[name] & (MASKS | {"favourite_BC"}):
+        x[n] = np.zeros_like(x[n])
+    return {**x, "beta": np.full((), 0.1)} if "beta" in x else x
+
+
+def lone(name: str) -> Inputs:
+    """One candidate present of several."""
+    x = inputs(name, 9)
+    x["present_BC"] = np.arange(SIZE.C) == np.arange(SIZE.B)[:, None] % SIZE.C
+    if "choice_B" in x:
+        x["choice_B"] = np.arange(SIZE.B) % SIZE.C
+    for n in TAKES[name] & {"favourite_BC", "rank_BC", "tied_BC"}:
+        x[n] = x["present_BC"] if n == "favourite_BC" else np.where(x["present_BC"], 0, -1)
+    if "weight_BC" in x:
+        x["weight_BC"] = x["present_BC"].astype(float)
+    return x
+
+
+def exchanged(name: str, x: Inputs, y: Inputs, axes: int) -> Inputs:
+    """`y` in place of `x` in every other row (axes = 1) or element (axes = 2), as if they came in another batch."""
+    found = {}
+    for n, a in x.items():
+        if n in PROOFS[name].shared:
+            found[n] = a
+            continue
+        other = np.arange(np.prod(a.shape[:axes], dtype=int)).reshape(a.shape[:axes]) % 2 == 1
+        found[n] = np.where(other.reshape(other.shape + (1,) * (a.ndim - other.ndim)), y[n], a)
+    return found
+
+
+@functools.cache
+def cases(name: str) -> dict[str, Case]:
+    proof = PROOFS[name]
+    found = {f"seed {seed}": inputs(name, seed) for seed in SEEDS}
+    for n in proof.shared:  # so that seeds 0 and 1 can exchange their rows
+        found["seed 1"][n] = found["seed 0"][n]
+    for size in ("+1e4", "-1e4", "+-1e4") if proof.extreme else ():
+        x, rng = inputs(name, 7), np.random.default_rng(7)
+        for n in proof.extreme:
+            high = rng.random(x[n].shape) < 0.5 if size == "+-1e4" else size == "+1e4"
+            x[n] = np.where(high, np.full(x[n].shape, 1e4), -1e4)
+        found[f"extreme {size}"] = x
+    if proof.rows:
+        found["rows exchanged"] = exchanged(name, found["seed 0"], found["seed 1"], 1)
+    if proof.elementwise:
+        found["elements exchanged"] = exchanged(name, found["seed 0"], found["seed 1"], 2)
+    if TAKES[name] & MASKS:
+        found["nothing"] = nothing(name)
+    if "present_BC" in TAKES[name] and name not in NO_RIVAL:
+        found["lone"] = lone(name)
+    all_cases = {case: Case(x, x) for case, x in found.items()}
+    x = inputs(name, 5)
+    if (keep := counted(name, x)) is not None:
+        all_cases |= {f"rubbish {bad}": Case(polluted(x, keep, bad), x) for bad in (1e3, np.nan)}
+        all_cases["clean"] = Case(polluted(x, keep, 0.0), x)
+    return all_cases
+
+
+@functools.cache
+def outcome(name: str) -> dict[str, tuple]:
+    """{case: (outputs, gradients)}, all by one program."""
+    stacked = [arrays(case.given) for case in cases(name).values()]
+    stacked = {n: np.stack([x[n] for x in stacked]) for n in stacked[0]}
+    found = jax.device_get(jax.jit(jax.vmap(lambda x: with_gradient(name, x)))(stacked))
+    return {case: jax.tree.map(lambda leaf, i=i: leaf[i], found) for i, case in enumerate(cases(name))}
+
+
+def agree(found, expected, rtol=2e-5, atol=2e-5, least=0.0, case=""):
     """Equal trees; `atol` is a share of the largest number of an array (1 at least), `least` comes on top."""
     found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
     assert len(found) == len(expected)
     for f, e in zip(found, expected, strict=True):
         e = np.asarray(e)
         scale = max(1.0, np.abs(e).max(initial=0)) if e.dtype.kind == "f" else 1.0
-        np.testing.assert_allclose(np.asarray(f), e, rtol=rtol, atol=atol * scale + least)
+        np.testing.assert_allclose(np.asarray(f), e, rtol=rtol, atol=atol * scale + least, err_msg=case)
 
 
-def rounded(x: Inputs) -> Inputs:
-    """What float32 can hold, in float64: both sides compute with the same numbers."""
-    return {n: a.astype(np.float32).astype(np.float64) if a.dtype.kind == "f" else a for n, a in x.items()}
-
-
-def slopes_agree(name: str, x: Inputs, seed: int, rel: float = 1e-3) -> None:
+def slopes_agree(name: str, case: str, rel: float = 1e-3) -> None:
     """Ours along random directions, against central differences of the float64 reference."""
-    rng, proof = np.random.default_rng(seed), PROOFS[name]
+    rng, proof, x = np.random.default_rng(0), PROOFS[name], cases(name)[case].meant
+    _, found = outcome(name)[case]
     weights = weights_of(name, arrays(x))
-    _, found = with_gradient(name, arrays(x), weights)
 
     def weighted(x: Inputs) -> float:
         return sum((w * leaf).sum() for w, leaf in zip(weights, jax.tree.leaves(proof.reference(**x)), strict=True))
@@ -98,67 +179,149 @@ def slopes_agree(name: str, x: Inputs, seed: int, rel: float = 1e-3) -> None:
         expected = (weighted(ahead) - weighted(behind)) / 2e-6
         along = [(np.asarray(found[n], np.float64) * u[n]) for n in proof.wrt]
         size = sum(np.abs(a).sum() for a in along)
-        assert sum(a.sum() for a in along) == pytest.approx(expected, rel=rel, abs=rel / 10 * max(size, 1))
+        assert sum(a.sum() for a in along) == pytest.approx(expected, rel=rel, abs=rel / 10 * max(size, 1)), case
+
+
+# ---- the properties -----------------------------------------------------------------------------------------------
 
 
 @every
-@settings(max_examples=6, deadline=None, derandomize=True, database=None)
-@example(seed=0, sizes=SIZES[1])
-@given(seed=st.integers(0, 2**32 - 1), sizes=st.sampled_from(SIZES))
-def test_it_is_the_formula(name, seed, sizes):
-    x = rounded(inputs(name, seed, sizes))
-    agree(program(name)[0](**arrays(x)), PROOFS[name].reference(**x))
+def test_it_is_the_formula(name):
+    for case in (f"seed {seed}" for seed in SEEDS):
+        agree(outcome(name)[case][0], PROOFS[name].reference(**cases(name)[case].meant), case=case)
 
 
-@where(lambda proof: proof.wrt)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_its_gradient_is_that_of_the_formula(name, seed):
-    slopes_agree(name, rounded(inputs(name, seed)), seed)
+@where(lambda name, proof: proof.wrt)
+def test_its_gradient_is_that_of_the_formula(name):
+    for case in ("seed 0", "seed 1"):
+        slopes_agree(name, case)
 
 
 ULP = 2.0**-10  # between neighbouring float32 numbers at 1e4: no answer can be known better than its inputs
 
 
-@where(lambda proof: proof.extreme)
-@pytest.mark.parametrize("size", [1e4, -1e4, None])
+@where(lambda name, proof: proof.extreme)
+@pytest.mark.parametrize("size", ["+1e4", "-1e4", "+-1e4"])
 def test_extreme_inputs_are_the_formula_too(name, size):
     """All +1e4, all -1e4, or either at random, beside ordinary values of the other arguments."""
-    proof, x, rng = PROOFS[name], inputs(name, 7), np.random.default_rng(7)
-    for n in proof.extreme:
-        x[n] = np.where(rng.random(x[n].shape) < 0.5, 1e4, -1e4) if size is None else np.full(x[n].shape, size)
-    x = rounded(x)
-    found, slopes = with_gradient(name, arrays(x))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((found, slopes)))
-    agree(found, proof.reference(**x), least=ULP)
+    case, proof = f"extreme {size}", PROOFS[name]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome(name)[case]))
+    agree(outcome(name)[case][0], proof.reference(**cases(name)[case].meant), least=ULP)
     if proof.wrt and not proof.kink:
-        slopes_agree(name, x, 7, rel=2 * ULP)
+        slopes_agree(name, case, rel=2 * ULP)
 
 
+@pytest.mark.parametrize(
+    ("name", "what", "axes"),
+    [(name, "rows", 1) for name, proof in PROOFS.items() if proof.rows]
+    + [(name, "elements", 2) for name, proof in PROOFS.items() if proof.elementwise],
+)
+def test_rows_and_elements_depend_on_themselves_alone(name, what, axes):
+    """Of two batches, every other row (or token) is exchanged: its values and gradients move along, to the last bit.
+
+    So a batch may be divided, joined and packed."""
+    found, here, there = (own(name, case) for case in (f"{what} exchanged", "seed 0", "seed 1"))
+    for f, a, b in zip(*map(jax.tree.leaves, (found, here, there)), strict=True):
+        own_axes = f.shape[:axes]
+        other = (np.arange(np.prod(own_axes, dtype=int)).reshape(own_axes) % 2 == 1).reshape(
+            own_axes + (1,) * (f.ndim - len(own_axes))
+        )
+        np.testing.assert_array_equal(f, np.where(other, b, a))
+
+
+def own(name: str, case: str):
+    """Outputs and gradients of what has rows; the gradient of shared weights sums over all of them."""
+    found, slopes = outcome(name)[case]
+    return found, {n: slope for n, slope in slopes.items() if n not in PROOFS[name].shared}
+
+
+@where(lambda name, proof: "clean" in cases(name))
+def test_what_does_not_count_changes_nothing(name):
+    """Rubbish outside the mask, or for absent candidates: the same values, and gradients of 0 there. NaN: the same
+    values."""
+    clean, rubbish, nan = (outcome(name)[case] for case in ("clean", "rubbish 1000.0", "rubbish nan"))
+    expected = PROOFS[name].reference(**cases(name)["clean"].meant)
+    for case, (found, _) in {"clean": clean, "1e3": rubbish, "nan": nan}.items():
+        agree(found, expected, case=case)
+    agree(rubbish[1], clean[1], rtol=1e-5, atol=1e-6)
+    keep = counted(name, cases(name)["clean"].meant)
+    assert all((slope[~keep] == 0).all() for slope in rubbish[1].values() if slope.ndim > 1)
+
+
+EMPTY = {  # what these give for nothing, instead of 0
+    "losses.ratio_metrics": (0, 0, 0, 1, 0),  # the largest ratio of none is 1
+    "returns.normalisation": (1, 0),
+    "kl.AdaptiveKL": (np.float32(0.1),),  # beta stays
+}
+
+
+@where(lambda name, proof: TAKES[name] & MASKS)
+def test_nothing_to_count_gives_zero(name):
+    """Empty masks, prompts without candidates or favourites: 0, and gradients of 0."""
+    found, slopes = outcome(name)["nothing"]
+    leaves = jax.tree.leaves(found)
+    for leaf, expected in zip(leaves, EMPTY.get(name, [0] * len(leaves)), strict=True):
+        assert (leaf == expected).all()
+    assert all((slope == 0).all() for slope in slopes.values())
+
+
+@where(lambda name, proof: "present_BC" in TAKES[name] and name not in NO_RIVAL)
+def test_a_lone_candidate_teaches_nothing(name):
+    """One present of several has no rival: 0 with gradients of 0."""
+    for leaf in jax.tree.leaves(outcome(name)["lone"]):
+        np.testing.assert_allclose(leaf, 0, atol=1e-6)
+
+
+OPTIONAL = {"mask_B", "present_BC"}
+NEEDED = {"losses.smooth_choice", "losses.preference_objective"}  # these have no default
+
+
+@where(lambda name, proof: TAKES[name] & OPTIONAL and name.split(",")[0] not in NEEDED)
+def test_no_mask_is_a_full_one(name):
+    x = inputs(name, 6)
+    (which,) = TAKES[name] & OPTIONAL
+    without = {n: a for n, a in arrays(x).items() if n != which}
+    agree(jax.jit(PROOFS[name].ours)(**without), PROOFS[name].reference(**{**x, which: np.ones_like(x[which])}))
+
+
+@pytest.mark.slow  # the library's other tests call it without jit too
 @every
-def test_with_and_without_jit_and_under_vmap(name):
-    proof, both = PROOFS[name], [arrays(inputs(name, seed)) for seed in (1, 2)]
-    for n in proof.shared:
-        both[1][n] = both[0][n]
-    one_by_one = [program(name)[0](**x) for x in both]
-    agree(proof.ours(**both[0]), one_by_one[0], rtol=1e-5, atol=1e-6)
-    axes = {n: None if n in proof.shared else 0 for n in both[0]}
-    stacked = {n: both[0][n] if n in proof.shared else jnp.stack([x[n] for x in both]) for n in both[0]}
-    found = jax.jit(jax.vmap(lambda x: proof.ours(**x), in_axes=(axes,)))(stacked)
-    agree(found, jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one), rtol=1e-5, atol=1e-6)
+def test_without_jit_and_vmap_it_is_the_same(name):
+    agree(PROOFS[name].ours(**arrays(inputs(name, 0))), outcome(name)["seed 0"][0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @every
+@pytest.mark.parametrize("sizes", OTHER_SIZES, ids=["smallest", "larger"])
+def test_other_sizes_are_the_formula_too(name, sizes):
+    """One row, one candidate, two words; and odd sizes."""
+    x = inputs(name, 0, sizes)
+    found, slopes = jax.jit(lambda x: with_gradient(name, x))(arrays(x))
+    agree(found, PROOFS[name].reference(**x))
+    if sizes.C == 1 and "present_BC" in x and name not in NO_RIVAL:
+        for leaf in jax.tree.leaves((found, slopes)):
+            np.testing.assert_allclose(leaf, 0, atol=1e-6)
+
+
+# ---- eight devices ------------------------------------------------------------------------------------------------
+
+
+def alone(proof: Proof) -> bool:
+    return proof.rows and not proof.shared
+
+
+@pytest.mark.parametrize("name", [
+    name if not alone(proof) else pytest.param(name, marks=pytest.mark.slow) for name, proof in PROOFS.items()
+])  # fmt: skip
 def test_rows_divided_among_eight_devices(name):
     """The same numbers. Where rows don't concern each other no device talks to another; shared weights add up."""
-    proof, x = PROOFS[name], arrays(inputs(name, 3))
+    proof, x = PROOFS[name], arrays(inputs(name, 0))
     rows = NamedSharding(jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,)), P("rows"))
     placed = {n: jax.device_put(a, NamedSharding(rows.mesh, P()) if n in proof.shared else rows) for n, a in x.items()}
-    compiled = program(name)[0].lower(**placed).compile()
-    agree(compiled(**placed), program(name)[0](**x), rtol=1e-5, atol=1e-6)
-    if proof.rows:
+    compiled = jax.jit(lambda x: with_gradient(name, x)).lower(placed).compile()
+    agree(compiled(placed), outcome(name)["seed 0"], rtol=1e-5, atol=1e-6)
+    if alone(proof):
         assert not re.search(r"all-(reduce|gather|to-all)|collective|reduce-scatter", compiled.as_text())
-    if proof.shared and proof.wrt:
-        agree(with_gradient(name, placed), with_gradient(name, x), rtol=1e-5, atol=1e-6)
 
 
 @every
@@ -173,115 +336,7 @@ def test_a_mesh_with_explicit_axes_is_taken_too(name):
         jax.eval_shape(lambda x: with_gradient(name, x), placed)
 
 
-@where(lambda proof: proof.rows)
-def test_parts_of_a_batch_joined_are_the_batch(name):
-    proof, x = PROOFS[name], arrays(inputs(name, 4))
-    half = [{n: a if n in proof.shared else a[i : i + 4] for n, a in x.items()} for i in (0, 4)]
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(program(name)[0](**part) for part in half))
-    agree(joined, program(name)[0](**x), rtol=1e-5, atol=1e-6)
-
-
-def widened(x: Inputs, keep: np.ndarray, rubbish: float, before: int, after: int) -> dict[str, jax.Array]:
-    """Arrays with a second axis: rubbish wherever `keep` is False, and more of it at both ends."""
-    fill, found = {"f": rubbish, "i": -1, "b": False}, {}
-    for n, a in x.items():
-        if a.ndim > 1:
-            value = fill[a.dtype.kind]
-            a = np.pad(np.where(keep, a, value), ((0, 0), (before, after)), constant_values=value)
-        found[n] = a
-    return arrays(found)
-
-
-def unmoved_by_rubbish(name: str, x: Inputs, keep: np.ndarray, before: int, after: int) -> None:
-    def inner(tree):
-        return jax.tree.map(lambda leaf: leaf[:, before : leaf.shape[1] - after] if leaf.ndim > 1 else leaf, tree)
-
-    clean = widened(x, keep, 0.0, 0, 0)
-    weights = weights_of(name, clean)
-    wide = [np.pad(w, ((0, 0), (before, after)), constant_values=1) if w.ndim > 1 else w for w in weights]
-    found, slopes = with_gradient(name, widened(x, keep, 1e3, before, after), wide)
-    agree(inner((found, slopes)), with_gradient(name, clean, weights), rtol=1e-5, atol=1e-6)
-    outside = ~np.pad(keep, ((0, 0), (before, after)))
-    assert all((np.asarray(slope)[outside] == 0).all() for slope in slopes.values() if slope.ndim > 1)
-    found = program(name)[0](**widened(x, keep, np.nan, before, after))
-    agree(inner(found), program(name)[0](**clean), rtol=1e-5, atol=1e-6)
-
-
-@where(lambda proof: proof.time)
-def test_what_stands_outside_the_mask_changes_nothing(name):
-    """Rubbish there, and two more tokens of it before and three behind: the same values, and gradients of 0 there."""
-    x = inputs(name, 5)
-    unmoved_by_rubbish(name, x, x.get("mask_BT", x.get("mask")), 2, 3)
-
-
-@takes("present_BC")
-def test_absent_candidates_change_nothing(name):
-    """Rubbish for those that aren't there, and two more of them: the smaller problem."""
-    x = inputs(name, 5)
-    unmoved_by_rubbish(name, x, x["present_BC"], 0, 2)
-
-
-OPTIONAL = {"mask_B", "present_BC"}
-NEEDED = {"losses.smooth_choice", "losses.preference_objective"}  # these have no default
-
-
-@pytest.mark.parametrize("name", [n for n in PROOFS if TAKES[n] & OPTIONAL and n.split(",")[0] not in NEEDED])
-def test_no_mask_is_a_full_one(name):
-    x = arrays(inputs(name, 6))
-    (which,) = TAKES[name] & OPTIONAL
-    full = {**x, which: jnp.ones_like(x[which])}
-    without = {n: a for n, a in x.items() if n != which}
-    agree(program(name)[0](**without), program(name)[0](**full), rtol=1e-6, atol=1e-6)
-
-
-@where(lambda proof: proof.elementwise)
-def test_packing_changes_nothing(name):
-    """All rows laid into one."""
-    proof, x = PROOFS[name], arrays(inputs(name, 6))
-    axes = jax.tree.leaves(jax.eval_shape(proof.ours, **x))[0].ndim
-    row = {n: a if n in proof.shared else a.reshape(1, -1, *a.shape[axes:]) for n, a in x.items()}
-    flat = jax.tree.map(lambda leaf: leaf.reshape(1, -1), program(name)[0](**x))
-    agree(program(name)[0](**row), flat, rtol=1e-5, atol=1e-6)
-
-
-EMPTY = {  # what these give for nothing, instead of 0
-    "losses.ratio_metrics": (0, 0, 0, 1, 0),  # the largest ratio of none is 1
-    "returns.normalisation": (1, 0),
-    "kl.AdaptiveKL": (np.float32(0.1),),  # beta stays
-}
-
-
-@pytest.mark.parametrize("name", [name for name in PROOFS if TAKES[name] & MASKS])
-def test_nothing_to_count_gives_zero(name):
-    """Empty masks, prompts without candidates or favourites: 0, and gradients of 0."""
-    x = inputs(name, 8)
-    for n in TAKES[name] & (MASKS | {"favourite_BC"}):
-        x[n] = np.zeros_like(x[n])
-    if "beta" in x:
-        x["beta"] = np.full((), 0.1)
-    found, slopes = with_gradient(name, arrays(x))
-    leaves = jax.tree.leaves(found)
-    for leaf, expected in zip(leaves, EMPTY.get(name, [0] * len(leaves)), strict=True):
-        assert (np.asarray(leaf) == expected).all()
-    assert all((np.asarray(slope) == 0).all() for slope in jax.tree.leaves(slopes))
-
-
-@takes("present_BC", "losses.smooth_choice", "losses.reward_centering", "losses.preference_objective, accuracy")
-def test_a_lone_candidate_teaches_nothing(name):
-    """One candidate, or one present of several, has no rival: 0 with gradients of 0."""
-    lone = inputs(name, 9, SIZES[1])
-    several = inputs(name, 9)
-    several["present_BC"] = np.arange(4) == np.arange(8)[:, None] % 4
-    if "choice_B" in several:
-        several["choice_B"] = np.arange(8) % 4
-    for n in TAKES[name] & {"favourite_BC", "rank_BC", "tied_BC"}:
-        several[n] = several["present_BC"] if n == "favourite_BC" else np.where(several["present_BC"], 0, -1)
-    if "weight_BC" in several:
-        several["weight_BC"] = several["present_BC"].astype(float)
-    for x in (lone, several):
-        found, slopes = with_gradient(name, arrays(x))
-        for leaf in jax.tree.leaves((found, slopes)):
-            np.testing.assert_allclose(leaf, 0, atol=1e-6)
+# ---- all of them together -----------------------------------------------------------------------------------------
 
 
 def test_logits_of_ten_thousand_pass_through_a_whole_update():
