@@ -15,12 +15,11 @@ PY := $(BIN)/python
 STAMP := $(VENV)/.set-up$(addprefix -,$(EXTRAS))
 CANDIDATES := python3 python3.12 python3.13 python3.11 python3.14 python
 SOURCES := jaxgpt tests docs $(wildcard experiments tpu)
-# What `make test-core` runs: the mathematics and the command line, in a few minutes on another Python or jax.
-CORE := $(wildcard $(patsubst %,tests/test_%.py,checks losses kl returns vocab_head proofs oracles sampling model optim decode speculative beam train rollout ppo reward \
-          run checkpoint cli imports layers sharding tokenizer preferences_file plan guard resume golden silent_failures lora pretrained))
+# What `make test-core` runs: what depends on the version of Python or jax rather than on our own mathematics.
+CORE := $(wildcard $(patsubst %,tests/test_%.py,golden proofs layers attention sharding decode train ppo resume checkpoint cli plan))
 
 .DEFAULT_GOAL := help
-.PHONY: help assistant frontier label chat chat-web test test-all soak test-core lint set-up clean
+.PHONY: help assistant frontier label chat chat-web test test-all coverage breaks soak test-core lint set-up clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [ARGS=\"--preset gpu\"]"
@@ -48,6 +47,15 @@ test: $(STAMP)  ## the quick tests
 test-all: $(STAMP)  ## all tests
 	@$(PY) -m pytest $(WORKERS) $(ARGS)
 
+coverage: $(STAMP)  ## the lines of jaxgpt/ that the quick tests run (ARGS="--show-missing")
+	@$(PY) -m coverage erase
+	@$(PY) -m coverage run -m pytest $(WORKERS) -m "not slow"
+	@$(PY) -m coverage combine -q
+	@$(PY) -m coverage report $(ARGS)
+
+breaks: $(STAMP)  ## break the library in twelve places and see a quick test fail each time
+	@$(PY) -m tests.breaks $(ARGS)
+
 soak: $(STAMP)  ## kill every stage 20 times and compare the bits (about an hour; ARGS: its flags)
 	@$(PY) -m tests.soak $(ARGS)
 
@@ -61,7 +69,7 @@ lint: $(STAMP)  ## ruff and mypy
 set-up: $(STAMP)  ## only make the virtual environment
 
 clean:  ## remove the virtual environment and caches (runs stay)
-	rm -rf $(VENV) .venv-3.12 .venv-tpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-3.12 .venv-tpu build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate must really run (a version manager's shim may exist and fail), be 3.11 or later, and have venv and pip.
