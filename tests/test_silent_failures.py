@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.errors import KeyReuseError
 
-from jaxgpt import decode, losses, model, ppo, train
+from jaxgpt import decode, losses, model, optim, ppo, train
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import pipelines
 from jaxgpt.run import Run
@@ -21,7 +21,7 @@ from tests.helpers import TINY, params_of, prompts_of, tokens_of
 from tests.test_run import Settings
 
 ROOT = Path(__file__).parents[1]
-SMALL = ModelConfig(layers=1, width=8, heads=2, block=12, vocab=16)
+SMALL = ModelConfig(layers=1, width=8, heads=2, block=12, vocab=24)
 
 
 def test_a_token_outside_the_vocabulary_is_named_where_indexing_would_clamp():
@@ -102,7 +102,7 @@ def test_a_frozen_reference_has_buffers_of_its_own():
     jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
     with pytest.raises(RuntimeError, match="deleted"):
         alias.tolist()
-    started = ppo.init({"w": jnp.ones(3), "b": jnp.ones(3)}, SMALL, optax.sgd(0.1), {})
+    started = ppo.init({"w": jnp.ones(3), "b": jnp.ones(3)}, SMALL, optim.adam_tf(optax.constant_schedule(1e-3)), {})
     ours = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(started.frozen["reference"])}
     assert ours.isdisjoint(leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(started.trainable["policy"]))
 
