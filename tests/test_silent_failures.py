@@ -86,7 +86,7 @@ def test_a_second_step_is_not_a_second_compilation_and_leaks_nothing():
     """Nor is one on a batch without targets, whose loss is 0."""
     tx = optax.adam(1e-3)
     step = jax.jit(train.make_train_step(train.make_nll(SMALL), tx), donate_argnums=0)
-    state = jax.jit(lambda: train.init_state(params_of(SMALL), tx))()
+    state = train.init_state(jax.jit(lambda: params_of(SMALL))(), tx)
     with jax.checking_leaks():
         for seed, targets in enumerate((True, True, False)):
             mask = np.full((4, 10), targets) & (np.arange(10) > 0)
