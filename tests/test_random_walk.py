@@ -164,11 +164,19 @@ def test_mistakes_are_named():
         random_walk.Settings(nodes=2)
 
 
+def in_seconds(tmp_path, beta):
+    """The task on a smaller graph with a smaller model: a fifth of the time."""
+    return random_walk.main(random_walk.Settings(
+        run=tmp_path / "run", nodes=13, edge_probability=0.15, limit=8, layers=1, width=32, pretrain_steps=150,
+        pretrain_learning_rate=6e-3, iterations=25, learning_rate=1e-3, eval_every=25, beta=beta,
+    ))  # fmt: skip
+
+
 @pytest.mark.slow
 def test_ppo_takes_the_shortest_paths(tmp_path):
-    """The walks score a quarter of the best; after PPO at least nine tenths, from each start, and on the whole what
-    the KL-regularised optimum does, at about its KL."""
-    found = random_walk.main(random_walk.Settings(run=tmp_path / "run"))
+    """The walks score less than two fifths of the best; after PPO at least four fifths, from each start, and on the
+    whole what the KL-regularised optimum does, at about its KL."""
+    found = in_seconds(tmp_path, beta=0.05)
     assert found["optimality_before"] < 0.4
     assert found["optimality"] > 0.95
     after, best = np.array(found["starts"]["after"]), np.array(found["starts"]["best"])
@@ -179,8 +187,8 @@ def test_ppo_takes_the_shortest_paths(tmp_path):
 
 @pytest.mark.slow
 def test_a_dearer_nat_is_bought_less_often(tmp_path):
-    """At beta 0.2 the optimum gives up a fifth of the score for half of the KL, and so does PPO."""
-    found = random_walk.main(random_walk.Settings(run=tmp_path / "run", beta=0.2))
-    assert found["kl_for_beta"] < 1.2 and found["optimality_for_beta"] < 0.85
+    """At beta 0.35 the optimum gives up a fifth of the score for two thirds of the KL, and so does PPO."""
+    found = in_seconds(tmp_path, beta=0.35)
+    assert found["kl_for_beta"] < 0.5 and found["optimality_for_beta"] < 0.85
     assert found["kl"] == pytest.approx(found["kl_for_beta"], rel=0.25)
     assert found["optimality"] == pytest.approx(found["optimality_for_beta"], abs=0.1)

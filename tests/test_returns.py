@@ -6,7 +6,7 @@ import pytest
 
 from jaxgpt import returns
 
-gae = jax.jit(returns.gae)
+gae, shaped_rewards = jax.jit(returns.gae), jax.jit(returns.shaped_rewards)
 gaes = jax.jit(jax.vmap(returns.gae, in_axes=(None, None, None, 0, 0)))
 
 
@@ -26,15 +26,22 @@ def ragged(rows: int = 5, length: int = 9, seed: int = 0):
 
 
 def test_the_score_arrives_at_the_last_token_only():
-    """And nothing arrives where there is no answer."""
     mask, kl, _, score = ragged()
-    mask[1] = False
     expected = np.where(mask, -0.3 * kl, 0.0)
-    for b in (0, 2, 3, 4):
-        expected[b, np.flatnonzero(mask[b])[-1]] += score[b]
-    found = run(lambda *x: returns.shaped_rewards(*x, 0.3), score, kl, mask)
+    for b, row in enumerate(mask):
+        expected[b, np.flatnonzero(row)[-1]] += score[b]
+    found = shaped_rewards(score, kl, mask, 0.3)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
-    assert (found[~mask] == 0).all()
+    assert (np.asarray(found)[~mask] == 0).all()
+
+
+def test_no_answer_means_no_reward():
+    """And no advantage."""
+    mask, kl, value, score = ragged()
+    mask[1] = False
+    reward = np.asarray(shaped_rewards(score, kl, mask, 0.3))
+    assert (reward[1] == 0).all()
+    assert all((np.asarray(found)[1] == 0).all() for found in gae(reward, value, mask, 1.0, 0.95))
 
 
 def test_rewards_and_advantages_by_hand():
@@ -103,14 +110,11 @@ def test_lambda_one_is_return_minus_value():
 
 
 def test_what_stands_outside_the_mask_does_not_matter():
-    """A row without an answer has no advantage at all."""
     mask, reward, value, _ = ragged()
-    mask[1] = False
     dirty = np.where(mask, value, 1e6)
     clean, same = (gae(reward * mask, x, mask, 1.0, 0.95) for x in (value, dirty))
     for a, b in zip(clean, same, strict=True):
         np.testing.assert_array_equal(a, b)
-        assert (np.asarray(a)[1] == 0).all()
 
 
 def test_whitening_uses_the_population_variance_of_the_mask(strict):
