@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import dpo, lora, losses, model, ppo, train
+from jaxgpt import dpo, lora, losses, model, optim, ppo, train
 from jaxgpt.config import UserError
 from jaxgpt.kl import FixedKL
 from jaxgpt.ppo import PPOConfig, Prompts
@@ -136,7 +136,7 @@ def test_dpo_with_adapters_starts_at_log_b_and_equals_dpo_with_a_reference():
 def test_a_ppo_iteration_with_adapters():
     """The first ratio is exactly 1, the first KL 0; afterwards only adapters and the value head have moved, and the
     sampler uses the adapters."""
-    params, tx = drawn(GPT2, scale=1.0), optax.adam(1e-2)
+    params, tx = drawn(GPT2, scale=1.0), optim.adam_tf(optax.constant_schedule(1e-2))
     settings = PPOConfig(new_tokens=8, epochs=2, minibatches=2)
 
     @jax.jit
