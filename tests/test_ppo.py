@@ -74,6 +74,7 @@ def test_the_first_kl_is_zero_and_the_reference_stays():
     assert first["kl"] == pytest.approx(0.0, abs=1e-5)
     assert first["ratio_error_first"] == second["ratio_error_first"] == 0.0
     assert abs(second["kl"]) > 1e-4
+    assert first["sampler_gap_max"] < 1e-5 and second["sampler_gap_max"] < 1e-5
     jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
 
 
@@ -144,9 +145,12 @@ def test_the_first_step_follows_the_policy_gradient_of_the_whitened_advantages()
             logp_BT, _ = model.score(policy, MODEL, rows, temperature=setting.temperature)
             return losses.reduce(-logp_BT * batch.advantage_BT, rows.mask_BT).value
 
-        return jax.grad(surrogate)(params["policy"]), jax.grad(policy_gradient)(params["policy"])
+        return batch.advantage_BT, jax.grad(surrogate)(params["policy"]), jax.grad(policy_gradient)(params["policy"])
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *slopes(state.params, experience))
+    advantage_BT, found, expected = slopes(state.params, experience)
+    advantages = np.asarray(advantage_BT)[experience.mask_BT]
+    assert advantages.mean() == pytest.approx(0, abs=1e-5) and advantages.std() == pytest.approx(1, rel=1e-3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
 @pytest.mark.slow  # compiled as users run it; tests/test_study.py has the first ratio too
