@@ -62,9 +62,8 @@ def test_merging_computes_the_same(config):
 
 
 @pytest.mark.slow  # that the sampler uses adapters follows from PPO's `sampler_gap_max` below
-@both_families
-def test_merging_computes_and_samples_the_same_with_plain_gradients(config):
-    config = dataclasses.replace(config, gradients="plain")
+def test_merging_computes_and_samples_the_same_with_plain_gradients():
+    config = dataclasses.replace(LLAMA, gradients="plain")
     params = drawn(config)
     both = train.merged(params, adapters_of(params))
     whole = merge(both)

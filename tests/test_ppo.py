@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import kl, losses, model, optim, ppo, returns, sharding, train
+from jaxgpt import kl, losses, model, optim, ppo, returns, train
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.structs import Batch
@@ -175,23 +175,6 @@ def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once(
         if epochs > 1:
             assert found["ratio_error_max"] > 0
     assert program._cache_size() == 1
-
-
-@pytest.mark.slow  # tests/test_sharding.py has the same for a larger mesh
-def test_divided_rows_give_the_update_of_one_device():
-    setting = dataclasses.replace(PPO, minibatches=1)
-
-    @jax.jit
-    def learn(state, experience):
-        control = kl.FixedKL(jnp.float32(BETA))
-        return ppo.update(state, MODEL, setting, SGD, experience, control, jax.random.key(2))[0].trainable
-
-    state, experience = start()[0], scored(scores=np.linspace(-1, 1, ROWS), policy=drawn(MODEL, seed=7, scale=2.0))
-    mesh = sharding.data_mesh()
-    together = learn(sharding.replicate(state, mesh), sharding.place_rows(experience, mesh))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), learn(state, experience), together
-    )
 
 
 def test_impossible_settings_are_refused():
