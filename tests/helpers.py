@@ -1,6 +1,7 @@
 """A tiny model and rows of tokens that several tests use."""
 
 import dataclasses
+import functools
 import os
 
 import jax
@@ -39,6 +40,22 @@ def params_of(config: ModelConfig = TINY, seed: int = 0, scale: float = 4.0) -> 
     """Parameters large enough that every input matters (GPT-2's initialisation is nearly flat)."""
     params = model.init(jax.random.key(seed), config)
     return jax.tree.map(lambda w: w * scale if w.ndim >= 2 else w, params)
+
+
+@functools.cache
+def _shapes(config: ModelConfig) -> Params:
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+
+
+def drawn(config: ModelConfig = TINY, seed: int = 0, scale: float = 4.0) -> Params:
+    """Like `params_of`, but drawn by NumPy, so that nothing is compiled; biases and norms are random too."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, like) -> Array:
+        size = 0.02 * scale if like.ndim >= 2 else 0.1
+        return jax.device_put((size * rng.standard_normal(like.shape) + (path[-1].key == "scale")).astype(like.dtype))
+
+    return jax.tree_util.tree_map_with_path(draw, _shapes(config))
 
 
 def tokens_of(rows: int, length: int, vocab: int = 64, seed: int = 0) -> Array:

@@ -1,26 +1,27 @@
 """Gradients written by hand equal JAX's own; so do rematerialised and scanned layers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from jaxgpt import layers, losses, model
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.structs import Batch
-from tests.helpers import TINY, batch_of, params_of
+from tests.helpers import TINY, drawn, tokens_of
 
 B, T, D, F, H, K = 3, 10, 16, 24, 2, 8
 
 
+SEGMENTS = np.tile(np.where(np.arange(T) < 4, 1, 2), (B, 1))
+
+
 def draw(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-def segments():
-    return jnp.where(jnp.arange(T) < 4, 1, 2) * jnp.ones((B, 1), jnp.int32)
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 CASES = {
@@ -34,8 +35,7 @@ CASES = {
     "norm": lambda of, x, y: of.norm({"scale": y[0, :D], "bias": y[1, :D]}, 3.0 * x + 1.0, 1e-5),
     "gelu": lambda of, x, y: of.gelu(x),
     "attend": lambda of, x, y: of.attend(*attention_inputs(x, y), None),
-    "attend, shared keys": lambda of, x, y: of.attend(*shared_keys(*attention_inputs(x, y)), segments()),
-    "attend, segments": lambda of, x, y: of.attend(*attention_inputs(x, y), segments()),
+    "attend, segments and shared keys": lambda of, x, y: of.attend(*shared_keys(*attention_inputs(x, y)), SEGMENTS),
     "product_VD": lambda of, x, y: of.product_VD(x, y.T),
 }
 
@@ -50,87 +50,97 @@ def shared_keys(q, k, v):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_values_and_gradients_are_those_of_the_plain_formula(name, dtype):
+def test_values_and_gradients_are_those_of_the_plain_formula(name):
     """float32 to 1e-5; bfloat16 as near to the float32 gradients as JAX's own are."""
-    x, y = draw(0, B, T, D), draw(1, D, F) / 4
 
-    def outcome(of, dtype):
-        def loss(x, y):
-            out = CASES[name](of, x.astype(dtype), y).astype(jnp.float32)
-            return (out * draw(2, *out.shape)).sum(), out
+    def outcome(of, dtype, x, y):
+        out, back = jax.vjp(lambda x, y: CASES[name](of, x.astype(dtype), y).astype(jnp.float32), x, y)
+        return out, *back(draw(2, *out.shape))
 
-        (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, y)
-        return out, *grads
+    @jax.jit
+    def outcomes(x, y):
+        return [outcome(of, dtype, x, y) for dtype in ("float32", "bfloat16") for of in (layers.PLAIN, layers.FAST)]
 
-    exact, plain, fast = outcome(layers.PLAIN, "float32"), outcome(layers.PLAIN, dtype), outcome(layers.FAST, dtype)
-    for want, near, found in zip(exact, plain, fast, strict=True):
-        size = float(jnp.abs(want).max())
-        allowed = 1e-5 if dtype == "float32" else 0.01 + 1.5 * float(jnp.abs(near - want).max()) / max(size, 1e-6)
-        np.testing.assert_allclose(found, want, atol=allowed * size + 1e-7)
-
-
-def gradients(config, batch, key=None):
-    def loss(params):
-        logp_BT, _ = model.score(params, config, batch, key=key)
-        return losses.reduce(-logp_BT, batch.mask_BT).value
-
-    return jax.jit(jax.value_and_grad(loss))(params_of(scale=2.0))
+    found = jax.device_get(outcomes(draw(0, B, T, D), draw(1, D, F) / 4))
+    for part, exact, fast, rough, fast_rough in zip(("value", "dx", "dy"), *found, strict=True):
+        size = np.abs(exact).max()
+        allowed = 0.01 * size + 1.5 * np.abs(rough - exact).max()
+        np.testing.assert_allclose(fast, exact, atol=1e-5 * size + 1e-7, err_msg=f"{part}, float32")
+        np.testing.assert_allclose(fast_rough, exact, atol=allowed + 1e-7, err_msg=f"{part}, bfloat16")
 
 
-def assert_same(a, b, rtol=1e-5):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(jnp.abs(y).max()) + 1e-9)
+def batch(*, packed: bool) -> Batch:
+    """Four rows; the last two hold two examples each if packed."""
+    tokens, t = np.asarray(tokens_of(4, 12)), np.broadcast_to(np.arange(12), (4, 12))
+    if not packed:
+        return Batch(tokens, t > 0)
+    second = (t >= 7) & (np.arange(4) >= 2)[:, None]
+    positions = np.where(second, t - 7, t)
+    return Batch(tokens, positions > 0, np.where(second, 2, 1), positions)
 
 
-PACKED = Batch(
-    batch_of(2, 12).tokens_BT,
-    jnp.ones((2, 12), bool).at[:, jnp.array([0, 7])].set(False),
-    jnp.where(jnp.arange(12) < 7, 1, 2) * jnp.ones((2, 1), jnp.int32),
-    jnp.where(jnp.arange(12) < 7, jnp.arange(12), jnp.arange(12) - 7) * jnp.ones((2, 1), jnp.int32),
-)
+@functools.cache
+def outcome(config: ModelConfig, *, packed: bool, key: int | None = None) -> dict[str, np.ndarray]:
+    """Loss and gradients, by name."""
+    rows = batch(packed=packed)
+
+    def loss(params, key):
+        logp_BT, _ = model.score(params, config, rows, key=key)
+        return losses.reduce(-logp_BT, rows.mask_BT).value
+
+    key = None if key is None else jax.random.key(key)
+    value, slope = jax.jit(jax.value_and_grad(loss))(drawn(scale=2.0), key)
+    return {"loss": np.asarray(value), **{keystr(path): np.asarray(x) for path, x in tree_leaves_with_path(slope)}}
 
 
-@pytest.mark.parametrize("batch", [batch_of(3, 12), PACKED], ids=["rows", "packed"])
+def assert_same(found, expected, rtol=1e-5):
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        atol = rtol * np.abs(want).max() + 1e-9
+        np.testing.assert_allclose(found[name], want, rtol=rtol, atol=atol, err_msg=name)
+
+
 @pytest.mark.parametrize(
-    "change",
-    [{"remat": "full"}, {"remat": "dots"}, {"scan": True}, {"scan": True, "remat": "full"}, {"gradients": "auto"}],
-    ids=str,
+    "change", [{"remat": "full"}, {"remat": "dots"}, {"scan": True}, {"gradients": "auto"}], ids=str
 )
-def test_a_model_computed_otherwise_has_the_same_loss_and_gradients(change, batch):
+def test_a_model_computed_otherwise_has_the_same_loss_and_gradients(change):
     plain = dataclasses.replace(TINY, gradients="plain")
-    assert_same(gradients(dataclasses.replace(plain, **change), batch), gradients(plain, batch))
+    assert_same(outcome(dataclasses.replace(plain, **change), packed=True), outcome(plain, packed=True))
 
 
-def test_dropout_is_the_same_for_scanned_and_unrolled_layers():
+def test_scanned_and_rematerialised_layers_drop_the_same():
     config = dataclasses.replace(TINY, dropout=0.2)
-    key = jax.random.key(3)
     scanned = dataclasses.replace(config, scan=True, remat="full")
-    assert_same(gradients(scanned, batch_of(3, 12), jax.random.clone(key)), gradients(config, batch_of(3, 12), key))
+    assert_same(outcome(scanned, packed=False, key=3), outcome(config, packed=False, key=3))
 
 
 def test_rematerialised_layers_keep_less():
     """What the forward pass leaves for the backward pass: less with "dots", least with "full"."""
-    batch = batch_of(4, 40)
+    params = jax.eval_shape(drawn)
 
     def kept(remat):
-        config = dataclasses.replace(TINY, remat=remat, layers=4, gradients="plain")
-        shapes = jax.eval_shape(
-            lambda p: jax.vjp(lambda p: model.hidden(p, config, batch.tokens_BT), p)[1], params_of(config)
-        )
-        return sum(x.size for x in jax.tree.leaves(shapes))
+        config = dataclasses.replace(TINY, remat=remat, gradients="plain")
+        tokens = np.zeros((4, 40), np.int32)
+        left = jax.eval_shape(lambda p: jax.vjp(lambda p: model.hidden(p, config, tokens), p)[1], params)
+        return sum(x.size for x in jax.tree.leaves(left))
 
     assert kept("full") < kept("dots") < kept("none")
 
 
 def test_plain_gradients_allow_forward_mode():
-    config, batch = dataclasses.replace(TINY, gradients="plain"), batch_of(1, 6)
-    params = params_of(config)
-    total = jax.jit(lambda p: model.score(p, config, batch)[0].sum())
-    slope = jax.jvp(total, (params,), (params,))[1]
-    grads = jax.grad(total)(params)
-    inner = sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True))
-    assert float(slope) == pytest.approx(float(inner), rel=1e-4)
+    config = dataclasses.replace(TINY, layers=1, gradients="plain")
+
+    @jax.jit
+    def slopes(params):
+        def total(params):
+            return model.score(params, config, Batch(tokens_of(1, 6), np.ones((1, 6), bool)))[0].sum()
+
+        return jax.jvp(total, (params,), (params,))[1], jax.grad(total)(params)
+
+    params = drawn(config)
+    forward, backward = slopes(params)
+    inner = sum(np.vdot(x, y) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(backward), strict=True))
+    assert float(forward) == pytest.approx(float(inner), rel=1e-4)
 
 
 @pytest.mark.parametrize("change", [{"gradients": "quick"}, {"remat": "some"}])

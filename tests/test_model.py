@@ -1,6 +1,7 @@
 """The forward pass: causal, indifferent to padding, packing and compilation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,135 +11,156 @@ import pytest
 from jaxgpt import model
 from jaxgpt.config import PRESETS, ModelConfig, UserError
 from jaxgpt.structs import Batch
-from tests.helpers import FAMILY, TINY, batch_of, hidden, params_of, score, tokens_of
+from tests.helpers import FAMILY, TINY, drawn, tokens_of
 
-family = pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
+T, SHORT = 40, 11
+FIRST, SECOND = 9, 6  # lengths of the two examples of a packed row
+CHANGED = slice(1, 1 + T)
+PADDED, PACKED, ALONE = 1 + T, 2 + T, 3 + T  # rows
 
-
-@family
-def test_each_position_depends_on_itself_and_the_past_only(config):
-    params, tokens = (
-        params_of(config),
-        jnp.arange(10)[None],
-    )  # every token once, so that its embedding is one position's
-    weights_D = jax.random.normal(
-        jax.random.key(8), (config.width,)
-    )  # a plain sum over a normalised vector is constant
-
-    @jax.jit
-    def slopes(change_TD):
-        table = params["embed"]["tokens_VD"].at[:10].add(change_TD)
-        moved = {**params, "embed": {**params["embed"], "tokens_VD": table}}
-        return model.hidden(moved, config, tokens)[0] @ weights_D
-
-    reach_TT = np.abs(jax.jacrev(slopes)(jnp.zeros((10, config.width)))).max(axis=2)
-    assert (reach_TT[np.tril_indices(10)] > 0).all(), "the past must matter"
-    assert (reach_TT[np.triu_indices(10, 1)] == 0).all(), "the future must not"
+family = pytest.mark.parametrize("name", FAMILY)
+score = jax.jit(model.score, static_argnums=1, static_argnames="temperature")
 
 
-def test_log_probs_are_a_distribution_over_the_next_token():
-    params = params_of()
-    start = tokens_of(1, 5)
-    total = 0.0
-    for v in range(TINY.vocab):
-        row = jnp.concatenate([start, jnp.array([[v]])], axis=1)
-        logp_BT, _ = score(params, TINY, Batch(row, row > 0))
-        total += float(jnp.exp(logp_BT[0, -1]))
-    assert total == pytest.approx(1.0, abs=1e-5)
-    assert float(logp_BT[0, 0]) == 0.0
+def batch() -> Batch:
+    """A row; that row with its token t changed, for each t; its start, padded; its start as two examples, and the
+    second one alone."""
+    row, t = np.random.default_rng(0).integers(6, TINY.vocab, T), np.arange(T)
+    tokens = np.tile(row, (ALONE + 1, 1))
+    tokens[CHANGED][t, t] = 6 + (row - 5) % (TINY.vocab - 6)
+    tokens[PADDED, SHORT:] = 0
+    tokens[PACKED, FIRST + SECOND :] = 0
+    tokens[ALONE] = np.where(t < SECOND, np.roll(row, -FIRST), 0)
+    segments, positions = np.tile(1, tokens.shape), np.tile(t, (len(tokens), 1))
+    segments[PADDED, SHORT:] = segments[ALONE, SECOND:] = 0
+    segments[PACKED] = np.repeat([1, 2, 0], [FIRST, SECOND, T - FIRST - SECOND])
+    positions[PACKED, FIRST : FIRST + SECOND] = np.arange(SECOND)
+    return Batch(tokens.astype(np.int32), positions > 0, segments, positions)
 
 
-@family
-@pytest.mark.parametrize("gradients", ["auto", "plain"])
-def test_forward_equals_a_float64_reference(config, gradients):
-    params, tokens = params_of(config), tokens_of(2, 40)
-    expected = _reference_logits(jax.tree.map(lambda w: np.asarray(w, np.float64), params), config, np.asarray(tokens))
-    found = model.unembed(params, hidden(params, dataclasses.replace(config, gradients=gradients), tokens))
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+@functools.partial(jax.jit, static_argnums=1)
+def _look(params, config, batch):
+    logp, h = model.score(params, config, batch)
+    return logp, h, model.unembed(params, h)
+
+
+@functools.cache
+def seen(config: ModelConfig, scale: float = 4.0, short: bool = False):
+    """(logp, hidden states, logits) of `batch()`, or of the first tokens of its first row, without segments."""
+    rows = Batch(batch().tokens_BT[:2, :SHORT], batch().mask_BT[:2, :SHORT]) if short else batch()
+    return jax.device_get(_look(drawn(config, scale=scale), config, rows))
+
+
+def plain(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, gradients="plain")
 
 
 @family
-def test_the_count_of_parameters_is_what_init_makes(config):
+def test_each_position_depends_on_itself_and_the_past_only(name):
+    _, h, _ = seen(FAMILY[name])
+    reach_TT = np.abs(h[CHANGED] - h[0]).max(axis=2)  # [which token was changed, where the change is seen]
+    past, future = reach_TT[np.triu_indices(T)], reach_TT[np.tril_indices(T, -1)]
+    assert past.min() > 1e-3, "the past must matter"
+    assert future.max() < 1e-6, "the future must not"
+
+
+@family
+@pytest.mark.parametrize("way", ["auto", "plain"])
+def test_logits_and_log_probs_equal_a_float64_reference(name, way):
+    config = FAMILY[name]
+    params = jax.tree.map(lambda w: np.asarray(w, np.float64), drawn(config))
+    logp, _, logits = seen(plain(config), short=True) if way == "plain" else seen(config)
+    tokens = batch().tokens_BT[:2, : logp.shape[1]]
+    expected = _reference_logits(params, config, tokens)
+    np.testing.assert_allclose(logits[:2], expected, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(logp[:2, 1:], _log_probs(expected, tokens), atol=2e-4)
+    assert (logp[:, 0] == 0).all()
+
+
+@family
+def test_the_count_of_parameters_is_what_init_makes(name):
+    config = FAMILY[name]
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
     positions = shapes["embed"].pop("positions_TD").size if config.positions == "learned" else 0
     assert model.count_parameters(shapes) == config.parameters and (positions > 0) == (config.positions == "learned")
 
 
 @family
-def test_padding_behind_a_row_changes_nothing(config):
-    params, batch = params_of(config), batch_of(3, 12)
-    logp, h = score(params, config, batch)
-    padded = Batch(jnp.pad(batch.tokens_BT, ((0, 0), (0, 7))), jnp.pad(batch.mask_BT, ((0, 0), (0, 7))))
-    padded_logp, padded_h = score(params, config, padded)
-    np.testing.assert_allclose(padded_logp[:, :12], logp, atol=1e-5)
-    np.testing.assert_allclose(padded_h[:, :12], h, atol=1e-4)
+def test_padding_behind_a_row_changes_nothing(name):
+    (logp, h, _), (short_logp, short_h, _) = seen(FAMILY[name]), seen(plain(FAMILY[name]), short=True)
+    np.testing.assert_allclose(logp[PADDED, :SHORT], short_logp[0], atol=1e-5)
+    np.testing.assert_allclose(h[PADDED, :SHORT], short_h[0], atol=1e-4)
 
 
 @family
-def test_packed_rows_equal_unpacked_ones(config):
-    params = params_of(config)
-    a, b = tokens_of(1, 9, seed=1), tokens_of(1, 6, seed=2)
-    packed = Batch(
-        jnp.concatenate([a, b], axis=1), jnp.ones((1, 15), bool),
-        segments_BT=jnp.array([[1] * 9 + [2] * 6]), positions_BT=jnp.array([[*range(9), *range(6)]]),
-    )  # fmt: skip
-    logp, _ = score(params, config, packed)
-    for row, part in ((a, logp[0, 1:9]), (b, logp[0, 10:])):
-        alone, _ = score(params, config, Batch(row, row > 0))
-        np.testing.assert_allclose(part, alone[0, 1:], atol=1e-5)
+def test_packed_rows_equal_unpacked_ones(name):
+    logp, _, _ = seen(FAMILY[name])
+    np.testing.assert_allclose(logp[PACKED, 1:FIRST], logp[0, 1:FIRST], atol=1e-5)
+    np.testing.assert_allclose(logp[PACKED, FIRST + 1 : FIRST + SECOND], logp[ALONE, 1:SECOND], atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [7, 9, 15, 40])
-def test_a_window_around_the_answer_gives_the_same_log_probs_and_gradients(window):
-    params, batch = params_of(), batch_of(4, 16)
-    start, t = jnp.array([1, 3, 6, 9])[:, None], jnp.arange(16)
-    batch = Batch(batch.tokens_BT, (t >= start) & (t < start + 7))
+def test_a_window_around_the_answer_gives_the_same_log_probs_and_gradients():
+    config, length = dataclasses.replace(TINY, layers=1), 16
+    start, t = np.array([1, 3, 6, 9])[:, None], np.arange(length)
+    batch = Batch(tokens_of(4, length), (t >= start) & (t < start + 7))
 
-    def total(params, window):
-        logp, _ = model.score(params, TINY, batch, window=window)
-        return jnp.where(batch.mask_BT, jnp.sin(logp), 0.0).sum(), logp
+    @jax.jit
+    def outcomes(params):
+        def total(params, window):
+            logp, _ = model.score(params, config, batch, window=window)
+            return jnp.where(batch.mask_BT, jnp.sin(logp), 0.0).sum(), logp
 
-    slope = jax.jit(jax.grad(total, has_aux=True), static_argnums=1)
-    (whole, logp), (part, window_logp) = slope(params, None), slope(params, window)
-    np.testing.assert_allclose(jnp.where(batch.mask_BT, window_logp - logp, 0.0), 0.0, atol=1e-5)
-    assert window >= 15 or (np.asarray(window_logp)[np.asarray(t < start)] == 0).all()
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        return [jax.grad(total, has_aux=True)(params, window) for window in (None, 7, 9)]
+
+    (whole, logp), *others = jax.device_get(outcomes(drawn(config)))
+    for window, (part, window_logp) in zip((7, 9), others, strict=True):
+        np.testing.assert_allclose(window_logp[batch.mask_BT], logp[batch.mask_BT], atol=1e-5, err_msg=str(window))
+        assert (window_logp[t < start] == 0).all(), window
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=str(window))
+
+
+@pytest.mark.parametrize("width", [None, 15, 40])
+def test_a_window_as_wide_as_the_rows_is_none(width):
+    window = model.window_before(np.arange(16)[None] >= 3, width)
+    assert window.width == 15 and (window.first_B == 1).all()
 
 
 def test_temperature_divides_the_logits():
-    params, batch = params_of(), batch_of(2, 8)
-    logp, h = score(params, TINY, batch, temperature=0.5)
-    logits = np.asarray(model.unembed(params, h), np.float64)[:, :-1] / 0.5
-    expected = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    picked = np.take_along_axis(expected, np.asarray(batch.tokens_BT)[:, 1:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose(logp[:, 1:], picked, atol=1e-4)
+    rows = Batch(batch().tokens_BT[:2], batch().mask_BT[:2])
+    logp, _ = score(drawn(), TINY, rows, temperature=0.5)
+    _, _, logits = seen(TINY)
+    np.testing.assert_allclose(logp[:, 1:], _log_probs(logits[:2].astype(np.float64) / 0.5, rows.tokens_BT), atol=1e-4)
 
 
 @family
-def test_bfloat16_is_close_to_float32(config):
-    params, batch = params_of(config, scale=1.0), batch_of(2, 16)
-    exact, _ = score(params, config, batch)
-    rough, h = score(params, dataclasses.replace(config, dtype="bfloat16"), batch)
-    assert h.dtype == jnp.bfloat16 and rough.dtype == jnp.float32
+def test_bfloat16_is_close_to_float32(name):
+    exact, _, _ = seen(FAMILY[name], scale=1.0)
+    rough, h, _ = seen(dataclasses.replace(FAMILY[name], dtype="bfloat16"), scale=1.0)
+    assert h.dtype == jnp.bfloat16 and rough.dtype == np.float32
     np.testing.assert_allclose(rough, exact, atol=0.03)
 
 
 def test_dropout_needs_a_key_and_keeps_the_mean():
-    config = dataclasses.replace(TINY, dropout=0.5)
-    params, tokens = params_of(), tokens_of(2, 8)
-    np.testing.assert_array_equal(hidden(params, config, tokens), hidden(params, TINY, tokens))
+    config = dataclasses.replace(TINY, layers=1)
+    dropping = dataclasses.replace(config, dropout=0.5)
+
+    @jax.jit
+    def outcomes(params, keys, key):
+        one, tokens = functools.partial(model.hidden, params), tokens_of(2, 8)
+        dropped = jax.vmap(lambda key: one(dropping, tokens, key=key))(keys)
+        return one(config, tokens), one(dropping, tokens), dropped, model.dropout(key, 0.5, jnp.ones(20_000))
+
     with jax.numpy_dtype_promotion("strict"):
-        drop = jax.jit(lambda key: hidden(params, config, tokens, key=key))
-        a, b = (drop(jax.random.key(seed)) for seed in (0, 1))
-    assert float(jnp.abs(a - b).max()) > 0.1
-    x = model.dropout(jax.random.key(2), 0.5, jnp.ones(20_000))
+        never, keyless, (a, b), x = outcomes(drawn(config), jax.random.split(jax.random.key(0)), jax.random.key(2))
+    np.testing.assert_array_equal(keyless, never)
+    assert np.abs(a - b).max() > 0.1
     assert float(x.mean()) == pytest.approx(1.0, abs=0.03)
 
 
 def test_rows_longer_than_the_block_are_refused():
     with pytest.raises(UserError, match="49 tokens don't fit the model's block of 48"):
-        hidden(params_of(), TINY, tokens_of(1, 49))
+        jax.eval_shape(lambda: model.hidden(drawn(), TINY, np.zeros((1, 49), np.int32)))
 
 
 @pytest.mark.parametrize(
@@ -155,23 +177,33 @@ def test_impossible_configurations_are_refused(change):
 
 
 def test_at_last_token_reads_the_last_masked_position():
-    x = jnp.arange(12.0).reshape(2, 6)
-    mask = jnp.array([[0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]], bool)
-    np.testing.assert_array_equal(model.at_last_token(x, mask), [2.0, 11.0])
+    mask = np.array([[0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]], bool)
+    x = np.arange(12.0, dtype=np.float32).reshape(2, 6)
+    np.testing.assert_array_equal(jax.jit(model.at_last_token)(x, mask), [2.0, 11.0])
 
 
 def test_value_head_is_exactly_zero_and_reward_head_has_the_stated_scale():
-    h = jax.random.normal(jax.random.key(0), (3, 4, 2000))
-    assert (model.apply_scalar_head(model.scalar_head(None, 2000), h) == 0).all()
-    head = model.scalar_head(jax.random.key(1), 2000)
-    assert float(head["kernel_D"].std()) == pytest.approx(1 / np.sqrt(2001), rel=0.05)
+    @jax.jit
+    def outcomes(key, h):
+        return model.apply_scalar_head(model.scalar_head(None, 2000), h), model.scalar_head(key, 2000)["kernel_D"]
+
+    values, kernel = jax.device_get(outcomes(jax.random.key(1), np.linspace(-1, 1, 24_000).reshape(3, 4, 2000)))
+    assert (values == 0).all()
+    assert kernel.std() == pytest.approx(1 / np.sqrt(2001), rel=0.05)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("gpt", 116.6), ("gpt2", 124.5), ("smollm2-135m", 134.5)])
 def test_presets_have_their_models_sizes(name, millions):
     """GPT's and GPT-2's tables are padded to a multiple of 128 rows."""
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), PRESETS[name]))
-    assert model.count_parameters(shapes) / 1e6 == pytest.approx(millions, abs=0.1)
+    config = PRESETS[name]
+    positions = config.block * config.width if config.positions == "learned" else 0
+    assert (config.parameters + positions) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def _log_probs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Of each token but the first, given the logits at the one before it."""
+    logp = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    return np.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
 
 
 def _reference_logits(p: dict, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
