@@ -153,8 +153,9 @@ def test_whole_runs_without_torch(tmp_path):
     empty.write_text("#!/bin/sh\necho no torch here >&2\nexit 3\n")
     empty.chmod(0o755)
     train = dataclasses.replace(
-        bench_train.PRESETS["toy"], run=tmp_path / "train", rivals=("module",), torch_python=str(empty)
-    )
+        bench_train.PRESETS["toy"], run=tmp_path / "train", dtypes=("float32",), rivals=("module",),
+        torch_python=str(empty),
+    )  # fmt: skip
     bench_train.main(train)
     report = json.loads((train.run / "bench_train.json").read_text())
     assert "no torch here" in report["note"] and list(report["cases"][0]["trainers"]) == [OURS]

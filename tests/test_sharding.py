@@ -149,6 +149,18 @@ def test_parameters_and_moments_are_really_divided():
     assert norm.sharding.is_fully_replicated
 
 
+def test_what_is_placed_may_be_donated_and_leaves_the_original_alone():
+    """Even where the original lies in the same place already."""
+    tree = {"up": {"kernel": np.ones((32, 128), np.float32)}}
+    shapes = train.shapes_on(mesh_of((2, 2, 2)), lambda: tree)
+    original = sharding.place_like(tree, shapes)
+    placed = sharding.place_like(original, shapes)
+    assert placed["up"]["kernel"].sharding.shard_shape((32, 128)) == (16, 64)
+    jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)(placed)
+    assert placed["up"]["kernel"].is_deleted()
+    np.testing.assert_array_equal(original["up"]["kernel"], 1.0)
+
+
 def test_pmap_gives_the_step_of_one_device():
     loss, state, batch, _ = STAGES["reward"]()
     step = train.pmap_step(loss, SGD)
