@@ -3,18 +3,16 @@
 python -m tests.test_golden         writes tests/golden.json anew, after a change that is meant to change them
 """
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxgpt import dpo, kl, model, optim, ppo, reward, train
+from jaxgpt import dpo, kl, optim, ppo, reward, train
 from jaxgpt.config import ModelConfig
 from jaxgpt.ppo import PPOConfig
 from jaxgpt.structs import Batch, Preferences, Rollout
@@ -28,21 +26,23 @@ RATE = 3e-3
 def params_of(seed: int):
     """From NumPy's generator, whose stream is promised to stay."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), CONFIG))
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.08, x.shape), jnp.float32), shapes)
+    return jax.tree.map(lambda x: rng.normal(0, 0.08, x.shape).astype(np.float32), train.shapes_of(CONFIG))
 
 
 def head_of(seed: int):
     rng = np.random.default_rng(seed)
-    return {"kernel_D": jnp.asarray(rng.normal(0, 0.2, 32), jnp.float32), "bias": jnp.zeros(())}
+    return {"kernel_D": rng.normal(0, 0.2, 32).astype(np.float32), "bias": np.float32(0.0)}
 
 
 def tokens_of(*shape: int) -> np.ndarray:
     return np.random.default_rng(9).integers(6, 48, shape).astype(np.int32)
 
 
-def losses_of(loss_fn, state, batch_of: Callable[[int], object]) -> list[float]:
-    step = jax.jit(train.make_train_step(loss_fn, TX))
+def step_of(loss_fn):
+    return jax.jit(train.make_train_step(loss_fn, TX))
+
+
+def losses_of(step, state, batch_of: Callable[[int], object]) -> list[float]:
     found = []
     for i in range(STEPS):
         state, metrics = step(state, batch_of(i), None)
@@ -51,13 +51,15 @@ def losses_of(loss_fn, state, batch_of: Callable[[int], object]) -> list[float]:
 
 
 TX = optim.adamw(optax.constant_schedule(RATE))
+NLL = step_of(train.make_nll(CONFIG))
 
 
 def pretrain() -> list[float]:
+    """Whole rows, given as packed ones of one example each: finetuning's program takes them too."""
     tokens = tokens_of(STEPS, 4, 24)
-    mask = np.arange(24) > 0
+    segments, positions = np.ones((4, 24), np.int32), np.tile(np.arange(24, dtype=np.int32), (4, 1))
     state = train.init_state(params_of(0), TX)
-    return losses_of(train.make_nll(CONFIG), state, lambda i: Batch(tokens[i], np.tile(mask, (4, 1))))
+    return losses_of(NLL, state, lambda i: Batch(tokens[i], positions > 0, segments, positions))
 
 
 def sft() -> list[float]:
@@ -67,7 +69,7 @@ def sft() -> list[float]:
     positions = np.tile(np.concatenate([np.arange(9), np.arange(11), np.zeros(4)]), (4, 1)).astype(np.int32)
     mask = (positions >= 4) & (segments > 0)
     state = train.init_state(params_of(1), TX)
-    return losses_of(train.make_nll(CONFIG), state, lambda i: Batch(tokens[i], mask, segments, positions))
+    return losses_of(NLL, state, lambda i: Batch(tokens[i], mask, segments, positions))
 
 
 def preferences(i: int) -> Preferences:
@@ -82,14 +84,14 @@ def reward_model() -> list[float]:
     def loss_fn(params, batch, key):
         return reward.loss(params, CONFIG, batch)
 
-    params = {"model": params_of(2), "head": head_of(3), "gain": jnp.ones(()), "bias": jnp.zeros(())}
+    params = {"model": params_of(2), "head": head_of(3), "gain": np.float32(1.0), "bias": np.float32(0.0)}
     trainable, frozen = optim.split(params, reward.trainable_names())
-    return losses_of(loss_fn, train.init_state(trainable, TX, frozen), preferences)
+    return losses_of(step_of(loss_fn), train.init_state(trainable, TX, frozen), preferences)
 
 
 def dpo_() -> list[float]:
     state = train.init_state({"policy": params_of(4)}, TX, {"reference": params_of(5)})
-    return losses_of(dpo.make_loss(CONFIG, 0.1, window=12), state, preferences)
+    return losses_of(step_of(dpo.make_loss(CONFIG, 0.1, window=12)), state, preferences)
 
 
 def ppo_() -> list[float]:
@@ -99,18 +101,19 @@ def ppo_() -> list[float]:
     mask = np.broadcast_to((np.arange(24) >= 8) & (np.arange(24) < 20), (8, 24))
     logp = np.where(mask, -3.9 + 0.1 * rng.normal(size=(8, 24)), 0).astype(np.float32)
     rollout = Rollout(
-        tokens_BT=jnp.asarray(tokens_of(8, 24)),
-        mask_BT=jnp.asarray(mask),
-        logp_BT=jnp.asarray(logp),
-        ref_logp_BT=jnp.asarray(logp - np.where(mask, 0.05, 0).astype(np.float32)),
-        value_BT=jnp.asarray(np.where(mask, 0.1 * rng.normal(size=(8, 24)), 0), jnp.float32),
-        score_B=jnp.asarray(rng.normal(size=8), jnp.float32),
-        ended_B=jnp.ones(8, bool),
-        sampler_logp_BT=jnp.asarray(logp),
+        tokens_BT=tokens_of(8, 24),
+        mask_BT=mask,
+        logp_BT=logp,
+        ref_logp_BT=logp - np.where(mask, 0.05, 0).astype(np.float32),
+        value_BT=np.where(mask, 0.1 * rng.normal(size=(8, 24)), 0).astype(np.float32),
+        score_B=rng.normal(size=8).astype(np.float32),
+        ended_B=np.ones(8, bool),
+        sampler_logp_BT=logp,
     )
-    state = ppo.init(params_of(7), CONFIG, tx, {})
-    control: ppo.Controller = kl.AdaptiveKL(jnp.float32(0.1))
-    update = jax.jit(functools.partial(ppo.update), static_argnums=(1, 2, 3))
+    head = {"kernel_D": np.zeros(32, np.float32), "bias": np.float32(0.0)}
+    state = train.init_state({"policy": params_of(7), "value_head": head}, tx, {"reference": params_of(7)})
+    control: ppo.Controller = kl.AdaptiveKL(np.float32(0.1))
+    update = jax.jit(ppo.update, static_argnums=(1, 2, 3))
     found = []
     for i in range(5):
         state, control, metrics = update(state, CONFIG, config, tx, rollout, control, jax.random.key(i))

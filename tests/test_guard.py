@@ -1,5 +1,6 @@
 """Updates that must not be made change nothing, and are counted."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import guard, kl, losses, optim, ppo, train
+from jaxgpt import guard, kl, losses, model, optim, ppo, train
 from jaxgpt.config import UserError
 from jaxgpt.ppo import PPOConfig, Prompts
-from tests.helpers import TINY, params_of, prompts_of
+from tests.helpers import TINY, prompts_of
 
 TX = optax.adamw(0.1)
 
@@ -25,10 +26,13 @@ def cliff(params, batch, key):
     return losses.reduce(jnp.sqrt(jnp.abs(params["w"] * batch))), {}
 
 
+@functools.cache
+def step_of(loss, **options):
+    return jax.jit(train.make_train_step(loss, TX, **options), donate_argnums=0)
+
+
 def trained(batches, loss=square, **options):
-    step = jax.jit(train.make_train_step(loss, TX, **options), donate_argnums=0)
-    state = train.init_state({"w": jnp.ones(())}, TX)
-    metrics = {}
+    step, state, metrics = step_of(loss, **options), train.init_state({"w": np.ones((), np.float32)}, TX), {}
     for batch in batches:
         state, metrics = step(state, batch, None)
     return state, metrics
@@ -38,14 +42,18 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
+def full(value):
+    return np.full(4, value, np.float32)
+
+
 def good(n):
-    return [jnp.full(4, 0.1 * i) for i in range(n)]
+    return [full(0.1 * i) for i in range(n)]
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, 1e30])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_bad_batch_is_as_if_it_had_never_been(bad, microbatches):
-    poisoned = jnp.zeros(4).at[1].set(bad)
+    poisoned = np.array([0.0, bad, 0.0, 0.0], np.float32)
     state, metrics = trained([*good(3), poisoned, *good(2)], microbatches=microbatches)
     clean, _ = trained([*good(3), *good(2)], microbatches=microbatches)
     assert bits((state.trainable, state.opt_state, state.step)) == bits((clean.trainable, clean.opt_state, clean.step))
@@ -53,65 +61,65 @@ def test_a_bad_batch_is_as_if_it_had_never_been(bad, microbatches):
 
 
 def test_a_gradient_that_is_not_finite_counts_though_the_loss_is():
-    state, metrics = trained([jnp.zeros(4)], cliff)
+    state, metrics = trained([full(0.0)], cliff)
     assert np.isfinite(metrics["loss"].value) and not np.isfinite(metrics["grad_norm"])
     assert int(state.step) == 0 and int(metrics["skipped"]) == 1
     np.testing.assert_array_equal(state.trainable["w"], 1.0)
 
 
 def test_those_in_a_row_are_counted():
-    nan = jnp.full(4, jnp.nan)
+    nan = full(np.nan)
     _, metrics = trained([*good(2), nan, nan, nan])
     assert int(metrics["skipped"]) == 3 and int(metrics["skipped_in_a_row"]) == 3
 
 
 def noise(n, seed=0):
-    return list(jnp.asarray(np.random.default_rng(seed).normal(size=(n, 4)), jnp.float32))
+    return list(np.random.default_rng(seed).normal(size=(n, 4)).astype(np.float32))
 
 
 @pytest.mark.parametrize(("spike", "skipped"), [(0.0, 0), (6.0, 1)])
 def test_a_leap_of_the_loss_is_skipped_if_asked(spike, skipped):
     """Losses of a constant plus noise, then one 100 times as large, then more noise."""
-    state, metrics = trained([*noise(40), jnp.full(4, 40.0), *noise(5, seed=1)], spike=spike)
+    state, metrics = trained([*noise(40), full(40.0), *noise(5, seed=1)], spike=spike)
     assert int(metrics["skipped"]) == skipped
     assert int(state.step) == 46 - skipped
 
 
 def test_a_leap_among_the_first_losses_is_let_through():
-    _, metrics = trained([*noise(guard.ENOUGH - 1), jnp.full(4, 40.0)], spike=6.0)
+    _, metrics = trained([*noise(guard.ENOUGH - 1), full(40.0)], spike=6.0)
     assert int(metrics["skipped"]) == 0
 
 
 def test_running_moments_are_those_of_the_accepted_losses():
     """Against float64, with the weights written out."""
     losses_ = np.random.default_rng(0).normal(2.0, 0.5, 60).astype(np.float32)
-    state = guard.init()
-    for n, loss in enumerate(losses_):
-        state = guard.after(state, jnp.bool(n % 7 != 3), jnp.float32(loss))
-    kept = losses_[[n % 7 != 3 for n in range(60)]].astype(np.float64)
+    admitted = np.arange(60) % 7 != 3
+    state, after = guard.init(), jax.jit(guard.after)
+    for each in zip(admitted, losses_, strict=True):
+        state = after(state, *each)
+    kept = losses_[admitted].astype(np.float64)
     weights = guard.DECAY ** np.arange(len(kept))[::-1] * (1 - guard.DECAY)
     assert float(state.mean) == pytest.approx(float(weights @ kept), rel=1e-5)
     assert float(state.square) == pytest.approx(float(weights @ kept**2), rel=1e-5)
     limit = (weights @ kept) / weights.sum() + 3 * np.sqrt(
         (weights @ kept**2) / weights.sum() - ((weights @ kept) / weights.sum()) ** 2
     )
-    for factor, admitted in ((0.999, True), (1.001, False)):
-        assert bool(guard.admits(state, jnp.float32(limit * factor), jnp.float32(1), spike=3.0)) is admitted
+    admits = jax.jit(functools.partial(guard.admits, spike=3.0))
+    assert admits(state, np.float32(0.999 * limit), np.float32(1))
+    assert not admits(state, np.float32(1.001 * limit), np.float32(1))
 
 
 @pytest.mark.slow
 def test_a_score_that_is_not_finite_moves_nothing_in_ppo():
-    config, tx = (
-        PPOConfig(new_tokens=4, epochs=2, unfinished_score=float("nan")),
-        optim.adam_tf(optax.constant_schedule(1e-3)),
-    )
-    state = ppo.init(params_of(scale=2.0), TINY, tx, {})
+    config, tx = dataclasses.replace(TINY, layers=1), optim.adam_tf(optax.constant_schedule(1e-3))
+    settings = PPOConfig(new_tokens=4, epochs=2, unfinished_score=float("nan"))
+    state = jax.jit(lambda key: ppo.init(model.init(key, config), config, tx, {}))(jax.random.key(1))
     before = bits((state.trainable, state.opt_state))
     one = functools.partial(
-        ppo.ppo_iteration, config=TINY, ppo=config, tx=tx, stop=5,
+        ppo.ppo_iteration, config=config, ppo=settings, tx=tx, stop=5,
         reward_fn=lambda params, rows: jnp.full(4, jnp.nan),
     )  # fmt: skip
-    control = kl.FixedKL(jnp.float32(0.1))
+    control = kl.FixedKL(np.float32(0.1))
     state, _, metrics = jax.jit(one)(state, control, Prompts(*prompts_of(4, 6)), jax.random.key(0))
     assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 2
     assert bits((state.trainable, state.opt_state)) == before

@@ -1,25 +1,32 @@
 """Sampling and scoring on the host, in batches of one shape."""
 
+import dataclasses
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from jaxgpt import model, rollout, sharding
+from jaxgpt import rollout, sharding, train
 from jaxgpt.config import UserError
-from tests.helpers import TINY, params_of
+from tests.helpers import TINY
 
+MODEL = dataclasses.replace(TINY, layers=1)
 PROMPTS = [[6 + i, 7, 8][: 1 + i % 3] for i in range(11)]
+BATCH = 4  # on 4 devices a row for each, on 8 whole on every one
 
 
 def mesh_of(devices: int) -> jax.sharding.Mesh:
     return sharding.make_mesh(devices=jax.devices()[:devices])
 
 
-def sampled(batch: int = 4, devices: int = 1) -> rollout.Sampled:
-    mesh = mesh_of(devices)
+@functools.cache
+def sampled(devices: int = 1) -> rollout.Sampled:
+    rng, mesh = np.random.default_rng(0), mesh_of(devices)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), train.shapes_of(MODEL))
     return rollout.sample_answers(
-        sharding.replicate(params_of(scale=1.0), mesh), TINY, PROMPTS, jax.random.key(0),
-        lambda ids: " ".join(map(str, ids)), mesh, new_tokens=9, stop=5, batch=batch,
+        jax.device_put(params, sharding.replicated(mesh)), MODEL, PROMPTS, jax.random.key(0),
+        lambda ids: " ".join(map(str, ids)), mesh, new_tokens=9, stop=5, batch=BATCH,
     )  # fmt: skip
 
 
@@ -32,16 +39,17 @@ def test_every_prompt_gets_an_answer_after_its_own_tokens():
     np.testing.assert_array_equal(found.lengths, found.rows.mask_BT.sum(1))
 
 
-def test_scores_in_batches_equal_scores_at_once():
-    found = sampled()
-    params = params_of(scale=1.0)
-    score = jax.jit(lambda rows: model.score(params, TINY, rows)[0])
-    np.testing.assert_allclose(rollout.in_batches(score, found.rows, 4, mesh_of(4)), score(found.rows), atol=1e-5)
+@pytest.mark.parametrize("devices", [4, 8])
+def test_scores_in_batches_equal_scores_at_once(devices):
+    rows, mesh = sampled().rows, mesh_of(devices)
+    score = train.jit_on(mesh, lambda rows: (rows.tokens_BT * rows.mask_BT).sum(1))
+    expected = (rows.tokens_BT * rows.mask_BT).sum(1)
+    np.testing.assert_array_equal(rollout.in_batches(score, rows, BATCH, mesh), expected)
 
 
-@pytest.mark.parametrize("devices", [4, 8])  # a batch of 4: a row for each device, and whole on every device
+@pytest.mark.parametrize("devices", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_devices_share_the_rows_and_change_nothing(devices):
-    alone, together = sampled(), sampled(devices=devices)
+    alone, together = sampled(), sampled(devices)
     assert together.texts == alone.texts
     np.testing.assert_array_equal(together.rows.tokens_BT, alone.rows.tokens_BT)
 
@@ -52,11 +60,10 @@ def test_prompts_that_are_empty_or_too_long_are_named():
     with pytest.raises(UserError, match="prompt 0 has 0 tokens"):
         rollout.pad_prompts([[]], 2)
     with pytest.raises(UserError, match="block of 48"):
-        rollout.sample_answers(
-            params_of(), TINY, [[7] * 45], jax.random.key(0), str, mesh_of(1), new_tokens=9, stop=5, batch=4
-        )
+        rollout.sample_answers({}, MODEL, [[7] * 45], jax.random.key(0), str, mesh_of(1), new_tokens=9, stop=5, batch=4)
 
 
 def test_minibatches_give_the_rows_in_order():
-    x = np.arange(12.0).reshape(6, 2)
-    np.testing.assert_array_equal(rollout.in_minibatches(lambda part: part * 2, x, 3), x * 2)
+    x = np.arange(12.0, dtype=np.float32).reshape(6, 2)
+    doubled = jax.jit(lambda x: rollout.in_minibatches(lambda part: part * 2, x, 3))
+    np.testing.assert_array_equal(doubled(x), x * 2)

@@ -1,5 +1,6 @@
 """The head in tiles: the numbers and gradients of whole logits, without whole logits."""
 
+import functools
 import re
 
 import jax
@@ -10,12 +11,13 @@ import pytest
 from jaxgpt import losses, vocab_head
 
 B, T, D, V = 2, 11, 8, 37
+outputs = jax.jit(vocab_head.outputs, static_argnames="tile")
 
 
-def inputs(dtype=jnp.float32, B: int = B, T: int = T, D: int = D, V: int = V):
-    keys = jax.random.split(jax.random.key(0), 3)
-    hidden, head = jax.random.normal(keys[0], (B, T, D), dtype), jax.random.normal(keys[1], (V, D))
-    return hidden, head, jax.random.randint(keys[2], (B, T), 0, V)
+def inputs(D: int = D):
+    rng = np.random.default_rng(0)
+    hidden, head = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, D), (V, D)))
+    return hidden, head, rng.integers(0, V, (B, T))
 
 
 def whole(hidden, head, temperature=1.0):
@@ -25,8 +27,8 @@ def whole(hidden, head, temperature=1.0):
 
 def test_outputs_by_hand():
     """Probabilities of 1/2, 1/4 and 1/4 and a normaliser of e^7 for one token; the other is sure of nothing."""
-    head = jnp.log(jnp.array([[0.5], [0.25], [0.25]])) * jnp.array([[1.0, 0.0]]) + jnp.array([[7.0, 0.0]])
-    out = vocab_head.outputs(jnp.array([[1.0, 0.0], [0.0, 1.0]]), head, jnp.array([1, 2]), tile=1)
+    head = np.log([[0.5], [0.25], [0.25]]) * [[1.0, 0.0]] + [[7.0, 0.0]]
+    out = outputs(np.eye(2, dtype=np.float32), head.astype(np.float32), np.array([1, 2]), tile=1)
     log2, log3 = np.log(2), np.log(3)
     np.testing.assert_allclose(out.logp, [-2 * log2, -log3], rtol=1e-5)
     np.testing.assert_allclose(out.log_z, [7.0, log3], rtol=1e-5)
@@ -34,59 +36,70 @@ def test_outputs_by_hand():
     np.testing.assert_allclose(out.entropy, [1.5 * log2, log3], rtol=1e-5)
 
 
-@pytest.mark.parametrize("tile", [1, 4, 11, 64])
-@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@functools.partial(jax.jit, static_argnames="tile")
+def value_and_gradients(hidden, head, tokens, mask, tile):
+    """The masked mean's, in tiles or (None) of whole logits."""
+
+    def loss(hidden, head):
+        if tile is None:
+            nll = losses.nll(whole(hidden, head, 0.7), tokens)
+        else:
+            nll = vocab_head.nll(hidden, head, tokens, tile=tile, temperature=0.7)
+        return losses.reduce(nll, mask).value
+
+    return jax.value_and_grad(loss, (0, 1))(hidden, head)
+
+
+@pytest.mark.parametrize("tile", [4, *(pytest.param(tile, marks=pytest.mark.slow) for tile in (1, 11, 64))])
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_values_and_gradients_are_those_of_whole_logits(tile, dtype, rtol):
-    hidden, head, tokens = inputs(dtype)
-    mask = jnp.arange(T) < jnp.array([[7], [11]])
-
-    def ours(hidden, head):
-        return losses.reduce(vocab_head.nll(hidden, head, tokens, tile=tile, temperature=0.7), mask).value
-
-    def plain(hidden, head):
-        return losses.reduce(losses.nll(whole(hidden, head, 0.7), tokens), mask).value
-
-    found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, head) for f in (ours, plain))
+    hidden, head, tokens = inputs()
+    mask = np.arange(T) < np.array([[7], [11]])
+    arguments = hidden.astype(dtype), head, tokens, mask
+    found, expected = value_and_gradients(*arguments, tile=tile), value_and_gradients(*arguments, tile=None)
     for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert f.dtype == e.dtype
-        scale = float(jnp.abs(e).max())
-        np.testing.assert_allclose(np.asarray(f, np.float32), np.asarray(e, np.float32), rtol=rtol, atol=rtol * scale)
+        f, e = (np.asarray(x, np.float32) for x in (f, e))
+        np.testing.assert_allclose(f, e, rtol=rtol, atol=rtol * np.abs(e).max())
+
+
+@jax.jit
+def of_whole_logits(hidden, head, tokens):
+    logits = whole(hidden, head)
+    smooth = losses.label_smoothing(logits, tokens, 0.1)
+    return losses.nll(logits, tokens), losses.z_loss(logits), smooth, losses.entropy(logits)
 
 
 def test_all_token_losses_can_be_made_of_its_outputs():
     hidden, head, tokens = inputs()
-    out, logits = vocab_head.outputs(hidden, head, tokens, tile=4), whole(hidden, head)
-    smooth = -0.9 * out.logp - 0.1 * out.mean_logp
-    for found, expected in (
-        (-out.logp, losses.nll(logits, tokens)),
-        (jnp.square(out.log_z), losses.z_loss(logits)),
-        (smooth, losses.label_smoothing(logits, tokens, 0.1)),
-        (out.entropy, losses.entropy(logits)),
-    ):
-        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-5)
+    logp, log_z, mean_logp, entropy = (np.asarray(x) for x in outputs(hidden, head, tokens, tile=11))
+    found = -logp, log_z**2, -0.9 * logp - 0.1 * mean_logp, entropy
+    for ours, expected in zip(found, of_whole_logits(hidden, head, tokens), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-5)
 
 
 def test_a_common_offset_of_the_logits_costs_no_digits():
     """A feature that adds 10,000 to every logit, as a bias would."""
     hidden, head, tokens = inputs()
-    offset = jnp.concatenate([hidden, jnp.ones((B, T, 1))], 2), jnp.concatenate([head, jnp.full((V, 1), 1e4)], 1)
-    found = vocab_head.outputs(*offset, tokens, tile=4).entropy
-    np.testing.assert_allclose(found, losses.entropy(whole(*offset)), rtol=1e-4, atol=1e-5)
+    hidden = np.concatenate([hidden, np.ones((B, T, 1), np.float32)], 2)
+    head = np.concatenate([head, np.full((V, 1), 1e4, np.float32)], 1)
+    found = outputs(hidden, head, tokens, tile=4).entropy
+    np.testing.assert_allclose(found, of_whole_logits(hidden, head, tokens)[3], rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_products_are_accumulated_in_float32():
     """Against float64 of the same bfloat16 numbers: no rounding of the logits, nor of what is made of them."""
-    hidden, head, tokens = inputs(jnp.bfloat16, D=256)
-    head = head.astype(jnp.bfloat16)
+    hidden, head, tokens = inputs(D=256)
+    hidden, head = hidden.astype("bfloat16"), head.astype("bfloat16")
     logits = np.einsum("btd,vd->btv", *(np.asarray(x, np.float64) for x in (hidden, head)))
     logp = (
         logits
         - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
         - logits.max(-1)[..., None]
     )
-    expected = np.take_along_axis(logp, np.asarray(tokens)[..., None], -1)[..., 0]
-    found = vocab_head.log_prob(hidden, head, tokens, tile=4)
-    assert found.dtype == jnp.float32
+    expected = np.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+    found = outputs(hidden, head, tokens, tile=64).logp
+    assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
