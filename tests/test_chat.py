@@ -107,18 +107,13 @@ def test_other_settings_of_sampling_are_not_compiled_again(scope, caplog):
 
 def test_sampling_settings_mean_what_they_say(scope):
     ids = scope.speaker.prompt("first second")
-    greedy = [
-        [p.token for p in scope.speaker.say(ids, SamplingConfig(0.0, new_tokens=NEW), jax.random.key(k))] for k in (0, 1)
-    ]
-    assert greedy[0] == greedy[1]
-    narrow = [
-        p.token for p in scope.speaker.say(ids, SamplingConfig(1.0, top_p=1e-6, new_tokens=NEW), jax.random.key(5))
-    ]
-    assert narrow == greedy[0]
-    free = [
-        [p.token for p in scope.speaker.say(ids, SamplingConfig(2.0, new_tokens=NEW), jax.random.key(k))] for k in (0, 1)
-    ]
-    assert free[0] != free[1]
+
+    def said(seed: int, temperature: float, **how) -> list[int]:
+        pieces = scope.speaker.say(ids, SamplingConfig(temperature, new_tokens=NEW, **how), jax.random.key(seed))
+        return [piece.token for piece in pieces]
+
+    assert said(0, 0.0) == said(1, 0.0) == said(5, 1.0, top_p=1e-6)
+    assert said(0, 2.0) != said(1, 2.0)
     for changes in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"new_tokens": 0}):
         with pytest.raises(UserError, match=next(iter(changes))):
             SamplingConfig(**changes)

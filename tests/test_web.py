@@ -362,7 +362,7 @@ def test_scripts_make_no_html_and_load_nothing_from_elsewhere():
 
 
 def test_fifty_annotators_at_once_lose_and_double_nothing(tmp_path):
-    crowd = Site(tmp_path, tasks=200)
+    crowd = Site(tmp_path, tasks=80)
     sent: list[str] = []
     waits: list[float] = []
 
