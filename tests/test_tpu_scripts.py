@@ -126,7 +126,13 @@ def cloud(request, repository, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     (tmp_path / "bucket").mkdir()
-    stand_ins = {"gcloud": f"#!{sys.executable} -IS\n{CLOUD}", "make": MAKE, "gcsfuse": GCSFUSE, "python3": PYTHON3, "sleep": SLEEP}
+    stand_ins = {
+        "gcloud": f"#!{sys.executable} -IS\n{CLOUD}",
+        "make": MAKE,
+        "gcsfuse": GCSFUSE,
+        "python3": PYTHON3,
+        "sleep": SLEEP,
+    }
     for name, text in stand_ins.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
