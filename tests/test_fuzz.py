@@ -65,6 +65,8 @@ def strictly(data: bytes) -> list[Any]:
 @given(data=spoiled(GOOD) | st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
 @example(data=b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
 @example(data=b'{"a": 1, "a": 2}')
+@example(data=b'{"a": NaN}')
+@example(data=b'{"a": 1e999}')
 @example(data=b"\x1c\n\xc2\xa0")  # blank in Unicode's sense
 def test_lines_are_read_as_they_are_or_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "rows.jsonl"
