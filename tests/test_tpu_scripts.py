@@ -104,6 +104,7 @@ MAKE = '#!/bin/sh\nmkdir -p .venv/bin && ln -sf "$PYTHON_HERE" .venv/bin/python\
 GCSFUSE = '#!/bin/sh\nrmdir "$2" 2>/dev/null; ln -sfn "$CLOUD/bucket" "$2"\n'
 PYTHON3 = f'#!/bin/sh\nexec {sys.executable} -IS "$@"\n'  # the system's: no packages
 SLEEP = f'#!/bin/sh\nexec {shutil.which("sleep")} "0.$1"\n'
+TAIL = f'#!/bin/sh\nexec {shutil.which("tail")} -s 0.1 "$@"\n'
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,7 @@ def cloud(request, repository, tmp_path):
         "gcsfuse": GCSFUSE,
         "python3": PYTHON3,
         "sleep": SLEEP,
+        "tail": TAIL,
     }
     for name, text in stand_ins.items():
         (tools / name).write_text(text)
