@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,11 +17,34 @@ from jaxgpt.config import ModelConfig, UserError, round_up
 from jaxgpt.data import votes
 from jaxgpt.tokenizer import train_bpe
 from jaxgpt.web import chat, server
-from tests.helpers import params_of
 
 TOK = train_bpe(["first second third prompt number answer own"] * 20, 300)
-CONFIG = ModelConfig(layers=2, width=32, heads=2, block=128, vocab=round_up(TOK.vocab_size))
-HOSTILE = '<img src=x onerror="document.title=1"></answer>'
+CONFIG = ModelConfig(layers=1, width=32, heads=2, block=128, vocab=round_up(TOK.vocab_size))
+HOSTILE = "<img src=x></answer>"
+NEW = 12  # tokens of every answer: one program draws them all
+
+
+def weights(make, seed: int):
+    """What `make` would return, drawn by NumPy: nothing is compiled."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.float32(0.05 * rng.standard_normal(x.shape) + (x.ndim < 2)), jax.eval_shape(make))
+
+
+def model_of(seed: int):
+    """A model that says pieces of words and likes to end: single bytes, tags and unused ids are improbable."""
+    params = weights(lambda: model.init(jax.random.key(0), CONFIG), seed)
+    table = params["embed"]["tokens_VD"]
+    table[: 6 + 256] -= 0.3
+    table[TOK.vocab_size :] -= 0.3
+    table[TOK.template.end] += 0.33
+    return params
+
+
+@jax.jit
+def full_pass(params, tokens):
+    """Hidden states and logits of every position."""
+    h = model.hidden(params, CONFIG, tokens)
+    return h[0], model.unembed(params, h)[0]
 
 
 @pytest.fixture(scope="module")
@@ -30,54 +52,52 @@ def places(tmp_path_factory) -> dict[str, Path]:
     """Two tiny models, a critic of the second, and a reward model."""
     root = tmp_path_factory.mktemp("models")
     for name, seed in (("a", 0), ("b", 1)):
-        save_model(root / name / "model", params_of(CONFIG, seed, scale=1.5), CONFIG, TOK)
+        save_model(root / name / "model", model_of(seed), CONFIG, TOK)
         (root / name / "done.json").write_text(json.dumps({"stage": "sft", "fingerprint": name * 20, "results": {}}))
-    save_model(root / "b" / "critic", {"value_head": model.scalar_head(jax.random.key(3), CONFIG.width)}, CONFIG)
-    judge = reward.init(jax.random.key(5), params_of(CONFIG, 4), CONFIG.width)
+    critic = weights(lambda: {"value_head": model.scalar_head(jax.random.key(0), CONFIG.width)}, 3)
+    save_model(root / "b" / "critic", critic, CONFIG)
+    judge = weights(lambda: reward.init(jax.random.key(0), model_of(4), CONFIG.width), 5)
     save_model(root / "reward" / "model", judge, CONFIG, TOK)
     return {name: root / name for name in ("a", "b", "reward")}
 
 
 @pytest.fixture(scope="module")
-def scope(places) -> Microscope:
-    return chat.seats([places["b"]], places["a"], places["reward"])[0].scope
+def seats(places) -> list[chat.Seat]:
+    return chat.seats([places["a"], places["b"]], places["a"], places["reward"])
+
+
+@pytest.fixture(scope="module")
+def scope(seats) -> Microscope:
+    return seats[1].scope
 
 
 def test_every_figure_of_a_token_is_what_its_definition_gives(scope, places):
     """Against float64 numpy on the logits of one full pass."""
     ids, answer, t = scope.speaker.prompt("prompt"), [*TOK.encode("own answer"), TOK.template.end], 0.7
     seen = scope.look(ids, answer, t)
-    tokens = jnp.array([[*ids, *answer]])
+    tokens = np.array([[*ids, *answer]], np.int32)
     first = len(ids)
 
-    def log_probs(params) -> np.ndarray:
-        logits = model.unembed(params, model.hidden(params, CONFIG, tokens))[0, first - 1 : -1]
-        logits = np.asarray(logits, np.float64) / t
-        return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    def log_probs(params) -> tuple[np.ndarray, np.ndarray]:
+        h, logits = (np.asarray(x[first - 1 : -1], np.float64) for x in full_pass(params, tokens))
+        return h, logits / t - np.logaddexp.reduce(logits / t, axis=1, keepdims=True)
 
-    pi, rho = log_probs(scope.speaker.params), log_probs(scope.reference)
+    (h, pi), (_, rho) = (log_probs(params) for params in (scope.speaker.params, scope.reference))
     at = np.arange(len(answer)), np.array(answer)
     np.testing.assert_allclose(seen.logp, pi[at], atol=2e-5)
     np.testing.assert_allclose(seen.ref_logp, rho[at], atol=2e-5)
     np.testing.assert_allclose(seen.kl, (np.exp(pi) * (pi - rho)).sum(1), atol=2e-5)
     np.testing.assert_allclose(seen.entropy, -(np.exp(pi) * pi).sum(1), atol=2e-5)
-    h = model.hidden(scope.speaker.params, CONFIG, tokens)[0, first - 1 : -1]
-    np.testing.assert_allclose(seen.value, model.apply_scalar_head(scope.critic, h), atol=1e-5)
-    judge, config = scope.judge
-    rows = model_batch(tokens, first)
-    np.testing.assert_allclose(seen.score, reward.score(judge, config, rows)[0], atol=1e-5)
+    critic, judge = jax.tree.map(np.asarray, (scope.critic, scope.judge[0]))
+    np.testing.assert_allclose(seen.value, h @ critic["kernel_D"] + critic["bias"], atol=1e-5)
+    raw = np.asarray(full_pass(judge["model"], tokens)[0][-1]) @ judge["head"]["kernel_D"] + judge["head"]["bias"]
+    np.testing.assert_allclose(seen.score, judge["gain"] * raw + judge["bias"], atol=1e-5)
     assert (seen.kl >= -1e-6).all() and seen.kl.max() > 0.01
 
 
-def model_batch(tokens, first):
-    from jaxgpt.structs import Batch
-
-    return Batch(tokens, jnp.arange(tokens.shape[1])[None] >= first)
-
-
-def test_a_model_beside_itself_has_no_kl(places):
-    seat = chat.seats([places["a"]], places["a"], None)[0]
-    seen = seat.scope.look(seat.speaker.prompt("first"), TOK.encode("second third"))
+def test_a_model_beside_itself_has_no_kl(seats):
+    speaker = seats[0].speaker
+    seen = Microscope(speaker, speaker.params).look(speaker.prompt("first"), TOK.encode("second third"))
     np.testing.assert_allclose(seen.kl, 0, atol=1e-6)
     np.testing.assert_array_equal(seen.logp, seen.ref_logp)
     assert seen.value is None and seen.score is None
@@ -85,26 +105,22 @@ def test_a_model_beside_itself_has_no_kl(places):
 
 def test_other_settings_of_sampling_are_not_compiled_again(scope, caplog):
     ids = scope.speaker.prompt("first")
-    list(scope.speaker.say(ids, SamplingConfig(0.7, 0, 0.9, 8), jax.random.key(0)))
+    list(scope.speaker.say(ids, SamplingConfig(0.7, 0, 0.9, NEW), jax.random.key(0)))
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        list(scope.speaker.say(ids, SamplingConfig(1.3, 0, 0.5, 8), jax.random.key(1)))
+        list(scope.speaker.say(ids, SamplingConfig(1.3, 0, 0.5, NEW), jax.random.key(1)))
     assert not [record for record in caplog.records if "Compiling" in record.message and "_next" in record.message]
 
 
 def test_sampling_settings_mean_what_they_say(scope):
     ids = scope.speaker.prompt("first second")
-    greedy = [
-        [p.token for p in scope.speaker.say(ids, SamplingConfig(0.0, new_tokens=10), jax.random.key(k))] for k in (0, 1)
-    ]
-    assert greedy[0] == greedy[1]
-    narrow = [
-        p.token for p in scope.speaker.say(ids, SamplingConfig(1.0, top_p=1e-6, new_tokens=10), jax.random.key(5))
-    ]
-    assert narrow == greedy[0]
-    free = [
-        [p.token for p in scope.speaker.say(ids, SamplingConfig(2.0, new_tokens=10), jax.random.key(k))] for k in (0, 1)
-    ]
-    assert free[0] != free[1]
+
+    def said(seed: int, temperature: float, **how) -> list[int]:
+        pieces = scope.speaker.say(ids, SamplingConfig(temperature, new_tokens=NEW, **how), jax.random.key(seed))
+        return [piece.token for piece in pieces]
+
+    greedy = said(0, 0.0)
+    assert greedy and greedy == said(1, 0.0) == said(5, 1.0, top_p=1e-6)
+    assert said(0, 2.0) != said(1, 2.0)
     for changes in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"new_tokens": 0}):
         with pytest.raises(UserError, match=next(iter(changes))):
             SamplingConfig(**changes)
@@ -119,15 +135,15 @@ def test_the_texts_of_tokens_are_together_the_answer(scope):
 
 # ---- the page's calls ----
 
-HOW = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "new_tokens": 24}
+HOW = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "new_tokens": NEW}
 
 
 class Page:
-    def __init__(self, folder: Path, places: dict[str, Path], rollouts: Path | None = None) -> None:
+    def __init__(self, folder: Path, seats: list[chat.Seat], rollouts: Path) -> None:
         self.store = votes.Store(folder / "votes.sqlite")
         config = server.ServeConfig(port=0)
         self.bound = server.Server(config, "")
-        self.seats = chat.seats([places["a"], places["b"]], places["a"], places["reward"])
+        self.seats = seats
         app = chat.application(self.seats, self.store, config, "", rollouts)
         threading.Thread(target=self.bound.run, args=(app,), daemon=True).start()
 
@@ -149,22 +165,26 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory, places):
+def page(tmp_path_factory, seats):
     folder = tmp_path_factory.mktemp("page")
     (folder / "rollouts").mkdir()
     (folder / "rollouts" / "000003.json").write_text(json.dumps({"iteration": 3, "beta": 0.1, "answers": []}))
     (folder / "secret.json").write_text('{"secret": 1}')
-    made = Page(folder, places, folder / "rollouts")
+    made = Page(folder, seats, folder / "rollouts")
     yield made
     made.bound.stop()
 
 
 def test_an_answer_streams_and_ends_with_its_figures(page):
-    lines = page.say(1, [{"prompt": f"first {HOSTILE}"}], seed=7)
-    done = lines[-1]["done"]
-    spoken = "".join(line.get("text", "") for line in lines)
-    special = [TOK.tag(TOK.template.end)] if done["ended"] else []
-    assert "".join(done["tokens"][: len(done["tokens"]) - len(special)]) == spoken
+    endings = set()
+    for model_, seed in ((0, 0), (0, 1), (0, 2), (1, 7)):
+        lines = page.say(model_, [{"prompt": f"first {HOSTILE}"}], seed=seed)
+        done = lines[-1]["done"]
+        spoken = "".join(line.get("text", "") for line in lines)
+        special = [TOK.tag(TOK.template.end)] if done["ended"] else []
+        assert "".join(done["tokens"]) == "".join([spoken, *special]), (model_, seed)
+        endings.add(done["ended"])
+    assert endings == {True, False}
     lengths = {len(done[name]) for name in ("tokens", "p", "kl", "entropy", "log_ratio", "value")}
     assert lengths == {len(done["tokens"])} and isinstance(done["score"], float) and done["how"]["seed"] == 7
     assert page.say(1, [{"prompt": f"first {HOSTILE}"}], seed=7)[-1]["done"]["tokens"] == done["tokens"]

@@ -19,10 +19,29 @@ CONFIG = ModelConfig(layers=2, width=8, heads=2, block=16, vocab=32, dtype="bflo
 
 
 def make_params(seed: int = 0):
-    policy, head = jax.random.split(jax.random.key(seed))
-    params = model.init(policy, CONFIG)
-    params["final_norm"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["final_norm"])
-    return {"policy": params, "head": {"w": jax.random.normal(head, (8,)), "bias": jnp.float32(0.5)}}
+    """A model and a head, drawn by NumPy, in two dtypes."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), CONFIG))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), shapes)
+    params["final_norm"] = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, jnp.bfloat16)), params["final_norm"])
+    return {"policy": params, "head": {"w": jnp.asarray(rng.standard_normal(8), jnp.float32), "bias": jnp.float32(0.5)}}
+
+
+def small(seed: int = 0):
+    return {"head": {"w": np.full(8, seed, np.float32), "bias": np.float32(0.5)}}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    save_model(folder / "m", make_params(), CONFIG, train_char(["a film"]))
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    """A saved model to spoil."""
+    return Path(shutil.copytree(saved / "m", tmp_path / "m"))
 
 
 def assert_same(a, b):
@@ -61,16 +80,16 @@ def test_a_sharded_model_loads_on_one_device(tmp_path):
 
 
 def test_saving_again_replaces(tmp_path):
-    save_model(tmp_path / "m", make_params(0), CONFIG, train_char(["a"]))
-    save_model(tmp_path / "m", make_params(1), CONFIG)
+    save_model(tmp_path / "m", small(0), CONFIG, train_char(["a"]))
+    save_model(tmp_path / "m", small(1), CONFIG)
     loaded = load_model(tmp_path / "m")
-    assert_same(loaded.params, make_params(1))
+    assert_same(loaded.params, small(1))
     assert loaded.tokenizer is None
 
 
 @pytest.mark.parametrize("moment", ["before the save", "while writing", "between the renames"])
 def test_an_interrupted_save_keeps_the_old_model(tmp_path, monkeypatch, moment):
-    save_model(tmp_path / "m", make_params(0), CONFIG)
+    save_model(tmp_path / "m", small(0), CONFIG)
 
     class Killed(BaseException):
         pass
@@ -86,11 +105,11 @@ def test_an_interrupted_save_keeps_the_old_model(tmp_path, monkeypatch, moment):
     else:
         monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: killed() if str(a).endswith(".new") else real(a, b))
     with pytest.raises(Killed):
-        save_model(tmp_path / "m", make_params(1), CONFIG)
+        save_model(tmp_path / "m", small(1), CONFIG)
     monkeypatch.undo()
-    assert_same(load_model(tmp_path / "m").params, make_params(0))
-    save_model(tmp_path / "m", make_params(2), CONFIG)
-    assert_same(load_model(tmp_path / "m").params, make_params(2))
+    assert_same(load_model(tmp_path / "m").params, small(0))
+    save_model(tmp_path / "m", small(2), CONFIG)
+    assert_same(load_model(tmp_path / "m").params, small(2))
     assert os.listdir(tmp_path) == ["m"]
 
 
@@ -98,7 +117,7 @@ def test_other_folders_are_not_replaced(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "a.tex").write_text("years")
     with pytest.raises(UserError, match="exists and is not a saved model"):
-        save_model(tmp_path / "thesis", make_params(), CONFIG)
+        save_model(tmp_path / "thesis", small(), CONFIG)
     assert (tmp_path / "thesis" / "a.tex").read_text() == "years"
 
 
@@ -111,21 +130,20 @@ def test_a_missing_model_says_what_to_run(tmp_path):
             load_model(folder)
 
 
-def test_one_flipped_bit_is_found(tmp_path):
-    save_model(tmp_path / "m", make_params(), CONFIG, train_char(["a film"]))
-    for path in sorted(path for path in (tmp_path / "m").rglob("*") if path.is_file() and path.stat().st_size):
+def test_one_flipped_bit_is_found(copy):
+    for path in sorted(path for path in copy.rglob("*") if path.is_file() and path.stat().st_size):
         if path.name == "model.json":
             continue
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(UserError) as error:
-            load_model(tmp_path / "m")
+            load_model(copy)
         assert str(path) in str(error.value) and "checksum" in str(error.value)
         path.unlink()
         with pytest.raises(UserError, match="is missing"):
-            load_model(tmp_path / "m")
+            load_model(copy)
         path.write_bytes(content)
-    load_model(tmp_path / "m")
+    load_model(copy)
 
 
 def edit(folder: Path, change) -> None:
@@ -145,28 +163,25 @@ def edit(folder: Path, change) -> None:
         (lambda r: r["params"].pop("head/w"), "head/w is unknown"),
     ],
 )
-def test_a_model_json_that_does_not_fit_is_refused(tmp_path, change, message):
-    save_model(tmp_path / "m", make_params(), CONFIG)
-    edit(tmp_path / "m", change)
+def test_a_model_json_that_does_not_fit_is_refused(copy, change, message):
+    edit(copy, change)
     with pytest.raises(UserError, match=message):
-        load_model(tmp_path / "m")
+        load_model(copy)
 
 
-def test_unreadable_parameters(tmp_path):
-    save_model(tmp_path / "m", make_params(), CONFIG)
-    shutil.rmtree(tmp_path / "m" / "params")
-    edit(tmp_path / "m", lambda record: record.update(files={}))
+def test_unreadable_parameters(copy):
+    shutil.rmtree(copy / "params")
+    edit(copy, lambda record: record.update(files={}))
     with pytest.raises(UserError, match="params can't be read"):
-        load_model(tmp_path / "m")
+        load_model(copy)
 
 
-def test_expected_shapes_name_each_parameter_that_differs(tmp_path):
-    save_model(tmp_path / "m", make_params(), CONFIG)
-    expected = jax.eval_shape(make_params)
-    assert_same(load_model(tmp_path / "m", expected).params, make_params())
+def test_expected_shapes_name_each_parameter_that_differs(copy):
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_params())
+    assert_same(load_model(copy, expected).params, make_params())
     expected["head"] = {"w": jax.ShapeDtypeStruct((9,), jnp.float32), "scale": jax.ShapeDtypeStruct((), jnp.float32)}
     with pytest.raises(UserError) as error:
-        load_model(tmp_path / "m", expected)
+        load_model(copy, expected)
     for text in ("head/scale is missing", "head/bias is unknown", "head/w is float32[8], not float32[9]"):
         assert text in str(error.value)
     assert "policy" not in str(error.value)

@@ -242,11 +242,17 @@ def test_a_script_prints_its_mistake_without_a_traceback(tmp_path):
     root = str(Path(__file__).parents[1])
     environment = {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "JAXGPT_CACHE": str(tmp_path), "PATH": ""}
 
-    def run(*argv: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(script), *argv], env=environment, capture_output=True, text=True)
-
-    good, bad = run("--steps", "4"), run("--step", "4")
-    device, said = good.stdout.splitlines()
-    assert device.startswith("device: cpu") and (good.returncode, said, good.stderr) == (0, "steps 4", "")
-    assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "error: unknown option --step; did you mean --steps?\n")
-    assert "Command: python toy.py" in run("--help").stdout
+    program = f"""
+import runpy, sys
+for word in ("--steps=4", "--help", "--step=4"):  # the last one ends the process
+    sys.argv = ["toy.py", word]
+    try:
+        runpy.run_path({str(script)!r}, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    device, said, *help_ = done.stdout.splitlines()
+    assert device.startswith("device: cpu") and said == "steps 4" and "Command: python toy.py" in "".join(help_)
+    assert (done.returncode, done.stderr) == (2, "error: unknown option --step; did you mean --steps?\n")

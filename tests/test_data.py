@@ -1,6 +1,8 @@
 """The embedded reviews, foreign sources, and the batches made from them."""
 
 import bisect
+import csv
+import functools
 import itertools
 import json
 from collections import Counter
@@ -22,8 +24,20 @@ REVIEWS = "movie_reviews"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A prepared dataset of all one-line reviews and every 25th of IMDb's; each split of it is read once."""
+    folder = tmp_path_factory.mktemp("cache")
+    with movie_reviews._csv_path().open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    imdb = [row for row in rows[1:] if row[2] == "imdb"]
+    with (folder / "few.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([rows[0], *imdb[::25], *(row for row in rows if row[2] == "rotten_tomatoes")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(movie_reviews, "load", functools.cache(movie_reviews.load))
+        with pytest.MonkeyPatch.context() as first:
+            first.setattr(movie_reviews, "_csv_path", lambda: folder / "few.csv")
+            movie_reviews.prepare(folder / "tfds")
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +53,25 @@ def tok() -> Tokenizer:
 # --- the embedded dataset
 
 
-def test_splits_hold_every_review_once(splits: dict[str, tuple[list[str], list[int]]]) -> None:
+def test_splits_hold_every_review_once(cache: Path, splits: dict[str, tuple[list[str], list[int]]]) -> None:
     sizes = {split: len(texts) for split, (texts, _) in splits.items()}
     imdb, one_line = sizes["imdb_train"] + sizes["imdb_test"], sizes["rt_train"] + sizes["rt_valid"] + sizes["rt_test"]
-    assert (imdb, one_line) == (25_000, 8_530)
-    assert abs(sizes["imdb_test"] / imdb - 0.05) < 0.005
+    assert (imdb, one_line) == (1000, 8530)
+    assert abs(sizes["imdb_test"] / imdb - 0.05) < 0.015
     assert abs(sizes["rt_valid"] / one_line - 0.08) < 0.01 and abs(sizes["rt_test"] / one_line - 0.12) < 0.01
-    labels = Counter(label for _, found in splits.values() for label in found)
-    assert labels == {0: 16_765, 1: 16_765}
+    found = Counter(pair for texts, labels in splits.values() for pair in zip(texts, labels, strict=True))
+    assert found == Counter((row["text"], row["label"]) for row in movie_reviews._csv_rows(cache / "few.csv"))
+    assert Counter(label for _, labels in splits.values() for label in labels) == {0: 4765, 1: 4765}
+
+
+def assert_disjoint(texts_of: dict[str, list[str]]) -> None:
+    normalised = {split: {movie_reviews._normalised(text) for text in texts} for split, texts in texts_of.items()}
+    for first, second in itertools.combinations(normalised, 2):
+        assert not normalised[first] & normalised[second], (first, second)
 
 
 def test_no_review_is_in_two_splits(splits: dict[str, tuple[list[str], list[int]]]) -> None:
-    normalised = {split: {movie_reviews._normalised(text) for text in texts} for split, (texts, _) in splits.items()}
-    for first, second in itertools.combinations(normalised, 2):
-        assert not normalised[first] & normalised[second], (first, second)
+    assert_disjoint({split: texts for split, (texts, _) in splits.items()})
     for text in splits["rt_test"][0]:
         slow = movie_reviews._normalised(f"{text} \u00e9").removesuffix(" \u00e9")  # not ASCII: the general way
         assert slow == movie_reviews._normalised(text)
@@ -66,11 +85,25 @@ def test_text_is_clean_but_not_otherwise_changed(splits: dict[str, tuple[list[st
         assert all(text == text.strip() and text for text in texts)
         if split.startswith("rt"):
             assert all(" ".join(text.split()) == text for text in texts)
-    assert (
-        sum(text.count("\n") for text in splits["imdb_train"][0] + splits["imdb_test"][0]) == 100_714
-    )  # 101,867 less those at the ends
+    lines = sum(text.count("\n") for split in ("imdb_train", "imdb_test") for text in splits[split][0])
+    assert lines == 4106  # 4,144 less those at the ends
     assert movie_reviews._clean(" a  b\t\x85c ", "rotten_tomatoes") == "a b \u2026c"
     assert movie_reviews._clean("a<br /><br />b \x97 \x93c\x94\x81", "imdb") == "a\n\nb \u2014 \u201cc\u201d\x81"
+
+
+@pytest.mark.slow
+def test_the_whole_wheel_is_split_and_cleaned() -> None:
+    texts: dict[str, list[str]] = {split: [] for split in movie_reviews.SPLITS}
+    labels: Counter[int] = Counter()
+    for row in movie_reviews._csv_rows(movie_reviews._csv_path()):
+        texts[movie_reviews._split_of(row["text"], row["source"])].append(row["text"])
+        labels[row["label"]] += 1
+    assert labels == {0: 16_765, 1: 16_765}
+    assert len(texts["imdb_train"]) + len(texts["imdb_test"]) == 25_000
+    assert abs(len(texts["imdb_test"]) / 25_000 - 0.05) < 0.005
+    assert_disjoint(texts)
+    lines = sum(text.count("\n") for split in ("imdb_train", "imdb_test") for text in texts[split])
+    assert lines == 100_714  # 101,867 less those at the ends
 
 
 @pytest.fixture
@@ -387,20 +420,18 @@ def test_processes_share_out_the_examples(tok: Tokenizer, monkeypatch: pytest.Mo
     monkeypatch.setattr(pipelines, "_BINS", 16)
     rows = _rows(tok, 61)
     elements = grain.MapDataset.source([parse(tok, ids).prompt for ids, _ in rows])
-    order = pipelines._shuffled(elements, 5, None)
+    order = list(pipelines._shuffled(elements, 5, None)[:122])  # two epochs
     batches = pipelines.packed_examples(rows, 64, 2, seed=5)
     seen = [parse(tok, ids).prompt for _ in range(16 // 2) for ids, _ in _unpacked(next(batches))]  # all bins once
-    assert Counter(seen) == Counter(order[i] for i in range(len(seen)))
+    assert Counter(seen) == Counter(order[: len(seen)])
     whole = pipelines.packed_examples(rows, 64, 6, seed=5)
     parts = [pipelines.packed_examples(rows, 64, 6, seed=5, part=i, parts=3) for i in range(3)]
-    for _ in range(9):
+    for _ in range(4):  # more than all bins
         together, expected = [next(part) for part in parts], next(whole)
         for name in expected:
             np.testing.assert_array_equal(np.concatenate([one[name] for one in together]), expected[name])
-    assert (
-        sorted(order[i] for i in range(61)) == sorted(order[i] for i in range(61, 122)) == sorted(map(str, range(61)))
-    )
-    assert [order[i] for i in range(61)] != [order[i] for i in range(61, 122)]
+    assert sorted(order[:61]) == sorted(order[61:]) == sorted(map(str, range(61)))
+    assert order[:61] != order[61:]
 
 
 def test_padded_examples_are_all_rows_in_order(tok: Tokenizer) -> None:
@@ -475,37 +506,37 @@ def test_preference_shards_and_eval(tok: Tokenizer) -> None:
 
 
 def _makers(tok: Tokenizer) -> dict[str, Any]:
-    stream = np.arange(999, dtype=np.int32)
+    stream = np.arange(247, dtype=np.int32)
     rows, rankings = _rows(tok), _rankings(tok)
     return {
         "windows": lambda seed=0, **kw: pipelines.windows(stream, 8, 4, seed=seed, **kw),
-        "packed": lambda seed=0, **kw: pipelines.packed_examples(rows, 64, 4, seed=seed, **kw),
+        "packed": lambda seed=0, **kw: pipelines.packed_examples(rows, 36, 4, seed=seed, **kw),
         "preferences": lambda seed=0, **kw: pipelines.preference_batches(rankings, 48, 4, seed=seed, epochs=9, **kw),
     }
 
 
 @pytest.mark.parametrize("kind", ["windows", "packed", "preferences"])
-@pytest.mark.parametrize("shard", [{}, {"part": 1, "parts": 2}])
 def test_a_restored_iterator_gives_the_same_next_batches(
-    tok: Tokenizer, kind: str, shard: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    tok: Tokenizer, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipelines, "_BINS", 7)  # a batch of 4 leaves a remainder in the bins
     make = _makers(tok)[kind]
-    batches, whole = make(**shard), make()
-    for taken in range(25):  # packing: in the middle of the bins, at their end, over the epoch's end
-        if taken in (0, 1, 5, 11, 22, 24):
-            state = json.loads(json.dumps(batches.get_state()))
+    whole, half = make(), make(part=1, parts=2)
+    for taken in range(10):
+        if taken in (0, 3, 7, 9):  # packing: in the middle of the bins, at their end, over the epoch's end
+            state = json.loads(json.dumps(half.get_state()))
             assert state == whole.get_state()  # of one process: any number of them goes on from here
-            fresh, used = make(**shard), make(**shard)
+            fresh, used, fresh_half = make(), make(), make(part=1, parts=2)
             next(used)
-            for other in (fresh, used):
-                other.set_state(state)
-            expected = list(itertools.islice(batches, 4))
-            for other in (fresh, used):
-                for one, two in zip(expected, itertools.islice(other, 4), strict=True):
-                    assert one.keys() == two.keys() and all(np.array_equal(one[key], two[key]) for key in one)
-            batches.set_state(state)
-        next(batches), next(whole)
+            for batches, others in ((whole, (fresh, used)), (half, (fresh_half,))):
+                expected = list(itertools.islice(batches, 3))
+                for other in others:
+                    other.set_state(state)
+                    for one, two in zip(expected, itertools.islice(other, 3), strict=True):
+                        assert one.keys() == two.keys(), taken
+                        assert all(np.array_equal(one[key], two[key]) for key in one), taken
+                batches.set_state(state)
+        next(half), next(whole)
 
 
 @pytest.mark.parametrize("kind", ["windows", "packed", "preferences"])

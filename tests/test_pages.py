@@ -1,7 +1,9 @@
 """The pages in a real browser: Debian's chromium, driven by Playwright."""
 
 import contextlib
+import functools
 import http.client
+import http.server
 import json
 import os
 import shutil
@@ -26,6 +28,8 @@ from jaxgpt.data.jsonl import write_rows
 from jaxgpt.run import Run
 from jaxgpt.settings import write_json
 from jaxgpt.tokenizer import train_bpe
+from jaxgpt.web import label as label_page
+from jaxgpt.web import server
 from tests.helpers import params_of
 
 pytestmark = pytest.mark.slow
@@ -36,6 +40,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 if CHROMIUM is None:
     pytest.skip("no chromium; on Debian: apt install chromium", allow_module_level=True)
 ROOT = Path(__file__).parents[1]
+ONE_DEVICE = "--xla_backend_optimization_level=0"  # as on a laptop; quickly compiled
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
 
 
@@ -68,7 +73,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def served(module: str, *flags: str, port: int):
     """An experiment in a process of its own, until it answers; its process."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_DEVICE}
     command = [sys.executable, "-m", module, "--serve.port", str(port), *flags]
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
@@ -84,6 +89,23 @@ def served(module: str, *flags: str, port: int):
     finally:
         process.kill()
         process.wait()
+
+
+@contextlib.contextmanager
+def labelling(questions: Path, file: Path, port: int = 0, token: str = "", **who: float):
+    """The label page in a thread of this process; its port."""
+    config = server.ServeConfig(port=port, token=token)
+    bound, store = server.Server(config, token), votes.Store(file)
+    for task in label.from_file(questions):
+        store.add_task(task)
+    app = label_page.application(store, label_page.LabelConfig(**who), config, token)
+    thread = threading.Thread(target=bound.run, args=(app,), daemon=True)
+    thread.start()
+    try:
+        yield bound.port
+    finally:
+        bound.stop()
+        thread.join()
 
 
 def begin(page, name: str) -> None:
@@ -118,7 +140,7 @@ def tiny_run(tmp_path_factory) -> Path:
     """A finished run that holds a tiny untrained model."""
     folder = tmp_path_factory.mktemp("tiny") / "sft"
     tok = train_bpe(["first second third prompt number answer own"] * 20, 300)
-    config = ModelConfig(layers=2, width=32, heads=2, block=128, vocab=round_up(tok.vocab_size))
+    config = ModelConfig(layers=1, width=32, heads=2, block=128, vocab=round_up(tok.vocab_size))
     with Run(folder, sft.Settings(run=folder), stage="sft") as run:
         save_model(folder / "model", params_of(config, scale=1.0), config, tok)
         run.finish({})
@@ -217,9 +239,7 @@ def test_two_people_label_the_server_is_killed_and_a_reward_model_learns(browser
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_label_page_is_accessible_and_fits_a_phone(browser, questions, tmp_path, scheme):
-    port = free_port()
-    flags = ("--answers", str(questions), "--votes", str(tmp_path / "v.sqlite"))
-    with served("experiments.label", *flags, port=port):
+    with labelling(questions, tmp_path / "v.sqlite") as port:
         page = open_page(browser, f"http://127.0.0.1:{port}/", color_scheme=scheme)
         assert violations(page) == []
         begin(page, "ada")
@@ -242,8 +262,7 @@ def test_the_label_page_is_accessible_and_fits_a_phone(browser, questions, tmp_p
 
 
 def test_everything_is_reached_by_the_tab_key(browser, questions, tmp_path):
-    port = free_port()
-    with served("experiments.label", "--answers", str(questions), "--votes", str(tmp_path / "v.sqlite"), port=port):
+    with labelling(questions, tmp_path / "v.sqlite") as port:
         page = open_page(browser, f"http://127.0.0.1:{port}/")
         begin(page, "ada")
         seen = set()
@@ -257,8 +276,8 @@ def test_everything_is_reached_by_the_tab_key(browser, questions, tmp_path):
 
 
 def test_a_key_that_is_held_and_a_double_click_vote_once(browser, questions, tmp_path):
-    port, file = free_port(), tmp_path / "v.sqlite"
-    with served("experiments.label", "--answers", str(questions), "--votes", str(file), "--who.repeat", "0", port=port):
+    file = tmp_path / "v.sqlite"
+    with labelling(questions, file, repeat=0) as port:
         page = open_page(browser, f"http://127.0.0.1:{port}/")
         begin(page, "ada")
         for _ in range(10):
@@ -277,8 +296,8 @@ def test_a_key_that_is_held_and_a_double_click_vote_once(browser, questions, tmp
 
 
 def test_undo_within_a_ranking_takes_back_a_place_and_escape_ends_it(browser, questions, tmp_path):
-    port, file = free_port(), tmp_path / "v.sqlite"
-    with served("experiments.label", "--answers", str(questions), "--votes", str(file), port=port):
+    file = tmp_path / "v.sqlite"
+    with labelling(questions, file) as port:
         page = open_page(browser, f"http://127.0.0.1:{port}/")
         begin(page, "ada")
         after(page, lambda: page.keyboard.press("1"))
@@ -296,12 +315,11 @@ def test_undo_within_a_ranking_takes_back_a_place_and_escape_ends_it(browser, qu
 
 def test_a_vote_waits_for_the_page_that_has_the_new_token(browser, questions, tmp_path):
     port, file = free_port(), tmp_path / "v.sqlite"
-    flags = ("--answers", str(questions), "--votes", str(file), "--serve.token")
-    with served("experiments.label", *flags, "old", port=port):
+    with labelling(questions, file, port, "old"):
         page = open_page(browser, f"http://127.0.0.1:{port}/#token=old")
         begin(page, "ada")
     page.keyboard.press("1")
-    with served("experiments.label", *flags, "new", port=port):
+    with labelling(questions, file, port, "new"):
         expect(page.locator("#message")).to_contain_text("token included")
         page.goto("about:blank"), page.goto(f"http://127.0.0.1:{port}/#token=new")
         expect(page.locator("#stats span").first).to_have_text("1 judged")
@@ -310,19 +328,15 @@ def test_a_vote_waits_for_the_page_that_has_the_new_token(browser, questions, tm
 
 def test_a_stranger_s_page_can_neither_read_nor_write(browser, questions, tmp_path):
     """A page of another site, in the same browser, posts to ours."""
-    port, file = free_port(), tmp_path / "v.sqlite"
+    file = tmp_path / "v.sqlite"
     evil = tmp_path / "evil"
     evil.mkdir()
     (evil / "index.html").write_text("<title>evil</title>")
-    other = free_port()
-    stranger = subprocess.Popen(
-        [sys.executable, "-m", "http.server", str(other), "--bind", "127.0.0.1", "--directory", str(evil)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        with served("experiments.label", "--answers", str(questions), "--votes", str(file), port=port):
-            time.sleep(1)
-            page = open_page(browser, f"http://127.0.0.1:{other}/")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(evil))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as stranger:
+        threading.Thread(target=stranger.serve_forever, daemon=True).start()
+        with labelling(questions, file) as port:
+            page = open_page(browser, f"http://127.0.0.1:{stranger.server_port}/")
             task = next(iter(votes.Store(file).tasks()))
             vote = {"annotator": "evil", "id": "1", "task": task, "kind": "skip", "tiers": [[0, 1, 2]],
                     "shown": [0, 1, 2]}  # fmt: skip
@@ -341,8 +355,7 @@ def test_a_stranger_s_page_can_neither_read_nor_write(browser, questions, tmp_pa
             )
             assert framed in ("empty", "shut")
             assert votes.Store(file).count() == 0
-    finally:
-        stranger.kill()
+        stranger.shutdown()
 
 
 # ---- models side by side ----
@@ -369,72 +382,76 @@ def models(tmp_path_factory, tiny_run) -> dict[str, Path]:
     return {"sft": tiny_run, "ppo": ppo_run, "reward": root / "reward"}
 
 
-def chat_flags(models: dict[str, Path], file: Path) -> tuple[str, ...]:
-    return ("--models", str(models["sft"]), str(models["ppo"]), "--reference", str(models["sft"]), "--reward",
-            str(models["reward"]), "--ppo", str(models["ppo"]), "--votes", str(file))  # fmt: skip
+@pytest.fixture(scope="module")
+def side_by_side(models, tmp_path_factory):
+    """The port of the page on which they answer, and its votes."""
+    port, file = free_port(), tmp_path_factory.mktemp("votes") / "votes.sqlite"
+    flags = ("--models", models["sft"], models["ppo"], "--reference", models["sft"], "--reward", models["reward"],
+             "--ppo", models["ppo"], "--votes", file)  # fmt: skip
+    with served("experiments.chat_web", *map(str, flags), port=port):
+        yield port, file
 
 
-def test_models_answer_side_by_side_and_every_token_can_be_looked_at(browser, models, tmp_path):
-    port, file = free_port(), tmp_path / "votes.sqlite"
-    with served("experiments.chat_web", *chat_flags(models, file), port=port):
-        page = open_page(browser, f"http://127.0.0.1:{port}/", color_scheme="dark")
-        expect(page.locator("#summary")).to_contain_text("sft, ppo")
-        page.locator("summary").click()
-        page.get_by_label("Tokens", exact=True).fill("16")
-        page.get_by_label("Seed").fill("3")
-        assert violations(page) == []
-        page.get_by_label("Prompt").fill(f"first {HOSTILE}")
-        page.keyboard.press("Enter")
-        page.locator(".tokens").nth(1).wait_for(timeout=120_000)
-        assert page.locator(".turn .prompt .words").inner_text() == f"first {HOSTILE}"
-        facts = page.locator(".facts").nth(1).inner_text()
-        assert "KL" in facts and "reward" in facts and page.locator(".trace").count() == 1  # the critic is ppo's
-        tokens = page.locator(".tokens").nth(1).locator("span")
-        page.locator(".tokens").nth(1).locator("span:not(:empty)").first.hover()
-        figures = page.locator("#figures")
-        expect(figures).to_contain_text("probability")
-        expect(figures).to_contain_text("critic's value")
-        before = figures.inner_text()
-        page.locator(".tokens").nth(1).focus()
-        page.keyboard.press("ArrowRight")
-        assert figures.inner_text() != before
-        legends = []
-        for name in ("p", "kl", "log_ratio", "entropy"):
-            page.locator("#paint").select_option(name)
-            painted = tokens.evaluate_all("all => all.filter(t => t.style.backgroundColor).length")
-            assert painted > 0, name
-            legends.append(page.locator("#legend").inner_text())
-        assert "improbable" in legends[0] and "red: below 0" in legends[2].replace("\n", " ")
-        page.locator("#paint").select_option("")
-        expect(page.locator("#legend")).to_be_empty()
-        assert violations(page) == []
-        page.on("dialog", lambda dialog: dialog.accept("ada"))
-        message, bad = page.locator("#message"), page.get_by_role("button", name="All bad")
-        for picked in (page.get_by_role("button", name="The answer of sft is the best"), bad):
-            picked.click()
-            expect(message).to_contain_text("Saved: 1 vote of ada.")
-            expect(picked).to_have_attribute("aria-pressed", "true")
-            expect(page.get_by_role("button", name="The answer of ppo is the best")).to_be_disabled()
-            picked.click()
-            expect(message).to_have_text("Taken back: 0 votes of ada.")
-        page.get_by_role("button", name="The answer of ppo is the best").click()
+def test_models_answer_side_by_side_and_every_token_can_be_looked_at(browser, models, side_by_side):
+    port, file = side_by_side
+    page = open_page(browser, f"http://127.0.0.1:{port}/", color_scheme="dark")
+    expect(page.locator("#summary")).to_contain_text("sft, ppo")
+    page.locator("summary").click()
+    page.get_by_label("Tokens", exact=True).fill("16")
+    page.get_by_label("Seed").fill("3")
+    assert violations(page) == []
+    page.get_by_label("Prompt").fill(f"first {HOSTILE}")
+    page.keyboard.press("Enter")
+    page.locator(".tokens").nth(1).wait_for(timeout=120_000)
+    assert page.locator(".turn .prompt .words").inner_text() == f"first {HOSTILE}"
+    facts = page.locator(".facts").nth(1).inner_text()
+    assert "KL" in facts and "reward" in facts and page.locator(".trace").count() == 1  # the critic is ppo's
+    tokens = page.locator(".tokens").nth(1).locator("span")
+    page.locator(".tokens").nth(1).locator("span:not(:empty)").first.hover()
+    figures = page.locator("#figures")
+    expect(figures).to_contain_text("probability")
+    expect(figures).to_contain_text("critic's value")
+    before = figures.inner_text()
+    page.locator(".tokens").nth(1).focus()
+    page.keyboard.press("ArrowRight")
+    assert figures.inner_text() != before
+    legends = []
+    for name in ("p", "kl", "log_ratio", "entropy"):
+        page.locator("#paint").select_option(name)
+        painted = tokens.evaluate_all("all => all.filter(t => t.style.backgroundColor).length")
+        assert painted > 0, name
+        legends.append(page.locator("#legend").inner_text())
+    assert "improbable" in legends[0] and "red: below 0" in legends[2].replace("\n", " ")
+    page.locator("#paint").select_option("")
+    expect(page.locator("#legend")).to_be_empty()
+    assert violations(page) == []
+    page.on("dialog", lambda dialog: dialog.accept("ada"))
+    message, bad = page.locator("#message"), page.get_by_role("button", name="All bad")
+    for picked in (page.get_by_role("button", name="The answer of sft is the best"), bad):
+        picked.click()
         expect(message).to_contain_text("Saved: 1 vote of ada.")
-        expect(bad).to_be_disabled()
-        assert violations(page) == []
-        text = "".join(tokens.all_inner_texts())
-        page.get_by_label("Prompt").fill("second")
-        page.get_by_role("button", name="Send").click()
-        page.locator(".tokens").nth(3).wait_for(timeout=120_000)
-        page.get_by_role("button", name="Again").click()
-        expect(page.locator(".turn")).to_have_count(2)
-        page.locator(".tokens").nth(3).wait_for(timeout=120_000)
-        page.get_by_role("button", name="New").click()
-        expect(page.locator(".turn")).to_have_count(0)
-        page.set_viewport_size({"width": 360, "height": 740})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        assert sum(page.locator(name).bounding_box()["height"] for name in ("header", "footer")) < 250
-        assert page.get_by_label("Colour of a token").is_visible() and violations(page) == []
-        assert page.problems == [] and page.title() == "Models side by side · jaxgpt"
+        expect(picked).to_have_attribute("aria-pressed", "true")
+        expect(page.get_by_role("button", name="The answer of ppo is the best")).to_be_disabled()
+        picked.click()
+        expect(message).to_have_text("Taken back: 0 votes of ada.")
+    page.get_by_role("button", name="The answer of ppo is the best").click()
+    expect(message).to_contain_text("Saved: 1 vote of ada.")
+    expect(bad).to_be_disabled()
+    assert violations(page) == []
+    text = "".join(tokens.all_inner_texts())
+    page.get_by_label("Prompt").fill("second")
+    page.get_by_role("button", name="Send").click()
+    page.locator(".tokens").nth(3).wait_for(timeout=120_000)
+    page.get_by_role("button", name="Again").click()
+    expect(page.locator(".turn")).to_have_count(2)
+    page.locator(".tokens").nth(3).wait_for(timeout=120_000)
+    page.get_by_role("button", name="New").click()
+    expect(page.locator(".turn")).to_have_count(0)
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert sum(page.locator(name).bounding_box()["height"] for name in ("header", "footer")) < 250
+    assert page.get_by_label("Colour of a token").is_visible() and violations(page) == []
+    assert page.problems == [] and page.title() == "Models side by side · jaxgpt"
     store = votes.Store(file)
     (vote,) = store.votes("ada")
     rows = store._rows("SELECT kind FROM votes ORDER BY number")
@@ -444,22 +461,21 @@ def test_models_answer_side_by_side_and_every_token_can_be_looked_at(browser, mo
     assert task.prompt == f"first {HOSTILE}" and best.origin["model"] == str(models["ppo"]) and best.text in text
 
 
-def test_rollouts_of_ppo_are_shown_token_by_token(browser, models, tmp_path):
-    port = free_port()
-    with served("experiments.chat_web", *chat_flags(models, tmp_path / "v.sqlite"), port=port):
-        page = open_page(browser, f"http://127.0.0.1:{port}/")
-        page.get_by_role("tab", name="PPO rollouts").click()
-        token = page.locator(".rollout .tokens span").nth(1)
-        assert token.inner_text() == HOSTILE
-        token.hover()
-        for name in ("advantage -1.000", "log π, nats", "log ρ, nats", "ratio after the update", "value", "return"):
-            expect(page.locator("#figures")).to_contain_text(name)
-        assert page.locator(".rollout .trace").count() == 3
-        expect(page.locator("#legend")).to_contain_text("red: below 0")
-        page.locator("#paint").select_option("ratio")
-        expect(page.locator("#legend")).to_contain_text("blue: ≥ 1.2")
-        assert violations(page) == [] and page.problems == []
-        assert page.locator(".rollout img").count() == 0
+def test_rollouts_of_ppo_are_shown_token_by_token(browser, side_by_side):
+    port, _ = side_by_side
+    page = open_page(browser, f"http://127.0.0.1:{port}/")
+    page.get_by_role("tab", name="PPO rollouts").click()
+    token = page.locator(".rollout .tokens span").nth(1)
+    assert token.inner_text() == HOSTILE
+    token.hover()
+    for name in ("advantage -1.000", "log π, nats", "log ρ, nats", "ratio after the update", "value", "return"):
+        expect(page.locator("#figures")).to_contain_text(name)
+    assert page.locator(".rollout .trace").count() == 3
+    expect(page.locator("#legend")).to_contain_text("red: below 0")
+    page.locator("#paint").select_option("ratio")
+    expect(page.locator("#legend")).to_contain_text("blue: ≥ 1.2")
+    assert violations(page) == [] and page.problems == []
+    assert page.locator(".rollout img").count() == 0
 
 
 # ---- a person as the reward ----
@@ -520,7 +536,7 @@ def test_answers_are_made_ahead_and_a_reward_model_picks_what_it_is_least_sure_o
         assert {answer.origin["model"] for answer in task.answers} <= {str(models["sft"]), str(models["ppo"])}
         assert all({"checkpoint", "temperature", "seed"} <= answer.origin.keys() for answer in task.answers)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as on a laptop
+    monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
     for task in list(store.tasks().values()):
         rest = tuple(range(1, len(task.answers)))
         store.vote(votes.Vote(task.id, task.id, "ada", "favourite", ((0,), rest), (0, *rest)))

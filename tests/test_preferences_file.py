@@ -27,7 +27,7 @@ def preferences(draw: st.DrawFn) -> Preference:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(written=st.lists(preferences(), min_size=1, max_size=4))
 def test_round_trip(tmp_path: Path, written: list[Preference]) -> None:
     path = tmp_path / "deep" / "preferences.jsonl"

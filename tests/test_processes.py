@@ -52,10 +52,10 @@ def test_processes_meet_whatever_their_order():
 def test_the_missing_ones_are_named():
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(process._report_to, "localhost", port, 4, 2, 2.0)
+        other = pool.submit(process._report_to, "localhost", port, 4, 2, 0.9)
         with pytest.raises(UserError, match=r"of 4 processes, 1, 3 did not call within 1 s"):
-            process._gather(port, 4, 1.0)
-        with pytest.raises(UserError, match=rf"process 0 did not answer at localhost:{port} within 2 s"):
+            process._gather(port, 4, 0.8)
+        with pytest.raises(UserError, match=rf"process 0 did not answer at localhost:{port} within 1 s"):
             other.result()
 
 
