@@ -1,6 +1,7 @@
 """A tiny model and rows of tokens that several tests use."""
 
 import dataclasses
+import functools
 import os
 
 import jax
@@ -39,6 +40,19 @@ def params_of(config: ModelConfig = TINY, seed: int = 0, scale: float = 4.0) -> 
     """Parameters large enough that every input matters (GPT-2's initialisation is nearly flat)."""
     params = model.init(jax.random.key(seed), config)
     return jax.tree.map(lambda w: w * scale if w.ndim >= 2 else w, params)
+
+
+@functools.cache
+def random_params(config: ModelConfig = TINY, seed: int = 0, scale: float = 4.0) -> Params:
+    """As large as those of `params_of`, biases and norms random too. NumPy draws them: nothing to compile."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        spread = 0.02 * scale if shape.ndim >= 2 else 0.1
+        return ((path[-1].key == "scale") + spread * rng.standard_normal(shape.shape)).astype(np.float32)
+
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def tokens_of(rows: int, length: int, vocab: int = 64, seed: int = 0) -> Array:
