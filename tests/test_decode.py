@@ -131,7 +131,7 @@ def test_values_are_the_critics_of_the_state_before_each_token():
 
 
 def test_samples_follow_the_models_distribution():
-    config, params = MODELS["gpt"], random_params(MODELS["gpt"], scale=2.0)
+    config, params = MODELS["gpt"], random_params(MODELS["gpt"], scale=8.0)
     prompts, lengths = prompts_of()
     draw = jax.jit(functools.partial(decode.generate, config=config, new_tokens=1, stop=5, samples=4000))
     drawn = draw(params, prompt_BP=prompts[:1], length_B=lengths[:1], key=jax.random.key(5)).tokens_BA
