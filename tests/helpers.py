@@ -47,11 +47,11 @@ def _shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: model.init(jax.random.key(0), config))
 
 
-def drawn(config: ModelConfig = TINY, seed: int = 0, scale: float = 4.0) -> Params:
-    """Like `params_of`, but drawn by NumPy, so that nothing is compiled; biases and norms are random too."""
+def random_params(config: ModelConfig = TINY, seed: int = 0, scale: float = 4.0) -> Params:
+    """As large as those of `params_of`, biases and norms random too. NumPy draws them: nothing is compiled."""
     rng = np.random.default_rng(seed)
 
-    def draw(path, like) -> Array:
+    def draw(path: tuple, like: jax.ShapeDtypeStruct) -> Array:
         size = 0.02 * scale if like.ndim >= 2 else 0.1
         return jax.device_put((size * rng.standard_normal(like.shape) + (path[-1].key == "scale")).astype(like.dtype))
 

@@ -9,7 +9,7 @@ import pytest
 from jaxgpt import dpo, model, optim, train
 from jaxgpt.config import ModelConfig
 from jaxgpt.structs import Batch, Preferences
-from tests.helpers import drawn
+from tests.helpers import random_params
 
 CONFIG = ModelConfig(layers=1, width=32, heads=2, block=8, vocab=10)
 
@@ -22,7 +22,7 @@ def every_answer() -> Preferences:
 
 
 def test_the_loss_starts_at_log_b_and_the_reference_gets_no_gradient():
-    params = {"policy": drawn(CONFIG), "reference": drawn(CONFIG)}
+    params = {"policy": random_params(CONFIG), "reference": random_params(CONFIG)}
     loss = dpo.make_loss(CONFIG, beta=0.3)
     value, slope = jax.jit(jax.value_and_grad(lambda p, batch: loss(p, batch, None)[0].value))(params, every_answer())
     assert float(value) == pytest.approx(np.log(10), rel=1e-5)
@@ -44,7 +44,7 @@ def test_dpo_converges_to_the_policy_that_is_optimal_for_the_reward(temperature)
         return train.losses.reduce(10 * weight_C * one(jnp.arange(10))), {}
 
     tx = optax.adam(optim.linear_to_zero(3e-3, 150))
-    rho = drawn(CONFIG, scale=1.0)
+    rho = random_params(CONFIG, scale=1.0)
     state = train.init_state({"policy": rho}, tx, {"reference": optim.copy(rho)})
     options = {"xla_backend_optimization_level": 2}
     step = jax.jit(train.make_train_step(expected, tx), donate_argnums=0, compiler_options=options)

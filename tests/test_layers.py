@@ -12,7 +12,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jaxgpt import layers, losses, model
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.structs import Batch
-from tests.helpers import TINY, drawn, tokens_of
+from tests.helpers import TINY, random_params, tokens_of
 
 B, T, D, F, H, K = 3, 10, 16, 24, 2, 8
 
@@ -89,7 +89,7 @@ def outcome(config: ModelConfig, *, packed: bool, key: int | None = None) -> dic
         return losses.reduce(-logp_BT, rows.mask_BT).value
 
     key = None if key is None else jax.random.key(key)
-    value, slope = jax.jit(jax.value_and_grad(loss))(drawn(scale=2.0), key)
+    value, slope = jax.jit(jax.value_and_grad(loss))(random_params(scale=2.0), key)
     return {"loss": np.asarray(value), **{keystr(path): np.asarray(x) for path, x in tree_leaves_with_path(slope)}}
 
 
@@ -137,7 +137,7 @@ def test_plain_gradients_allow_forward_mode():
 
         return jax.jvp(total, (params,), (params,))[1], jax.grad(total)(params)
 
-    params = drawn(config)
+    params = random_params(config)
     forward, backward = slopes(params)
     inner = sum(np.vdot(x, y) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(backward), strict=True))
     assert float(forward) == pytest.approx(float(inner), rel=1e-4)

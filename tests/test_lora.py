@@ -13,7 +13,7 @@ from jaxgpt.config import UserError
 from jaxgpt.kl import FixedKL
 from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.structs import Batch, Preferences
-from tests.helpers import FAMILY, drawn, generate, prompts_of, score, tokens_of
+from tests.helpers import FAMILY, generate, prompts_of, random_params, score, tokens_of
 
 GPT2, LLAMA = (dataclasses.replace(FAMILY[name], layers=1) for name in ("gpt2", "llama"))
 both_families = pytest.mark.parametrize("config", [GPT2, FAMILY["llama"]], ids=["gpt2", "llama"])
@@ -41,7 +41,7 @@ def log_probs(params, config):
 
 @both_families
 def test_new_adapters_change_nothing_and_sit_at_every_dense_layer(config):
-    params = drawn(config)
+    params = random_params(config)
     adapters = init(jax.random.key(0), params, 3)
     kernels = [path for path in leaves(params) if path.endswith("['kernel']")]
     assert len(leaves(adapters)) == 2 * len(kernels) > 0
@@ -53,7 +53,7 @@ def test_new_adapters_change_nothing_and_sit_at_every_dense_layer(config):
 
 @both_families
 def test_merging_computes_the_same(config):
-    params = drawn(config)
+    params = random_params(config)
     both = train.merged(params, adapters_of(params))
     whole = merge(both)
     assert leaves(whole).keys() == leaves(params).keys() == leaves(lora.base(both)).keys()
@@ -64,7 +64,7 @@ def test_merging_computes_the_same(config):
 @pytest.mark.slow  # that the sampler uses adapters follows from PPO's `sampler_gap_max` below
 def test_merging_computes_and_samples_the_same_with_plain_gradients():
     config = dataclasses.replace(LLAMA, gradients="plain")
-    params = drawn(config)
+    params = random_params(config)
     both = train.merged(params, adapters_of(params))
     whole = merge(both)
     np.testing.assert_allclose(log_probs(both, config), log_probs(whole, config), atol=2e-4)
@@ -75,7 +75,7 @@ def test_merging_computes_and_samples_the_same_with_plain_gradients():
 
 def test_only_adapters_are_trained_and_their_gradient_is_that_of_the_merged_kernel():
     """dL/dA = dL/dW B^T and dL/dB = A^T dL/dW."""
-    params, batch = drawn(LLAMA, scale=2.0), Batch(tokens_of(3, 12), np.tile(np.arange(12) > 0, (3, 1)))
+    params, batch = random_params(LLAMA, scale=2.0), Batch(tokens_of(3, 12), np.tile(np.arange(12) > 0, (3, 1)))
     adapters = adapters_of(params)
 
     @jax.jit
@@ -95,7 +95,7 @@ def test_only_adapters_are_trained_and_their_gradient_is_that_of_the_merged_kern
 
 
 def test_sft_with_adapters_learns_and_leaves_the_rest():
-    params, tx = drawn(LLAMA, scale=1.0), optax.adam(1e-2)
+    params, tx = random_params(LLAMA, scale=1.0), optax.adam(1e-2)
     batch = Batch(tokens_of(4, 12), np.tile(np.arange(12) > 0, (4, 1)))
 
     @jax.jit
@@ -115,7 +115,7 @@ def test_sft_with_adapters_learns_and_leaves_the_rest():
 
 
 def test_dpo_with_adapters_starts_at_log_b_and_equals_dpo_with_a_reference():
-    params = drawn(GPT2, scale=2.0)
+    params = random_params(GPT2, scale=2.0)
     mask = np.broadcast_to(np.arange(16) >= 6, (2, 3, 16))
     batch = Preferences(np.reshape(tokens_of(6, 16), mask.shape), mask, np.array([0, 2]), np.ones((2, 3), bool))
 
@@ -135,7 +135,7 @@ def test_dpo_with_adapters_starts_at_log_b_and_equals_dpo_with_a_reference():
 def test_a_ppo_iteration_with_adapters():
     """The first ratio is exactly 1, the first KL 0; afterwards only adapters and the value head have moved, and the
     sampler uses the adapters."""
-    params, tx = drawn(GPT2, scale=1.0), optim.adam_tf(optax.constant_schedule(1e-2))
+    params, tx = random_params(GPT2, scale=1.0), optim.adam_tf(optax.constant_schedule(1e-2))
     settings = PPOConfig(new_tokens=8, epochs=2, minibatches=2)
 
     @jax.jit

@@ -11,7 +11,7 @@ import pytest
 from jaxgpt import model
 from jaxgpt.config import PRESETS, ModelConfig, UserError
 from jaxgpt.structs import Batch
-from tests.helpers import FAMILY, TINY, drawn, tokens_of
+from tests.helpers import FAMILY, TINY, random_params, tokens_of
 
 T, SHORT = 40, 11
 FIRST, SECOND = 9, 6  # lengths of the two examples of a packed row
@@ -48,7 +48,7 @@ def _look(params, config, batch):
 def seen(config: ModelConfig, scale: float = 4.0, short: bool = False):
     """(logp, hidden states, logits) of `batch()`, or of the first tokens of its first row, without segments."""
     rows = Batch(batch().tokens_BT[:2, :SHORT], batch().mask_BT[:2, :SHORT]) if short else batch()
-    return jax.device_get(_look(drawn(config, scale=scale), config, rows))
+    return jax.device_get(_look(random_params(config, scale=scale), config, rows))
 
 
 def plain(config: ModelConfig) -> ModelConfig:
@@ -68,7 +68,7 @@ def test_each_position_depends_on_itself_and_the_past_only(name):
 @pytest.mark.parametrize("way", ["auto", "plain"])
 def test_logits_and_log_probs_equal_a_float64_reference(name, way):
     config = FAMILY[name]
-    params = jax.tree.map(lambda w: np.asarray(w, np.float64), drawn(config))
+    params = jax.tree.map(lambda w: np.asarray(w, np.float64), random_params(config))
     logp, _, logits = seen(plain(config), short=True) if way == "plain" else seen(config)
     tokens = batch().tokens_BT[:2, : logp.shape[1]]
     expected = _reference_logits(params, config, tokens)
@@ -112,7 +112,7 @@ def test_a_window_around_the_answer_gives_the_same_log_probs_and_gradients():
 
         return [jax.grad(total, has_aux=True)(params, window) for window in (None, 7, 9)]
 
-    (whole, logp), *others = jax.device_get(outcomes(drawn(config)))
+    (whole, logp), *others = jax.device_get(outcomes(random_params(config)))
     for window, (part, window_logp) in zip((7, 9), others, strict=True):
         np.testing.assert_allclose(window_logp[batch.mask_BT], logp[batch.mask_BT], atol=1e-5, err_msg=str(window))
         assert (window_logp[t < start] == 0).all(), window
@@ -128,7 +128,7 @@ def test_a_window_as_wide_as_the_rows_is_none(width):
 
 def test_temperature_divides_the_logits():
     rows = Batch(batch().tokens_BT[:2], batch().mask_BT[:2])
-    logp, _ = score(drawn(), TINY, rows, temperature=0.5)
+    logp, _ = score(random_params(), TINY, rows, temperature=0.5)
     _, _, logits = seen(TINY)
     np.testing.assert_allclose(logp[:, 1:], _log_probs(logits[:2].astype(np.float64) / 0.5, rows.tokens_BT), atol=1e-4)
 
@@ -152,7 +152,7 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
         return one(config, tokens), one(dropping, tokens), dropped, model.dropout(key, 0.5, jnp.ones(20_000))
 
     with jax.numpy_dtype_promotion("strict"):
-        never, keyless, (a, b), x = outcomes(drawn(config), jax.random.split(jax.random.key(0)), jax.random.key(2))
+        never, keyless, (a, b), x = outcomes(random_params(config), jax.random.split(jax.random.key(0)), jax.random.key(2))
     np.testing.assert_array_equal(keyless, never)
     assert np.abs(a - b).max() > 0.1
     assert float(x.mean()) == pytest.approx(1.0, abs=0.03)
@@ -160,7 +160,7 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
 
 def test_rows_longer_than_the_block_are_refused():
     with pytest.raises(UserError, match="49 tokens don't fit the model's block of 48"):
-        jax.eval_shape(lambda: model.hidden(drawn(), TINY, np.zeros((1, 49), np.int32)))
+        jax.eval_shape(lambda: model.hidden(random_params(), TINY, np.zeros((1, 49), np.int32)))
 
 
 @pytest.mark.parametrize(

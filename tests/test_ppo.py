@@ -13,7 +13,7 @@ from jaxgpt import kl, losses, model, optim, ppo, returns, train
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.structs import Batch
-from tests.helpers import AS_USERS_RUN_IT, TINY, drawn, prompts_of
+from tests.helpers import AS_USERS_RUN_IT, TINY, prompts_of, random_params
 
 collect = jax.jit(ppo.collect, static_argnums=(1, 2), static_argnames="stop")
 score = jax.jit(ppo.score, static_argnums=(1, 2))
@@ -38,7 +38,7 @@ def share(params, rows):
 
 
 def start():
-    return started(drawn(MODEL, scale=2.0), {"target": np.int32(7)}), kl.FixedKL(np.float32(BETA))
+    return started(random_params(MODEL, scale=2.0), {"target": np.int32(7)}), kl.FixedKL(np.float32(BETA))
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def test_a_host_reward_gives_the_numbers_of_the_same_reward_in_jax():
 
 
 def test_rewards_of_an_answer_sum_to_score_minus_beta_kl():
-    experience = scored(policy=drawn(MODEL, seed=7, scale=2.0))
+    experience = scored(policy=random_params(MODEL, seed=7, scale=2.0))
 
     @jax.jit
     def summed(x):
@@ -193,7 +193,7 @@ def test_ppo_finds_the_optimum_that_can_be_enumerated():
     setting = PPOConfig(new_tokens=3, epochs=2, minibatches=1, lam=1.0, unfinished_score=0.0, value_weight=0.5)
     steps, rows, beta = 200, 256, 0.5
     tx = optim.adam_tf(optim.linear_to_zero(6e-3, steps * setting.epochs))
-    rho = drawn(config, scale=1.0)
+    rho = random_params(config, scale=1.0)
     prompts = Prompts(np.tile([[6, 7]], (rows, 1)), np.full(rows, 2))
 
     def reward_fn(tokens, mask):  # an 8 anywhere in the answer is worth 1

@@ -9,7 +9,7 @@ import pytest
 
 from jaxgpt import optim, reward, train
 from jaxgpt.structs import Batch, Preferences
-from tests.helpers import TINY, drawn, tokens_of
+from tests.helpers import TINY, random_params, tokens_of
 
 MODEL = dataclasses.replace(TINY, layers=1)
 T = 22
@@ -20,7 +20,7 @@ loss = jax.jit(reward.loss, static_argnums=1)
 
 def reward_params(seed: int = 0):
     head = np.random.default_rng(seed).standard_normal(MODEL.width, np.float32) / np.sqrt(MODEL.width)
-    params = reward.init(jax.random.key(seed), drawn(MODEL, scale=2.0), MODEL.width)
+    params = reward.init(jax.random.key(seed), random_params(MODEL, scale=2.0), MODEL.width)
     return {**params, "head": {"kernel_D": head, "bias": np.float32(0)}}
 
 
