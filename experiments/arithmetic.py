@@ -72,8 +72,8 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(),
-    "toy": Settings(largest=9, heldout=20, steps=8, demonstrations=16, iterations=3, prompts=4, each=2, seeds=1,
-                    methods=("GRPO", "PPO")),
+    "toy": Settings(model=ModelConfig(layers=1, width=32, heads=2, block=32, vocab=384), largest=9, heldout=20, steps=8,
+                    demonstrations=16, iterations=3, prompts=4, each=2, seeds=1, methods=("GRPO", "PPO")),
     "gpu": Settings(model=ModelConfig(layers=4, width=256, heads=8, block=32, vocab=384), largest=999, dots=6,
                     heldout=2000, steps=3000, iterations=400, prompts=128, seeds=8),
 }  # fmt: skip

@@ -75,7 +75,7 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(),
-    "toy": Settings(pool=16, heldout=8, labels=(8, 32), noises=(0.6,), noise_labels=16, read=32, iterations=2, batch=8,
+    "toy": Settings(pool=16, heldout=8, labels=(8,), noises=(0.6,), noise_labels=8, read=32, iterations=2, batch=8,
                     label_batch=4, seeds=1, prompts=12,
                     ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1)),
     "gpu": Settings(pool=2500, labels=(40, 160, 640, 2500, 5000), noises=(0.03, 0.3, 0.6, 1.2), noise_labels=2500,

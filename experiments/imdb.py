@@ -68,9 +68,9 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(),
-    "toy": Settings(prefixes=8, betas=(0.1,), dpo_betas=(0.1,), seeds=1, iterations=2, batch=8, pairs=16, pair_batch=8,
+    "toy": Settings(prefixes=12, betas=(0.1,), dpo_betas=(0.1,), seeds=1, iterations=2, batch=8, pairs=16, pair_batch=8,
                     best_of=4, prompts=12,
-                    ppo=PPOConfig(new_tokens=8, epochs=1, unfinished_score=None)),
+                    ppo=PPOConfig(new_tokens=8, epochs=1, minibatches=1, unfinished_score=None)),
     "gpu": Settings(prefixes=8000, betas=(0.02, 0.05, 0.1, 0.2, 0.5), dpo_betas=(0.01, 0.03, 0.1, 0.3, 1.0), seeds=6,
                     iterations=100, batch=256, pairs=48_000, best_of=128, prompts=1000),
 }  # fmt: skip

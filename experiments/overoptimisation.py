@@ -73,7 +73,7 @@ class Settings:
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(
-        sizes=((1, 32),), labels=(16,), steps=4, label_batch=8, best_of=8, prompts=12, seeds=1, iterations=8, batch=8,
+        sizes=((1, 16),), labels=(8,), steps=4, label_batch=8, best_of=4, prompts=12, seeds=1, iterations=6, batch=8,
         ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1),
     ),
     "gpu": Settings(
@@ -118,13 +118,11 @@ def reward_model(
     return params, config
 
 
-def by_ppo(s: Settings, task: Task, proxy: Proxy, beta: float, bar: Bar) -> dict[str, Any]:
+def by_ppo(s: Settings, program: runs.OnPolicy, reward_params: Params, beta: float, bar: Bar) -> dict[str, Any]:
     """PPO on one reward model, all seeds at once: curves [seeds, iterations] of the training answers."""
-    program = runs.ppo_on_reward_model(task, proxy[1], learning_rate=s.ppo_learning_rate, iterations=s.iterations,
-                                       batch=s.batch, how=s.how)  # fmt: skip
     _, curves = program.train(
         [kl.FixedKL(jnp.float32(beta))] * s.seeds, [s.seed + n for n in range(s.seeds)],
-        [{"reward": proxy[0]}] * s.seeds, runs.show(bar, "gold", "kl"),
+        [{"reward": reward_params}] * s.seeds, runs.show(bar, "gold", "kl"),
     )  # fmt: skip
     return {name: curves[name].T for name in ("gold", "judge", "score", "kl", "length", "ended")}
 
@@ -200,10 +198,20 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
             for name, (config, labels) in plan.items()
         }  # fmt: skip
         best = cells("best-of", functools.partial(by_best_of, s, task, proxies, bar), 1, bar)
-        free = {name: cells(f"ppo {name}", functools.partial(by_ppo, s, task, proxy, 0.0, bar), s.iterations, bar)
-                for name, proxy in proxies.items()}  # fmt: skip
-        largest = list(proxies.values())[-1]
-        paid = cells("paid", functools.partial(by_ppo, s, task, largest, s.penalty, bar), s.iterations, bar)
+        programs = {  # one for each size of reward model
+            config: runs.ppo_on_reward_model(
+                task, config, learning_rate=s.ppo_learning_rate, iterations=s.iterations, batch=s.batch, how=s.how
+            )
+            for _, config in proxies.values()
+        }
+        ppo = {
+            name: functools.partial(by_ppo, s, programs[config], params) for name, (params, config) in proxies.items()
+        }
+        free = {
+            name: cells(f"ppo {name}", functools.partial(one, 0.0, bar), s.iterations, bar) for name, one in ppo.items()
+        }
+        largest = list(ppo.values())[-1]
+        paid = cells("paid", functools.partial(largest, s.penalty, bar), s.iterations, bar)
     accuracy = {name: methods.accuracy(task, config, params, heldout) for name, (params, config) in proxies.items()}
     return report(s, best, free, paid, accuracy)
 

@@ -1,6 +1,7 @@
 """The run doctor: silent on a healthy run, and naming each illness on a run made to have it."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from jaxgpt.ppo import PPOConfig, Prompts
 from jaxgpt.run import Run
 from tests.helpers import TINY, params_of, prompts_of
 
+ONE = dataclasses.replace(TINY, layers=1)
 CONFIG = PPOConfig(new_tokens=12, epochs=2, unfinished_score=0.0)
 
 
@@ -98,35 +100,44 @@ def broken(rows):
 
 REWARDS = (short, long, favourite, broken)
 PROMPTS = Prompts(*prompts_of(32, 4))
+GREEDY = {"beta": 0.0, "rate": 1e-2, "iterations": 40}
 
 
 @jax.jit
 def one(state, control, key, which, rate, spoil):
     """An iteration of PPO; every answer gets the score of the reward function, whether it ended or not."""
     first, second = jax.random.split(key)
-    rows, logp_BT, ended_B = ppo.collect(state, TINY, CONFIG, PROMPTS, first, 5)
+    rows, logp_BT, ended_B = ppo.collect(state, ONE, CONFIG, PROMPTS, first, 5)
     score_B = jax.lax.switch(which, REWARDS, rows)
-    rollout, a = ppo.score(state, TINY, CONFIG, rows, logp_BT * spoil, jnp.ones(32, bool), score_B)
+    rollout, a = ppo.score(state, ONE, CONFIG, rows, logp_BT * spoil, jnp.ones(32, bool), score_B)
     tx = optim.adam_tf(lambda step: rate)
-    state, control, b = ppo.update(state, TINY, CONFIG, tx, rollout, control, second)
+    state, control, b = ppo.update(state, ONE, CONFIG, tx, rollout, control, second)
     return state, control, {**a, **b, "ended": ended_B.mean()}
+
+
+@jax.jit
+def answers(state, key):
+    return ppo.collect(state, ONE, CONFIG, PROMPTS, key, 5)[0]
+
+
+@jax.jit
+def fresh():
+    return ppo.init(params_of(ONE, scale=1.0), ONE, optim.adam_tf(optax.constant_schedule(1.0)), {})
+
+
+@functools.cache
+def trained(reward, *, beta=0.02, rate=3e-3, iterations=24, spoil=1.0):
+    """PPO on the tiny model against a reward function: the figures of each iteration, and the policy at the end."""
+    state, control, rows = fresh(), kl.FixedKL(jnp.float32(beta)), []
+    for i in range(1, iterations + 1):
+        state, control, metrics = one(state, control, jax.random.key(i), REWARDS.index(reward), rate, spoil)
+        rows.append(train.to_floats(metrics))
+    return rows, state.trainable["policy"]
 
 
 def iterate(folder: Path, reward, **options) -> Path:
     """The run folder of `trained`."""
-    trained(folder, reward, **options)
-    return folder / "ppo"
-
-
-def trained(folder: Path, reward, *, beta=0.02, rate=3e-3, iterations=24, spoil=1.0):
-    """PPO on the tiny model against a reward function, its figures in a run folder; the policy before and after."""
-    state = ppo.init(params_of(scale=1.0), TINY, optim.adam_tf(optax.constant_schedule(1.0)), {})
-    control: ppo.Controller = kl.FixedKL(jnp.float32(beta))
-    with Run(folder / "ppo", Settings(), "ppo") as run:
-        for i in range(1, iterations + 1):
-            state, control, metrics = one(state, control, jax.random.key(i), REWARDS.index(reward), rate, spoil)
-            run.log(i, train.to_floats(metrics))
-    return state.frozen["reference"], state.trainable["policy"]
+    return write(folder, "ppo", trained(reward, **options)[0])
 
 
 @pytest.mark.slow
@@ -149,9 +160,7 @@ def test_a_value_function_that_does_not_learn(tmp_path):
 
 
 def test_a_policy_that_runs_away(tmp_path):
-    assert "the policy runs away from the reference" in found(
-        iterate(tmp_path, favourite, beta=0.0, rate=1e-2, iterations=40)
-    )
+    assert "the policy runs away from the reference" in found(iterate(tmp_path, favourite, **GREEDY))
 
 
 def test_updates_that_were_not_finite(tmp_path):
@@ -170,18 +179,16 @@ def test_a_dead_reward_model(tmp_path):
 def test_a_hacked_reward(tmp_path):
     """The proxy counts one token; the gold score is how many different ones there are. PPO repeats that token."""
     policies = {}
-    collect = jax.jit(ppo.collect, static_argnums=(1, 2), static_argnames="stop")
-    start = ppo.init(params_of(scale=1.0), TINY, optim.adam_tf(optax.constant_schedule(1.0)), {})
-    both = trained(tmp_path, favourite, beta=0.0, rate=1e-2, iterations=40)
-    for name, policy in zip(("SFT", "PPO"), both, strict=True):
+    start, (_, learnt) = fresh(), trained(favourite, **GREEDY)
+    for name, policy in (("SFT", start.trainable["policy"]), ("PPO", learnt)):
         state = dataclasses.replace(start, trainable={**start.trainable, "policy": policy})
-        rows, _, _ = collect(state, TINY, CONFIG, PROMPTS, jax.random.key(99), stop=5)
+        rows = answers(state, jax.random.key(99))
         tokens = np.where(rows.mask_BT, rows.tokens_BT, -1)
         gold = np.array([len(set(row) - {-1}) for row in tokens], float)
         policies[name] = {
             "gold": dataclasses.asdict(interval(gold)),
             "judge": dataclasses.asdict(interval(gold)),
-            "reward": dataclasses.asdict(interval(np.asarray(favourite(rows), float))),
+            "reward": dataclasses.asdict(interval((tokens == 9).sum(1))),
         }
     folder = write(tmp_path, "report", [], {"policies": policies})
     assert found(folder) == ["PPO games the reward model"]

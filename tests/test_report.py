@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from jaxgpt import report
@@ -29,17 +30,23 @@ def write(folder, policies) -> tuple[dict, str]:
     return results, console.export_text()
 
 
-def test_text_of_models_and_people_is_never_html(tmp_path):
-    write(tmp_path, [policy("SFT", 0.0, "<img src=x onerror=alert(1)>"), policy("PPO", 0.5)])
-    page = (tmp_path / "report.html").read_text()
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A report's folder, results and table."""
+    folder = tmp_path_factory.mktemp("report")
+    return folder, *write(folder, [policy("SFT", 0.0, "<img src=x onerror=alert(1)>"), policy("PPO", 0.5)])
+
+
+def test_text_of_models_and_people_is_never_html(written):
+    page = (written[0] / "report.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
     assert "<script" not in page
 
 
-def test_figures_and_numbers_are_all_there(tmp_path):
-    results, table = write(tmp_path, [policy("SFT", 0.0), policy("PPO", 0.5)])
+def test_figures_and_numbers_are_all_there(written):
+    folder, results, table = written
     for name in ("frontier", "scores", "training", "calibration"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     gain = results["policies"]["PPO"]["gold_gain_in_baseline_sd"]
     assert gain["low"] < gain["mean"] < gain["high"]
     assert results["policies"]["SFT"]["gold_gain_in_baseline_sd"]["mean"] == 0.0

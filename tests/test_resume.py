@@ -30,7 +30,9 @@ from tests.helpers import TINY, WALL_CLOCK, params_of
 
 TX = optax.adam(1e-2)
 STEPS = 12
-STEP = jax.jit(train.make_train_step(make_nll(TINY), TX), donate_argnums=0)
+ONE = dataclasses.replace(TINY, layers=1)
+STEP = jax.jit(train.make_train_step(make_nll(ONE), TX), donate_argnums=0)
+FIRST = jax.jit(lambda: train.init_state(params_of(ONE), TX))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +48,9 @@ def tok() -> Tokenizer:
     return train_char(["abc"])
 
 
-def fresh_state(mesh=None):
-    state = train.init_state(params_of(), TX)
-    return (replicate(state, mesh or make_mesh()), replicate(jax.random.key(7), mesh or make_mesh()))
+def fresh_state():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return replicate((FIRST(), jax.random.key(7)), mesh)
 
 
 def batches_of(seed=0):
@@ -121,11 +123,11 @@ def test_a_checkpoint_holds_everything_and_plain_orbax_reads_it(run, tok):
 
 
 def test_what_is_saved_is_the_state_of_that_moment_though_the_next_step_reuses_its_buffers(tmp_path, tok):
-    """The save is asynchronous and the step donates."""
+    """The save is asynchronous and the step donates. On eight devices."""
     settings = Settings(save=SaveConfig(every=1, keep=99))
     step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     with Run(tmp_path / "run", settings, "sft") as run, Saves(run, settings, 9, tok) as saves:
-        state = {"w": jnp.zeros((512, 512))}
+        state = replicate({"w": np.zeros((512, 512), np.float32)}, make_mesh())
         for i in range(1, 9):
             state = step(state)
             saves.after(i, state, {"skipped_in_a_row": 0})
@@ -137,7 +139,7 @@ def test_what_is_saved_is_the_state_of_that_moment_though_the_next_step_reuses_i
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
 def test_another_mesh_takes_the_same_numbers(run, tok, shape):
     mesh = make_mesh(MeshConfig(*shape))
-    shapes = shapes_on(mesh, lambda params: train.init_state(params, TX), jax.eval_shape(params_of))
+    shapes = shapes_on(mesh, FIRST)
     state, _ = resume.load_state(run / "checkpoints/9", (shapes, replicate(jax.random.key(0), mesh)))
     there, _ = resume.load_state(run / "checkpoints/9", fresh_state())
     assert bits(state) == bits(there)
@@ -184,7 +186,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tok, k
     assert verify.main([str(run)]) == 1
     told = capsys.readouterr().out
     assert "DAMAGED" in told and DAMAGES[kind] in told and "whole    " in told
-    first, _ = train_run(run, tok)
+    first, _ = train_run(run, tok, until=7)
     assert first == 7
     assert f"WARNING: passed over checkpoint 9: {run / 'checkpoints/9'}" in (run / "log.txt").read_text()
 
@@ -201,12 +203,12 @@ def test_without_any_good_checkpoint_the_run_starts_again(run, tok, tmp_path):
 def test_every_parameter_that_differs_is_named(run, tok):
     settings = Settings()
     with Run(run, settings, "sft") as opened, pytest.raises(UserError) as error:
-        other = dataclasses.replace(TINY, width=48)
-        state = train.init_state(params_of(other), TX)
+        other = dataclasses.replace(ONE, width=48)
+        state = jax.eval_shape(lambda: train.init_state(params_of(other), TX))
         Saves(opened, settings, STEPS, tok, batches_of()).restore((state, jax.random.key(0)), fresh_state)
     named = str(error.value).splitlines()[1:]
     assert "  0/trainable/embed/tokens_VD is float32[64,32], not float32[64,48]" in named
-    assert len(named) == 3 * len(jax.tree.leaves(params_of()))  # parameters and two moments of Adam
+    assert len(named) == 3 * len(jax.tree.leaves(state.trainable))  # parameters and two moments of Adam
 
 
 def test_other_data_or_another_tokenizer_is_refused_unless_forced(run, tok):
@@ -215,19 +217,19 @@ def test_other_data_or_another_tokenizer_is_refused_unless_forced(run, tok):
         train_run(run, other)
     with pytest.raises(UserError, match=r"other inputs \(data \w{12} there, \w{12} now\)"):
         train_run(run, tok, batches=batches_of(seed=5))
-    first, _ = train_run(run, tok, batches=batches_of(seed=5), settings=Settings(force=True))
+    first, _ = train_run(run, tok, until=10, batches=batches_of(seed=5), settings=Settings(force=True))
     assert first == 10 and "other data than the checkpoint's" in (run / "log.txt").read_text()
 
 
 def test_another_seed_is_refused_with_the_difference_unless_forced(run, tok):
     with pytest.raises(UserError, match=r"seed: 0 there, 1 now"):
         train_run(run, tok, settings=Settings(seed=1))
-    first, _ = train_run(run, tok, settings=Settings(seed=1, force=True))
+    first, _ = train_run(run, tok, until=10, settings=Settings(seed=1, force=True))
     assert first == 10 and "going on with other settings (seed: 0 there, 1 now)" in (run / "log.txt").read_text()
 
 
 def test_saving_more_or_less_often_is_no_other_run(run, tok):
-    assert train_run(run, tok, settings=Settings(save=SaveConfig(every=1, keep=1)))[0] == 10
+    assert train_run(run, tok, until=10, settings=Settings(save=SaveConfig(every=1, keep=1)))[0] == 10
 
 
 def test_fresh_forgets_the_checkpoints(run):
@@ -248,15 +250,14 @@ def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(tmp_path, tok
     with pytest.raises(Stopped, match="saved after step 5 of 12") as stop:
         train_run(tmp_path, tok, visit=lambda i: i == 5 and os.kill(os.getpid(), signal.SIGTERM))
     assert stop.value.code == 75
-    first, state = train_run(tmp_path, tok)
-    assert first == 6
+    assert train_run(tmp_path, tok, until=6)[0] == 6
 
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_a_second_one_quits_at_once(tmp_path, tok):
     with pytest.raises(Stopped) as stop:
         train_run(tmp_path / "once", tok, visit=lambda i: i == 5 and os.kill(os.getpid(), signal.SIGINT))
-    assert stop.value.code == 130 and train_run(tmp_path / "once", tok)[0] == 6
+    assert stop.value.code == 130 and train_run(tmp_path / "once", tok, until=6)[0] == 6
 
     def twice(i):
         if i == 5:
@@ -267,7 +268,7 @@ def test_ctrl_c_saves_and_a_second_one_quits_at_once(tmp_path, tok):
     with pytest.raises(KeyboardInterrupt):
         train_run(tmp_path / "twice", tok, visit=twice)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert train_run(tmp_path / "twice", tok)[0] == 4
+    assert train_run(tmp_path / "twice", tok, until=4)[0] == 4
 
 
 # ---- the guard's patience ----
@@ -321,7 +322,7 @@ def test_verify_says_when_there_is_nothing(tmp_path, capsys):
 
 
 def test_a_models_flipped_bit_is_found(tmp_path, capsys):
-    save_model(tmp_path / "model", params_of(), TINY)
+    save_model(tmp_path / "model", {"w": np.ones(99, np.float32)}, TINY)
     assert verify.main([str(tmp_path)]) == 0
     flip(largest(tmp_path / "model/params"))
     assert verify.main([str(tmp_path)]) == 1

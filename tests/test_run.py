@@ -275,11 +275,15 @@ def test_a_prepared_process_keeps_compiled_programs(tmp_path):
         prepare_process()
         import jax
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        print(float(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((64, 64)))))
+        hits = []
+        jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("cache_hits")))
+        program = jax.jit(lambda x: (x @ x).sum())
+        for _ in range(2):
+            print(float(program(jax.numpy.ones((64, 64)))), any(hits))
+            jax.clear_caches()
     """
-    for _ in range(2):
-        child = python(code, JAXGPT_CACHE=str(tmp_path))
-        assert child.communicate() == ("262144.0\n", "") and child.returncode == 0
+    child = python(code, JAXGPT_CACHE=str(tmp_path))
+    assert child.communicate() == ("262144.0 False\n262144.0 True\n", "") and child.returncode == 0
     assert list((tmp_path / "xla").iterdir())
 
 

@@ -1,6 +1,8 @@
-"""All seven stages at toy size on real text, in order, and what a user may do wrong with them."""
+"""All seven stages at toy size on real text, in order; what a user may do wrong with them; and every study that starts
+from them. On one device, but for a slow test."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -9,38 +11,54 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import assistant, chat, dpo, kl_control, ppo, preferences, pretrain, reward, sft
-from jaxgpt import doctor, model, optim, train
+from experiments import (
+    arithmetic,
+    assistant,
+    chat,
+    dpo,
+    frontier,
+    how_many_labels,
+    imdb,
+    kl_control,
+    overoptimisation,
+    ppo,
+    preferences,
+    pretrain,
+    reward,
+    sft,
+    through_reward,
+)
+from jaxgpt import doctor, model, optim, sharding, train
 from jaxgpt import ppo as ppo_algorithm
 from jaxgpt import reward as reward_model
 from jaxgpt.chat import Microscope, Speaker
 from jaxgpt.checkpoint import load_model
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data import formats, sources, votes
-from jaxgpt.data.jsonl import write_rows
 from jaxgpt.data.preferences import read_preferences, write_preferences
-from jaxgpt.run import cache_root
-from tests.helpers import AS_USERS_RUN_IT, WALL_CLOCK
+from jaxgpt.sharding import make_mesh
+from jaxgpt.study.frontier import Start
+from tests.helpers import AS_USERS_RUN_IT, WALL_CLOCK, few_reviews
 
-CACHE = cache_root() / "data"
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """What runs is the same on several (see the slow test below) and takes twice as long to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+        yield
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> assistant.Settings:
-    """A finished toy run of the whole pipeline, its pretraining text cut to 150 reviews."""
-    folder = tmp_path_factory.mktemp("toy")
-    write_rows(
-        folder / "text.jsonl", ({"text": text} for text in sources.documents("movie_reviews", "train", CACHE)[:150])
-    )
-    toy, text = assistant.PRESETS["toy"], str(folder / "text.jsonl")
-    settings = dataclasses.replace(
-        toy,
-        run=folder / "run",
-        pretrain=dataclasses.replace(toy.pretrain, data=text),
-        sft=dataclasses.replace(toy.sft, pretraining_data=text),
-        preferences=dataclasses.replace(toy.preferences, experts=1),
-        report=dataclasses.replace(toy.report, pretraining_data=text),
-    )
+    """A finished toy run of the whole pipeline, on a part of the reviews and with a model of one layer."""
+    cache = few_reviews(tmp_path_factory.mktemp("data"))
+    toy = assistant.PRESETS["toy"]
+    small = dataclasses.replace(toy.pretrain, model=dataclasses.replace(toy.pretrain.model, layers=1))
+    own = {"pretrain": small, "preferences": dataclasses.replace(toy.preferences, experts=1)}
+    stages = {name: own.get(name, getattr(toy, name)) for name in assistant.STAGES}
+    stages = {name: dataclasses.replace(one, cache=cache) for name, one in stages.items() if hasattr(one, "cache")}
+    settings = dataclasses.replace(toy, run=tmp_path_factory.mktemp("toy") / "run", **stages)
     assistant.main(settings)
     return settings
 
@@ -68,7 +86,8 @@ def test_training_lowers_the_held_out_losses(finished):
 
 def test_preferences_name_their_annotator_and_mix_in_experts(finished):
     rows = [json.loads(line) for line in (finished.run / "preferences/train.jsonl").read_text().splitlines()]
-    experts = set(sources.examples("movie_reviews", "train", CACHE) + sources.examples("movie_reviews", "valid", CACHE))
+    cache = finished.preferences.cache
+    experts = set(sources.examples("movie_reviews", "train", cache) + sources.examples("movie_reviews", "valid", cache))
     assert len(rows) == 24
     for row in rows:
         assert len(row["answers"]) == 4 and 0 <= row["choice"] < 4
@@ -165,12 +184,17 @@ def test_the_doctor_names_a_reward_model_that_learnt_from_a_coin(finished, tmp_p
 
 
 @pytest.mark.slow
-def test_a_study_starts_from_the_finished_run(finished, tmp_path):
-    settings = dataclasses.replace(kl_control.PRESETS["toy"], run=tmp_path / "study", start=finished.run, iterations=2)
-    with jax.debug_key_reuse(False):  # the check takes the vmapped keys of a scan for used ones
-        found = kl_control.main(settings)
-    assert found["held"].keys() == {"target 4 nats", "no penalty"}
-    assert "<table>" in (tmp_path / "study/report.html").read_text(encoding="utf-8")
+def test_eight_devices_find_what_one_finds(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    several = dataclasses.replace(finished, run=tmp_path / "run")
+    assistant.main(several)
+    for stage in assistant.STAGES:
+        one, eight = (jax.tree.leaves_with_path(results(settings, stage)) for settings in (finished, several))
+        for (path, a), (_, b) in zip(one, eight, strict=True):
+            if isinstance(a, str):
+                assert a == b, (stage, path)
+            else:
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3, err_msg=f"{stage} {path}")
 
 
 def test_running_twice_repeats_nothing(finished):
@@ -218,7 +242,7 @@ def command(module) -> tuple:
     return module.main, module.Settings, module.PRESETS
 
 
-def test_mistakes_are_one_line_and_come_before_training(finished, tmp_path, capsys):
+def test_mistakes_are_one_line_and_come_before_training(finished, tmp_path, capsys, monkeypatch):
     run = ("--run", str(tmp_path / "run"))
     assert "did you mean" in fails(capsys, command(pretrain), "--learning-rat", "1")
     assert "missing.txt" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--data", "missing.txt")
@@ -228,7 +252,9 @@ def test_mistakes_are_one_line_and_come_before_training(finished, tmp_path, caps
     )
     (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\xfe\n")
     assert "UTF-8" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--data", str(tmp_path / "bad.txt"))
-    assert "devices" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--batch", "9")
+    with monkeypatch.context() as eight_devices:
+        eight_devices.setattr(sharding, "make_mesh", make_mesh)
+        assert "devices" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--batch", "9")
     assert "nowhere" in fails(capsys, command(sft), *run, "--model", str(tmp_path / "nowhere"))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.doc").touch()
@@ -324,6 +350,65 @@ def test_the_saved_reward_model_is_normalised(finished):
     saved = load_model(finished.run / "reward")
     _, rankings, _ = reward.read(finished.run / "preferences/heldout.jsonl", saved.tokenizer, saved.config.block)
     rows = reward.reference_rows(rankings, saved.config.block, finished.reward.reference_samples)
-    score = np.asarray(reward_model.score(saved.params, saved.config, rows))
+    score = np.asarray(jax.jit(reward_model.score, static_argnums=1)(saved.params, saved.config, rows))
     assert score.mean() == pytest.approx(0, abs=1e-3) and score.std() == pytest.approx(1, abs=1e-2)
     assert optim.split(saved.params, reward_model.trainable_names())[1].keys() == {"gain", "bias"}
+
+
+# ---- each study, from start to figure ----
+
+STUDIES = {
+    overoptimisation: "", kl_control: "", through_reward: "", imdb: "pretrain", how_many_labels: "sft",
+    arithmetic: None,  # trains its own model
+}  # fmt: skip
+
+
+@pytest.fixture
+def start_of(finished, tmp_path):
+    """The toy preset of a study, on what the finished run left and the same part of the reviews."""
+
+    def settings_of(study, place: str | None = "", **more):
+        if place is not None:
+            more |= {"start": finished.run / place, "cache": finished.preferences.cache}
+        return dataclasses.replace(study.PRESETS["toy"], run=tmp_path / "run", **more)
+
+    with jax.debug_key_reuse(False):  # the check takes the vmapped keys of a scan for used ones
+        yield settings_of
+
+
+def assert_runs_once(study, settings, capsys) -> dict:
+    """Its figure and page are there, and a second start repeats nothing. Returns the results."""
+    found = study.main(settings)
+    figure = settings.run / f"{study.__name__.rpartition('.')[2]}.png"
+    assert figure.stat().st_size > 10_000
+    page = (settings.run / "report.html").read_text(encoding="utf-8")
+    assert "<table>" in page and "data:image/png;base64," in page and "<script" not in page
+    capsys.readouterr()
+    assert study.main(settings) == found and "already done" in capsys.readouterr().out
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.__name__.rpartition(".")[2])
+def test_a_study_runs_and_is_not_repeated(study, start_of, finished, capsys):
+    people = {"people": str(finished.run / "preferences/heldout.jsonl")} if study is how_many_labels else {}
+    found = assert_runs_once(study, start_of(study, STUDIES[study], **people), capsys)
+    if study is how_many_labels:
+        assert len(found["conditions"]["people"]) == 1
+    if study is arithmetic:  # demonstrations, groups, a critic, a verifier on the host
+        assert found["solved"].keys() == {"GRPO", "PPO"} and 0 <= found["before"] <= 1
+
+
+@pytest.mark.slow
+def test_a_study_that_was_stopped_goes_on_behind_its_last_part(start_of, monkeypatch, capsys):
+    settings = start_of(frontier)
+    with monkeypatch.context() as patched:
+        patched.setattr(Start, "dpo", lambda *args, **settings: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            frontier.main(settings)
+    cells = settings.run / "cells"
+    kept = {path.name: path.stat().st_mtime_ns for path in cells.iterdir()}
+    assert kept.keys() == {"PPO.json", "through-the-reward-model.json"}
+    assert_runs_once(frontier, settings, capsys)
+    for name, time in kept.items():
+        assert (cells / name).stat().st_mtime_ns == time

