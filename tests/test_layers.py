@@ -116,7 +116,7 @@ def test_scanned_and_rematerialised_layers_drop_the_same():
 
 def test_rematerialised_layers_keep_less():
     """What the forward pass leaves for the backward pass: less with "dots", least with "full"."""
-    params = jax.eval_shape(drawn)
+    params = jax.eval_shape(random_params)
 
     def kept(remat):
         config = dataclasses.replace(TINY, remat=remat, gradients="plain")

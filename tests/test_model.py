@@ -152,7 +152,8 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
         return one(config, tokens), one(dropping, tokens), dropped, model.dropout(key, 0.5, jnp.ones(20_000))
 
     with jax.numpy_dtype_promotion("strict"):
-        never, keyless, (a, b), x = outcomes(random_params(config), jax.random.split(jax.random.key(0)), jax.random.key(2))
+        keys, key = jax.random.split(jax.random.key(0)), jax.random.key(2)
+        never, keyless, (a, b), x = outcomes(random_params(config), keys, key)
     np.testing.assert_array_equal(keyless, never)
     assert np.abs(a - b).max() > 0.1
     assert float(x.mean()) == pytest.approx(1.0, abs=0.03)
