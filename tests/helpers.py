@@ -1,8 +1,10 @@
 """A tiny model and rows of tokens that several tests use."""
 
+import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import decode, model
+from jaxgpt import decode, model, sharding
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import movie_reviews
 from jaxgpt.structs import Array, Batch, Params
@@ -84,3 +86,11 @@ def few_reviews(folder: Path) -> Path:
     with mock.patch.object(movie_reviews, "_csv_rows", lambda path: rows):
         movie_reviews.prepare(folder / "tfds")
     return folder
+
+
+@contextlib.contextmanager
+def one_device() -> Iterator[None]:
+    """Whole stages on one of the eight devices, for which programs compile in half the time."""
+    devices = jax.devices()[:1]
+    with mock.patch.object(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=devices)):
+        yield

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.helpers import WALL_CLOCK
+from tests.helpers import WALL_CLOCK, few_reviews
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "dpo")
 ROOT = Path(__file__).parents[1]
@@ -31,42 +31,33 @@ PATIENCE = 300.0  # seconds for one run
 
 
 def command(stage: str, root: Path, run: Path) -> list[str]:
-    """A run of some 20 to 40 steps whose inputs are the untouched runs below `root`."""
+    """A run of some 20 to 40 steps whose inputs are the untouched runs and the data below `root`."""
     often = ["--save.every", "2" if stage == "ppo" else "5"]
     preferences = [
         "--preferences", str(root / "preferences/train.jsonl"), "--heldout", str(root / "preferences/heldout.jsonl"),
     ]  # fmt: skip
-    text = str(root / "text.jsonl")
+    steps = ["--steps", "40", "--log-every", "1"]
     flags = {
-        "pretrain": [
-            "--data",
-            text,
-            "--steps",
-            "40",
-            "--log-every",
-            "1",
-            "--eval-every",
-            "20",
-            "--model.dropout",
-            "0.1",
-        ],
-        "sft": ["--model", str(root / "pretrain"), "--pretraining-data", text, "--steps", "40", "--log-every", "1"],
+        "pretrain": [*steps, "--eval-every", "20", "--model.layers", "1", "--model.dropout", "0.1"],
+        "sft": ["--model", str(root / "pretrain"), *steps],
         "preferences": ["--model", str(root / "sft"), "--prompts", "160"],
         "reward": ["--model", str(root / "sft"), "--epochs", "2", *preferences],
         "ppo": ["--model", str(root / "sft"), "--reward", str(root / "reward"), "--iterations", "16"],
         "dpo": ["--model", str(root / "sft"), "--epochs", "2", *preferences],
     }[stage]
     saving = often if stage in STAGES else []
-    return [sys.executable, "-m", f"experiments.{stage}", "--preset", "toy", "--run", str(run), *flags, *saving]
+    cache = ["--cache", str(root / "data")] if stage not in ("reward", "dpo") else []
+    return [sys.executable, "-m", f"experiments.{stage}", "--preset", "toy", "--run", str(run), *flags, *saving, *cache]
 
 
 class Program:
-    """A command in one or several processes that share its devices."""
+    """A command in one or several processes, with a device each. XLA_FLAGS may hold other flags."""
 
     def __init__(self, words: Sequence[str], processes: int, log: Path) -> None:
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # starting again is most of the time
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
+        flags = [one for one in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in one]
+        environment["XLA_FLAGS"] = " ".join([*flags, "--xla_force_host_platform_device_count=1"])
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]
         self.log = log
@@ -178,11 +169,9 @@ def differences(untouched: Path, killed: Path) -> list[str]:
     return texts + [name for name in x if x[name].tobytes() != y[name].tobytes()]
 
 
-def prepare(root: Path, texts: Sequence[str], stages: Sequence[str] = STAGES, processes: int = 1) -> None:
+def prepare(root: Path, stages: Sequence[str] = STAGES, processes: int = 1) -> None:
     """The untouched runs of these stages and of what they start from."""
-    from jaxgpt.data.jsonl import write_rows
-
-    write_rows(root / "text.jsonl", ({"text": text} for text in texts))
+    few_reviews(root / "data")
     order = ("pretrain", "sft", "preferences", "reward", "ppo", "dpo")
     for stage in order[: 1 + max(map(order.index, stages))]:
         if stage in stages or stage not in ("ppo", "dpo"):
@@ -215,9 +204,6 @@ def soak(root: Path, stages: Sequence[str], processes: int, kills: int, seed: in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from jaxgpt.data import sources
-    from jaxgpt.run import cache_root
-
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="of each stage")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
@@ -225,11 +211,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args(argv)
     print(f"seed {options.seed}")
-    texts = sources.documents("movie_reviews", "train", cache_root() / "data")[:150]
     bad = False
     for processes in options.processes:
         with tempfile.TemporaryDirectory() as folder:
-            prepare(Path(folder), texts, options.stages, processes)
+            prepare(Path(folder), options.stages, processes)
             for found in soak(Path(folder), options.stages, processes, options.kills, options.seed):
                 kinds = ", ".join(f"{found.hits.count(kind)} {kind}" for kind in KINDS)
                 verdict = f"DIFFERS in {'; '.join(found.differences)}" if found.differences else "equal to the last bit"

@@ -1,6 +1,7 @@
 """A small model from a Hugging Face folder goes through SFT, preferences, reward model, PPO and DPO with adapters."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -15,15 +16,22 @@ from jaxgpt.data.jsonl import write_rows
 from jaxgpt.pretrained import huggingface
 from jaxgpt.run import run_fingerprint
 from jaxgpt.tokenizer import PROMPT, Tokenizer, prompt_ids
-from tests.helpers import FAMILY, params_of
+from tests.helpers import FAMILY, one_device, params_of
 from tests.test_pretrained import CHATML, chat_tokenizer, small_tokenizer
 
-LLAMA = dataclasses.replace(FAMILY["llama"], block=256, vocab=272)
+LLAMA = dataclasses.replace(FAMILY["llama"], layers=1, block=256, vocab=272)
+make_params = jax.jit(functools.partial(params_of, LLAMA, scale=1.0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_device():
+    with one_device():
+        yield
 
 
 def folder_of(path, tok: Tokenizer | None = None, seed: int = 0):
     """A folder as transformers would write it, with a chat template."""
-    huggingface.write(path, params_of(LLAMA, seed=seed, scale=1.0), LLAMA, tok or chat_tokenizer(CHATML))
+    huggingface.write(path, make_params(seed), LLAMA, tok or chat_tokenizer(CHATML))
     return path
 
 

@@ -19,7 +19,7 @@ from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.jsonl import write_rows
 from jaxgpt.tokenizer import cached_tokenizer
-from tests.soak import ROOT, Program, command, lines_of
+from tests.soak import ROOT, Program, lines_of
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,9 @@ def test_a_signal_saves_and_the_exit_code_says_which(text, tmp_path, number, cod
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_saves_both_at_the_same_step(text, tmp_path):
-    (tmp_path / "text.jsonl").write_bytes(text.read_bytes())
     run = tmp_path / "run"
-    words = [*command("pretrain", tmp_path, run), "--steps", "100000", "--eval-every", "100000", "--save.every", "0"]
-    both = Program(words, 2, tmp_path / "log")
+    command = [sys.executable, "-m", "experiments.pretrain", *words(text, run, "--save.every", "0")]
+    both = Program(command, 2, tmp_path / "log")
     end = time.monotonic() + 120
     while len(lines_of(run)) < 5 and both.running and time.monotonic() < end:
         time.sleep(0.01)

@@ -2,7 +2,6 @@
 from them. On one device, but for a slow test."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -38,14 +37,12 @@ from jaxgpt.data import formats, sources, votes
 from jaxgpt.data.preferences import read_preferences, write_preferences
 from jaxgpt.sharding import make_mesh
 from jaxgpt.study.frontier import Start
-from tests.helpers import AS_USERS_RUN_IT, WALL_CLOCK, few_reviews
+from tests.helpers import AS_USERS_RUN_IT, WALL_CLOCK, few_reviews, one_device
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """What runs is the same on several (see the slow test below) and takes twice as long to compile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+def on_one_device():
+    with one_device():
         yield
 
 
