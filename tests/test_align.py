@@ -16,17 +16,11 @@ from jaxgpt.data.jsonl import write_rows
 from jaxgpt.pretrained import huggingface
 from jaxgpt.run import run_fingerprint
 from jaxgpt.tokenizer import PROMPT, Tokenizer, prompt_ids
-from tests.helpers import FAMILY, one_device, params_of
+from tests.helpers import FAMILY, params_of
 from tests.test_pretrained import CHATML, chat_tokenizer, small_tokenizer
 
 LLAMA = dataclasses.replace(FAMILY["llama"], layers=1, block=256, vocab=272)
 make_params = jax.jit(functools.partial(params_of, LLAMA, scale=1.0))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_one_device():
-    with one_device():
-        yield
 
 
 def folder_of(path, tok: Tokenizer | None = None, seed: int = 0):
@@ -55,6 +49,7 @@ def test_the_fingerprint_is_of_what_would_be_read(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_alignment_on_a_small_model(tmp_path, capsys):
+    """On eight devices."""
     folder = folder_of(tmp_path / "hf")
     settings = dataclasses.replace(align.PRESETS["toy"], run=tmp_path / "run", model=folder)
     found = align.main(settings)
