@@ -52,7 +52,7 @@ def finished(tmp_path_factory) -> assistant.Settings:
     cache = few_reviews(tmp_path_factory.mktemp("data"))
     toy = assistant.PRESETS["toy"]
     small = dataclasses.replace(toy.pretrain, model=dataclasses.replace(toy.pretrain.model, layers=1))
-    own = {"pretrain": small, "preferences": dataclasses.replace(toy.preferences, experts=1)}
+    own = {"pretrain": small, "preferences": dataclasses.replace(toy.preferences, experts=1, heldout=16)}
     stages = {name: own.get(name, getattr(toy, name)) for name in assistant.STAGES}
     stages = {name: dataclasses.replace(one, cache=cache) for name, one in stages.items() if hasattr(one, "cache")}
     settings = dataclasses.replace(toy, run=tmp_path_factory.mktemp("toy") / "run", **stages)
