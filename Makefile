@@ -16,7 +16,8 @@ STAMP := $(VENV)/.set-up$(addprefix -,$(EXTRAS))
 CANDIDATES := python3 python3.12 python3.13 python3.11 python3.14 python
 SOURCES := jaxgpt tests docs $(wildcard experiments tpu)
 # What `make test-core` runs: what depends on the version of Python or jax rather than on our own mathematics.
-CORE := $(wildcard $(patsubst %,tests/test_%.py,golden proofs layers attention sharding decode train ppo resume checkpoint cli plan))
+CORE := $(foreach name,test_golden test_proofs test_layers test_attention test_sharding test_generate test_step test_ppo test_checkpoints \
+          test_saved_model test_cli test_plan,$(wildcard tests/$(name).py tests/*/$(name).py))
 
 .DEFAULT_GOAL := help
 .PHONY: help assistant frontier label chat chat-web test test-all coverage breaks soak test-core lint set-up clean
@@ -30,7 +31,7 @@ assistant: $(STAMP)  ## from raw text to an assistant: every stage, one after th
 
 frontier: $(STAMP)  ## after `assistant`: reward against KL for every method, seed and beta (ARGS: its flags)
 	@$(PY) -m experiments.assistant
-	@$(PY) -m experiments.frontier $(ARGS)
+	@$(PY) -m experiments.studies.frontier $(ARGS)
 
 label: $(STAMP)  ## a page on which people pick the best of several answers (ARGS: its flags)
 	@$(PY) -m experiments.label $(ARGS)
@@ -57,7 +58,7 @@ breaks: $(STAMP)  ## break the library in twelve places and see a quick test fai
 	@$(PY) -m tests.breaks $(ARGS)
 
 soak: $(STAMP)  ## kill every stage 20 times and compare the bits (about an hour; ARGS: its flags)
-	@$(PY) -m tests.soak $(ARGS)
+	@$(PY) -m tests.slow.soak $(ARGS)
 
 test-core: $(STAMP)  ## the quick tests of the core modules, as for a second version of Python
 	@$(PY) -m pytest $(WORKERS) -m "not slow" $(CORE) $(ARGS)
@@ -94,7 +95,7 @@ $(STAMP): pyproject.toml
 	    extras=tpu; hardware=" for the TPU"; \
 	  fi; \
 	fi; \
-	case "$$extras" in ""|none) extras=dev;; *) extras=dev,$$extras;; esac; \
+	case "$$extras" in ""|none) extras=all,dev;; *) extras=all,dev,$$extras;; esac; \
 	echo "setting up $(VENV)$$hardware with $$("$$python" --version) (about a minute, once)"; \
 	$(PY) -c pass 2>/dev/null || "$$python" -m venv --clear $(VENV); \
 	$(PY) -m pip install -qq --disable-pip-version-check -e ".[$$extras]" || \

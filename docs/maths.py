@@ -14,7 +14,9 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from jaxgpt import kl, losses, optim, returns, vocab_head
+from jaxgpt.losses import kl, returns, vocab_head
+from jaxgpt import losses
+from jaxgpt.training import optim
 
 HERE = Path(__file__).parent
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "0.6"

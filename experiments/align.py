@@ -27,17 +27,19 @@ import experiments.dpo
 import experiments.ppo
 import experiments.preferences
 import experiments.reward
-from jaxgpt import evaluate, model, rollout, sharding
-from jaxgpt.checkpoint import load_language_model
-from jaxgpt.cli import cli
 from jaxgpt.data.jsonl import write_rows
 from jaxgpt.data.questions import names_its_thing
 from jaxgpt.data.questions import questions as questions_about_things
-from jaxgpt.evaluate import SimulatedAnnotator
-from jaxgpt.ppo import PPOConfig
-from jaxgpt.run import Run, run_fingerprint
-from jaxgpt.tokenizer import answer_text, prompt_ids
-from jaxgpt.train import jit_on
+from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.models import sharding, transformer
+from jaxgpt.rlhf import rollout
+from jaxgpt.rlhf.annotator import SimulatedAnnotator
+from jaxgpt.rlhf.intervals import Interval, distinct_2, interval, wins
+from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run, run_fingerprint
+from jaxgpt.runs.saved_model import load_language_model
+from jaxgpt.training.step import jit_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     places = {"before": settings.model, "ppo": settings.run / "ppo", "dpo": settings.run / "dpo"}
     questions = questions_about_things(held_out=True)
     count, key, mesh = settings.answers, jax.random.key(1000 + settings.seed), sharding.data_mesh()
-    score = jit_on(mesh, model.answer_logp, static_argnums=1, static_argnames=("temperature", "window"))
+    score = jit_on(mesh, transformer.answer_logp, static_argnums=1, static_argnames=("temperature", "window"))
     start, config, tok, _ = load_language_model(settings.model)
     reference = sharding.replicate(start, mesh)
     ids = [prompt_ids(tok, question) for question in questions for _ in range(count)]
@@ -152,14 +154,14 @@ def measure(settings: Settings) -> dict[str, Any]:
         named = [names_its_thing(True, answers.texts[n::count]) for n in range(count)]
         words = np.array([len(text.split()) for text in answers.texts])
         per_question = {
-            "gold": gold, "words": words, "better_than_before": evaluate.wins(gold, baseline),
+            "gold": gold, "words": words, "better_than_before": wins(gold, baseline),
             "kl_nats_a_sequence": log_probs(params) - log_probs(reference), "names_the_thing": np.array(named).T,
         }  # fmt: skip
         found[name] = {
-            **{measure: dataclasses.asdict(evaluate.interval(x.reshape(-1, count).mean(1)))
+            **{measure: dataclasses.asdict(interval(x.reshape(-1, count).mean(1)))
                for measure, x in per_question.items()},
             "ended": float(answers.ended.mean()),
-            "distinct_2": evaluate.distinct_2(answers.texts),
+            "distinct_2": distinct_2(answers.texts),
             "answers": answers.texts[:: count * 5],
         }  # fmt: skip
     return {"questions": questions[::5], "models": found}
@@ -172,7 +174,7 @@ def table(found: dict[str, Any]) -> Table:
         grid.add_column(column, no_wrap=True)
     measures = {"words": 1, "better_than_before": 2, "kl_nats_a_sequence": 1, "names_the_thing": 2}
     for name, row in found["models"].items():
-        shown = {k: evaluate.Interval(**row[k]) for k in measures}
+        shown = {k: Interval(**row[k]) for k in measures}
         cells = [f"{x.mean:.{measures[k]}f} ± {x.high - x.mean:.{measures[k]}f}" for k, x in shown.items()]
         grid.add_row(name, *cells, f"{row['ended']:.0%}", f"{row['distinct_2']:.2f}")
     return grid

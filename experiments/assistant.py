@@ -21,9 +21,9 @@ import experiments.pretrain
 import experiments.report
 import experiments.reward
 import experiments.sft
-from jaxgpt.cli import cli
-from jaxgpt.config import UserError
 from jaxgpt.data import votes
+from jaxgpt.errors import UserError
+from jaxgpt.runs.cli import cli
 
 
 @dataclasses.dataclass(frozen=True)

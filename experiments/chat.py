@@ -16,10 +16,10 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt.chat import SamplingConfig, Speaker
-from jaxgpt.cli import cli
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
+from jaxgpt.runs.cli import cli
 from jaxgpt.structs import Array
+from jaxgpt.web.speaker import SamplingConfig, Speaker
 
 HELP = "/new  /again  /model PATH  /stats  /help  /quit"
 MEANING = """/new         forget the conversation

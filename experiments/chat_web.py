@@ -11,9 +11,9 @@ run of PPO kept of its own answers: log-probability, reference, ratio, advantage
 import dataclasses
 from pathlib import Path
 
-from jaxgpt.cli import cli
-from jaxgpt.config import UserError
 from jaxgpt.data import votes
+from jaxgpt.errors import UserError
+from jaxgpt.runs.cli import cli
 from jaxgpt.web import chat, server
 from jaxgpt.web.server import ServeConfig
 

@@ -13,19 +13,20 @@ from typing import Any, ClassVar
 import jax
 import optax
 
-from jaxgpt import lora, optim, sharding
-from jaxgpt.checkpoint import load_language_model, save_model
-from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.preferences import fit_rankings, rank_ids, sizes
-from jaxgpt.dpo import make_loss
-from jaxgpt.guard import GuardConfig
-from jaxgpt.resume import SaveConfig, Saves
-from jaxgpt.run import Run, run_fingerprint
-from jaxgpt.sharding import MeshConfig
+from jaxgpt.data.comparisons import fit_rankings, rank_ids, sizes
+from jaxgpt.models import lora, sharding
+from jaxgpt.models.sharding import MeshConfig
+from jaxgpt.rlhf.dpo import make_loss
+from jaxgpt.runs.checkpoints import SaveConfig, Saves
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run, run_fingerprint
+from jaxgpt.runs.saved_model import load_language_model, save_model
 from jaxgpt.structs import Params, Preferences
-from jaxgpt.train import TrainState, evaluate, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
+from jaxgpt.training import optim
+from jaxgpt.training.guard import GuardConfig
+from jaxgpt.training.step import TrainState, evaluate, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,18 +25,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import reward, rollout, sharding
-from jaxgpt.checkpoint import load_language_model, load_model
-from jaxgpt.cli import cli
-from jaxgpt.config import UserError, round_up
+from jaxgpt.config import round_up
 from jaxgpt.data import formats, pipelines, sources, votes
+from jaxgpt.data.comparisons import Preference, rank_ids
 from jaxgpt.data.jsonl import read_rows
-from jaxgpt.data.preferences import Preference, rank_ids
 from jaxgpt.data.questions import questions
-from jaxgpt.run import cache_root, run_fingerprint
+from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.errors import UserError
+from jaxgpt.files import cache_root
+from jaxgpt.models import sharding
+from jaxgpt.rlhf import reward, rollout
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import run_fingerprint
+from jaxgpt.runs.saved_model import load_language_model, load_model
 from jaxgpt.structs import Preferences
-from jaxgpt.tokenizer import answer_text, prompt_ids
-from jaxgpt.train import jit_on
+from jaxgpt.training.step import jit_on
 from jaxgpt.web import label, server
 from jaxgpt.web.label import LabelConfig
 

@@ -30,11 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgpt import kl, losses, optim, returns
-from jaxgpt.cli import cli
-from jaxgpt.config import UserError
-from jaxgpt.run import Run
+from jaxgpt import losses
+from jaxgpt.errors import UserError
+from jaxgpt.losses import kl, returns
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run
 from jaxgpt.structs import Array, Leaf
+from jaxgpt.training import optim
 
 
 @dataclasses.dataclass(frozen=True)

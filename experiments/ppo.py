@@ -16,20 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgpt import decode, kl, lora, optim, ppo, reward, rollout, sampling, sharding
-from jaxgpt.checkpoint import load_language_model, load_model, save_model
-from jaxgpt.cli import cli
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt import decoding
+from jaxgpt.config import ModelConfig
 from jaxgpt.data import sources
-from jaxgpt.guard import GuardConfig
-from jaxgpt.ppo import PPOConfig, Prompts
-from jaxgpt.resume import SaveConfig, Saves
-from jaxgpt.run import Run, cache_root, run_fingerprint
-from jaxgpt.settings import write_json
-from jaxgpt.sharding import MeshConfig
+from jaxgpt.data.tokenizer import ANSWER_END, Tokenizer, answer_text, prompt_ids
+from jaxgpt.decoding import sampling
+from jaxgpt.errors import UserError
+from jaxgpt.files import cache_root, write_json
+from jaxgpt.losses import kl
+from jaxgpt.models import lora, sharding
+from jaxgpt.models.sharding import MeshConfig
+from jaxgpt.rlhf import ppo, reward, rollout
+from jaxgpt.rlhf.ppo import PPOConfig, Prompts
+from jaxgpt.runs.checkpoints import SaveConfig, Saves
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run, run_fingerprint
+from jaxgpt.runs.saved_model import load_language_model, load_model, save_model
 from jaxgpt.structs import Array, Batch, Params, Rollout
-from jaxgpt.tokenizer import ANSWER_END, Tokenizer, answer_text, prompt_ids
-from jaxgpt.train import TrainState, jit_on, shapes_of, shapes_on, to_floats
+from jaxgpt.training import optim
+from jaxgpt.training.guard import GuardConfig
+from jaxgpt.training.step import TrainState, jit_on, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +182,7 @@ def main(settings: Settings) -> dict[str, Any]:
             f"ppo: {settings.iterations} iterations of {settings.batch} answers, "
             f"{len(ids):,} prompts (≤{prompt_tokens} tokens)"
         )
-        generate = jit_on(mesh, decode.generate, static_argnums=1, static_argnames=decode.STATIC)
+        generate = jit_on(mesh, decoding.generate, static_argnums=1, static_argnames=decoding.STATIC)
         probabilities = jit_on(mesh, functools.partial(answer_logp, config, settings.ppo))
         cooler = functools.partial(sampling.temperature, t=settings.ppo.temperature)
         key, show_key = jax.random.split(jax.random.key(settings.seed))

@@ -15,16 +15,19 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from jaxgpt import rollout, sharding
-from jaxgpt.checkpoint import load_language_model
-from jaxgpt.cli import cli
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.config import ModelConfig
 from jaxgpt.data import sources
-from jaxgpt.data.preferences import Preference, write_preferences
-from jaxgpt.evaluate import SimulatedAnnotator
-from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.data.comparisons import Preference, write_preferences
+from jaxgpt.data.tokenizer import Tokenizer, answer_text, prompt_ids
+from jaxgpt.errors import UserError
+from jaxgpt.files import cache_root
+from jaxgpt.models import sharding
+from jaxgpt.rlhf import rollout
+from jaxgpt.rlhf.annotator import SimulatedAnnotator
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run, run_fingerprint
+from jaxgpt.runs.saved_model import load_language_model
 from jaxgpt.structs import Array, Params
-from jaxgpt.tokenizer import Tokenizer, answer_text, prompt_ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,20 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgpt import decode, model, optim, sharding
-from jaxgpt.checkpoint import save_model
-from jaxgpt.cli import cli
+from jaxgpt import decoding
 from jaxgpt.config import PRESETS as MODELS
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines, sources
-from jaxgpt.guard import GuardConfig
-from jaxgpt.pretrained import loading
-from jaxgpt.resume import SaveConfig, Saves
-from jaxgpt.run import Run, cache_root
-from jaxgpt.sharding import MeshConfig
+from jaxgpt.data.tokenizer import Tokenizer, cached_tokenizer, gpt2_tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.files import cache_root
+from jaxgpt.models import sharding, transformer
+from jaxgpt.models.sharding import MeshConfig
+from jaxgpt.runs.checkpoints import SaveConfig, Saves
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run
+from jaxgpt.runs.saved_model import save_model
 from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.tokenizer import Tokenizer, cached_tokenizer
-from jaxgpt.train import TrainState, evaluate, init_state, jit_on, jit_step, make_nll, shapes_on, to_floats
+from jaxgpt.training import optim
+from jaxgpt.training.guard import GuardConfig
+from jaxgpt.training.step import TrainState, evaluate, init_state, jit_on, jit_step, make_nll, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,7 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 
 def start(settings: Settings, key: Array) -> TrainState:
     """The state of step 0."""
-    return init_state(model.init(key, settings.model), optimizer(settings))
+    return init_state(transformer.init(key, settings.model), optimizer(settings))
 
 
 def build(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
@@ -111,7 +114,7 @@ def main(settings: Settings) -> dict[str, Any]:
         train_docs = sources.documents(settings.data, "train", settings.cache)
         test_docs = sources.documents(settings.data, "test", settings.cache)
         if settings.tokenizer == "gpt2":
-            tok = loading.gpt2_tokenizer()
+            tok = gpt2_tokenizer()
         else:
             tok = cached_tokenizer(settings.tokenizer, train_docs, settings.model.vocab, settings.cache)
         if tok.vocab_size > settings.model.vocab:
@@ -131,9 +134,9 @@ def main(settings: Settings) -> dict[str, Any]:
         places = jax.tree.map(lambda x: x.sharding, shapes)
         begin = jax.jit(functools.partial(start, settings), out_shardings=places)
         loss = jit_on(mesh, make_nll(settings.model))
-        generate = jit_on(mesh, decode.generate, static_argnums=1, static_argnames=decode.STATIC)
+        generate = jit_on(mesh, decoding.generate, static_argnums=1, static_argnames=decoding.STATIC)
         run.say(
-            f"pretrain: {model.count_parameters(shapes.trainable):,} weights, {len(stream):,} tokens in {settings.data}"
+            f"pretrain: {transformer.count_parameters(shapes.trainable):,} weights, {len(stream):,} tokens in {settings.data}"
             f", {settings.steps * settings.batch * settings.model.block:,} to read"
         )
         tokens = settings.batch * settings.model.block  # counted in Python ints: they outgrow int32 on long runs

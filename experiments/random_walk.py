@@ -21,12 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import kl, model, optim, ppo, rollout, train
-from jaxgpt.cli import cli
-from jaxgpt.config import ModelConfig, UserError
-from jaxgpt.ppo import PPOConfig, Prompts
-from jaxgpt.run import Run
+from jaxgpt import training
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import UserError
+from jaxgpt.losses import kl
+from jaxgpt.models import transformer
+from jaxgpt.rlhf import ppo, rollout
+from jaxgpt.rlhf.ppo import PPOConfig, Prompts
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run
 from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.training import optim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +114,7 @@ def random_walks(rho_NN: np.ndarray, count: int, limit: int, rng: np.random.Gene
 def path_score(edges_NN: Array, limit: int, rows: Batch) -> Array:
     """1 - (t - 1) / limit for a walk along edges that arrives with step t, 0 for any other, [B]."""
     legal_BT = edges_NN[rows.tokens_BT[:, :-1], rows.tokens_BT[:, 1:]] | ~rows.mask_BT[:, 1:]
-    arrived_B = model.at_last_token(rows.tokens_BT, rows.mask_BT) == len(edges_NN) - 1
+    arrived_B = transformer.at_last_token(rows.tokens_BT, rows.mask_BT) == len(edges_NN) - 1
     return jnp.where(legal_BT.all(axis=1) & arrived_B, 1 - (rows.mask_BT.sum(axis=1) - 1) / limit, 0.0)
 
 
@@ -131,8 +136,8 @@ def soft_optimum(rho_NN: np.ndarray, beta: float, limit: int) -> tuple[np.ndarra
 def pretrain(settings: Settings, rho_NN: np.ndarray, key: Array, rng: np.random.Generator) -> tuple[Params, np.ndarray]:
     """Next-node prediction on fresh walks: parameters, and the loss of each step in nats a token."""
     tx = optim.adamw(optim.linear_to_zero(settings.pretrain_learning_rate, settings.pretrain_steps), weight_decay=0.0)
-    step = jax.jit(train.make_train_step(train.make_nll(settings.model), tx), donate_argnums=0)
-    state, nats = train.init_state(model.init(key, settings.model), tx), []
+    step = jax.jit(training.make_train_step(training.make_nll(settings.model), tx), donate_argnums=0)
+    state, nats = training.init_state(transformer.init(key, settings.model), tx), []
     for _ in range(settings.pretrain_steps):
         state, metrics = step(state, random_walks(rho_NN, settings.pretrain_batch, settings.limit, rng), None)
         nats.append(metrics["loss"].value)
@@ -155,7 +160,7 @@ def build(settings: Settings, edges_NN: Array) -> tuple[Any, Any, Any]:
         rows, logp_BT, _ = rollout.collect(
             policy, config, prompts.tokens_BP, prompts.length_B, key, new_tokens=settings.limit, stop=stop
         )
-        ref_logp_BT, _ = model.score(reference, config, rows)
+        ref_logp_BT, _ = transformer.score(reference, config, rows)
         score_N = path_score(edges_NN, settings.limit, rows).reshape(stop, -1).mean(axis=1)
         return score_N, kl.estimate(kl.k1(logp_BT, ref_logp_BT), rows.mask_BT), rows
 
@@ -245,7 +250,7 @@ def main(settings: Settings) -> dict[str, Any]:
             for i in range(1 + settings.iterations):
                 if i:
                     state, control, metrics = iteration(state, control, prompts, jax.random.fold_in(ppo_key, i))
-                    run.log(i, {f"train_{name}": x for name, x in train.to_floats(metrics).items()})
+                    run.log(i, {f"train_{name}": x for name, x in training.to_floats(metrics).items()})
                     bar.update()
                 if i % settings.eval_every == 0 or i == settings.iterations:
                     score_N, measured, rows = look(

@@ -18,15 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgpt import kl, optim, ppo, rollout
-from jaxgpt.checkpoint import load_language_model, save_model
-from jaxgpt.cli import cli
 from jaxgpt.data import sources, votes
 from jaxgpt.data.questions import questions
-from jaxgpt.ppo import PPOConfig, Prompts
-from jaxgpt.run import Run, cache_root, run_fingerprint
-from jaxgpt.tokenizer import prompt_ids
-from jaxgpt.train import to_floats
+from jaxgpt.data.tokenizer import on_texts, prompt_ids
+from jaxgpt.files import cache_root
+from jaxgpt.losses import kl
+from jaxgpt.rlhf import ppo, rollout
+from jaxgpt.rlhf.ppo import PPOConfig, Prompts
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run, run_fingerprint
+from jaxgpt.runs.saved_model import load_language_model, save_model
+from jaxgpt.training import optim
+from jaxgpt.training.step import to_floats
 from jaxgpt.web import rate, server
 from jaxgpt.web.server import ServeConfig
 
@@ -78,7 +81,7 @@ def main(settings: Settings) -> dict[str, Any]:
         tx = optim.adam_tf(optax.constant_schedule(settings.learning_rate))
         state = ppo.init(start, config, tx, {})
         control: ppo.Controller = kl.FixedKL(jnp.float32(settings.beta))
-        reward_fn = ppo.on_texts(person, tok)
+        reward_fn = on_texts(person, tok)
         iteration = ppo.host_iteration(config, settings.ppo, tx, reward_fn, tok.template.end)
         began, waited = time.monotonic(), 0.0
         for i in range(1, settings.iterations + 1):

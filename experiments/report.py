@@ -17,17 +17,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt import evaluate, model, reward, rollout, sharding, train
-from jaxgpt.checkpoint import load_model
-from jaxgpt.cli import cli
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt import training
+from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines, sources
-from jaxgpt.data.movie_reviews import Prompt
-from jaxgpt.process import from_first_process
-from jaxgpt.report import Policy, write_report
-from jaxgpt.run import Run, cache_root, run_fingerprint
+from jaxgpt.data.openings import Prompt
+from jaxgpt.data.tokenizer import Row, Tokenizer, answer_text, example_ids, prompt_ids
+from jaxgpt.errors import UserError
+from jaxgpt.files import cache_root
+from jaxgpt.models import sharding, transformer
+from jaxgpt.rlhf import reward, rollout
+from jaxgpt.rlhf.annotator import gold_scores
+from jaxgpt.rlhf.intervals import best_of_n_kl_bound, distinct_2
+from jaxgpt.rlhf.judge import Judge, fit_judge
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.process import from_first_process
+from jaxgpt.runs.report import Policy, write_report
+from jaxgpt.runs.run import Run, run_fingerprint
+from jaxgpt.runs.saved_model import load_model
 from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.tokenizer import Row, Tokenizer, answer_text, example_ids, prompt_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Bench:
     pretrained: Params
     reference: Params
     reward: Params
-    judge: evaluate.Judge
+    judge: Judge
     mesh: Mesh  # on which the models lie
 
     def sample(self, params: Params, ids: list[list[int]], key: Array, raw: bool = False) -> rollout.Sampled:
@@ -96,11 +103,11 @@ class Bench:
 
     @functools.cached_property
     def _score(self) -> Callable[..., Any]:
-        return train.jit_on(self.mesh, reward.score, static_argnums=1)
+        return training.jit_on(self.mesh, reward.score, static_argnums=1)
 
     @functools.cached_property
     def _logp(self) -> Callable[..., Any]:
-        return train.jit_on(self.mesh, model.answer_logp, static_argnums=1, static_argnames="temperature")
+        return training.jit_on(self.mesh, transformer.answer_logp, static_argnums=1, static_argnames="temperature")
 
     def in_batches(self, f: Callable[[Batch], Any], rows: Batch) -> np.ndarray:
         return rollout.in_batches(f, rows, self.settings.batch, self.mesh)
@@ -130,11 +137,11 @@ def policy(
         kl -= bench.log_probs(bench.reference, answers.rows, temperature)
     opens = [text.startswith(prompt.opening) for text, prompt in zip(answers.texts, prompts, strict=True)]
     return Policy(
-        name=name, texts=answers.texts, gold=evaluate.gold_scores(answers.texts),
+        name=name, texts=answers.texts, gold=gold_scores(answers.texts),
         judge=bench.judge.scores(answers.texts), reward=bench.reward_scores(answers), kl=kl,
         length=answers.lengths.astype(float), ended=answers.ended.astype(float),
         opens=np.array(opens, float), pretrained_nll=bench.pretrained_nll(answers.texts),
-        distinct_2=evaluate.distinct_2(answers.texts), **known,
+        distinct_2=distinct_2(answers.texts), **known,
     )  # fmt: skip
 
 
@@ -186,7 +193,7 @@ def main(settings: Settings) -> dict[str, Any]:
         config, tok = loaded["sft"].config, loaded["sft"].tokenizer
         params = {name: sharding.replicate(one.params, mesh) for name, one in loaded.items()}
         prompts = heldout_prompts(settings)
-        judge = evaluate.fit_judge(
+        judge = fit_judge(
             sources.labelled(sources.EMBEDDED, "train", settings.cache),
             sources.labelled(sources.EMBEDDED, "test", settings.cache),
         )
@@ -196,7 +203,7 @@ def main(settings: Settings) -> dict[str, Any]:
         )
         bench = Bench(settings, config, tok, params["pretrain"], params["sft"], params["reward"], judge, mesh)
         ids = [prompt_ids(tok, prompt.text) for prompt in prompts]
-        nll = train.jit_on(mesh, train.make_nll(config))
+        nll = training.jit_on(mesh, training.make_nll(config))
         stream = pipelines.tokenize_stream(
             sources.documents(settings.pretraining_data, "test", settings.cache), tok, settings.cache
         )
@@ -204,7 +211,7 @@ def main(settings: Settings) -> dict[str, Any]:
             Batch.of(a) for a in pipelines.window_eval(stream, config.block, settings.batch, settings.eval_batches)
         ]
         text_nats = {
-            name: train.evaluate(nll, params[name], heldout, mesh)["loss"] for name in ("pretrain", "sft", "dpo", "ppo")
+            name: training.evaluate(nll, params[name], heldout, mesh)["loss"] for name in ("pretrain", "sft", "dpo", "ppo")
         }
         keys = iter(jax.random.split(jax.random.key(settings.seed), 5))
         with run.progress(5, "answers") as bar:
@@ -215,7 +222,7 @@ def main(settings: Settings) -> dict[str, Any]:
             policies.append(policy(bench, "SFT", bench.reference, answers, prompts, text_nats=text_nats["sft"]))
             bar.update()
             for n, answers in best_of_n(bench, ids, next(keys)).items():
-                bound = evaluate.best_of_n_kl_bound(n)
+                bound = best_of_n_kl_bound(n)
                 known = {"text_nats": text_nats["sft"], "kl_bound": bound}
                 policies.append(policy(bench, f"best of {n}", None, answers, prompts, **known))
             bar.update()

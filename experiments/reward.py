@@ -17,20 +17,23 @@ import jax
 import numpy as np
 import optax
 
-from jaxgpt import lora, optim, reward, sharding
-from jaxgpt.checkpoint import load_language_model, save_model
-from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.preferences import Preference, fit_rankings, rank_ids, sizes
-from jaxgpt.evaluate import SimulatedAnnotator, calibration
-from jaxgpt.guard import GuardConfig
+from jaxgpt.data.comparisons import Preference, fit_rankings, rank_ids, sizes
 from jaxgpt.losses import Mean
-from jaxgpt.resume import SaveConfig, Saves
-from jaxgpt.run import Run, run_fingerprint
-from jaxgpt.sharding import MeshConfig
+from jaxgpt.models import lora, sharding
+from jaxgpt.models.sharding import MeshConfig
+from jaxgpt.rlhf import reward
+from jaxgpt.rlhf.annotator import SimulatedAnnotator
+from jaxgpt.rlhf.intervals import calibration
+from jaxgpt.runs.checkpoints import SaveConfig, Saves
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run, run_fingerprint
+from jaxgpt.runs.saved_model import load_language_model, save_model
 from jaxgpt.structs import Array, Batch, Params, Preferences
-from jaxgpt.train import Metrics, TrainState, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
+from jaxgpt.training import optim
+from jaxgpt.training.guard import GuardConfig
+from jaxgpt.training.step import Metrics, TrainState, init_state, jit_on, jit_step, shapes_of, shapes_on, to_floats
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,18 +16,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgpt import lora, optim, sharding
-from jaxgpt.checkpoint import load_language_model, save_model
-from jaxgpt.cli import cli
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines, sources
-from jaxgpt.guard import GuardConfig
-from jaxgpt.resume import SaveConfig, Saves
-from jaxgpt.run import Run, cache_root, run_fingerprint
-from jaxgpt.sharding import MeshConfig
+from jaxgpt.data.tokenizer import example_ids
+from jaxgpt.files import cache_root
+from jaxgpt.models import lora, sharding
+from jaxgpt.models.sharding import MeshConfig
+from jaxgpt.runs.checkpoints import SaveConfig, Saves
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run, run_fingerprint
+from jaxgpt.runs.saved_model import load_language_model, save_model
 from jaxgpt.structs import Batch, Params
-from jaxgpt.tokenizer import example_ids
-from jaxgpt.train import TrainState, evaluate, init_state, jit_on, jit_step, make_nll, shapes_of, shapes_on, to_floats
+from jaxgpt.training import optim
+from jaxgpt.training.guard import GuardConfig
+from jaxgpt.training.step import (
+    TrainState,
+    evaluate,
+    init_state,
+    jit_on,
+    jit_step,
+    make_nll,
+    shapes_of,
+    shapes_on,
+    to_floats,
+)
 
 
 @dataclasses.dataclass(frozen=True)

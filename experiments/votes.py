@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.cli import cli
-from jaxgpt.config import UserError
 from jaxgpt.data import formats, votes
+from jaxgpt.errors import UserError
+from jaxgpt.runs.cli import cli
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-
-class UserError(ValueError):
-    """A mistake in settings, data or files: one line that says what is wrong, where, and what to do."""
+from jaxgpt.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,20 +28,20 @@ class Break(NamedTuple):
 
 
 BREAKS = {
-    "causality": Break("layers", "jnp.tril(jnp.ones((T, T), bool))", "jnp.tril(jnp.ones((T, T), bool), 1)", "model"),
+    "causality": Break("models/layers", "jnp.tril(jnp.ones((T, T), bool))", "jnp.tril(jnp.ones((T, T), bool), 1)", "transformer"),
     "mask count": Break("losses/mean", "mask.sum().astype(jnp.float32)", "jnp.float32(mask.size)", "losses proofs"),
-    "KL sign": Break("kl", "    return logp - ref_logp\n", "    return ref_logp - logp\n", "kl proofs"),
-    "GAE lambda": Break("returns", "gamma * lam * advantage_B", "gamma * advantage_B", "returns proofs"),
-    "position": Break("decode", "position_B = length_B + t\n", "position_B = length_B + t + 1\n", "decode"),
-    "temperature": Break("vocab_head", "    logits = logits / temperature\n", "", "vocab_head proofs"),
-    "resume position": Break("data/pipelines", "self._iterator.set_state(state", "dict(state", "data resume"),
-    "guard": Break("guard", "jnp.isfinite(loss) & jnp.isfinite(grad_norm)", "jnp.isfinite(loss)", "guard"),
+    "KL sign": Break("losses/kl", "    return logp - ref_logp\n", "    return ref_logp - logp\n", "kl proofs"),
+    "GAE lambda": Break("losses/returns", "gamma * lam * advantage_B", "gamma * advantage_B", "returns proofs"),
+    "position": Break("decoding/generate", "position_B = length_B + t\n", "position_B = length_B + t + 1\n", "generate"),
+    "temperature": Break("losses/vocab_head", "    logits = logits / temperature\n", "", "vocab_head proofs"),
+    "resume position": Break("data/pipelines", "self._iterator.set_state(state", "dict(state", "pipelines checkpoints"),
+    "guard": Break("training/guard", "jnp.isfinite(loss) & jnp.isfinite(grad_norm)", "jnp.isfinite(loss)", "guard"),
     "template escape": Break(
-        "tokenizer", "core.encode_special_tokens = True", "core.encode_special_tokens = False", "tokenizer"
+        "data/tokenizer", "core.encode_special_tokens = True", "core.encode_special_tokens = False", "tokenizer"
     ),
     "vote order": Break("data/votes", "json.dumps(vote.tiers)", "json.dumps(vote.tiers[::-1])", "votes"),
-    "sharding spec": Break("model", '"up/kernel": P(*COLUMNS)', '"up/kernel": P()', "sharding"),
-    "sampler filter": Break("sampling", "keepdims=True) >= p\n", "keepdims=True) > 0\n", "sampling"),
+    "sharding spec": Break("models/transformer", '"up/kernel": P(*COLUMNS)', '"up/kernel": P()', "sharding"),
+    "sampler filter": Break("decoding/sampling", "keepdims=True) >= p\n", "keepdims=True) > 0\n", "sampling"),
 }
 
 
@@ -53,7 +53,7 @@ def unnoticed(name: str, checkout: Path) -> bool:
     if whole.count(one.old) != 1:
         sys.exit(f"{name}: {one.old!r} stands {whole.count(one.old)} times in {path.name}; it must stand once")
     path.write_text(whole.replace(one.old, one.new), encoding="utf-8")
-    files = [f"tests/test_{test}.py" for test in one.tests.split()]
+    files = [str(path) for test in one.tests.split() for path in (checkout / "tests").rglob(f"test_{test}.py")]
     start = time.monotonic()
     words = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *files]
     done = subprocess.run(words, cwd=checkout, capture_output=True, text=True)

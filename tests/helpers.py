@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import decode, model, sharding
+from jaxgpt import decoding
 from jaxgpt.config import ModelConfig
-from jaxgpt.data import movie_reviews
+from jaxgpt.data import builders
+from jaxgpt.models import sharding, transformer
 from jaxgpt.structs import Array, Batch, Params
 
 generate, generate_until = (
-    jax.jit(f, static_argnums=1, static_argnames=decode.STATIC) for f in (decode.generate, decode.generate_until)
+    jax.jit(f, static_argnums=1, static_argnames=decoding.STATIC) for f in (decoding.generate, decoding.generate_until)
 )
-hidden = jax.jit(model.hidden, static_argnums=1)
-score = jax.jit(model.score, static_argnums=1, static_argnames=("temperature", "window"))
+hidden = jax.jit(transformer.hidden, static_argnums=1)
+score = jax.jit(transformer.score, static_argnums=1, static_argnames=("temperature", "window"))
 AS_USERS_RUN_IT = {"xla_backend_optimization_level": 3}  # for what holds to the last bit: see conftest.py
 if "fusion_emitters" in os.environ["XLA_FLAGS"]:
     AS_USERS_RUN_IT["xla_cpu_use_fusion_emitters"] = True
@@ -43,13 +44,13 @@ FAMILY = {
 
 def params_of(config: ModelConfig = TINY, seed: int = 0, scale: float = 4.0) -> Params:
     """Parameters large enough that every input matters (GPT-2's initialisation is nearly flat)."""
-    params = model.init(jax.random.key(seed), config)
+    params = transformer.init(jax.random.key(seed), config)
     return jax.tree.map(lambda w: w * scale if w.ndim >= 2 else w, params)
 
 
 @functools.cache
 def _shapes(config: ModelConfig) -> Params:
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    return jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
 
 
 def random_params(config: ModelConfig = TINY, seed: int = 0, scale: float = 4.0) -> Params:
@@ -82,9 +83,9 @@ def prompts_of(rows: int, width: int, vocab: int = 64, seed: int = 0) -> tuple[A
 
 def few_reviews(folder: Path) -> Path:
     """A data folder with every 40th of the embedded reviews: quick to read and to tokenise."""
-    rows = list(movie_reviews._csv_rows(movie_reviews._csv_path()))[::40]
-    with mock.patch.object(movie_reviews, "_csv_rows", lambda path: rows):
-        movie_reviews.prepare(folder / "tfds")
+    rows = list(builders._csv_rows(builders._csv_path()))[::40]
+    with mock.patch.object(builders, "_csv_rows", lambda path: rows):
+        builders.prepare(folder / "tfds")
     return folder
 
 

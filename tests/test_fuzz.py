@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from experiments import dpo, ppo, pretrain
-from jaxgpt import doctor, resume
-from jaxgpt.checkpoint import load_model
-from jaxgpt.config import UserError
+from jaxgpt.data.comparisons import read_preferences
 from jaxgpt.data.jsonl import read_rows, write_rows
-from jaxgpt.data.preferences import read_preferences
-from jaxgpt.settings import flat_json, read_json, settings_from_json, settings_to_json
-from jaxgpt.tokenizer import ANSWER_END, example_ids, parse, prompt_ids, train_bpe
+from jaxgpt.data.tokenizer import ANSWER_END, example_ids, parse, prompt_ids, train_bpe
+from jaxgpt.errors import UserError
+from jaxgpt.files import read_json
+from jaxgpt.runs import checkpoints, doctor
+from jaxgpt.runs.saved_model import load_model
+from jaxgpt.runs.settings import flat_json, settings_from_json, settings_to_json
 
 FUZZ = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
@@ -152,7 +153,7 @@ def test_records_of_runs_models_and_checkpoints_are_refused_by_name(tmp_path: Pa
     for name in ("checkpoint.json", "model.json", "settings.json"):
         (tmp_path / name).write_bytes(data)
     with refusal("checkpoint.json"):
-        resume.read_checkpoint(tmp_path)
+        checkpoints.read_checkpoint(tmp_path)
     with refusal("model.json"):
         load_model(tmp_path)
     with refusal("settings.json"):

@@ -12,10 +12,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import dpo, kl, optim, ppo, reward, train
+from jaxgpt import training
 from jaxgpt.config import ModelConfig
-from jaxgpt.ppo import PPOConfig
+from jaxgpt.losses import kl
+from jaxgpt.rlhf import dpo, ppo, reward
+from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.structs import Batch, Preferences, Rollout
+from jaxgpt.training import optim
 
 STORED = Path(__file__).with_name("golden.json")
 STEPS = 20
@@ -26,7 +29,7 @@ RATE = 3e-3
 def params_of(seed: int):
     """From NumPy's generator, whose stream is promised to stay."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.normal(0, 0.08, x.shape).astype(np.float32), train.shapes_of(CONFIG))
+    return jax.tree.map(lambda x: rng.normal(0, 0.08, x.shape).astype(np.float32), training.shapes_of(CONFIG))
 
 
 def head_of(seed: int):
@@ -39,7 +42,7 @@ def tokens_of(*shape: int) -> np.ndarray:
 
 
 def step_of(loss_fn):
-    return jax.jit(train.make_train_step(loss_fn, TX))
+    return jax.jit(training.make_train_step(loss_fn, TX))
 
 
 def losses_of(step, state, batch_of: Callable[[int], object]) -> list[float]:
@@ -51,14 +54,14 @@ def losses_of(step, state, batch_of: Callable[[int], object]) -> list[float]:
 
 
 TX = optim.adamw(optax.constant_schedule(RATE))
-NLL = step_of(train.make_nll(CONFIG))
+NLL = step_of(training.make_nll(CONFIG))
 
 
 def pretrain() -> list[float]:
     """Whole rows, given as packed ones of one example each: finetuning's program takes them too."""
     tokens = tokens_of(STEPS, 4, 24)
     segments, positions = np.ones((4, 24), np.int32), np.tile(np.arange(24, dtype=np.int32), (4, 1))
-    state = train.init_state(params_of(0), TX)
+    state = training.init_state(params_of(0), TX)
     return losses_of(NLL, state, lambda i: Batch(tokens[i], positions > 0, segments, positions))
 
 
@@ -68,7 +71,7 @@ def sft() -> list[float]:
     segments = np.tile(np.repeat([1, 2, 0], [9, 11, 4]), (4, 1)).astype(np.int32)
     positions = np.tile(np.concatenate([np.arange(9), np.arange(11), np.zeros(4)]), (4, 1)).astype(np.int32)
     mask = (positions >= 4) & (segments > 0)
-    state = train.init_state(params_of(1), TX)
+    state = training.init_state(params_of(1), TX)
     return losses_of(NLL, state, lambda i: Batch(tokens[i], mask, segments, positions))
 
 
@@ -86,11 +89,11 @@ def reward_model() -> list[float]:
 
     params = {"model": params_of(2), "head": head_of(3), "gain": np.float32(1.0), "bias": np.float32(0.0)}
     trainable, frozen = optim.split(params, reward.trainable_names())
-    return losses_of(step_of(loss_fn), train.init_state(trainable, TX, frozen), preferences)
+    return losses_of(step_of(loss_fn), training.init_state(trainable, TX, frozen), preferences)
 
 
 def dpo_() -> list[float]:
-    state = train.init_state({"policy": params_of(4)}, TX, {"reference": params_of(5)})
+    state = training.init_state({"policy": params_of(4)}, TX, {"reference": params_of(5)})
     return losses_of(step_of(dpo.make_loss(CONFIG, 0.1, window=12)), state, preferences)
 
 
@@ -111,13 +114,13 @@ def ppo_() -> list[float]:
         sampler_logp_BT=logp,
     )
     head = {"kernel_D": np.zeros(32, np.float32), "bias": np.float32(0.0)}
-    state = train.init_state({"policy": params_of(7), "value_head": head}, tx, {"reference": params_of(7)})
+    state = training.init_state({"policy": params_of(7), "value_head": head}, tx, {"reference": params_of(7)})
     control: ppo.Controller = kl.AdaptiveKL(np.float32(0.1))
     update = jax.jit(ppo.update, static_argnums=(1, 2, 3))
     found = []
     for i in range(5):
         state, control, metrics = update(state, CONFIG, config, tx, rollout, control, jax.random.key(i))
-        figures = train.to_floats(metrics)
+        figures = training.to_floats(metrics)
         found += [figures[name] for name in ("loss", "value_loss", "grad_norm", "beta")]
     return found
 

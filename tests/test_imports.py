@@ -1,82 +1,109 @@
-"""Imports only point down (function-local ones included), and nothing runs in a circle."""
+"""The house: packages import only from the floors below, nothing runs in a circle, names are found by guessing."""
 
 import ast
-import functools
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEVELS = {
-    0: "structs config checks",
-    1: "losses kl returns vocab_head sampling model layers attention tokenizer optim sharding settings process "
-    "progress guard",
-    2: "decode speculative train lora data checkpoint run cli pretrained reward bench resume verify",
-    3: "rollout evaluate dpo beam chat",
-    4: "ppo through_reward report doctor web study",
-}
-LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
-ARRAYS_ONLY = ("checks", "losses", "kl", "returns", "vocab_head")  # what people lift out
-ARRAY_PACKAGES = {"jax", "optax", "chex", "numpy", "collections", "typing", "dataclasses", "functools", "math", "sys"}
+FLOORS = (  # a package imports itself and what stands above it in this list, nothing else of ours
+    "errors files config structs",  # the ground floor: single modules
+    "losses",
+    "models",
+    "decoding",
+    "training",
+    "rlhf",
+    "data",
+    "pretrained",
+    "runs",
+    "study",
+    "web",
+)
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
+BASE = {"chex", "flax", "jax", "numpy", "optax"}  # what the library needs without an extra
+ARRAYS_ONLY = BASE - {"flax"}  # what the losses need
+EXTRAS = {"grain", "matplotlib", "sklearn", "starlette", "tensorflow_datasets", "tokenizers", "tyro", "uvicorn"}
 
 
-@functools.cache
-def imports(path: Path) -> list[str]:
+def imports(path: Path) -> Iterator[str]:
     """Dotted names of everything a file imports, anywhere in it; `from a import b` gives both a and a.b."""
-    found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return found
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def edges(package: Path) -> dict[str, set[str]]:
-    """For each dotted module of the package, the modules of the package that it imports."""
+    """For each dotted module of the package, the modules that it imports. A package counts as imported only where a
+    name of its own is taken from it, not where one of its modules is."""
     files = {
         ".".join(path.relative_to(package).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
         for path in package.rglob("*.py")
     }
-    prefix = f"{package.name}."
-    found = {
-        name: {i.removeprefix(prefix) for i in imports(path) if i.startswith(prefix)} for name, path in files.items()
-    }
-    return {name: (names & files.keys()) - {name, ""} for name, names in found.items() if name}
+    prefix, found = f"{package.name}.", {}
+    for name, path in files.items():
+        names = {i.removeprefix(prefix) for i in imports(path) if i.startswith(prefix)}
+        taken = {i for i in names if i in files or i.rpartition(".")[0] not in files}
+        own = {i.rpartition(".")[0] for i in names - taken}
+        modules = names & files.keys()
+        parents = {i.rpartition(".")[0] for i in modules}
+        found[name] = ((modules - parents) | own) - {name, ""}
+    return {name: targets for name, targets in found.items() if name}
 
 
 def violations(package: Path) -> list[str]:
     graph = edges(package)
-    texts = [f"{name} has no level in tests/test_imports.py" for name in graph if name.split(".")[0] not in LEVEL]
+    texts = [f"{name} has no floor in tests/test_imports.py" for name in graph if name.split(".")[0] not in FLOOR]
     if not texts:
         for name, targets in graph.items():
-            level = LEVEL[name.split(".")[0]]
-            texts += [f"{name} imports {target} above it" for target in targets if LEVEL[target.split(".")[0]] > level]
+            floor = FLOOR[name.split(".")[0]]
+            texts += [
+                f"{name} imports {target} from a floor above it"
+                for target in sorted(targets)
+                if FLOOR[target.split(".")[0]] > floor
+            ]
     done: set[str] = set()
     while ready := {name for name, targets in graph.items() if name not in done and targets <= done}:
         done |= ready
     return texts + ([f"a circle among {sorted(graph.keys() - done)}"] if graph.keys() - done else [])
 
 
-def test_imports_point_down():
+def test_packages_import_only_from_the_floors_below():
     assert violations(ROOT / "jaxgpt") == []
 
 
 @pytest.mark.parametrize(
     ("files", "complaint"),
     [
-        ({"losses": "def f():\n    import jaxgpt.ppo", "ppo": ""}, "losses imports ppo above it"),
-        ({"losses": "from jaxgpt import train", "train": ""}, "losses imports train above it"),
         (
-            {"run": "import jaxgpt.cli", "cli": "def f():\n    from jaxgpt.run import Run"},
-            "a circle among ['cli', 'run']",
+            {"losses/a": "def f():\n    import jaxgpt.rlhf.ppo", "rlhf/ppo": ""},
+            "losses.a imports rlhf.ppo from a floor above it",
         ),
-        ({"data/a": "import jaxgpt.ppo", "ppo": ""}, "data.a imports ppo above it"),
-        ({"newcomer": ""}, "newcomer has no level in tests/test_imports.py"),
-        ({"ppo": "import jaxgpt.losses", "losses": "import jax"}, None),
+        (
+            {"models/a": "from jaxgpt import training", "training/__init__": ""},
+            "models.a imports training from a floor above it",
+        ),
+        (
+            {"runs/run": "import jaxgpt.runs.cli", "runs/cli": "def f():\n    from jaxgpt.runs.run import Run"},
+            "a circle among ['runs.cli', 'runs.run']",
+        ),
+        ({"newcomer": ""}, "newcomer has no floor in tests/test_imports.py"),
+        ({"rlhf/ppo": "import jaxgpt.losses.kl", "losses/kl": "import jax"}, None),
+        (
+            {
+                "decoding/__init__": "from jaxgpt.decoding.generate import generate",
+                "decoding/generate": "from jaxgpt.decoding import sampling",
+                "decoding/sampling": "",
+            },
+            None,
+        ),
     ],
 )
 def test_the_check_sees(tmp_path, files, complaint):
@@ -87,27 +114,38 @@ def test_the_check_sees(tmp_path, files, complaint):
     assert violations(package) == ([complaint] if complaint else [])
 
 
-def test_the_package_imports_nothing():
-    assert imports(ROOT / "jaxgpt" / "__init__.py") == []
+def test_the_package_itself_imports_nothing():
+    assert list(imports(ROOT / "jaxgpt" / "__init__.py")) == []
 
 
-@pytest.mark.parametrize("name", ARRAYS_ONLY)
-def test_losses_take_arrays_only(name):
-    package = ROOT / "jaxgpt" / name
-    for path in package.glob("*.py") if package.is_dir() else [package.with_suffix(".py")]:
+def test_no_two_modules_have_one_name():
+    names = Counter(path.stem for path in (ROOT / "jaxgpt").rglob("*.py") if path.stem != "__init__")
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_losses_take_arrays_only():
+    for path in (ROOT / "jaxgpt" / "losses").glob("*.py"):
         for module in imports(path):
             top, *below = module.split(".")
-            assert top in ARRAY_PACKAGES or (top == "jaxgpt" and (not below or below[0] in ARRAYS_ONLY)), (path, module)
+            known = top in ARRAYS_ONLY | sys.stdlib_module_names
+            assert known or (top == "jaxgpt" and (not below or below[0] == "losses")), (path, module)
+
+
+def loaded_by(program: str) -> set[str]:
+    """What the interpreter really loads."""
+    words = [sys.executable, "-c", f"{program}; import sys; print(*sys.modules)"]
+    return set(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
 
 
 def test_importing_the_losses_brings_in_nothing_else():
-    """What the interpreter really loads: no flax, no tokenizer, no data library, none of our other modules."""
-    program = f"import sys; import {', '.join(f'jaxgpt.{name}' for name in ARRAYS_ONLY)}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    modules = set(loaded.stdout.split())
-    ours = {name.split(".")[1] for name in modules if name.startswith("jaxgpt.")}
-    assert ours == set(ARRAYS_ONLY)
-    assert not {"flax", "orbax", "grain", "tokenizers", "tensorflow_datasets", "tyro", "rich", "matplotlib"} & modules
+    """No flax, no tokenizer, no data library, none of our other modules."""
+    loaded = loaded_by("import jaxgpt.losses, jaxgpt.losses.kl, jaxgpt.losses.returns, jaxgpt.losses.vocab_head")
+    assert {name.split(".")[1] for name in loaded if name.startswith("jaxgpt.")} == {"losses"}
+    assert not loaded & {"flax", "orbax", "rich", *EXTRAS}
+
+
+def test_the_library_without_an_extra_brings_in_no_package_of_an_extra():
+    assert not loaded_by("from jaxgpt import losses, models, decoding, training, rlhf") & EXTRAS
 
 
 def test_the_library_does_not_know_the_experiments():
@@ -116,14 +154,14 @@ def test_the_library_does_not_know_the_experiments():
 
 
 def test_experiments_stand_alone():
-    for path in (ROOT / "experiments").glob("*.py"):
-        if path.stem not in ("assistant", "align", "bench_ppo"):  # two sequences; what it measures is one of them
+    for path in (ROOT / "experiments").rglob("*.py"):
+        if path.stem not in ("assistant", "align") and path.parent.name != "bench":  # two sequences; what is measured
             assert not [name for name in imports(path) if name.split(".")[0] == "experiments"], path
 
 
 def test_every_experiment_is_a_command():
     """Its last statement hands `main` to the command line: without it `python -m` would do nothing, in silence."""
-    paths = [path for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__"]
+    paths = [path for path in (ROOT / "experiments").rglob("*.py") if path.stem not in ("__init__", "harness")]
     assert len(paths) > 20
     for path in paths:
         last = ast.parse(path.read_text()).body[-1]

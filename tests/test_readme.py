@@ -6,9 +6,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxgpt import config, model
+from jaxgpt import config
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import votes
+from jaxgpt.models import transformer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +26,7 @@ def test_the_python_block_runs(capsys, monkeypatch):
 
 def test_the_block_on_decoding_runs(capsys, monkeypatch):
     monkeypatch.setitem(config.PRESETS, "toy", ModelConfig(layers=1, width=16, heads=1, block=32, vocab=32))
-    monkeypatch.setattr(model, "init", jax.jit(model.init, static_argnums=1))
+    monkeypatch.setattr(transformer, "init", jax.jit(transformer.init, static_argnums=1))
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/decoding.md").read_text(encoding="utf-8"), flags=re.S)
     exec(block, {})
     assert capsys.readouterr().out.startswith("(4, 8) ")
@@ -63,9 +64,9 @@ def test_links_lead_somewhere(page):
 def test_every_file_of_the_tree_exists():
     tree = README.split("## What is where")[1].split("```")[1]
     for name in re.findall(r"\b(\w+\.py)\b", tree):
-        assert list(ROOT.glob(f"*/{name}")), name
+        assert list(ROOT.rglob(name)), name
 
 
 def test_every_command_names_an_experiment():
-    for name in re.findall(r"-m experiments\.(\w+)", README):
-        assert (ROOT / f"experiments/{name}.py").exists()
+    for name in re.findall(r"-m experiments\.([\w.]+)", README):
+        assert (ROOT / f"experiments/{name.replace('.', '/')}.py").exists()

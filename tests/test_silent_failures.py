@@ -12,13 +12,17 @@ import optax
 import pytest
 from jax.errors import KeyReuseError
 
-from jaxgpt import decode, losses, model, optim, ppo, train
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt import decoding, losses, training
+from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines
-from jaxgpt.run import Run
+from jaxgpt.errors import UserError
+from jaxgpt.models import transformer
+from jaxgpt.rlhf import ppo
+from jaxgpt.runs.run import Run
 from jaxgpt.structs import Batch
+from jaxgpt.training import optim
 from tests.helpers import TINY, params_of, prompts_of, tokens_of
-from tests.test_run import Settings
+from tests.runs.test_run import Settings
 
 ROOT = Path(__file__).parents[1]
 SMALL = ModelConfig(layers=1, width=8, heads=2, block=12, vocab=24)
@@ -33,7 +37,7 @@ def test_a_token_outside_the_vocabulary_is_named_where_indexing_would_clamp():
 
 def test_rows_longer_than_the_block_are_refused_where_positions_would_clamp():
     with pytest.raises(UserError, match="49 tokens don't fit the model's block of 48"):
-        jax.eval_shape(lambda: model.hidden(params_of(), TINY, jnp.zeros((1, 49), jnp.int32)))
+        jax.eval_shape(lambda: transformer.hidden(params_of(), TINY, jnp.zeros((1, 49), jnp.int32)))
 
 
 def test_answers_longer_than_the_block_are_refused_where_the_cache_would_be_overwritten():
@@ -42,7 +46,7 @@ def test_answers_longer_than_the_block_are_refused_where_the_cache_would_be_over
     tokens, lengths = prompts_of(2, 40)
     with pytest.raises(UserError, match="40 tokens and 9 new ones don't fit the model's block of 48"):
         jax.eval_shape(
-            lambda: decode.generate(params_of(), TINY, tokens, lengths, jax.random.key(0), new_tokens=9, stop=5)
+            lambda: decoding.generate(params_of(), TINY, tokens, lengths, jax.random.key(0), new_tokens=9, stop=5)
         )
 
 
@@ -55,7 +59,7 @@ def test_a_batch_without_targets_is_zero_where_a_mean_would_be_nan():
 
 def test_a_row_of_padding_only_is_finite():
     segments = np.zeros((2, 8), np.int32)  # rows of padding only
-    hidden = jax.jit(lambda *x: model.hidden(params_of(SMALL), SMALL, x[0], segments_BT=x[1]))
+    hidden = jax.jit(lambda *x: transformer.hidden(params_of(SMALL), SMALL, x[0], segments_BT=x[1]))
     assert np.isfinite(hidden(tokens_of(2, 8, SMALL.vocab), segments)).all()
 
 
@@ -83,19 +87,19 @@ def test_a_key_used_twice_is_an_error_in_every_test():
 def test_a_second_step_is_not_a_second_compilation_and_leaks_nothing():
     """Nor is one on a batch without targets, whose loss is 0."""
     tx = optax.adam(1e-3)
-    step = jax.jit(train.make_train_step(train.make_nll(SMALL), tx), donate_argnums=0)
-    state = train.init_state(jax.jit(lambda: params_of(SMALL))(), tx)
+    step = jax.jit(training.make_train_step(training.make_nll(SMALL), tx), donate_argnums=0)
+    state = training.init_state(jax.jit(lambda: params_of(SMALL))(), tx)
     with jax.checking_leaks():
         for seed, targets in enumerate((True, True, False)):
             mask = np.full((4, 10), targets) & (np.arange(10) > 0)
             state, metrics = step(state, Batch(tokens_of(4, 10, SMALL.vocab, seed), mask), None)
-            assert (train.to_floats(metrics)["loss"] > 1) == targets
-    assert step._cache_size() == 1 and train.to_floats(metrics)["loss"] == 0.0
+            assert (training.to_floats(metrics)["loss"] > 1) == targets
+    assert step._cache_size() == 1 and training.to_floats(metrics)["loss"] == 0.0
 
 
 def test_a_frozen_reference_has_buffers_of_its_own():
     """Donated under another name, an alias is deleted with the original."""
-    state = train.init_state({"w": jnp.ones(3)}, optax.sgd(0.1))
+    state = training.init_state({"w": jnp.ones(3)}, optax.sgd(0.1))
     alias = state.trainable["w"]
     jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
     with pytest.raises(RuntimeError, match="deleted"):
@@ -107,7 +111,7 @@ def test_a_frozen_reference_has_buffers_of_its_own():
 
 def test_what_is_chosen_for_the_hardware_is_chosen_for_the_mesh_in_use():
     """`jax.default_backend()` is 'cpu' while a program is lowered for a TPU that is not there; only `sharding.platform`
-    asks it, where no mesh says better (tests/test_plan.py compiles for TPUs on this machine)."""
+    asks it, where no mesh says better (tests/tpu/test_plan.py compiles for TPUs on this machine)."""
     asking = [path.name for path in (ROOT / "jaxgpt").rglob("*.py") if "default_backend()" in path.read_text("utf-8")]
     assert asking == ["sharding.py"]
 

@@ -28,14 +28,16 @@ import jax
 import jax.numpy as jnp
 
 from experiments import ppo, pretrain
-from jaxgpt import decode, model, sharding
-from jaxgpt.cli import cli, settings_from_json, settings_to_json
+from jaxgpt import decoding
 from jaxgpt.config import PRESETS as MODELS
-from jaxgpt.config import ModelConfig, UserError
-from jaxgpt.ppo import PPOConfig
-from jaxgpt.sharding import MeshConfig
-from jaxgpt.tokenizer import ANSWER_END
-from jaxgpt.train import jit_on, shapes_on
+from jaxgpt.config import ModelConfig
+from jaxgpt.data.tokenizer import ANSWER_END
+from jaxgpt.errors import UserError
+from jaxgpt.models import sharding, transformer
+from jaxgpt.models.sharding import MeshConfig
+from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.runs.cli import cli, settings_from_json, settings_to_json
+from jaxgpt.training.step import jit_on, shapes_on
 from tpu import hlo
 
 Step = Literal["train", "ppo", "decode"]
@@ -134,9 +136,9 @@ def build(settings: Settings, step: Step, mesh: jax.sharding.Mesh) -> Built:
         return Built(jitted, (state, control, prompts, key), {}, {**_of_state(state), "batch": prompts})
     sharding.check_model(settings.model, mesh)
     sharding.check_rows(settings.prompts, mesh, "a batch of prompts")
-    decode.check_room(settings.model, settings.prompt_tokens, settings.ppo.new_tokens)
-    params = shapes_on(mesh, lambda: model.init(jax.random.key(0), settings.model))
-    jitted = jit_on(mesh, decode.generate, static_argnums=1, static_argnames=decode.STATIC)
+    decoding.check_room(settings.model, settings.prompt_tokens, settings.ppo.new_tokens)
+    params = shapes_on(mesh, lambda: transformer.init(jax.random.key(0), settings.model))
+    jitted = jit_on(mesh, decoding.generate, static_argnums=1, static_argnames=decoding.STATIC)
     tokens = lie(jax.ShapeDtypeStruct((settings.prompts, settings.prompt_tokens), jnp.int32), rows)
     lengths = lie(jax.ShapeDtypeStruct((settings.prompts,), jnp.int32), rows)
     words = {"new_tokens": settings.ppo.new_tokens, "stop": ANSWER_END}

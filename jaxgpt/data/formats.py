@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import UserError
 from jaxgpt.data import votes
+from jaxgpt.data.comparisons import Kind, Preference, from_row, from_tiers, read_preferences, write_preferences
 from jaxgpt.data.jsonl import checked_text, read_rows, text_field, write_rows
-from jaxgpt.data.preferences import Kind, Preference, from_row, from_tiers, read_preferences, write_preferences
-from jaxgpt.settings import file_fingerprint, read_json, write_json
+from jaxgpt.data.tokenizer import gpt2_tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.files import read_json, sha256_of_file, write_json
 
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
 MARKED = ("\n\nHuman:", "\n\nSystem:")  # how a conversation in that notation begins
@@ -63,7 +64,7 @@ def load(path: Path) -> list[Preference]:
 def fingerprint(path: Path) -> str:
     """A hash of the preferences that `load` gives, to record what a run was made from."""
     if not votes.is_database(path):
-        return file_fingerprint(path)
+        return sha256_of_file(path)
     return hashlib.sha256(repr(votes.read(path)).encode()).hexdigest()
 
 
@@ -208,8 +209,6 @@ def _ziegler(row: Row, where: str) -> Judged:
     names = sorted((name for name in row if re.fullmatch(r"sample\d+", name)), key=lambda name: int(name[6:]))
     texts = [row.get("query"), *(row[name] for name in names)]
     if all(isinstance(text, list) for text in texts):
-        from jaxgpt.pretrained.loading import gpt2_tokenizer
-
         tok = gpt2_tokenizer()
         texts = [tok.decode(ids) for ids in texts]
     one = Preference(texts[0], tuple(texts[1:]), row.get("best", "missing"))

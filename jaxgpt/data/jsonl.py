@@ -1,13 +1,12 @@
 """JSON lines, read strictly and written atomically. Every error names the file, the line and the field."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
+from jaxgpt.files import new_file
 
 LONGEST_LINE = 16 * 2**20  # bytes
 
@@ -50,19 +49,11 @@ def checked_text(value: Any, where: str, *, blank: bool = False) -> str:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes one object a line and returns how many; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     count = 0
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-                count += 1
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+    with new_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            count += 1
     return count
 
 

@@ -13,19 +13,20 @@ number of them.
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
-import grain.experimental
 import numpy as np
 
-from jaxgpt.config import UserError
-from jaxgpt.data.preferences import Ranking
-from jaxgpt.tokenizer import Row, Tokenizer
+from jaxgpt.data.comparisons import Ranking
+from jaxgpt.data.tokenizer import Row, Tokenizer
+from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.files import new_file, sha256_of_texts
+
+with needs_extra("data"):
+    import grain
+    import grain.experimental
 
 ArrayBatch = dict[str, np.ndarray]
 _READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # made while the device works: steps aren't waited for
@@ -61,11 +62,7 @@ def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndar
     docs = [doc for doc in docs if doc]
     if not docs:
         raise UserError("no text to tokenize: every document is empty; choose another source")
-    digest = hashlib.sha256(tok.fingerprint.encode())
-    for doc in docs:
-        data = doc.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "big") + data)
-    path = cache / "streams" / f"{digest.hexdigest()[:32]}.npy"
+    path = cache / "streams" / f"{sha256_of_texts([tok.fingerprint, *docs])[:32]}.npy"
     if path.is_file():
         return np.load(path)
     separator = tok.template.separator
@@ -74,10 +71,8 @@ def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndar
         for ids in tok.encode_batch(docs[at : at + 1000]):
             parts.append(np.array([*ids, separator], np.int32))
     stream = np.concatenate(parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        np.save(Path(scratch) / path.name, stream)
-        os.replace(Path(scratch) / path.name, path)
+    with new_file(path) as file:
+        np.save(file, stream)
     return stream
 
 

@@ -13,7 +13,6 @@ paths to .txt and .jsonl files, separated by commas, with * and ? allowed.
 By hash: rows with the same text (or prompt) share a split, and a row stays in its split when others are added.
 """
 
-import difflib
 import glob
 import hashlib
 import os
@@ -21,13 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import tensorflow_datasets as tfds
-
-from jaxgpt.config import UserError
-from jaxgpt.data import movie_reviews
+from jaxgpt.data import openings
 from jaxgpt.data.jsonl import read_rows, text_field
-from jaxgpt.data.movie_reviews import Prompt
-from jaxgpt.settings import file_fingerprint
+from jaxgpt.data.openings import Prompt
+from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.files import did_you_mean, sha256_of_file
 
 Split = Literal["train", "valid", "test"]
 EMBEDDED = "movie_reviews"
@@ -40,14 +37,14 @@ def documents(source: str, split: Split, cache: Path) -> list[str]:
     """Raw texts for pretraining. `cache` is where the embedded data is prepared. No 'valid' split."""
     if source == EMBEDDED:
         _check_split(source, split, ("train", "test"))
-        return movie_reviews.load(_root(cache), f"imdb_{split}")[0]
+        return _embedded(f"imdb_{split}", cache)[0]
     return [row[0] for row in _foreign(source, split, ("text",))]
 
 
 def examples(source: str, split: Split, cache: Path) -> list[tuple[str, str]]:
     """(prompt, answer) pairs for finetuning. 'valid' exists for the embedded data only."""
     if source == EMBEDDED:
-        return [movie_reviews.review_example(text) for text in _one_line_reviews(split, cache)]
+        return [openings.review_example(text) for text in _one_line_reviews(split, cache)]
     return [(row[0], row[1]) for row in _foreign(source, split, ("prompt", "answer"))]
 
 
@@ -58,14 +55,14 @@ def prompts(source: str, split: Split, cache: Path) -> list[Prompt]:
     order: tuple[Split, ...] = ("train", "valid", "test")
     texts = _one_line_reviews(split, cache)
     seen = [text for earlier in order[: order.index(split)] for text in _one_line_reviews(earlier, cache)]
-    return movie_reviews.unseen_openings(texts, seen)
+    return openings.unseen_openings(texts, seen)
 
 
 def fingerprint(source: str) -> dict[str, str]:
     """{path: sha256} of a source's files, for a run's inputs; empty for data sets that have a name."""
     if source == EMBEDDED or source.startswith(_TFDS):
         return {}
-    return {str(path): file_fingerprint(path) for path in _paths(source)}
+    return {str(path): sha256_of_file(path) for path in _paths(source)}
 
 
 def labelled(source: str, split: Split, cache: Path, parts: Sequence[str] = ("rt",)) -> tuple[list[str], list[int]]:
@@ -81,7 +78,7 @@ def labelled(source: str, split: Split, cache: Path, parts: Sequence[str] = ("rt
         if part not in ("rt", "imdb"):
             raise UserError(f"unknown part {part!r} of {EMBEDDED}; parts are rt and imdb")
         _check_split(f"{EMBEDDED} ({part})", split, ("train", "valid", "test") if part == "rt" else ("train", "test"))
-        found = movie_reviews.load(_root(cache), f"{part}_{split}")
+        found = _embedded(f"{part}_{split}", cache)
         texts += found[0]
         labels += found[1]
     return texts, labels
@@ -89,11 +86,20 @@ def labelled(source: str, split: Split, cache: Path, parts: Sequence[str] = ("rt
 
 def _one_line_reviews(split: Split, cache: Path) -> list[str]:
     _check_split(EMBEDDED, split, ("train", "valid", "test"))
-    return movie_reviews.load(_root(cache), f"rt_{split}")[0]
+    return _embedded(f"rt_{split}", cache)[0]
 
 
-def _root(cache: Path) -> Path:
-    return cache / "tfds"
+def _embedded(split: str, cache: Path) -> tuple[list[str], list[int]]:
+    """Texts and labels of the embedded data."""
+    from jaxgpt.data import builders  # here, so that reading a file needs no TFDS
+
+    return builders.load(cache / "tfds", split)
+
+
+def _tfds() -> Any:
+    with needs_extra("data"):
+        import tensorflow_datasets
+    return tensorflow_datasets
 
 
 def _check_split(source: str, split: str, known: Sequence[str]) -> None:
@@ -131,16 +137,11 @@ def _paths(source: str) -> list[Path]:
         found += map(Path, matches)
     for path in found:
         if path.suffix not in (".txt", ".jsonl"):
-            near = _suggestion(str(path))
-            raise UserError(f"unknown source {str(path)!r}{near}; give {EMBEDDED}, tfds:NAME, *.txt or *.jsonl")
+            near = did_you_mean(str(path), (EMBEDDED, "tfds:imdb_reviews"))
+            raise UserError(f"unknown source {str(path)!r} (known: {EMBEDDED}, tfds:NAME, *.txt, *.jsonl){near}")
         if not path.is_file():
             raise UserError(f"no file {path}; check the path (now in {Path.cwd()})")
     return found
-
-
-def _suggestion(name: str, known: Sequence[str] = (EMBEDDED, "tfds:imdb_reviews")) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _text_file(path: Path, split: Split) -> list[str]:
@@ -191,12 +192,12 @@ def _from_tfds(name: str, split: Split, fields: tuple[str, ...]) -> _Rows:
 
 def _tfds_builder(name: str) -> Any:
     """The prepared builder of a TFDS name, from $TFDS_DATA_DIR or TFDS's own folder; prepared now if need be."""
-    folder = os.environ.get("TFDS_DATA_DIR")
+    tfds, folder = _tfds(), os.environ.get("TFDS_DATA_DIR")
     try:
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
-        near = _suggestion(name, tfds.list_builders(with_community_datasets=False))
-        raise UserError(f"no TFDS dataset {name!r}{near}; see tensorflow.org/datasets/catalog") from error
+        near = did_you_mean(name, tfds.list_builders(with_community_datasets=False))
+        raise UserError(f"no TFDS dataset {name!r} (see tensorflow.org/datasets/catalog){near}") from error
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"cannot open tfds:{name} ({reason}); check name, config and version") from error
@@ -211,7 +212,7 @@ def _tfds_builder(name: str) -> Any:
 
 def _feature(builder: Any, name: str, field: str) -> str:
     """The feature that holds `field`; for 'text' also the only string feature there is."""
-    texts = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
+    texts = [key for key, feature in builder.info.features.items() if isinstance(feature, _tfds().features.Text)]
     if field in texts:
         return field
     if field == "text" and len(texts) == 1:

@@ -27,9 +27,9 @@ from typing import Any, get_args
 
 import numpy as np
 
-from jaxgpt.config import UserError
+from jaxgpt.data.comparisons import Kind, Preference, from_tiers
 from jaxgpt.data.jsonl import checked_text
-from jaxgpt.data.preferences import Kind, Preference, from_tiers
+from jaxgpt.errors import UserError
 
 FORMAT = 1
 HELD_OUT = 0.1  # of the prompts, by hash: `:heldout` behind a database's name

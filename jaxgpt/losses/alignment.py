@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.checks import expect, expect_value
+from jaxgpt.losses.checks import expect, expect_value
 from jaxgpt.losses.preferences import preference_nll, smooth_choice, soft_preference_nll
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.checks import expect
+from jaxgpt.losses.checks import expect
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["sum", "count"], meta_fields=[])

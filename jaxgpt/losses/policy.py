@@ -1,14 +1,14 @@
 """Policy gradients: losses whose gradient raises the probability of what was better than expected.
 
 The ratio is a matter of its own, so that one clip serves all: `log_ratio` for a token (PPO, GRPO), or
-`sequence_log_ratio` for an answer (GSPO). Advantages come from `jaxgpt.returns`; they carry no gradient.
+`sequence_log_ratio` for an answer (GSPO). Advantages come from `jaxgpt.losses.returns`; they carry no gradient.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.checks import expect, expect_value
+from jaxgpt.losses.checks import expect, expect_value
 from jaxgpt.losses.mean import Mean, reduce, sequence_mean
 
 LOG_RATIO_LIMIT = 20.0  # log-ratios are held in [-20, 20]: e^20 = 4.9e8 is finite with all that is multiplied to it

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.checks import expect, expect_value
+from jaxgpt.losses.checks import expect, expect_value
 from jaxgpt.losses.mean import Mean, reduce
 
 NEVER = -1e30  # a log-probability of nothing that keeps sums and gradients finite

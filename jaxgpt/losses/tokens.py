@@ -1,11 +1,11 @@
-"""Log-probabilities of tokens and what is made of them. From hidden states, without the logits: `jaxgpt.vocab_head`."""
+"""Log-probabilities of tokens and what is made of them. From hidden states, without the logits: `jaxgpt.losses.vocab_head`."""
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxgpt.checks import expect
+from jaxgpt.losses.checks import expect
 
 
 def log_prob(logits: Array, tokens: Array) -> Array:

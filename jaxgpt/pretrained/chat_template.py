@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
+from jaxgpt.data.tokenizer import Template
+from jaxgpt.errors import UserError, needs_extra
 
-from jaxgpt.config import UserError
-from jaxgpt.tokenizer import SPECIALS, Template
+with needs_extra("pretrained"):
+    import tokenizers
 
 _TEXTS = ("\u2060prompt one\u2060", "\u2060answer one\u2060", "\u2060prompt two\u2060")
 
@@ -39,13 +40,6 @@ def read(core: tokenizers.Tokenizer, source: str, names: Mapping[str, str], sepa
     return Template(begin, middle, tail[0], separator, turn=tail[1:] if goes_on else (), strip=strip)
 
 
-def tags(core: tokenizers.Tokenizer, separator: int) -> Template:
-    """Our tags, added behind the vocabulary: for a checkpoint without a chat template, or in place of it."""
-    core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIALS[2:]])
-    prompt, prompt_end, answer, answer_end = (int(core.token_to_id(name) or 0) for name in SPECIALS[2:])
-    return Template((prompt,), (prompt_end, answer), answer_end, separator)
-
-
 def of_folder(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template of a Hugging Face folder, if it has one."""
     if (folder / "chat_template.jinja").is_file():
@@ -64,8 +58,9 @@ def _encode(core: tokenizers.Tokenizer, text: str) -> list[int]:
 def _render(source: str, messages: list[dict[str, str]], names: Mapping[str, str]) -> str:
     """As Hugging Face does it, in a sandbox. A date that a template asks for is left out: it would change from day to
     day."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    with needs_extra("pretrained"):
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str) -> None:
         raise ValueError(message)

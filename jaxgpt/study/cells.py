@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.checkpoint import load_model, save_model
 from jaxgpt.config import ModelConfig
-from jaxgpt.progress import Bar
-from jaxgpt.run import Run, plain, run_fingerprint
-from jaxgpt.settings import read_json, write_json
+from jaxgpt.files import read_json, write_json
+from jaxgpt.runs.progress import Bar
+from jaxgpt.runs.run import Run, plain, run_fingerprint
+from jaxgpt.runs.saved_model import load_model, save_model
 from jaxgpt.structs import Params
 
 

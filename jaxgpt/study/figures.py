@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.report import new_figure
+from jaxgpt.runs.report import new_figure
 from jaxgpt.study import laws
 from jaxgpt.study.page import MEASURES, Methods, Point
 

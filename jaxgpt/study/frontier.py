@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import kl
-from jaxgpt.data.preferences import Ranking
-from jaxgpt.progress import Bar
+from jaxgpt.data.comparisons import Ranking
+from jaxgpt.losses import kl
+from jaxgpt.runs.progress import Bar
 from jaxgpt.structs import Params
-from jaxgpt.study import methods, runs
+from jaxgpt.study import many, methods
 from jaxgpt.study.cells import Cells
 from jaxgpt.study.task import Proxy, Task, best_of_powers, look, looks
 
@@ -32,25 +32,25 @@ class Start:
     rankings: list[Ranking]
     seeds: int
     seed: int
-    how: runs.How
+    how: many.How
     bar: Bar
 
     def itself(self) -> Settings:
         """The start's own answers, its one setting."""
         return {"": looks(self.task, [self.task.start] * self.seeds, range(self.seeds), self.seed, self.judge)}
 
-    def on_policy(self, program: runs.OnPolicy, betas: Sequence[float]) -> Settings:
+    def on_policy(self, program: many.OnPolicy, betas: Sequence[float]) -> Settings:
         """Every beta and seed of a method that learns from its own answers, in one program."""
         grid = [(beta, n) for beta in betas for n in range(self.seeds)]
         policies, _ = program.train(
             [kl.FixedKL(jnp.float32(beta)) for beta, _ in grid], [self.seed + n for _, n in grid],
-            [{"reward": self.judge[0]}] * len(grid), runs.show(self.bar, "gold", "kl"),
+            [{"reward": self.judge[0]}] * len(grid), many.show(self.bar, "gold", "kl"),
         )  # fmt: skip
         return self._by_beta(betas, policies)
 
     def ppo(self, betas: Sequence[float], *, learning_rate: float, iterations: int, batch: int) -> Settings:
         """PPO on the learned reward."""
-        program = runs.ppo_on_reward_model(
+        program = many.ppo_on_reward_model(
             self.task, self.judge[1], learning_rate=learning_rate, iterations=iterations, batch=batch, how=self.how
         )
         return self.on_policy(program, betas)
@@ -60,7 +60,7 @@ class Start:
         grid = [(beta, n) for beta in betas for n in range(self.seeds)]
         policies = methods.dpo_policies(
             self.task, [self.rankings] * len(grid), [beta for beta, _ in grid], [self.seed + n for _, n in grid],
-            learning_rate=learning_rate, batch=batch, how=self.how, watch=runs.show(self.bar, dpo_loss="loss"),
+            learning_rate=learning_rate, batch=batch, how=self.how, watch=many.show(self.bar, dpo_loss="loss"),
         )  # fmt: skip
         return self._by_beta(betas, policies)
 
@@ -70,7 +70,7 @@ class Start:
         for count in epochs:
             policies = methods.finetuned_on_favourites(
                 self.task, [self.rankings] * self.seeds, [self.seed + n for n in seeds], epochs=count,
-                learning_rate=learning_rate, batch=batch, how=self.how, watch=runs.show(self.bar, nats="loss"),
+                learning_rate=learning_rate, batch=batch, how=self.how, watch=many.show(self.bar, nats="loss"),
             )  # fmt: skip
             found[f"{count} epoch{'s' * (count > 1)}"] = looks(self.task, policies, seeds, self.seed, self.judge)
         return found

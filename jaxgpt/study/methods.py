@@ -10,16 +10,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxgpt import dpo, optim, reward, sharding
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.preferences import Ranking, fit_rankings, rank_ids, sizes
+from jaxgpt.data.comparisons import Ranking, fit_rankings, rank_ids, sizes
 from jaxgpt.losses import Mean
+from jaxgpt.models import sharding
+from jaxgpt.rlhf import dpo, reward
 from jaxgpt.structs import Array, Batch, Params, Preferences
-from jaxgpt.study import runs
-from jaxgpt.study.runs import How, Watch
+from jaxgpt.study import many
+from jaxgpt.study.many import How, Watch
 from jaxgpt.study.task import Task
-from jaxgpt.train import Metrics, make_nll
+from jaxgpt.training import optim
+from jaxgpt.training.step import Metrics, make_nll
 
 
 def rankings_of(task: Task, path: Path) -> list[Ranking]:
@@ -74,8 +76,8 @@ def reward_models(
         for preferences in preference_batches(rankings[n], length, batch, seeds[n]):
             yield scale, preferences
 
-    each = runs.together([batches(n) for n in range(len(seeds))])
-    trained = runs.fit(loss_fn, tx, [trainable for trainable, _ in own], {}, each, task.mesh, watch, how)
+    each = many.together([batches(n) for n in range(len(seeds))])
+    trained = many.fit(loss_fn, tx, [trainable for trainable, _ in own], {}, each, task.mesh, watch, how)
     whole = zip(trained, own, strict=True)
     return [sharding.replicate(normalise({**frozen, **params}), task.mesh) for params, (_, frozen) in whole]
 
@@ -115,9 +117,9 @@ def dpo_policies(
         beta, preferences = both
         return dpo.make_loss(task.config, beta, task.algorithm.temperature, window)(params, preferences, key)
 
-    each = runs.together([batches(n) for n in range(len(seeds))])
+    each = many.together([batches(n) for n in range(len(seeds))])
     frozen, first = {"reference": task.start}, [{"policy": task.start}] * len(seeds)
-    return [params["policy"] for params in runs.fit(loss_fn, tx, first, frozen, each, task.mesh, watch, how)]
+    return [params["policy"] for params in many.fit(loss_fn, tx, first, frozen, each, task.mesh, watch, how)]
 
 
 def finetuned_on_favourites(
@@ -144,5 +146,5 @@ def finetuned_on_favourites(
             arrays = pipelines.padded_examples([rows[i] for i in index], length, batch)[0]
             yield Batch(arrays["tokens"], arrays["mask"])
 
-    each = runs.together([batches(n) for n in range(len(seeds))])
-    return runs.fit(make_nll(task.config), tx, [task.start] * len(seeds), {}, each, task.mesh, watch, how)
+    each = many.together([batches(n) for n in range(len(seeds))])
+    return many.fit(make_nll(task.config), tx, [task.start] * len(seeds), {}, each, task.mesh, watch, how)

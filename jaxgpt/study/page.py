@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.evaluate import Interval, crossed_interval
-from jaxgpt.report import CSS
-from jaxgpt.settings import write_text
+from jaxgpt.files import write_text
+from jaxgpt.rlhf.intervals import Interval, crossed_interval
+from jaxgpt.runs.report import CSS
 from jaxgpt.study.task import Seen
 
 MEASURES = {"gold": "gold score", "proxy": "reward model h", "judge": "judge, P(positive)"}

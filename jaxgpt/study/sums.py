@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxgpt import sharding
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines
-from jaxgpt.ppo import PPOConfig
+from jaxgpt.data.tokenizer import Tokenizer, answer_text, example_ids, prompt_ids
+from jaxgpt.models import sharding
+from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.structs import Batch, Params
 from jaxgpt.study.task import Task
-from jaxgpt.tokenizer import Tokenizer, answer_text, example_ids, prompt_ids
 
 CHARACTERS = "0123456789+.="
 

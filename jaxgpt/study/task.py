@@ -10,14 +10,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt import evaluate, model, reward, rollout, sharding
-from jaxgpt.checkpoint import load_language_model, load_model
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.config import ModelConfig
 from jaxgpt.data import sources
-from jaxgpt.ppo import PPOConfig
+from jaxgpt.data.tokenizer import Tokenizer, answer_text, prompt_ids
+from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.models import sharding, transformer
+from jaxgpt.rlhf import reward, rollout
+from jaxgpt.rlhf.annotator import gold_scores
+from jaxgpt.rlhf.judge import fit_judge
+from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.runs.saved_model import load_language_model, load_model
 from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.tokenizer import Tokenizer, answer_text, prompt_ids
-from jaxgpt.train import jit_on
+from jaxgpt.training.step import jit_on
 
 Ids = list[int]
 Look = Callable[[Sequence[str]], np.ndarray]
@@ -62,7 +66,7 @@ def reviews(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig)
     people's labels. `model_folder`: a finetuned model."""
     start, config, tok, _ = load_language_model(model_folder)
     mesh = sharding.data_mesh()
-    judge = evaluate.fit_judge(
+    judge = fit_judge(
         sources.labelled(sources.EMBEDDED, "train", cache), sources.labelled(sources.EMBEDDED, "test", cache)
     )
     ids = {
@@ -72,7 +76,7 @@ def reviews(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig)
     if len(ids["test"]) < heldout:
         raise UserError(f"there are {len(ids['test'])} held-out prompts, not {heldout}; lower --prompts")
     return Task(
-        config, tok, sharding.replicate(start, mesh), ids["train"], ids["test"][:heldout], evaluate.gold_scores,
+        config, tok, sharding.replicate(start, mesh), ids["train"], ids["test"][:heldout], gold_scores,
         judge.scores, lambda ids, mask: answer_text(tok, ids[mask]), tok.template.end, algorithm, mesh,
     )  # fmt: skip
 
@@ -104,7 +108,7 @@ class Seen:
 @functools.lru_cache(maxsize=8)
 def _log_probs(mesh: Mesh, config: ModelConfig, temperature: float, window: int) -> Callable[..., Any]:
     return jit_on(
-        mesh, lambda params, rows: model.answer_logp(params, config, rows, temperature=temperature, window=window)
+        mesh, lambda params, rows: transformer.answer_logp(params, config, rows, temperature=temperature, window=window)
     )
 
 
@@ -225,7 +229,8 @@ def best_of_kl(logp_N: np.ndarray, score_N: np.ndarray, n: int) -> float:
     upper bound. p is an answer's own probability, or the share of the N that have its score if there are several; log F
     is taken at its mean given the rank among N.
     """
-    from scipy.special import digamma
+    with needs_extra("eval"):
+        from scipy.special import digamma
 
     N, score_N = len(score_N), np.asarray(score_N)
     count_N = (score_N[:, None] == score_N).sum(1)

@@ -22,20 +22,22 @@ from typing import Any
 
 import jax
 import numpy as np
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 
-from jaxgpt.chat import Microscope, SamplingConfig, Speaker
-from jaxgpt.config import UserError
 from jaxgpt.data import votes
 from jaxgpt.data.formats import ASSISTANT, HUMAN
 from jaxgpt.data.jsonl import checked_text
-from jaxgpt.run import run_fingerprint
-from jaxgpt.settings import read_json
+from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.files import read_json
+from jaxgpt.runs.run import run_fingerprint
 from jaxgpt.web import server
 from jaxgpt.web.server import Refused, ServeConfig, field
+from jaxgpt.web.speaker import Microscope, SamplingConfig, Speaker
+
+with needs_extra("web"):
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
 
 TOP_K = (0, 10, 50)  # each is compiled, so the page offers a few
 LONGEST = 512  # tokens of an answer, at most

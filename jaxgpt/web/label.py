@@ -14,13 +14,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from starlette.concurrency import run_in_threadpool
 
-from jaxgpt.config import UserError
 from jaxgpt.data import votes
 from jaxgpt.data.jsonl import checked_text
+from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.web import server
 from jaxgpt.web.server import ServeConfig, field
+
+with needs_extra("web"):
+    from starlette.concurrency import run_in_threadpool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from starlette.concurrency import run_in_threadpool
 
 from jaxgpt.data import votes
+from jaxgpt.errors import needs_extra
 from jaxgpt.web import server
 from jaxgpt.web.server import Refused, ServeConfig, field
+
+with needs_extra("web"):
+    from starlette.concurrency import run_in_threadpool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,542 @@
+"""How fast the jitted decoder is, beside Hugging Face `generate` on the same weights and beside the machine's memory.
+
+    python -m experiments.bench.decode --run runs/bench_decode
+    python -m experiments.bench.decode --preset gpt2 --torch-python /path/to/python/with/torch
+
+Each decoder has a process of its own: threads, allocators and peak memory don't mix. They take turns, one call each
+(ours, theirs, ours, theirs, ...), and the others wait idle. What is reported:
+
+    tokens/s      batch x new tokens / time of a whole call, prompt included: median and range over the repeats
+    first         time of a call that asks for one token: the prompt is read and the first token chosen
+    ms a step     (whole call - first) / (new tokens - 1): a step adds one token to each row
+    MB a step     what a step must read at least: the weights of the matrix products and the filled cache, averaged
+    of roof       MB a step / ms a step / the fastest read of a large array, measured first in the same run
+    compile       what the two calls that warm up took, less two typical calls
+    peak          the largest resident memory of the decoder's process, libraries included; on a GPU, device memory
+    same          greedy tokens equal to ours from the first one on, in the row that differs first
+
+The weights are random and large, so that greedy choices have a margin. Not for TPUs: one process alone can hold them.
+"""
+
+# This file is its own two kinds of worker: imports of jax and torch stay inside functions, so that neither process has
+# the other's library (the Python that has torch need not have jax at all).
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from experiments.bench.harness import (
+    OURS,
+    Turns,
+    Worker,
+    best_rate,
+    cores,
+    disturbance,
+    draw_bars,
+    hf_model,
+    jax_versions,
+    machine_text,
+    nested,
+    speedup,
+    survey,
+    worker_main,
+)  # fmt: skip
+from jaxgpt.config import PRESETS as MODELS
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import UserError
+
+MODULE = "experiments.bench.decode"
+RIVALS = {"dynamic": "HF dynamic cache", "compiled": "HF static + compile"}
+MUST_AGREE = 20  # greedy tokens that every decoder must have in common in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about 4 min, mostly Hugging Face's; without torch about 1 min. Leave the machine alone meanwhile."""
+
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("torch_python",)
+
+    run: Path = Path("runs/bench_decode")
+    models: tuple[str, ...] = ("small",)  # presets of jaxgpt.config
+    block: int = 256  # longest sequence; at most the preset's own (0: that)
+    vocab: int = 0  # tokens of the vocabulary (0: the preset's own)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    batches: tuple[int, ...] = (1, 16)
+    prompts: tuple[int, ...] = (16,)  # tokens of the prompt
+    new_tokens: tuple[int, ...] = (200,)
+    repeats: int = 5  # turns of each decoder
+    rivals: tuple[str, ...] = ("dynamic", "compiled")  # Hugging Face's caches; none: only ours
+    torch_python: str = ""  # the Python that has torch and transformers (else this one)
+    prepared: bool = False  # make our weights ready for decoding once, ahead, instead of in each call
+    roof_mb: int = 1024  # of the array that is read to measure the memory; much more than the caches
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = {"models": MODELS, "dtypes": ("float32", "bfloat16"), "rivals": RIVALS}
+        for name, names in known.items():
+            for value in getattr(self, name):
+                if value not in names:
+                    raise UserError(f"{name} has {value!r}; choose among {', '.join(names)}")
+        for name in ("batches", "prompts", "new_tokens", "repeats", "roof_mb"):
+            least = 2 if name == "new_tokens" else 1
+            values = getattr(self, name)
+            if min(values if isinstance(values, tuple) else (values,), default=0) < least:
+                raise UserError(f"{name} is {values}; at least one of at least {least} is needed")
+        longest = max(self.prompts) + max(self.new_tokens)
+        for name in self.models:
+            if longest > self.config(name).block:
+                raise UserError(
+                    f"{longest} tokens don't fit the block of {self.config(name).block} ({name}); set block"
+                )
+
+    def config(self, name: str, dtype: str = "float32") -> ModelConfig:
+        preset = MODELS[name]
+        block = min(self.block, preset.block) or preset.block
+        return dataclasses.replace(preset, dtype=dtype, block=block, vocab=self.vocab or preset.vocab)
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(
+        models=("toy",), block=0, dtypes=("float32",), batches=(1, 2), prompts=(8,), new_tokens=(24,), repeats=3,
+        rivals=(), roof_mb=64,
+    ),
+    "gpt2": Settings(models=("gpt2",), batches=(1,)),
+    "gpu": Settings(models=("gpt2", "gpt2-xl"), dtypes=("bfloat16",), batches=(1, 64), roof_mb=8192),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One point of the grid."""
+
+    model: str
+    dtype: str
+    batch: int
+    prompt: int
+    new_tokens: int
+
+
+def cases(settings: Settings) -> list[Case]:
+    grid = (settings.models, settings.dtypes, settings.batches, settings.prompts, settings.new_tokens)
+    return [Case(*point) for point in itertools.product(*grid)]
+
+
+def bytes_a_step(config: ModelConfig, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:
+    """What one step (one token for each row) must read: the weights of the matrix products, once for all rows, and
+    the keys and values of the slots filled so far, the new one's included, averaged over the steps of a call."""
+    D, F, size = config.width, config.mlp_units, 4 if config.dtype == "float32" else 2
+    GK, inner = config.groups * config.head_dim, 3 if config.mlp == "swiglu" else 2
+    weights = config.layers * (D * (D + 2 * GK) + D * D + inner * D * F) + config.vocab * D
+    filled = prompt + new_tokens / 2  # the mean of prompt + 1 ... prompt + new_tokens - 1
+    cache = config.layers * 2 * GK * batch * filled
+    return {"weights": weights * size, "cache": cache * size, "total": (weights + cache) * size}
+
+
+def random_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Parameters of `model.init`'s shapes by name ("block_0/qkv/kernel"). Every one matters, biases too, and logits
+    have a standard deviation of about 3."""
+    import jax
+
+    from jaxgpt.models import transformer
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        x = rng.standard_normal(shape, dtype=np.float32)
+        if name.endswith("scale"):
+            return x  # of both signs: otherwise the tied head would answer each token with itself
+        if name.endswith("bias"):
+            return 0.05 * x
+        return x * {"kernel": 2.0, "tokens_VD": 3.0, "positions_TD": 3.0}[name.rpartition("/")[2]] / fan_in(name, shape)
+
+    def fan_in(name: str, shape: tuple[int, ...]) -> np.float32:
+        return np.float32(np.sqrt(shape[0] if name.endswith("kernel") else shape[1]))
+
+    shapes = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    names = ("/".join(entry.key for entry in path) for path, _ in leaves)
+    return {name: draw(name, leaf.shape) for name, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+# ---- workers ----
+
+
+class Decoder:
+    """What both kinds answer."""
+
+    def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], prepared: bool) -> dict[str, Any]:
+        with np.load(weights) as flat:
+            self.prepare(ModelConfig(**config), flat, np.array(prompts, np.int32), prepared)
+        return {}
+
+    def timed(self, new_tokens: int, show: bool) -> dict[str, Any]:
+        start = time.perf_counter()
+        tokens_BA = self.generate(new_tokens)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "tokens": tokens_BA.tolist() if show else None}
+
+    def prepare(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
+        raise NotImplementedError
+
+    def generate(self, new_tokens: int) -> np.ndarray:
+        raise NotImplementedError
+
+
+class JaxWorker(Decoder):
+    """`decode.generate`, jitted."""
+
+    def __init__(self) -> None:
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)
+        self.programs: dict[int, Any] = {}
+
+    def about(self) -> dict[str, Any]:
+        import jax
+
+        device = jax.devices()[0]
+        return {"platform": device.platform, "device": device.device_kind, "versions": jax_versions()}
+
+    def roof(self, megabytes: int) -> dict[str, float]:
+        """Bytes a second, float32: a maximum over an axis, and a matrix [R, 4096] times a vector."""
+        import jax
+        import jax.numpy as jnp
+
+        rows = max(megabytes * 2**20 // (4 * 4096) // 16, 1) * 16
+        w_RC, x_C = jnp.ones((rows, 4096)), jnp.ones(4096)
+        programs = {
+            "largest of each column (jax)": jax.jit(lambda w, x: w.reshape(16, -1, 4096).max(axis=1)),
+            "matrix times vector (jax)": jax.jit(lambda w, x: w @ x),
+        }
+
+        def rate(program: Any) -> float:
+            return best_rate(lambda: program(w_RC, x_C).block_until_ready(), w_RC.nbytes)
+
+        return {name: rate(program) for name, program in programs.items()}
+
+    def prepare(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        from jaxgpt import decoding
+
+        if config.dtype == "float32" and jax.default_backend() == "gpu":
+            jax.config.update("jax_default_matmul_precision", "highest")  # torch's default: no TF32
+        self.config, self.prompts = config, jnp.asarray(prompts)
+        self.lengths = jnp.full(prompts.shape[0], prompts.shape[1])
+        self.params = nested({name: jnp.asarray(flat[name]) for name in flat})
+        if prepared:
+            self.params = jax.jit(decoding.prepare, static_argnums=1)(self.params, config)
+
+    def generate(self, new_tokens: int) -> np.ndarray:
+        import jax
+
+        from jaxgpt import decoding
+        from jaxgpt.decoding import sampling
+
+        if new_tokens not in self.programs:
+            config = self.config
+            self.programs[new_tokens] = jax.jit(
+                lambda params, prompts, lengths, key: decoding.generate(
+                    params, config, prompts, lengths, key, new_tokens=new_tokens, stop=-1, sample=sampling.greedy,
+                    filter_logits=lambda logits: logits,
+                )
+            )  # fmt: skip
+        answers = self.programs[new_tokens](self.params, self.prompts, self.lengths, jax.random.key(0))
+        return np.asarray(answers.tokens_BA)
+
+    def device_peak(self) -> int | None:
+        import jax
+
+        stats = jax.devices()[0].memory_stats() or {}
+        return stats.get("peak_bytes_in_use")
+
+
+class TorchWorker(Decoder):
+    """Hugging Face `generate`: greedy, with a cache that grows ("dynamic") or a static one and torch.compile."""
+
+    def __init__(self, cache: str) -> None:
+        import torch
+        import transformers
+
+        self.cache, self.device = cache, "cuda" if torch.cuda.is_available() else "cpu"
+        transformers.logging.set_verbosity_error()
+        torch.set_num_threads(cores())
+
+    def about(self) -> dict[str, Any]:
+        import torch
+        import transformers
+
+        name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        versions["python of torch"] = platform.python_version()
+        return {"platform": self.device, "device": name, "threads": torch.get_num_threads(), "versions": versions}
+
+    def roof(self, megabytes: int) -> dict[str, float]:
+        import torch
+
+        w_RC, x_C = torch.ones(megabytes * 2**20 // (4 * 4096), 4096, device=self.device), torch.ones(4096)
+        x_C = x_C.to(self.device)
+
+        def read() -> None:
+            w_RC @ x_C
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
+        return {"matrix times vector (torch)": best_rate(read, w_RC.numel() * 4)}
+
+    def prepare(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
+        import torch
+        from transformers import CompileConfig
+
+        self.model = hf_model(config, flat, self.device)
+        self.prompts = torch.from_numpy(prompts.astype(np.int64)).to(self.device)
+        self.settings: dict[str, Any] = {}
+        if self.cache == "compiled":
+            compile_config = CompileConfig(mode="reduce-overhead" if self.device == "cuda" else "default")
+            compile_config._compile_all_devices = True  # `generate` compiles on GPUs alone unless asked
+            self.settings = {"cache_implementation": "static", "compile_config": compile_config}
+
+    def generate(self, new_tokens: int) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            rows = self.model.generate(
+                self.prompts, attention_mask=torch.ones_like(self.prompts), do_sample=False,
+                max_new_tokens=new_tokens, min_new_tokens=new_tokens, use_cache=True, **self.settings,
+            )  # fmt: skip
+        return rows[:, self.prompts.shape[1] :].cpu().numpy()
+
+    def device_peak(self) -> int | None:
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+
+# ---- measuring ----
+
+
+def agreeing(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:
+    """Tokens that are equal from the first on, in the row that differs first."""
+    different_BA = np.asarray(ours) != np.asarray(theirs)
+    return int(np.where(different_BA.any(axis=1), different_BA.argmax(axis=1), different_BA.shape[1]).min())
+
+
+def figures(seconds: Sequence[float], first: Sequence[float], warm_up: float, case: Case, must_read: float) -> dict:
+    """What one decoder's times say: medians and ranges."""
+    whole, prompt = statistics.median(seconds), statistics.median(first)
+    tokens = case.batch * case.new_tokens
+    # Where noise made one token take longer than all of them, the whole time counts.
+    step = (whole - prompt if whole > prompt else whole) / (case.new_tokens - 1)
+    return {
+        "tokens_a_second": tokens / whole,
+        "tokens_a_second_range": [tokens / max(seconds), tokens / min(seconds)],
+        "first_token_seconds": prompt,
+        "first_token_seconds_range": [min(first), max(first)],
+        "step_seconds": step,
+        "bytes_a_second": must_read / step,
+        "compile_seconds": max(warm_up - 2 * whole, 0.0),
+        "seconds": list(seconds),
+        "first_seconds": list(first),
+    }
+
+
+def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weights: Path) -> dict[str, Any]:
+    """One point of the grid: {decoder: figures}, and what failed. The workers take turns."""
+    config = settings.config(case.model, case.dtype)
+    rng = np.random.default_rng(settings.seed)
+    prompts = rng.integers(0, config.vocab, (case.batch, case.prompt)).tolist()
+    load = {
+        "config": dataclasses.asdict(config), "weights": str(weights), "prompts": prompts,
+        "prepared": settings.prepared,
+    }  # fmt: skip
+    must_read = bytes_a_step(config, case.batch, case.prompt, case.new_tokens)
+    turns = Turns(workers)
+    warm_up: dict[str, float] = {}
+    tokens: dict[str, list[list[int]]] = {}
+    seconds: dict[str, list[float]] = {kind: [] for kind in workers}
+    first: dict[str, list[float]] = {kind: [] for kind in workers}
+
+    def call(worker: Worker, new_tokens: int) -> float:
+        return worker.ask("timed", new_tokens=new_tokens, show=False)["seconds"]
+
+    def get_ready(kind: str, worker: Worker) -> None:
+        worker.ask("load", **load)
+        shown = worker.ask("timed", new_tokens=case.new_tokens, show=True)
+        tokens[kind], warm_up[kind] = shown["tokens"], shown["seconds"] + call(worker, case.new_tokens)
+        for _ in range(2):
+            call(worker, 1)
+
+    def turn(kind: str, worker: Worker) -> None:
+        time.sleep(0.2)  # threads of the one before come to rest
+        seconds[kind].append(call(worker, case.new_tokens))
+        first[kind].append(call(worker, 1))
+
+    turns.each(get_ready)
+    with turns.watched():
+        for _ in range(settings.repeats):
+            turns.each(turn)
+    found: dict[str, Any] = {}
+    for kind, worker in turns.alive.items():
+        found[kind] = figures(seconds[kind], first[kind], warm_up[kind], case, must_read["total"])
+        found[kind] |= {"peak_bytes": worker.ask("peak"), "agreeing_tokens": agreeing(tokens[OURS], tokens[kind])}
+    others = [kind for kind in found if kind != OURS]
+    fastest = max(others, key=lambda kind: found[kind]["tokens_a_second"], default=None)
+    return {
+        **dataclasses.asdict(case), "bytes_a_step": must_read, "others_share": turns.others_share, "decoders": found,
+        "failed": turns.failed, "speedup": speedup(seconds, fastest),
+    }  # fmt: skip
+
+
+def with_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[str, Any]]:
+    """The results with each decoder's fraction of the roof (bytes a second)."""
+    for result in results:
+        for found in result["decoders"].values():
+            found["fraction_of_roof"] = found["bytes_a_second"] / roof
+    return results
+
+
+def complaints(result: Mapping[str, Any]) -> list[str]:
+    """What a reader must know about one point of the grid: lines of text."""
+    lines = [f"{RIVALS[kind]} left out: {error}" for kind, error in result["failed"].items()]
+    lines += disturbance(result["others_share"])
+    for kind, found in result["decoders"].items():
+        enough = min(MUST_AGREE, result["new_tokens"])
+        if result["dtype"] == "float32" and found["agreeing_tokens"] < enough:
+            equal = found["agreeing_tokens"]
+            lines.append(f"NOT COMPARABLE: {RIVALS[kind]} has other greedy tokens than jaxgpt after the first {equal}")
+    return lines
+
+
+# ---- what is shown ----
+
+HEADER = (
+    f"{'decoder':<21}{'tokens/s':>10}  {'(range)':<17}{'first ms':>9}{'ms a step':>10}{'of roof':>9}"
+    f"{'compile s':>11}{'peak MB':>9}{'same':>10}"
+)
+
+
+def title_of(result: Mapping[str, Any]) -> str:
+    model, dtype = result["model"], result["dtype"]
+    return f"{model} {dtype}, batch {result['batch']}, prompt {result['prompt']} + {result['new_tokens']}"
+
+
+def table(results: Sequence[Mapping[str, Any]], roof: float) -> list[str]:
+    """At most 120 columns."""
+    lines = [HEADER]
+    for result in results:
+        must_read = result["bytes_a_step"]["total"]
+        lines += [
+            "",
+            f"{title_of(result)}: {must_read / 1e6:,.1f} MB a step, so at most "
+            f"{roof / must_read * result['batch']:,.0f} tokens/s",
+        ]
+        for kind, found in result["decoders"].items():
+            low, high = found["tokens_a_second_range"]
+            peak = found["peak_bytes"]["device"] or found["peak_bytes"]["process"]
+            same = "" if kind == OURS else f"{found['agreeing_tokens']}/{result['new_tokens']}"
+            lines.append(
+                f"{RIVALS.get(kind, kind):<21}{found['tokens_a_second']:>10,.1f}  {f'({low:,.0f}-{high:,.0f})':<17}"
+                f"{found['first_token_seconds'] * 1e3:>9.2f}{found['step_seconds'] * 1e3:>10.3f}"
+                f"{found['fraction_of_roof']:>9.1%}{found['compile_seconds']:>11.1f}{peak / 1e6:>9,.0f}{same:>10}"
+            )
+        if result["speedup"] is not None:
+            low, high = result["speedup"]["range"]
+            over = RIVALS[result["speedup"]["over"]]
+            lines.append(f"= {result['speedup']['median']:.2f} x {over} ({low:.2f}-{high:.2f} turn by turn)")
+        lines += complaints(result)
+    return lines
+
+
+def figure(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """A panel for each model and batch."""
+    several = len({(result["prompt"], result["new_tokens"]) for result in results}) > 1
+    panels: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for result in results:
+        lengths = f"\n{result['prompt']} + {result['new_tokens']}" if several else ""
+        panel = panels.setdefault(f"{result['model']}, batch {result['batch']}", [])
+        panel.append((result["dtype"] + lengths, result["decoders"]))
+    draw_bars(panels, {OURS: OURS, **RIVALS}, "fraction of the measured memory rate", path, title)
+
+
+# ---- the experiment ----
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    from jaxgpt.files import write_json
+    from jaxgpt.runs.run import Run
+    from jaxgpt.runs.settings import settings_to_json
+
+    python = dict.fromkeys(settings.rivals, settings.torch_python or sys.executable) | {OURS: sys.executable}
+    with Run(settings.run, settings, stage="bench_decode", fresh=True) as run:
+        log = run.folder.absolute() / "workers.log"
+        log.write_text("")
+        for left_behind in run.folder.glob("weights-*"):  # by a run that was killed
+            shutil.rmtree(left_behind)
+        if os.getloadavg()[0] > 0.5 * cores():
+            run.say(f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: other programs disturb these timings")
+        kinds = [OURS, *settings.rivals]
+        about, read, note = survey(MODULE, kinds, python, log, "Hugging Face", megabytes=settings.roof_mb)
+        before = {name: rate for rates in read.values() for name, rate in rates.items()}
+        run.say(f"memory: {roofs_text(before)}")
+        if note:
+            run.say(note)
+            kinds = [OURS]
+        results: list[dict[str, Any]] = []
+        for name, group in itertools.groupby(cases(settings), key=lambda case: case.model):
+            with tempfile.TemporaryDirectory(dir=run.folder.absolute(), prefix="weights-") as folder:
+                weights = Path(folder) / "weights.npz"
+                flat = random_weights(settings.config(name), np.random.default_rng(settings.seed))
+                np.savez(weights, **flat)  # type: ignore[arg-type]
+                del flat
+                for case in group:
+                    with contextlib.ExitStack() as stack:
+                        workers = {kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in kinds}
+                        results.append(measure(case, settings, workers, weights))
+                    speeds = {kind: found["tokens_a_second"] for kind, found in results[-1]["decoders"].items()}
+                    shown = ", ".join(f"{RIVALS.get(kind, kind)} {speed:,.1f}" for kind, speed in speeds.items())
+                    run.say(f"{title_of(results[-1])}: {shown} tokens/s")
+                    run.log(len(results), {f"tokens_a_second/{kind}": speed for kind, speed in speeds.items()})
+        _, read, _ = survey(MODULE, kinds, python, log, "Hugging Face", megabytes=settings.roof_mb)
+        after = {name: rate for rates in read.values() for name, rate in rates.items()}
+        run.say(f"memory, again: {roofs_text(after)}")
+        roofs = {name: max(before[name], after.get(name, 0.0)) for name in before}
+        used = max(roofs, key=lambda name: roofs[name])
+        roof_text = f"{roofs[used] / 1e9:.1f} GB/s, {used}, the best of 24 over {settings.roof_mb} MB of float32"
+        lines = [f"roof: {roof_text}", "", *table(with_fractions(results, roofs[used]), roofs[used])]
+        for line in lines:
+            run.say(line)
+        report = {
+            "machine": about, "settings": settings_to_json(settings), "note": note, "cases": results, "roof": used,
+            "roof_bytes_a_second": roofs[used], "roofs_before": before, "roofs_after": after,
+        }  # fmt: skip
+        write_json(run.folder / "bench_decode.json", report)
+        (run.folder / "bench_decode.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        figure(results, run.folder / "bench_decode.png", f"{machine_text(about)}; roof {roofs[used] / 1e9:.1f} GB/s")
+        run.finish(report)
+        return run.results
+
+
+def roofs_text(roofs: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in roofs.items())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker_main(sys.argv[2], lambda kind: JaxWorker() if kind == OURS else TorchWorker(kind))
+    else:
+        from jaxgpt.runs.cli import cli
+
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers need the GPU
+        cli(main, Settings, PRESETS)

@@ -1,0 +1,386 @@
+"""What the benchmark programs share: decoders or trainers in processes of their own, which take turns.
+
+Threads, allocators and peak memory don't mix then, and a disturbance of the machine hits all alike. A worker process
+reads requests, a JSON object a line, calls the method that each one names, and answers in a line. Imports of jax and
+torch stay inside functions: neither kind of process has the other's library.
+"""
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import platform
+import resource
+import select
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+OURS = "jaxgpt"
+PATIENCE = 1800  # seconds that a worker may take for one answer
+NOTICEABLE = 0.05  # share of the cores' time with other programs
+
+
+# ---- the machine ----
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fast_malloc() -> None:
+    """`jaxgpt.runs.process.fast_malloc`, which a Python without jax can't import: the same favour for torch."""
+    if os.environ.get("JAXGPT_MALLOC") != "0" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-4, 0), (-1, -1), (-8, 1)):
+            mallopt(option, value)
+
+
+def peak_memory() -> int:
+    """Bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def best_rate(read: Callable[[], Any], size: int, times: int = 12) -> float:
+    """Bytes a second of the fastest of several reads; the first one warms up."""
+    read()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        read()
+        seconds.append(time.perf_counter() - start)
+    return size / min(seconds)
+
+
+def busy_seconds() -> float:
+    """Seconds that this machine's cores have been busy since it started, time stolen by a host's others included; 0
+    where the system does not say."""
+    with contextlib.suppress(OSError):
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # less idle and waiting for disks
+    return 0.0
+
+
+def processor() -> str:
+    """Its name, as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---- worker processes ----
+
+
+def serve(worker: Any, requests: IO[str], answer: Callable[[dict[str, Any]], None]) -> None:
+    """Answer each request, {"do": a method of the worker, its arguments}, until there are no more. What goes wrong is
+    answered too, in one line."""
+    own: dict[str, Callable[[], dict[str, Any]]] = {
+        "cpu": lambda: {"seconds": time.process_time()},
+        "peak": lambda: peak_of(worker),
+    }
+    for line in requests:
+        request = json.loads(line)
+        name = request.pop("do")
+        try:
+            answer(own[name]() if name in own else getattr(worker, name)(**request))
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            answer({"error": f"{type(error).__name__}: {text[0][:200] if text else ''}"})
+
+
+def peak_of(worker: Any) -> dict[str, int | None]:
+    """Bytes: the largest resident memory of this process, and the device's."""
+    return {"process": peak_memory(), "device": worker.device_peak()}
+
+
+def worker_main(kind: str, make: Callable[[str], Any]) -> None:
+    """The process of one worker: stdout speaks JSON alone, whatever libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(values: dict[str, Any]) -> None:
+        answers.write(json.dumps(values) + "\n")
+
+    try:
+        fast_malloc()  # before jax or torch is imported
+        worker = make(kind)
+    except ImportError as error:
+        answer({"error": f"{type(error).__name__}: {error}"})
+        return
+    serve(worker, sys.stdin, answer)
+
+
+class WorkerError(Exception):
+    """What a worker could not do, in one line."""
+
+
+class Worker:
+    """A worker process, `python -m MODULE --worker KIND`, seen from the one that asks; it ends with the `with`
+    block."""
+
+    def __init__(self, module: str, kind: str, python: str, log: Path) -> None:
+        self.kind, self.log = kind, log
+        environment = dict(os.environ)
+        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared by the workers
+        environment.setdefault("HF_HUB_OFFLINE", "1")
+        with open(log, "a", encoding="utf-8") as errors:
+            try:
+                self.process = subprocess.Popen(
+                    [python, "-m", module, "--worker", kind],
+                    cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                )  # fmt: skip
+            except OSError as error:
+                raise WorkerError(f"can't start {python}: {error.strerror}") from None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()  # type: ignore[union-attr]
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()  # type: ignore[union-attr]
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin and stdout
+        try:
+            stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
+            stdin.flush()
+        except OSError:
+            pass  # it has ended: its last answer, or its log, says why
+        if not select.select([stdout], [], [], PATIENCE)[0]:
+            self.process.kill()
+            raise WorkerError(f"no answer in {PATIENCE} s")
+        line = stdout.readline()
+        if not line:
+            last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise WorkerError(f"the process ended ({self.process.wait()}): {''.join(last)[:200]}")
+        found = json.loads(line)
+        if "error" in found:
+            raise WorkerError(found["error"])
+        return found
+
+
+class Turns:
+    """Workers that take turns. One that fails is left out and its reason kept; ours must not."""
+
+    def __init__(self, workers: Mapping[str, Any]) -> None:
+        self.alive, self.failed = dict(workers), {}  # type: dict[str, Any], dict[str, str]
+        self.others_share = 0.0  # of the cores' time, with other programs, in `watched`
+
+    def each(self, do: Callable[[str, Any], None]) -> None:
+        """do(kind, worker) for each that is alive."""
+        for kind, worker in list(self.alive.items()):
+            try:
+                do(kind, worker)
+            except WorkerError as error:
+                if kind == OURS:
+                    raise UserError(f"{OURS}: {error}") from None
+                self.failed[kind] = str(error)
+                del self.alive[kind]
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Measures `others_share` meanwhile."""
+        busy, ours, started = busy_seconds(), self._seconds(), time.perf_counter()
+        yield
+        busy, ours, elapsed = busy_seconds() - busy, self._seconds() - ours, time.perf_counter() - started
+        self.others_share = max(busy - ours, 0.0) / (elapsed * cores())
+
+    def _seconds(self) -> float:
+        """That the cores were busy for us."""
+        return time.process_time() + sum(worker.ask("cpu")["seconds"] for worker in self.alive.values())
+
+
+def disturbance(others_share: float) -> list[str]:
+    """A line for the reader where other programs had a noticeable share of the machine."""
+    if others_share <= NOTICEABLE:
+        return []
+    return [f"DISTURBED: other programs used {others_share:.0%} of the machine meanwhile"]
+
+
+def speedup(seconds: Mapping[str, list[float]], other: str | None) -> dict[str, Any] | None:
+    """How many times as fast as another we are: of the medians, and the range over turns side by side."""
+    if other is None:
+        return None
+    ratios = [theirs / ours for ours, theirs in zip(seconds[OURS], seconds[other], strict=True)]
+    median = statistics.median(seconds[other]) / statistics.median(seconds[OURS])
+    return {"over": other, "median": median, "range": [min(ratios), max(ratios)]}
+
+
+def survey(
+    module: str, kinds: Sequence[str], python: Mapping[str, str], log: Path, rival: str, **roof: Any
+) -> tuple[dict[str, Any], dict[str, dict[str, float]], str]:
+    """What is measured on (processor, versions, devices); the answers to "roof" with the settings `roof`, where there
+    are any, ours and the first rival's; why the rivals are left out, if their library is not there. UserError where our
+    own process fails."""
+    about: dict[str, Any] = {"processor": processor(), "cores": cores(), "versions": {}}
+    roofs: dict[str, dict[str, float]] = {}
+    for kind in kinds[:2]:
+        try:
+            with Worker(module, kind, python[kind], log) as worker:
+                found = worker.ask("about")
+                about["versions"] |= found.pop("versions")
+                about["ours" if kind == OURS else "theirs"] = found
+                if roof:
+                    roofs[kind] = worker.ask("roof", **roof)
+        except WorkerError as error:
+            if kind == OURS:
+                raise UserError(f"our own process failed: {error}") from None
+            return about, roofs, f"without {rival}: {python[kind]}: {error}"
+    return about, roofs, ""
+
+
+def jax_versions() -> dict[str, str]:
+    """Of jax, jaxlib and Python."""
+    import jax
+    import jaxlib
+
+    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()}
+
+
+def machine_text(about: Mapping[str, Any]) -> str:
+    """The device, its cores and the versions, in one line."""
+    device = about["processor"] if about["ours"]["platform"] == "cpu" else about["ours"]["device"]
+    names = [name for name in ("jax", "torch", "transformers", "trl") if name in about["versions"]]
+    return ", ".join([f"{device} ({about['cores']} cores)", *(f"{name} {about['versions'][name]}" for name in names)])
+
+
+# ---- the picture ----
+
+
+def draw_bars(
+    panels: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]],
+    names: Mapping[str, str],
+    lower: str,
+    path: Path,
+    title: str,
+) -> None:
+    """Tokens a second, each panel with its own scale; below it the fraction of the roof, all on one scale.
+
+    A panel is a list of (label, {kind: tokens_a_second, tokens_a_second_range, fraction_of_roof}); `names` are those of
+    the kinds, `lower` says what the roof is.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in names if any(kind in found for group in panels.values() for _, found in group)]
+    sizes = [len(group) for group in panels.values()]
+    picture = Figure(figsize=(2.4 + max(1.3, 0.55 * len(kinds)) * sum(sizes), 7), dpi=110, layout="constrained")
+    grid = picture.add_gridspec(2, len(panels), width_ratios=sizes)
+    tops = [picture.add_subplot(grid[0, i]) for i in range(len(panels))]
+    bottoms = [picture.add_subplot(grid[1, i]) for i in range(len(panels))]
+    largest = max(one["fraction_of_roof"] for group in panels.values() for _, found in group for one in found.values())
+    width = 0.8 / len(kinds)
+    for (name, group), top, bottom in zip(panels.items(), tops, bottoms, strict=True):
+        for i, kind in enumerate(kinds):
+            at = [(x + (i - (len(kinds) - 1) / 2) * width, found[kind])
+                  for x, (_, found) in enumerate(group) if kind in found]  # fmt: skip
+            if not at:
+                continue
+            place = [x for x, _ in at]
+            speed = [found["tokens_a_second"] for _, found in at]
+            ranges = np.abs(np.array([found["tokens_a_second_range"] for _, found in at]).T - speed)
+            top.bar(place, speed, width * 0.92, yerr=ranges, capsize=2, color=f"C{i}", label=names[kind])
+            bottom.bar(place, [found["fraction_of_roof"] for _, found in at], width * 0.92, color=f"C{i}")
+            for x, found in at:
+                high = found["tokens_a_second_range"][1]
+                top.annotate(f"{found['tokens_a_second']:,.0f}", (x, high), xytext=(0, 2), textcoords="offset points",
+                             ha="center", va="bottom", fontsize=7)  # fmt: skip
+                bottom.annotate(f"{found['fraction_of_roof']:.0%}", (x, found["fraction_of_roof"]), xytext=(0, 1),
+                                textcoords="offset points", ha="center", va="bottom", fontsize=7)  # fmt: skip
+        top.set_title(name, fontsize=10)
+        for axis in (top, bottom):
+            axis.set_xticks(range(len(group)), [label for label, _ in group], fontsize=8)
+            axis.set_xlim(-0.6, len(group) - 0.4)
+            axis.spines[["top", "right"]].set_visible(False)
+        bottom.set_ylim(0, max(1.05, 1.1 * largest))
+        bottom.axhline(1, color="0.5", ls=":", lw=1)
+        top.margins(y=0.12)
+    tops[0].set_ylabel("tokens a second (bar: median, line: range)")
+    bottoms[0].set_ylabel(lower)
+    handles, labels = tops[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=min(len(kinds), 3), frameon=False)
+    picture.suptitle(title, fontsize=9)
+    picture.savefig(path)
+
+
+# ---- weights, and the same in Hugging Face's GPT-2 ----
+
+
+def initial_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """GPT-2's initialisation, as in `model.init`, by name ("block_0/qkv/kernel")."""
+    import jax
+
+    from jaxgpt.models import transformer
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith(("scale", "bias")):
+            return np.full(shape, name.endswith("scale"), np.float32)
+        residual = name.endswith(("out/kernel", "down/kernel"))
+        size = 0.02 / math.sqrt(2 * config.layers) if residual else 0.01 if name.endswith("positions_TD") else 0.02
+        return np.float32(size) * rng.standard_normal(shape, dtype=np.float32)
+
+    shapes = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape) for path, leaf in leaves)
+    return {name: draw(name, shape) for name, shape in named}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *folders, last = name.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = value
+    return tree
+
+
+def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = "cpu") -> Any:
+    """GPT2LMHeadModel with our weights, in config.dtype, that never ends by itself."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from jaxgpt.pretrained.places import kind_of, to_tensors
+
+    if kind_of(config) != "gpt2":
+        raise UserError("models of GPT-2's type are compared with transformers' GPT-2; choose another --models")
+
+    theirs = GPT2Config(
+        vocab_size=config.vocab, n_positions=config.block, n_embd=config.width, n_layer=config.layers,
+        n_head=config.heads, n_inner=config.mlp_units, activation_function="gelu_new",
+        layer_norm_epsilon=config.norm_epsilon, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device(device):
+        model = GPT2LMHeadModel(theirs).to(getattr(torch, config.dtype)).eval()
+    model.generation_config.eos_token_id = None
+    places = dict(model.named_parameters())  # the tied head appears once, as wte
+    with torch.no_grad():
+        for name, w in to_tensors(flat, config).items():
+            places.pop(name).copy_(torch.from_numpy(w))
+    if places or model.lm_head.weight.data_ptr() != model.transformer.wte.weight.data_ptr():
+        raise UserError(f"this version of transformers has other parameters: {', '.join(places) or 'an untied head'}")
+    return model

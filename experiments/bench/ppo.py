@@ -1,0 +1,345 @@
+"""How long one PPO iteration takes, beside TRL's PPOTrainer on the same machine.
+
+    python -m experiments.bench.ppo --run runs/bench_ppo --torch-python /path/to/python/with/torch/and/trl
+
+An iteration samples an answer to each prompt, scores it by a reward model and a frozen reference, and trains policy and
+critic for some epochs on the whole batch. Both sides have models of one shape with the same random weights, prompts of
+one length, no stop before `new_tokens`, and a process of their own; they take turns. Ours is the iteration of
+experiments/ppo.py, one jitted program. TRL's is `PPOTrainer.train` of trl 1.12 (later versions have none), timed from
+one `on_step_end` to the next. TRL's critic has a trunk of its own, as its authors built it; ours shares the policy's.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from experiments.bench.harness import (
+    OURS,
+    Turns,
+    Worker,
+    cores,
+    disturbance,
+    hf_model,
+    initial_weights,
+    jax_versions,
+    machine_text,
+    nested,
+    speedup,
+    survey,
+    worker_main,
+)
+from jaxgpt.config import PRESETS as MODELS
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import UserError
+
+MODULE = "experiments.bench.ppo"
+RIVAL, RIVAL_NAME = "trl", "TRL PPOTrainer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about 3 min, mostly TRL's. Leave the machine alone meanwhile."""
+
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("torch_python",)
+
+    run: Path = Path("runs/bench_ppo")
+    model: str = "small"  # a preset of jaxgpt.config
+    batch: int = 64  # prompts, and answers
+    prompt: int = 16  # tokens of each
+    new_tokens: int = 32
+    epochs: int = 4
+    repeats: int = 5  # turns of each
+    torch_python: str = ""  # the Python that has torch and trl 1.12 (else this one)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise UserError(f"model is {self.model!r}; choose among {', '.join(MODELS)}")
+        for name in ("batch", "prompt", "new_tokens", "epochs", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def config(self) -> ModelConfig:
+        return dataclasses.replace(MODELS[self.model], block=max(self.prompt + self.new_tokens, 2))
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(model="toy", batch=4, prompt=4, new_tokens=6, epochs=2, repeats=2),
+}
+
+
+# ---- workers ----
+
+
+class JaxWorker:
+    """The jitted iteration of experiments/ppo.py."""
+
+    def __init__(self) -> None:
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)
+
+    def about(self) -> dict[str, Any]:
+        import jax
+
+        device = jax.devices()[0]
+        return {"platform": device.platform, "device": device.device_kind, "versions": jax_versions()}
+
+    def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], **asked: int) -> dict[str, Any]:
+        import jax
+
+        from experiments import ppo as stage
+        from jaxgpt.models import sharding
+        from jaxgpt.rlhf import ppo, reward
+        from jaxgpt.rlhf.ppo import PPOConfig, Prompts
+
+        model_config = ModelConfig(**config)
+        algorithm = PPOConfig(new_tokens=asked["new_tokens"], temperature=0.7, epochs=asked["epochs"], minibatches=1)
+        settings = stage.Settings(batch=len(prompts), iterations=1000, ppo=algorithm)
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        self.iteration, (shapes, _), _ = stage.build(settings, model_config, len(prompts[0]), mesh)
+        with np.load(weights) as flat:
+            params = nested({name: np.asarray(flat[name]) for name in flat})
+        reward_params = reward.init(jax.random.key(1), params, model_config.width)
+        state = ppo.init(params, model_config, stage.optimizer(settings), {"reward": reward_params})
+        self.state = sharding.place_like(state, shapes)
+        self.control = sharding.replicate(stage.controller(settings), mesh)
+        lengths = np.full(len(prompts), len(prompts[0]), np.int32)
+        self.prompts = sharding.place_whole(Prompts(np.array(prompts, np.int32), lengths), mesh)
+        self.taken = 0
+        return {}
+
+    def timed(self) -> dict[str, Any]:
+        import jax
+
+        from jaxgpt.training.step import to_floats
+
+        start = time.perf_counter()
+        key = jax.random.key(self.taken)
+        self.state, self.control, metrics, _ = self.iteration(self.state, self.control, self.prompts, key)
+        found = to_floats(metrics)
+        self.taken += 1
+        return {"seconds": time.perf_counter() - start, "tokens": found["length"]}
+
+    def device_peak(self) -> int | None:
+        import jax
+
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+class TrlWorker:
+    """TRL's PPOTrainer in a thread, which waits for leave at the end of each iteration."""
+
+    def __init__(self) -> None:
+        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+        import torch
+        from trl.experimental.ppo import PPOTrainer  # noqa: F401
+
+        torch.set_num_threads(cores())
+        self.may_go, self.has_gone = threading.Semaphore(0), threading.Semaphore(0)
+        self.error: BaseException | None = None
+
+    def about(self) -> dict[str, Any]:
+        import torch
+        import transformers
+        import trl
+
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        return {"platform": "cuda" if torch.cuda.is_available() else "cpu", "device": name, "versions": versions}
+
+    def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], **asked: int) -> dict[str, Any]:
+        import torch
+        from transformers import TrainerCallback
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+        model_config = ModelConfig(**config)
+        with np.load(weights) as flat:
+            policy, reference = (hf_model(model_config, flat) for _ in range(2))
+        scorers = [scorer_like(policy) for _ in range(2)]
+        worker = self
+
+        class Waits(TrainerCallback):  # type: ignore[misc]
+            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+                worker.may_go.acquire()
+
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                worker.has_gone.release()
+                worker.may_go.acquire()
+
+        self.folder = tempfile.TemporaryDirectory()
+        arguments = PPOConfig(
+            output_dir=self.folder.name, per_device_train_batch_size=len(prompts), gradient_accumulation_steps=1,
+            num_mini_batches=1, num_ppo_epochs=asked["epochs"], total_episodes=1000 * len(prompts),
+            response_length=asked["new_tokens"], temperature=0.7, local_rollout_forward_batch_size=len(prompts),
+            num_sample_generations=0, save_strategy="no", eval_strategy="no", logging_strategy="no", report_to=[],
+            bf16=False, gradient_checkpointing=False, learning_rate=3e-4, disable_tqdm=True,
+        )  # fmt: skip
+        rows = [{"input_ids": torch.tensor(row)} for row in prompts]
+        trainer = PPOTrainer(
+            args=arguments, processing_class=tokenizer_of(model_config.vocab), model=policy, ref_model=reference,
+            reward_model=scorers[0], value_model=scorers[1], train_dataset=rows, eval_dataset=rows,
+            data_collator=lambda rows: {"input_ids": torch.stack([row["input_ids"] for row in rows])},
+            callbacks=[Waits()],
+        )  # fmt: skip
+
+        def train() -> None:
+            try:
+                trainer.train()
+            except BaseException as error:
+                self.error = error
+            self.has_gone.release()
+
+        threading.Thread(target=train, daemon=True).start()
+        return {}
+
+    def timed(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.may_go.release()
+        self.has_gone.acquire()
+        if self.error is not None:
+            raise self.error
+        return {"seconds": time.perf_counter() - start}
+
+    def device_peak(self) -> int | None:
+        import torch
+
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def scorer_like(policy: Any) -> Any:
+    """A model with a scalar head over the policy's trunk's weights."""
+    from transformers import GPT2ForSequenceClassification
+
+    scorer = GPT2ForSequenceClassification(type(policy.config)(**{**policy.config.to_dict(), "num_labels": 1}))
+    scorer.transformer.load_state_dict(policy.transformer.state_dict())
+    return scorer
+
+
+def tokenizer_of(vocab: int) -> Any:
+    """As many words as ids: TRL asks its tokenizer for little more than the numbers of padding and end. Both are the
+    last id, which random weights hardly ever choose."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=f"w{vocab - 1}", eos_token=f"w{vocab - 1}")
+
+
+# ---- measuring ----
+
+
+def measure(settings: Settings, workers: Mapping[str, Worker], weights: Path) -> dict[str, Any]:
+    """{who: figures}, and what failed. The workers take turns."""
+    rng = np.random.default_rng(settings.seed)
+    load = {
+        "config": dataclasses.asdict(settings.config), "weights": str(weights), "epochs": settings.epochs,
+        "prompts": rng.integers(6, settings.config.vocab - 1, (settings.batch, settings.prompt)).tolist(),
+        "new_tokens": settings.new_tokens,
+    }  # fmt: skip
+    turns = Turns(workers)
+    first: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {kind: [] for kind in workers}
+
+    def get_ready(kind: str, worker: Worker) -> None:
+        worker.ask("load", **load)
+        first[kind] = worker.ask("timed")["seconds"]
+        worker.ask("timed")
+
+    def turn(kind: str, worker: Worker) -> None:
+        time.sleep(0.2)  # threads of the one before come to rest
+        seconds[kind].append(worker.ask("timed")["seconds"])
+
+    turns.each(get_ready)
+    with turns.watched():
+        for _ in range(settings.repeats):
+            turns.each(turn)
+    found = {
+        kind: {
+            "seconds": statistics.median(seconds[kind]), "range": [min(seconds[kind]), max(seconds[kind])],
+            "first_seconds": first[kind], "peak_bytes": worker.ask("peak"), "all_seconds": seconds[kind],
+        }
+        for kind, worker in turns.alive.items()
+    }  # fmt: skip
+    rival = RIVAL if RIVAL in found else None
+    return {
+        "trainers": found, "failed": turns.failed, "others_share": turns.others_share,
+        "speedup": speedup(seconds, rival),
+    }  # fmt: skip
+
+
+def table(result: Mapping[str, Any], settings: Settings) -> list[str]:
+    """At most 120 columns."""
+    lines = [
+        f"{settings.model} float32: {settings.batch} prompts of {settings.prompt} tokens, {settings.new_tokens} new "
+        f"ones each, {settings.epochs} epochs on the whole batch",
+        f"{'':<18}{'s an iteration':>15}  {'(range)':<15}{'first s':>9}{'peak MB':>9}",
+    ]
+    for kind, found in result["trainers"].items():
+        low, high = found["range"]
+        peak = found["peak_bytes"]["device"] or found["peak_bytes"]["process"]
+        lines.append(
+            f"{kind if kind == OURS else RIVAL_NAME:<18}{found['seconds']:>15.2f}  {f'({low:.2f}-{high:.2f})':<15}"
+            f"{found['first_seconds']:>9.1f}{peak / 1e6:>9,.0f}"
+        )
+    if result["speedup"] is not None:
+        low, high = result["speedup"]["range"]
+        lines.append(f"= {result['speedup']['median']:.2f} x {RIVAL_NAME} ({low:.2f}-{high:.2f} turn by turn)")
+    lines += [f"{RIVAL_NAME} left out: {error}" for error in result["failed"].values()]
+    return lines + disturbance(result["others_share"])
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    from jaxgpt.files import write_json
+    from jaxgpt.runs.run import Run
+    from jaxgpt.runs.settings import settings_to_json
+
+    python = {OURS: sys.executable, RIVAL: settings.torch_python or sys.executable}
+    with Run(settings.run, settings, stage="bench_ppo", fresh=True) as run:
+        log = run.folder.absolute() / "workers.log"
+        log.write_text("")
+        for left_behind in run.folder.glob("weights-*"):  # by a run that was killed
+            shutil.rmtree(left_behind)
+        kinds = [OURS, RIVAL]
+        about, _, note = survey(MODULE, kinds, python, log, "TRL")
+        if note:
+            run.say(note)
+            kinds = [OURS]
+        with tempfile.TemporaryDirectory(dir=run.folder.absolute(), prefix="weights-") as folder:
+            weights = Path(folder) / "weights.npz"
+            np.savez(weights, **initial_weights(settings.config, np.random.default_rng(settings.seed)))  # type: ignore[arg-type]
+            with contextlib.ExitStack() as stack:
+                workers = {kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in kinds}
+                result = measure(settings, workers, weights)
+        run.log(1, {f"seconds/{kind}": found["seconds"] for kind, found in result["trainers"].items()})
+        lines = [machine_text(about), *table(result, settings)]
+        for line in lines:
+            run.say(line)
+        report = {"machine": about, "settings": settings_to_json(settings), "note": note, **result}
+        write_json(run.folder / "bench_ppo.json", report)
+        (run.folder / "bench_ppo.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        run.finish(report)
+        return run.results
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker_main(sys.argv[2], lambda kind: JaxWorker() if kind == OURS else TrlWorker())
+    else:
+        from jaxgpt.runs.cli import cli
+
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers need the GPU
+        cli(main, Settings, PRESETS)

@@ -1,0 +1,136 @@
+"""Benchmark: R runs of PPO as one program (`jax.vmap`, or `jax.lax.map`), against R separate ones.
+
+    python -m experiments.bench.runs                     one iteration of each: sampling, scoring, updates
+    python -m experiments.bench.runs --preset gpu
+
+The three ways take turns in one process, on the same work; times are whole iterations, and the speed-up over separate
+runs is told turn by turn. A small program leaves most of a GPU idle, which vmap fills; on a CPU the products are the
+same work either way.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import harness
+from jaxgpt.config import PRESETS as MODELS
+from jaxgpt.config import ModelConfig
+from jaxgpt.data.tokenizer import train_char
+from jaxgpt.errors import UserError
+from jaxgpt.files import write_json
+from jaxgpt.losses import kl
+from jaxgpt.models import sharding, transformer
+from jaxgpt.rlhf import ppo
+from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run
+from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.study import many
+from jaxgpt.study.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """5 minutes on one CPU core; vmap of 4 runs 1.24 x separate ones (docs/results.md)."""
+
+    run: Path = Path("runs/bench_runs")
+    model: ModelConfig = MODELS["tiny"]
+    runs: tuple[int, ...] = (4,)  # at once
+    batch: int = 64  # answers of each run's iteration
+    prompt: int = 16  # tokens
+    ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
+    turns: int = 3
+    seed: int = 0
+    fresh: bool = True
+
+    def __post_init__(self) -> None:
+        if self.turns < 1 or min(self.runs) < 1 or self.prompt < 1:
+            raise UserError("turns, runs and prompt must be at least 1")
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(model=MODELS["toy"], runs=(2,), batch=8, turns=2,
+                    ppo=PPOConfig(new_tokens=8, epochs=1, minibatches=1)),
+    "gpu": Settings(runs=(1, 4, 16, 64), turns=9),
+}  # fmt: skip
+SEPARATE = "separate"
+
+
+def even_tokens(params: Params, rows: Batch) -> Array:
+    """A reward that costs nothing: the share of even tokens."""
+    return jnp.where(rows.mask_BT, rows.tokens_BT % 2 == 0, False).sum(1) / jnp.maximum(rows.mask_BT.sum(1), 1)
+
+
+def iteration(s: Settings, task: Task, count: int, how: str) -> Callable[[], None]:
+    """One PPO iteration of `count` runs, again and again from where the last one ended."""
+    tx = many.ppo_optimizer(task, 1e-4, 1000)
+    learn = many.learn_by_ppo(task, tx, even_tokens)
+    program = many.OnPolicy(task, learn, tx, 1, s.batch, how="map" if how == "map" else "vmap")
+    sample, update = program.programs
+    groups, size = (count, 1) if how == SEPARATE else (1, count)
+    start = ppo.init(task.start, task.config, tx, {}).replace(frozen={})  # type: ignore[attr-defined]
+    states = [many.spread(many.stack([start] * size), task.mesh) for _ in range(groups)]
+    controls = [many.stack([kl.FixedKL(jnp.float32(0.1))] * size) for _ in range(groups)]
+    tokens = jnp.asarray(np.broadcast_to(task.prompts[0], (size, s.batch, s.prompt)), jnp.int32)
+    prompts = ppo.Prompts(tokens, jnp.full((size, s.batch), s.prompt, jnp.int32))
+    keys = jax.random.split(jax.random.key(s.seed), size)
+    score = jnp.zeros((size, s.batch))
+
+    def once() -> None:
+        for n in range(groups):
+            seen = sample(states[n], task.start, prompts, keys)
+            states[n], controls[n], _ = update(states[n], task.start, {}, controls[n], seen, score, keys)
+        jax.block_until_ready(states)
+
+    return once
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    s = settings
+    with Run(s.run, s, stage="bench_runs", fresh=True) as run:
+        params = transformer.init(jax.random.key(s.seed), s.model)
+        prompt = [5 + i % 200 for i in range(s.prompt)]
+        nothing = lambda texts: np.zeros(len(texts))  # noqa: E731
+        task = Task(s.model, train_char(["ab"]), params, [prompt], [prompt], nothing, nothing, lambda ids, mask: "",
+                    3, s.ppo, sharding.data_mesh())  # fmt: skip
+        found: dict[str, Any] = {}
+        with run.progress(len(s.runs) * (s.turns + 1), "turns") as bar:
+            for count in s.runs:
+                ways = {how: iteration(s, task, count, how) for how in (SEPARATE, "map", "vmap")}
+                seconds: dict[str, list[float]] = {how: [] for how in ways}
+                for _ in range(1 + s.turns):  # the first one compiles
+                    for how, once in ways.items():
+                        began = time.perf_counter()
+                        once()
+                        seconds[how].append(time.perf_counter() - began)
+                    bar.update()
+                found[str(count)] = {how: all_[1:] for how, all_ in seconds.items()}
+        device = jax.devices()[0].device_kind
+        cores = f", {harness.cores()} cores ({harness.processor()})" if jax.default_backend() == "cpu" else ""
+        size = f"{s.model.parameters / 1e6:.2g}M"
+        lines = [f"{jax.device_count()} x {device}{cores}, jax {jax.__version__}: PPO of {size} parameters, "
+                 f"{s.batch} answers of {s.ppo.new_tokens} tokens a run and iteration"]  # fmt: skip
+        lines += [f"{'runs':>5} {'way':<9} {'s an iteration of all':>22}   speed-up over separate runs (range)"]
+        for runs_, ways_ in found.items():
+            for how, times in ways_.items():
+                gain = [a / b for a, b in zip(ways_[SEPARATE], times, strict=True)]
+                shown = f"{statistics.median(gain):.2f} ({min(gain):.2f}-{max(gain):.2f})" if how != SEPARATE else ""
+                lines.append(f"{runs_:>5} {how:<9} {statistics.median(times):>22.3f}   {shown}")
+        for line in lines:
+            run.say(line)
+        (run.folder / "bench_runs.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_json(run.folder / "bench_runs.json", {"device": device, "seconds": found})
+        run.finish({"device": device, "seconds": found})
+        return run.results
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

@@ -1,0 +1,536 @@
+"""How fast a training step is, beside PyTorch on the same weights and batches and beside the machine's matrix product.
+
+    python -m experiments.bench.train --run runs/bench_train
+    python -m experiments.bench.train --preset gpt2 --torch-python /path/to/python/with/torch
+
+A step is forward, backward, clipping and AdamW (decay on matrices); bfloat16 means bfloat16 products over float32
+weights and moments (torch.autocast). PyTorch runs the GPT-2 of transformers and a plain module of the same
+mathematics, each as it is and compiled, with fused AdamW, its own fused attention, and the allocator that we have.
+Each trainer has a process of its own; they take turns, the others wait idle. What is reported:
+
+    tokens/s     batch x block x steps / time of a turn: median and range over the turns
+    of roof      tokens/s x (6 N + 12 layers width block) FLOPs (Karpathy's nanoGPT; N without positions) / the largest
+                 matrix product's rate in that dtype, measured first in the same run by every library at hand
+    compile      what the first step took, less a typical one
+    peak         the largest resident memory of the trainer's process, libraries included; on a GPU, device memory
+    loss         after the warm-up steps: in float32 all must have ours
+"""
+
+# This file is its own two kinds of worker: imports of jax and torch stay inside functions, as in bench_decode.
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from experiments.bench.harness import (
+    OURS,
+    Turns,
+    Worker,
+    best_rate,
+    cores,
+    disturbance,
+    draw_bars,
+    hf_model,
+    initial_weights,
+    jax_versions,
+    machine_text,
+    nested,
+    speedup,
+    survey,
+    worker_main,
+)  # fmt: skip
+from jaxgpt.config import PRESETS as MODELS
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import UserError
+
+MODULE = "experiments.bench.train"
+RIVALS = {
+    "module": "PyTorch module", "module-compiled": "PyTorch module, compiled",
+    "hf": "transformers GPT-2", "hf-compiled": "transformers GPT-2, compiled",
+}  # fmt: skip
+RATE, B1, B2, DECAY, CLIP = 1e-3, 0.9, 0.95, 0.1, 1.0  # of AdamW
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about 6 min, mostly PyTorch's; without torch about 1 min. Leave the machine alone meanwhile."""
+
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("torch_python",)
+
+    run: Path = Path("runs/bench_train")
+    models: tuple[str, ...] = ("small",)  # presets of jaxgpt.config
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    batches: tuple[int, ...] = (12,)
+    blocks: tuple[int, ...] = (256,)  # tokens of a row
+    layers: tuple[int, ...] = (0,)  # 0: the preset's own
+    widths: tuple[int, ...] = (0,)  # 0: the preset's own; heads of 64
+    vocab: int = 0  # 0: the preset's own
+    steps: int = 3  # of a turn
+    repeats: int = 5  # turns of each trainer
+    rivals: tuple[str, ...] = tuple(RIVALS)  # none: only ours
+    torch_python: str = ""  # the Python that has torch and transformers (else this one)
+    roof_size: int = 2048  # rows and columns of the matrices whose product is the roof
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = {"models": MODELS, "dtypes": ("float32", "bfloat16"), "rivals": RIVALS}
+        for name, names in known.items():
+            for value in getattr(self, name):
+                if value not in names:
+                    raise UserError(f"{name} has {value!r}; choose among {', '.join(names)}")
+        least = {"batches": 1, "blocks": 2, "layers": 0, "widths": 0, "steps": 1, "repeats": 1, "roof_size": 1}
+        for name, smallest in least.items():
+            values = getattr(self, name)
+            if min(values if isinstance(values, tuple) else (values,), default=-1) < smallest:
+                raise UserError(f"{name} is {values}; at least one of at least {smallest} is needed")
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(models=("toy",), batches=(2,), blocks=(16,), steps=1, repeats=2, rivals=(), roof_size=256),
+    "gpt2": Settings(models=("gpt2",), batches=(2,), steps=1),
+    "gpu": Settings(
+        models=("gpt2", "gpt2-medium"), dtypes=("bfloat16",), batches=(32,), blocks=(1024,), steps=10, roof_size=8192
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One point of the grid."""
+
+    model: str
+    dtype: str
+    batch: int
+    block: int
+    layers: int
+    width: int
+
+    def config(self, vocab: int) -> ModelConfig:
+        preset = MODELS[self.model]
+        width = self.width or preset.width
+        return dataclasses.replace(
+            preset, dtype=self.dtype, block=self.block, layers=self.layers or preset.layers, width=width,
+            heads=max(width // 64, 1) if self.width else preset.heads, vocab=vocab or preset.vocab,
+        )  # fmt: skip
+
+
+def cases(settings: Settings) -> list[Case]:
+    grid = (settings.models, settings.dtypes, settings.batches, settings.blocks, settings.layers, settings.widths)
+    return [Case(*point) for point in itertools.product(*grid)]
+
+
+# ---- workers ----
+
+
+class Trainer:
+    """What both kinds answer."""
+
+    def load(self, config: Mapping[str, Any], weights: str, batch: int, seed: int) -> dict[str, Any]:
+        self.config = ModelConfig(**config)
+        rng = np.random.default_rng(seed)
+        self.batches = rng.integers(0, self.config.vocab, (4, batch, self.config.block)).astype(np.int32)
+        self.taken = 0
+        with np.load(weights) as flat:
+            self.prepare(flat)
+        return {}
+
+    def timed(self, steps: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        loss = self.train([self.batches[(self.taken + i) % len(self.batches)] for i in range(steps)])
+        seconds = time.perf_counter() - start
+        self.taken += steps
+        return {"seconds": seconds, "loss": loss}
+
+    def prepare(self, flat: Mapping[str, np.ndarray]) -> None:
+        raise NotImplementedError
+
+    def train(self, batches: Sequence[np.ndarray]) -> float:
+        """A step with each batch, and the loss of the last one."""
+        raise NotImplementedError
+
+
+class JaxWorker(Trainer):
+    """`make_train_step`, jitted by `jit_step`."""
+
+    def __init__(self) -> None:
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)
+
+    def about(self) -> dict[str, Any]:
+        import jax
+
+        device = jax.devices()[0]
+        return {"platform": device.platform, "device": device.device_kind, "versions": jax_versions()}
+
+    def roof(self, size: int) -> dict[str, float]:
+        """FLOPs a second of one matrix product, in each dtype."""
+        import jax
+        import jax.numpy as jnp
+
+        def rate(dtype: str) -> float:
+            x, y = jnp.ones((size, size), dtype), jnp.ones((size, size), dtype)
+            program = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(dtype))
+            return best_rate(lambda: program(x, y).block_until_ready(), 2 * size**3)
+
+        return {dtype: rate(dtype) for dtype in ("float32", "bfloat16")}
+
+    def prepare(self, flat: Mapping[str, np.ndarray]) -> None:
+        import jax
+        import optax
+
+        from jaxgpt import training
+        from jaxgpt.models import sharding
+        from jaxgpt.training import optim
+
+        if self.config.dtype == "float32" and jax.default_backend() == "gpu":
+            jax.config.update("jax_default_matmul_precision", "highest")  # torch's default: no TF32
+        self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        tx = optim.adamw(optax.constant_schedule(RATE), weight_decay=DECAY, b2=B2, clip=CLIP)
+        state = training.init_state(nested({name: np.asarray(flat[name]) for name in flat}), tx)
+        self.state = sharding.replicate(state, self.mesh)
+        self.step = training.jit_step(training.make_nll(self.config), tx, self.mesh)
+
+    def train(self, batches: Sequence[np.ndarray]) -> float:
+        from jaxgpt.models import sharding
+        from jaxgpt.structs import Batch
+
+        mask = np.ones(batches[0].shape, bool)
+        mask[:, 0] = False
+        for tokens in batches:
+            self.state, metrics = self.step(self.state, sharding.place_rows(Batch(tokens, mask), self.mesh), None)
+        return float(metrics["loss"].value)
+
+    def device_peak(self) -> int | None:
+        import jax
+
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+class TorchWorker(Trainer):
+    """A PyTorch model ("hf" or "module", compiled or not) and its fused AdamW."""
+
+    def __init__(self, kind: str) -> None:
+        import torch
+
+        if kind.startswith("hf"):
+            import transformers
+
+            transformers.logging.set_verbosity_error()
+        self.kind, self.device = kind, "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(cores())
+
+    def about(self) -> dict[str, Any]:
+        import torch
+
+        name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        versions = {"torch": torch.__version__, "python of torch": platform.python_version()}
+        with contextlib.suppress(ImportError):
+            import transformers
+
+            versions["transformers"] = transformers.__version__
+        return {"platform": self.device, "device": name, "threads": torch.get_num_threads(), "versions": versions}
+
+    def roof(self, size: int) -> dict[str, float]:
+        import torch
+
+        def rate(dtype: str) -> float:
+            x = torch.ones(size, size, dtype=getattr(torch, dtype), device=self.device)
+
+            def multiply() -> None:
+                x @ x
+                self._wait()
+
+            return best_rate(multiply, 2 * size**3)
+
+        return {dtype: rate(dtype) for dtype in ("float32", "bfloat16")}
+
+    def prepare(self, flat: Mapping[str, np.ndarray]) -> None:
+        import torch
+
+        if self.kind.startswith("hf"):
+            model = hf_model(dataclasses.replace(self.config, dtype="float32"), flat, self.device).train()
+            self.loss = lambda tokens: model(input_ids=tokens, labels=tokens).loss
+        else:
+            model = torch_module(self.config, flat).to(self.device)
+            self.loss = model
+        if self.kind.endswith("compiled"):
+            self.loss = torch.compile(self.loss)
+        decayed: list[Any] = []
+        others: list[Any] = []
+        for name, w in model.named_parameters():
+            (decayed if w.ndim >= 2 and "wpe" not in name and "positions" not in name else others).append(w)
+        groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
+        self.weights = decayed + others
+        self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(B1, B2), eps=1e-8, fused=True)
+
+    def train(self, batches: Sequence[np.ndarray]) -> float:
+        import torch
+
+        half = torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+        for batch in batches:
+            tokens = torch.from_numpy(batch.astype(np.int64)).to(self.device)
+            self.optimizer.zero_grad(set_to_none=True)
+            with half:
+                loss = self.loss(tokens)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
+            self.optimizer.step()
+        found = float(loss.detach())
+        self._wait()
+        return found
+
+    def _wait(self) -> None:
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def device_peak(self) -> int | None:
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+
+def torch_module(config: ModelConfig, flat: Mapping[str, np.ndarray]) -> Any:
+    """Our GPT-2 in PyTorch as one would write it today: tokens [B, T] -> the mean loss."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    from jaxgpt.pretrained.places import to_tensors
+
+    tensors = to_tensors(flat, config)
+
+    def linear(n: int, name: str) -> Any:
+        kernel, bias = (tensors[f"transformer.h.{n}.{name}.{part}"] for part in ("weight", "bias"))
+        layer = nn.Linear(*kernel.shape)
+        layer.weight.data, layer.bias.data = torch.from_numpy(kernel.T.copy()), torch.from_numpy(bias.copy())
+        return layer
+
+    class Block(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            self.attention_norm, self.mlp_norm = (nn.LayerNorm(config.width, config.norm_epsilon) for _ in range(2))
+            names = "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
+            self.qkv, self.out, self.up, self.down = (linear(n, name) for name in names)
+
+        def forward(self, x: Any) -> Any:
+            B, T, D = x.shape
+            q, k, v = (
+                part.view(B, T, config.heads, -1).transpose(1, 2)
+                for part in self.qkv(self.attention_norm(x)).split(D, dim=2)
+            )
+            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(mixed.transpose(1, 2).reshape(B, T, D))
+            return x + self.down(functional.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
+
+    class Gpt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Parameter(torch.from_numpy(np.array(flat["embed/tokens_VD"])))
+            self.positions = nn.Parameter(torch.from_numpy(np.array(flat["embed/positions_TD"])))
+            self.blocks = nn.ModuleList(Block(n) for n in range(config.layers))
+            self.final_norm = nn.LayerNorm(config.width, config.norm_epsilon)
+
+        def forward(self, tokens: Any) -> Any:
+            x = functional.embedding(tokens, self.tokens) + self.positions[: tokens.shape[1]]
+            for block in self.blocks:
+                x = block(x)
+            logits = functional.linear(self.final_norm(x[:, :-1]), self.tokens)
+            return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    return Gpt()
+
+
+# ---- measuring ----
+
+
+def measure(
+    case: Case, settings: Settings, workers: Mapping[str, Worker], weights: Path, roofs: Mapping[str, float]
+) -> dict[str, Any]:
+    """One point of the grid: {trainer: figures}, and what failed. The workers take turns."""
+    config = case.config(settings.vocab)
+    load = {
+        "config": dataclasses.asdict(config), "weights": str(weights), "batch": case.batch, "seed": settings.seed,
+    }  # fmt: skip
+    turns = Turns(workers)
+    first: dict[str, float] = {}
+    loss: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {kind: [] for kind in workers}
+
+    def get_ready(kind: str, worker: Worker) -> None:
+        worker.ask("load", **load)
+        first[kind] = worker.ask("timed", steps=1)["seconds"]
+        loss[kind] = worker.ask("timed", steps=settings.steps)["loss"]
+
+    def turn(kind: str, worker: Worker) -> None:
+        time.sleep(0.2)  # threads of the one before come to rest
+        seconds[kind].append(worker.ask("timed", steps=settings.steps)["seconds"] / settings.steps)
+
+    turns.each(get_ready)
+    with turns.watched():
+        for _ in range(settings.repeats):
+            turns.each(turn)
+    found: dict[str, Any] = {}
+    tokens, flops = case.batch * case.block, config.flops_a_token
+    for kind, worker in turns.alive.items():
+        typical = statistics.median(seconds[kind])
+        found[kind] = {
+            "tokens_a_second": tokens / typical,
+            "tokens_a_second_range": [tokens / max(seconds[kind]), tokens / min(seconds[kind])],
+            "step_seconds": typical,
+            "fraction_of_roof": tokens / typical * flops / roofs[case.dtype],
+            "compile_seconds": max(first[kind] - typical, 0.0),
+            "loss": loss[kind],
+            "peak_bytes": worker.ask("peak"),
+            "seconds": seconds[kind],
+        }
+    others = [kind for kind in found if kind != OURS]
+    fastest = max(others, key=lambda kind: found[kind]["tokens_a_second"], default=None)
+    return {
+        **dataclasses.asdict(case), "flops_a_token": flops, "others_share": turns.others_share, "trainers": found,
+        "failed": turns.failed, "speedup": speedup(seconds, fastest),
+    }  # fmt: skip
+
+
+def complaints(result: Mapping[str, Any]) -> list[str]:
+    """What a reader must know about one point of the grid: lines of text."""
+    lines = [f"{RIVALS[kind]} left out: {error}" for kind, error in result["failed"].items()]
+    lines += disturbance(result["others_share"])
+    ours = result["trainers"][OURS]["loss"]
+    tolerance = 1e-4 if result["dtype"] == "float32" else 1e-2
+    for kind, found in result["trainers"].items():
+        if not abs(found["loss"] - ours) <= tolerance * abs(ours):
+            lines.append(f"NOT COMPARABLE: {RIVALS[kind]} has a loss of {found['loss']:.4f}, jaxgpt {ours:.4f}")
+    return lines
+
+
+# ---- what is shown ----
+
+HEADER = (
+    f"{'trainer':<30}{'tokens/s':>10}  {'(range)':<17}{'ms a step':>10}{'of roof':>9}{'compile s':>11}"
+    f"{'peak MB':>9}{'loss':>9}"
+)
+
+
+def title_of(result: Mapping[str, Any]) -> str:
+    changed = [f"{result[name]} {word}" for name, word in (("layers", "layers"), ("width", "wide")) if result[name]]
+    return ", ".join(
+        [f"{result['model']} {result['dtype']}", *changed, f"batch {result['batch']} x {result['block']} tokens"]
+    )
+
+
+def table(results: Sequence[Mapping[str, Any]], roofs: Mapping[str, float]) -> list[str]:
+    """At most 120 columns."""
+    lines = [HEADER]
+    for result in results:
+        flops = result["flops_a_token"]
+        at_most = roofs[result["dtype"]] / flops
+        lines += ["", f"{title_of(result)}: {flops / 1e6:,.1f} MFLOPs a token, so at most {at_most:,.0f} tokens/s"]
+        for kind, found in result["trainers"].items():
+            low, high = found["tokens_a_second_range"]
+            peak = found["peak_bytes"]["device"] or found["peak_bytes"]["process"]
+            lines.append(
+                f"{RIVALS.get(kind, kind):<30}{found['tokens_a_second']:>10,.0f}  {f'({low:,.0f}-{high:,.0f})':<17}"
+                f"{found['step_seconds'] * 1e3:>10.1f}{found['fraction_of_roof']:>9.1%}"
+                f"{found['compile_seconds']:>11.1f}{peak / 1e6:>9,.0f}{found['loss']:>9.4f}"
+            )
+        if result["speedup"] is not None:
+            low, high = result["speedup"]["range"]
+            over = RIVALS[result["speedup"]["over"]]
+            lines.append(f"= {result['speedup']['median']:.2f} x {over} ({low:.2f}-{high:.2f} turn by turn)")
+        lines += complaints(result)
+    return lines
+
+
+def figure(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """A panel for each shape."""
+    panels: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for result in results:
+        name = title_of(result).replace(f" {result['dtype']}", "", 1).replace(", batch", "\nbatch")
+        panels.setdefault(name, []).append((result["dtype"], result["trainers"]))
+    draw_bars(panels, {OURS: OURS, **RIVALS}, "fraction of the measured matrix product", path, title)
+
+
+# ---- the experiment ----
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    from jaxgpt.files import write_json
+    from jaxgpt.runs.run import Run
+    from jaxgpt.runs.settings import settings_to_json
+
+    python = dict.fromkeys(settings.rivals, settings.torch_python or sys.executable) | {OURS: sys.executable}
+    with Run(settings.run, settings, stage="bench_train", fresh=True) as run:
+        log = run.folder.absolute() / "workers.log"
+        log.write_text("")
+        for left_behind in run.folder.glob("weights-*"):  # by a run that was killed
+            shutil.rmtree(left_behind)
+        if os.getloadavg()[0] > 0.5 * cores():
+            run.say(f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: other programs disturb these timings")
+        kinds = [OURS, *settings.rivals]
+        about, answers, note = survey(MODULE, kinds, python, log, "PyTorch", size=settings.roof_size)
+        measured = {"jax" if kind == OURS else "torch": rates for kind, rates in answers.items()}
+        if note:
+            run.say(note)
+            kinds = [OURS]
+        roofs = {dtype: max(rates[dtype] for rates in measured.values()) for dtype in ("float32", "bfloat16")}
+        size = settings.roof_size
+        lines = [
+            f"roof: {rates_text(roofs)}, the best of 12 products of {size} x {size}"
+            f" ({'; '.join(f'{library} {rates_text(rates)}' for library, rates in measured.items())})"
+        ]
+        run.say(lines[0])
+        results: list[dict[str, Any]] = []
+        for case in cases(settings):
+            config = case.config(settings.vocab)
+            with tempfile.TemporaryDirectory(dir=run.folder.absolute(), prefix="weights-") as folder:
+                weights = Path(folder) / "weights.npz"
+                np.savez(weights, **initial_weights(config, np.random.default_rng(settings.seed)))  # type: ignore[arg-type]
+                with contextlib.ExitStack() as stack:
+                    workers = {kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in kinds}
+                    results.append(measure(case, settings, workers, weights, roofs))
+            speeds = {kind: found["tokens_a_second"] for kind, found in results[-1]["trainers"].items()}
+            shown = ", ".join(f"{RIVALS.get(kind, kind)} {speed:,.0f}" for kind, speed in speeds.items())
+            run.say(f"{title_of(results[-1])}: {shown} tokens/s")
+            run.log(len(results), {f"tokens_a_second/{kind}": speed for kind, speed in speeds.items()})
+        lines += ["", *table(results, roofs)]
+        for line in lines[1:]:
+            run.say(line)
+        report = {
+            "machine": about, "settings": settings_to_json(settings), "note": note, "cases": results,
+            "roof_flops_a_second": roofs, "roofs": measured,
+        }  # fmt: skip
+        write_json(run.folder / "bench_train.json", report)
+        (run.folder / "bench_train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        figure(results, run.folder / "bench_train.png", f"{machine_text(about)}; roof {rates_text(roofs)}")
+        run.finish(report)
+        return run.results
+
+
+def rates_text(rates: Mapping[str, float]) -> str:
+    return ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker_main(sys.argv[2], lambda kind: JaxWorker() if kind == OURS else TorchWorker(kind))
+    else:
+        from jaxgpt.runs.cli import cli
+
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers need the GPU
+        cli(main, Settings, PRESETS)

@@ -1,0 +1,137 @@
+"""The reward-KL frontier: what a nat of drift buys, by PPO, DPO, best-of-n and two other ways.
+
+    make frontier                                        the start (`make assistant`, once), then this
+    python -m experiments.studies.frontier --start runs/mine --betas 0.05 0.2 0.8 --seeds 4
+
+All methods begin at the same finetuned model and know the same preferences. PPO maximises the learned reward minus
+beta KL, for each beta and seed; so does backpropagation through the reward model, by its derivative in place of a
+policy gradient (`jaxgpt/rlhf/through_reward.py`); DPO takes the preferences themselves, for each beta and seed; best-of-n
+picks by the learned reward; the last one finetunes on the favourites alone ("preferred-FT", Rafailov et al. 2023). A
+run is a pure function of numbers, so that a whole grid is one compiled program: `jax.vmap`, divided among devices.
+
+Measured on held-out prompts against KL(pi || start) in nats a sequence: the annotator's gold score, which nothing
+but its noisy choices ever showed; the reward model; and a judge fitted on people's labels. Bands are 95 % intervals
+that draw seeds and prompts anew. A study that was stopped goes on behind its last finished part.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jaxgpt.errors import UserError
+from jaxgpt.files import cache_root
+from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.rlhf.through_reward import ThroughReward
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import Run
+from jaxgpt.study import figures, frontier, many, methods, page
+from jaxgpt.study.cells import Cells, conduct, stages
+from jaxgpt.study.frontier import Start
+from jaxgpt.study.task import learned_reward, reviews
+from jaxgpt.training import optim
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """30 minutes on one CPU core; best-of-n is cheapest a nat, PPO goes furthest (docs/results.md)."""
+
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
+
+    run: Path = Path("runs/frontier")
+    start: Path = Path("runs/assistant")  # of which sft, reward and preferences are used
+    seeds: int = 2
+    betas: tuple[float, ...] = (0.05, 0.15, 0.4, 1.0)  # PPO's, reward units a nat
+    iterations: int = 24
+    batch: int = 64  # answers an iteration
+    ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
+    learning_rate: float = 5e-4
+    through_betas: tuple[float, ...] = (0.0, 0.05, 0.3)  # of backpropagation through the reward model
+    through_iterations: int = 16  # one update each
+    through_learning_rate: float = 5e-4
+    through: ThroughReward = ThroughReward()
+    dpo_betas: tuple[float, ...] = (0.03, 0.1, 0.5)
+    dpo_learning_rate: float = 2e-4
+    limit: int = 640  # preferences for DPO and for finetuning on favourites, at most
+    preference_batch: int = 16
+    favourites_learning_rate: float = 2e-4
+    epochs: int = 2  # of finetuning on favourites: a point each
+    best_of: int = 64  # largest n
+    prompts: int = 250  # held out
+    how: many.How = "vmap"  # or one run after another, in the same program
+    seed: int = 7
+    cache: Path = cache_root() / "data"
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or not self.betas or min(*self.betas, *self.dpo_betas, 1.0) <= 0:
+            raise UserError("seeds must be at least 1, and PPO's and DPO's betas above 0")
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(
+        betas=(0.1, 1.0), dpo_betas=(0.1,), iterations=2, batch=8, epochs=1, through_betas=(0.1,), best_of=4,
+        through_iterations=2, prompts=12, limit=16, preference_batch=8,
+        ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1),
+    ),
+    "gpu": Settings(
+        seeds=8, betas=(0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6), dpo_betas=(0.01, 0.03, 0.1, 0.3, 1.0), iterations=60,
+        batch=256, limit=2200, best_of=256, prompts=900,
+    ),
+}  # fmt: skip
+
+
+def through_reward(s: Settings, start: Start) -> frontier.Settings:
+    """Backpropagation through the reward model; one update where PPO makes a rollout."""
+    tx = optim.adam_tf(optim.linear_to_zero(s.through_learning_rate, s.through_iterations))
+    learn = many.learn_through_reward(start.task, tx, start.judge[1], s.through)
+    program = many.OnPolicy(start.task, learn, tx, s.through_iterations, s.batch, how=s.how)
+    return start.on_policy(program, s.through_betas)
+
+
+def parts(s: Settings, rankings: int) -> frontier.Parts:
+    """Every method with its settings, and the steps that it takes with so many preferences."""
+    epoch, epochs, batch = rankings // s.preference_batch, range(1, s.epochs + 1), s.preference_batch
+    ppo: dict[str, Any] = {"learning_rate": s.learning_rate, "iterations": s.iterations, "batch": s.batch}
+    return {
+        "PPO": (lambda start: start.ppo(s.betas, **ppo), s.iterations),
+        "through the reward model": (functools.partial(through_reward, s), s.through_iterations),
+        "DPO": (lambda start: start.dpo(s.dpo_betas, learning_rate=s.dpo_learning_rate, batch=batch), epoch),
+        "best of n": (lambda start: start.best_of(s.best_of), 1),
+        "finetuned on favourites": (
+            lambda start: start.favourites(epochs, learning_rate=s.favourites_learning_rate, batch=batch),
+            epoch * sum(epochs),
+        ),
+        "start": (Start.itself, 0),
+    }
+
+
+def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
+    task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
+    rankings = methods.rankings_of(task, s.start / "preferences/train.jsonl")[: s.limit]
+    judge, every = learned_reward(task, s.start / "reward"), parts(s, len(rankings))
+    run.say(f"frontier: {s.seeds} seeds, {len(s.betas)} betas of PPO, {len(s.dpo_betas)} of DPO, best of "
+            f"{s.best_of}, {s.prompts} held-out prompts")  # fmt: skip
+    with run.progress(frontier.steps(every), "frontier") as bar:
+        found = frontier.run(every, Start(task, judge, rankings, s.seeds, s.seed, s.how, bar), cells)
+    points = page.points(found)
+    figures.frontier(s.run / "frontier.png", points)
+    prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
+    page.write_page(
+        s.run, "The reward-KL frontier",
+        f"{s.prompts} held-out prompts, {s.seeds} seeds; 95 % intervals draw seeds and prompts anew. Gold score and "
+        "preferences are a simulated annotator's (VADER). Best-of-n picks by the reward model; its KL is measured, "
+        "and nearly the bound log n - (n - 1) / n.",
+        [("", s.run / "frontier.png"), ("All points", page.table(points)),
+         ("Answers", page.samples(prompts, page.first_answers(points)))],
+    )  # fmt: skip
+    return page.summary(points)
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    return conduct("frontier", settings, stages(settings.start, "sft", "reward", "preferences"), study)
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

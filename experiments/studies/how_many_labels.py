@@ -1,0 +1,199 @@
+"""How many labels, how noisy, and of how many answers? What PPO reaches, against what the annotator was asked.
+
+    python -m experiments.studies.how_many_labels                after `make assistant`
+    python -m experiments.studies.how_many_labels --people runs/label/votes.sqlite:train --run runs/mine
+
+One pool of answers of the finetuned model; the simulated annotator is asked about parts of it. Each condition makes a
+reward model and then PPO, the same in everything else: more labels; labels with more noise; and 2, 4 or 8 answers to
+choose from, where the annotator reads the same number of answers in all, so that 8 answers to a prompt mean a quarter
+of the prompts of 2. `people` adds a condition: votes from `make label`, or preferences in any other format.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.data import formats
+from jaxgpt.data.comparisons import Ranking
+from jaxgpt.errors import UserError
+from jaxgpt.files import cache_root
+from jaxgpt.losses import kl
+from jaxgpt.rlhf.annotator import SimulatedAnnotator
+from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.progress import Bar
+from jaxgpt.runs.run import Run, run_fingerprint
+from jaxgpt.structs import Batch, Params
+from jaxgpt.study import figures, many, methods, page
+from jaxgpt.study.cells import Cells, conduct
+from jaxgpt.study.page import Point
+from jaxgpt.study.task import Seen, Task, answered, look, looks, reviews, sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """24 minutes on one CPU core: gold score 0.20 from 40 labels, 0.41 from 640 (docs/results.md)."""
+
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
+
+    run: Path = Path("runs/how_many_labels")
+    start: Path = Path("runs/assistant/sft")
+    pool: int = 640  # prompts, with 8 answers each
+    heldout: int = 100  # more such prompts, on which reward models are tested
+    labels: tuple[int, ...] = (40, 160, 640)  # choices among 4 answers, at the annotator's usual noise
+    noises: tuple[float, ...] = (0.03, 0.6)  # temperatures of the annotator, beside the usual one
+    noise_labels: int = 640
+    read: int = 1280  # answers that the annotator reads where the number of answers to a prompt varies
+    people: str = ""  # a file or database of people's preferences on these prompts
+    annotator: SimulatedAnnotator = SimulatedAnnotator()
+    learning_rate: float = 5e-4
+    label_batch: int = 8
+    beta: float = 0.15
+    iterations: int = 16
+    batch: int = 64
+    ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
+    ppo_learning_rate: float = 5e-4
+    seeds: int = 2
+    prompts: int = 300  # held out, on which policies are measured
+    how: many.How = "vmap"
+    seed: int = 51
+    cache: Path = cache_root() / "data"
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        most = max(*self.labels, self.noise_labels)
+        if most > 2 * self.pool or self.read > 2 * self.pool or self.read % 8:
+            raise UserError(f"a pool of {self.pool} prompts allows {2 * self.pool} labels, and as many answers read "
+                            "(a multiple of 8)")  # fmt: skip
+        if min(*self.labels, self.noise_labels, self.read // 8) < self.label_batch:
+            raise UserError(f"each condition needs at least label_batch = {self.label_batch} labels")
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(pool=16, heldout=8, labels=(8,), noises=(0.6,), noise_labels=8, read=32, iterations=2, batch=8,
+                    label_batch=4, seeds=1, prompts=12,
+                    ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1)),
+    "gpu": Settings(pool=2500, labels=(40, 160, 640, 2500, 5000), noises=(0.03, 0.3, 0.6, 1.2), noise_labels=2500,
+                    read=4800, iterations=60, batch=256, seeds=6, prompts=900),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What the annotator is asked: so many choices among so many answers, with so much noise."""
+
+    group: str
+    label: str
+    choices: int
+    candidates: int
+    temperature: float
+
+
+def conditions(s: Settings) -> list[Condition]:
+    usual = s.annotator.temperature
+    found = [Condition("labels", f"{n}", n, 4, usual) for n in s.labels]
+    temperatures = sorted({*s.noises, usual})
+    found += [Condition("noise", f"{t:g}", s.noise_labels, 4, t) for t in temperatures]
+    return found + [Condition("answers to choose from", f"{b}", s.read // b, b, usual) for b in (2, 4, 8)]
+
+
+def make_pool(s: Settings, task: Task) -> dict[str, Any]:
+    """8 answers to each prompt of the pool and of the held-out one: rows of ids, and gold scores [prompts, 8]."""
+    chosen = np.random.default_rng(s.seed).permutation(len(task.prompts))[: s.pool + s.heldout]
+    ids = [task.prompts[i] for i in chosen for _ in range(8)]
+    answers = sample(task, task.start, ids, jax.random.key(s.seed))
+    return {"rows": answered(answers), "gold": task.gold(answers.texts).reshape(-1, 8)}
+
+
+def asked(s: Settings, pool: dict[str, Any], condition: Condition, seed: int) -> list[Ranking]:
+    """The simulated annotator's choices under a condition: the first answers of every prompt, then (for more choices
+    than prompts) the next ones."""
+    rng, gold, b = np.random.default_rng([s.seed, seed]), np.array(pool["gold"]), condition.candidates
+    annotator = dataclasses.replace(s.annotator, temperature=condition.temperature)
+    places = [(prompt, part) for part in range(8 // b) for prompt in rng.permutation(s.pool)][: condition.choices]
+    found = []
+    for prompt, part in places:
+        index = range(part * b, (part + 1) * b)
+        choice = int(annotator.choose(gold[prompt, index][None], rng)[0])
+        found.append(Ranking(tuple(tuple(pool["rows"][prompt * 8 + i]) for i in index), choice))
+    return found
+
+
+def agreement(s: Settings, task: Task, model: Params, pool: dict[str, Any]) -> float:
+    """How often the reward model's favourite of 4 held-out answers is the one with the highest gold score."""
+    gold = np.array(pool["gold"])[s.pool :, :4]
+    rows = [[tuple(pool["rows"][(s.pool + n) * 8 + i]) for i in range(4)] for n in range(len(gold))]
+    best = [Ranking(tuple(four), int(own.argmax())) for four, own in zip(rows, gold, strict=True)]
+    return methods.accuracy(task, task.config, model, best)
+
+
+def reached(
+    s: Settings, task: Task, program: many.OnPolicy, rankings: list[list[Ranking]], pool: dict[str, Any],
+    reference: Batch, bar: Bar,
+) -> dict[str, Any]:  # fmt: skip
+    """A reward model and then PPO from each seed's preferences."""
+    seeds = [s.seed + n for n in range(s.seeds)]
+    models = methods.reward_models(
+        task.config, task.start, rankings, seeds, reference, task, learning_rate=s.learning_rate, batch=s.label_batch,
+        first_spread=0.2, how=s.how, watch=many.show(bar, reward_loss="loss"),
+    )  # fmt: skip
+    policies, _ = program.train(
+        [kl.FixedKL(jnp.float32(s.beta))] * s.seeds, seeds, [{"reward": model} for model in models],
+        many.show(bar, "gold", "kl"),
+    )  # fmt: skip
+    each = zip(policies, models, strict=True)
+    seen = [looks(task, [policy], [n], s.seed, (model, task.config))[0] for n, (policy, model) in enumerate(each)]
+    return {"agreement": [agreement(s, task, model, pool) for model in models], "seen": seen}
+
+
+def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
+    task, plan = reviews(s.start, s.cache, s.prompts, s.ppo), conditions(s)
+    people: list[Ranking] = []
+    if s.people:
+        people = methods.rankings_of(task, Path(s.people))
+        plan.append(Condition("people", f"{len(people)} votes", len(people), 0, 0.0))
+    reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
+    program = many.ppo_on_reward_model(task, task.config, learning_rate=s.ppo_learning_rate,
+                                       iterations=s.iterations, batch=s.batch, how=s.how)  # fmt: skip
+    run.say(f"how_many_labels: {len(plan)} conditions, {s.seeds} seeds each")
+    steps = {one: one.choices // s.label_batch + s.iterations for one in plan}
+    groups: dict[str, list[Point]] = {}
+    agreements: dict[str, list[list[float]]] = {}
+    with run.progress(sum(steps.values()) + 1, "how_many_labels") as bar:
+        pool = cells("pool", functools.partial(make_pool, s, task), 1, bar)
+        start = Point("start", [look(task, task.start, jax.random.key(s.seed))])
+        for one in plan:
+            rankings = [people if one.group == "people" else asked(s, pool, one, n) for n in range(s.seeds)]
+            make = functools.partial(reached, s, task, program, rankings, pool, reference, bar)
+            name = f"{one.choices} of {one.candidates} at {one.temperature:g}"  # the same in several groups
+            found = cells(name if one.group != "people" else "people", make, steps[one], bar)
+            point = Point(one.label, [Seen.from_json(seen) for seen in found["seen"]])
+            groups.setdefault(one.group, []).append(point)
+            agreements.setdefault(one.group, []).append(found["agreement"])
+            run.say(f"{one.group} {one.label}: gold {point['gold']}, KL {point['kl'].mean:.2f} nats, "
+                    f"finds the best {np.mean(found['agreement']):.1%}")  # fmt: skip
+    figures.how_many_labels(s.run / "how_many_labels.png", groups, agreements, start)
+    page.write_page(
+        s.run, "How many labels?", f"Gold score of PPO on {s.prompts} held-out prompts, {s.seeds} seeds (95 % "
+        f"intervals draw seeds and prompts anew), beta {s.beta:g}. Labels are a simulated annotator's (VADER), at "
+        f"temperature {s.annotator.temperature:g} where nothing else is said.",
+        [("", s.run / "how_many_labels.png"), ("All conditions", page.table(groups))],
+    )  # fmt: skip
+    return {"conditions": page.summary(groups), "agreement": agreements}
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    inputs = {"start": run_fingerprint(settings.start, "sft")}
+    if settings.people:
+        inputs["people"] = formats.fingerprint(Path(settings.people))
+    return conduct("how_many_labels", settings, inputs, study)
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

@@ -1,0 +1,116 @@
+"""Ziegler's setting: the KL held at a target by an adaptive penalty, and what happens without one.
+
+    python -m experiments.studies.kl_control                     after `make assistant`
+
+beta follows the measured KL (Ziegler et al. 2020, section 2.2): e = clip(KL / target - 1, -0.2, 0.2), beta grows by the
+factor 1 + e episodes / horizon. One PPO run for each target in nats a sequence, and one without any penalty, each with
+several seeds; then the same prompts answered by all. Without a penalty the learned reward keeps rising while the
+answers turn into whatever it overrates: the samples show it, and so do the judge and how varied the answers are.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.errors import UserError
+from jaxgpt.files import cache_root
+from jaxgpt.losses import kl
+from jaxgpt.rlhf.intervals import crossed_interval, distinct_2
+from jaxgpt.rlhf.ppo import Controller, PPOConfig
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.progress import Bar
+from jaxgpt.runs.run import Run
+from jaxgpt.study import figures, many, page
+from jaxgpt.study.cells import Cells, conduct, stages
+from jaxgpt.study.task import Proxy, Task, learned_reward, looks, reviews
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """14 minutes on one CPU core: 3.1 and 7.6 nats for targets of 3 and 8, 95 without a price (docs/results.md)."""
+
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
+
+    run: Path = Path("runs/kl_control")
+    start: Path = Path("runs/assistant")  # of which sft and reward are used
+    targets: tuple[float, ...] = (3.0, 8.0)  # nats a sequence
+    beta: float = 0.2  # reward units a nat, where the controller starts
+    horizon: float = 200.0  # episodes; Ziegler et al. had 10,000 of 2 million
+    seeds: int = 2
+    iterations: int = 36
+    batch: int = 64
+    ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
+    learning_rate: float = 5e-4
+    prompts: int = 300  # held out
+    how: many.How = "vmap"
+    seed: int = 21
+    cache: Path = cache_root() / "data"
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.targets or min(self.targets) <= 0 or self.horizon <= 0 or self.seeds < 1:
+            raise UserError("targets, horizon and seeds must all be above 0")
+
+
+PRESETS = {
+    "laptop": Settings(),
+    "toy": Settings(targets=(4.0,), seeds=1, iterations=8, batch=8, prompts=12,
+                    ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1)),
+    "gpu": Settings(targets=(2.0, 4.0, 8.0, 16.0), seeds=8, iterations=300, batch=256, horizon=10_000.0, prompts=900),
+}  # fmt: skip
+
+
+def controlled(s: Settings, task: Task, judge: Proxy, control: Controller, bar: Bar) -> dict[str, Any]:
+    """PPO under one controller, all seeds at once: its curves [seeds, iterations], and the answers of its policies."""
+    program = many.ppo_on_reward_model(task, judge[1], learning_rate=s.learning_rate, iterations=s.iterations,
+                                       batch=s.batch, how=s.how)  # fmt: skip
+    policies, curves = program.train(
+        [control] * s.seeds, [s.seed + n for n in range(s.seeds)], [{"reward": judge[0]}] * s.seeds,
+        many.show(bar, "beta", "kl", "score"),
+    )  # fmt: skip
+    kept = {name: curves[name].T for name in ("kl", "beta", "score", "gold", "judge", "entropy", "length")}
+    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, judge, texts=s.prompts)}
+
+
+def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
+    task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
+    judge, beta = learned_reward(task, s.start / "reward"), jnp.float32(s.beta)
+    controls: dict[str, tuple[Controller, float | None]] = {
+        f"target {target:g} nats": (kl.AdaptiveKL(beta, target, s.horizon), target) for target in s.targets
+    }
+    controls["no penalty"] = kl.FixedKL(jnp.float32(0.0)), None
+    with run.progress(len(controls) * s.iterations, "kl_control") as bar:
+        found = {name: cells(name, functools.partial(controlled, s, task, judge, control, bar), s.iterations, bar)
+                 for name, (control, _) in controls.items()}  # fmt: skip
+    figures.controlled(s.run / "kl_control.png", found, {name: target for name, (_, target) in controls.items()})
+    points = page.points({name: {"": one["seen"]} for name, one in found.items()})
+    last = {name: np.array(one["curves"]["kl"])[:, -max(s.iterations // 4, 2) :] for name, one in found.items()}
+    held = {name: crossed_interval(kl) for name, kl in last.items()}
+    variety = {name: [distinct_2(one["texts"]) for one in found[name]["seen"]] for name in found}
+    rows = [[name, f"{held[name].mean:.2f}", *(f"{x:.2f}" for x in own)] for name, own in variety.items()]
+    prompts = [task.tok.show(ids) for ids in task.heldout[:12]]
+    page.write_page(
+        s.run, "KL under control",
+        "PPO whose price of a nat follows the measured KL towards a target (dotted), and PPO without a price. "
+        f"{s.seeds} seeds each; curves are running means over 5 iterations.",
+        [("", s.run / "kl_control.png"), ("Held-out prompts", page.table(points)),
+         ("KL of the last quarter's iterations, and distinct pairs of words, a column a seed",
+          page.plain_table(("run", "KL", *(f"distinct-2, seed {n}" for n in range(s.seeds))), rows)),
+         ("Answers", page.samples(prompts, page.first_answers(points)))],
+    )  # fmt: skip
+    for name, one in held.items():
+        run.say(f"{name}: KL {one.mean:.2f} in the last quarter")
+    kept = {name: {"target": controls[name][1], "last_quarter": dataclasses.asdict(one)} for name, one in held.items()}
+    return {"held": kept, "policies": page.summary(points), "distinct_2": variety}
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    return conduct("kl_control", settings, stages(settings.start, "sft", "reward"), study)
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)

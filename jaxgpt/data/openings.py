@@ -1,0 +1,57 @@
+"""Prompts made of reviews: each asks to finish a review that opens with its first words."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+
+_PHRASINGS = (
+    "Write a one-line film review that opens with: {}",
+    "Finish this one-line movie review: {}",
+    "Complete the review of a film: {}",
+    "Review a film in one line. Begin with: {}",
+    "How does this review go on? {}",
+    "A critic begins: {}",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """The text of a prompt, and the opening words that its answer should start with ('' where there are none)."""
+
+    text: str
+    opening: str
+
+
+def opening(text: str) -> str:
+    """The first 2 to 4 words of a review (how many depends on its hash), leaving at least one word if it can."""
+    words = text.split(" ")
+    return " ".join(words[: min(2 + stable_hash("opening", text) % 3, max(1, len(words) - 1))])
+
+
+def review_example(text: str) -> tuple[str, str]:
+    """(prompt, answer): asks to finish a review that starts with its `opening`; the answer is the whole review."""
+    phrasing = _PHRASINGS[stable_hash("phrasing", text) % len(_PHRASINGS)]
+    return phrasing.format(opening(text)), text
+
+
+def openings(texts: Iterable[str]) -> list[Prompt]:
+    """One prompt for each distinct opening, in order of first appearance."""
+    found: dict[str, Prompt] = {}
+    for text in texts:
+        start = opening(text)
+        found.setdefault(start, Prompt(review_example(text)[0], start))
+    return list(found.values())
+
+
+def unseen_openings(texts: Iterable[str], seen: Iterable[str]) -> list[Prompt]:
+    """`openings` of `texts`, without those that any text of `seen` starts with."""
+    starts: set[str] = set()
+    for text in seen:
+        words = text.split(" ")
+        starts.update(" ".join(words[:count]) for count in range(1, 5))
+    return [prompt for prompt in openings(texts) if prompt.opening not in starts]
+
+
+def stable_hash(salt: str, text: str) -> int:
+    """A number below 2^64 that depends on both texts alone."""
+    return int.from_bytes(hashlib.sha256(f"{salt}\n{text}".encode()).digest()[:8], "big")

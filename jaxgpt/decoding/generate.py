@@ -1,0 +1,316 @@
+"""Autoregressive decoding: the model's output is its next input.
+
+The prompt is read in one parallel pass that fills the first P cache slots; `jax.lax.scan` then adds one token a step.
+Prompts stay padded on the right. The t-th new token of a row whose prompt has len tokens goes to slot P + t with
+position len + t, and sees the slots s < len and P <= s <= P + t: one scalar cursor serves all rows. The cache grows by
+a segment at a time, so that a token costs what it has to look at, not what it might.
+
+    generate          a fixed number of steps: can be vmapped
+    generate_until    the same tokens by `while_loop`, which stops when every row has ended
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import losses
+from jaxgpt.config import ModelConfig
+from jaxgpt.decoding import sampling
+from jaxgpt.errors import UserError
+from jaxgpt.models import layers, lora, sharding, transformer
+from jaxgpt.structs import Answers, Array, Batch, KVCache, Params
+
+Sampler = Callable[[Array, Array], Array]
+Loop = Callable[[Callable[..., Any], Any, Any], tuple[Any, Any]]
+SeenFilter = Callable[[Array, Array], Array]  # (logits [B, V], seen [B, V] bool) -> logits
+SEGMENT = 128  # slots by which the cache grows; each segment is compiled
+STATIC = (  # for jax.jit(generate, static_argnums=1, static_argnames=STATIC)
+    "new_tokens", "stop", "pad", "sample", "filter_logits", "filter_seen", "samples", "segment", "loop",
+)  # fmt: skip
+
+
+def prepare(params: Params, config: ModelConfig) -> Params:
+    """Weights as decoding reads them, made once outside the loop: adapters merged, matrices in the activations' dtype
+    (norms stay float32), the parts of an 'fsdp' axis put together, and the tied head as [D, V], which a product with
+    few rows reads far faster than its transpose."""
+    if "head_DV" in params:
+        return params
+    params = lora.merge(params)
+
+    def ready(path: tuple[Any, ...], w: Array) -> Array:
+        w = w.astype(config.dtype) if w.ndim >= 2 else w
+        return sharding.gathered(w, tuple(sharding.rule_of(path, transformer.PARTITION)))
+
+    cast = jax.tree_util.tree_map_with_path(ready, params)
+    head_DV = jax.lax.optimization_barrier(transformer.head_table(cast).T)
+    return {**{name: part for name, part in cast.items() if name != "unembed"}, "head_DV": head_DV}
+
+
+def int8(params: Params) -> Params:
+    """Parameters of `prepare` with every matrix in int8, a scale for each column: w ~ round(w / s) s with
+    s = max|w| / 127. The embedding, of which a token reads one row, norms and biases stay. For decoding only."""
+
+    def rounded(w: Array) -> tuple[Array, Array]:
+        w = w.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(w).max(axis=0), 1e-30) / 127.0
+        return jnp.round(w / scale).astype(jnp.int8), scale
+
+    def layer(part: Params) -> Params:
+        if "kernel" not in part:
+            return part
+        kernel, scale = rounded(part["kernel"])
+        return {**part, "kernel": kernel, "scale": scale}
+
+    blocks = {name: {inner: layer(part) for inner, part in block.items()} for name, block in params.items()
+              if name.startswith("block_")}  # fmt: skip
+    head_DV, scale_V = rounded(params["head_DV"])
+    return {**params, **blocks, "head_DV": head_DV, "head_scale_V": scale_V}
+
+
+def unembed(params: Params, h: Array) -> Array:
+    """`model.unembed`, with the head of `prepare` where it has been made: float32 logits."""
+    if "head_DV" not in params:
+        return transformer.unembed(params, h)
+    if "head_scale_V" in params:
+        return layers.int8_product(h, params["head_DV"], params["head_scale_V"])
+    return jnp.matmul(h, params["head_DV"], preferred_element_type=jnp.float32)
+
+
+def read(
+    params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, copies: int = 1
+) -> tuple[KVCache, Array]:
+    """The cache after the prompts, with room for `slots` new tokens, and the hidden state of each last token [B, D].
+
+    `copies` rows of the cache for each prompt, next to each other. On a CPU it is kept in float32: XLA would widen the
+    whole of a bfloat16 one in every step.
+    """
+    h_BPD, kv = transformer.hidden_and_kv(params, config, prompt_BP)
+    dtype = jnp.float32 if sharding.platform() == "cpu" else config.dtype
+
+    def layout(x_BPGK: Array) -> Array:
+        x_BGPK = jnp.repeat(x_BPGK.swapaxes(1, 2).astype(dtype), copies, axis=0)
+        x_BGPK = sharding.constrain(x_BGPK, sharding.ROWS, "tensor", None, None)
+        return x_BGPK.reshape(*(n for n in x_BGPK.shape[:2] if n > 1), *x_BGPK.shape[2:])
+
+    keys, values = (tuple(layout(layer[i]) for layer in kv) for i in (0, 1))
+    h_BD = jnp.take_along_axis(h_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
+    return grow(KVCache(keys, values), slots), h_BD
+
+
+def prefill(
+    params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, copies: int = 1
+) -> tuple[KVCache, Array]:
+    """`read`, and the logits of the first new token [B, V]."""
+    cache, h_BD = read(params, config, prompt_BP, length_B, slots, copies)
+    return cache, unembed(params, h_BD)
+
+
+def grow(cache: KVCache, slots: int) -> KVCache:
+    """The cache with so many more slots behind."""
+    return jax.tree.map(lambda x: jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, slots), (0, 0))), cache)
+
+
+def feed(
+    params: Params,
+    config: ModelConfig,
+    cache: KVCache,
+    tokens_BE: Array,
+    position_BE: Array,
+    slot: Array | int,
+    visible_BES: Array,
+) -> tuple[KVCache, Array]:
+    """Feed E tokens a row to the slots from `slot` on: the cache with them, and the hidden states [B, E, D].
+
+    visible_BES says which slots each token sees (leading axes may be 1). The slots must exist: they would clamp in
+    silence.
+    """
+    B, E = tokens_BE.shape
+    *rows, _, K = cache.keys[0].shape
+    H, shared = config.heads, config.heads // config.groups
+    some, e = ((shared * E,), "e") if shared * E > 1 else ((), "")  # an axis of 1 is left out, as in the cache
+
+    def store(all_: Array, new_BEGK: Array) -> Array:
+        new = new_BEGK.swapaxes(1, 2).reshape(*rows, E, K).astype(all_.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(all_, new, slot, axis=len(rows))
+
+    def attend(n: int, q_BEHK: Array, k_BEGK: Array, v_BEGK: Array) -> tuple[Array, tuple[Array, Array]]:
+        # Behind a barrier: XLA would else write, and so copy, it once for the loop and once for the product.
+        k, v = jax.lax.optimization_barrier((store(cache.keys[n], k_BEGK), store(cache.values[n], v_BEGK)))
+        q = q_BEHK.swapaxes(1, 2).reshape(*rows, *some, K).astype(k.dtype)
+        scores = jnp.einsum(f"...{e}k,...sk->...{e}s", q, k, preferred_element_type=jnp.float32)
+        scores_BHES = scores.reshape(B, H, E, -1) * K**-0.5
+        weights_BHES = jax.nn.softmax(jnp.where(visible_BES[:, None], scores_BHES, sampling.NEVER))
+        weights = weights_BHES.reshape(scores.shape).astype(v.dtype)
+        mixed = jnp.einsum(f"...{e}s,...sk->...{e}k", weights, v).astype(q_BEHK.dtype)
+        return mixed.reshape(B, H, E, K).swapaxes(1, 2), (k, v)
+
+    x_BED = transformer.embed(params, config, tokens_BE, position_BE)
+    turned = transformer.angles(config, position_BE)
+    stored = []
+    for n in range(config.layers):
+        one = functools.partial(attend, n)
+        x_BED, kv = transformer.transformer_block(params[f"block_{n}"], config, layers.PLAIN, x_BED, turned, one)
+        stored.append(kv)
+    keys, values = zip(*stored, strict=True)
+    return KVCache(keys, values), transformer.final_norm(params, config, x_BED)
+
+
+def advance(
+    params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
+) -> tuple[KVCache, Array]:
+    """Feed the t-th new token: the cache with it, and its hidden state after the final norm [B, D]."""
+    slots = jnp.arange(cache.keys[0].shape[-2])
+    new_S = (slots >= prompt_slots) & (slots <= prompt_slots + t)
+    visible_BS = (slots < length_B[:, None]) | new_S
+    position_B = length_B + t
+    cache, h_BED = feed(
+        params, config, cache, token_B[:, None], position_B[:, None], prompt_slots + t, visible_BS[:, None]
+    )
+    return cache, h_BED[:, 0]
+
+
+def decode_step(
+    params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
+) -> tuple[KVCache, Array]:
+    """`advance`, and the logits of the next token [B, V]."""
+    cache, h_BD = advance(params, config, cache, token_B, length_B, prompt_slots, t)
+    return cache, unembed(params, h_BD)
+
+
+def generate(
+    params: Params,
+    config: ModelConfig,
+    prompt_BP: Array,
+    length_B: Array,
+    key: Array,
+    *,
+    new_tokens: int,
+    stop: int | Sequence[int],
+    pad: int = 0,
+    sample: Sampler = sampling.categorical,
+    filter_logits: sampling.Filter = lambda logits: logits,
+    filter_seen: SeenFilter | None = None,
+    samples: int = 1,
+    value_head: Params | None = None,
+    segment: int = SEGMENT,
+    loop: Loop = jax.lax.scan,
+) -> Answers:
+    """Sample up to `new_tokens` tokens for each prompt, until `stop` (a token, or any of several).
+
+    prompt_BP: prompts padded on the right; length_B: their lengths. `filter_logits` shapes the distribution
+    (temperature, top-k, top-p), before it `filter_seen(logits, seen)` by what the prompt and the answer so far hold (a
+    repetition penalty); `sample` draws from it; the returned log-probabilities are those of the shaped
+    distribution. `samples` answers a prompt (rows b * samples ... of the result) are drawn after one reading of it.
+    `value_head` adds a critic's values. The cache grows by `segment` slots, each compiled. `loop` runs the steps:
+    `jax.lax.scan`, of a fixed length that can be vmapped, or `until_all_ended`. Rows that have ended yield `pad`.
+    Raises UserError while tracing when prompt and answer don't fit the model's block.
+    """
+    P = prompt_BP.shape[1]
+    check_room(config, P, new_tokens)
+    if samples < 1 or segment < 1:
+        raise UserError(f"samples is {samples} and segment {segment}; both must be at least 1")
+    params = prepare(params, config)
+    ends = [*range(segment, new_tokens - 1, segment), new_tokens - 1]  # fed tokens after each segment
+    cache, h_BD = read(params, config, prompt_BP, length_B, ends[0], copies=samples)
+    h_BD, prompt_BP, length_B = (jnp.repeat(x, samples, axis=0) for x in (h_BD, prompt_BP, length_B))
+    B = length_B.shape[0]
+    stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
+    seen_BV = None
+    if filter_seen:
+        real_BP = jnp.arange(P) < length_B[:, None]
+        seen_BV = jnp.zeros((B, config.vocab), bool).at[jnp.arange(B)[:, None], prompt_BP].max(real_BP)
+
+    def emit(key: Array, h_BD: Array, ended_B: Array, seen_BV: Array | None) -> tuple[Array, Any, tuple[Array, ...]]:
+        """The next token from the hidden state before it: (ended, seen, what is collected)."""
+        logits_BV = unembed(params, h_BD)
+        if filter_seen is not None and seen_BV is not None:
+            logits_BV = filter_seen(logits_BV, seen_BV)
+        logits_BV = filter_logits(logits_BV)
+        token_B = sample(key, logits_BV)
+        out = [jnp.where(ended_B, pad, token_B).astype(jnp.int32)]
+        out += [jnp.where(ended_B, 0.0, losses.log_prob(logits_BV, token_B)), ended_B]
+        if value_head is not None:
+            out.append(jnp.where(ended_B, 0.0, transformer.apply_scalar_head(value_head, h_BD)))
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(B), token_B].set(True)
+        return ended_B | (token_B[:, None] == stops).any(axis=1), seen_BV, tuple(out)
+
+    def step(carry: tuple, x: tuple[Array, Array]) -> tuple[tuple, tuple[Array, ...]]:
+        cache, token_B, ended_B, seen_BV = carry
+        t, key = x
+        cache, h_BD = advance(params, config, cache, token_B, length_B, P, t)
+        ended_B, seen_BV, out = emit(key, h_BD, ended_B, seen_BV)
+        return (cache, out[0], ended_B, seen_BV), out
+
+    keys = jax.random.split(key, new_tokens)
+    ended_B, seen_BV, out = emit(keys[0], h_BD, jnp.zeros(B, bool), seen_BV)
+    carry, collected = (cache, out[0], ended_B, seen_BV), [jax.tree.map(lambda x: x[None], out)]
+    for begin, end in zip([0, *ends], ends, strict=False):
+        if begin == end:
+            continue
+        if begin:
+            carry = (grow(carry[0], end - begin), *carry[1:])
+        carry, out = loop(step, carry, (jnp.arange(begin, end), keys[1 + begin : 1 + end]))
+        collected.append(out)
+    tokens_AB, logp_AB, before_AB, *values = (jnp.concatenate(part) for part in zip(*collected, strict=True))
+    tokens_AB = jnp.where(before_AB, pad, tokens_AB)
+    return Answers(
+        tokens_AB.T, logp_AB.T, (~before_AB).sum(0).astype(jnp.int32), carry[2], values[0].T if values else None
+    )
+
+
+def until_all_ended(step: Callable[..., Any], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` that ends early when every row has ended; what is then missing reads as ended."""
+    steps = jax.tree.leaves(xs)[0].shape[0]
+    # Keys travel as plain numbers: that each is taken once is clear to a reader, not to JAX's check of reused keys.
+    is_key = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key), xs)
+    plain = jax.tree.map(lambda x, key: jax.random.key_data(x) if key else x, xs, is_key)
+
+    def at(i: Array | int) -> Any:
+        return jax.tree.map(lambda x, key: jax.random.wrap_key_data(x[i]) if key else x[i], plain, is_key)
+
+    shapes = jax.eval_shape(step, carry, at(0))[1]
+    empty = jax.tree.map(lambda x: jnp.full((steps, *x.shape), x.dtype == jnp.bool, x.dtype), shapes)
+
+    def body(state: tuple) -> tuple:
+        i, carry, collected = state
+        carry, out = step(carry, at(i))
+        place = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)  # noqa: E731
+        return i + 1, carry, jax.tree.map(place, collected, out)
+
+    _, carry, collected = jax.lax.while_loop(
+        lambda state: (state[0] < steps) & ~state[1][2].all(), body, (jnp.zeros((), jnp.int32), carry, empty)
+    )
+    return carry, collected
+
+
+def generate_until(*args: Any, **settings: Any) -> Answers:
+    """The same tokens as `generate` with the same arguments, by a loop that stops when every row has ended."""
+    return generate(*args, loop=until_all_ended, **settings)
+
+
+def check_room(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse what would run past the model's block: positions and cache slots clamp in silence there."""
+    if new_tokens < 1:
+        raise UserError(f"new_tokens is {new_tokens}; ask for at least 1")
+    if prompt_tokens + new_tokens > config.block:
+        raise UserError(
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones don't fit the model's block of "
+            f"{config.block}; shorten the prompt, ask for fewer tokens or enlarge model.block"
+        )
+
+
+def join(prompt_BP: Array, length_B: Array, answers: Answers, pad: int = 0) -> tuple[Batch, Array]:
+    """Rows of prompt + answer without a gap, [B, P + A], with the answers' mask; and the sampler's log-probs there."""
+    P, A = prompt_BP.shape[1], answers.tokens_BA.shape[1]
+    t_T = jnp.arange(P + A)
+    in_prompt_BT = t_T < length_B[:, None]
+    mask_BT = ~in_prompt_BT & (t_T < (length_B + answers.length_B)[:, None])
+    source_BT = jnp.where(in_prompt_BT, t_T, jnp.clip(t_T - length_B[:, None] + P, 0, P + A - 1))
+    both_BT = jnp.concatenate([prompt_BP, answers.tokens_BA], axis=1)
+    tokens_BT = jnp.where(in_prompt_BT | mask_BT, jnp.take_along_axis(both_BT, source_BT, axis=1), pad)
+    logp_BT = jnp.take_along_axis(jnp.pad(answers.logp_BA, ((0, 0), (P, 0))), source_BT, axis=1)
+    return Batch(tokens_BT, mask_BT), jnp.where(mask_BT, logp_BT, 0.0)

@@ -1,0 +1,248 @@
+"""Speculative decoding: a cheap draft proposes several tokens, the model checks them all in one forward pass.
+
+Leviathan et al. 2023 (algorithm 1); Chen et al. 2023. A drafted token x is accepted with probability
+min(1, p(x) / q(x)), where p is the model's distribution and q the draft's; the first one rejected is replaced by a draw
+from max(p - q, 0), normalised; when all are accepted the same pass yields one token more. What comes out follows p
+exactly, whatever the draft is: a poor draft costs time, never quality.
+
+    model_draft(params, config, k)   a smaller model with the same vocabulary
+    ngram_draft(k, n)                prompt lookup: what followed the last n tokens when they last occurred
+
+One prompt, slot = position: a rejected token's cache slot is overwritten by the next pass, which starts there.
+Two letters beside those of `structs`: J drafted tokens, and E = J + 1 tokens that the model reads in one pass.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxgpt import losses
+from jaxgpt.config import ModelConfig
+from jaxgpt.decoding import sampling
+from jaxgpt.decoding.generate import check_room, feed, prefill, prepare, unembed
+from jaxgpt.errors import UserError
+from jaxgpt.structs import Answers, Array, KVCache, Params
+
+Shape = Callable[[Array], Array]  # logits [..., V] -> the probabilities that are drawn from [..., V]
+# (key, state, text_T, n) -> state, J tokens to follow the first n of the text, and their distributions [J, V]
+Propose = Callable[[Array, Any, Array, Array], tuple[Any, Array, Array]]
+
+
+class Draft(Protocol):
+    """Proposes `k` tokens at a time; a pytree, so that it can be an argument of a jitted function."""
+
+    @property
+    def k(self) -> int: ...
+
+    def start(
+        self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: Shape
+    ) -> tuple[Any, Propose]:
+        """Read the prompt: the first state, and the function that proposes."""
+        ...
+
+
+@struct.dataclass
+class Speculated:
+    """The answer, and what it took: J * forwards tokens were drafted and `accepted` of them are in the answer."""
+
+    answers: Answers
+    forwards: Array  # int32: passes of the model after the prompt's
+    accepted: Array  # int32
+
+
+def generate(
+    params: Params,
+    config: ModelConfig,
+    prompt_BP: Array,
+    length_B: Array,
+    key: Array,
+    *,
+    draft: Draft,
+    new_tokens: int,
+    stop: int | Sequence[int],
+    pad: int = 0,
+    filter_logits: sampling.Filter = lambda logits: logits,
+    greedy: bool = False,
+) -> Speculated:
+    """`decode.generate` for one prompt [1, P] with fewer passes: the same distribution, or the same tokens if `greedy`.
+
+    `filter_logits` shapes the model's distribution and the draft's; the log-probabilities are the shaped model's.
+    Raises UserError while tracing: more than one prompt, no room in the block of model or draft, another vocabulary.
+    """
+    (B, P), A, J = prompt_BP.shape, new_tokens, draft.k
+    if B != 1:
+        raise UserError(f"speculative decoding takes one prompt at a time, not {B}; use decode.generate for a batch")
+    check_room(config, P, A)
+    stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
+    length = length_B[0]
+
+    def shape(logits: Array) -> Array:
+        if greedy:
+            return jax.nn.one_hot(jnp.argmax(filter_logits(logits), axis=-1), logits.shape[-1])
+        return jax.nn.softmax(filter_logits(logits))
+
+    params = prepare(params, config)
+    cache, _ = prefill(params, config, prompt_BP, length_B, A + J)
+    state, propose = draft.start(config, prompt_BP, length_B, A, shape)
+
+    def body(carry: tuple) -> tuple:
+        key, cache, state, text_T, logp, n, _, forwards, accepted = carry
+        key, draft_key, verify_key = jax.random.split(key, 3)
+        state, draft_J, q_JV = propose(draft_key, state, text_T, length + n)
+        last = jax.lax.dynamic_slice(text_T, (length + n - 1,), (1,))
+        cache, logits_BEV = extend(params, config, cache, jnp.concatenate([last, draft_J])[None], length + n - 1)
+        tokens_E, good = verify(verify_key, draft_J, q_JV, shape(logits_BEV[0]))
+        stop_E = (tokens_E[:, None] == stops).any(axis=1)
+        first_stop = jnp.where(stop_E.any(), jnp.argmax(stop_E), J + 1)
+        added = jnp.minimum(jnp.minimum(good, first_stop) + 1, A - n)
+        text_T = jax.lax.dynamic_update_slice(text_T, tokens_E, (length + n,))
+        logp = jax.lax.dynamic_update_slice(logp, losses.log_prob(filter_logits(logits_BEV[0]), tokens_E), (n,))
+        ended = first_stop < added
+        return key, cache, state, text_T, logp, n + added, ended, forwards + 1, accepted + jnp.minimum(good, added)
+
+    text_T = jnp.pad(prompt_BP[0].astype(jnp.int32), (0, A + J))
+    zero = jnp.zeros((), jnp.int32)
+    carry = (key, cache, state, text_T, jnp.zeros(A + J), zero, jnp.zeros((), bool), zero, zero)
+    carry = jax.lax.while_loop(lambda carry: (carry[5] < A) & ~carry[6], body, carry)
+    _, _, _, text_T, logp, n, ended, forwards, accepted = carry
+    inside_A = jnp.arange(A) < n
+    tokens_A = jnp.where(inside_A, jax.lax.dynamic_slice(text_T, (length,), (A,)), pad)
+    answers = Answers(tokens_A[None], jnp.where(inside_A, logp[:A], 0.0)[None], n[None], ended[None])
+    return Speculated(answers, forwards, accepted)
+
+
+def extend(
+    params: Params, config: ModelConfig, cache: KVCache, tokens_BE: Array, start: Array
+) -> tuple[KVCache, Array]:
+    """Feed E tokens at once to the slots and positions start ... start + E - 1: the cache, and the logits after each.
+
+    They see all slots up to their own. tokens_BE [B, E], start a scalar -> cache, logits [B, E, V]. The cache must
+    have the slots (they would clamp in silence). Positions past the block read the last one: only tokens that are
+    beyond the answer's end have such.
+    """
+    position_BE = jnp.broadcast_to(start + jnp.arange(tokens_BE.shape[1]), tokens_BE.shape)
+    visible_BES = jnp.arange(cache.keys[0].shape[-2]) <= position_BE[:, :, None]
+    inside_BE = jnp.minimum(position_BE, config.block - 1)
+    cache, h_BED = feed(params, config, cache, tokens_BE, inside_BE, start, visible_BES)
+    return cache, unembed(params, h_BED)
+
+
+def acceptance(p: Array, q: Array) -> Array:
+    """Probability of keeping each token if it was drafted: min(1, p / q), [..., V]."""
+    return jnp.where(p < q, p / jnp.where(p < q, q, 1.0), 1.0)
+
+
+def residual(p: Array, q: Array) -> Array:
+    """What is drawn from after a rejection: max(p - q, 0) normalised, [..., V]; p itself where nothing is left."""
+    rest = jnp.maximum(p - q, 0.0)
+    total = rest.sum(axis=-1, keepdims=True)
+    return jnp.where(total > 0, rest / jnp.where(total > 0, total, 1.0), p)
+
+
+def verify(key: Array, draft_J: Array, q_JV: Array, p_EV: Array) -> tuple[Array, Array]:
+    """The kernel: drafted tokens, drawn from q, become tokens drawn from p.
+
+    Gives tokens [E], of which the first `accepted` are the draft's and the next one is drawn from the residual, or from
+    p's last row when all are accepted (those after it mean nothing); and `accepted`.
+    """
+    J = draft_J.shape[0]
+    accept_key, draw_key = jax.random.split(key)
+    keep_J = jnp.take_along_axis(acceptance(p_EV[:J], q_JV), draft_J[:, None], axis=1)[:, 0]
+    accepted = jnp.cumprod(jax.random.uniform(accept_key, (J,)) < keep_J, dtype=jnp.int32).sum()
+    q_EV = jnp.pad(q_JV, ((0, 1), (0, 0)))  # no draft after the last: the residual is p
+    log_rest_V = jnp.log(residual(p_EV[accepted], q_EV[accepted]))
+    drawn = sampling.categorical(draw_key, log_rest_V[None])
+    return jnp.where(jnp.arange(J + 1) == accepted, drawn, jnp.pad(draft_J, (0, 1))), accepted
+
+
+@struct.dataclass
+class ModelDraft:
+    """A smaller model, with its own cache."""
+
+    params: Params
+    config: ModelConfig = struct.field(pytree_node=False)
+    k: int = struct.field(pytree_node=False)
+
+    def start(
+        self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: Shape
+    ) -> tuple[KVCache, Propose]:
+        if self.config.vocab != config.vocab:
+            raise UserError(
+                f"the draft has a vocabulary of {self.config.vocab}, the model one of {config.vocab}; "
+                "they must share the tokenizer"
+            )
+        check_room(self.config, prompt_BP.shape[1], new_tokens)
+        params = prepare(self.params, self.config)
+
+        def propose(key: Array, cache: KVCache, text_T: Array, n: Array) -> tuple[KVCache, Array, Array]:
+            # The last two tokens of the text: when all drafts were accepted, the last of them has not been read yet.
+            begin = jnp.maximum(n - 2, 0)
+            two = jax.lax.dynamic_slice(text_T, (begin,), (2,))
+            cache, logits_BEV = extend(params, self.config, cache, two[None], begin)
+            q_V = shape(logits_BEV[0, n - 1 - begin])
+            first_key, key = jax.random.split(key)
+
+            def step(carry: Any, position: Array) -> tuple[Any, tuple[Array, Array]]:
+                cache, token, key = carry
+                draw_key, key = jax.random.split(key)
+                cache, logits_BEV = extend(params, self.config, cache, token[None], position)
+                q_V = shape(logits_BEV[0, 0])
+                token = sampling.categorical(draw_key, jnp.log(q_V)[None])
+                return (cache, token, key), (token[0], q_V)
+
+            first = sampling.categorical(first_key, jnp.log(q_V)[None])
+            carry: Any = (cache, first, key)
+            (cache, *_), (rest, q_rest) = jax.lax.scan(step, carry, n + jnp.arange(self.k - 1))
+            return cache, jnp.concatenate([first, rest]), jnp.concatenate([q_V[None], q_rest])
+
+        return prefill(params, self.config, prompt_BP, length_B, new_tokens + self.k)[0], propose
+
+
+@struct.dataclass
+class NgramDraft:
+    """Prompt lookup, in the prompt and the answer so far; a deterministic proposal, q is one-hot."""
+
+    k: int = struct.field(pytree_node=False)
+    n: int = struct.field(pytree_node=False)
+
+    def start(
+        self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: Shape
+    ) -> tuple[None, Propose]:
+        if self.n > prompt_BP.shape[1] + new_tokens:
+            raise UserError(f"n is {self.n}, more than prompt and answer have tokens; look for fewer")
+
+        def propose(key: Array, state: None, text_T: Array, n: Array) -> tuple[None, Array, Array]:
+            begin = jnp.arange(text_T.shape[0] - self.n + 1)
+            windows = text_T[begin[:, None] + jnp.arange(self.n)]
+            recent = jax.lax.dynamic_slice(text_T, (n - self.n,), (self.n,))
+            found = (windows == recent).all(axis=1) & (begin + self.n < n)  # a token that followed is known
+            after = jnp.where(found, begin + self.n, -1).max()
+            after = jnp.where(after < 0, n - 1, after)  # not found: the last token once more
+            draft_J = text_T[after + jnp.arange(self.k) % (n - after)]  # past the text's end, the same again
+            return None, draft_J, jax.nn.one_hot(draft_J, config.vocab)
+
+        return None, propose
+
+
+def model_draft(params: Params, config: ModelConfig, k: int) -> ModelDraft:
+    """`k` tokens drawn from a smaller model of the same vocabulary. Raises UserError for k < 1."""
+    _at_least_one(k=k)
+    return ModelDraft(params, config, k)
+
+
+def ngram_draft(k: int, n: int = 2) -> NgramDraft:
+    """The `k` tokens that followed the last `n` when these occurred last (Saxena 2023, prompt lookup decoding).
+
+    Costs no model; pays where answers repeat the prompt. Raises UserError for k < 1 or n < 1.
+    """
+    _at_least_one(k=k, n=n)
+    return NgramDraft(k, n)
+
+
+def _at_least_one(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"a draft's {name} is {number}; it must be at least 1")

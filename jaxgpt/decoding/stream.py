@@ -1,0 +1,75 @@
+"""One answer, token by token as it comes: for a person who reads along."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.decoding import sampling
+from jaxgpt.decoding.generate import SEGMENT, Sampler, check_room, decode_step, grow, prefill, prepare
+from jaxgpt.structs import Array, KVCache, Params
+
+
+def stream(
+    params: Params,
+    config: ModelConfig,
+    prompt_BP: Array,
+    length_B: Array,
+    key: Array,
+    *,
+    new_tokens: int,
+    stop: int | Sequence[int],
+    sample: Sampler = sampling.categorical,
+    filter_logits: sampling.Filter = lambda logits: logits,
+    segment: int = SEGMENT,
+) -> Iterator[int]:
+    """The tokens of `generate` for one prompt, one at a time as they come: for a person who reads along.
+
+    The cache doubles when it is full. Parameters that went through `prepare` once are used as they are; pass the same
+    `sample` and `filter_logits` again, or they are compiled again: a `jax.tree_util.Partial` may change the numbers it
+    holds without that."""
+    P = prompt_BP.shape[1]
+    check_room(config, P, new_tokens)
+    stops = {stop} if isinstance(stop, int) else set(stop)
+    if "head_DV" not in params:
+        params = jax.jit(prepare, static_argnums=1)(params, config)
+    room = min(segment, new_tokens)
+    chosen = {"sample": _as_tree(sample), "filter_logits": _as_tree(filter_logits)}
+    first, *rest = jax.random.split(key, new_tokens)
+    cache, token_B = _first(params, config, prompt_BP, length_B, room, first, **chosen)
+    for t, step_key in enumerate([*rest, None]):
+        token = int(token_B[0])
+        if token in stops:
+            return
+        yield token
+        if step_key is None:
+            return
+        if t == room:
+            more = min(room, new_tokens - room)
+            cache, room = grow(cache, more), room + more
+        cache, token_B = _next(params, config, cache, token_B, length_B, P, jnp.asarray(t), step_key, **chosen)
+
+
+def _as_tree(function: Callable[..., Array]) -> jax.tree_util.Partial:
+    """A function that jit takes as an argument: the numbers a `Partial` holds are traced, all else is static."""
+    return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def _first(
+    params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, key: Array, *,
+    sample: Sampler, filter_logits: sampling.Filter,
+) -> tuple[KVCache, Array]:  # fmt: skip
+    cache, logits_BV = prefill(params, config, prompt_BP, length_B, slots)
+    return cache, sample(key, filter_logits(logits_BV))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 5), donate_argnums=2)
+def _next(
+    params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array,
+    key: Array, *, sample: Sampler, filter_logits: sampling.Filter,
+) -> tuple[KVCache, Array]:  # fmt: skip
+    cache, logits_BV = decode_step(params, config, cache, token_B, length_B, prompt_slots, t)
+    return cache, sample(key, filter_logits(logits_BV))

@@ -1,0 +1,139 @@
+"""Files: written whole or not at all, hashed, and read with errors that say what is wrong and where."""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jaxgpt.errors import UserError
+
+
+def cache_root() -> Path:
+    """Where compiled programs and prepared data are kept: JAXGPT_CACHE, or ~/.cache/jaxgpt."""
+    return Path(os.environ.get("JAXGPT_CACHE") or Path.home() / ".cache" / "jaxgpt").expanduser()
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """"; did you mean X?" for the known name nearest to a mistyped one, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+# ---- written ----
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes `path`'s place at the end, in one step: a reader, or a program killed half-way, sees
+    the old file or the new one. Its folder is made if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` at the end, in one step. Where another process was quicker its folder
+    stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by this text, in one step."""
+    with new_file(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by this value, in one step: indented, without NaN (a ValueError here is a bug of the caller's)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# ---- read ----
+
+
+def read_json(path: Path) -> Any:
+    """UserError naming the file (and the line) when it is missing, not UTF-8, not JSON, or holds NaN."""
+
+    def refuse(constant: str) -> Any:
+        raise UserError(f"{path}: holds {constant}, which is not JSON")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
+
+
+# ---- hashed ----
+
+
+def sha256_of_file(path: Path) -> str:
+    """sha256 (hex) of a file's bytes. UserError when there is no such file."""
+    if not path.is_file():
+        raise UserError(f"no file {path}; check the path, or run the stage that writes it first")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_folder(folder: Path) -> dict[str, str]:
+    """sha256 (hex) of every file below `folder`, by relative path."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in paths}
+
+
+def sha256_of_texts(texts: Iterable[str]) -> str:
+    """sha256 (hex) of a list of texts; their lengths keep ["ab"] and ["a", "b"] apart."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def check_files(folder: Path, expected: Mapping[str, str]) -> None:
+    """UserError unless `folder` holds the files with these hashes."""
+    found = sha256_of_folder(folder)
+    for name, digest in expected.items():
+        if found.get(name) != digest:
+            state = "is damaged (its checksum differs)" if name in found else "is missing"
+            raise UserError(f"{folder / name} {state}; save it again, or copy the whole folder once more")

@@ -1,0 +1,157 @@
+"""KL divergence between policy pi and reference rho: estimators, standard errors, controllers. All in nats.
+
+Estimators (Schulman 2020, "Approximating KL divergence") of KL(pi || rho) from tokens sampled from pi, one value a
+token, with d = log pi - log rho. Where one is *placed* decides what it does (docs/maths.md shows it):
+
+    in the reward (no gradient)   k1: the gradient of KL(pi || rho).  k3: that minus the gradient of KL(rho || pi)
+    as a loss (differentiated)    k1: none at all.  k2: the gradient of KL(pi || rho).  k3: that of KL(rho || pi)
+
+each for one token's distribution; a loss term leaves out the effect of a token on the states after it.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxgpt.losses.checks import expect
+from jaxgpt.losses.mean import sequence_sum
+
+LIMIT = 20.0  # k3 holds d in [-20, 20] where it is exponentiated
+
+
+def k1(logp: Array, ref_logp: Array) -> Array:
+    """d: unbiased, can be negative."""
+    expect(logp=(logp, "float ..."), ref_logp=(ref_logp, "float ..."))
+    return logp - ref_logp
+
+
+def k2(logp: Array, ref_logp: Array) -> Array:
+    """d^2 / 2: biased, low variance, never negative."""
+    expect(logp=(logp, "float ..."), ref_logp=(ref_logp, "float ..."))
+    return 0.5 * jnp.square(logp - ref_logp)
+
+
+def k3(logp: Array, ref_logp: Array) -> Array:
+    """exp(-d) - 1 + d: unbiased and never negative. d is held in [-20, 20], without gradient beyond.
+
+    The value itself is not held (some stacks cap it at 10): one token with rho >> pi can outweigh a batch.
+    """
+    expect(logp=(logp, "float ..."), ref_logp=(ref_logp, "float ..."))
+    d = jnp.clip(logp - ref_logp, -LIMIT, LIMIT)
+    return jnp.expm1(-d) + d
+
+
+def exact(logits: Array, ref_logits: Array) -> Array:
+    """sum_v pi_v (log pi_v - log rho_v) for one prefix.  [..., V] twice -> [...].
+
+    Exact for each prefix; summed over sampled prefixes it is still an estimate of the sequence's KL.
+    """
+    expect(logits=(logits, "float ... V"), ref_logits=(ref_logits, "float ... V"))
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
+    ref_logp = jax.nn.log_softmax(ref_logits.astype(jnp.float32))
+    return jnp.sum(jnp.exp(logp) * (logp - ref_logp), axis=-1)
+
+
+def sequence_kl(logp_BT: Array, ref_logp_BT: Array, mask_BT: Array) -> Array:
+    """k1 summed over an answer's tokens: nats a sequence, [B]."""
+    return sequence_sum(k1(logp_BT, ref_logp_BT), mask_BT)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sequences", "tokens", "total", "total_squares", "tokens_squares", "products"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A KL with its standard error, in nats a sequence and in nats a token; a sequence is the independent sample.
+
+    Holds sums over sequences, so that parts of a batch add up with `+` (and `jax.lax.psum`).
+    """
+
+    sequences: Array
+    tokens: Array
+    total: Array  # nats
+    total_squares: Array  # of each sequence's nats
+    tokens_squares: Array
+    products: Array  # a sequence's nats times its tokens
+
+    def __add__(self, other: "Estimate") -> "Estimate":
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def nats_a_sequence(self) -> Array:
+        return self.total / jnp.maximum(self.sequences, 1)
+
+    @property
+    def nats_a_token(self) -> Array:
+        return self.total / jnp.maximum(self.tokens, 1)
+
+    @property
+    def nats_a_sequence_error(self) -> Array:
+        """Standard error of the mean over sequences; 0 where there are fewer than two."""
+        return self._spread(self.nats_a_sequence, 0.0) / jnp.maximum(self.sequences, 1)
+
+    @property
+    def nats_a_token_error(self) -> Array:
+        """Standard error of the ratio nats / tokens (linearised): tokens of one answer aren't independent."""
+        return self._spread(0.0, self.nats_a_token) / jnp.maximum(self.tokens, 1)
+
+    def _spread(self, a: Array | float, b: Array | float) -> Array:
+        """sqrt(n / (n - 1) sum_i e_i^2) of the residuals e_i = nats_i - a - b tokens_i (which have mean 0)."""
+        squares = (
+            self.total_squares
+            - 2 * (a * self.total + b * self.products)
+            + a**2 * self.sequences
+            + 2 * a * b * self.tokens
+            + b**2 * self.tokens_squares
+        )
+        return jnp.sqrt(jnp.maximum(squares, 0.0) * self.sequences / jnp.maximum(self.sequences - 1, 1))
+
+
+def estimate(values_BT: Array, mask_BT: Array) -> Estimate:
+    """The mean of an estimator's values over the masked tokens of B sequences, with standard errors.
+
+    values: k1, k2, k3 or `exact` (a token each). A row without tokens is no sequence.
+    """
+    total_B = sequence_sum(values_BT, mask_BT)
+    tokens_B = mask_BT.sum(axis=-1).astype(total_B.dtype)
+    sums = (tokens_B > 0, tokens_B, total_B, total_B**2, tokens_B**2, total_B * tokens_B)
+    return Estimate(*(x.astype(total_B.dtype).sum() for x in sums))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["beta"], meta_fields=["target", "horizon", "unit"])
+@dataclasses.dataclass(frozen=True)
+class AdaptiveKL:
+    """Ziegler et al. 2020, section 2.2: beta follows the measured KL towards a target.
+
+    e = clip(KL / target - 1, -0.2, 0.2);   beta <- beta (1 + e episodes / horizon)
+    """
+
+    beta: Array  # reward units a nat
+    target: float = 6.0  # nats a `unit`
+    horizon: float = 10_000.0  # episodes
+    unit: str = "sequence"  # or "token": some stacks mean nats a token when they say 6
+
+    def update(self, measured: Estimate) -> "AdaptiveKL":
+        """The controller after these episodes. Raises ValueError for a unit that isn't one."""
+        units = {"sequence": measured.nats_a_sequence, "token": measured.nats_a_token}
+        if self.unit not in units:
+            raise ValueError(f"AdaptiveKL: unit is {self.unit!r}; choose sequence or token")
+        error = jnp.clip(units[self.unit] / self.target - 1.0, -0.2, 0.2)
+        return dataclasses.replace(self, beta=self.beta * (1.0 + error * measured.sequences / self.horizon))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["beta"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class FixedKL:
+    """A constant beta, in reward units a nat."""
+
+    beta: Array
+
+    def update(self, measured: Estimate) -> "FixedKL":
+        """The same beta, whatever was measured."""
+        return self

@@ -1,0 +1,136 @@
+"""From scores to advantages: on rows of tokens whose answer is marked by a mask, or on groups of answers."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxgpt.losses.checks import expect, expect_value
+
+
+def last_token(mask_BT: Array) -> Array:
+    """True at the last masked token of each row, [B, T]."""
+    expect(mask=(mask_BT, "bool B T"))
+    after_BT = jnp.cumsum(mask_BT[:, ::-1], axis=1)[:, ::-1]
+    return mask_BT & (after_BT == 1)
+
+
+def shaped_rewards(score_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | float) -> Array:
+    """r_t = -beta kl_t on every answer token, plus the score on its last one (Ziegler et al. 2020, eq. 2), [B, T]."""
+    expect_value(beta >= 0, "beta is {beta}; the price of a nat can't be negative", beta=beta)
+    expect(score=(score_B, "float B"), kl=(kl_BT, "float B T"), mask=(mask_BT, "bool B T"))
+    return jnp.where(mask_BT, -beta * kl_BT, 0.0) + jnp.where(last_token(mask_BT), score_B[:, None], 0.0)
+
+
+def gae(
+    reward_BT: Array, value_BT: Array, mask_BT: Array, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Array, Array]:
+    """Generalised advantage estimation (Schulman et al. 2016): (advantage, return), both [B, T], 0 outside the mask.
+
+    delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   R_t = A_t + V_t
+
+    `value_BT[t]` is the value of the state *before* token t. An answer is one episode: nothing is bootstrapped after
+    its last token, whether it ended by itself or was cut (a cut answer's score already says so).
+    """
+    expect(reward=(reward_BT, "float B T"), value=(value_BT, "float B T"), mask=(mask_BT, "bool B T"))
+
+    def back(carry: tuple[Array, Array], x: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        advantage_B, next_value_B = carry
+        reward_B, value_B, mask_B = x
+        delta_B = reward_B + gamma * next_value_B - value_B
+        advantage_B = jnp.where(mask_B, delta_B + gamma * lam * advantage_B, 0.0)
+        return (advantage_B, jnp.where(mask_B, value_B, 0.0)), advantage_B
+
+    zeros_B = jnp.zeros_like(reward_BT[:, 0])
+    xs = jax.tree.map(lambda x: x.swapaxes(0, 1), (reward_BT, value_BT, mask_BT))
+    _, advantage_TB = jax.lax.scan(back, (zeros_B, zeros_B), xs, reverse=True)
+    advantage_BT = advantage_TB.swapaxes(0, 1)
+    return advantage_BT, jnp.where(mask_BT, advantage_BT + value_BT, 0.0)
+
+
+def rewards_to_go(reward_BT: Array, mask_BT: Array, gamma: float = 1.0) -> Array:
+    """G_t = r_t + gamma G_{t+1} inside the mask, [B, T]: the return that REINFORCE weighs log pi_t with."""
+    return gae(reward_BT, jnp.zeros_like(reward_BT), mask_BT, gamma, 1.0)[0]
+
+
+def masked_moments(x: Array, mask: Array) -> tuple[Array, Array]:
+    """Mean and population variance over the True elements (0 and 0 when there are none)."""
+    expect(x=(x, "float ..."), mask=(mask, "bool ..."))
+    count = jnp.maximum(mask.sum(), 1).astype(x.dtype)
+    # From the largest on: the mean of equal numbers is that number, to the last bit.
+    top = jax.lax.stop_gradient(jnp.where(mask, x, -jnp.inf).max())
+    top = jnp.where(mask.any(), top, 0.0)
+    mean = top + jnp.where(mask, x - top, 0.0).sum() / count
+    return mean, jnp.where(mask, jnp.square(x - mean), 0.0).sum() / count
+
+
+def whiten(x: Array, mask: Array) -> Array:
+    """Mean 0, variance 1 over the True elements; 0 elsewhere. A statistic of the batch: take it before splitting."""
+    mean, variance = masked_moments(x, mask)
+    return jnp.where(mask, (x - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
+
+
+def whiten_keep_mean(x: Array, mask: Array) -> Array:
+    """Variance 1 over the True elements with the mean left where it is; 0 elsewhere."""
+    mean, variance = masked_moments(x, mask)
+    return jnp.where(mask, (x - mean) * jax.lax.rsqrt(variance + 1e-8) + mean, 0.0)
+
+
+def normalisation(score_B: Array, mask_B: Array | None = None) -> tuple[Array, Array]:
+    """(gain, bias) so that gain * score + bias has mean 0 and standard deviation 1 on these scores (Ziegler 2020, 2.2).
+
+    Take them from samples of the reference policy, and then apply them to every score. Scores that are all alike only
+    lose their mean.
+    """
+    expect(score=(score_B, "float ..."), mask=(mask_B, "bool ..."))
+    mean, variance = masked_moments(score_B, jnp.ones(score_B.shape, bool) if mask_B is None else mask_B)
+    gain = jnp.where(variance > 1e-12, jax.lax.rsqrt(jnp.maximum(variance, 1e-12)), 1.0)
+    return gain, -gain * mean
+
+
+def centred(score_BC: Array, present_BC: Array | None = None) -> Array:
+    """h_i - mean of the prompt's answers, [B, C]: GRPO without its bias towards small spreads (Liu et al. 2025).
+
+    B prompts with C sampled answers each; 0 where an answer isn't present or is alone.
+    """
+    return _groups(score_BC, present_BC)[0]
+
+
+def rloo(score_BC: Array, present_BC: Array | None = None) -> Array:
+    """h_i - mean of the *other* answers of the prompt, [B, C]: unbiased (Kool et al. 2019; Ahmadian et al. 2024).
+
+    Equal to C / (C - 1) times `centred`.
+    """
+    deviation_BC, count_B1 = _groups(score_BC, present_BC)
+    return deviation_BC * count_B1 / jnp.maximum(count_B1 - 1, 1)
+
+
+def grpo(score_BC: Array, present_BC: Array | None = None, epsilon: float = 1e-4) -> Array:
+    """(h_i - mean) / (std + eps) over the prompt's answers, [B, C] (Shao et al. 2024, section 4.1.2).
+
+    The sample deviation (C - 1 in the denominator). Dividing by it weighs prompts with alike scores more, and where the
+    KL is a loss beside it the optimum no longer knows the scores' scale (docs/maths.md): `centred` keeps both.
+    """
+    deviation_BC, count_B1 = _groups(score_BC, present_BC)
+    variance_B1 = jnp.square(deviation_BC).sum(axis=1, keepdims=True) / jnp.maximum(count_B1 - 1, 1)
+    # The inner where keeps the gradient of sqrt(0) finite.
+    std_B1 = jnp.where(variance_B1 > 0, jnp.sqrt(jnp.where(variance_B1 > 0, variance_B1, 1.0)), 0.0)
+    return deviation_BC / (std_B1 + epsilon)
+
+
+def to_tokens(advantage_B: Array, mask_BT: Array) -> Array:
+    """An answer's advantage at each of its tokens, [B, T]; 0 outside the mask."""
+    expect(advantage=(advantage_B, "float B"), mask=(mask_BT, "bool B T"))
+    return jnp.where(mask_BT, advantage_B[:, None], 0.0)
+
+
+def _groups(score_BC: Array, present_BC: Array | None) -> tuple[Array, Array]:
+    """Deviations from each row's mean over the present answers, and their number."""
+    expect(score=(score_BC, "float B C"), present=(present_BC, "bool B C"))
+    present_BC = jnp.ones(score_BC.shape, bool) if present_BC is None else present_BC
+    count_B1 = present_BC.sum(axis=1, keepdims=True).astype(score_BC.dtype)
+    top_B1 = jax.lax.stop_gradient(jnp.where(present_BC, score_BC, -jnp.inf).max(axis=1, keepdims=True))
+    top_B1 = jnp.where(count_B1 > 0, top_B1, 0.0)
+    mean_B1 = top_B1 + jnp.where(present_BC, score_BC - top_B1, 0.0).sum(axis=1, keepdims=True) / jnp.maximum(
+        count_B1, 1
+    )
+    return jnp.where(present_BC, score_BC - mean_B1, 0.0), count_B1

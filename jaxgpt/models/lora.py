@@ -1,0 +1,62 @@
+"""Low-rank adapters (Hu et al. 2022): train a small pytree beside frozen weights.
+
+    y = x W + (x A) B        A [in, rank] normal(1/sqrt(in)), B [rank, out] 0: at first the model is unchanged
+
+(PEFT's lora_alpha is the rank here: a scale of 1.) Adapters lie beside the kernel they belong to, as `lora_a` and
+`lora_b`; `train.TrainState` merges the trained adapters with the frozen rest, and `layers.dense` adds their product.
+Without them, the same weights are the frozen reference of PPO and DPO: no second copy is needed.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.errors import UserError
+from jaxgpt.structs import Array, Params
+
+NAMES = ("lora_a", "lora_b")
+
+
+def init(key: Array, params: Params, rank: int) -> Params:
+    """Adapters for every dense layer: nested as the parameters, of nothing else. UserError if the rank is below 1."""
+    if rank < 1:
+        raise UserError(f"lora is {rank}; a rank must be at least 1 (0 trains all weights)")
+
+    def below(tree: Params, key: Array) -> Params:
+        if "kernel" in tree:
+            fan_in, fan_out = tree["kernel"].shape
+            a = jax.random.normal(key, (fan_in, rank)) / math.sqrt(fan_in)
+            return {"lora_a": a, "lora_b": jnp.zeros((rank, fan_out))}
+        inner = {name: part for name, part in tree.items() if isinstance(part, dict)}
+        found = {
+            name: below(inner[name], one)
+            for name, one in zip(inner, jax.random.split(key, max(len(inner), 1)), strict=False)
+        }
+        return {name: part for name, part in found.items() if part}
+
+    return below(params, key)
+
+
+def start(key: Array, params: Params, rank: int) -> tuple[Params, Params]:
+    """(trainable, frozen): all and nothing for rank 0, else adapters and all."""
+    return (init(key, params, rank), params) if rank else (params, {})
+
+
+def base(params: Params) -> Params:
+    """The weights without adapters: the model before training."""
+    return {name: base(part) if isinstance(part, dict) else part for name, part in params.items() if name not in NAMES}
+
+
+def merge(params: Params) -> Params:
+    """One kernel W + A B for each with adapters: a plain model, to save, export or decode with."""
+    if "lora_a" in params:
+        product = params["lora_a"].astype(jnp.float32) @ params["lora_b"].astype(jnp.float32)
+        kernel = params["kernel"]
+        return {**base(params), "kernel": (kernel.astype(jnp.float32) + product).astype(kernel.dtype)}
+    return {name: merge(part) if isinstance(part, dict) else part for name, part in params.items()}
+
+
+def reference(params: Params) -> Params:
+    """The frozen reference of {'policy', maybe 'reference'}: the policy without its adapters if there is no other."""
+    return params["reference"] if "reference" in params else base(params["policy"])

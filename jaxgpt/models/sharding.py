@@ -1,0 +1,288 @@
+"""Where arrays live: a mesh of devices, and which axis of each array is divided among which of its axes.
+
+    data    rows of a batch; parameters are whole on each device
+    fsdp    rows too; and parameters and optimiser state are divided, and gathered layer by layer where they are used
+    tensor  heads, hidden units and vocabulary
+
+A step is traced `within` a mesh and jitted with these shardings on its inputs and outputs; XLA adds the collectives.
+Functions below it ask for a layout by the names of the axes (`constrain`), which means nothing outside a mesh.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import UserError
+from jaxgpt.structs import Array
+
+F = TypeVar("F", bound=Callable[..., Any])
+Axes = str | tuple[str, ...] | None
+ROWS = ("data", "fsdp")  # what divides the rows of a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh. Their product is the number of devices."""
+
+    data: int = 0  # copies of the model; 0: all devices that the other axes leave
+    fsdp: int = 1  # parts of parameters and optimiser state, gathered where they are used
+    tensor: int = 1  # parts of every layer: heads, hidden units, vocabulary
+
+    def __post_init__(self) -> None:
+        for name, least in (("data", 0), ("fsdp", 1), ("tensor", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"mesh.{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices of all processes (or those given) as a mesh. UserError where they don't divide so."""
+    count = len(devices) if devices is not None else jax.device_count()
+    inner = config.fsdp * config.tensor
+    data = config.data or count // inner
+    if data * inner != count:
+        wanted = f"data {config.data or 'any'} x fsdp {config.fsdp} x tensor {config.tensor}"
+        raise UserError(f"a mesh of {wanted} doesn't fit {count} devices; change one of mesh.data, .fsdp, .tensor")
+    names = ("data", "fsdp", "tensor")
+    shape = (data, config.fsdp, config.tensor)
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def data_mesh() -> Mesh:
+    """All devices of all processes along 'data'."""
+    return make_mesh()
+
+
+# ---- inside a step ----
+
+
+def within(mesh: Mesh, f: F) -> F:
+    """f, traced with this mesh in mind: `constrain` and `platform` refer to it."""
+
+    @functools.wraps(f)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*args, **kwargs)
+
+    return traced  # type: ignore[return-value]
+
+
+def _active() -> AbstractMesh | None:
+    """The mesh that is being traced for, where XLA divides the work and there is more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return mesh if automatic and mesh.size > 1 else None
+
+
+def divided() -> bool:
+    """Whether the program that is being traced is divided among several devices by XLA."""
+    return _active() is not None
+
+
+def platform() -> str:
+    """What is being compiled for: "cpu", "gpu" or "tpu". Not `jax.default_backend()` alone, which is the machine that
+    compiles: a program for a TPU slice may be made on a laptop."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    name = device.platform if device is not None else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def constrain(x: Array, *axes: Axes) -> Array:
+    """x with its dimensions divided along these axes of the mesh (None: whole). The identity outside a mesh; an axis
+    that the mesh doesn't have, or that doesn't divide its dimension, is left out."""
+    mesh = _active()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, _fitting(axes, x.shape, mesh))
+
+
+def constrain_rows(x: Array) -> Array:
+    """x with its first dimension divided among the devices that divide rows."""
+    return constrain(x, ROWS, *[None] * (x.ndim - 1))
+
+
+def gathered(w: Array, axes: Sequence[Axes], lookup: bool = False) -> Array:
+    """A parameter that is divided along `axes`, put together along 'fsdp' for its use; its gradient is scattered again.
+    `lookup`: it is used by row, not in a product. The identity outside a mesh."""
+    mesh = _active()
+    return w if mesh is None or mesh.shape.get("fsdp", 1) == 1 else _gathered(w, tuple(axes), lookup)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(w: Array, axes: tuple[Axes, ...], lookup: bool) -> Array:
+    return constrain(w, *(None if axis == "fsdp" else axis for axis in axes))
+
+
+def _scatter(axes: tuple[Axes, ...], lookup: bool, _: None, g: Array) -> tuple[Array]:
+    # A product's gradient is summed straight into its parts. A lookup's is first made whole: XLA would else divide it
+    # by sending activations around.
+    return (constrain(_gathered(g, axes, lookup) if lookup else g, *axes),)
+
+
+_gathered.defvjp(lambda w, axes, lookup: (_gathered(w, axes, lookup), None), _scatter)
+
+
+def parts_of(size: int, axes: Axes) -> int:
+    """Into how many parts `constrain` divides a dimension of this size; 1 outside a mesh."""
+    mesh = _active()
+    fitting = None if mesh is None else _fitting((axes,), (size,), mesh)[0]
+    names = (fitting,) if isinstance(fitting, str) else fitting or ()
+    return 1 if mesh is None else int(np.prod([mesh.shape[name] for name in names], dtype=int))
+
+
+def rule_of(path: Sequence[Any], rules: Mapping[str, P]) -> P:
+    """The rule for a leaf by the last two names of its path ("qkv/kernel") or the last one; P() without one."""
+    names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return rules.get("/".join(names[-2:]), rules.get("".join(names[-1:]), P()))
+
+
+def _fitting(axes: Iterable[Axes], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The axes that exist in the mesh and divide their dimension."""
+
+    def fit(axis: Axes, size: int) -> Axes:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        names = tuple(name for name in names if name in mesh.shape)
+        parts = int(np.prod([mesh.shape[name] for name in names], dtype=int))
+        return None if size % parts or not names else names
+
+    return P(*(fit(axis, size) for axis, size in zip(axes, shape, strict=False)))
+
+
+# ---- at its edge ----
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Axis 0 divided among the devices (those of one tensor group share their rows)."""
+    return NamedSharding(mesh, P(tuple(name for name in ROWS if name in mesh.shape)))
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is divided."""
+    return int(np.prod([mesh.shape[name] for name in ROWS if name in mesh.shape], dtype=int))
+
+
+def by_path(tree: Any, rules: Mapping[str, P], mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf (an array or its shape) by the end of its path, whatever it is nested in: an
+    optimiser's moments lie where their parameters do. Leaves without a rule are on every device."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, _fitting(rule_of(path, rules), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes that also say where they live: what a step is compiled for."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """A copy of each leaf where `shardings` (a tree, or one for all) says, in new buffers: a step may donate them.
+    With several processes, each holds the same leaves."""
+
+    def one(x: Any, where: NamedSharding) -> Array:
+        if where.is_fully_addressable:
+            return jax.numpy.copy(jax.device_put(x, where))
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):  # its numbers have one axis more, which stays whole
+            return jax.random.wrap_key_data(one(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda x: shardings, tree)
+    return jax.tree.map(one, tree, shardings)
+
+
+def place_like(tree: Any, shapes: Any) -> Any:
+    """`place`, where `with_shardings` shapes say."""
+    return place(tree, jax.tree.map(lambda x: x.sharding, shapes))
+
+
+def place_rows(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays, of which each process holds its share of rows, as global arrays divided among all devices."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows(mesh), np.asarray(x)), tree)
+
+
+def place_whole(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays, of which every process holds all rows, as global arrays: the rows divided among all devices, or,
+    where that doesn't come out even, whole on each."""
+
+    def one(x: Any) -> Array:
+        x = np.asarray(x)
+        divided = NamedSharding(mesh, _fitting((ROWS,), x.shape, mesh))
+        return jax.make_array_from_callback(x.shape, divided, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which part of a batch's rows a process brings: part `index` of `count`."""
+
+    index: int
+    count: int
+
+
+def share_of_rows(mesh: Mesh) -> Share:
+    """This process's share. Processes whose devices hold the same rows (a tensor axis across them) bring the same
+    part. UserError where processes hold rows in common and others not."""
+    held: dict[int, frozenset[int]] = {}
+    parts = row_parts(mesh)
+    for part, devices in enumerate(mesh.devices.reshape(parts, -1)):
+        for device in devices:
+            held[device.process_index] = held.get(device.process_index, frozenset()) | {part}
+    shares = sorted(set(held.values()), key=min)
+    if sum(map(len, shares)) != parts or len(set(map(len, shares))) > 1:
+        sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        raise UserError(
+            f"a mesh of {sizes} doesn't divide rows evenly among {len(held)} processes; "
+            "let mesh.tensor divide a process's devices, or the other way round"
+        )
+    return Share(shares.index(held[jax.process_index()]), len(shares))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A copy of each leaf on every device, in new buffers."""
+    return place(tree, replicated(mesh))
+
+
+# ---- what fits ----
+
+
+def check_model(config: ModelConfig, mesh: Mesh) -> None:
+    """Refuse a mesh whose tensor axis doesn't divide the model's heads, hidden units and vocabulary, or whose fsdp axis
+    doesn't divide its width: they would be kept whole in silence."""
+    sizes = {
+        "heads": ("tensor", config.heads),
+        "heads of keys": ("tensor", config.groups),
+        "hidden units": ("tensor", config.mlp_units),
+        "vocab": ("tensor", config.vocab),
+        "width": ("fsdp", config.width),
+    }
+    for name, (axis, size) in sizes.items():
+        parts = mesh.shape.get(axis, 1)
+        if size % parts:
+            raise UserError(f"mesh.{axis} of {parts} doesn't divide the model's {name} of {size}; change one of them")
+
+
+def check_batch(batch: int, parts: int, mesh: Mesh) -> None:
+    """Refuse a batch that doesn't divide into `parts` equal parts, each shared equally by the devices."""
+    if parts < 1 or batch % parts:
+        raise UserError(f"a batch of {batch} rows doesn't divide into {parts} microbatches; change one of them")
+    check_rows(batch // parts, mesh, "a batch" if parts == 1 else "a microbatch")
+
+
+def check_rows(count: int, mesh: Mesh, name: str) -> None:
+    """Refuse a batch that the devices can't share equally, or the processes can't bring equally."""
+    parts = row_parts(mesh)
+    if count % parts:
+        raise UserError(f"{name} of {count} rows doesn't divide among {parts} devices; use a multiple of {parts}")

@@ -1,0 +1,70 @@
+"""The simulated annotator: a program that stands in for a person and says so wherever its labels appear.
+
+Its gold score of a text is VADER's compound sentiment (Hutto & Gilbert 2014, a lexicon; -1 to 1), or how short it is,
+and it picks a favourite with probability softmax(gold / temperature).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxgpt.errors import UserError, needs_extra
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatedAnnotator:
+    """Prefers cheerful answers, or short ones, noisily: P(choose i) = softmax(gold / temperature)_i."""
+
+    temperature: float = 0.15
+    wish: Literal["cheerful", "short"] = "cheerful"
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(
+                f"annotator temperature is {self.temperature}; it must be above 0 (small: hardly any noise)"
+            )
+        if self.wish not in ("cheerful", "short"):
+            raise UserError(f"annotator wish is {self.wish!r}; choose cheerful or short")
+
+    @property
+    def name(self) -> str:
+        kind = "VADER" if self.wish == "cheerful" else "number of words"
+        return f"simulated annotator ({kind}, temperature {self.temperature:g})"
+
+    def gold(self, texts: Sequence[str]) -> np.ndarray:
+        """The score that the choices come from, float64: `gold_scores`, or -words / 20 (where an answer that says
+        nothing is as bad as one of 40 words)."""
+        if self.wish == "cheerful":
+            return gold_scores(texts)
+        return -np.array([len(text.split()) or 40 for text in texts]) / 20.0
+
+    def probabilities(self, scores_BC: np.ndarray) -> np.ndarray:
+        """P(choice) for gold scores [B, C], float64."""
+        shifted = (scores_BC - scores_BC.max(1, keepdims=True)) / self.temperature
+        weights = np.exp(shifted)
+        return weights / weights.sum(1, keepdims=True)
+
+    def choose(self, scores_BC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One noisy favourite a row, [B]."""
+        cumulative = self.probabilities(scores_BC).cumsum(1)
+        return (rng.random((len(scores_BC), 1)) > cumulative[:, :-1]).sum(1)
+
+    def ceiling(self, scores_BC: np.ndarray) -> float:
+        """The accuracy of whoever knows the gold scores: what no reward model can beat, because the choice is noisy."""
+        return float(self.probabilities(scores_BC).max(1).mean())
+
+
+def gold_scores(texts: Sequence[str]) -> np.ndarray:
+    """VADER's compound sentiment of each text, in [-1, 1], float64."""
+    return np.array([_vader().polarity_scores(text)["compound"] for text in texts])
+
+
+@functools.cache
+def _vader() -> Any:
+    with needs_extra("eval"):
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()

@@ -1,0 +1,85 @@
+"""Policy gradients on groups of answers to the same prompt: RLOO, GRPO, and GRPO without its biases."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxgpt import losses
+from jaxgpt.config import ModelConfig
+from jaxgpt.losses import Mean, returns
+from jaxgpt.rlhf import rollout
+from jaxgpt.rlhf.ppo import Controller
+from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.training.step import Metrics, TrainState, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How answers are weighed. `advantage`: of a group's scores [B, C]; `mean`: an answer's loss is the mean over its
+    tokens, as in GRPO, in place of their sum."""
+
+    advantage: Callable[[Array], Array]
+    mean: bool
+
+
+METHODS = {
+    "RLOO": Method(returns.rloo, mean=False),
+    "GRPO": Method(returns.grpo, mean=True),
+    "GRPO, no deviation": Method(returns.centred, mean=True),
+    "GRPO, no length": Method(returns.grpo, mean=False),
+    "GRPO, neither (Dr. GRPO)": Method(returns.centred, mean=False),
+}
+
+
+def learn(
+    config: ModelConfig,
+    tx: optax.GradientTransformation,
+    method: Method,
+    each: int,
+    *,
+    new_tokens: int,
+    temperature: float = 1.0,
+) -> Callable[..., tuple[TrainState, Controller, Metrics]]:
+    """One step on groups of `each` answers, on policy: the ratio is 1, the clipped loss has REINFORCE's gradient."""
+    over = losses.sequence_mean if method.mean else losses.sequence_sum
+    scale = 1.0 if method.mean else 1 / new_tokens  # a constant length, so that all methods have one learning rate
+
+    def loss_fn(params: Params, batch: tuple[Batch, Array], key: Array | None) -> tuple[Mean, Metrics]:
+        rows, advantage_B = batch
+        logp_BT, _, entropy_BT = rollout.policy_outputs(
+            params["policy"], params["value_head"], config, rows, new_tokens, temperature
+        )
+        log_ratio_BT = losses.log_ratio(logp_BT, jax.lax.stop_gradient(logp_BT))
+        loss_BT = losses.ppo_clip(log_ratio_BT, returns.to_tokens(advantage_B, rows.mask_BT))
+        objective = losses.reduce(over(loss_BT, rows.mask_BT) * scale)
+        return objective, {"entropy": losses.reduce(entropy_BT, rows.mask_BT)}
+
+    step = make_train_step(loss_fn, tx)
+
+    def one_step(
+        state: TrainState, control: Controller, seen: tuple[Batch, Array, Array], score_B: Array, key: Array
+    ) -> tuple[TrainState, Controller, Metrics]:
+        rows, _, ended_B = seen
+        score_BC = jnp.where(ended_B, score_B, 0.0).reshape(-1, each)
+        advantage_BC = method.advantage(score_BC)
+        state, metrics = step(state, (rows, advantage_BC.reshape(-1)), None)
+        return state, control, {**metrics, **lengths(rows, score_B), **weights(score_BC, advantage_BC)}
+
+    return one_step
+
+
+def lengths(rows: Batch, score_B: Array) -> Metrics:
+    """Tokens of right answers (score 1) and of wrong ones."""
+    length_B = rows.mask_BT.sum(1).astype(jnp.float32)
+    return {"length": losses.reduce(length_B), "length_right": losses.reduce(length_B, score_B > 0.5),
+            "length_wrong": losses.reduce(length_B, score_B < 0.5)}  # fmt: skip
+
+
+def weights(score_BC: Array, advantage_BC: Array) -> Metrics:
+    """The mean |advantage| of groups by how many of their answers are right: the weight of easy and hard prompts."""
+    right_B, size = score_BC.sum(1), score_BC.shape[1]
+    weight_B = jnp.abs(advantage_BC).mean(1)
+    return {f"weight_{n}": losses.reduce(weight_B, right_B == n) for n in range(1, size)}

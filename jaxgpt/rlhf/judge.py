@@ -1,0 +1,39 @@
+"""The judge: a classifier of reviews (TF-IDF and logistic regression) fitted on labels that people gave.
+
+No stage trains on its verdicts or on those labels, so it tells whether what the annotator likes is seen by someone else
+too.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.errors import needs_extra
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A classifier of reviews with its accuracy on reviews it has not seen."""
+
+    classifier: Any
+    accuracy: float
+
+    def scores(self, texts: Sequence[str]) -> np.ndarray:
+        """P(positive) of each text."""
+        return self.classifier.predict_proba(list(texts))[:, 1]
+
+
+def fit_judge(train: tuple[Sequence[str], Sequence[int]], test: tuple[Sequence[str], Sequence[int]]) -> Judge:
+    """TF-IDF of words and pairs of words, and logistic regression, on human labels; deterministic."""
+    with needs_extra("eval"):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+    classifier = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=4.0, max_iter=200)
+    )
+    classifier.fit(list(train[0]), list(train[1]))
+    return Judge(classifier, float(classifier.score(list(test[0]), list(test[1]))))

@@ -1,0 +1,56 @@
+"""The reward model: a GPT whose scalar head is read at the answer's last token.
+
+    h(x, y) = gain * (w · hidden[last] + b) + bias
+
+Gain and bias are set so that scores on samples of the reference policy have mean 0 and standard deviation 1 (Ziegler
+2020). Parameters: {'model': GPT, 'head': scalar head, 'gain': (), 'bias': ()}.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import losses
+from jaxgpt.config import ModelConfig
+from jaxgpt.losses import Mean, returns
+from jaxgpt.models import transformer
+from jaxgpt.structs import Array, Batch, Params, Preferences
+
+
+def init(key: Array, params: Params, width: int) -> Params:
+    """A reward model that starts from a language model, with a fresh head and no normalisation yet."""
+    return {
+        "model": params,
+        "head": transformer.scalar_head(key, width),
+        "gain": jnp.ones(()),
+        "bias": jnp.zeros(()),
+    }
+
+
+def score(params: Params, config: ModelConfig, batch: Batch, nudge_BTD: Array | None = None) -> Array:
+    """h(x, y) of each row, [B] float32. The padding behind the answer doesn't matter. For `nudge_BTD` see
+    `model.hidden`."""
+    h_BTD = transformer.hidden(params["model"], config, batch.tokens_BT, nudge_BTD=nudge_BTD)
+    raw_B = transformer.at_last_token(transformer.apply_scalar_head(params["head"], h_BTD), batch.mask_BT)
+    return params["gain"] * raw_B + params["bias"]
+
+
+def candidate_scores(params: Params, config: ModelConfig, preferences: Preferences) -> Array:
+    """h of every candidate, [B, C]."""
+    return score(params, config, preferences.rows).reshape(preferences.present_BC.shape)
+
+
+def loss(params: Params, config: ModelConfig, preferences: Preferences) -> tuple[Mean, dict[str, Mean]]:
+    """-log softmax(h)[choice], and how often the favourite has the highest score."""
+    scores_BC = candidate_scores(params, config, preferences)
+    return losses.preference_objective(scores_BC, preferences.choice_B, preferences.present_BC)
+
+
+def trainable_names() -> tuple[str, ...]:
+    """Gain and bias are set from samples, not by gradient."""
+    return ("model", "head")
+
+
+def normalise_on(params: Params, config: ModelConfig, batch: Batch) -> Params:
+    """Change gain and bias so that the scores of these rows get mean 0 and standard deviation 1."""
+    gain, bias = returns.normalisation(jax.jit(score, static_argnums=1)(params, config, batch))
+    return {**params, "gain": params["gain"] * gain, "bias": params["bias"] * gain + bias}

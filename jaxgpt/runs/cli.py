@@ -1,0 +1,219 @@
+"""The command line of an experiment: `cli(main, Settings, PRESETS)`.
+
+`--preset NAME` or `--settings FILE` chooses the starting values, `--distributed` joins several processes, and every
+other flag, made from the fields of the settings dataclass, changes one value. A mistake is one line on stderr and exit
+status 2.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+import signal
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
+
+from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.files import did_you_mean, read_json
+from jaxgpt.runs.process import Stopped, join_processes, prepare_process, print_device
+from jaxgpt.runs.settings import flat_json, settings_from_json, settings_to_json
+
+with needs_extra("train"):
+    import tyro
+
+__all__ = ["cli", "parse", "settings_from_json", "settings_to_json"]
+
+Settings = TypeVar("Settings")
+Result = TypeVar("Result")
+
+
+def cli(
+    main: Callable[[Settings], Result],
+    settings_type: type[Settings],
+    presets: Mapping[str, Settings],
+    argv: Sequence[str] | None = None,
+) -> Result:
+    """Read the settings from the command line, set the process up, print the device, and return `main(settings)`.
+
+    A UserError ends the process with status 2, Ctrl-C with 130 and SIGTERM with 75, each with one line on stderr."""
+    try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminated)
+        description = _description(main, settings_type)
+        words = sys.argv[1:] if argv is None else argv
+        settings = parse(settings_type, presets, words, description)
+        prepare_process()
+        processes = _option(words, "--distributed")
+        if processes is not None:
+            join_processes(processes)
+        print_device()
+        return main(settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
+        sys.exit(130)
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    raise Stopped("the same command goes on from the newest checkpoint, if there is one", 75)
+
+
+def parse(
+    settings_type: type[Settings], presets: Mapping[str, Settings], argv: Sequence[str], description: str = ""
+) -> Settings:
+    """The settings that `argv` asks for. `--help` prints and exits; mistakes raise UserError (a value that does not
+    parse is reported by tyro, which exits with 2)."""
+    if get_type_hints(settings_type).get("model") is Path:  # two names for the model to start from
+        argv = [re.sub(r"^--model\.pretrained(?==|$)", "--model", word) for word in argv]
+    start = _starting_values(settings_type, presets, argv)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            command, unknown = tyro.cli(
+                _command_type(settings_type, presets, start),
+                args=list(argv),
+                description="\n\n".join(filter(None, [description, _presets_text(settings_type, presets)])),
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        refusal = _user_error(stop)
+        if refusal is not None:
+            raise refusal from None
+        sys.stderr.write(complaint.getvalue())
+        raise
+    if unknown:
+        raise UserError(_unknown_message(unknown, ["--preset", "--settings", "--distributed", *_flags(settings_type)]))
+    return command.values
+
+
+def _user_error(stop: BaseException) -> UserError | None:
+    """The refusal by the settings themselves (in __post_init__) that made tyro stop, if it was one."""
+    cause: BaseException | None = stop
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__context__
+    return cause
+
+
+def _starting_values(settings_type: type[Settings], presets: Mapping[str, Settings], argv: Sequence[str]) -> Settings:
+    """The instance named by --preset or --settings, else the dataclass's own defaults."""
+    preset, file = _option(argv, "--preset"), _option(argv, "--settings")
+    if preset is not None and file is not None:
+        raise UserError("--preset and --settings both choose the starting values; give one of them")
+    if preset is not None:
+        if preset not in presets:
+            names = ", ".join(presets) or "none exist"
+            raise UserError(f"unknown preset {preset!r} (presets: {names}){did_you_mean(preset, presets)}")
+        return presets[preset]
+    if file is not None:
+        return _read_settings(settings_type, Path(file))
+    return settings_type()
+
+
+def _option(argv: Sequence[str], flag: str) -> str | None:
+    """The value of `--flag VALUE` or `--flag=VALUE`; the last one counts."""
+    value = None
+    for i, word in enumerate(argv):
+        if word == flag:
+            if i + 1 == len(argv) or argv[i + 1].startswith("--"):
+                raise UserError(f"{flag} needs a value")
+            value = argv[i + 1]
+        elif word.startswith(f"{flag}="):
+            value = word.removeprefix(f"{flag}=")
+    return value
+
+
+def _read_settings(settings_type: type[Settings], file: Path) -> Settings:
+    """From a run's settings.json (or its folder), or from a file that holds the settings alone."""
+    path = file / "settings.json" if file.is_dir() else file
+    data = read_json(path)
+    if isinstance(data, dict) and {"stage", "settings"} <= data.keys():
+        data = data["settings"]
+    return settings_from_json(settings_type, data, where=str(path))
+
+
+def _command_type(settings_type: type[Settings], presets: Mapping[str, Settings], start: Settings) -> Any:
+    """A dataclass with --preset, --settings and --distributed beside the settings, whose defaults are `start`."""
+    preset = tyro.conf.arg(
+        metavar="{" + ",".join(presets) + "}", help="Named settings to start from.", help_behavior_hint=""
+    )
+    file = tyro.conf.arg(
+        metavar="FILE", help="A run's settings.json to start from: the same run again.", help_behavior_hint=""
+    )
+    processes = tyro.conf.arg(
+        metavar="auto|HOST:PORT,COUNT,INDEX",
+        help="Run as one of several processes: asked of the cluster, or process 0's address, how many, which one.",
+        help_behavior_hint="",
+    )
+    fields: list[Any] = [
+        ("settings", Annotated[str, file], ""),
+        ("distributed", Annotated[str, processes], ""),
+        ("values", Annotated[settings_type, tyro.conf.arg(name="")], dataclasses.field(default_factory=lambda: start)),
+    ]
+    if presets:
+        fields.insert(0, ("preset", Annotated[str, preset], ""))
+    return dataclasses.make_dataclass("Command", fields, frozen=True)
+
+
+def _description(main: Callable[..., Any], settings_type: type) -> str:
+    """The docstrings of the experiment's module and of its settings: they hold the command and what to expect."""
+    module = sys.modules.get(main.__module__)
+    docs = [inspect.getdoc(module) if module else None]
+    if not (settings_type.__doc__ or "").startswith(f"{settings_type.__name__}("):  # a dataclass's automatic docstring
+        docs.append(inspect.getdoc(settings_type))
+    return "\n\n".join(doc for doc in docs if doc)
+
+
+def _presets_text(settings_type: type, presets: Mapping[str, Any]) -> str:
+    """One paragraph a preset: the flags that differ from the defaults."""
+    default = flat_json(settings_to_json(settings_type()))
+    lines = []
+    for name, settings in presets.items():
+        changed = [
+            (key, value) for key, value in flat_json(settings_to_json(settings)).items() if value != default.get(key)
+        ]
+        words = " ".join(f"--{key.replace('_', '-')} {_shown(value)}" for key, value in changed)
+        lines += textwrap.wrap(f"  {name:<10} {words or 'the defaults'}", width=96, subsequent_indent=" " * 13)
+    return "\n".join(["presets", *lines]) if presets else ""
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _flags(settings_type: Any, prefix: str = "") -> list[str]:
+    """Every flag the settings have, nested ones dotted, spelled as --help spells them."""
+    flags = []
+    for name, kind in get_type_hints(settings_type).items():
+        if name not in {field.name for field in dataclasses.fields(settings_type)}:
+            continue
+        dotted = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(kind):
+            flags += _flags(kind, f"{dotted}.")
+        else:
+            flags.append(f"--{dotted}")
+            if kind is bool:
+                head, _, last = dotted.rpartition(".")
+                flags.append(f"--{head}.no-{last}" if head else f"--no-{last}")
+    return flags
+
+
+def _unknown_message(unknown: Sequence[str], flags: Sequence[str]) -> str:
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.split("=")[0].replace("_", "-")
+            by_last_part = {f"--{known.removeprefix('--').rpartition('.')[2]}": known for known in flags}
+            nested = f"; did you mean {by_last_part[flag]}?" if flag in by_last_part else ""
+            hint = nested or did_you_mean(flag, flags) or "; --help lists the options"
+            return f"unknown option {word.split('=')[0]}{hint}"
+    return f"unexpected argument {unknown[0]!r}; options start with --, and --help lists them"

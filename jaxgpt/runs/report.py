@@ -1,0 +1,323 @@
+"""The report: a table of policies with intervals, figures, and the same prompts answered by each stage, in one page."""
+
+import base64
+import dataclasses
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.data.openings import Prompt
+from jaxgpt.errors import needs_extra
+from jaxgpt.files import write_json, write_text
+from jaxgpt.rlhf.intervals import Interval, interval, wins
+
+with needs_extra("train"):
+    from rich.console import Console
+    from rich.table import Table
+
+SHOWN = 12  # prompts that are printed with every policy's answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """One policy's answers to the held-out prompts, and one number a prompt of each measure."""
+
+    name: str
+    texts: list[str]
+    gold: np.ndarray  # the simulated annotator's score
+    reward: np.ndarray  # the reward model's score
+    judge: np.ndarray  # P(positive) by the judge
+    length: np.ndarray  # tokens
+    ended: np.ndarray  # 0 or 1
+    opens: np.ndarray  # 0 or 1: starts with the words that the prompt asked for
+    pretrained_nll: np.ndarray  # nats a token under the frozen pretrained model
+    distinct_2: float
+    text_nats: float  # held-out language-model loss of the policy's model, nats a token
+    kl: np.ndarray | None = None  # log pi - log rho of the sampled answer, nats
+    kl_bound: float | None = None  # where only an upper bound is known
+
+    @property
+    def kl_mean(self) -> float | None:
+        """Measured, or else the bound."""
+        return self.kl_bound if self.kl is None else float(self.kl.mean())
+
+
+def summary(policy: Policy, baseline: Policy) -> dict[str, Any]:
+    """Means with intervals over prompts, and differences from the baseline on the same prompts."""
+    spread = baseline.gold.std()  # 0 when a model too small to say anything gets the same score everywhere
+    return {
+        "gold": interval(policy.gold),
+        "gold_gain_in_baseline_sd": interval((policy.gold - baseline.gold) / spread) if spread > 0 else None,
+        "reward": interval(policy.reward),
+        "judge": interval(policy.judge),
+        "judge_gain": interval(policy.judge - baseline.judge),
+        "win_rate_gold": interval(wins(policy.gold, baseline.gold)),
+        "win_rate_judge": interval(wins(policy.judge, baseline.judge)),
+        "kl": None if policy.kl is None else interval(policy.kl),
+        "kl_bound": policy.kl_bound,
+        "length": interval(policy.length),
+        "ended": interval(policy.ended),
+        "opens_as_asked": interval(policy.opens),
+        "pretrained_nll": interval(policy.pretrained_nll),
+        "distinct_2": policy.distinct_2,
+        "heldout_text_nats": policy.text_nats,
+    }
+
+
+COLUMNS = (
+    ("gold score", "gold"),
+    ("gain, SFT sd", "gold_gain_in_baseline_sd"),
+    ("reward h", "reward"),
+    ("judge P(+)", "judge"),
+    ("judge gain", "judge_gain"),
+    ("wins vs SFT", "win_rate_gold"),
+    ("wins, judge", "win_rate_judge"),
+    ("KL, nats", "kl"),
+    ("tokens", "length"),
+    ("ended", "ended"),
+    ("opens as asked", "opens_as_asked"),
+    ("NLL as text", "pretrained_nll"),
+    ("distinct-2", "distinct_2"),
+    ("text loss", "heldout_text_nats"),
+)
+
+
+def cell(row: dict[str, Any], name: str) -> str:
+    """A figure as the tables show it: mean ± half its interval, ≤ before a bound, – where there is none."""
+    value = row[name]
+    if value is None:
+        return f"≤ {row['kl_bound']:.2f}" if name == "kl" and row["kl_bound"] is not None else "–"
+    if isinstance(value, Interval):
+        digits = 1 if name == "length" else 2
+        return f"{value.mean:.{digits}f} ± {(value.high - value.low) / 2:.{digits}f}"
+    return f"{value:.3f}"
+
+
+def terminal_table(rows: dict[str, dict[str, Any]]) -> Table:
+    """The figures that fit 80 columns; intervals of the others are in the report."""
+    table = Table(
+        title="Held-out prompts: mean ± 95 % interval; gain, judge gain and wins against SFT",
+        title_justify="left",
+        box=None,
+        padding=(0, 1),
+    )
+    for title in ("policy", "gold", "gain (sd)", "judge gain", "KL (nats)", "wins", "ended", "tokens"):
+        table.add_column(title, justify="left" if title == "policy" else "right", no_wrap=True)
+    for name, row in rows.items():
+        keys = ("gold", "gold_gain_in_baseline_sd", "judge_gain", "kl")
+        intervals = [cell(row, key).replace(" ± ", "±") for key in keys]
+        means = (f"{row['win_rate_gold'].mean:.0%}", f"{row['ended'].mean:.0%}", f"{row['length'].mean:.0f}")
+        table.add_row(name, *intervals, *means)
+    return table
+
+
+def write_report(
+    folder: Path,
+    stages: Path,
+    prompts: Sequence[Prompt],
+    policies: Sequence[Policy],
+    judge_accuracy: float,
+    console: Console,
+) -> dict[str, Any]:
+    """Write report.html, report.json and the figures into `folder`, print the table; returns report.json."""
+    baseline = next(policy for policy in policies if policy.name == "SFT")
+    rows = {policy.name: summary(policy, baseline) for policy in policies}
+    results = {"judge_accuracy": judge_accuracy, "prompts": len(prompts), "policies": _plain(rows)}
+    figures = {
+        "frontier.png": ("Gold score against KL", lambda path: frontier_figure(path, policies, stages)),
+        "scores.png": ("Distribution of gold scores", lambda path: scores_figure(path, policies)),
+        "training.png": ("Training", lambda path: training_figure(path, stages)),
+        "calibration.png": (
+            "Reward model: calibration on held-out choices",
+            lambda path: calibration_figure(path, stages),
+        ),
+    }
+    for name, (_, draw) in figures.items():
+        draw(folder / name)
+    write_json(folder / "report.json", results)
+    titles = {name: title for name, (title, _) in figures.items()}
+    write_text(folder / "report.html", page(folder, titles, rows, prompts, policies, judge_accuracy, stages))
+    console.print(terminal_table(rows))
+    return results
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value
+
+
+def page(
+    folder: Path,
+    figures: dict[str, str],
+    rows: dict[str, dict[str, Any]],
+    prompts: Sequence[Prompt],
+    policies: Sequence[Policy],
+    judge_accuracy: float,
+    stages: Path,
+) -> str:
+    """The HTML of the report; every text is escaped, pictures are inside."""
+    head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in COLUMNS)
+    body = "".join(
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{cell(row, key)}</td>' for _, key in COLUMNS)}</tr>"
+        for name, row in rows.items()
+    )
+    pictures = "".join(
+        f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,'
+        f'{base64.b64encode((folder / name).read_bytes()).decode()}">'
+        f"<figcaption>{html.escape(title)}</figcaption></figure>"
+        for name, title in figures.items()
+    )
+    answers = "".join(_answers(i, prompt, policies) for i, prompt in enumerate(prompts[:SHOWN]))
+    annotator = _results(stages / "preferences").get("annotator", "simulated annotator")
+    return TEMPLATE.format(
+        css=CSS, head=head, body=body, pictures=pictures, answers=answers, count=len(prompts),
+        annotator=html.escape(annotator), judge=f"{judge_accuracy:.1%}",
+    )  # fmt: skip
+
+
+def _answers(i: int, prompt: Prompt, policies: Sequence[Policy]) -> str:
+    items = "".join(
+        f"<dt>{html.escape(policy.name)} <small>gold {policy.gold[i]:+.2f}</small></dt>"
+        f"<dd>{html.escape(policy.texts[i])}{'' if policy.ended[i] else ' …'}</dd>"
+        for policy in policies
+    )
+    return f"<section><h3>{html.escape(prompt.text)}</h3><dl>{items}</dl></section>"
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    path = folder / "done.json"
+    return json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
+
+
+def _curve(folder: Path, name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one metric of a run."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def new_figure(rows: int, columns: int, width: float, height: float) -> Any:
+    """(figure, axes [rows, columns]) in the style of all our pictures."""
+    with needs_extra("eval"):
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return figure, axes
+
+
+def frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> None:
+    """Gold score, judge and reward model against sequence KL, with intervals; and PPO's way there in training."""
+    figure, axes = new_figure(1, 3, 13, 4)
+    panels = (("gold", "gold score"), ("judge", "judge, P(positive)"), ("reward", "reward model, h"))
+    (_, way_x), (_, way_y) = (_curve(stages / "ppo", name) for name in ("kl", "score"))
+    axes[0, 2].plot(way_x, way_y, color="0.75", lw=1, label="PPO, in training")
+    for axis, (measure, label) in zip(axes[0], panels, strict=True):
+        for policy in policies:
+            x, y = policy.kl_mean, interval(getattr(policy, measure))
+            if x is None:
+                axis.axhline(y.mean, color="0.6", ls=":", lw=1)
+                axis.annotate(
+                    policy.name, (1, y.mean), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4"
+                )
+                continue
+            xerr = None if policy.kl is None else (interval(policy.kl).high - interval(policy.kl).low) / 2
+            marker = "s" if policy.kl is None else "o"
+            axis.errorbar(
+                x, y.mean, xerr=xerr, yerr=(y.high - y.low) / 2, marker=marker, capsize=2, ls="none", label=policy.name
+            )
+        axis.set_xlabel("KL to SFT, nats a sequence (squares: bound)")
+        axis.set_ylabel(label)
+        axis.set_xlim(left=-0.3)
+    axes[0, 2].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def scores_figure(path: Path, policies: Sequence[Policy]) -> None:
+    """Histograms of gold scores, one panel a policy."""
+    figure, axes = new_figure(1, len(policies), 2.3 * len(policies), 2.6)
+    for axis, policy in zip(axes[0], policies, strict=True):
+        axis.hist(policy.gold, bins=np.linspace(-1, 1, 21), color="tab:blue", alpha=0.8)
+        axis.axvline(policy.gold.mean(), color="k", lw=1)
+        axis.set_title(f"{policy.name}: {policy.gold.mean():.2f}", fontsize=10)
+        axis.set_xlabel("gold score")
+        axis.set_yticks([])
+    figure.savefig(path)
+
+
+def training_figure(path: Path, stages: Path) -> None:
+    """Curves of every stage."""
+    panels = (
+        ("pretrain", "nats a token", {"train_nats_a_token": "training", "heldout_nats_a_token": "held out"}),
+        (
+            "sft",
+            "nats a token",
+            {"train_nats_a_token": "training answers", "heldout_answer_nats_a_token": "held-out answers"},
+        ),
+        ("reward", "nats a choice", {"train_loss": "training"}),
+        ("dpo", "nats a choice", {"train_loss": "training"}),
+        ("ppo", "score h", {"score": "score h", "score_after_kl": "h − β KL"}),
+        ("ppo", "nats a sequence", {"kl": "KL to SFT"}),
+    )
+    figure, axes = new_figure(2, 3, 11, 5.5)
+    for axis, (stage, unit, curves) in zip(axes.flat, panels, strict=True):
+        for name, label in curves.items():
+            steps, values = _curve(stages / stage, name)
+            axis.plot(steps, values, marker="o" if len(steps) < 10 else None, ms=3, label=label)
+        axis.set_title(stage, fontsize=10)
+        axis.set_ylabel(unit)
+        axis.legend(frameon=False, fontsize=8)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.savefig(path)
+
+
+def calibration_figure(path: Path, stages: Path) -> None:
+    """Predicted probability of a candidate against how often it was chosen."""
+    figure, axes = new_figure(1, 1, 4, 3.6)
+    table = _results(stages / "reward").get("calibration", [])
+    axis = axes[0, 0]
+    axis.plot([0, 1], [0, 1], color="0.6", ls=":")
+    sizes = [4 + 60 * row["count"] / max(r["count"] for r in table) for row in table]
+    axis.scatter([row["predicted"] for row in table], [row["observed"] for row in table], s=sizes)
+    axis.set_xlabel("predicted P(chosen)")
+    axis.set_ylabel("chosen")
+    figure.savefig(path)
+
+
+CSS = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: .82rem; display: block; overflow-x: auto; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
+tbody th { text-align: left; } figure { margin: 1.5rem 0; } img { max-width: 100%; background: white; }
+figcaption, small { opacity: .75; } section { border-top: 1px solid #8884; } h3 { font-size: 1rem; }
+dl { display: grid; grid-template-columns: 11rem 1fr; gap: .25rem 1rem; } dt { font-weight: 600; } dd { margin: 0; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } }
+"""
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>From language model to assistant</title><style>{css}</style></head><body>
+<h1>From language model to assistant</h1>
+<p>{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 % interval over
+prompts. Gold score and preferences: {annotator}. Judge: a classifier fitted on human labels, never used in training,
+with {judge} accuracy on held-out reviews. Best-of-n picks by the reward model; its KL is the bound log n − (n−1)/n.</p>
+<table><thead><tr><th>policy</th>{head}</tr></thead><tbody>{body}</tbody></table>
+{pictures}
+<h2>The same prompts, answered by each stage</h2>
+<p>The base model knows no prompt: it continues the opening words. “…” marks an answer that was cut.</p>
+{answers}
+</body></html>
+"""

@@ -1,0 +1,176 @@
+"""A trained model in a folder: params/ (Orbax), model.json (config, shapes, sha256 of every file) and its tokenizer.
+
+`save_model` replaces the folder in one step; `load_model` checks every byte and shape before anything is used.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.files import check_files, did_you_mean, read_json, sha256_of_folder, write_json
+from jaxgpt.pretrained import loading
+from jaxgpt.runs.process import barrier
+from jaxgpt.runs.settings import settings_from_json, settings_to_json
+
+with needs_extra("train"):
+    from orbax.checkpoint import v1 as ocp
+
+FORMAT = 2  # 2: a head's q, k and v lie together in qkv
+
+
+class Loaded(NamedTuple):
+    """What `load_model` returns; `tokenizer` is None if none was saved."""
+
+    params: Any  # nested dicts of jax arrays on the default device
+    config: ModelConfig
+    tokenizer: Any
+    extra: dict[str, Any]
+
+
+def save_model(
+    folder: Path, params: Any, config: ModelConfig, tokenizer: Any = None, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write a model, replacing the one that `folder` may hold; killed at any moment, it leaves the old or the new one.
+
+    `tokenizer` is anything with `save(folder)`; `extra` is any JSON. With several processes all of them must call this,
+    on a file system they share. UserError if `folder` holds something else than a model."""
+    folder = Path(os.path.abspath(folder))
+    _recover(folder)
+    if folder.exists() and not (folder / "model.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not a saved model; choose another folder")
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    barrier("save: start")
+    params = jax.tree.map(jnp.asarray, params)
+    ocp.save(new / "params", params)
+    barrier("save: written")
+    if first:
+        if tokenizer is not None:
+            tokenizer.save(new)
+        record = {
+            "format": FORMAT,
+            "config": settings_to_json(config),
+            "params": describe(params),
+            "extra": dict(extra or {}),
+            "files": sha256_of_folder(new),
+        }
+        write_json(new / "model.json", record)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier("save: done")
+
+
+def load_model(folder: Path, expected: Any = None) -> Loaded:
+    """A saved model, or the one in `folder`/model. `expected` may be a tree of arrays or of `jax.ShapeDtypeStruct`
+    (say `jax.eval_shape(init, key, config)`) that the parameters must match.
+
+    UserError when there is no model, a file is missing or altered, or shapes differ (each parameter is named)."""
+    folder = _find(Path(os.path.abspath(folder)))
+    record = check_model(folder)
+    config = settings_from_json(ModelConfig, record["config"], where=str(folder / "model.json"))
+    if expected is not None:
+        refuse_differences(folder, describe(expected), record["params"], "the program expects")
+    params = _load_params(folder, record["params"])
+    tokenizer = None
+    if (folder / "tokenizer.json").exists():
+        from jaxgpt.data.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(folder)
+    return Loaded(params, config, tokenizer, record["extra"])
+
+
+def check_model(folder: Path) -> dict[str, Any]:
+    """model.json, after every byte of the model was compared with it. UserError names what is wrong."""
+    record = read_json(folder / "model.json")
+    if not isinstance(record, dict) or not {"format", "config", "params", "extra", "files"} <= record.keys():
+        raise UserError(f"{folder / 'model.json'} is not a model's description; save the model again")
+    if record["format"] != FORMAT:
+        raise UserError(f"{folder} has format {record['format']}, and this version reads {FORMAT}; save it again")
+    check_files(folder, record["files"])
+    return record
+
+
+def load_language_model(folder: Path, use_tags: bool = False) -> Loaded:
+    """`load_model`, or a model that others trained (`pretrained.loading.load`). UserError where the place holds
+    something else than a language model with its tokenizer."""
+    if loading.is_pretrained(folder):
+        found = loading.load(folder, use_tags=use_tags)
+        return Loaded(found.params, found.config, found.tokenizer, {} if found.chats else {"raw": True})
+    loaded = load_model(folder)
+    if "embed" not in loaded.params or loaded.tokenizer is None:
+        raise UserError(f"{folder} holds no language model with a tokenizer; give a run of pretrain, sft, dpo or ppo")
+    return loaded
+
+
+def describe(params: Any) -> dict[str, str]:
+    """{"embed/tokens_VD": "float32[512,32]", …}: a name, dtype and shape for every leaf."""
+    texts = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        texts[name] = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return texts
+
+
+def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """One text a parameter that is missing, unknown, or of another shape or dtype (arguments as from `describe`)."""
+    texts = [f"{name} is missing" for name in expected if name not in found]
+    texts += [f"{name} is unknown" for name in found if name not in expected]
+    common = [name for name in expected if name in found]
+    return texts + [
+        f"{name} is {found[name]}, not {expected[name]}" for name in common if found[name] != expected[name]
+    ]
+
+
+def refuse_differences(folder: Path, expected: Mapping[str, str], found: Mapping[str, str], who: str) -> None:
+    texts = differences(expected, found)
+    if texts:
+        raise UserError("\n  ".join([f"{folder} does not hold the parameters {who}:", *texts]))
+
+
+def _load_params(folder: Path, described: Mapping[str, str]) -> Any:
+    """Orbax's arrays, on the default device whatever the mesh they were saved from."""
+    device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
+    try:
+        stored = ocp.metadata(folder / "params").metadata
+        refuse_differences(folder, described, describe(stored), "its model.json names")
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
+        return ocp.load(folder / "params", target)
+    except UserError:
+        raise
+    except Exception as error:  # whatever Orbax or its storage says, the file is of no use
+        raise UserError(f"{folder / 'params'} can't be read ({type(error).__name__}); save the model again") from error
+
+
+def _find(folder: Path) -> Path:
+    """`folder`, or the model inside a run folder."""
+    for place in (folder, folder / "model"):
+        _recover(place)
+        if (place / "model.json").exists():
+            return place
+    maker = "the experiment that trains it, such as experiments/pretrain.py,"
+    for place in (folder, folder.parent):
+        if (place / "settings.json").exists():
+            stage = read_json(place / "settings.json").get("stage")
+            maker = f"experiments/{stage}.py --run {place}"
+    near = did_you_mean(folder.name, loading.KNOWN)
+    raise UserError(f"{folder} holds no model; run {maker} first{near}")
+
+
+def _recover(folder: Path) -> None:
+    """After a kill between the two renames of `save_model`, the older model is put back."""
+    old = folder.with_name(f".{folder.name}.old")
+    if jax.process_index() == 0 and not folder.exists() and (old / "model.json").exists():
+        os.replace(old, folder)

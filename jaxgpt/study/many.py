@@ -1,0 +1,268 @@
+"""Training many runs as one program.
+
+Runs that differ in numbers only (seed, beta, a reward model's weights) are the functions that train one of them, with a
+leading axis R of runs: `jax.vmap`, or `jax.lax.map`, which runs them one after another in the same program. Where the
+devices divide R, each holds its share of the runs, and nothing is sent between them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import UserError
+from jaxgpt.losses import Mean, reduce
+from jaxgpt.models import sharding
+from jaxgpt.rlhf import ppo, reward, rollout, through_reward
+from jaxgpt.rlhf.ppo import Controller, Prompts, RewardFn
+from jaxgpt.rlhf.through_reward import ThroughReward
+from jaxgpt.runs.progress import Bar
+from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.study.task import Task
+from jaxgpt.training import optim
+from jaxgpt.training.step import LossFn, TrainState, init_state, make_train_step
+
+How = Literal["vmap", "map"]
+Watch = Callable[[int, dict[str, np.ndarray]], None]
+
+
+def over_runs(f: Callable[..., Any], axes: tuple[int | None, ...], how: How) -> Callable[..., Any]:
+    """f for R runs at once: arguments with axis 0 have one entry a run, those with None are shared."""
+    if how == "vmap":
+        return jax.vmap(f, in_axes=axes)
+
+    def mapped(*args: Any) -> Any:
+        def one(own: tuple[Any, ...]) -> Any:
+            rest = iter(own)
+            return f(*(shared if axis is None else next(rest) for shared, axis in zip(args, axes, strict=True)))
+
+        return jax.lax.map(one, tuple(x for x, axis in zip(args, axes, strict=True) if axis == 0))
+
+    return mapped
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """One tree with a leading axis for those of the trees."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def unstack(tree: Any) -> list[Any]:
+    """The trees of `stack`."""
+    count = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda x, r=r: x[r], tree) for r in range(count)]
+
+
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """The runs divided among the devices, if that comes out even; else all on each."""
+
+    def place(x: Any) -> Any:
+        axes = P(sharding.ROWS) if x.shape[0] % sharding.row_parts(mesh) == 0 else P()
+        return jax.device_put(x, NamedSharding(mesh, axes))
+
+    return jax.tree.map(place, tree)
+
+
+def values(metrics: Any) -> dict[str, np.ndarray]:
+    """Metrics of R runs on the host, [R] each."""
+    means = {name: x.value if isinstance(x, Mean) else x for name, x in metrics.items()}
+    return {name: np.asarray(x, np.float64) for name, x in jax.device_get(means).items()}
+
+
+def fit(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    trainable: Sequence[Params],
+    frozen: Params,
+    batches: Iterable[Any],
+    mesh: Mesh,
+    watch: Watch = lambda i, found: None,
+    how: How = "vmap",
+) -> list[Params]:
+    """Train R runs of one loss: the trained parameters of each. `frozen` is shared; each batch has a leading axis R,
+    and may hold numbers of the run's own (beta). `watch` hears the metrics [R] of every step."""
+    step = make_train_step(loss_fn, tx)
+
+    def one(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Any]:
+        state, metrics = step(state.replace(frozen=frozen), batch, None)  # type: ignore[attr-defined]
+        return state.replace(frozen={}), metrics  # type: ignore[attr-defined]
+
+    program = jax.jit(over_runs(one, (0, None, 0), how), donate_argnums=0)
+    state = spread(stack([init_state(optim.copy(params), tx) for params in trainable]), mesh)
+    frozen = sharding.replicate(frozen, mesh)
+    for i, batch in enumerate(batches, 1):
+        state, metrics = program(state, frozen, spread(jax.tree.map(np.asarray, batch), mesh))
+        found = values(metrics)
+        refuse_nan(found, i)
+        watch(i, found)
+    return unstack(state.trainable)
+
+
+def refuse_nan(found: dict[str, np.ndarray], i: int) -> None:
+    """UserError once a run's update was not finite: a study's curves would lie."""
+    if found["skipped"].any():
+        which = np.flatnonzero(found["skipped"]).tolist()
+        raise UserError(f"loss or gradient of run {which} was not finite in step {i}; lower the learning rate")
+
+
+def show(bar: Bar, *same: str, **named: str) -> Watch:
+    """Shows metrics on the bar, as means over the runs: under their own names, or under others."""
+    shown = {**{name: name for name in same}, **named}
+    return lambda i, found: bar.update(**{title: found[name].mean() for title, name in shown.items()})
+
+
+def together(batches: Sequence[Iterable[Any]]) -> Iterator[Any]:
+    """Batches of R runs from R iterables of batches."""
+    for parts in zip(*batches, strict=False):
+        yield jax.tree.map(lambda *xs: np.stack(xs), *parts)
+
+
+Learn = Callable[[TrainState, Controller, tuple[Batch, Array, Array], Array, Array], tuple[TrainState, Controller, Any]]
+
+
+def learn_by_ppo(task: Task, tx: optax.GradientTransformation, reward_fn: RewardFn | None = None) -> Learn:
+    """PPO's update as `OnPolicy` wants it, with a reward in JAX, or with the scores that it is given."""
+
+    def learn(
+        state: TrainState, control: Controller, seen: tuple[Batch, Array, Array], score_B: Array, key: Array
+    ) -> tuple[TrainState, Controller, Any]:
+        rows, sampler_logp_BT, ended_B = seen
+        if reward_fn is not None:
+            score_B = reward_fn(state.params, rows)
+        experience, metrics = ppo.score(state, task.config, task.algorithm, rows, sampler_logp_BT, ended_B, score_B)
+        state, control, more = ppo.update(state, task.config, task.algorithm, tx, experience, control, key)
+        return state, control, {**metrics, **more}
+
+    return learn
+
+
+def learn_through_reward(
+    task: Task, tx: optax.GradientTransformation, reward_config: ModelConfig, how: ThroughReward
+) -> Learn:
+    """One step of `through_reward` a rollout; beta is the controller's, the reward model 'reward' among the frozen."""
+
+    def learn(
+        state: TrainState, control: Controller, seen: tuple[Batch, Array, Array], score_B: Array, key: Array
+    ) -> tuple[TrainState, Controller, Any]:
+        rows, _, ended_B = seen
+        h_B = reward.score(state.params["reward"], reward_config, rows)
+        loss = through_reward.make_loss(task.config, reward_config, control.beta, how, task.algorithm.temperature)
+        state, metrics = make_train_step(loss, tx)(state, rows, key)
+        return state, control, {**metrics, "h": reduce(h_B), "kl": metrics["kl_exact"], "beta": control.beta,
+                                "ended": reduce(ended_B.astype(jnp.float32))}  # fmt: skip
+
+    return learn
+
+
+def ppo_optimizer(task: Task, learning_rate: float, iterations: int) -> optax.GradientTransformation:
+    """Adam in TensorFlow's form, its rate falling to 0 over all updates of so many iterations."""
+    steps = iterations * task.algorithm.epochs * task.algorithm.minibatches
+    return optim.adam_tf(optim.linear_to_zero(learning_rate, steps))
+
+
+def ppo_on_reward_model(
+    task: Task, config: ModelConfig, *, learning_rate: float, iterations: int, batch: int, how: How
+) -> "OnPolicy":
+    """PPO on a learned reward, whose parameters are each run's own: 'reward' among its frozen ones."""
+
+    def reward_fn(params: Params, rows: Batch) -> Array:
+        return reward.score(params["reward"], config, rows)
+
+    tx = ppo_optimizer(task, learning_rate, iterations)
+    return OnPolicy(task, learn_by_ppo(task, tx, reward_fn), tx, iterations, batch, how=how)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnPolicy:
+    """Learning from the policy's own answers, R runs at once.
+
+    learn(state, control, (rows, sampler log-probs, ended), score_B, key) -> (state, control, metrics) is the method:
+    it sees what `ppo.collect` returns, and `host`'s scores of the texts, if there is one (a lexicon, a verifier).
+    """
+
+    task: Task
+    learn: Learn
+    tx: optax.GradientTransformation
+    iterations: int
+    batch: int  # answers an iteration
+    each: int = 1  # of them to one prompt, next to each other
+    host: Callable[[Sequence[str]], np.ndarray] | None = None
+    how: How = "vmap"
+
+    @functools.cached_property
+    def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Sampling and learning, each one program for all runs. What is frozen is shared (the start) or a run's own."""
+        task = self.task
+
+        def collect(state: TrainState, start: Params, prompts: Prompts, key: Array) -> tuple[Batch, Array, Array]:
+            return ppo.collect(with_frozen(state, start, {}), task.config, task.algorithm, prompts, key, task.stop)
+
+        def learn(
+            state: TrainState, start: Params, frozen: Params, control: Controller, seen: Any, score_B: Array, key: Array
+        ) -> tuple[TrainState, Controller, Any]:
+            state, control, metrics = self.learn(with_frozen(state, start, frozen), control, seen, score_B, key)
+            return state.replace(frozen={}), control, metrics  # type: ignore[attr-defined]
+
+        return (
+            jax.jit(over_runs(collect, (0, None, 0, 0), self.how)),
+            jax.jit(over_runs(learn, (0, None, 0, 0, 0, 0, 0), self.how), donate_argnums=(0, 3)),
+        )
+
+    def train(
+        self,
+        controls: Sequence[Controller],
+        seeds: Sequence[int],
+        frozen: Sequence[Params] | None = None,
+        watch: Watch = lambda i, found: None,
+    ) -> tuple[list[Params], dict[str, np.ndarray]]:
+        """The policies, and curves [iterations, R]: the method's metrics, with gold score and judge of each iteration's
+        answers. `controls`, `frozen` (what the reward needs): one a run. Runs with the same seed see the same prompts
+        and the same random numbers."""
+        task, R = self.task, len(seeds)
+        frozen = [{}] * R if frozen is None else frozen
+        ppo.check_batch(self.batch, task.algorithm, task.config, task.prompt_tokens)
+        if not R == len(controls) == len(frozen) or self.batch % self.each:
+            raise ValueError(f"{len(controls)} controllers, {R} seeds and {len(frozen)} frozen trees must be as many, "
+                             f"and a batch of {self.batch} a multiple of {self.each}")  # fmt: skip
+        collect, learn = self.programs
+        whole = ppo.init(task.start, task.config, self.tx, {})
+        state = spread(stack([whole.replace(frozen={})] * R), task.mesh)  # type: ignore[attr-defined]
+        control, own = spread(stack(list(controls)), task.mesh), spread(stack(list(frozen)), task.mesh)
+        tokens_NP, lengths_N = rollout.pad_prompts(task.prompts, task.prompt_tokens)
+        order_RN = np.stack([self._order(seed) for seed in seeds])
+        key_R = jnp.stack([jax.random.key(seed) for seed in seeds])
+        curves: list[dict[str, np.ndarray]] = []
+        for i in range(self.iterations):
+            index_RB = order_RN[:, i * self.batch : (i + 1) * self.batch]
+            prompts = spread(Prompts(tokens_NP[index_RB], lengths_N[index_RB]), task.mesh)
+            keys = jax.vmap(lambda key, i=i: jax.random.split(jax.random.fold_in(key, i)))(key_R)
+            seen = collect(state, task.start, prompts, keys[:, 0])
+            score_RB = np.zeros((R, self.batch), np.float32)
+            if self.host is not None:
+                score_RB = np.asarray(self.host(task.texts(seen[0])), np.float32).reshape(R, -1)
+            state, control, metrics = learn(state, task.start, own, control, seen, score_RB, keys[:, 1])
+            texts = task.texts(seen[0])  # while the devices learn
+            gold_RB, judge_RB = (look(texts).reshape(R, -1) for look in (task.gold, task.judge))
+            found = values(metrics) | {"gold": gold_RB.mean(1), "judge": judge_RB.mean(1)}
+            refuse_nan(found, i + 1)
+            curves.append(found)
+            watch(i + 1, found)
+        return unstack(state.trainable["policy"]), {name: np.stack([c[name] for c in curves]) for name in curves[0]}
+
+    def _order(self, seed: int) -> np.ndarray:
+        """Prompts in the order in which a run sees them: pass after pass, each shuffled, each prompt `each` times."""
+        rng, count = np.random.default_rng(seed), len(self.task.prompts)
+        passes = 1 + self.iterations * self.batch // self.each // count
+        return np.repeat(np.concatenate([rng.permutation(count) for _ in range(passes)]), self.each)
+
+
+def with_frozen(state: TrainState, start: Params, frozen: Params) -> TrainState:
+    """A run's state with what it doesn't change: the reference, and what the reward needs."""
+    return state.replace(frozen={"reference": start, **frozen})  # type: ignore[attr-defined]

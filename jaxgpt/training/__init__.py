@@ -1,0 +1,41 @@
+"""Training: one step for any loss and any parameters, its optimisers, and the guard against what is not finite."""
+
+from jaxgpt.training.step import (
+    LossFn,
+    Metrics,
+    Step,
+    TrainState,
+    evaluate,
+    init_state,
+    jit_on,
+    jit_step,
+    join_rows,
+    make_nll,
+    make_train_step,
+    merged,
+    pmap_step,
+    shapes_of,
+    shapes_on,
+    split_rows,
+    to_floats,
+)
+
+__all__ = [
+    "LossFn",
+    "Metrics",
+    "Step",
+    "TrainState",
+    "evaluate",
+    "init_state",
+    "jit_on",
+    "jit_step",
+    "join_rows",
+    "make_nll",
+    "make_train_step",
+    "merged",
+    "pmap_step",
+    "shapes_of",
+    "shapes_on",
+    "split_rows",
+    "to_floats",
+]

@@ -1,0 +1,76 @@
+"""A guard around updates: one with a loss or gradient that is not finite, or (if asked) a loss that leaps, is skipped.
+
+Skipping means that parameters, optimiser and step counter keep every bit, inside the jitted program. It is counted; the
+host stops a run in which it happens many times in a row (`resume.Saves`). Multiplying an update by 0 would keep a NaN,
+and `optax.apply_if_finite` applies the NaN when its patience ends.
+"""
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxgpt.errors import UserError
+from jaxgpt.structs import Array
+
+T = TypeVar("T")
+DECAY = 0.98  # of the running moments: they remember some 50 losses
+ENOUGH = 20  # accepted losses before a leap can be told
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """When an update is skipped, and when the run stops. A loss that is not finite is always skipped."""
+
+    patience: int = 5  # skipped updates in a row after which the run stops
+    spike: float = 0.0  # skip a loss this many standard deviations above its running mean; 0: never
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise UserError(f"guard.patience is {self.patience}; it must be at least 1")
+        if self.spike < 0:
+            raise UserError(f"guard.spike is {self.spike}; give a number of standard deviations, or 0 for never")
+
+
+@struct.dataclass
+class Guard:
+    """What the guard remembers between updates; scalars."""
+
+    in_a_row: Array  # int32: updates skipped since the last accepted one
+    skipped: Array  # int32: in all
+    accepted: Array  # int32
+    mean: Array  # float32: running moments of the accepted losses, not yet corrected for their start at 0
+    square: Array
+
+
+def init() -> Guard:
+    """Nothing seen yet."""
+    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    return Guard(none, jnp.copy(none), jnp.copy(none), zero, jnp.copy(zero))  # buffers of their own: they are donated
+
+
+def admits(guard: Guard, loss: Array, grad_norm: Array, spike: float = 0.0) -> Array:
+    """Whether this update may be made: loss and gradient norm are finite and, with `spike`, the loss is at most that
+    many running standard deviations above its running mean (told from the 20th accepted loss on)."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if not spike:
+        return finite
+    weight = 1 - DECAY ** jnp.maximum(guard.accepted, 1).astype(jnp.float32)
+    mean = guard.mean / weight
+    deviation = jnp.sqrt(jnp.maximum(guard.square / weight - mean**2, 0.0))
+    return finite & ((guard.accepted < ENOUGH) | (loss <= mean + spike * deviation))
+
+
+def after(guard: Guard, admitted: Array, loss: Array) -> Guard:
+    """The guard after an update that was made or skipped."""
+    moments = (DECAY * guard.mean + (1 - DECAY) * loss, DECAY * guard.square + (1 - DECAY) * loss**2)
+    mean, square = chosen(admitted, moments, (guard.mean, guard.square))
+    made = admitted.astype(jnp.int32)
+    return Guard((guard.in_a_row + 1) * (1 - made), guard.skipped + 1 - made, guard.accepted + made, mean, square)
+
+
+def chosen(admitted: Array, new: T, old: T) -> T:
+    """`new` if admitted, else `old` bit for bit, whatever `new` holds."""
+    return jax.tree.map(lambda a, b: jnp.where(admitted, a, b), new, old)

@@ -1,0 +1,83 @@
+"""Optimisers and schedules, from optax alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from jaxgpt.errors import UserError
+from jaxgpt.structs import Params
+
+
+def warmup_cosine(peak: float, steps: int, warmup: int, final: float = 0.1) -> optax.Schedule:
+    """Linear from 0 to `peak` over `warmup` steps, then half a cosine down to `final` * peak at `steps`."""
+    if warmup >= steps:
+        raise UserError(f"warmup of {warmup} steps is not shorter than the {steps} steps of training; lower it")
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak * final)
+
+
+def linear_to_zero(peak: float, steps: int, warmup: int = 0) -> optax.Schedule:
+    """`warmup` steps up, then linearly to 0 at `steps`."""
+    up = optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
+    return optax.join_schedules([up, optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))], [warmup])
+
+
+def decay_mask(params: Params) -> Params:
+    """True for what weight decay acts on: matrices; not biases, norms, positions or scalar heads."""
+
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        return leaf.ndim >= 2 and path[-1] != "positions_TD"
+
+    return dict(traverse_util.path_aware_map(decays, params))
+
+
+def adamw(
+    schedule: optax.Schedule, *, weight_decay: float = 0.1, b2: float = 0.95, clip: float = 1.0
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW with decay on matrices only."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mask=decay_mask),
+    )
+
+
+def scale_by_adam_tf(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> optax.GradientTransformation:
+    """Adam's direction as TensorFlow computes it: sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
+
+    optax and PyTorch add eps *after* correcting v for its bias; here it is added before, so that its effect is
+    eps / sqrt(1 - b2^t): some 32 times larger in the first step. PPO of language models was tuned with this form.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        count = optax.safe_increment(state.count)
+        t = count.astype(jnp.float32)
+        correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+        direction = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), mu, nu)
+        return direction, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2).init, update)
+
+
+def adam_tf(schedule: optax.Schedule, *, eps: float = 1e-5, clip: float = 1.0) -> optax.GradientTransformation:
+    """Clipping, then Adam in TensorFlow's form: the optimiser of PPO here."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip), scale_by_adam_tf(eps=eps), optax.scale_by_learning_rate(schedule)
+    )
+
+
+def split(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Params]:
+    """(trainable, frozen) by top-level name: split({'policy': …, 'reference': …}, ('policy',))."""
+    missing = set(trainable) - set(params)
+    if missing:
+        raise UserError(f"no parameters named {sorted(missing)}; there are {sorted(params)}")
+    return {k: v for k, v in params.items() if k in trainable}, {k: v for k, v in params.items() if k not in trainable}
+
+
+def copy(params: Params) -> Params:
+    """New buffers with the same values. A frozen reference must be one: donating the original deletes its aliases."""
+    return jax.tree.map(jnp.copy, params)

@@ -1,0 +1,218 @@
+"""The one training step that every stage shares."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from jaxgpt import losses
+from jaxgpt.config import ModelConfig
+from jaxgpt.losses import Mean
+from jaxgpt.models import sharding, transformer
+from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.training import guard
+
+Metrics = dict[str, Any]
+LossFn = Callable[[Params, Any, Array | None], tuple[Mean, Metrics]]
+
+
+@struct.dataclass
+class TrainState:
+    """What a step changes (trainable, optimiser, step, guard) and what it carries along untouched (frozen).
+
+    `trainable` and `frozen` are nested dicts of different leaves; a loss sees them merged. `step` counts updates
+    without those that the guard skipped.
+    """
+
+    step: Array
+    trainable: Params
+    frozen: Params
+    opt_state: optax.OptState
+    guard: guard.Guard
+
+    @property
+    def params(self) -> Params:
+        return merged(self.frozen, self.trainable)
+
+
+def merged(frozen: Params, trainable: Params) -> Params:
+    """One tree of both: where both have a dict of the same name, those are merged too (adapters join their kernels)."""
+    both = {name: merged(frozen[name], part) if isinstance(frozen.get(name), dict) and isinstance(part, dict) else part
+            for name, part in trainable.items()}  # fmt: skip
+    return {**frozen, **both}
+
+
+def init_state(trainable: Params, tx: optax.GradientTransformation, frozen: Params | None = None) -> TrainState:
+    """Step 0. Frozen parameters must not share buffers with trainable ones (see optim.copy): the step donates both."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen or {}, tx.init(trainable), guard.init())
+
+
+def pool(a: Metrics, b: Metrics) -> Metrics:
+    """The metrics of two parts of a batch as the whole's: Means are pooled, of anything else the larger counts."""
+    return {name: a[name] + b[name] if isinstance(b[name], Mean) else jnp.maximum(a[name], b[name]) for name in b}
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """A batch as `parts` smaller ones along a new leading axis. Part p has the rows p, p + parts, ...: where rows are
+    divided among devices in blocks, each device keeps its own."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join_rows(tree: Any) -> Any:
+    """The inverse of `split_rows`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+    spike: float = 0.0,
+) -> Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]:
+    """step(state, batch, key) -> (state, metrics); pure, to be jitted with donate_argnums=0.
+
+    loss_fn(params, batch, key) returns the objective as `Mean(sum, count)` and a dict of metrics (`Mean`s, or maxima).
+    Gradients are taken of the sum and divided by the global count, so that `microbatches` parts of a batch (run one
+    after another) give the gradient of the whole batch, however the masks are spread. Under `jax.pmap` or
+    `jax.shard_map`, `axis_name` pools the devices' sums; under `jax.jit` with shardings nothing is needed.
+
+    A loss or gradient that is not finite changes nothing but the guard's counts (`jaxgpt.training.guard`), which are the metrics
+    `skipped` and `skipped_in_a_row`; `spike` also skips a loss so many standard deviations above its running mean.
+    """
+
+    def summed(trainable: Params, frozen: Params, batch: Any, key: Array | None) -> tuple[Array, tuple[Mean, Metrics]]:
+        objective, metrics = loss_fn(merged(frozen, trainable), batch, key)
+        return objective.sum, (objective, metrics)
+
+    grad_fn = jax.grad(summed, has_aux=True)
+
+    def gradients(state: TrainState, batch: Any, key: Array | None) -> tuple[Params, tuple[Mean, Metrics]]:
+        if microbatches == 1:
+            return grad_fn(state.trainable, state.frozen, batch, key)
+        parts = split_rows(batch, microbatches)
+        keys = None if key is None else jax.random.split(key, microbatches)
+        first = jax.tree.map(lambda x: x[0], parts)
+        one = jax.eval_shape(lambda batch: grad_fn(state.trainable, state.frozen, batch, key), first)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+
+        def add(total: Any, part: tuple[Any, Array | None]) -> tuple[Any, None]:
+            grads, (objective, metrics) = grad_fn(state.trainable, state.frozen, *part)
+            sums = jax.tree.map(jnp.add, total[0], grads), total[1][0] + objective
+            return (sums[0], (sums[1], pool(total[1][1], metrics))), None
+
+        return jax.lax.scan(add, nothing, (parts, keys))[0]
+
+    def step(state: TrainState, batch: Any, key: Array | None = None) -> tuple[TrainState, Metrics]:
+        grads, (objective, metrics) = gradients(state, batch, key)
+        if axis_name is not None:
+            grads, objective = jax.lax.psum((grads, objective), axis_name)
+            metrics = {name: _pool_over(axis_name, part) for name, part in metrics.items()}
+        grads = jax.tree.map(lambda g: g / jnp.maximum(objective.count, 1), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        loss, grad_norm = objective.value, optax.tree.norm(grads)
+        admitted = guard.admits(state.guard, loss, grad_norm, spike)
+        made = guard.chosen(
+            admitted, (state.step + 1, trainable, opt_state), (state.step, state.trainable, state.opt_state)
+        )
+        seen = guard.after(state.guard, admitted, loss)
+        counts = {"skipped": seen.skipped, "skipped_in_a_row": seen.in_a_row}
+        state = TrainState(made[0], made[1], state.frozen, made[2], seen)
+        return state, {"loss": objective, **metrics, "grad_norm": grad_norm, **counts}
+
+    return step
+
+
+def _pool_over(axis_name: str, metric: Any) -> Any:
+    """`pool` of all devices' parts."""
+    return jax.lax.psum(metric, axis_name) if isinstance(metric, Mean) else jax.lax.pmax(metric, axis_name)
+
+
+def make_nll(config: ModelConfig) -> LossFn:
+    """The loss of pretraining and finetuning: -log P of the masked tokens, a mean over tokens."""
+
+    def loss_fn(params: Params, batch: Batch, key: Array | None = None) -> tuple[Mean, Metrics]:
+        logp_BT, _ = transformer.score(params, config, batch, key=key)
+        return losses.reduce(-logp_BT, batch.mask_BT), {}
+
+    return loss_fn
+
+
+Step = Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]
+
+
+def jit_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    state: Any = None,
+    *,
+    microbatches: int = 1,
+    spike: float = 0.0,
+) -> Step:
+    """`make_train_step`, jitted for a mesh: the batch's rows divided, the state donated.
+
+    `state` holds shapes with the shardings that it has before and after (see `shapes_on`); without it the state is
+    whole on every device.
+    """
+    everywhere = sharding.replicated(mesh)
+    places = everywhere if state is None else jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(
+        sharding.within(mesh, make_train_step(loss_fn, tx, microbatches=microbatches, spike=spike)),
+        donate_argnums=0,
+        in_shardings=(places, sharding.rows(mesh), everywhere),
+        out_shardings=(places, everywhere),
+    )
+
+
+def jit_on(mesh: Mesh, f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` of f traced for a mesh; its arguments stay where they are, its results are whole on every device."""
+    return jax.jit(sharding.within(mesh, f), out_shardings=sharding.replicated(mesh), **options)
+
+
+def pmap_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, microbatches: int = 1) -> Step:
+    """`make_train_step` under `jax.pmap`: the same numbers, with every array's first axis the devices'.
+
+    State and key: a copy for each device (`jax.numpy.broadcast_to`; keys may differ). Batch: `reshape(devices, -1,
+    ...)`. Metrics are pooled and equal on each.
+    """
+    step = make_train_step(loss_fn, tx, microbatches=microbatches, axis_name="data")
+    return jax.pmap(step, axis_name="data", donate_argnums=0)
+
+
+def shapes_on(mesh: Mesh, make: Callable[..., Any], *args: Any) -> Any:
+    """Shapes and dtypes of make(*args), each with its sharding by `model.PARTITION`, without making anything."""
+    shapes = jax.eval_shape(make, *args)
+    return sharding.with_shardings(shapes, sharding.by_path(shapes, transformer.PARTITION, mesh))
+
+
+def evaluate(
+    loss: Callable[[Params, Any], tuple[Mean, Metrics]], params: Params, batches: Iterable[Any], mesh: Mesh
+) -> dict[str, float]:
+    """A (jitted) loss and its metrics over finite batches of host arrays (every process holds all), each pooled over
+    all its elements."""
+    parts = []
+    for batch in batches:
+        objective, metrics = loss(params, sharding.place_whole(batch, mesh))
+        parts.append({"loss": objective, **metrics})
+    return to_floats(functools.reduce(pool, parts))
+
+
+def to_floats(metrics: Metrics) -> dict[str, float]:
+    """Metrics on the host: a Mean becomes its value. This waits for the device."""
+    means = jax.tree.map(
+        lambda m: m.value if isinstance(m, Mean) else m, metrics, is_leaf=lambda m: isinstance(m, Mean)
+    )
+    return {name: float(value) for name, value in jax.device_get(means).items()}
+
+
+def shapes_of(config: ModelConfig) -> Params:
+    """Shapes and dtypes of a model's parameters, without making them."""
+    return jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))

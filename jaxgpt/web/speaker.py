@@ -1,0 +1,202 @@
+"""A model that answers: what the terminal and the page have in common.
+
+    speaker = Speaker(Path("runs/assistant/ppo"))
+    tokens = speaker.prompt("A film")
+    for piece in speaker.say(tokens, SamplingConfig(temperature=0.7), jax.random.key(0)):
+        print(piece.text, end="")
+
+and what its own probabilities, a reference, a critic and a reward model say of each token (`Microscope`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt import decoding
+from jaxgpt.config import ModelConfig
+from jaxgpt.data.tokenizer import prompt_ids
+from jaxgpt.decoding import sampling
+from jaxgpt.errors import UserError
+from jaxgpt.models import transformer
+from jaxgpt.rlhf import reward, rollout
+from jaxgpt.runs.saved_model import load_language_model, load_model
+from jaxgpt.structs import Array, Batch, Params
+
+SHORTEST = 32  # prompts are padded to this many tokens or a power of two: few shapes, so few compilations
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How an answer is drawn."""
+
+    temperature: float = 0.7  # 0: always the most probable token
+    top_k: int = 0  # 0: off
+    top_p: float = 0.95
+    new_tokens: int = 256  # of an answer, at most
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 1:
+            raise UserError(f"new_tokens is {self.new_tokens}; ask for at least 1")
+        if not 0 <= self.temperature < 100:
+            raise UserError(f"temperature is {self.temperature}; it can't be negative, and 0 takes the likeliest token")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; give how many tokens may be drawn, or 0 for all")
+
+    def functions(self) -> tuple[decoding.Sampler, sampling.Filter]:
+        """What `decode.stream` takes. Another temperature or top-p is not compiled anew; another top-k is."""
+        if self.temperature == 0:
+            return sampling.greedy, _unchanged
+        return sampling.categorical, jax.tree_util.Partial(_shaper(self.top_k), t=self.temperature, p=self.top_p)
+
+
+def _unchanged(logits: Array) -> Array:
+    return logits
+
+
+@functools.lru_cache(maxsize=64)
+def _shaper(top_k: int) -> Callable[..., Array]:
+    def shape(logits: Array, t: Array, p: Array) -> Array:
+        logits = sampling.temperature(logits, t)
+        return sampling.top_p(sampling.top_k(logits, top_k) if top_k else logits, p)
+
+    return shape
+
+
+class Piece(NamedTuple):
+    """One token as it comes, and the text that it made readable: '' while a character is not whole yet."""
+
+    token: int
+    text: str
+
+
+class Speaker:
+    """A model with its weights as decoding reads them. `raw`: it continues words instead of answering prompts."""
+
+    def __init__(self, place: Path, *, int8: bool = False, raw: bool = False) -> None:
+        loaded = load_language_model(place)
+        self.place, self.config, self.tok, self.params = place, loaded.config, loaded.tokenizer, loaded.params
+        self.raw = raw or bool(loaded.extra.get("raw", False))
+        prepared = jax.jit(decoding.prepare, static_argnums=1)(loaded.params, loaded.config)
+        self._weights = jax.jit(decoding.int8)(prepared) if int8 else prepared
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it learnt to hold a conversation of several turns."""
+        return bool(self.tok.template.turn) and not self.raw
+
+    @property
+    def stop(self) -> int:
+        return int(self.tok.template.separator if self.raw else self.tok.template.end)
+
+    def prompt(self, text: str, history: Sequence[int] = ()) -> list[int]:
+        """The ids that an answer is drawn after; `history`: a conversation, its last answer's end included."""
+        if self.raw:
+            return [self.tok.template.separator, *self.tok.encode(text)]
+        return prompt_ids(self.tok, text, history)
+
+    def room(self, ids: Sequence[int], new_tokens: int) -> int:
+        """How many tokens may follow. UserError when the prompt is too long for the model."""
+        room = min(new_tokens, self.config.block // 2)
+        if len(ids) + room > self.config.block:
+            raise UserError(
+                f"this prompt has {len(ids)} tokens and {self.config.block - room} fit; write a shorter one"
+            )
+        return room
+
+    def say(self, ids: Sequence[int], how: SamplingConfig, key: Array) -> Iterator[Piece]:
+        """The answer's tokens as they are drawn."""
+        room = self.room(ids, how.new_tokens)
+        width = min(max(SHORTEST, 1 << (len(ids) - 1).bit_length()), self.config.block - room)
+        tokens, length = rollout.pad_prompts([ids], width)
+        sample, filter_logits = how.functions()
+        stream = decoding.stream(
+            self._weights, self.config, jnp.asarray(tokens), jnp.asarray(length), key, new_tokens=room, stop=self.stop,
+            sample=sample, filter_logits=filter_logits,
+        )  # fmt: skip
+        seen: list[int] = []
+        said = ""
+        for token in stream:
+            seen.append(token)
+            whole = self.tok.decode(seen)
+            more = "" if whole.endswith("\ufffd") else whole[len(said) :]
+            said += more
+            yield Piece(token, more)
+
+
+class Seen(NamedTuple):
+    """What there is to say of an answer's tokens, [A] each; None where there is no reference, critic or reward."""
+
+    logp: np.ndarray  # of the token, under the model at the sampling temperature (before top-k and top-p)
+    entropy: np.ndarray  # nats
+    ref_logp: np.ndarray | None
+    kl: np.ndarray | None  # sum_v pi_v log(pi_v / rho_v), exactly, of the distribution that the token was drawn from
+    value: np.ndarray | None  # the critic's, before the token
+    score: float | None  # the reward model's, of the whole answer
+
+
+class Microscope:
+    """A speaker beside what it is compared with. A reference or reward model of another tokenizer is left out."""
+
+    def __init__(
+        self, speaker: Speaker, reference: Params | None = None, critic: Path | None = None, judge: Path | None = None
+    ) -> None:
+        self.speaker, self.reference = speaker, reference
+        self.critic = load_model(critic).params["value_head"] if critic else None
+        self.judge: tuple[Params, ModelConfig] | None = None
+        if judge:
+            loaded = load_model(judge)
+            if loaded.tokenizer.fingerprint == speaker.tok.fingerprint:
+                self.judge = loaded.params, loaded.config
+
+    def look(self, ids: Sequence[int], answer: Sequence[int], temperature: float = 1.0) -> Seen:
+        """`ids`: the prompt; `answer`: its tokens, the closing one included if it came."""
+        config = self.speaker.config
+        length = len(ids) + len(answer)
+        width = min(max(2 * SHORTEST, 1 << (length - 1).bit_length()), config.block)
+        tokens, _ = rollout.pad_prompts([[*ids, *answer]], width)
+        mask = (np.arange(width) >= len(ids)) & (np.arange(width) < length)
+        rows = Batch(jnp.asarray(tokens), jnp.asarray(mask[None]))
+        window = min(max(SHORTEST, 1 << (len(answer) - 1).bit_length()), width)
+        found = _look(
+            self.speaker.params, self.reference, self.critic, config, rows, window, jnp.float32(temperature or 1.0)
+        )
+        score = None if self.judge is None else float(_score(*self.judge, rows)[0])
+        logp, entropy, *rest = (None if x is None else np.asarray(x)[0][mask] for x in found)
+        assert logp is not None and entropy is not None
+        ref_logp, kl, value = rest
+        return Seen(logp, entropy, ref_logp, kl, value, score)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 5))
+def _look(
+    params: Params, reference: Params | None, critic: Params | None, config: ModelConfig, rows: Batch, window: int,
+    temperature: Array,
+) -> tuple[Array | None, ...]:  # fmt: skip
+    """(logp, entropy, ref_logp, kl, value), each [B, T] and 0 outside the answer, or None."""
+    before = transformer.window_before(rows.mask_BT, window)
+    targets_BW1 = before.targets(rows.tokens_BT)[..., None]
+
+    def log_probs(params: Params) -> tuple[Array, Array]:
+        h_BWD = before.take(transformer.hidden(params, config, rows.tokens_BT))
+        return jax.nn.log_softmax(transformer.unembed(params, h_BWD).astype(jnp.float32) / temperature), h_BWD
+
+    logp_BWV, h_BWD = log_probs(params)
+    of = lambda logp_BWV: before.put(jnp.take_along_axis(logp_BWV, targets_BW1, axis=-1)[..., 0])  # noqa: E731
+    entropy_BT = before.put(-(jnp.exp(logp_BWV) * logp_BWV).sum(-1))
+    value_BT = None if critic is None else before.put(transformer.apply_scalar_head(critic, h_BWD))
+    if reference is None:
+        return of(logp_BWV), entropy_BT, None, None, value_BT
+    ref_BWV, _ = log_probs(reference)
+    kl_BT = before.put((jnp.exp(logp_BWV) * (logp_BWV - ref_BWV)).sum(-1))
+    return of(logp_BWV), entropy_BT, of(ref_BWV), kl_BT, value_BT
+
+
+_score = jax.jit(reward.score, static_argnums=1)

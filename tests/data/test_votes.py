@@ -1,0 +1,525 @@
+"""The database of votes, what training reads from it, and the formats of others."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import sqlite3
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgpt import losses
+from jaxgpt.data import formats, votes
+from jaxgpt.data.comparisons import from_tiers, write_preferences
+from jaxgpt.data.formats import Judged
+from jaxgpt.data.tokenizer import train_char
+from jaxgpt.data.votes import Answer, Store, Task, Vote
+from jaxgpt.errors import UserError
+
+
+def task_of(number: int, answers: int = 3) -> Task:
+    return Task(f"prompt {number}", tuple(Answer(f"answer {number}.{i}") for i in range(answers)))
+
+
+def vote_of(task: Task, best: int = 0, annotator: str = "ada", id_: str = "", **changes) -> Vote:
+    shown = tuple(range(len(task.answers)))
+    rest = tuple(i for i in shown if i != best)
+    fields = {"id": id_ or f"{annotator} {task.id} {best}", "task": task.id, "annotator": annotator,
+              "kind": "favourite", "tiers": ((best,), rest), "shown": shown}  # fmt: skip
+    return Vote(**(fields | changes))
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    made = Store(tmp_path / "votes.sqlite")
+    for number in range(20):
+        made.add_task(task_of(number))
+    return made
+
+
+def test_a_vote_counts_once_however_often_it_comes(store):
+    vote = vote_of(task_of(0), seconds=1.5)
+    assert [store.vote(vote) for _ in range(3)] == [True, False, False]
+    (kept,) = store.votes()
+    assert dataclasses.replace(kept, time=0.0) == vote and kept.time > 0
+    assert store.count() == store.count("ada") == 1 and store.count("bob") == 0
+    assert store.unseen() == 19
+
+
+def test_what_is_taken_back_stays_in_the_file_but_does_not_count(store):
+    first, second = (vote_of(task_of(i)) for i in range(2))
+    store.vote(first), store.vote(second)
+    assert store.undo("bob", "u0") is None
+    assert store.undo("ada", "u1").id == second.task
+    assert store.undo("ada", "u1").id == second.task  # it came twice
+    assert [vote.id for vote in store.votes()] == [first.id]
+    assert store.undo("ada", "u2").id == first.task and store.votes() == []
+    assert not store.vote(second) and store.votes() == []  # the very vote that was taken back does not come back
+    assert store.vote(vote_of(task_of(1), best=2)) and store.count() == 1
+    rows = sqlite3.connect(store.path).execute("SELECT kind FROM votes ORDER BY number").fetchall()
+    assert [kind for (kind,) in rows] == ["favourite", "favourite", "undo", "undo", "favourite"]
+
+
+def test_every_task_goes_to_one_annotator_and_the_shared_ones_to_all(store):
+    seen: dict[str, list[str]] = {"ada": [], "bob": []}
+    for _ in range(40):
+        for who in seen:
+            found = store.next_task(who, overlap=0.5)
+            if found:
+                seen[who].append(found[0].id)
+                store.vote(vote_of(found[0], annotator=who))
+    shared = {task.id for task in store.tasks().values() if votes.share(task.id) < 0.5}
+    assert 0 < len(shared) < 20
+    assert set(seen["ada"]) & set(seen["bob"]) == shared
+    assert set(seen["ada"]) | set(seen["bob"]) == set(store.tasks())
+    assert all(len(ids) == len(set(ids)) for ids in seen.values())
+
+
+def test_a_task_that_somebody_looks_at_is_not_offered_to_others_and_comes_again_to_them(store):
+    first = store.next_task("ada")[0].id
+    assert store.next_task("ada")[0].id == first != store.next_task("bob")[0].id
+
+
+def test_a_vote_taken_back_stays_with_its_annotator_until_the_lease_ends(store, monkeypatch):
+    first = store.next_task("ada")[0]
+    store.vote(vote_of(first))
+    assert store.undo("ada", "u").id == first.id
+    assert store.next_task("bob")[0].id != first.id == store.next_task("ada")[0].id
+    monkeypatch.setattr(votes, "LEASE", -1.0)  # ended when it began
+    assert store.next_task("ada")[0].id == store.next_task("eve")[0].id == first.id
+
+
+def test_a_confirmed_change_is_on_disk_and_one_that_fails_leaves_nothing(store):
+    assert store._rows("PRAGMA journal_mode") == [("wal",)]
+    assert store._rows("PRAGMA synchronous") == [(2,)]  # FULL: an fsync before COMMIT returns
+    with pytest.raises(TypeError):
+        store.add_task(Task("half", (Answer("a"), Answer("b", origin={"no": object()}))))
+    assert store.unseen() == 20 and "half" not in store.prompts()
+    assert store.add_task(Task("half", (Answer("a"), Answer("b"))))
+
+
+def test_earlier_tasks_come_a_second_time_and_count_for_agreement_only(store):
+    again = []
+    for n in range(30):
+        task, repeated = store.next_task("ada", repeat=0.25)
+        again.append(repeated)
+        store.vote(vote_of(task, best=0 if n % 2 else 1, id_=str(n)))
+        if sum(again) == 3:
+            break
+    kept = store.votes()
+    assert sum(vote.again for vote in kept) == 3 and 12 <= len(kept) - 3 <= 14
+    assert len(votes.read(store.path)) == len(kept) - 3
+    assert votes.agreement(kept, within=True).pairs == 3 and votes.agreement(kept) is None
+
+
+def test_only_favourites_and_rankings_come_a_second_time(store):
+    picked = set()
+    for n in range(16):
+        task, repeated = store.next_task("ada")
+        assert not repeated
+        if n % 4 == 3:
+            picked.add(task.id)
+            store.vote(vote_of(task, kind="ranking", tiers=((2,), (1,), (0,))) if n % 8 == 3 else vote_of(task))
+        else:
+            store.vote(vote_of(task, kind=("skip", "tie", "bad")[n % 4], tiers=((0, 1, 2),)))
+    newest, seen = task.id, []
+    while (found := store.next_task("ada", repeat=1.0))[1]:
+        seen.append(found[0].id)
+        store.vote(vote_of(found[0], id_=f"again {len(seen)}"))
+    assert newest in picked and sorted(seen) == sorted(picked - {newest})
+
+
+def test_what_waits_for_an_annotator_is_what_they_will_get(store):
+    for _ in range(6):
+        store.vote(vote_of(store.next_task("ada", overlap=0.5)[0]))
+    for n in range(3):
+        store.vote(vote_of(store.next_task("bob", overlap=0.5)[0], annotator="bob", id_=f"bob {n}"))
+    store.undo("bob", "u")
+    store._leases.clear()
+    waiting = {who: store.waiting(who, overlap=0.5) for who in ("ada", "bob", "eve")}
+    assert store.waiting("eve") == store.unseen() < waiting["ada"] < waiting["eve"]
+    for who, count in waiting.items():
+        other = Store(store.path)  # of the others: no more votes
+        seen = set()
+        while found := other.next_task(who, overlap=0.5):
+            assert other.waiting(who, overlap=0.5) == count - len(seen)
+            seen.add(found[0].id)
+            other.vote(vote_of(found[0], annotator=who, id_=f"{who} last {len(seen)}"))
+        assert len(seen) == count
+        for n in range(count):
+            other.undo(who, f"{who} back {n}")
+
+
+def test_a_vote_is_taken_back_by_its_id(store):
+    first, second = (vote_of(task_of(i)) for i in range(2))
+    store.vote(first), store.vote(second)
+    assert store.undo("bob", "u0", first.id) is None and store.undo("ada", "u0", "none") is None
+    assert store.undo("ada", "u1", first.id).id == store.undo("ada", "u1", first.id).id == first.task
+    assert store.undo("ada", "u2", first.id) is None and [vote.id for vote in store.votes()] == [second.id]
+
+
+def test_the_most_doubtful_comes_first(store):
+    store.add_task(dataclasses.replace(task_of(50), doubt=0.2))
+    store.add_task(dataclasses.replace(task_of(51), doubt=0.9))
+    assert [store.next_task(who)[0].prompt for who in ("ada", "bob")] == ["prompt 51", "prompt 50"]
+
+
+def test_a_person_s_answer_joins_the_others_once(store):
+    task = task_of(3)
+    for _ in range(2):
+        task = store.add_answer(task.id, Answer("mine", origin={"by": "ada"}), "x")
+    assert [answer.text for answer in task.answers] == ["answer 3.0", "answer 3.1", "answer 3.2", "mine"]
+    store.vote(vote_of(task, best=3))
+    (found,) = votes.read(store.path)
+    assert found.answers[found.choice] == "mine"
+    for n in range(12):
+        store.add_answer(task.id, Answer(str(n)), f"more {n}")
+    with pytest.raises(UserError, match="16 answers already"):
+        store.add_answer(task.id, Answer("one too many"), "y")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tiers": ((0,), (1,))}, "exactly once"),
+        ({"tiers": ((0,), (1, 1, 2))}, "exactly once"),
+        ({"tiers": ((0, 1, 2),)}, "don't fit this kind"),
+        ({"kind": "tie"}, "don't fit this kind"),
+        ({"kind": "nonsense"}, "one of favourite"),
+        ({"shown": (0,), "tiers": ((0,),)}, "two or more"),
+        ({"annotator": "x" * 65}, "at most 64"),
+        ({"annotator": " "}, "empty"),
+        ({"id": 7}, "not text"),
+        ({"seconds": -1.0}, "seconds"),
+        ({"seconds": float("nan")}, "seconds"),
+    ],
+)
+def test_what_is_no_vote_is_refused(changes, says):
+    with pytest.raises(UserError, match=says):
+        vote_of(task_of(0), **changes)
+
+
+def test_votes_on_what_does_not_exist_are_refused(store):
+    with pytest.raises(UserError, match="no task"):
+        store.vote(vote_of(task_of(99)))
+    with pytest.raises(UserError, match="answers 0 to 2"):
+        store.vote(vote_of(task_of(0, answers=4)).__class__(**{
+            **dataclasses.asdict(vote_of(task_of(0, 4))), "task": task_of(0).id
+        }))  # fmt: skip
+    assert store.count() == 0
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path):
+    (tmp_path / "x.sqlite").write_text("hello, this is no database at all" * 50)
+    with pytest.raises(UserError, match="can't be used as a database"):
+        Store(tmp_path / "x.sqlite")
+    with pytest.raises(UserError, match="make label"):
+        votes.read(tmp_path / "none.sqlite")
+    with pytest.raises(UserError, match="holds no preferences in the part 'train' yet"):
+        Store(tmp_path / "empty.sqlite")
+        votes.read(tmp_path / "empty.sqlite:train")
+
+
+def test_many_annotators_in_threads_and_processes_lose_and_double_nothing(tmp_path):
+    path = tmp_path / "votes.sqlite"
+    store = Store(path)
+    for number in range(40):
+        store.add_task(task_of(number))
+
+    def work(args: tuple[Store, str]) -> list[str]:
+        mine, done = args[0], []
+        while found := mine.next_task(args[1], overlap=0.2):
+            vote = vote_of(found[0], annotator=args[1])
+            threads = [threading.Thread(target=mine.vote, args=(vote,)) for _ in range(2)]  # each is sent twice at once
+            [thread.start() for thread in threads], [thread.join() for thread in threads]
+            done.append(vote.id)
+        return done
+
+    stores = [store, Store(path)]  # two connections, as two processes would have
+    with ThreadPoolExecutor(10) as pool:
+        sent = list(pool.map(work, [(stores[i % 2], f"annotator {i}") for i in range(10)]))
+    ids = [id_ for mine in sent for id_ in mine]
+    assert sorted(vote.id for vote in store.votes()) == sorted(ids) and len(set(ids)) == len(ids)
+    assert {vote.task for vote in store.votes()} == set(store.tasks())
+
+
+def _write_for_ever(path: Path, pipe) -> None:
+    store = Store(path)
+    for number in range(100_000):
+        task = task_of(number)
+        store.add_task(task)
+        store.vote(vote_of(task))
+        pipe.send(number)
+
+
+@pytest.mark.slow
+def test_kill_9_loses_no_vote_that_was_confirmed(tmp_path):
+    context, confirmed = multiprocessing.get_context("spawn"), -1
+    for round_ in range(3):
+        path = tmp_path / f"votes{round_}.sqlite"
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_write_for_ever, args=(path, theirs))
+        process.start()
+        confirmed = ours.recv()
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            confirmed = ours.recv()
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        while ours.poll():
+            confirmed = ours.recv()
+        assert Store(path).count() in (confirmed + 1, confirmed + 2)
+
+
+# ---- what training reads ----
+
+
+def test_the_choices_of_a_ranking_have_its_likelihood():
+    """The sum of the softmax losses of `from_tiers` is the Plackett-Luce loss of the ranking."""
+    scores = np.array([[0.3, -1.2, 2.0, 0.7]], np.float32)
+    tiers = ((2,), (0,), (3,), (1,))
+    rows = from_tiers("p", ["a", "b", "c", "d"], tiers)
+
+    sets = [scores[:, [ord(text) - ord("a") for text in one.answers]] for one in rows]
+
+    @jax.jit
+    def both(sets, choices, scores, rank):
+        total = sum(map(losses.preference_nll, sets, choices))
+        return total, losses.plackett_luce_nll(scores, rank)
+
+    choices = [np.array([one.choice]) for one in rows]
+    np.testing.assert_allclose(*both(sets, choices, scores, np.array([[1, 3, 0, 2]])), rtol=1e-6)
+
+
+def test_ties_share_a_stage_and_one_tier_says_nothing():
+    found = from_tiers("p", ["a", "b", "c"], ((0, 2), (1,)), ended=[True, False, True])
+    assert [(one.answers, one.choice, one.ended) for one in found] == [
+        (("a", "b"), 0, (True, False)), (("b", "c"), 1, (False, True)),
+    ]  # fmt: skip
+    assert from_tiers("p", ["a", "b"], ((0, 1),)) == from_tiers("p", ["a", "b"], ()) == []
+
+
+def test_the_two_parts_of_a_database_share_no_prompt_and_stay_as_it_grows(store):
+    parts = {}
+    for number in range(20):
+        store.vote(vote_of(task_of(number), best=number % 3))
+        if number == 12:
+            early = {one.prompt for one in votes.read(Path(f"{store.path}:train"))}
+    for part in ("train", "heldout"):
+        parts[part] = {one.prompt for one in votes.read(Path(f"{store.path}:{part}"))}
+    assert parts["train"] | parts["heldout"] == {f"prompt {n}" for n in range(20)}
+    assert not parts["train"] & parts["heldout"] and early <= parts["train"]
+    assert formats.load(store.path) == votes.read(store.path)
+    before = formats.fingerprint(store.path)
+    store.undo("ada", "u")
+    assert formats.fingerprint(store.path) != before
+
+
+def test_skips_ties_and_all_bad_are_no_preferences(store):
+    for number, kind in enumerate(("tie", "bad", "skip")):
+        store.vote(vote_of(task_of(number), kind=kind, tiers=((0, 1, 2),)))
+    store.vote(vote_of(task_of(5), kind="ranking", tiers=((1,), (2,), (0,))))
+    assert [(one.answers[one.choice], len(one.answers)) for one in votes.read(store.path)] == [
+        ("answer 5.1", 3), ("answer 5.2", 2),
+    ]  # fmt: skip
+
+
+# ---- agreement ----
+
+
+def test_agreement_of_coins_is_chance_and_of_twins_is_1():
+    rng = np.random.default_rng(0)
+    tasks = [task_of(n, answers=4) for n in range(400)]
+    coins = [vote_of(t, best=int(rng.integers(4)), annotator=who) for t in tasks for who in ("ada", "bob")]
+    found = votes.agreement(coins)
+    assert found.pairs == 400 and found.chance == 0.25 and found.low < 0.25 < found.high and abs(found.kappa) < 0.1
+    twins = [vote_of(t, best=t.prompt.count("1"), annotator=who) for t in tasks for who in ("ada", "bob", "eve")]
+    found = votes.agreement(twins)
+    assert found.pairs == 1200 and found.same == found.kappa == 1
+    assert votes.agreement(coins[::2]) is None
+    shared = vote_of(tasks[0], kind="ranking", tiers=((0, 1), (2, 3)))  # names no favourite
+    assert votes.agreement([shared, vote_of(tasks[0], annotator="bob")]) is None
+
+
+# ---- formats ----
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda s: bool(s.strip()))
+plain = words.filter(lambda s: "\n\n" not in s)  # hh-rlhf marks turns by such lines
+verdicts = st.sampled_from([("favourite", ((0,), (1,))), ("favourite", ((1,), (0,)))])
+arena = st.one_of(verdicts, st.sampled_from([("tie", ((0, 1),)), ("bad", ((0, 1),))]))
+
+
+def back(tmp_path: Path, judged: list[Judged], format_: str, suffix: str) -> list[tuple]:
+    path = tmp_path / f"{format_}{suffix}"
+    formats.write(path, judged, format_)
+    found, differ = formats.read(path)
+    assert differ == 0
+    return [(one.prompt, one.answers, one.kind, one.tiers) for one in found]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("format_", ["trl", "trl-conversational", "hh-rlhf", "arena", "trl-implicit"])
+def test_pairs_come_back_as_they_went(tmp_path_factory, format_, suffix):
+    text = plain if format_ == "hh-rlhf" else words
+    kinds = arena if format_ == "arena" else verdicts
+
+    @settings(max_examples=20, deadline=None)
+    @given(prompt=text, first=text, second=text, verdict=kinds)
+    def check(prompt: str, first: str, second: str, verdict: tuple) -> None:
+        if format_ == "trl-implicit" and first[0] == second[0]:
+            second = ("a" if first[0] != "a" else "b") + second  # what both answers begin with would join the prompt
+        one = Judged(prompt, (first, second), *verdict)
+        (found,) = back(tmp_path_factory.getbasetemp(), [one], format_, suffix)
+        kind, tiers = verdict
+        if format_ == "arena":
+            assert found == (prompt, (first, second), kind, tiers)
+        else:  # the better one is written first
+            assert found == (prompt, tuple((first, second)[tier[0]] for tier in tiers), "favourite", ((0,), (1,)))
+
+    check()
+
+
+def test_four_answers_come_back_from_zieglers_format_and_are_three_pairs_elsewhere(tmp_path):
+    one = Judged("p", ("a", "b", "c", "d"), "favourite", ((2,), (0, 1, 3)))
+    ranked = dataclasses.replace(one, kind="ranking", tiers=((2,), (0,), (3,), (1,)))
+    assert back(tmp_path, [one], "lm-human-preferences", ".json") == [("p", one.answers, "favourite", one.tiers)]
+    assert back(tmp_path, [one], "jaxgpt", ".jsonl") == [("p", one.answers, "favourite", one.tiers)]
+    pairs = [answers for _, answers, _, _ in back(tmp_path, [one], "trl", ".jsonl")]
+    assert pairs == [("c", "a"), ("c", "b"), ("c", "d")]
+    assert len(back(tmp_path, [ranked], "trl", ".jsonl")) == 6
+    tie = Judged("p", ("a", "b", "c"), "tie", ((0, 1, 2),))
+    assert formats.write(tmp_path / "x.jsonl", [one, tie], "hh-rlhf") == (3, 1)
+    assert formats.write(tmp_path / "y.json", [tie, one], "arena") == (0, 2)
+
+
+def test_real_shapes_of_other_projects_are_read(tmp_path):
+    rows = [
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?\n\nAssistant: Well.",
+         "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?\n\nAssistant: Go away"},
+        {"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}],
+         "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}]},
+        {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
+        {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+        {"question_id": "1", "model_a": "x", "model_b": "y", "winner": "tie (bothbad)", "judge": "arena_user_1",
+         "conversation_a": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1"}],
+         "conversation_b": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "2"}]},
+        {"model_a": "x", "model_b": "y", "winner": "model_a",
+         "conversation_a": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1"}],
+         "conversation_b": [{"role": "user", "content": "Ho"}, {"role": "assistant", "content": "2"}]},
+        {"query": "Once", "sample0": "a", "sample1": "b", "sample2": "c", "sample3": "d", "best": 3},
+    ]  # fmt: skip
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    found, differ = formats.read(tmp_path / "all.json")
+    assert differ == 1  # the conversations of the arena that differ before the answers
+    assert [(one.prompt, one.answers, one.kind) for one in found] == [
+        ("\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?", ("Well.", "Go away"), "favourite"),
+        ("Hi", ("Yes", "No"), "favourite"),
+        ("The sky is", (" blue.", " green."), "favourite"),
+        ("The sky is ", ("blue.", "green."), "favourite"),
+        ("Hi", ("1", "2"), "bad"),
+        ("Once", ("a", "b", "c", "d"), "favourite"),
+    ]
+    assert found[-1].tiers == ((3,), (0, 1, 2)) and found[4].models == ("x", "y")
+    assert len(formats.load(tmp_path / "all.json")) == 5
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"chosen": "a"}, r"x.jsonl:1: fields chosen are of no known format"),
+        ({"prompt": "p", "chosen": [1], "rejected": [2]}, "x.jsonl:1: a conversation must be a list"),
+        ({"chosen": [{"role": "user", "content": "x"}], "rejected": []}, "must end with an answer"),
+        ({"winner": "nobody", "conversation_a": [], "conversation_b": []}, "must end with an answer"),
+        ({"query": "q", "sample0": "a", "sample1": "b", "best": 2}, "x.jsonl:1: choice is 2"),
+        ({"query": "q", "sample0": "a", "sample1": "b"}, "x.jsonl:1: choice is 'missing'"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "x.jsonl:1: prompt is int"),
+        ({"prompt": "p", "chosen": "a", "rejected": None}, "x.jsonl:1: rejected is NoneType"),
+        ({"prompt": "p", "chosen": [{"role": "assistant", "content": "a"}], "rejected": []}, "must be a list"),
+        ({"chosen": [{"role": "assistant", "content": None}], "rejected": []}, "must be a list of objects"),
+        ({"prompt": "p", "answers": ["a", "b"]}, "x.jsonl:1: no field 'choice'"),
+        ({"prompt": "p", "answers": 3, "choice": 0}, "x.jsonl:1: answers is int"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_said_with_its_place(tmp_path, row, says):
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=says):
+        formats.read(tmp_path / "x.jsonl")
+
+
+def test_what_goes_out_is_each_first_vote_in_the_order_of_the_candidates(store):
+    store.vote(vote_of(task_of(0), best=2, shown=(2, 0, 1)))
+    store.vote(vote_of(task_of(0), best=1, id_="again"))
+    (one,) = formats.judged_of(store)
+    assert one.answers == ("answer 0.0", "answer 0.1", "answer 0.2") and one.tiers == ((2,), (0, 1))
+
+
+def test_verdicts_go_into_a_database_and_out_again_and_twice_is_once(tmp_path):
+    judged = [
+        Judged("p", ("a", "b", "c", "d"), "favourite", ((2,), (0, 1, 3))),
+        Judged("q", ("a", "b"), "tie", ((0, 1),), ("x", "y")),
+        Judged("p", ("a", "b", "c", "d"), "ranking", ((2,), (0,), (1,), (3,)), meta={"annotator": "bob"}),
+    ]
+    store = Store(tmp_path / "v.sqlite")
+    assert formats.into_store(store, judged, "ada") == 3 and formats.into_store(store, judged, "ada") == 0
+    found = formats.judged_of(store)
+    assert [(one.prompt, one.answers, one.kind, one.tiers, one.meta["annotator"]) for one in found] == [
+        (one.prompt, one.answers, one.kind, one.tiers, one.meta.get("annotator", "ada")) for one in judged
+    ]
+    assert found[1].models == ("x", "y")
+
+
+@pytest.mark.parametrize("format_", ["trl-conversational", "hh-rlhf"])
+def test_a_conversation_comes_back_as_its_turns(tmp_path, format_):
+    before = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "How?")]
+    turns = [{"role": role, "content": words} for role, words in before]
+    row = {"prompt": turns, **{side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    found, _ = formats.read(tmp_path / "in.jsonl")
+    assert found[0].prompt == "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?"
+    assert back(tmp_path, found, format_, ".jsonl") == [
+        (found[0].prompt, ("chosen", "rejected"), "favourite", ((0,), (1,)))
+    ]
+    formats.write(tmp_path / "out.jsonl", found, "trl-conversational")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["prompt"] == turns
+
+
+def test_our_own_rows_bring_back_who_said_it_and_which_answers_were_cut_off(tmp_path):
+    store = Store(tmp_path / "v.sqlite")
+    task = Task("p", (Answer("a"), Answer("b", ended=False), Answer("c")))
+    store.add_task(task)
+    for who in ("ada", "bob"):
+        store.vote(vote_of(task, best=1, annotator=who))
+    formats.write(tmp_path / "out.jsonl", formats.judged_of(store), "jaxgpt")
+    again, (found, _) = Store(tmp_path / "again.sqlite"), formats.read(tmp_path / "out.jsonl")
+    assert formats.into_store(again, found, "imported") == 2
+    assert [vote.annotator for vote in again.votes()] == ["ada", "bob"] and votes.agreement(again.votes()).pairs == 1
+    assert [one.ended for one in votes.read(again.path)] == [(True, False, True)] * 2
+
+
+def test_a_reward_model_s_input_may_be_any_of_them(tmp_path):
+    rows = from_tiers("p", ["a", "b", "c"], ((1,), (0, 2)))
+    write_preferences(tmp_path / "ours.jsonl", rows)
+    formats.write(tmp_path / "trl.jsonl", [Judged("p", ("a", "b"), "favourite", ((1,), (0,)))], "trl")
+    assert formats.load(tmp_path / "ours.jsonl")[0].answers == ("a", "b", "c")
+    assert formats.load(tmp_path / "trl.jsonl")[0].answers == ("b", "a")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "answers": ["a"], "choice": 0}\n')
+    with pytest.raises(UserError, match=r"bad.jsonl:1: answers has 1"):
+        formats.load(tmp_path / "bad.jsonl")
+
+
+def test_ids_of_gpt2_are_read(tmp_path, monkeypatch):
+    tok = train_char(["Once upon a time"])  # test_pretrained has the real vocabulary
+    monkeypatch.setattr(formats, "gpt2_tokenizer", lambda: tok)
+    samples = {f"sample{i}": tok.encode(f" upon {i}") for i in range(4)}
+    (tmp_path / "z.json").write_text(json.dumps([{"query": tok.encode("Once"), **samples, "best": 1}]))
+    (found,), _ = formats.read(tmp_path / "z.json")
+    assert (found.prompt, found.answers, found.tiers[0]) == ("Once", tuple(f" upon {i}" for i in range(4)), (1,))

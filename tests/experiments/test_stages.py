@@ -1,0 +1,409 @@
+"""All seven stages at toy size on real text, in order; what a user may do wrong with them; and every study that starts
+from them. On one device, but for a slow test."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import assistant, chat, dpo, ppo, preferences, pretrain, reward, sft
+from experiments.studies import (
+    arithmetic,
+    frontier,
+    how_many_labels,
+    imdb,
+    kl_control,
+    overoptimisation,
+    through_reward,
+)
+from jaxgpt import training
+from jaxgpt.config import ModelConfig
+from jaxgpt.data import formats, sources, votes
+from jaxgpt.data.comparisons import read_preferences, write_preferences
+from jaxgpt.errors import UserError
+from jaxgpt.models import sharding, transformer
+from jaxgpt.models.sharding import make_mesh
+from jaxgpt.rlhf import ppo as ppo_algorithm
+from jaxgpt.rlhf import reward as reward_model
+from jaxgpt.runs import doctor
+from jaxgpt.runs.saved_model import load_model
+from jaxgpt.study.frontier import Start
+from jaxgpt.training import optim
+from jaxgpt.web.speaker import Microscope, Speaker
+from tests.helpers import AS_USERS_RUN_IT, WALL_CLOCK, few_reviews, one_device
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_device():
+    with one_device():
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> assistant.Settings:
+    """A finished toy run of the whole pipeline, on a part of the reviews and with a model of one layer."""
+    cache = few_reviews(tmp_path_factory.mktemp("data"))
+    toy = assistant.PRESETS["toy"]
+    small = dataclasses.replace(toy.pretrain, model=dataclasses.replace(toy.pretrain.model, layers=1))
+    own = {"pretrain": small, "preferences": dataclasses.replace(toy.preferences, experts=1, heldout=16)}
+    stages = {name: own.get(name, getattr(toy, name)) for name in assistant.STAGES}
+    stages = {name: dataclasses.replace(one, cache=cache) for name, one in stages.items() if hasattr(one, "cache")}
+    settings = dataclasses.replace(toy, run=tmp_path_factory.mktemp("toy") / "run", **stages)
+    assistant.main(settings)
+    return settings
+
+
+def results(settings: assistant.Settings, stage: str) -> dict:
+    return json.loads((settings.run / stage / "done.json").read_text())["results"]
+
+
+def curve(settings: assistant.Settings, stage: str, name: str) -> list[float]:
+    lines = (settings.run / stage / "metrics.jsonl").read_text().splitlines()
+    return [row[name] for row in map(json.loads, lines) if name in row]
+
+
+def test_each_stage_leaves_finite_figures(finished):
+    for stage in ("pretrain", "sft", "reward", "ppo", "dpo"):
+        lines = (finished.run / stage / "metrics.jsonl").read_text().splitlines()
+        assert lines and not any("nonfinite" in json.loads(line) for line in lines), stage
+
+
+def test_training_lowers_the_held_out_losses(finished):
+    nats = curve(finished, "pretrain", "heldout_nats_a_token")
+    assert nats[-1] < np.log(512)
+    assert results(finished, "sft")["pretraining_nats_before"] == pytest.approx(nats[-1], abs=0.05)
+
+
+def test_preferences_name_their_annotator_and_mix_in_experts(finished):
+    rows = [json.loads(line) for line in (finished.run / "preferences/train.jsonl").read_text().splitlines()]
+    cache = finished.preferences.cache
+    experts = set(sources.examples("movie_reviews", "train", cache) + sources.examples("movie_reviews", "valid", cache))
+    assert len(rows) == 24
+    for row in rows:
+        assert len(row["answers"]) == 4 and 0 <= row["choice"] < 4
+        assert row["meta"]["annotator"].startswith("simulated annotator (VADER")
+        assert any((row["prompt"], answer) in experts for answer in row["answers"])
+
+
+def test_the_reward_is_compared_with_chance_and_ceiling(finished):
+    found = results(finished, "reward")
+    assert found["chance"] == pytest.approx(0.25)
+    assert 0.25 < found["annotator_ceiling"] < 1
+    assert 0 <= found["accuracy"] <= 1 and found["calibration"]
+
+
+def test_ppo_starts_at_ratio_one_and_dpo_at_log_b(finished):
+    assert max(curve(finished, "ppo", "ratio_error_first")) < 1e-6  # exactly 0 on one device: see test_ppo
+    assert max(curve(finished, "ppo", "sampler_gap_max")) < 1e-5
+    assert curve(finished, "ppo", "kl")[0] == pytest.approx(0, abs=1e-4)
+    assert curve(finished, "dpo", "train_loss")[0] == pytest.approx(np.log(4), abs=1e-4)
+
+
+def test_the_report_shows_every_policy(finished):
+    page = (finished.run / "report/report.html").read_text()
+    names = list(results(finished, "report")["policies"])
+    assert names == ["base", "SFT", "best of 2", "DPO", "PPO"]
+    assert all(name in page for name in names) and "simulated annotator" in page
+    assert (finished.run / "report/frontier.png").stat().st_size > 5000
+    gold = results(finished, "report")["policies"]["PPO"]["gold"]
+    assert gold["low"] <= gold["mean"] <= gold["high"]
+
+
+def test_ppo_keeps_rollouts_token_by_token_and_its_critic(finished):
+    """At the first iteration policy and reference are one, and after an update the ratio is not 1."""
+    first, second = (json.loads((finished.run / f"ppo/rollouts/{i:06d}.json").read_text()) for i in (1, 2))
+    assert first["beta"] == pytest.approx(finished.ppo.beta) and len(first["answers"]) == 8
+    for one in first["answers"] + second["answers"]:
+        lengths = {len(one[name]) for name in ("tokens", "logp", "ref_logp", "ratio", "value", "advantage", "return")}
+        assert lengths == {len(one["tokens"])} and one["prompt"].endswith("<answer>")
+        assert one["ended"] == (one["tokens"][-1] == "</answer>")
+        np.testing.assert_allclose(np.exp(one["logp"]), np.clip(np.exp(one["logp"]), 0, 1))
+    ratios = np.concatenate([one["ratio"] for one in first["answers"]])
+    assert 0 < np.abs(ratios - 1).max() < 1
+    for one in first["answers"]:
+        np.testing.assert_allclose(one["logp"], one["ref_logp"], atol=1e-5)
+        np.testing.assert_allclose(one["value"], 0, atol=1e-7)
+    scope = Microscope(Speaker(finished.run / "ppo"), critic=finished.run / "ppo/critic")
+    seen = scope.look(scope.speaker.prompt("Finish"), [7, 8, 9])
+    assert seen.value.shape == (3,) and np.abs(seen.value).max() > 0
+
+
+@pytest.mark.slow
+def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, tmp_path):
+    store = votes.Store(tmp_path / "votes.sqlite")
+    for name in ("train", "heldout"):
+        rows = list(read_preferences(finished.run / f"preferences/{name}.jsonl"))
+        judged = [  # three times, in other words: which part a prompt belongs to is drawn by its hash
+            formats.Judged(f"{row.prompt} {k}", row.answers, "favourite",
+                           ((row.choice,), tuple(i for i in range(len(row.answers)) if i != row.choice)))
+            for row in rows for k in range(3)
+        ]  # fmt: skip
+        formats.into_store(store, judged, "ada")
+    settings = dataclasses.replace(finished, labels=tmp_path / "votes.sqlite", run=tmp_path / "run")
+    stages = {stage.__name__.rpartition(".")[2]: own for stage, own in assistant.stage_settings(settings)}
+    assert "preferences" not in stages and len(stages) == 6
+    assert str(stages["reward"].preferences).endswith("votes.sqlite:train")
+    assert str(stages["dpo"].heldout).endswith("votes.sqlite:heldout")
+    own = dataclasses.replace(stages["reward"], model=finished.run / "sft")
+    assert reward.main(own)["annotator_ceiling"] is None
+    with pytest.raises(UserError, match="holds no preferences"):
+        votes.Store(tmp_path / "empty.sqlite")
+        assistant.main(dataclasses.replace(settings, labels=tmp_path / "empty.sqlite"))
+    with pytest.raises(UserError, match="no database of votes"):
+        assistant.main(dataclasses.replace(settings, labels=tmp_path / "votes.jsonl"))
+
+
+@pytest.mark.slow
+def test_the_doctor_names_a_reward_model_that_learnt_from_a_coin(finished, tmp_path):
+    """The same answers, the favourite drawn by lot; and it says nothing of the kind about the real one."""
+    rng = np.random.default_rng(0)
+    for name in ("train", "heldout"):
+        rows = list(read_preferences(finished.run / f"preferences/{name}.jsonl"))
+        choices = rng.integers(4, size=len(rows))
+        write_preferences(
+            tmp_path / f"{name}.jsonl",
+            [dataclasses.replace(row, choice=int(choice)) for row, choice in zip(rows, choices, strict=True)],
+        )
+    own = next(own for stage, own in assistant.stage_settings(finished) if stage is reward)
+    settings = dataclasses.replace(
+        own, run=tmp_path / "reward", preferences=tmp_path / "train.jsonl", heldout=tmp_path / "heldout.jsonl",
+        epochs=10, learning_rate=3e-3,
+    )  # fmt: skip
+    reward.main(settings)
+    assert [one.what for one in doctor.examine(doctor.read(settings.run))] == ["the reward model is dead: it guesses"]
+
+
+@pytest.mark.slow
+def test_eight_devices_find_what_one_finds(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    several = dataclasses.replace(finished, run=tmp_path / "run")
+    assistant.main(several)
+    for stage in assistant.STAGES:
+        one, eight = (jax.tree.leaves_with_path(results(settings, stage)) for settings in (finished, several))
+        for (path, a), (_, b) in zip(one, eight, strict=True):
+            if isinstance(a, str):
+                assert a == b, (stage, path)
+            else:
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3, err_msg=f"{stage} {path}")
+
+
+def test_running_twice_repeats_nothing(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.run.rglob("*.json*")}
+    again = assistant.main(finished)
+    assert {path: path.stat().st_mtime_ns for path in finished.run.rglob("*.json*")} == before
+    assert again["report"]["policies"].keys() == results(finished, "report")["policies"].keys()
+
+
+def test_a_run_replayed_from_its_settings_has_the_same_numbers(finished, tmp_path):
+    from jaxgpt.runs.cli import parse
+
+    settings = parse(
+        sft.Settings, sft.PRESETS, ["--settings", str(finished.run / "sft"), "--run", str(tmp_path / "again")]
+    )
+    sft.main(settings)
+    lines = [
+        (folder / "metrics.jsonl").read_text().splitlines() for folder in (finished.run / "sft", tmp_path / "again")
+    ]
+    a, b = ([{k: v for k, v in json.loads(line).items() if k not in WALL_CLOCK} for line in part] for part in lines)
+    assert a == b
+
+
+def test_chat_streams_an_answer_from_any_stage(finished):
+    for stage in ("pretrain", "sft", "ppo", "dpo"):
+        talk = chat.Chat(chat.Settings(model=finished.run / stage, new_tokens=8))
+        text = "".join(talk.reply("Say </answer> & <prompt>", jax.random.key(0)))
+        assert isinstance(text, str) and "tokens/s" in talk.stats
+        assert talk.speaker.raw == (stage == "pretrain") and not talk.history
+
+
+def fails(capsys, main, *argv: str) -> str:
+    from jaxgpt.runs.cli import cli
+
+    module, settings, presets = main
+    with pytest.raises(SystemExit) as stop:
+        cli(module, settings, presets, argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and error.startswith("error: ")
+    return error
+
+
+def command(module) -> tuple:
+    return module.main, module.Settings, module.PRESETS
+
+
+def test_mistakes_are_one_line_and_come_before_training(finished, tmp_path, capsys, monkeypatch):
+    run = ("--run", str(tmp_path / "run"))
+    assert "did you mean" in fails(capsys, command(pretrain), "--learning-rat", "1")
+    assert "missing.txt" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--data", "missing.txt")
+    (tmp_path / "empty.txt").touch()
+    assert "empty.txt" in fails(
+        capsys, command(pretrain), "--preset", "toy", *run, "--data", str(tmp_path / "empty.txt")
+    )
+    (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\xfe\n")
+    assert "UTF-8" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--data", str(tmp_path / "bad.txt"))
+    with monkeypatch.context() as eight_devices:
+        eight_devices.setattr(sharding, "make_mesh", make_mesh)
+        assert "devices" in fails(capsys, command(pretrain), "--preset", "toy", *run, "--batch", "9")
+    assert "nowhere" in fails(capsys, command(sft), *run, "--model", str(tmp_path / "nowhere"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/thesis.doc").touch()
+    model = ("--model", str(finished.run / "sft"))
+    foreign = ("--run", str(tmp_path / "foreign"))
+    assert "not a run folder" in fails(capsys, command(preferences), *foreign, *model)
+    run = ("--run", str(tmp_path / "second"))
+    assert "nothing to choose from" in fails(capsys, command(preferences), *run, *model, "--candidates", "1")
+    wrong = ("--model", str(finished.run / "reward"))
+    assert "no language model" in fails(capsys, command(preferences), *run, *wrong)
+    assert "block" in fails(capsys, command(preferences), *run, *model, "--new-tokens", "60")
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a", "answers": ["b"], "choice": 0}\n')
+    one = str(tmp_path / "one.jsonl")
+    run = ("--run", str(tmp_path / "third"))
+    assert "one.jsonl:1" in fails(capsys, command(reward), *run, *model, "--preferences", one, "--heldout", one)
+    assert not list(tmp_path.glob("*/model"))
+
+
+@pytest.mark.slow
+def test_gpu_presets_fit_together():
+    """Every stage of the GPU preset traces at its full size: shapes, settings and batch sizes agree."""
+    gpu, mesh = assistant.PRESETS["gpu"], jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    config: ModelConfig = gpu.pretrain.model
+    key = jax.random.key(0)
+    steps = (
+        pretrain.build(gpu.pretrain, mesh),
+        sft.build(gpu.sft, config, mesh),
+        reward.build(gpu.reward, config, (4, 88, 41), 100, mesh),
+        dpo.build(gpu.dpo, config, (4, 88, 41), 100, mesh),
+    )
+    for step, state, batch in steps:
+        new_state, _ = jax.eval_shape(step, state, batch, None)
+        assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    iteration, (state, control), prompts = ppo.build(gpu.ppo, config, 40, mesh)
+    assert jax.eval_shape(iteration, state, control, prompts, key)[0].step.shape == ()
+    count = sum(leaf.size for leaf in jax.tree.leaves(training.shapes_of(config)))
+    assert 120e6 < count < 130e6
+
+
+@pytest.mark.slow
+def test_the_gpu_preset_steps():
+    """One real step of one layer of the GPU preset's model in every stage, in bfloat16, with two rows and a small
+    vocabulary."""
+    gpu = assistant.PRESETS["gpu"]
+    config = dataclasses.replace(gpu.pretrain.model, layers=1, vocab=8192)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def two(settings, **more):
+        return dataclasses.replace(settings, batch=2, **more)
+
+    def some(shapes):  # random parameters, a batch of ones
+        return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+
+    params = transformer.init(jax.random.key(0), config)
+    losses = {}
+    for name, (step, state, batch) in {
+        "pretrain": pretrain.build(two(gpu.pretrain, model=config), mesh),
+        "sft": sft.build(two(gpu.sft), config, mesh),
+        "reward": reward.build(two(gpu.reward), config, (2, 16, 8), 10, mesh),
+        "dpo": dpo.build(two(gpu.dpo), config, (2, 16, 8), 10, mesh),
+    }.items():
+        state, batch = some(state), some(batch)
+        trainable = {"policy": params} if name == "dpo" else {"model": params} if name == "reward" else params
+        state = dataclasses.replace(state, trainable={**state.trainable, **optim.copy(trainable)})
+        if name in ("reward", "dpo"):
+            batch = batch.replace(choice_B=jnp.zeros(2, jnp.int32))
+        losses[name] = training.to_floats(step(state, batch, None)[1])["loss"]
+        del state
+    assert losses["pretrain"] == pytest.approx(np.log(config.vocab), rel=0.1)
+    assert losses["reward"] == pytest.approx(np.log(2), rel=1e-3)
+    assert all(np.isfinite(loss) for loss in losses.values())
+    settings = two(gpu.ppo, ppo=dataclasses.replace(gpu.ppo.ppo, new_tokens=4, epochs=1))
+    iteration, (_, control), _ = ppo.build(settings, config, 6, mesh)
+    frozen = {"reward": reward_model.init(jax.random.key(1), optim.copy(params), config.width)}
+    state = ppo_algorithm.init(params, config, ppo.optimizer(settings), frozen)
+    prompts = ppo_algorithm.Prompts(jnp.full((2, 6), 7), jnp.array([6, 3]))
+    inputs = (state, control, prompts, jax.random.key(2))
+    metrics = training.to_floats(iteration.lower(*inputs).compile(AS_USERS_RUN_IT)(*inputs)[2])
+    assert metrics["ratio_error_first"] == 0.0 and np.isfinite(metrics["loss"])
+
+
+def test_settings_files_and_folders_are_as_the_readme_says(finished):
+    for stage in ("pretrain", "sft", "preferences", "reward", "ppo", "dpo", "report"):
+        assert {"settings.json", "metrics.jsonl", "log.txt", "done.json"} <= {
+            p.name for p in (finished.run / stage).iterdir()
+        }
+    assert (
+        Path(finished.run / "ppo/model/tokenizer.json").exists()
+        and Path(finished.run / "ppo/model/template.json").exists()
+    )
+
+
+def test_the_saved_reward_model_is_normalised(finished):
+    saved = load_model(finished.run / "reward")
+    _, rankings, _ = reward.read(finished.run / "preferences/heldout.jsonl", saved.tokenizer, saved.config.block)
+    rows = reward.reference_rows(rankings, saved.config.block, finished.reward.reference_samples)
+    score = np.asarray(jax.jit(reward_model.score, static_argnums=1)(saved.params, saved.config, rows))
+    assert score.mean() == pytest.approx(0, abs=1e-3) and score.std() == pytest.approx(1, abs=1e-2)
+    assert optim.split(saved.params, reward_model.trainable_names())[1].keys() == {"gain", "bias"}
+
+
+# ---- each study, from start to figure ----
+
+STUDIES = {
+    overoptimisation: "", kl_control: "", through_reward: "", imdb: "pretrain", how_many_labels: "sft",
+    arithmetic: None,  # trains its own model
+}  # fmt: skip
+
+
+@pytest.fixture
+def start_of(finished, tmp_path):
+    """The toy preset of a study, on what the finished run left and the same part of the reviews."""
+
+    def settings_of(study, place: str | None = "", **more):
+        if place is not None:
+            more |= {"start": finished.run / place, "cache": finished.preferences.cache}
+        return dataclasses.replace(study.PRESETS["toy"], run=tmp_path / "run", **more)
+
+    with jax.debug_key_reuse(False):  # the check takes the vmapped keys of a scan for used ones
+        yield settings_of
+
+
+def assert_runs_once(study, settings, capsys) -> dict:
+    """Its figure and page are there, and a second start repeats nothing. Returns the results."""
+    found = study.main(settings)
+    figure = settings.run / f"{study.__name__.rpartition('.')[2]}.png"
+    assert figure.stat().st_size > 10_000
+    page = (settings.run / "report.html").read_text(encoding="utf-8")
+    assert "<table>" in page and "data:image/png;base64," in page and "<script" not in page
+    capsys.readouterr()
+    assert study.main(settings) == found and "already done" in capsys.readouterr().out
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.__name__.rpartition(".")[2])
+def test_a_study_runs_and_is_not_repeated(study, start_of, finished, capsys):
+    people = {"people": str(finished.run / "preferences/heldout.jsonl")} if study is how_many_labels else {}
+    found = assert_runs_once(study, start_of(study, STUDIES[study], **people), capsys)
+    if study is how_many_labels:
+        assert len(found["conditions"]["people"]) == 1
+    if study is arithmetic:  # demonstrations, groups, a critic, a verifier on the host
+        assert found["solved"].keys() == {"GRPO", "PPO"} and 0 <= found["before"] <= 1
+
+
+@pytest.mark.slow
+def test_a_study_that_was_stopped_goes_on_behind_its_last_part(start_of, monkeypatch, capsys):
+    settings = start_of(frontier)
+    with monkeypatch.context() as patched:
+        patched.setattr(Start, "dpo", lambda *args, **settings: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            frontier.main(settings)
+    cells = settings.run / "cells"
+    kept = {path.name: path.stat().st_mtime_ns for path in cells.iterdir()}
+    assert kept.keys() == {"PPO.json", "through-the-reward-model.json"}
+    assert_runs_once(frontier, settings, capsys)
+    for name, time in kept.items():
+        assert (cells / name).stat().st_mtime_ns == time

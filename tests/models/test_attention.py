@@ -1,0 +1,88 @@
+"""Attention by kernels is the formula's: splash interpreted on a CPU, and which kernel is taken where."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.models import attention, layers, sharding
+from jaxgpt.models.sharding import MeshConfig
+
+B, T, H, K = 4, 128, 2, 8
+SEGMENTS = np.tile(np.where(np.arange(T) < 50, 1, 2), (B, 1))
+
+
+def outcome(attend, segments, mesh=None):
+    """Output, and gradients of a random projection of it."""
+    weights, *inputs = np.random.default_rng(0).standard_normal((4, B, T, H, K), np.float32)
+
+    def loss(*qkv):
+        out = attend(*qkv, segments)
+        return (out * weights).sum(), out
+
+    both = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    if mesh is None:
+        return jax.jit(both)(*inputs)
+    return jax.jit(sharding.within(mesh, both))(*sharding.place_whole(tuple(inputs), mesh))
+
+
+def splash(*args):
+    return attention.splash(*args, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "segments"),
+    [
+        (None, None),
+        ((2, 2, 2), SEGMENTS),
+        pytest.param(None, SEGMENTS, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), None, marks=pytest.mark.slow),
+        ((8, 1, 1), SEGMENTS),  # four rows don't divide among eight
+    ],
+    ids=["one device", "2x2x2, segments", "one device, segments", "2x2x2", "8x1x1, segments"],
+)
+def test_splash_is_the_formula_on_any_mesh(shape, segments):
+    mesh = None if shape is None else sharding.make_mesh(MeshConfig(*shape))
+    expected, found = outcome(attention.attend, segments), outcome(splash, segments, mesh)
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
+
+
+def shapes(T=T, K=K, dtype=jnp.float32):
+    return (jax.ShapeDtypeStruct((B, T, H, K), dtype),) * 3
+
+
+def test_a_row_length_without_tiles_is_left_to_the_formula(monkeypatch):
+    monkeypatch.setattr(attention, "attend", lambda *args: args)
+    asked = (*shapes(T=100), None)
+    assert attention.splash(*asked) == asked
+
+
+@pytest.mark.parametrize(
+    ("kind", "used"),
+    [
+        ({}, "xla"),  # float32
+        ({"dtype": jnp.bfloat16}, "cudnn"),
+        ({"dtype": jnp.bfloat16, "K": 12}, "xla"),
+        ({"dtype": jnp.bfloat16, "K": 136}, "xla"),
+        ({"dtype": jnp.bfloat16, "T": 255}, "xla"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("capability", ["7.5", "9.0"])
+def test_cudnn_is_asked_only_for_what_it_can_do(kind, used, capability, monkeypatch):
+    asked = []
+    gpu = type("Gpu", (), {"compute_capability": capability})
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [gpu])
+    monkeypatch.setattr(attention, "attend", lambda *args: asked.append(args[-1]))
+    attention.cudnn(*shapes(**kind), None)
+    assert asked == ["xla" if capability == "7.5" else used]
+
+
+@pytest.mark.parametrize(
+    ("platform", "attend"), [("gpu", attention.cudnn), ("tpu", attention.splash), ("other", attention.attend)]
+)
+def test_each_platform_has_its_kernel(platform, attend, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    assert layers.choose("auto").attend is attend
+    assert layers.choose("plain") is layers.PLAIN

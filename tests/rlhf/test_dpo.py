@@ -1,0 +1,66 @@
+"""DPO reaches the optimum that can be enumerated, and starts at log B."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxgpt import training
+from jaxgpt.config import ModelConfig
+from jaxgpt.models import transformer
+from jaxgpt.rlhf import dpo
+from jaxgpt.structs import Batch, Preferences
+from jaxgpt.training import optim
+from tests.helpers import random_params
+
+CONFIG = ModelConfig(layers=1, width=32, heads=2, block=8, vocab=10)
+
+
+def every_answer() -> Preferences:
+    """One prompt (6, 7) whose candidates are all answers of one token and the stop."""
+    rows = np.array([[6, 7, v, 5] for v in range(CONFIG.vocab) if v != 5] + [[6, 7, 5, 0]])
+    mask = (np.arange(4) >= 2) & (np.arange(4) < np.array([4] * 9 + [3])[:, None])
+    return Preferences(rows[None], mask[None], np.zeros(1, np.int32), np.ones((1, len(rows)), bool))
+
+
+def test_the_loss_starts_at_log_b_and_the_reference_gets_no_gradient():
+    params = {"policy": random_params(CONFIG), "reference": random_params(CONFIG)}
+    loss = dpo.make_loss(CONFIG, beta=0.3)
+    value, slope = jax.jit(jax.value_and_grad(lambda p, batch: loss(p, batch, None)[0].value))(params, every_answer())
+    assert float(value) == pytest.approx(np.log(10), rel=1e-5)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(slope["reference"])) == 0.0
+    assert max(np.abs(x).max() for x in jax.tree.leaves(slope["policy"])) > 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_dpo_converges_to_the_policy_that_is_optimal_for_the_reward(temperature):
+    """With choices in exact proportion to softmax(r), the optimum is pi* proportional to rho exp(r / beta)."""
+    beta, batch = 0.5, every_answer()
+    reward_C = np.linspace(-0.5, 0.5, 10)
+    weight_C = np.exp(reward_C) / np.exp(reward_C).sum()
+    loss = dpo.make_loss(CONFIG, beta, temperature)
+
+    def expected(params, batch, key):  # the loss of every choice, weighted by its probability
+        one = jax.vmap(lambda choice: loss(params, batch.replace(choice_B=choice[None]), None)[0].value)
+        return training.losses.reduce(10 * weight_C * one(jnp.arange(10))), {}
+
+    tx = optax.adam(optim.linear_to_zero(3e-3, 150))
+    rho = random_params(CONFIG, scale=1.0)
+    state = training.init_state({"policy": rho}, tx, {"reference": optim.copy(rho)})
+    options = {"xla_backend_optimization_level": 2}
+    step = jax.jit(training.make_train_step(expected, tx), donate_argnums=0, compiler_options=options)
+    for _ in range(150):
+        state, _ = step(state, batch, None)
+
+    @jax.jit
+    def logp(params):
+        rows = Batch(batch.tokens_BCT[0], batch.mask_BCT[0])
+        return jax.nn.log_softmax(transformer.answer_logp(params, CONFIG, rows, temperature=temperature))
+
+    policy, reference = (np.asarray(logp(x), float) for x in (state.trainable["policy"], state.frozen["reference"]))
+    optimum = reference + reward_C / beta
+    optimum -= np.logaddexp.reduce(optimum)
+    divergence = (np.exp(policy) * (policy - optimum)).sum()
+    assert divergence < 1e-3 < (np.exp(reference) * (reference - optimum)).sum()

@@ -1,0 +1,93 @@
+"""The reward model: where it reads, what it learns, how it is normalised."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxgpt import training
+from jaxgpt.rlhf import reward
+from jaxgpt.structs import Batch, Preferences
+from jaxgpt.training import optim
+from tests.helpers import TINY, random_params, tokens_of
+
+MODEL = dataclasses.replace(TINY, layers=1)
+T = 22
+score = jax.jit(reward.score, static_argnums=1)
+normalise_on = jax.jit(reward.normalise_on, static_argnums=1)
+loss = jax.jit(reward.loss, static_argnums=1)
+
+
+def reward_params(seed: int = 0):
+    head = np.random.default_rng(seed).standard_normal(MODEL.width, np.float32) / np.sqrt(MODEL.width)
+    params = reward.init(jax.random.key(seed), random_params(MODEL, scale=2.0), MODEL.width)
+    return {**params, "head": {"kernel_D": head, "bias": np.float32(0)}}
+
+
+def rows(seed: int = 0) -> Batch:
+    """Answers from the third token to anywhere between the fifth and the twelfth, and padding; in the first three
+    they end at 5, 9 and 12."""
+    ends = np.random.default_rng(seed).integers(5, 13, (32, 1))
+    ends[:3, 0] = 5, 9, 12
+    t = np.arange(T)
+    return Batch(np.where(t < ends, tokens_of(32, T, seed=seed), 0), (t >= 3) & (t < ends))
+
+
+def test_the_score_does_not_depend_on_padding():
+    params, batch = reward_params(), rows()
+    found = score(params, MODEL, batch)
+    other = np.where((np.arange(T) >= 3) & ~batch.mask_BT, 33, batch.tokens_BT)
+    np.testing.assert_allclose(score(params, MODEL, Batch(other, batch.mask_BT)), found, atol=1e-5)
+    shorter = Batch(batch.tokens_BT[:, :12], batch.mask_BT[:, :12])
+    np.testing.assert_allclose(score(params, MODEL, shorter), found, atol=1e-5)
+
+
+def test_the_score_is_read_at_the_last_answer_token():
+    params, batch = reward_params(), rows()
+
+    def changed(t: int) -> np.ndarray:
+        tokens = batch.tokens_BT.copy()
+        tokens[:, t] = 5
+        return np.abs(score(params, MODEL, Batch(tokens, batch.mask_BT)) - score(params, MODEL, batch)) > 1e-5
+
+    last = batch.mask_BT.shape[1] - 1 - np.argmax(batch.mask_BT[:, ::-1], axis=1)
+    for t in (4, 8, 11):
+        np.testing.assert_array_equal(changed(t), last >= t, err_msg=f"token {t}")
+
+
+def test_normalising_gives_mean_zero_and_deviation_one():
+    params, batch = reward_params(), rows()
+    found = np.asarray(score(normalise_on(params, MODEL, batch), MODEL, batch))
+    assert found.mean() == pytest.approx(0, abs=1e-5) and found.std() == pytest.approx(1, rel=1e-4)
+    twice = normalise_on(normalise_on(params, MODEL, rows(seed=5)), MODEL, batch)
+    np.testing.assert_allclose(score(twice, MODEL, batch), found, rtol=1e-3, atol=1e-4)
+
+
+def test_it_learns_to_prefer_what_was_chosen():
+    """Of four answers the one with the token 60 is always chosen."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(6, 60, (32, 4, 10), np.int32)
+    choice = rng.integers(0, 4, 32)
+    tokens[np.arange(32), choice, rng.integers(3, 10, 32)] = 60
+    mask = np.broadcast_to(np.arange(10) >= 3, tokens.shape)
+    batch = Preferences(tokens, mask, choice, np.ones((32, 4), bool))
+    trainable, frozen = optim.split(reward_params(), reward.trainable_names())
+    tx = optax.adam(1e-3)
+    step = jax.jit(training.make_train_step(lambda params, batch, key: reward.loss(params, MODEL, batch), tx))
+    state = jax.jit(lambda trainable, frozen: training.init_state(trainable, tx, frozen))(trainable, frozen)
+    for _ in range(40):
+        state, metrics = step(state, batch, None)
+    found = training.to_floats(metrics)
+    assert found["accuracy"] > 0.95 and found["loss"] < 0.3
+    assert float(state.params["gain"]) == 1.0
+
+
+def test_rankings_that_are_all_padding_count_for_nothing():
+    tokens = np.reshape(tokens_of(6, 8), (2, 3, 8))
+    batch = Preferences(tokens, np.ones((2, 3, 8), bool), np.array([1, 0]), np.array([[True] * 3, [False] * 3]))
+    both, _ = loss(reward_params(), MODEL, batch)
+    first, _ = loss(reward_params(), MODEL, jax.tree.map(lambda x: np.asarray(x)[[0, 0]], batch))  # twice
+    assert float(both.count) == 1 and float(first.count) == 2
+    np.testing.assert_allclose(both.value, first.value, rtol=1e-5)

@@ -1,0 +1,71 @@
+"""Sampling and scoring on the host, in batches of one shape."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import training
+from jaxgpt.errors import UserError
+from jaxgpt.models import sharding
+from jaxgpt.rlhf import rollout
+from tests.helpers import TINY
+
+MODEL = dataclasses.replace(TINY, layers=1)
+PROMPTS = [[6 + i, 7, 8][: 1 + i % 3] for i in range(11)]
+BATCH = 4  # on 4 devices a row for each, on 8 whole on every one
+
+
+def mesh_of(devices: int) -> jax.sharding.Mesh:
+    return sharding.make_mesh(devices=jax.devices()[:devices])
+
+
+@functools.cache
+def sampled(devices: int = 1) -> rollout.Sampled:
+    rng, mesh = np.random.default_rng(0), mesh_of(devices)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), training.shapes_of(MODEL))
+    return rollout.sample_answers(
+        jax.device_put(params, sharding.replicated(mesh)), MODEL, PROMPTS, jax.random.key(0),
+        lambda ids: " ".join(map(str, ids)), mesh, new_tokens=9, stop=5, batch=BATCH,
+    )  # fmt: skip
+
+
+def test_every_prompt_gets_an_answer_after_its_own_tokens():
+    found = sampled()
+    assert len(found.texts) == len(PROMPTS) == len(found.ended)
+    for prompt, tokens, mask in zip(PROMPTS, found.rows.tokens_BT, found.rows.mask_BT, strict=True):
+        assert list(tokens[: len(prompt)]) == prompt
+        assert int(mask.argmax()) == len(prompt)
+    np.testing.assert_array_equal(found.lengths, found.rows.mask_BT.sum(1))
+
+
+@pytest.mark.parametrize("devices", [4, 8])
+def test_scores_in_batches_equal_scores_at_once(devices):
+    rows, mesh = sampled().rows, mesh_of(devices)
+    score = training.jit_on(mesh, lambda rows: (rows.tokens_BT * rows.mask_BT).sum(1))
+    expected = (rows.tokens_BT * rows.mask_BT).sum(1)
+    np.testing.assert_array_equal(rollout.in_batches(score, rows, BATCH, mesh), expected)
+
+
+@pytest.mark.parametrize("devices", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_devices_share_the_rows_and_change_nothing(devices):
+    alone, together = sampled(), sampled(devices)
+    assert together.texts == alone.texts
+    np.testing.assert_array_equal(together.rows.tokens_BT, alone.rows.tokens_BT)
+
+
+def test_prompts_that_are_empty_or_too_long_are_named():
+    with pytest.raises(UserError, match="prompt 1 has 3 tokens and must have 1 to 2"):
+        rollout.pad_prompts([[7], [7, 8, 9]], 2)
+    with pytest.raises(UserError, match="prompt 0 has 0 tokens"):
+        rollout.pad_prompts([[]], 2)
+    with pytest.raises(UserError, match="block of 48"):
+        rollout.sample_answers({}, MODEL, [[7] * 45], jax.random.key(0), str, mesh_of(1), new_tokens=9, stop=5, batch=4)
+
+
+def test_minibatches_give_the_rows_in_order():
+    x = np.arange(12.0, dtype=np.float32).reshape(6, 2)
+    doubled = jax.jit(lambda x: rollout.in_minibatches(lambda part: part * 2, x, 3))
+    np.testing.assert_array_equal(doubled(x), x * 2)

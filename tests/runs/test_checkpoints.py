@@ -1,0 +1,329 @@
+"""Checkpoints: what is saved is what was there, damage is named and passed over, and signals save."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from jaxgpt import losses, training
+from jaxgpt.data import pipelines
+from jaxgpt.data.tokenizer import Tokenizer, train_char
+from jaxgpt.errors import UserError
+from jaxgpt.models.sharding import MeshConfig, make_mesh, replicate
+from jaxgpt.runs import checkpoints, verify
+from jaxgpt.runs.checkpoints import SaveConfig, Saves
+from jaxgpt.runs.process import Stopped
+from jaxgpt.runs.run import Run
+from jaxgpt.runs.saved_model import save_model
+from jaxgpt.structs import Batch
+from jaxgpt.training.guard import GuardConfig
+from jaxgpt.training.step import make_nll, shapes_on
+from tests.helpers import TINY, WALL_CLOCK, params_of
+
+TX = optax.adam(1e-2)
+STEPS = 12
+ONE = dataclasses.replace(TINY, layers=1)
+STEP = jax.jit(training.make_train_step(make_nll(ONE), TX), donate_argnums=0)
+FIRST = jax.jit(lambda: training.init_state(params_of(ONE), TX))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    save: SaveConfig = SaveConfig(every=3, keep=2)
+    guard: GuardConfig = GuardConfig(patience=2)
+    force: bool = False
+    seed: int = 0
+
+
+@pytest.fixture(scope="module")
+def tok() -> Tokenizer:
+    return train_char(["abc"])
+
+
+def fresh_state():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return replicate((FIRST(), jax.random.key(7)), mesh)
+
+
+def batches_of(seed=0):
+    return pipelines.windows(np.arange(400, dtype=np.int32) % 60, 16, 4, seed=seed)
+
+
+def bits(tree):
+    leaves = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
+    ]
+    return [np.asarray(leaf).tobytes() for leaf in leaves]
+
+
+def train_run(folder: Path, tok: Tokenizer, until: int = STEPS, settings=None, batches=None, visit=None):
+    """A little experiment; stops without a word after step `until`, as if killed. Returns its state."""
+    settings = settings or Settings()
+    with Run(folder, settings, "sft", force=settings.force) as run:
+        saves = Saves(run, settings, STEPS, tok, batches or batches_of())
+        first, (state, key) = saves.restore(fresh_state(), fresh_state)
+        with saves:
+            for i in range(first, until + 1):
+                arrays = saves.next_batch()
+                state, metrics = STEP(state, Batch.of(arrays), jax.random.fold_in(key, i))
+                floats = training.to_floats(metrics)
+                run.log(i, {"loss": floats["loss"], **saves.figures(floats)})
+                if visit:
+                    visit(i)
+                saves.after(i, (state, key), metrics, arrays)
+    return first, (state, key)
+
+
+def rows(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, tok) -> Path:
+    """A run killed after step 10, with checkpoints of steps 6 and 9."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    train_run(folder, tok, until=10)
+    return folder
+
+
+@pytest.fixture
+def run(stopped, tmp_path) -> Path:
+    shutil.copytree(stopped, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_going_on_gives_the_bits_of_a_run_that_was_not_stopped(run, tok, tmp_path):
+    _, whole = train_run(tmp_path / "whole", tok)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')  # killed in the middle of a line
+    first, state = train_run(run, tok)
+    assert first == 10
+    assert bits(state) == bits(whole)
+    assert rows(run) == rows(tmp_path / "whole")
+    assert "going on after step 9 of 12" in (run / "log.txt").read_text()
+
+
+def test_a_checkpoint_holds_everything_and_plain_orbax_reads_it(run, tok):
+    record = checkpoints.read_checkpoint(run / "checkpoints/9")
+    assert record["step"] == 9 and record["tokenizer"] == tok.fingerprint and record["data"]["grain"]
+    assert Tokenizer.load(run / "checkpoints/9").fingerprint == tok.fingerprint
+    state, key = ocp.load(run / "checkpoints/9/state")
+    np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(7)))
+    assert int(state["step"]) == 9 and state["trainable"]["embed"]["tokens_VD"].shape == (64, 32)
+    assert {one.name for one in (run / "checkpoints").iterdir()} == {"6", "9"}  # keep=2
+
+
+def test_what_is_saved_is_the_state_of_that_moment_though_the_next_step_reuses_its_buffers(tmp_path, tok):
+    """The save is asynchronous and the step donates. On eight devices."""
+    settings = Settings(save=SaveConfig(every=1, keep=99))
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    with Run(tmp_path / "run", settings, "sft") as run, Saves(run, settings, 9, tok) as saves:
+        state = replicate({"w": np.zeros((512, 512), np.float32)}, make_mesh())
+        for i in range(1, 9):
+            state = step(state)
+            saves.after(i, state, {"skipped_in_a_row": 0})
+    for i in range(1, 9):
+        loaded = ocp.load(tmp_path / f"run/checkpoints/{i}/state")
+        np.testing.assert_array_equal(loaded["w"], float(i))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
+def test_another_mesh_takes_the_same_numbers(run, tok, shape):
+    mesh = make_mesh(MeshConfig(*shape))
+    shapes = shapes_on(mesh, FIRST)
+    state, _ = checkpoints.load_state(run / "checkpoints/9", (shapes, replicate(jax.random.key(0), mesh)))
+    there, _ = checkpoints.load_state(run / "checkpoints/9", fresh_state())
+    assert bits(state) == bits(there)
+    table = state.trainable["embed"]["tokens_VD"]
+    assert not table.sharding.is_fully_replicated
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def damage(kind: str, folder: Path) -> None:
+    match kind:
+        case "flipped bit":
+            flip(largest(folder / "state"))
+        case "truncated":
+            os.truncate(largest(folder / "state"), 100)
+        case "missing":
+            largest(folder / "state").unlink()
+        case "half-written":
+            (folder / "checkpoint.json").unlink()
+        case "torn record":
+            os.truncate(folder / "checkpoint.json", 50)
+        case "tokenizer":
+            flip(folder / "tokenizer.json")
+
+
+DAMAGES = {
+    "flipped bit": "is damaged", "truncated": "is damaged", "missing": "is missing",
+    "half-written": "not written to its end", "torn record": "checkpoint.json",
+    "tokenizer": "tokenizer.json is damaged",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tok, kind, capsys, tmp_path):
+    damage(kind, run / "checkpoints/9")
+    assert verify.main([str(run)]) == 1
+    told = capsys.readouterr().out
+    assert "DAMAGED" in told and DAMAGES[kind] in told and "whole    " in told
+    first, _ = train_run(run, tok, until=7)
+    assert first == 7
+    assert f"WARNING: passed over checkpoint 9: {run / 'checkpoints/9'}" in (run / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_without_any_good_checkpoint_the_run_starts_again(run, tok, tmp_path):
+    for step in ("6", "9"):
+        damage("flipped bit", run / "checkpoints" / step)
+    first, state = train_run(run, tok)
+    _, whole = train_run(tmp_path / "whole", tok)
+    assert first == 1 and bits(state) == bits(whole) and rows(run) == rows(tmp_path / "whole")
+
+
+def test_every_parameter_that_differs_is_named(run, tok):
+    settings = Settings()
+    with Run(run, settings, "sft") as opened, pytest.raises(UserError) as error:
+        other = dataclasses.replace(ONE, width=48)
+        state = jax.eval_shape(lambda: training.init_state(params_of(other), TX))
+        Saves(opened, settings, STEPS, tok, batches_of()).restore((state, jax.random.key(0)), fresh_state)
+    named = str(error.value).splitlines()[1:]
+    assert "  0/trainable/embed/tokens_VD is float32[64,32], not float32[64,48]" in named
+    assert len(named) == 3 * len(jax.tree.leaves(state.trainable))  # parameters and two moments of Adam
+
+
+def test_other_data_or_another_tokenizer_is_refused_unless_forced(run, tok):
+    other = train_char(["xyz"])
+    with pytest.raises(UserError, match=r"other inputs \(tokenizer \w{12} there, \w{12} now\); .*--force"):
+        train_run(run, other)
+    with pytest.raises(UserError, match=r"other inputs \(data \w{12} there, \w{12} now\)"):
+        train_run(run, tok, batches=batches_of(seed=5))
+    first, _ = train_run(run, tok, until=10, batches=batches_of(seed=5), settings=Settings(force=True))
+    assert first == 10 and "other data than the checkpoint's" in (run / "log.txt").read_text()
+
+
+def test_another_seed_is_refused_with_the_difference_unless_forced(run, tok):
+    with pytest.raises(UserError, match=r"seed: 0 there, 1 now"):
+        train_run(run, tok, settings=Settings(seed=1))
+    first, _ = train_run(run, tok, until=10, settings=Settings(seed=1, force=True))
+    assert first == 10 and "going on with other settings (seed: 0 there, 1 now)" in (run / "log.txt").read_text()
+
+
+def test_saving_more_or_less_often_is_no_other_run(run, tok):
+    assert train_run(run, tok, until=10, settings=Settings(save=SaveConfig(every=1, keep=1)))[0] == 10
+
+
+def test_fresh_forgets_the_checkpoints(run):
+    with Run(run, Settings(), "sft", fresh=True):
+        assert not (run / "checkpoints").exists() and (run / "metrics.jsonl").read_text() == ""
+
+
+def test_a_finished_run_keeps_no_checkpoints(run):
+    with Run(run, Settings(), "sft") as opened:
+        opened.finish({})
+    assert not (run / "checkpoints").exists()
+
+
+# ---- signals ----
+
+
+def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(tmp_path, tok):
+    with pytest.raises(Stopped, match="saved after step 5 of 12") as stop:
+        train_run(tmp_path, tok, visit=lambda i: i == 5 and os.kill(os.getpid(), signal.SIGTERM))
+    assert stop.value.code == 75
+    assert train_run(tmp_path, tok, until=6)[0] == 6
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_a_second_one_quits_at_once(tmp_path, tok):
+    with pytest.raises(Stopped) as stop:
+        train_run(tmp_path / "once", tok, visit=lambda i: i == 5 and os.kill(os.getpid(), signal.SIGINT))
+    assert stop.value.code == 130 and train_run(tmp_path / "once", tok, until=6)[0] == 6
+
+    def twice(i):
+        if i == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(tmp_path / "twice", tok, visit=twice)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert train_run(tmp_path / "twice", tok, until=4)[0] == 4
+
+
+# ---- the guard's patience ----
+
+
+@pytest.mark.parametrize("where", [4, STEPS - 1])
+def test_a_run_of_bad_batches_ends_with_the_last_one_on_disk(tmp_path, tok, where):
+    class Poisoned:
+        def __init__(self):
+            self.count = 0
+
+        def __next__(self):
+            self.count += 1
+            bad = self.count >= where
+            return {"tokens": np.full((2, 4), self.count), "value": np.full(3, np.nan if bad else 1.0)}
+
+        def get_state(self):
+            return {"fingerprint": "f", "count": self.count}
+
+        def set_state(self, state):
+            self.count = state["count"]
+
+    def loss(params, batch, key):
+        return losses.reduce(params["w"] * batch), {}
+
+    settings = Settings()
+    step = jax.jit(training.make_train_step(loss, TX), donate_argnums=0)
+    with Run(tmp_path, settings, "sft") as run, pytest.raises(UserError, match="2 updates in a row were skipped"):
+        saves = Saves(run, settings, STEPS, tok, Poisoned())
+        state = training.init_state({"w": jnp.ones(3)}, TX)
+        with saves:
+            for i in range(1, STEPS + 1):
+                arrays = saves.next_batch()
+                state, metrics = step(state, jnp.asarray(arrays["value"], jnp.float32), None)
+                saves.after(i, state, metrics, arrays)
+    (bad,) = tmp_path.glob("bad_batch_*.npz")
+    stored = np.load(bad, allow_pickle=False)
+    np.testing.assert_array_equal(stored["tokens"], where + 1)
+    assert np.isnan(stored["value"]).all() and np.isfinite(np.asarray(state.trainable["w"])).all()
+
+
+@pytest.mark.parametrize("wrong", [{"every": -1}, {"keep": 0}])
+def test_senseless_settings_are_refused(wrong):
+    with pytest.raises(UserError, match=f"save.{next(iter(wrong))}"):
+        SaveConfig(**wrong)
+
+
+def test_verify_says_when_there_is_nothing(tmp_path, capsys):
+    assert verify.main([str(tmp_path)]) == 2
+    assert "no saved model and no checkpoint" in capsys.readouterr().err
+
+
+def test_a_models_flipped_bit_is_found(tmp_path, capsys):
+    save_model(tmp_path / "model", {"w": np.ones(99, np.float32)}, TINY)
+    assert verify.main([str(tmp_path)]) == 0
+    flip(largest(tmp_path / "model/params"))
+    assert verify.main([str(tmp_path)]) == 1

@@ -1,0 +1,242 @@
+"""The run doctor: silent on a healthy run, and naming each illness on a run made to have it."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxgpt import training
+from jaxgpt.errors import UserError
+from jaxgpt.losses import kl
+from jaxgpt.rlhf import ppo
+from jaxgpt.rlhf.intervals import interval
+from jaxgpt.rlhf.ppo import PPOConfig, Prompts
+from jaxgpt.runs import doctor
+from jaxgpt.runs.run import Run
+from jaxgpt.training import optim
+from tests.helpers import TINY, params_of, prompts_of
+
+ONE = dataclasses.replace(TINY, layers=1)
+CONFIG = PPOConfig(new_tokens=12, epochs=2, unfinished_score=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    ppo: PPOConfig = CONFIG
+    fixed_beta: bool = True
+    target_kl: float = 6.0
+
+
+def healthy_ppo(n=24):
+    """Figures as a good run has them."""
+    return [
+        {"score": 0.1 * i, "kl": min(0.5 * i, 6.0), "length": 26 - 0.3 * i, "ended": 0.9, "sampler_gap_max": 1e-6,
+         "ratio_error_first": 0.0, "explained_variance": min(0.02 * i, 0.2), "skipped": 0.0}
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def write(folder: Path, stage: str, rows, results=None, settings=None) -> Path:
+    with Run(folder / stage, settings or Settings(), stage) as run:
+        for i, row in enumerate(rows, 1):
+            run.log(i, row)
+        if results is not None:
+            run.finish(results)
+    return folder / stage
+
+
+def found(folder: Path) -> list[str]:
+    return [finding.what for finding in doctor.examine(doctor.read(folder))]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("healthy")
+    falling = [{"train_nats_a_token": 6 - 0.1 * i, "skipped": 0.0, "seconds_data": 0.0, "seconds_device": 0.1}
+               for i in range(20)]  # fmt: skip
+    write(root, "pretrain", falling, {})
+    write(root, "sft", falling, {"pretraining_nats_before": 5.1, "pretraining_nats_after": 6.0})
+    write(root, "reward", [], {"nll": 1.17, "chance": 0.25, "accuracy": 0.48})
+    write(root, "ppo", healthy_ppo(), {})
+    write(root, "dpo", [{"train_loss": 1.386}, {"train_loss": 1.2}], {"heldout_nll": 1.3})
+    write(root, "report", [], {"policies": {"SFT": figures(0.1, -0.2), "PPO": figures(0.6, 2.1)}})
+    return root
+
+
+def figures(gold: float, reward: float) -> dict:
+    return {
+        name: {"mean": value, "low": value - 0.05, "high": value + 0.05}
+        for name, value in (("gold", gold), ("judge", gold), ("reward", reward))
+    }
+
+
+def test_a_healthy_run_is_left_alone(healthy, capsys):
+    assert doctor.main([str(healthy)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told] == ["pretrain", "sft", "reward", "ppo", "dpo", "report"]
+    assert all("nothing wrong found" in line for line in told)
+
+
+# ---- runs of the real algorithm, made ill ----
+
+
+def short(rows):
+    return -rows.mask_BT.sum(1).astype(jnp.float32)
+
+
+def long(rows):
+    return -short(rows)
+
+
+def favourite(rows):
+    return jnp.where(rows.mask_BT, rows.tokens_BT == 9, 0).sum(1).astype(jnp.float32)
+
+
+def broken(rows):
+    return jnp.full(rows.tokens_BT.shape[0], jnp.nan)
+
+
+REWARDS = (short, long, favourite, broken)
+PROMPTS = Prompts(*prompts_of(32, 4))
+GREEDY = {"beta": 0.0, "rate": 1e-2, "iterations": 40}
+
+
+@jax.jit
+def one(state, control, key, which, rate, spoil):
+    """An iteration of PPO; every answer gets the score of the reward function, whether it ended or not."""
+    first, second = jax.random.split(key)
+    rows, logp_BT, ended_B = ppo.collect(state, ONE, CONFIG, PROMPTS, first, 5)
+    score_B = jax.lax.switch(which, REWARDS, rows)
+    rollout, a = ppo.score(state, ONE, CONFIG, rows, logp_BT * spoil, jnp.ones(32, bool), score_B)
+    tx = optim.adam_tf(lambda step: rate)
+    state, control, b = ppo.update(state, ONE, CONFIG, tx, rollout, control, second)
+    return state, control, {**a, **b, "ended": ended_B.mean()}
+
+
+@jax.jit
+def answers(state, key):
+    return ppo.collect(state, ONE, CONFIG, PROMPTS, key, 5)[0]
+
+
+@jax.jit
+def fresh():
+    return ppo.init(params_of(ONE, scale=1.0), ONE, optim.adam_tf(optax.constant_schedule(1.0)), {})
+
+
+@functools.cache
+def trained(reward, *, beta=0.02, rate=3e-3, iterations=24, spoil=1.0):
+    """PPO on the tiny model against a reward function: the figures of each iteration, and the policy at the end."""
+    state, control, rows = fresh(), kl.FixedKL(jnp.float32(beta)), []
+    for i in range(1, iterations + 1):
+        state, control, metrics = one(state, control, jax.random.key(i), REWARDS.index(reward), rate, spoil)
+        rows.append(training.to_floats(metrics))
+    return rows, state.trainable["policy"]
+
+
+def iterate(folder: Path, reward, **options) -> Path:
+    """The run folder of `trained`."""
+    return write(folder, "ppo", trained(reward, **options)[0])
+
+
+@pytest.mark.slow
+def test_collapse_to_the_end_token(tmp_path):
+    assert "answers collapsed to the end token" in found(iterate(tmp_path, short, iterations=40, rate=1e-2))
+
+
+def test_answers_that_never_end(tmp_path):
+    assert "answers never end" in found(iterate(tmp_path, long, iterations=10))
+
+
+def test_a_sampler_that_is_another_policy(tmp_path):
+    assert found(iterate(tmp_path, short, iterations=2, spoil=1.1)) == [
+        "the sampler is another policy than the trainer's"
+    ]
+
+
+def test_a_value_function_that_does_not_learn(tmp_path):
+    assert "the value function explains nothing" in found(iterate(tmp_path, short, rate=0.0))
+
+
+def test_a_policy_that_runs_away(tmp_path):
+    assert "the policy runs away from the reference" in found(iterate(tmp_path, favourite, **GREEDY))
+
+
+def test_updates_that_were_not_finite(tmp_path):
+    assert found(iterate(tmp_path, broken, iterations=2)) == ["losses or gradients were not finite"]
+
+
+# ---- and of results ----
+
+
+def test_a_dead_reward_model(tmp_path):
+    """tests/experiments/test_stages.py trains one."""
+    folder = write(tmp_path, "reward", [], {"nll": 1.41, "chance": 0.25, "accuracy": 0.26})
+    assert found(folder) == ["the reward model is dead: it guesses"]
+
+
+def test_a_hacked_reward(tmp_path):
+    """The proxy counts one token; the gold score is how many different ones there are. PPO repeats that token."""
+    policies = {}
+    start, (_, learnt) = fresh(), trained(favourite, **GREEDY)
+    for name, policy in (("SFT", start.trainable["policy"]), ("PPO", learnt)):
+        state = dataclasses.replace(start, trainable={**start.trainable, "policy": policy})
+        rows = answers(state, jax.random.key(99))
+        tokens = np.where(rows.mask_BT, rows.tokens_BT, -1)
+        gold = np.array([len(set(row) - {-1}) for row in tokens], float)
+        policies[name] = {
+            "gold": dataclasses.asdict(interval(gold)),
+            "judge": dataclasses.asdict(interval(gold)),
+            "reward": dataclasses.asdict(interval((tokens == 9).sum(1))),
+        }
+    folder = write(tmp_path, "report", [], {"policies": policies})
+    assert found(folder) == ["PPO games the reward model"]
+
+
+def test_overfitted_preferences_and_forgotten_text(tmp_path):
+    assert found(write(tmp_path, "dpo", [{"train_loss": 1.386}], {"heldout_nll": 2.0})) == [
+        "the preferences were learnt by heart"
+    ]
+    lost = {"pretraining_nats_before": 3.0, "pretraining_nats_after": 6.5}
+    assert found(write(tmp_path, "sft", [], lost)) == ["finetuning wiped out what pretraining taught"]
+
+
+def test_a_loss_that_does_not_fall(tmp_path):
+    folder = write(tmp_path, "pretrain", [{"train_nats_a_token": 6.0 + 0.01 * i} for i in range(12)])
+    assert found(folder) == ["the training loss does not fall"]
+
+
+def test_starvation(tmp_path):
+    """The same waits for data, with and without a device that is as busy."""
+    lines = [{"step": i, "time": 1.0 * i, "seconds_data": 0.8, "seconds_device": 0.0} for i in range(1, 9)]
+    folder = write(tmp_path, "pretrain", [])
+    for device, expected in ((0.0, ["the device waits for data"]), (0.5, [])):
+        text = "\n".join(json.dumps({**line, "seconds_device": device}) for line in lines)
+        (folder / "metrics.jsonl").write_text(text + "\n")
+        assert found(folder) == expected
+
+
+# ---- reading ----
+
+
+def test_the_torn_line_of_a_killed_run_is_left_out_and_another_is_refused(tmp_path):
+    folder = write(tmp_path, "ppo", healthy_ppo())
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text + '{"step": 25, "sco')
+    assert found(folder) == []
+    (folder / "metrics.jsonl").write_text('{"step": 1, "sco\n' + text)
+    with pytest.raises(UserError, match=r"metrics.jsonl:1 is not a line of metrics"):
+        doctor.read(folder)
+
+
+def test_the_command(tmp_path, capsys):
+    assert doctor.main([str(tmp_path)]) == 2
+    folder = write(tmp_path, "reward", [], {"nll": 1.41, "chance": 0.25, "accuracy": 0.26})
+    assert doctor.main([str(folder)]) == 1
+    told = capsys.readouterr().out
+    assert "! the reward model is dead" in told and "held-out loss 1.410 nats, guessing 1.386" in told

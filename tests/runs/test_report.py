@@ -1,0 +1,65 @@
+"""The report's page and tables."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxgpt.data.openings import Prompt
+from jaxgpt.files import write_json
+from jaxgpt.runs import report
+
+
+def policy(name: str, gold: float, text: str = "a fine film") -> report.Policy:
+    rng = np.random.default_rng(int(10 * gold) + 5)
+    numbers = {key: rng.random(6) for key in ("reward", "judge", "length", "ended", "opens", "pretrained_nll")}
+    return report.Policy(
+        name=name, texts=[text] * 6, gold=gold + 0.1 * rng.random(6), **numbers, distinct_2=0.5, text_nats=4.0,
+        kl=np.full(6, 3.0),
+    )  # fmt: skip
+
+
+def write(folder, policies) -> tuple[dict, str]:
+    (folder / "stages/reward").mkdir(parents=True)
+    table = [{"predicted": 0.3, "observed": 0.25, "count": 10}]
+    write_json(folder / "stages/reward/done.json", {"results": {"calibration": table}})
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    prompts = [Prompt(f"<script>alert({i})</script>", "a") for i in range(6)]
+    results = report.write_report(folder, folder / "stages", prompts, policies, 0.75, console)
+    return results, console.export_text()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A report's folder, results and table."""
+    folder = tmp_path_factory.mktemp("report")
+    return folder, *write(folder, [policy("SFT", 0.0, "<img src=x onerror=alert(1)>"), policy("PPO", 0.5)])
+
+
+def test_text_of_models_and_people_is_never_html(written):
+    page = (written[0] / "report.html").read_text()
+    assert "<img src=x" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert "<script" not in page
+
+
+def test_figures_and_numbers_are_all_there(written):
+    folder, results, table = written
+    for name in ("frontier", "scores", "training", "calibration"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    gain = results["policies"]["PPO"]["gold_gain_in_baseline_sd"]
+    assert gain["low"] < gain["mean"] < gain["high"]
+    assert results["policies"]["SFT"]["gold_gain_in_baseline_sd"]["mean"] == 0.0
+    assert "PPO" in table and "…" not in table, "the table must fit 80 columns"
+
+
+def test_a_bound_is_shown_as_one():
+    row = report.summary(dataclasses.replace(policy("best of 4", 0.2), kl=None, kl_bound=0.64), policy("SFT", 0.0))
+    assert report.cell(row, "kl") == "≤ 0.64"
+    assert report.cell({"kl": None, "kl_bound": None}, "kl") == "–"
+
+
+def test_a_baseline_that_always_scores_the_same_leaves_the_gain_open(tmp_path):
+    flat = dataclasses.replace(policy("SFT", 0.0), gold=np.zeros(6))
+    results, table = write(tmp_path, [flat, policy("PPO", 0.5)])
+    assert results["policies"]["PPO"]["gold_gain_in_baseline_sd"] is None and "–" in table

@@ -1,0 +1,373 @@
+"""The run folder: who may use it, what it records, and what a second start does."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import UserError
+from jaxgpt.files import cache_root
+from jaxgpt.runs import process, progress
+from jaxgpt.runs.run import Run, print_device, run_fingerprint
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("pretrained",)
+    run: Path = Path("runs/toy")
+    pretrained: Path = Path("runs/pretrain")
+    model: ModelConfig = ModelConfig()
+    lr: float = 0.1
+    fresh: bool = False
+
+
+@pytest.fixture(autouse=True)
+def no_wandb(monkeypatch):
+    monkeypatch.delenv("JAXGPT_WANDB", raising=False)
+
+
+def finish(folder: Path, settings: Settings | None = None, stage: str = "sft", results=None, **more) -> Run:
+    with Run(folder, settings or Settings(), stage, **more) as run:
+        if not run.finished:
+            run.finish(results or {"loss": 1.5})
+    return run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_finished_run_is_not_repeated(tmp_path):
+    folder = tmp_path / "deep" / "sft"
+    first = finish(folder, results={"loss": jnp.float32(0.5), "curve": np.arange(3), "bad": float("nan"), "at": folder})
+    before = files(folder)
+    with Run(folder, Settings(), "sft") as run:
+        assert run.finished
+        assert run.results == first.results == {"loss": 0.5, "curve": [0, 1, 2], "bad": None, "at": str(folder)}
+    assert files(folder) == before
+
+
+def test_settings_are_on_record(tmp_path):
+    finish(tmp_path, Settings(lr=0.25), inputs={"pretrain": "abc"})
+    record = json.loads((tmp_path / "settings.json").read_text())
+    assert record["stage"] == "sft" and record["inputs"] == {"pretrain": "abc"}
+    assert record["settings"]["lr"] == 0.25 and record["settings"]["model"]["width"] == 128
+    assert record["versions"]["jax"] == jax.__version__
+    assert "fresh" not in record["settings"]  # a replay is not to replace the run
+
+
+def test_an_unfinished_run_starts_again_and_keeps_foreign_files(tmp_path):
+    with pytest.raises(ZeroDivisionError), Run(tmp_path, Settings(), "sft") as run:
+        run.log(1, {"loss": 1.0})
+        run.say("hello")
+        (tmp_path / "model").mkdir()
+        (tmp_path / "notes.txt").write_text("mine")
+        _ = 1 / 0
+    assert "ZeroDivisionError" in (tmp_path / "log.txt").read_text()
+    with Run(tmp_path, Settings(), "sft") as run:
+        assert not run.finished and run.results == {}
+        assert lines(tmp_path) == [] and not (tmp_path / "model").exists()
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"settings": Settings(lr=0.2)},
+            r"other settings \(lr: 0.1 there, 0.2 now\); choose another --run, or pass --fresh",
+        ),
+        ({"settings": Settings(model=ModelConfig(layers=3))}, r"\(model.layers: 4 there, 3 now\)"),
+        ({"inputs": {"pretrain": "b"}}, r"\(made from another pretrain\)"),
+        ({"inputs": {}}, r"\(made from another pretrain\)"),
+        ({"stage": "ppo"}, r"holds a run of 'sft', not 'ppo'; choose another --run"),
+        ({"stage": "ppo", "fresh": True}, r"holds a run of 'sft', not 'ppo'; choose another --run"),
+    ],
+)
+def test_another_run_is_refused_and_untouched(tmp_path, change, message):
+    finish(tmp_path, inputs={"pretrain": "a"})
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=message):
+        finish(tmp_path, **({"inputs": {"pretrain": "a"}} | change))
+    assert files(tmp_path) == before
+
+
+def test_fresh_replaces_a_run(tmp_path):
+    finish(tmp_path, results={"loss": 1})
+    run = finish(tmp_path, Settings(lr=0.2, fresh=True), results={"loss": 2}, fresh=True)
+    assert run.results == {"loss": 2}
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["lr"] == 0.2
+
+
+def test_a_foreign_folder_is_refused_and_untouched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for fresh in (False, True):
+        with pytest.raises(UserError, match="is not empty and is not a run folder"):
+            finish(tmp_path, fresh=fresh)
+    assert files(tmp_path) == {"thesis.tex": b"years of work"}
+    with pytest.raises(UserError, match="is a file"):
+        finish(tmp_path / "thesis.tex")
+    with pytest.raises(UserError, match="can't write to the run folder"):
+        finish(tmp_path / "thesis.tex" / "below")
+    (tmp_path / "settings.json").write_text('{"editor": "vim"}')
+    with pytest.raises(UserError, match="is not a run's"):
+        finish(tmp_path)
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    with Run(tmp_path, Settings(), "sft") as run:
+        run.log(1, {"loss": 1.0})
+        with pytest.raises(UserError, match="in use by another process"):
+            finish(tmp_path)
+        assert len(lines(tmp_path)) == 1
+        run.finish({})
+    assert finish(tmp_path).finished
+
+
+def test_the_fingerprint_follows_what_decides_the_result(tmp_path):
+    def fingerprint(settings=None, stage="sft", inputs=None):
+        return Run(tmp_path, settings or Settings(), stage, inputs).fingerprint
+
+    same = [Settings(), Settings(run=Path("elsewhere")), Settings(pretrained=Path("elsewhere")), Settings(fresh=True)]
+    assert len({fingerprint(settings) for settings in same}) == 1
+    others = [
+        fingerprint(),
+        fingerprint(Settings(lr=0.2)),
+        fingerprint(Settings(model=ModelConfig(layers=3))),
+        fingerprint(stage="ppo"),
+        fingerprint(inputs={"pretrain": "a"}),
+        fingerprint(inputs={"pretrain": "b"}),
+    ]
+    assert len(set(others)) == len(others)
+    assert (
+        finish(tmp_path).fingerprint == run_fingerprint(tmp_path, "sft") == run_fingerprint(tmp_path) == fingerprint()
+    )
+
+
+def test_a_later_stage_needs_a_finished_run(tmp_path):
+    with pytest.raises(UserError, match=r"none does not exist .*; run experiments/sft.py --run .*none first"):
+        run_fingerprint(tmp_path / "none", "sft")
+    with Run(tmp_path / "half", Settings(), "sft"):
+        pass
+    with pytest.raises(UserError, match="half is not finished; run experiments/sft.py"):
+        run_fingerprint(tmp_path / "half", "sft")
+    finish(tmp_path / "done")
+    with pytest.raises(UserError, match="is a run of 'sft', and one of 'pretrain' is needed"):
+        run_fingerprint(tmp_path / "done", "pretrain")
+    (tmp_path / "done" / "done.json").write_text("{}")
+    with pytest.raises(UserError, match="is damaged"):
+        run_fingerprint(tmp_path / "done", "sft")
+
+
+def test_metrics_are_lines_of_json(tmp_path):
+    with Run(tmp_path, Settings(), "sft") as run:
+        run.log(np.int64(0), {"loss": jnp.float32(2.5), "kl": float("nan")})
+        assert len(lines(tmp_path)) == 1  # flushed at once
+        run.log(3, {"loss": float("-inf"), "kl": 1})
+        run.finish({})
+    first, second = lines(tmp_path)
+    assert first.pop("time") <= second.pop("time")
+    assert first == {"step": 0, "loss": 2.5, "kl": None, "nonfinite": ["kl"]}
+    assert second == {"step": 3, "loss": None, "kl": 1.0, "nonfinite": ["loss"]}
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes() and b"kl" in events.read_bytes()
+
+
+def test_milestones_are_printed_and_kept(tmp_path, capsys):
+    with Run(tmp_path, Settings(), "sft") as run:
+        run.say("sample: [bold]not markup[/bold] :smile: " + "long " * 40)
+        run.finish({})
+    out = capsys.readouterr().out
+    assert out == "sample: [bold]not markup[/bold] :smile: " + "long " * 40 + "\n"
+    assert (tmp_path / "log.txt").read_text().endswith(out)
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with Run(tmp_path, Settings(), "sft").progress(40, "sft") as bar:
+        for step in range(40):
+            clock[0] += 60.0 if step == 0 else 1.0  # the first update compiles
+            bar.update(tokens=2000, **({"loss": jnp.float32(step)} if step % 10 == 0 else {}))
+    assert capsys.readouterr().out.splitlines() == [
+        "sft 1/40 (2%)  loss 0",
+        "sft 11/40 (27%)  0:29 left · 2k tokens/s · loss 10",
+        "sft 21/40 (52%)  0:19 left · 2k tokens/s · loss 20",
+        "sft 31/40 (77%)  0:09 left · 2k tokens/s · loss 30",
+        "sft 40/40 (100%)  in 1:39 · 2k tokens/s · loss 30",
+    ]
+
+
+def test_progress_on_a_terminal_fits_its_width(tmp_path):
+    for width in (60, 100):
+        with open(tmp_path / "screen", "w+") as screen:
+            console = Console(file=screen, force_terminal=True, width=width, color_system=None)
+            with progress.progress_bar(console, 800, "pretrain") as bar:
+                for _ in range(3):
+                    bar.update(100, tokens=100_000, loss=3.21, grad_norm=1.5, learning_rate=1e-3, entropy=4.5)
+            screen.seek(0)
+            drawn = re.split(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]", screen.read())
+        visible = [text.rstrip() for text in drawn if text.strip()][-1]
+        assert visible.startswith("pretrain") and "300/800 in 0:0" in visible
+        assert len(visible) <= width
+
+
+def test_wandb_is_used_when_asked_for(tmp_path, monkeypatch):
+    logged: list = []
+    session = types.SimpleNamespace(
+        log=lambda metrics, step: logged.append((step, metrics)), finish=lambda: logged.append("finish")
+    )
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: logged.append(options["project"]) or session
+    monkeypatch.setenv("JAXGPT_WANDB", "my-project")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with Run(tmp_path / "a", Settings(), "sft") as run:
+        run.log(1, {"loss": 2.0, "kl": float("nan")})
+        run.finish({})
+    assert logged == ["my-project", (1, {"loss": 2.0}), "finish"]
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    with pytest.raises(UserError, match=r"pip install 'jaxgpt\[wandb\]'"):
+        finish(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_device_and_cache(monkeypatch, capsys, tmp_path):
+    print_device()
+    line = capsys.readouterr().out
+    assert line.startswith("device: ") and line.endswith(f"jax {jax.__version__}\n") and line.count("\n") == 1
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path))
+    assert cache_root() == tmp_path
+    monkeypatch.delenv("JAXGPT_CACHE")
+    assert cache_root() == Path.home() / ".cache" / "jaxgpt"
+    monkeypatch.setenv("JAXGPT_MALLOC", "0")
+    assert process.fast_malloc() is False
+
+
+def python(code: str, **environment: str) -> subprocess.Popen[str]:
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment = inherited | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
+    arguments = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_prepared_process_keeps_compiled_programs(tmp_path):
+    code = """
+        from jaxgpt.runs.process import prepare_process
+        prepare_process()
+        import jax
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        hits = []
+        jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("cache_hits")))
+        program = jax.jit(lambda x: (x @ x).sum())
+        for _ in range(2):
+            print(float(program(jax.numpy.ones((64, 64)))), any(hits))
+            jax.clear_caches()
+    """
+    child = python(code, JAXGPT_CACHE=str(tmp_path))
+    assert child.communicate() == ("262144.0 False\n262144.0 True\n", "") and child.returncode == 0
+    assert list((tmp_path / "xla").iterdir())
+
+
+def test_a_killed_run_starts_again(tmp_path):
+    code = f"""
+        import dataclasses, time
+        from pathlib import Path
+        from jaxgpt.runs.run import Run
+        @dataclasses.dataclass(frozen=True)
+        class Settings:
+            lr: float = 0.1
+        with Run(Path({str(tmp_path)!r}), Settings(), "sft") as run:
+            run.log(1, {{"loss": 1.0}})
+            print("logged", flush=True)
+            time.sleep(60)
+    """
+    child = python(code)
+    assert child.stdout is not None and child.stdout.readline() == "logged\n"
+
+    @dataclasses.dataclass(frozen=True)
+    class Same:
+        lr: float = 0.1
+
+    with pytest.raises(UserError, match="in use"):
+        Run(tmp_path, Same(), "sft").__enter__()
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    with Run(tmp_path, Same(), "sft") as run:
+        assert not run.finished and lines(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_several_processes_agree(tmp_path):
+    code = """
+        import dataclasses, os, sys
+        from pathlib import Path
+        import jax
+        jax.distributed.initialize("localhost:" + os.environ["PORT"], 2, int(os.environ["RANK"]))
+        import jax.numpy as jnp
+        from jaxgpt.runs.saved_model import save_model
+        from jaxgpt.config import ModelConfig
+        from jaxgpt.errors import UserError
+        from jaxgpt.runs.run import Run
+        @dataclasses.dataclass(frozen=True)
+        class Settings:
+            lr: float = 0.1
+        folder = Path(os.environ["FOLDER"])
+        for _ in range(2):
+            with Run(folder, Settings(), "sft") as run:
+                print(run.finished, run.results, flush=True)
+                if not run.finished:
+                    run.log(1, {"loss": 1.0})
+                    run.say("once")
+                    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+                    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+                    w = jax.make_array_from_callback((4,), sharding, lambda i: jnp.arange(4.0)[i])
+                    save_model(folder / "model", {"w": w}, ModelConfig())
+                    run.finish({"loss": 1.0})
+        try:
+            Run(folder, Settings(0.2), "sft").__enter__()
+        except UserError as error:
+            print(str(error)[-60:])
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    children = [python(code, RANK=str(rank), PORT=port, FOLDER=str(tmp_path / "run")) for rank in range(2)]
+    outputs = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    first, second = ([line for line in out.splitlines() if "Gloo" not in line] for out, _ in outputs)
+    assert [line for line in first if line != "once"] == second
+    assert first.count("once") == 1 and second[1] == "True {'loss': 1.0}" and "--fresh" in second[2]
+    assert len(lines(tmp_path / "run")) == 1
+    from jaxgpt.runs.saved_model import load_model
+
+    np.testing.assert_array_equal(load_model(tmp_path / "run").params["w"], np.arange(4.0))
+
+
+def test_a_run_that_measured_nothing_gives_way_to_other_settings(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mistyped"), Run(tmp_path / "run", Settings(), "toy"):
+        raise UserError("a mistyped path, found before the first step")
+    with Run(tmp_path / "run", Settings(lr=0.2), "toy") as run:
+        run.log(1, {"loss": 1.0})
+    with pytest.raises(UserError, match="other settings"), Run(tmp_path / "run", Settings(), "toy"):
+        pass

@@ -1,0 +1,200 @@
+"""Saved models come back exactly, or are refused with the reason."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.data.tokenizer import train_char
+from jaxgpt.errors import UserError
+from jaxgpt.models import transformer
+from jaxgpt.runs import saved_model
+from jaxgpt.runs.saved_model import describe, differences, load_model, save_model
+
+CONFIG = ModelConfig(layers=2, width=8, heads=2, block=16, vocab=32, dtype="bfloat16")
+
+
+def make_params(seed: int = 0):
+    """A model and a head, drawn by NumPy, in two dtypes."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), CONFIG))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), shapes)
+    params["final_norm"] = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, jnp.bfloat16)), params["final_norm"])
+    return {"policy": params, "head": {"w": jnp.asarray(rng.standard_normal(8), jnp.float32), "bias": jnp.float32(0.5)}}
+
+
+def small(seed: int = 0):
+    return {"head": {"w": np.full(8, seed, np.float32), "bias": np.float32(0.5)}}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    save_model(folder / "m", make_params(), CONFIG, train_char(["a film"]))
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    """A saved model to spoil."""
+    return Path(shutil.copytree(saved / "m", tmp_path / "m"))
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert describe(a) == describe(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_model_comes_back_exactly(tmp_path):
+    params, tokenizer = make_params(), train_char(["a film", "the film"])
+    save_model(tmp_path / "run" / "model", params, CONFIG, tokenizer, extra={"loss": 2.5, "head": None})
+    loaded = load_model(tmp_path / "run" / "model")
+    assert_same(loaded.params, params)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded.params))
+    assert {leaf.sharding.device_set.__len__() for leaf in jax.tree.leaves(loaded.params)} == {1}
+    assert loaded.config == CONFIG and loaded.extra == {"loss": 2.5, "head": None}
+    assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
+    assert sorted(os.listdir(tmp_path / "run")) == ["model"]  # nothing left beside it
+    assert_same(load_model(tmp_path / "run").params, params)  # the run folder does as well
+
+
+def test_numpy_arrays_lists_and_no_tokenizer(tmp_path):
+    save_model(tmp_path / "m", {"layers": [np.arange(3, dtype=np.int32), np.ones(2, np.float32)]}, CONFIG)
+    loaded = load_model(tmp_path / "m")
+    assert_same(loaded.params, {"layers": [jnp.arange(3), jnp.ones(2)]})
+    assert loaded.tokenizer is None and loaded.extra == {}
+
+
+def test_a_sharded_model_loads_on_one_device(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    w = jax.device_put(jnp.arange(16.0), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    save_model(tmp_path / "m", {"w": w}, CONFIG)
+    loaded = load_model(tmp_path / "m").params["w"]
+    assert len(loaded.sharding.device_set) == 1
+    np.testing.assert_array_equal(loaded, np.arange(16.0))
+
+
+def test_saving_again_replaces(tmp_path):
+    save_model(tmp_path / "m", small(0), CONFIG, train_char(["a"]))
+    save_model(tmp_path / "m", small(1), CONFIG)
+    loaded = load_model(tmp_path / "m")
+    assert_same(loaded.params, small(1))
+    assert loaded.tokenizer is None
+
+
+@pytest.mark.parametrize("moment", ["before the save", "while writing", "between the renames"])
+def test_an_interrupted_save_keeps_the_old_model(tmp_path, monkeypatch, moment):
+    save_model(tmp_path / "m", small(0), CONFIG)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments, **options):
+        raise Killed
+
+    real = os.replace
+    if moment == "before the save":
+        monkeypatch.setattr(saved_model.ocp, "save", killed)
+    elif moment == "while writing":
+        monkeypatch.setattr(saved_model, "write_json", killed)
+    else:
+        monkeypatch.setattr(saved_model.os, "replace", lambda a, b: killed() if str(a).endswith(".new") else real(a, b))
+    with pytest.raises(Killed):
+        save_model(tmp_path / "m", small(1), CONFIG)
+    monkeypatch.undo()
+    assert_same(load_model(tmp_path / "m").params, small(0))
+    save_model(tmp_path / "m", small(2), CONFIG)
+    assert_same(load_model(tmp_path / "m").params, small(2))
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_other_folders_are_not_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.tex").write_text("years")
+    with pytest.raises(UserError, match="exists and is not a saved model"):
+        save_model(tmp_path / "thesis", small(), CONFIG)
+    assert (tmp_path / "thesis" / "a.tex").read_text() == "years"
+
+
+def test_a_missing_model_says_what_to_run(tmp_path):
+    with pytest.raises(UserError, match=r"holds no model; run .*experiments/pretrain.py, first"):
+        load_model(tmp_path / "none")
+    (tmp_path / "settings.json").write_text(json.dumps({"stage": "sft"}))
+    for folder in (tmp_path, tmp_path / "model"):
+        with pytest.raises(UserError, match=rf"run experiments/sft.py --run {tmp_path} first"):
+            load_model(folder)
+
+
+def test_one_flipped_bit_is_found(copy):
+    for path in sorted(path for path in copy.rglob("*") if path.is_file() and path.stat().st_size):
+        if path.name == "model.json":
+            continue
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError) as error:
+            load_model(copy)
+        assert str(path) in str(error.value) and "checksum" in str(error.value)
+        path.unlink()
+        with pytest.raises(UserError, match="is missing"):
+            load_model(copy)
+        path.write_bytes(content)
+    load_model(copy)
+
+
+def edit(folder: Path, change) -> None:
+    record = json.loads((folder / "model.json").read_text())
+    change(record)
+    (folder / "model.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(format=99), "has format 99, and this version reads 2"),
+        (lambda r: r.pop("files"), "is not a model's description"),
+        (lambda r: r["config"].update(widht=8), "unknown setting widht; did you mean width"),
+        (lambda r: r["config"].update(width=7), "model.width 7 is not a multiple"),
+        (lambda r: r["params"].update({"head/w": "float32[9]"}), r"head/w is float32\[8\], not float32\[9\]"),
+        (lambda r: r["params"].pop("head/w"), "head/w is unknown"),
+    ],
+)
+def test_a_model_json_that_does_not_fit_is_refused(copy, change, message):
+    edit(copy, change)
+    with pytest.raises(UserError, match=message):
+        load_model(copy)
+
+
+def test_unreadable_parameters(copy):
+    shutil.rmtree(copy / "params")
+    edit(copy, lambda record: record.update(files={}))
+    with pytest.raises(UserError, match="params can't be read"):
+        load_model(copy)
+
+
+def test_expected_shapes_name_each_parameter_that_differs(copy):
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_params())
+    assert_same(load_model(copy, expected).params, make_params())
+    expected["head"] = {"w": jax.ShapeDtypeStruct((9,), jnp.float32), "scale": jax.ShapeDtypeStruct((), jnp.float32)}
+    with pytest.raises(UserError) as error:
+        load_model(copy, expected)
+    for text in ("head/scale is missing", "head/bias is unknown", "head/w is float32[8], not float32[9]"):
+        assert text in str(error.value)
+    assert "policy" not in str(error.value)
+
+
+def test_describe_and_differences():
+    a = describe({"x": jnp.zeros((2, 3), jnp.bfloat16), "y": {"z": np.zeros((), np.int32)}})
+    assert a == {"x": "bfloat16[2,3]", "y/z": "int32[]"}
+    assert differences(a, a) == []
+    assert differences(a, {"x": "float32[2,3]", "w": "int32[]"}) == [
+        "y/z is missing",
+        "w is unknown",
+        "x is float32[2,3], not bfloat16[2,3]",
+    ]

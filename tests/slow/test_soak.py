@@ -1,0 +1,42 @@
+"""Runs killed with SIGKILL go on to the bits of runs that nobody touched: see tests/slow/soak.py."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxgpt.runs.saved_model import save_model
+from tests.helpers import TINY
+from tests.slow import soak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "stages"), [(1, soak.STAGES), (2, ("pretrain",))])
+def test_killed_runs_go_on_to_the_last_bit(tmp_path, monkeypatch, processes, stages):
+    """A kill in every stage, and one of two processes; `make soak` does more, and in optimised machine code."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    soak.prepare(tmp_path, stages=stages, processes=processes)
+    outcomes = list(soak.soak(tmp_path, stages, processes, kills=1, seed=processes))
+    assert [one.stage for one in outcomes] == list(stages)
+    for one in outcomes:
+        assert not one.differences, one
+        assert len(one.hits) == 1, one
+
+
+def test_the_comparison_sees_one_bit(tmp_path):
+    table = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    for name, spoil in (("a", 0), ("b", 0), ("c", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        own = table.copy()
+        own.view(np.uint32)[3, 4] ^= spoil
+        save_model(folder / "model", {"embed": {"tokens_VD": own}, "scale": np.ones(3, np.float32)}, TINY)
+        (folder / "done.json").write_text(json.dumps({"results": {}}))
+        (folder / "metrics.jsonl").write_text(
+            json.dumps({"step": 1, "time": spoil, "loss": 1.0 + (name == "c")}) + "\n"
+        )
+    assert soak.differences(tmp_path / "a", tmp_path / "b") == []
+    assert soak.differences(tmp_path / "a", tmp_path / "c") == [
+        "metrics from line 1 on (1 and 1 lines)",
+        "embed/tokens_VD",
+    ]

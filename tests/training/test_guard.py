@@ -1,0 +1,135 @@
+"""Updates that must not be made change nothing, and are counted."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxgpt import losses, training
+from jaxgpt.errors import UserError
+from jaxgpt.losses import kl
+from jaxgpt.models import transformer
+from jaxgpt.rlhf import ppo
+from jaxgpt.rlhf.ppo import PPOConfig, Prompts
+from jaxgpt.training import guard, optim
+from tests.helpers import TINY, prompts_of
+
+TX = optax.adamw(0.1)
+
+
+def square(params, batch, key):
+    return losses.reduce(jnp.square(params["w"] - batch)), {}
+
+
+def cliff(params, batch, key):
+    """Finite everywhere; its gradient is infinite at 0."""
+    return losses.reduce(jnp.sqrt(jnp.abs(params["w"] * batch))), {}
+
+
+@functools.cache
+def step_of(loss, **options):
+    return jax.jit(training.make_train_step(loss, TX, **options), donate_argnums=0)
+
+
+def trained(batches, loss=square, **options):
+    step, state, metrics = step_of(loss, **options), training.init_state({"w": np.ones((), np.float32)}, TX), {}
+    for batch in batches:
+        state, metrics = step(state, batch, None)
+    return state, metrics
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def full(value):
+    return np.full(4, value, np.float32)
+
+
+def good(n):
+    return [full(0.1 * i) for i in range(n)]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_bad_batch_is_as_if_it_had_never_been(bad, microbatches):
+    poisoned = np.array([0.0, bad, 0.0, 0.0], np.float32)
+    state, metrics = trained([*good(3), poisoned, *good(2)], microbatches=microbatches)
+    clean, _ = trained([*good(3), *good(2)], microbatches=microbatches)
+    assert bits((state.trainable, state.opt_state, state.step)) == bits((clean.trainable, clean.opt_state, clean.step))
+    assert int(metrics["skipped"]) == 1 and int(metrics["skipped_in_a_row"]) == 0
+
+
+def test_a_gradient_that_is_not_finite_counts_though_the_loss_is():
+    state, metrics = trained([full(0.0)], cliff)
+    assert np.isfinite(metrics["loss"].value) and not np.isfinite(metrics["grad_norm"])
+    assert int(state.step) == 0 and int(metrics["skipped"]) == 1
+    np.testing.assert_array_equal(state.trainable["w"], 1.0)
+
+
+def test_those_in_a_row_are_counted():
+    nan = full(np.nan)
+    _, metrics = trained([*good(2), nan, nan, nan])
+    assert int(metrics["skipped"]) == 3 and int(metrics["skipped_in_a_row"]) == 3
+
+
+def noise(n, seed=0):
+    return list(np.random.default_rng(seed).normal(size=(n, 4)).astype(np.float32))
+
+
+@pytest.mark.parametrize(("spike", "skipped"), [(0.0, 0), (6.0, 1)])
+def test_a_leap_of_the_loss_is_skipped_if_asked(spike, skipped):
+    """Losses of a constant plus noise, then one 100 times as large, then more noise."""
+    state, metrics = trained([*noise(40), full(40.0), *noise(5, seed=1)], spike=spike)
+    assert int(metrics["skipped"]) == skipped
+    assert int(state.step) == 46 - skipped
+
+
+def test_a_leap_among_the_first_losses_is_let_through():
+    _, metrics = trained([*noise(guard.ENOUGH - 1), full(40.0)], spike=6.0)
+    assert int(metrics["skipped"]) == 0
+
+
+def test_running_moments_are_those_of_the_accepted_losses():
+    """Against float64, with the weights written out."""
+    losses_ = np.random.default_rng(0).normal(2.0, 0.5, 60).astype(np.float32)
+    admitted = np.arange(60) % 7 != 3
+    state, after = guard.init(), jax.jit(guard.after)
+    for each in zip(admitted, losses_, strict=True):
+        state = after(state, *each)
+    kept = losses_[admitted].astype(np.float64)
+    weights = guard.DECAY ** np.arange(len(kept))[::-1] * (1 - guard.DECAY)
+    assert float(state.mean) == pytest.approx(float(weights @ kept), rel=1e-5)
+    assert float(state.square) == pytest.approx(float(weights @ kept**2), rel=1e-5)
+    limit = (weights @ kept) / weights.sum() + 3 * np.sqrt(
+        (weights @ kept**2) / weights.sum() - ((weights @ kept) / weights.sum()) ** 2
+    )
+    admits = jax.jit(functools.partial(guard.admits, spike=3.0))
+    assert admits(state, np.float32(0.999 * limit), np.float32(1))
+    assert not admits(state, np.float32(1.001 * limit), np.float32(1))
+
+
+@pytest.mark.slow
+def test_a_score_that_is_not_finite_moves_nothing_in_ppo():
+    config, tx = dataclasses.replace(TINY, layers=1), optim.adam_tf(optax.constant_schedule(1e-3))
+    settings = PPOConfig(new_tokens=4, epochs=2, unfinished_score=float("nan"))
+    state = jax.jit(lambda key: ppo.init(transformer.init(key, config), config, tx, {}))(jax.random.key(1))
+    before = bits((state.trainable, state.opt_state))
+    one = functools.partial(
+        ppo.ppo_iteration, config=config, ppo=settings, tx=tx, stop=5,
+        reward_fn=lambda params, rows: jnp.full(4, jnp.nan),
+    )  # fmt: skip
+    control = kl.FixedKL(np.float32(0.1))
+    state, _, metrics = jax.jit(one)(state, control, Prompts(*prompts_of(4, 6)), jax.random.key(0))
+    assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 2
+    assert bits((state.trainable, state.opt_state)) == before
+
+
+@pytest.mark.parametrize("wrong", [{"patience": 0}, {"spike": -1.0}])
+def test_senseless_settings_are_refused(wrong):
+    with pytest.raises(UserError, match=f"guard.{next(iter(wrong))}"):
+        guard.GuardConfig(**wrong)
