@@ -14,8 +14,8 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from jaxgpt.losses import kl, returns, vocab_head
 from jaxgpt import losses
+from jaxgpt.losses import kl, returns, vocab_head
 from jaxgpt.training import optim
 
 HERE = Path(__file__).parent
@@ -67,9 +67,12 @@ def estimators(shape: Axes, quality: Axes) -> None:
     quality.plot(truth, mean[:, 1] / truth, color=ORANGE, ls=":", label="mean of k2")
     quality.axhline(1, color="0.85", lw=1, zorder=0, label="mean of k1 and k3")
     quality.set(
-        xscale="log", yscale="log", xlabel="KL(π‖ρ) of the token, nats", ylabel="relative to the KL",
+        xscale="log",
+        yscale="log",
+        xlabel="KL(π‖ρ) of the token, nats",
+        ylabel="relative to the KL",
         title="bias and spread, 64 tokens enumerated",
-    )  # fmt: skip
+    )
     quality.legend(frameon=False, fontsize=8)
 
 

@@ -57,9 +57,15 @@ class Settings:
         batch=8, microbatches=4, learning_rate=1e-3, warmup=4, first_spread=0.1, reference_samples=64, log_every=5
     )
     ppo: experiments.ppo.Settings = experiments.ppo.Settings(
-        iterations=16, batch=32, ppo=PPOConfig(epochs=1, minibatches=4), learning_rate=3e-4, beta=0.1, target_kl=8.0,
-        horizon=1000.0, sample_every=8,
-    )  # fmt: skip
+        iterations=16,
+        batch=32,
+        ppo=PPOConfig(epochs=1, minibatches=4),
+        learning_rate=3e-4,
+        beta=0.1,
+        target_kl=8.0,
+        horizon=1000.0,
+        sample_every=8,
+    )
     dpo: experiments.dpo.Settings = experiments.dpo.Settings(batch=8, microbatches=4, learning_rate=1e-3, log_every=5)
     answers: int = 2  # to each held-out question, of each model
     seed: int = 0
@@ -70,7 +76,9 @@ _TINY = Settings()
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(
-        lora=2, new_tokens=8, answers=1,
+        lora=2,
+        new_tokens=8,
+        answers=1,
         preferences=dataclasses.replace(_TINY.preferences, prompts=16, heldout=8, candidates=2, batch=8),
         reward=dataclasses.replace(_TINY.reward, batch=8, microbatches=1, reference_samples=8),
         ppo=dataclasses.replace(_TINY.ppo, iterations=2, batch=8, ppo=PPOConfig(epochs=1, minibatches=1)),
@@ -84,7 +92,7 @@ PRESETS = {
         dpo=dataclasses.replace(_TINY.dpo, batch=32, limit=2000),
         answers=8,
     ),
-}  # fmt: skip
+}
 STAGES: dict[str, Any] = {
     "preferences": experiments.preferences,
     "reward": experiments.reward,
@@ -102,11 +110,13 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
         "preferences": {"data": questions, "annotator": settings.annotator, **sampling},
         "reward": {"lora": settings.lora, **files},
         "ppo": {
-            "lora": settings.lora, "data": questions, "reward": root / "reward",
+            "lora": settings.lora,
+            "data": questions,
+            "reward": root / "reward",
             "ppo": dataclasses.replace(settings.ppo.ppo, **sampling),
         },
         "dpo": {"lora": settings.lora, "temperature": settings.temperature, **files},
-    }  # fmt: skip
+    }
     chosen = []
     for name, stage in STAGES.items():
         own = getattr(settings, name)
@@ -136,10 +146,17 @@ def measure(settings: Settings) -> dict[str, Any]:
     for name, place in places.items():
         params = reference if name == "before" else sharding.replicate(load_language_model(place).params, mesh)
         answers = rollout.sample_answers(
-            params, config, ids, jax.random.clone(key), lambda tokens: answer_text(tok, tokens), mesh,
-            new_tokens=settings.new_tokens, stop=tok.template.end, batch=min(60, len(ids)),
+            params,
+            config,
+            ids,
+            jax.random.clone(key),
+            lambda tokens: answer_text(tok, tokens),
+            mesh,
+            new_tokens=settings.new_tokens,
+            stop=tok.template.end,
+            batch=min(60, len(ids)),
             temperature=settings.temperature,
-        )  # fmt: skip
+        )
 
         def log_probs(params: Any, rows: Any = answers.rows) -> np.ndarray:
             return rollout.in_batches(
@@ -154,16 +171,21 @@ def measure(settings: Settings) -> dict[str, Any]:
         named = [names_its_thing(True, answers.texts[n::count]) for n in range(count)]
         words = np.array([len(text.split()) for text in answers.texts])
         per_question = {
-            "gold": gold, "words": words, "better_than_before": wins(gold, baseline),
-            "kl_nats_a_sequence": log_probs(params) - log_probs(reference), "names_the_thing": np.array(named).T,
-        }  # fmt: skip
+            "gold": gold,
+            "words": words,
+            "better_than_before": wins(gold, baseline),
+            "kl_nats_a_sequence": log_probs(params) - log_probs(reference),
+            "names_the_thing": np.array(named).T,
+        }
         found[name] = {
-            **{measure: dataclasses.asdict(interval(x.reshape(-1, count).mean(1)))
-               for measure, x in per_question.items()},
+            **{
+                measure: dataclasses.asdict(interval(x.reshape(-1, count).mean(1)))
+                for measure, x in per_question.items()
+            },
             "ended": float(answers.ended.mean()),
             "distinct_2": distinct_2(answers.texts),
             "answers": answers.texts[:: count * 5],
-        }  # fmt: skip
+        }
     return {"questions": questions[::5], "models": found}
 
 
@@ -199,8 +221,10 @@ def main(settings: Settings) -> dict[str, Any]:
             print(f"\n{question}")
             for name, row in found["models"].items():
                 print(f"  {name:<7}{row['answers'][i]}")
-        print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; talk to it: "
-              f'make chat ARGS="--model {settings.run / "ppo"}"')  # fmt: skip
+        print(
+            f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; talk to it: "
+            f'make chat ARGS="--model {settings.run / "ppo"}"'
+        )
         return found
 
 

@@ -68,8 +68,10 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     root = settings.run
     preferences_files = {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
     if settings.labels:
-        preferences_files = {"preferences": votes.part(settings.labels, "train"),
-                             "heldout": votes.part(settings.labels, "heldout")}  # fmt: skip
+        preferences_files = {
+            "preferences": votes.part(settings.labels, "train"),
+            "heldout": votes.part(settings.labels, "heldout"),
+        }
     places: dict[str, dict[str, Any]] = {
         "pretrain": {},
         "sft": {"model": root / "pretrain"},
@@ -111,8 +113,10 @@ def main(settings: Settings) -> dict[str, Any]:
     results = {stage.__name__.rpartition(".")[2]: stage.main(own) for stage, own in stage_settings(settings)}
     minutes = (time.monotonic() - started) / 60
     if jax.process_index() == 0:
-        print(f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to it: "
-              f'make chat ARGS="--model {settings.run / "ppo"}"')  # fmt: skip
+        print(
+            f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to it: "
+            f'make chat ARGS="--model {settings.run / "ppo"}"'
+        )
     return results
 
 

@@ -113,9 +113,14 @@ def main(settings: Settings) -> dict[str, Any]:
         size = sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
         batches = pipelines.preference_batches(
-            rankings, size[1], settings.batch, seed=settings.seed, epochs=settings.epochs,
-            part=share.index, parts=share.count,
-        )  # fmt: skip
+            rankings,
+            size[1],
+            settings.batch,
+            seed=settings.seed,
+            epochs=settings.epochs,
+            part=share.index,
+            parts=share.count,
+        )
         step, shapes, _ = build(settings, config, size, steps, mesh)
         state = sharding.place_like(start(settings, sft, optimizer(settings, steps)), shapes)
         loss = jit_on(mesh, make_loss(config, settings.beta, settings.temperature, size[2]))

@@ -144,13 +144,25 @@ class Maker:
             width = min(round_up(max(map(len, ids)), 32), one.config.block - settings.new_tokens)
             seed = int(self.rng.integers(2**31))
             sampled = rollout.sample_answers(
-                one.params, one.config, ids, jax.random.key(seed),
-                functools.partial(answer_text, one.tok), self.mesh, new_tokens=settings.new_tokens,
-                stop=one.tok.template.end, batch=ROUND * share, temperature=settings.temperature,
+                one.params,
+                one.config,
+                ids,
+                jax.random.key(seed),
+                functools.partial(answer_text, one.tok),
+                self.mesh,
+                new_tokens=settings.new_tokens,
+                stop=one.tok.template.end,
+                batch=ROUND * share,
+                temperature=settings.temperature,
                 width=max(width, *map(len, ids)),
-            )  # fmt: skip
-            origin = {"model": str(one.place), "checkpoint": one.fingerprint, "temperature": settings.temperature,
-                      "new_tokens": settings.new_tokens, "seed": seed}  # fmt: skip
+            )
+            origin = {
+                "model": str(one.place),
+                "checkpoint": one.fingerprint,
+                "temperature": settings.temperature,
+                "new_tokens": settings.new_tokens,
+                "seed": seed,
+            }
             for row, (text, ended) in enumerate(zip(sampled.texts, sampled.ended, strict=True)):
                 found[row // share].append(votes.Answer(text.strip(), bool(ended), {**origin, "row": row}))
         return found
@@ -175,10 +187,26 @@ class Maker:
         run = file.with_name(f"{file.stem}-reward-{self.trained_at}")
         self.state = f"a reward model learns from {self.trained_at} votes"
         command = [
-            "-m", "experiments.reward", "--model", str(self.models[0].place), "--preferences", f"{file}:train",
-            "--heldout", f"{file}:heldout", "--run", str(run), "--epochs", "3", "--batch", "8", "--lora", "8",
-            "--microbatches", "4" if jax.device_count() == 1 else "1", "--fresh",
-        ]  # fmt: skip
+            "-m",
+            "experiments.reward",
+            "--model",
+            str(self.models[0].place),
+            "--preferences",
+            f"{file}:train",
+            "--heldout",
+            f"{file}:heldout",
+            "--run",
+            str(run),
+            "--epochs",
+            "3",
+            "--batch",
+            "8",
+            "--lora",
+            "8",
+            "--microbatches",
+            "4" if jax.device_count() == 1 else "1",
+            "--fresh",
+        ]
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
         said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no message"]
         print(f"after {self.trained_at} votes: {said[-1]}", flush=True)
@@ -258,8 +286,10 @@ def main(settings: Settings) -> dict[str, Any]:
     bound.run(label.application(store, settings.who, settings.serve, token, lambda: maker.state))
     maker.stop.set()
     found = {"votes": store.count(), "agreement": votes.agreement(store.votes())}
-    print(f"\n{found['votes']} votes in {settings.votes}"
-          + (f"; annotators agree on {found['agreement']}" if found["agreement"] else ""))  # fmt: skip
+    print(
+        f"\n{found['votes']} votes in {settings.votes}"
+        + (f"; annotators agree on {found['agreement']}" if found["agreement"] else "")
+    )
     return found
 
 

@@ -92,9 +92,12 @@ class Space:
 
 def enumerate_answers(vocab: int, tokens: int) -> Space:
     """All sequences over `vocab` tokens that end with the stop (the last token) or after `tokens` of them."""
-    prefixes = {prefix: s for s, prefix in enumerate(
-        prefix for length in range(tokens) for prefix in itertools.product(range(vocab - 1), repeat=length)
-    )}  # fmt: skip
+    prefixes = {
+        prefix: s
+        for s, prefix in enumerate(
+            prefix for length in range(tokens) for prefix in itertools.product(range(vocab - 1), repeat=length)
+        )
+    }
     answers = [(*prefix, v) for prefix in prefixes for v in range(vocab) if v == vocab - 1 or len(prefix) == tokens - 1]
     tokens_YT, mask_YT, prefix_YT = (np.zeros((len(answers), tokens), t) for t in (np.int32, bool, np.int32))
     for i, answer in enumerate(answers):

@@ -200,9 +200,15 @@ def main(settings: Settings) -> dict[str, Any]:
                 bar.update(tokens=int(floats["length"] * settings.batch), **figures)
                 if i == 1 or i % settings.sample_every == 0:
                     shown = generate(
-                        state.params["policy"], config, tokens_NP[:1], lengths_N[:1], jax.random.clone(show_key),
-                        new_tokens=settings.ppo.new_tokens, stop=tok.template.end, filter_logits=cooler,
-                    )  # fmt: skip
+                        state.params["policy"],
+                        config,
+                        tokens_NP[:1],
+                        lengths_N[:1],
+                        jax.random.clone(show_key),
+                        new_tokens=settings.ppo.new_tokens,
+                        stop=tok.template.end,
+                        filter_logits=cooler,
+                    )
                     text = answer_text(tok, np.asarray(shown.tokens_BA[0]))
                     keep_rollout(settings, i, seen, probabilities(state.params, seen.rollout), floats["beta"], tok)
                     run.say(f"iteration {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats · {text!r}")
@@ -226,18 +232,28 @@ def keep_rollout(settings: Settings, i: int, seen: ppo.Targets, after_BT: Array,
     """rollouts/NNNNNN.json: the first answers of iteration i, token by token, as `make chat-web` shows them. `ratio` is
     that of the policy after the update to the one before."""
     old, after_BT = jax.tree.map(np.asarray, (seen.rollout, after_BT))
-    arrays = {"logp": old.logp_BT, "ref_logp": old.ref_logp_BT, "value": old.value_BT, "return": seen.return_BT,
-              "advantage": seen.advantage_BT}  # fmt: skip
+    arrays = {
+        "logp": old.logp_BT,
+        "ref_logp": old.ref_logp_BT,
+        "value": old.value_BT,
+        "return": seen.return_BT,
+        "advantage": seen.advantage_BT,
+    }
     rows = []
     for b in range(len(after_BT)):
         places = np.flatnonzero(old.mask_BT[b])
         figures = {name: np.asarray(x)[b, places].tolist() for name, x in arrays.items()}
         figures["ratio"] = np.exp(after_BT[b, places] - old.logp_BT[b, places]).tolist()
         ids = old.tokens_BT[b]
-        rows.append({
-            "prompt": tok.show(ids[: places[0]]), "tokens": [tok.show([t]) for t in ids[places]],
-            "score": float(old.score_B[b]), "ended": bool(old.ended_B[b]), **figures,
-        })  # fmt: skip
+        rows.append(
+            {
+                "prompt": tok.show(ids[: places[0]]),
+                "tokens": [tok.show([t]) for t in ids[places]],
+                "score": float(old.score_B[b]),
+                "ended": bool(old.ended_B[b]),
+                **figures,
+            }
+        )
     if jax.process_index() == 0:
         folder = settings.run / "rollouts"
         folder.mkdir(exist_ok=True)

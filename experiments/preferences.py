@@ -79,10 +79,18 @@ def candidates(
     count = settings.candidates - settings.experts
     ids = [prompt_ids(tok, prompt) for prompt, _ in prompts for _ in range(count)]
     sampled = rollout.sample_answers(
-        params, config, ids, key, lambda tokens: answer_text(tok, tokens), mesh,
-        new_tokens=settings.new_tokens, stop=tok.template.end, batch=settings.batch, temperature=settings.temperature,
+        params,
+        config,
+        ids,
+        key,
+        lambda tokens: answer_text(tok, tokens),
+        mesh,
+        new_tokens=settings.new_tokens,
+        stop=tok.template.end,
+        batch=settings.batch,
+        temperature=settings.temperature,
         label=bar.update,
-    )  # fmt: skip
+    )
     texts = [[sampled.texts[i * count + c] for c in range(count)] for i in range(len(prompts))]
     ended = sampled.ended.reshape(-1, count)
     for row, (_, expert) in zip(texts, prompts, strict=True):

@@ -67,9 +67,14 @@ PRESETS = {
     "toy": Settings(model=MODELS["toy"], steps=8, batch=8, warmup=2, eval_every=4, eval_batches=1, log_every=2),
     "gpu": Settings(
         model=dataclasses.replace(MODELS["gpt2"], block=256, dtype="bfloat16"),
-        steps=6000, batch=256, learning_rate=1e-3, warmup=300, eval_every=1000, log_every=50,
+        steps=6000,
+        batch=256,
+        learning_rate=1e-3,
+        warmup=300,
+        eval_every=1000,
+        log_every=50,
     ),
-}  # fmt: skip
+}
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -89,9 +94,13 @@ def build(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     sharding.check_batch(settings.batch, settings.microbatches, mesh)
     state = shapes_on(mesh, functools.partial(start, settings), jax.random.key(0))
     step = jit_step(
-        make_nll(settings.model), optimizer(settings), mesh, state,
-        microbatches=settings.microbatches, spike=settings.guard.spike,
-    )  # fmt: skip
+        make_nll(settings.model),
+        optimizer(settings),
+        mesh,
+        state,
+        microbatches=settings.microbatches,
+        spike=settings.guard.spike,
+    )
     row = (settings.batch, settings.model.block)
     return step, state, Batch(jax.ShapeDtypeStruct(row, jnp.int32), jax.ShapeDtypeStruct(row, jnp.bool))
 
@@ -123,9 +132,13 @@ def main(settings: Settings) -> dict[str, Any]:
         test_stream = pipelines.tokenize_stream(test_docs, tok, settings.cache)
         tokens_a_byte = len(test_stream) / sum(len(doc.encode()) for doc in test_docs)
         batches = pipelines.windows(
-            stream, settings.model.block, settings.batch,
-            seed=settings.seed, part=share.index, parts=share.count,
-        )  # fmt: skip
+            stream,
+            settings.model.block,
+            settings.batch,
+            seed=settings.seed,
+            part=share.index,
+            parts=share.count,
+        )
         windows = pipelines.window_eval(test_stream, settings.model.block, settings.batch, settings.eval_batches)
         test = [Batch.of(arrays) for arrays in windows]
 
@@ -136,8 +149,8 @@ def main(settings: Settings) -> dict[str, Any]:
         loss = jit_on(mesh, make_nll(settings.model))
         generate = jit_on(mesh, decoding.generate, static_argnums=1, static_argnames=decoding.STATIC)
         run.say(
-            f"pretrain: {transformer.count_parameters(shapes.trainable):,} weights, {len(stream):,} tokens in {settings.data}"
-            f", {settings.steps * settings.batch * settings.model.block:,} to read"
+            f"pretrain: {transformer.count_parameters(shapes.trainable):,} weights, {len(stream):,} tokens in "
+            f"{settings.data}, {settings.steps * settings.batch * settings.model.block:,} to read"
         )
         tokens = settings.batch * settings.model.block  # counted in Python ints: they outgrow int32 on long runs
         saves = Saves(run, settings, settings.steps, tok, batches)
@@ -162,9 +175,13 @@ def main(settings: Settings) -> dict[str, Any]:
                     run.say(f"step {i}: held out {nats:.3f} nats a token, {bits:.3f} bits a byte · {text!r}")
                 saves.after(i, (state, dropout_key), metrics, arrays)
         save_model(settings.run / "model", state.trainable, settings.model, tok, {"raw": True})
-        run.finish({
-            "heldout_nats_a_token": nats, "heldout_bits_a_byte": bits, "tokens": settings.steps * tokens,
-        })  # fmt: skip
+        run.finish(
+            {
+                "heldout_nats_a_token": nats,
+                "heldout_bits_a_byte": bits,
+                "tokens": settings.steps * tokens,
+            }
+        )
         return run.results
 
 
@@ -172,9 +189,15 @@ def sample(generate: Any, params: Params, config: ModelConfig, tok: Tokenizer, k
     """A document's beginning, sampled at temperature 0.8."""
     separator = tok.template.separator
     answers = generate(
-        params, config, np.array([[separator]], np.int32), np.array([1], np.int32), key,
-        new_tokens=min(new_tokens, config.block - 1), stop=separator, filter_logits=_cooler,
-    )  # fmt: skip
+        params,
+        config,
+        np.array([[separator]], np.int32),
+        np.array([1], np.int32),
+        key,
+        new_tokens=min(new_tokens, config.block - 1),
+        stop=separator,
+        filter_logits=_cooler,
+    )
     return tok.decode(np.asarray(answers.tokens_BA[0]))
 
 

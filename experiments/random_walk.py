@@ -69,10 +69,17 @@ class Settings:
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(
-        nodes=6, edge_probability=0.3, limit=4, layers=1, width=16, pretrain_steps=4, iterations=2, answers=4,
+        nodes=6,
+        edge_probability=0.3,
+        limit=4,
+        layers=1,
+        width=16,
+        pretrain_steps=4,
+        iterations=2,
+        answers=4,
         eval_every=1,
     ),
-}  # fmt: skip
+}
 
 
 def random_graph(nodes: int, edge_probability: float, limit: int, rng: np.random.Generator) -> np.ndarray:
@@ -166,9 +173,13 @@ def build(settings: Settings, edges_NN: Array) -> tuple[Any, Any, Any]:
 
     ppo_config = PPOConfig(new_tokens=settings.limit, epochs=settings.epochs, unfinished_score=0.0)
     iteration = functools.partial(
-        ppo.ppo_iteration, config=config, ppo=ppo_config, tx=tx, stop=stop,
+        ppo.ppo_iteration,
+        config=config,
+        ppo=ppo_config,
+        tx=tx,
+        stop=stop,
         reward_fn=lambda params, rows: path_score(edges_NN, settings.limit, rows),
-    )  # fmt: skip
+    )
     return tx, jax.jit(iteration, donate_argnums=(0, 1)), jax.jit(look)
 
 
@@ -280,11 +291,16 @@ def main(settings: Settings) -> dict[str, Any]:
             )
         figure(settings, edges_NN, rho_NN, best_N, curve, rows)
         columns = {"steps": steps_N, "best": best_N, "optimum": soft_N, "before": before_N, "after": after_N}
-        run.finish({
-            "starts": columns, "optimality_before": (before_N / best_N).mean(), "kl": nats_a_walk,
-            "optimality": (after_N / best_N).mean(), "optimality_for_beta": (soft_N / best_N).mean(),
-            "kl_for_beta": soft_kl_N.mean(),
-        })  # fmt: skip
+        run.finish(
+            {
+                "starts": columns,
+                "optimality_before": (before_N / best_N).mean(),
+                "kl": nats_a_walk,
+                "optimality": (after_N / best_N).mean(),
+                "optimality_for_beta": (soft_N / best_N).mean(),
+                "kl_for_beta": soft_kl_N.mean(),
+            }
+        )
         return run.results
 
 

@@ -64,8 +64,11 @@ def main(settings: Settings) -> dict[str, Any]:
             run.say(f"rate: already done in {settings.run}")
             return run.results
         start, config, tok, _ = load_language_model(settings.model)
-        asked = (questions() if settings.prompts == "questions"
-                 else [one.text for one in sources.prompts(settings.prompts, "train", settings.cache)])  # fmt: skip
+        asked = (
+            questions()
+            if settings.prompts == "questions"
+            else [one.text for one in sources.prompts(settings.prompts, "train", settings.cache)]
+        )
         ids = [prompt_ids(tok, text) for text in asked]
         tokens_NP, lengths_N = rollout.pad_prompts(ids, max(map(len, ids)))
         ppo.check_batch(settings.batch, settings.ppo, config, tokens_NP.shape[1])
@@ -93,12 +96,16 @@ def main(settings: Settings) -> dict[str, Any]:
             floats = {**to_floats(metrics), "seconds_waited": person.waited - waited}
             waited = person.waited
             run.log(i, floats)
-            run.say(f"round {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats, "
-                    f"waited {floats['seconds_waited']:.1f} s for the person")  # fmt: skip
+            run.say(
+                f"round {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats, "
+                f"waited {floats['seconds_waited']:.1f} s for the person"
+            )
         total = time.monotonic() - began
         save_model(settings.run / "model", state.params["policy"], config, tok)
-        run.say(f"rate: of {total:.0f} s the loop waited {waited:.0f} s ({waited / total:.0%}) for "
-                f"{settings.iterations * settings.batch} ratings; a reward model answers at once")  # fmt: skip
+        run.say(
+            f"rate: of {total:.0f} s the loop waited {waited:.0f} s ({waited / total:.0%}) for "
+            f"{settings.iterations * settings.batch} ratings; a reward model answers at once"
+        )
         run.finish({"seconds": total, "seconds_waited": waited, "score": floats["score"], "kl": floats["kl"]})
         person.finished = True
         time.sleep(1.5)  # the page says that it is done

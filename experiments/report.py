@@ -87,10 +87,17 @@ class Bench:
         template = self.tok.template
         stop = template.separator if raw else template.end
         return rollout.sample_answers(
-            params, self.config, ids, key, lambda tokens: answer_text(self.tok, tokens), self.mesh,
-            new_tokens=self.settings.new_tokens, stop=stop, batch=self.settings.batch,
+            params,
+            self.config,
+            ids,
+            key,
+            lambda tokens: answer_text(self.tok, tokens),
+            self.mesh,
+            new_tokens=self.settings.new_tokens,
+            stop=stop,
+            batch=self.settings.batch,
             temperature=self.settings.temperature,
-        )  # fmt: skip
+        )
 
     def reward_scores(self, answers: rollout.Sampled) -> np.ndarray:
         """h, and the fixed score of answers that never ended."""
@@ -137,12 +144,19 @@ def policy(
         kl -= bench.log_probs(bench.reference, answers.rows, temperature)
     opens = [text.startswith(prompt.opening) for text, prompt in zip(answers.texts, prompts, strict=True)]
     return Policy(
-        name=name, texts=answers.texts, gold=gold_scores(answers.texts),
-        judge=bench.judge.scores(answers.texts), reward=bench.reward_scores(answers), kl=kl,
-        length=answers.lengths.astype(float), ended=answers.ended.astype(float),
-        opens=np.array(opens, float), pretrained_nll=bench.pretrained_nll(answers.texts),
-        distinct_2=distinct_2(answers.texts), **known,
-    )  # fmt: skip
+        name=name,
+        texts=answers.texts,
+        gold=gold_scores(answers.texts),
+        judge=bench.judge.scores(answers.texts),
+        reward=bench.reward_scores(answers),
+        kl=kl,
+        length=answers.lengths.astype(float),
+        ended=answers.ended.astype(float),
+        opens=np.array(opens, float),
+        pretrained_nll=bench.pretrained_nll(answers.texts),
+        distinct_2=distinct_2(answers.texts),
+        **known,
+    )
 
 
 def base_answers(bench: Bench, prompts: list[Prompt], key: Array) -> rollout.Sampled:
@@ -211,7 +225,8 @@ def main(settings: Settings) -> dict[str, Any]:
             Batch.of(a) for a in pipelines.window_eval(stream, config.block, settings.batch, settings.eval_batches)
         ]
         text_nats = {
-            name: training.evaluate(nll, params[name], heldout, mesh)["loss"] for name in ("pretrain", "sft", "dpo", "ppo")
+            name: training.evaluate(nll, params[name], heldout, mesh)["loss"]
+            for name in ("pretrain", "sft", "dpo", "ppo")
         }
         keys = iter(jax.random.split(jax.random.key(settings.seed), 5))
         with run.progress(5, "answers") as bar:

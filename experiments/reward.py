@@ -163,9 +163,14 @@ def main(settings: Settings) -> dict[str, Any]:
         size = sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
         batches = pipelines.preference_batches(
-            rankings, size[1], settings.batch, seed=settings.seed, epochs=settings.epochs,
-            part=share.index, parts=share.count,
-        )  # fmt: skip
+            rankings,
+            size[1],
+            settings.batch,
+            seed=settings.seed,
+            epochs=settings.epochs,
+            part=share.index,
+            parts=share.count,
+        )
         step, shapes, _ = build(settings, config, size, steps, mesh)
         reference = reference_rows(heldout, size[1], settings.reference_samples)
         normalised = jit_on(mesh, lambda params: reward.normalise_on(params, config, reference))

@@ -127,9 +127,14 @@ def main(settings: Settings) -> dict[str, Any]:
         raw = pipelines.window_eval(stream, length, settings.batch, settings.eval_batches)
         test_batches, raw_batches = ([Batch.of(arrays) for arrays in part] for part in (test, raw))
         batches = pipelines.packed_examples(
-            rows, length, settings.batch, seed=settings.seed,
-            all_tokens=settings.all_tokens, part=share.index, parts=share.count,
-        )  # fmt: skip
+            rows,
+            length,
+            settings.batch,
+            seed=settings.seed,
+            all_tokens=settings.all_tokens,
+            part=share.index,
+            parts=share.count,
+        )
         state = sharding.place_like(start(settings, params, optimizer(settings)), shapes)
         dropout_key = sharding.replicate(jax.random.key(settings.seed), mesh)
         loss = jit_on(mesh, make_nll(config))
@@ -166,10 +171,15 @@ def main(settings: Settings) -> dict[str, Any]:
         if settings.lora:
             save_model(settings.run / "adapters", state.trainable, config)
         save_model(settings.run / "model", lora.merge(state.params), config, tok)
-        run.finish({
-            "heldout_answer_nats_a_token": answer_nats, "examples": len(rows), "dropped": dropped,
-            "pretraining_nats_before": kept_before, "pretraining_nats_after": kept_after,
-        })  # fmt: skip
+        run.finish(
+            {
+                "heldout_answer_nats_a_token": answer_nats,
+                "examples": len(rows),
+                "dropped": dropped,
+                "pretraining_nats_before": kept_before,
+                "pretraining_nats_after": kept_after,
+            }
+        )
         return run.results
 
 

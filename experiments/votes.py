@@ -40,12 +40,17 @@ def main(settings: Settings) -> dict[str, Any]:
     store = votes.Store(settings.votes, create=settings.read is not None)
     if settings.read:
         new = formats.into_store(store, judged, settings.annotator)
-        print(f"{new} new verdicts of {len(judged)} from {settings.read}"
-              + (f"; {differ} left out: their answers are to different conversations" if differ else ""))  # fmt: skip
+        print(
+            f"{new} new verdicts of {len(judged)} from {settings.read}"
+            + (f"; {differ} left out: their answers are to different conversations" if differ else "")
+        )
     everything = store.votes()
     kinds = Counter(vote.kind for vote in everything)
-    print(f"{settings.votes}: {len(everything)} votes on {len(store.tasks())} prompts ("
-          + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) + ")")  # fmt: skip
+    print(
+        f"{settings.votes}: {len(everything)} votes on {len(store.tasks())} prompts ("
+        + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        + ")"
+    )
     for annotator, count in Counter(vote.annotator for vote in everything).most_common():
         steady = votes.agreement([vote for vote in everything if vote.annotator == annotator], within=True)
         print(f"  {annotator}: {count}" + (f", same favourite when asked again {steady}" if steady else ""))

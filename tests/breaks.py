@@ -28,11 +28,15 @@ class Break(NamedTuple):
 
 
 BREAKS = {
-    "causality": Break("models/layers", "jnp.tril(jnp.ones((T, T), bool))", "jnp.tril(jnp.ones((T, T), bool), 1)", "transformer"),
+    "causality": Break(
+        "models/layers", "jnp.tril(jnp.ones((T, T), bool))", "jnp.tril(jnp.ones((T, T), bool), 1)", "transformer"
+    ),
     "mask count": Break("losses/mean", "mask.sum().astype(jnp.float32)", "jnp.float32(mask.size)", "losses proofs"),
     "KL sign": Break("losses/kl", "    return logp - ref_logp\n", "    return ref_logp - logp\n", "kl proofs"),
     "GAE lambda": Break("losses/returns", "gamma * lam * advantage_B", "gamma * advantage_B", "returns proofs"),
-    "position": Break("decoding/generate", "position_B = length_B + t\n", "position_B = length_B + t + 1\n", "generate"),
+    "position": Break(
+        "decoding/generate", "position_B = length_B + t\n", "position_B = length_B + t + 1\n", "generate"
+    ),
     "temperature": Break("losses/vocab_head", "    logits = logits / temperature\n", "", "vocab_head proofs"),
     "resume position": Break("data/pipelines", "self._iterator.set_state(state", "dict(state", "pipelines checkpoints"),
     "guard": Break("training/guard", "jnp.isfinite(loss) & jnp.isfinite(grad_norm)", "jnp.isfinite(loss)", "guard"),

@@ -32,14 +32,29 @@ FAMILY = {
     "gpt": dataclasses.replace(TINY, norm_at="output"),
     "gpt2": TINY,
     "llama": dataclasses.replace(
-        TINY, heads=4, kv_heads=2, mlp="swiglu", mlp_width=48, norm="rms", positions="rotary", rope_theta=50.0,
+        TINY,
+        heads=4,
+        kv_heads=2,
+        mlp="swiglu",
+        mlp_width=48,
+        norm="rms",
+        positions="rotary",
+        rope_theta=50.0,
         biases=False,
     ),
     "llama3": dataclasses.replace(
-        TINY, heads=4, kv_heads=1, mlp="swiglu", norm="rms", positions="rotary", rope_theta=50.0, rope_factor=8.0,
-        rope_block=24, tied=False,
+        TINY,
+        heads=4,
+        kv_heads=1,
+        mlp="swiglu",
+        norm="rms",
+        positions="rotary",
+        rope_theta=50.0,
+        rope_factor=8.0,
+        rope_block=24,
+        tied=False,
     ),
-}  # fmt: skip
+}
 
 
 def params_of(config: ModelConfig = TINY, seed: int = 0, scale: float = 4.0) -> Params:

@@ -98,9 +98,13 @@ PRESETS = {
     "gpt2-xl": Settings(model=dataclasses.replace(MODELS["gpt2-xl"], dtype="bfloat16", scan=True, remat="full")),
     "toy": Settings(
         model=dataclasses.replace(MODELS["tiny"], dtype="bfloat16", block=128, heads=2, scan=True),
-        batch=64, prompts=64, prompt_tokens=32, ppo=PPOConfig(new_tokens=32, epochs=2), tries=1,
+        batch=64,
+        prompts=64,
+        prompt_tokens=32,
+        ppo=PPOConfig(new_tokens=32, epochs=2),
+        tries=1,
     ),
-}  # fmt: skip
+}
 
 
 # ---- the steps, as the experiments build them ----
@@ -259,9 +263,13 @@ def child(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 QUIET = {  # the compiler alone, of a chip that is not there
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}  # fmt: skip
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 def in_a_child(request: Mapping[str, Any], patience: int) -> dict[str, Any]:
@@ -269,8 +277,12 @@ def in_a_child(request: Mapping[str, Any], patience: int) -> dict[str, Any]:
     try:
         done = subprocess.run(
             [sys.executable, "-m", "tpu.plan", "--child", json.dumps(request)],
-            capture_output=True, text=True, timeout=patience, cwd=Path(__file__).parents[1], env=os.environ | QUIET,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=patience,
+            cwd=Path(__file__).parents[1],
+            env=os.environ | QUIET,
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"not compiled within {patience} s (--patience)"}
     if done.returncode < 0:

@@ -28,8 +28,12 @@ from jaxgpt.errors import UserError
 
 MODULE = "experiments.bench.chat"
 NAMES = {
-    OURS: OURS, "int8": "jaxgpt int8", "float32": "HF float32", "bfloat16": "HF bf16", "llama.cpp": "llama.cpp",
-}  # fmt: skip
+    OURS: OURS,
+    "int8": "jaxgpt int8",
+    "float32": "HF float32",
+    "bfloat16": "HF bf16",
+    "llama.cpp": "llama.cpp",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +90,19 @@ class JaxWorker:
         from jaxgpt.decoding import sampling
 
         start = time.perf_counter()
-        tokens = list(decoding.stream(
-            self.params, self.config, jnp.asarray([prompt]), jnp.asarray([len(prompt)]), jax.random.key(0),
-            new_tokens=new_tokens, stop=-1, sample=sampling.greedy, filter_logits=likeliest,
-        ))  # fmt: skip
+        tokens = list(
+            decoding.stream(
+                self.params,
+                self.config,
+                jnp.asarray([prompt]),
+                jnp.asarray([len(prompt)]),
+                jax.random.key(0),
+                new_tokens=new_tokens,
+                stop=-1,
+                sample=sampling.greedy,
+                filter_logits=likeliest,
+            )
+        )
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
     def device_peak(self) -> None:
@@ -133,9 +146,13 @@ class TorchWorker:
         start = time.perf_counter()
         with torch.inference_mode():
             out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens, pad_token_id=0,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                pad_token_id=0,
+            )
         return {"seconds": time.perf_counter() - start, "tokens": out[0, len(prompt) :].tolist()}
 
     def device_peak(self) -> None:
@@ -217,8 +234,10 @@ def main(settings: Settings) -> dict[str, Any]:
                 low, high = ratio["range"]
                 lines.append(f"{ratio['median']:.2f} x {NAMES[kind]} ({low:.2f}-{high:.2f} turn by turn)")
         if "float32" in found:
-            same = next((i for i, (a, b) in enumerate(zip(tokens[OURS], tokens["float32"], strict=True)) if a != b),
-                        settings.new_tokens)  # fmt: skip
+            same = next(
+                (i for i, (a, b) in enumerate(zip(tokens[OURS], tokens["float32"], strict=True)) if a != b),
+                settings.new_tokens,
+            )
             lines.append(f"the first {same} of {settings.new_tokens} tokens equal those of HF float32")
         lines += [f"{NAMES[kind]} left out: {why}" for kind, why in turns.failed.items()]
         lines += disturbance(turns.others_share)

@@ -52,7 +52,7 @@ from experiments.bench.harness import (
     speedup,
     survey,
     worker_main,
-)  # fmt: skip
+)
 from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
@@ -110,12 +110,19 @@ class Settings:
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(
-        models=("toy",), block=0, dtypes=("float32",), batches=(1, 2), prompts=(8,), new_tokens=(24,), repeats=3,
-        rivals=(), roof_mb=64,
+        models=("toy",),
+        block=0,
+        dtypes=("float32",),
+        batches=(1, 2),
+        prompts=(8,),
+        new_tokens=(24,),
+        repeats=3,
+        rivals=(),
+        roof_mb=64,
     ),
     "gpt2": Settings(models=("gpt2",), batches=(1,)),
     "gpu": Settings(models=("gpt2", "gpt2-xl"), dtypes=("bfloat16",), batches=(1, 64), roof_mb=8192),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,10 +256,17 @@ class JaxWorker(Decoder):
             config = self.config
             self.programs[new_tokens] = jax.jit(
                 lambda params, prompts, lengths, key: decoding.generate(
-                    params, config, prompts, lengths, key, new_tokens=new_tokens, stop=-1, sample=sampling.greedy,
+                    params,
+                    config,
+                    prompts,
+                    lengths,
+                    key,
+                    new_tokens=new_tokens,
+                    stop=-1,
+                    sample=sampling.greedy,
                     filter_logits=lambda logits: logits,
                 )
-            )  # fmt: skip
+            )
         answers = self.programs[new_tokens](self.params, self.prompts, self.lengths, jax.random.key(0))
         return np.asarray(answers.tokens_BA)
 
@@ -313,9 +327,14 @@ class TorchWorker(Decoder):
 
         with torch.no_grad():
             rows = self.model.generate(
-                self.prompts, attention_mask=torch.ones_like(self.prompts), do_sample=False,
-                max_new_tokens=new_tokens, min_new_tokens=new_tokens, use_cache=True, **self.settings,
-            )  # fmt: skip
+                self.prompts,
+                attention_mask=torch.ones_like(self.prompts),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                use_cache=True,
+                **self.settings,
+            )
         return rows[:, self.prompts.shape[1] :].cpu().numpy()
 
     def device_peak(self) -> int | None:
@@ -358,9 +377,11 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
     rng = np.random.default_rng(settings.seed)
     prompts = rng.integers(0, config.vocab, (case.batch, case.prompt)).tolist()
     load = {
-        "config": dataclasses.asdict(config), "weights": str(weights), "prompts": prompts,
+        "config": dataclasses.asdict(config),
+        "weights": str(weights),
+        "prompts": prompts,
         "prepared": settings.prepared,
-    }  # fmt: skip
+    }
     must_read = bytes_a_step(config, case.batch, case.prompt, case.new_tokens)
     turns = Turns(workers)
     warm_up: dict[str, float] = {}
@@ -394,9 +415,13 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
     others = [kind for kind in found if kind != OURS]
     fastest = max(others, key=lambda kind: found[kind]["tokens_a_second"], default=None)
     return {
-        **dataclasses.asdict(case), "bytes_a_step": must_read, "others_share": turns.others_share, "decoders": found,
-        "failed": turns.failed, "speedup": speedup(seconds, fastest),
-    }  # fmt: skip
+        **dataclasses.asdict(case),
+        "bytes_a_step": must_read,
+        "others_share": turns.others_share,
+        "decoders": found,
+        "failed": turns.failed,
+        "speedup": speedup(seconds, fastest),
+    }
 
 
 def with_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[str, Any]]:
@@ -518,9 +543,15 @@ def main(settings: Settings) -> dict[str, Any]:
         for line in lines:
             run.say(line)
         report = {
-            "machine": about, "settings": settings_to_json(settings), "note": note, "cases": results, "roof": used,
-            "roof_bytes_a_second": roofs[used], "roofs_before": before, "roofs_after": after,
-        }  # fmt: skip
+            "machine": about,
+            "settings": settings_to_json(settings),
+            "note": note,
+            "cases": results,
+            "roof": used,
+            "roof_bytes_a_second": roofs[used],
+            "roofs_before": before,
+            "roofs_after": after,
+        }
         write_json(run.folder / "bench_decode.json", report)
         (run.folder / "bench_decode.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         figure(results, run.folder / "bench_decode.png", f"{machine_text(about)}; roof {roofs[used] / 1e9:.1f} GB/s")

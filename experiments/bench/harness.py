@@ -142,8 +142,12 @@ class Worker:
             try:
                 self.process = subprocess.Popen(
                     [python, "-m", module, "--worker", kind],
-                    cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                )  # fmt: skip
+                    cwd=ROOT,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                )
             except OSError as error:
                 raise WorkerError(f"can't start {python}: {error.strerror}") from None
 
@@ -293,8 +297,11 @@ def draw_bars(
     width = 0.8 / len(kinds)
     for (name, group), top, bottom in zip(panels.items(), tops, bottoms, strict=True):
         for i, kind in enumerate(kinds):
-            at = [(x + (i - (len(kinds) - 1) / 2) * width, found[kind])
-                  for x, (_, found) in enumerate(group) if kind in found]  # fmt: skip
+            at = [
+                (x + (i - (len(kinds) - 1) / 2) * width, found[kind])
+                for x, (_, found) in enumerate(group)
+                if kind in found
+            ]
             if not at:
                 continue
             place = [x for x, _ in at]
@@ -304,10 +311,24 @@ def draw_bars(
             bottom.bar(place, [found["fraction_of_roof"] for _, found in at], width * 0.92, color=f"C{i}")
             for x, found in at:
                 high = found["tokens_a_second_range"][1]
-                top.annotate(f"{found['tokens_a_second']:,.0f}", (x, high), xytext=(0, 2), textcoords="offset points",
-                             ha="center", va="bottom", fontsize=7)  # fmt: skip
-                bottom.annotate(f"{found['fraction_of_roof']:.0%}", (x, found["fraction_of_roof"]), xytext=(0, 1),
-                                textcoords="offset points", ha="center", va="bottom", fontsize=7)  # fmt: skip
+                top.annotate(
+                    f"{found['tokens_a_second']:,.0f}",
+                    (x, high),
+                    xytext=(0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                )
+                bottom.annotate(
+                    f"{found['fraction_of_roof']:.0%}",
+                    (x, found["fraction_of_roof"]),
+                    xytext=(0, 1),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                )
         top.set_title(name, fontsize=10)
         for axis in (top, bottom):
             axis.set_xticks(range(len(group)), [label for label, _ in group], fontsize=8)
@@ -369,11 +390,22 @@ def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = 
         raise UserError("models of GPT-2's type are compared with transformers' GPT-2; choose another --models")
 
     theirs = GPT2Config(
-        vocab_size=config.vocab, n_positions=config.block, n_embd=config.width, n_layer=config.layers,
-        n_head=config.heads, n_inner=config.mlp_units, activation_function="gelu_new",
-        layer_norm_epsilon=config.norm_epsilon, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=config.vocab,
+        n_positions=config.block,
+        n_embd=config.width,
+        n_layer=config.layers,
+        n_head=config.heads,
+        n_inner=config.mlp_units,
+        activation_function="gelu_new",
+        layer_norm_epsilon=config.norm_epsilon,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
     with torch.device(device):
         model = GPT2LMHeadModel(theirs).to(getattr(torch, config.dtype)).eval()
     model.generation_config.eos_token_id = None

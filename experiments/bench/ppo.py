@@ -182,19 +182,38 @@ class TrlWorker:
 
         self.folder = tempfile.TemporaryDirectory()
         arguments = PPOConfig(
-            output_dir=self.folder.name, per_device_train_batch_size=len(prompts), gradient_accumulation_steps=1,
-            num_mini_batches=1, num_ppo_epochs=asked["epochs"], total_episodes=1000 * len(prompts),
-            response_length=asked["new_tokens"], temperature=0.7, local_rollout_forward_batch_size=len(prompts),
-            num_sample_generations=0, save_strategy="no", eval_strategy="no", logging_strategy="no", report_to=[],
-            bf16=False, gradient_checkpointing=False, learning_rate=3e-4, disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=self.folder.name,
+            per_device_train_batch_size=len(prompts),
+            gradient_accumulation_steps=1,
+            num_mini_batches=1,
+            num_ppo_epochs=asked["epochs"],
+            total_episodes=1000 * len(prompts),
+            response_length=asked["new_tokens"],
+            temperature=0.7,
+            local_rollout_forward_batch_size=len(prompts),
+            num_sample_generations=0,
+            save_strategy="no",
+            eval_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            bf16=False,
+            gradient_checkpointing=False,
+            learning_rate=3e-4,
+            disable_tqdm=True,
+        )
         rows = [{"input_ids": torch.tensor(row)} for row in prompts]
         trainer = PPOTrainer(
-            args=arguments, processing_class=tokenizer_of(model_config.vocab), model=policy, ref_model=reference,
-            reward_model=scorers[0], value_model=scorers[1], train_dataset=rows, eval_dataset=rows,
+            args=arguments,
+            processing_class=tokenizer_of(model_config.vocab),
+            model=policy,
+            ref_model=reference,
+            reward_model=scorers[0],
+            value_model=scorers[1],
+            train_dataset=rows,
+            eval_dataset=rows,
             data_collator=lambda rows: {"input_ids": torch.stack([row["input_ids"] for row in rows])},
             callbacks=[Waits()],
-        )  # fmt: skip
+        )
 
         def train() -> None:
             try:
@@ -246,10 +265,12 @@ def measure(settings: Settings, workers: Mapping[str, Worker], weights: Path) ->
     """{who: figures}, and what failed. The workers take turns."""
     rng = np.random.default_rng(settings.seed)
     load = {
-        "config": dataclasses.asdict(settings.config), "weights": str(weights), "epochs": settings.epochs,
+        "config": dataclasses.asdict(settings.config),
+        "weights": str(weights),
+        "epochs": settings.epochs,
         "prompts": rng.integers(6, settings.config.vocab - 1, (settings.batch, settings.prompt)).tolist(),
         "new_tokens": settings.new_tokens,
-    }  # fmt: skip
+    }
     turns = Turns(workers)
     first: dict[str, float] = {}
     seconds: dict[str, list[float]] = {kind: [] for kind in workers}
@@ -269,16 +290,21 @@ def measure(settings: Settings, workers: Mapping[str, Worker], weights: Path) ->
             turns.each(turn)
     found = {
         kind: {
-            "seconds": statistics.median(seconds[kind]), "range": [min(seconds[kind]), max(seconds[kind])],
-            "first_seconds": first[kind], "peak_bytes": worker.ask("peak"), "all_seconds": seconds[kind],
+            "seconds": statistics.median(seconds[kind]),
+            "range": [min(seconds[kind]), max(seconds[kind])],
+            "first_seconds": first[kind],
+            "peak_bytes": worker.ask("peak"),
+            "all_seconds": seconds[kind],
         }
         for kind, worker in turns.alive.items()
-    }  # fmt: skip
+    }
     rival = RIVAL if RIVAL in found else None
     return {
-        "trainers": found, "failed": turns.failed, "others_share": turns.others_share,
+        "trainers": found,
+        "failed": turns.failed,
+        "others_share": turns.others_share,
         "speedup": speedup(seconds, rival),
-    }  # fmt: skip
+    }
 
 
 def table(result: Mapping[str, Any], settings: Settings) -> list[str]:

@@ -57,10 +57,11 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(),
-    "toy": Settings(model=MODELS["toy"], runs=(2,), batch=8, turns=2,
-                    ppo=PPOConfig(new_tokens=8, epochs=1, minibatches=1)),
+    "toy": Settings(
+        model=MODELS["toy"], runs=(2,), batch=8, turns=2, ppo=PPOConfig(new_tokens=8, epochs=1, minibatches=1)
+    ),
     "gpu": Settings(runs=(1, 4, 16, 64), turns=9),
-}  # fmt: skip
+}
 SEPARATE = "separate"
 
 
@@ -99,8 +100,19 @@ def main(settings: Settings) -> dict[str, Any]:
         params = transformer.init(jax.random.key(s.seed), s.model)
         prompt = [5 + i % 200 for i in range(s.prompt)]
         nothing = lambda texts: np.zeros(len(texts))  # noqa: E731
-        task = Task(s.model, train_char(["ab"]), params, [prompt], [prompt], nothing, nothing, lambda ids, mask: "",
-                    3, s.ppo, sharding.data_mesh())  # fmt: skip
+        task = Task(
+            s.model,
+            train_char(["ab"]),
+            params,
+            [prompt],
+            [prompt],
+            nothing,
+            nothing,
+            lambda ids, mask: "",
+            3,
+            s.ppo,
+            sharding.data_mesh(),
+        )
         found: dict[str, Any] = {}
         with run.progress(len(s.runs) * (s.turns + 1), "turns") as bar:
             for count in s.runs:
@@ -116,8 +128,10 @@ def main(settings: Settings) -> dict[str, Any]:
         device = jax.devices()[0].device_kind
         cores = f", {harness.cores()} cores ({harness.processor()})" if jax.default_backend() == "cpu" else ""
         size = f"{s.model.parameters / 1e6:.2g}M"
-        lines = [f"{jax.device_count()} x {device}{cores}, jax {jax.__version__}: PPO of {size} parameters, "
-                 f"{s.batch} answers of {s.ppo.new_tokens} tokens a run and iteration"]  # fmt: skip
+        lines = [
+            f"{jax.device_count()} x {device}{cores}, jax {jax.__version__}: PPO of {size} parameters, "
+            f"{s.batch} answers of {s.ppo.new_tokens} tokens a run and iteration"
+        ]
         lines += [f"{'runs':>5} {'way':<9} {'s an iteration of all':>22}   speed-up over separate runs (range)"]
         for runs_, ways_ in found.items():
             for how, times in ways_.items():

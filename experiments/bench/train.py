@@ -50,16 +50,18 @@ from experiments.bench.harness import (
     speedup,
     survey,
     worker_main,
-)  # fmt: skip
+)
 from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 
 MODULE = "experiments.bench.train"
 RIVALS = {
-    "module": "PyTorch module", "module-compiled": "PyTorch module, compiled",
-    "hf": "transformers GPT-2", "hf-compiled": "transformers GPT-2, compiled",
-}  # fmt: skip
+    "module": "PyTorch module",
+    "module-compiled": "PyTorch module, compiled",
+    "hf": "transformers GPT-2",
+    "hf-compiled": "transformers GPT-2, compiled",
+}
 RATE, B1, B2, DECAY, CLIP = 1e-3, 0.9, 0.95, 0.1, 1.0  # of AdamW
 
 
@@ -122,9 +124,14 @@ class Case:
         preset = MODELS[self.model]
         width = self.width or preset.width
         return dataclasses.replace(
-            preset, dtype=self.dtype, block=self.block, layers=self.layers or preset.layers, width=width,
-            heads=max(width // 64, 1) if self.width else preset.heads, vocab=vocab or preset.vocab,
-        )  # fmt: skip
+            preset,
+            dtype=self.dtype,
+            block=self.block,
+            layers=self.layers or preset.layers,
+            width=width,
+            heads=max(width // 64, 1) if self.width else preset.heads,
+            vocab=vocab or preset.vocab,
+        )
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -365,8 +372,11 @@ def measure(
     """One point of the grid: {trainer: figures}, and what failed. The workers take turns."""
     config = case.config(settings.vocab)
     load = {
-        "config": dataclasses.asdict(config), "weights": str(weights), "batch": case.batch, "seed": settings.seed,
-    }  # fmt: skip
+        "config": dataclasses.asdict(config),
+        "weights": str(weights),
+        "batch": case.batch,
+        "seed": settings.seed,
+    }
     turns = Turns(workers)
     first: dict[str, float] = {}
     loss: dict[str, float] = {}
@@ -402,9 +412,13 @@ def measure(
     others = [kind for kind in found if kind != OURS]
     fastest = max(others, key=lambda kind: found[kind]["tokens_a_second"], default=None)
     return {
-        **dataclasses.asdict(case), "flops_a_token": flops, "others_share": turns.others_share, "trainers": found,
-        "failed": turns.failed, "speedup": speedup(seconds, fastest),
-    }  # fmt: skip
+        **dataclasses.asdict(case),
+        "flops_a_token": flops,
+        "others_share": turns.others_share,
+        "trainers": found,
+        "failed": turns.failed,
+        "speedup": speedup(seconds, fastest),
+    }
 
 
 def complaints(result: Mapping[str, Any]) -> list[str]:
@@ -512,9 +526,13 @@ def main(settings: Settings) -> dict[str, Any]:
         for line in lines[1:]:
             run.say(line)
         report = {
-            "machine": about, "settings": settings_to_json(settings), "note": note, "cases": results,
-            "roof_flops_a_second": roofs, "roofs": measured,
-        }  # fmt: skip
+            "machine": about,
+            "settings": settings_to_json(settings),
+            "note": note,
+            "cases": results,
+            "roof_flops_a_second": roofs,
+            "roofs": measured,
+        }
         write_json(run.folder / "bench_train.json", report)
         (run.folder / "bench_train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         figure(results, run.folder / "bench_train.png", f"{machine_text(about)}; roof {rates_text(roofs)}")

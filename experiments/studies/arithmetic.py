@@ -76,11 +76,29 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(),
-    "toy": Settings(model=ModelConfig(layers=1, width=32, heads=2, block=32, vocab=384), largest=9, heldout=20, steps=8,
-                    demonstrations=16, iterations=3, prompts=4, each=2, seeds=1, methods=("GRPO", "PPO")),
-    "gpu": Settings(model=ModelConfig(layers=4, width=256, heads=8, block=32, vocab=384), largest=999, dots=6,
-                    heldout=2000, steps=3000, iterations=400, prompts=128, seeds=8),
-}  # fmt: skip
+    "toy": Settings(
+        model=ModelConfig(layers=1, width=32, heads=2, block=32, vocab=384),
+        largest=9,
+        heldout=20,
+        steps=8,
+        demonstrations=16,
+        iterations=3,
+        prompts=4,
+        each=2,
+        seeds=1,
+        methods=("GRPO", "PPO"),
+    ),
+    "gpu": Settings(
+        model=ModelConfig(layers=4, width=256, heads=8, block=32, vocab=384),
+        largest=999,
+        dots=6,
+        heldout=2000,
+        steps=3000,
+        iterations=400,
+        prompts=128,
+        seeds=8,
+    ),
+}
 
 
 def demonstrate(s: Settings, tok: Tokenizer, prompts: list[str], bar: Bar) -> Params:
@@ -124,16 +142,26 @@ def trained(s: Settings, task: Task, name: str, bar: Bar) -> dict[str, Any]:
     steps = s.iterations * (s.ppo.epochs * s.ppo.minibatches if critic else 1)
     tx = optim.adam_tf(optim.linear_to_zero(s.rl_learning_rate, steps, steps // 25))
     method = group_policy.METHODS.get(name)
-    learn = learn_by_ppo(task, tx) if method is None else group_policy.learn(
-        task.config, tx, method, s.each, new_tokens=task.algorithm.new_tokens, temperature=task.algorithm.temperature
+    learn = (
+        learn_by_ppo(task, tx)
+        if method is None
+        else group_policy.learn(
+            task.config,
+            tx,
+            method,
+            s.each,
+            new_tokens=task.algorithm.new_tokens,
+            temperature=task.algorithm.temperature,
+        )
     )
     program = many.OnPolicy(
         task, learn, tx, s.iterations, s.prompts * s.each, 1 if critic else s.each, sums.verify, s.how
     )
     policies, curves = program.train(
-        [kl.FixedKL(jnp.float32(0.0))] * s.seeds, [s.seed + n for n in range(s.seeds)],
+        [kl.FixedKL(jnp.float32(0.0))] * s.seeds,
+        [s.seed + n for n in range(s.seeds)],
         watch=many.show(bar, solved="gold", tokens_="length"),
-    )  # fmt: skip
+    )
     heldout = [sample(task, policy, task.heldout, jax.random.key(s.seed)) for policy in policies]
     kept = ("gold", "entropy", "length", "length_right", "length_wrong", *(f"weight_{n}" for n in range(1, s.each)))
     return {
@@ -153,8 +181,9 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
         task = sums.make_task(s.model, start, tok, prompts, s.ppo)
         before = interval(sums.verify(sample(task, task.start, task.heldout, jax.random.key(s.seed)).texts))
         run.say(f"arithmetic: {before.mean:.1%} of the held-out sums solved after demonstrations")
-        found = {name: cells(name, functools.partial(trained, s, task, name, bar), s.iterations, bar)
-                 for name in methods}  # fmt: skip
+        found = {
+            name: cells(name, functools.partial(trained, s, task, name, bar), s.iterations, bar) for name in methods
+        }
     figures.arithmetic(s.run / "arithmetic.png", found, s.each)
     rows = [["demonstrations alone", str(before), "", "", ""]]
     for name, one in found.items():
@@ -164,13 +193,21 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
         run.say(f"{name}: {solved}")
     answers = zip(*(one["texts"] for one in found.values()), strict=True)
     page.write_page(
-        s.run, "Sums that a program checks",
+        s.run,
+        "Sums that a program checks",
         f"{s.heldout} held-out sums, {s.seeds} seeds; every method learns from {s.prompts * s.each} answers at a time.",
-        [("", s.run / "arithmetic.png"),
-         ("At the end", page.plain_table(("method", "held-out sums solved, a seed each", "tokens, right",
-                                          "tokens, wrong", "entropy, nats"), rows)),
-         ("Answers", page.plain_table(tuple(found), list(answers)))],
-    )  # fmt: skip
+        [
+            ("", s.run / "arithmetic.png"),
+            (
+                "At the end",
+                page.plain_table(
+                    ("method", "held-out sums solved, a seed each", "tokens, right", "tokens, wrong", "entropy, nats"),
+                    rows,
+                ),
+            ),
+            ("Answers", page.plain_table(tuple(found), list(answers))),
+        ],
+    )
     return {"before": before.mean, "solved": {name: np.mean(one["solved"], axis=1) for name, one in found.items()}}
 
 

@@ -5,9 +5,10 @@
 
 All methods begin at the same finetuned model and know the same preferences. PPO maximises the learned reward minus
 beta KL, for each beta and seed; so does backpropagation through the reward model, by its derivative in place of a
-policy gradient (`jaxgpt/rlhf/through_reward.py`); DPO takes the preferences themselves, for each beta and seed; best-of-n
-picks by the learned reward; the last one finetunes on the favourites alone ("preferred-FT", Rafailov et al. 2023). A
-run is a pure function of numbers, so that a whole grid is one compiled program: `jax.vmap`, divided among devices.
+policy gradient (`jaxgpt/rlhf/through_reward.py`); DPO takes the preferences themselves, for each beta and seed;
+best-of-n picks by the learned reward; the last one finetunes on the favourites alone ("preferred-FT", Rafailov et al.
+2023). A run is a pure function of numbers, so that a whole grid is one compiled program: `jax.vmap`,
+divided among devices.
 
 Measured on held-out prompts against KL(pi || start) in nats a sequence: the annotator's gold score, which nothing
 but its noisy choices ever showed; the reward model; and a judge fitted on people's labels. Bands are 95 % intervals
@@ -71,15 +72,30 @@ class Settings:
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(
-        betas=(0.1, 1.0), dpo_betas=(0.1,), iterations=2, batch=8, epochs=1, through_betas=(0.1,), best_of=4,
-        through_iterations=2, prompts=12, limit=16, preference_batch=8,
+        betas=(0.1, 1.0),
+        dpo_betas=(0.1,),
+        iterations=2,
+        batch=8,
+        epochs=1,
+        through_betas=(0.1,),
+        best_of=4,
+        through_iterations=2,
+        prompts=12,
+        limit=16,
+        preference_batch=8,
         ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1),
     ),
     "gpu": Settings(
-        seeds=8, betas=(0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6), dpo_betas=(0.01, 0.03, 0.1, 0.3, 1.0), iterations=60,
-        batch=256, limit=2200, best_of=256, prompts=900,
+        seeds=8,
+        betas=(0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+        dpo_betas=(0.01, 0.03, 0.1, 0.3, 1.0),
+        iterations=60,
+        batch=256,
+        limit=2200,
+        best_of=256,
+        prompts=900,
     ),
-}  # fmt: skip
+}
 
 
 def through_reward(s: Settings, start: Start) -> frontier.Settings:
@@ -111,21 +127,27 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
     rankings = methods.rankings_of(task, s.start / "preferences/train.jsonl")[: s.limit]
     judge, every = learned_reward(task, s.start / "reward"), parts(s, len(rankings))
-    run.say(f"frontier: {s.seeds} seeds, {len(s.betas)} betas of PPO, {len(s.dpo_betas)} of DPO, best of "
-            f"{s.best_of}, {s.prompts} held-out prompts")  # fmt: skip
+    run.say(
+        f"frontier: {s.seeds} seeds, {len(s.betas)} betas of PPO, {len(s.dpo_betas)} of DPO, best of "
+        f"{s.best_of}, {s.prompts} held-out prompts"
+    )
     with run.progress(frontier.steps(every), "frontier") as bar:
         found = frontier.run(every, Start(task, judge, rankings, s.seeds, s.seed, s.how, bar), cells)
     points = page.points(found)
     figures.frontier(s.run / "frontier.png", points)
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
     page.write_page(
-        s.run, "The reward-KL frontier",
+        s.run,
+        "The reward-KL frontier",
         f"{s.prompts} held-out prompts, {s.seeds} seeds; 95 % intervals draw seeds and prompts anew. Gold score and "
         "preferences are a simulated annotator's (VADER). Best-of-n picks by the reward model; its KL is measured, "
         "and nearly the bound log n - (n - 1) / n.",
-        [("", s.run / "frontier.png"), ("All points", page.table(points)),
-         ("Answers", page.samples(prompts, page.first_answers(points)))],
-    )  # fmt: skip
+        [
+            ("", s.run / "frontier.png"),
+            ("All points", page.table(points)),
+            ("Answers", page.samples(prompts, page.first_answers(points))),
+        ],
+    )
     return page.summary(points)
 
 

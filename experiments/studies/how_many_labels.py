@@ -68,20 +68,42 @@ class Settings:
     def __post_init__(self) -> None:
         most = max(*self.labels, self.noise_labels)
         if most > 2 * self.pool or self.read > 2 * self.pool or self.read % 8:
-            raise UserError(f"a pool of {self.pool} prompts allows {2 * self.pool} labels, and as many answers read "
-                            "(a multiple of 8)")  # fmt: skip
+            raise UserError(
+                f"a pool of {self.pool} prompts allows {2 * self.pool} labels, and as many answers read "
+                "(a multiple of 8)"
+            )
         if min(*self.labels, self.noise_labels, self.read // 8) < self.label_batch:
             raise UserError(f"each condition needs at least label_batch = {self.label_batch} labels")
 
 
 PRESETS = {
     "laptop": Settings(),
-    "toy": Settings(pool=16, heldout=8, labels=(8,), noises=(0.6,), noise_labels=8, read=32, iterations=2, batch=8,
-                    label_batch=4, seeds=1, prompts=12,
-                    ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1)),
-    "gpu": Settings(pool=2500, labels=(40, 160, 640, 2500, 5000), noises=(0.03, 0.3, 0.6, 1.2), noise_labels=2500,
-                    read=4800, iterations=60, batch=256, seeds=6, prompts=900),
-}  # fmt: skip
+    "toy": Settings(
+        pool=16,
+        heldout=8,
+        labels=(8,),
+        noises=(0.6,),
+        noise_labels=8,
+        read=32,
+        iterations=2,
+        batch=8,
+        label_batch=4,
+        seeds=1,
+        prompts=12,
+        ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1),
+    ),
+    "gpu": Settings(
+        pool=2500,
+        labels=(40, 160, 640, 2500, 5000),
+        noises=(0.03, 0.3, 0.6, 1.2),
+        noise_labels=2500,
+        read=4800,
+        iterations=60,
+        batch=256,
+        seeds=6,
+        prompts=900,
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,19 +156,35 @@ def agreement(s: Settings, task: Task, model: Params, pool: dict[str, Any]) -> f
 
 
 def reached(
-    s: Settings, task: Task, program: many.OnPolicy, rankings: list[list[Ranking]], pool: dict[str, Any],
-    reference: Batch, bar: Bar,
-) -> dict[str, Any]:  # fmt: skip
+    s: Settings,
+    task: Task,
+    program: many.OnPolicy,
+    rankings: list[list[Ranking]],
+    pool: dict[str, Any],
+    reference: Batch,
+    bar: Bar,
+) -> dict[str, Any]:
     """A reward model and then PPO from each seed's preferences."""
     seeds = [s.seed + n for n in range(s.seeds)]
     models = methods.reward_models(
-        task.config, task.start, rankings, seeds, reference, task, learning_rate=s.learning_rate, batch=s.label_batch,
-        first_spread=0.2, how=s.how, watch=many.show(bar, reward_loss="loss"),
-    )  # fmt: skip
+        task.config,
+        task.start,
+        rankings,
+        seeds,
+        reference,
+        task,
+        learning_rate=s.learning_rate,
+        batch=s.label_batch,
+        first_spread=0.2,
+        how=s.how,
+        watch=many.show(bar, reward_loss="loss"),
+    )
     policies, _ = program.train(
-        [kl.FixedKL(jnp.float32(s.beta))] * s.seeds, seeds, [{"reward": model} for model in models],
+        [kl.FixedKL(jnp.float32(s.beta))] * s.seeds,
+        seeds,
+        [{"reward": model} for model in models],
         many.show(bar, "gold", "kl"),
-    )  # fmt: skip
+    )
     each = zip(policies, models, strict=True)
     seen = [looks(task, [policy], [n], s.seed, (model, task.config))[0] for n, (policy, model) in enumerate(each)]
     return {"agreement": [agreement(s, task, model, pool) for model in models], "seen": seen}
@@ -159,8 +197,9 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
         people = methods.rankings_of(task, Path(s.people))
         plan.append(Condition("people", f"{len(people)} votes", len(people), 0, 0.0))
     reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
-    program = many.ppo_on_reward_model(task, task.config, learning_rate=s.ppo_learning_rate,
-                                       iterations=s.iterations, batch=s.batch, how=s.how)  # fmt: skip
+    program = many.ppo_on_reward_model(
+        task, task.config, learning_rate=s.ppo_learning_rate, iterations=s.iterations, batch=s.batch, how=s.how
+    )
     run.say(f"how_many_labels: {len(plan)} conditions, {s.seeds} seeds each")
     steps = {one: one.choices // s.label_batch + s.iterations for one in plan}
     groups: dict[str, list[Point]] = {}
@@ -176,15 +215,19 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
             point = Point(one.label, [Seen.from_json(seen) for seen in found["seen"]])
             groups.setdefault(one.group, []).append(point)
             agreements.setdefault(one.group, []).append(found["agreement"])
-            run.say(f"{one.group} {one.label}: gold {point['gold']}, KL {point['kl'].mean:.2f} nats, "
-                    f"finds the best {np.mean(found['agreement']):.1%}")  # fmt: skip
+            run.say(
+                f"{one.group} {one.label}: gold {point['gold']}, KL {point['kl'].mean:.2f} nats, "
+                f"finds the best {np.mean(found['agreement']):.1%}"
+            )
     figures.how_many_labels(s.run / "how_many_labels.png", groups, agreements, start)
     page.write_page(
-        s.run, "How many labels?", f"Gold score of PPO on {s.prompts} held-out prompts, {s.seeds} seeds (95 % "
+        s.run,
+        "How many labels?",
+        f"Gold score of PPO on {s.prompts} held-out prompts, {s.seeds} seeds (95 % "
         f"intervals draw seeds and prompts anew), beta {s.beta:g}. Labels are a simulated annotator's (VADER), at "
         f"temperature {s.annotator.temperature:g} where nothing else is said.",
         [("", s.run / "how_many_labels.png"), ("All conditions", page.table(groups))],
-    )  # fmt: skip
+    )
     return {"conditions": page.summary(groups), "agreement": agreements}
 
 

@@ -71,12 +71,31 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(),
-    "toy": Settings(prefixes=12, betas=(0.1,), dpo_betas=(0.1,), seeds=1, iterations=2, batch=8, pairs=16, pair_batch=8,
-                    best_of=4, prompts=12,
-                    ppo=PPOConfig(new_tokens=8, epochs=1, minibatches=1, unfinished_score=None)),
-    "gpu": Settings(prefixes=8000, betas=(0.02, 0.05, 0.1, 0.2, 0.5), dpo_betas=(0.01, 0.03, 0.1, 0.3, 1.0), seeds=6,
-                    iterations=100, batch=256, pairs=48_000, best_of=128, prompts=1000),
-}  # fmt: skip
+    "toy": Settings(
+        prefixes=12,
+        betas=(0.1,),
+        dpo_betas=(0.1,),
+        seeds=1,
+        iterations=2,
+        batch=8,
+        pairs=16,
+        pair_batch=8,
+        best_of=4,
+        prompts=12,
+        ppo=PPOConfig(new_tokens=8, epochs=1, minibatches=1, unfinished_score=None),
+    ),
+    "gpu": Settings(
+        prefixes=8000,
+        betas=(0.02, 0.05, 0.1, 0.2, 0.5),
+        dpo_betas=(0.01, 0.03, 0.1, 0.3, 1.0),
+        seeds=6,
+        iterations=100,
+        batch=256,
+        pairs=48_000,
+        best_of=128,
+        prompts=1000,
+    ),
+}
 
 
 def log_odds(judge: Judge, texts: Any) -> np.ndarray:
@@ -100,10 +119,18 @@ def make_task(s: Settings) -> Task:
 
     mesh = sharding.data_mesh()
     return Task(
-        config, tok, sharding.replicate(start, mesh), prefixes("train", 4000), prefixes("test", s.prompts),
-        functools.partial(log_odds, judge), gold_scores, lambda ids, mask: tok.decode(ids),
-        tok.template.separator, s.ppo, mesh,
-    )  # fmt: skip
+        config,
+        tok,
+        sharding.replicate(start, mesh),
+        prefixes("train", 4000),
+        prefixes("test", s.prompts),
+        functools.partial(log_odds, judge),
+        gold_scores,
+        lambda ids, mask: tok.decode(ids),
+        tok.template.separator,
+        s.ppo,
+        mesh,
+    )
 
 
 def pairs(s: Settings, task: Task) -> list[list[Any]]:
@@ -124,9 +151,17 @@ def reward_model(s: Settings, task: Task, rankings: list[Ranking], bar: Bar) -> 
     """The reward model of these pairs."""
     reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
     (params,) = methods.reward_models(
-        task.config, task.start, [rankings], [s.seed], reference, task, batch=s.pair_batch,
-        learning_rate=s.reward_learning_rate, first_spread=0.2, watch=many.show(bar, reward_loss="loss"),
-    )  # fmt: skip
+        task.config,
+        task.start,
+        [rankings],
+        [s.seed],
+        reference,
+        task,
+        batch=s.pair_batch,
+        learning_rate=s.reward_learning_rate,
+        first_spread=0.2,
+        watch=many.show(bar, reward_loss="loss"),
+    )
     return params, task.config
 
 
@@ -134,8 +169,15 @@ def on_true_reward(s: Settings, start: Start) -> frontier.Settings:
     """PPO on the true reward, brought to the reward model's scale: mean 0 and deviation 1 at the start."""
     gold = start.task.gold(sample(start.task, start.task.start, start.task.prompts[:256], jax.random.key(s.seed)).texts)
     tx = many.ppo_optimizer(start.task, s.learning_rate, s.iterations)
-    program = many.OnPolicy(start.task, many.learn_by_ppo(start.task, tx), tx, s.iterations, s.batch, how=s.how,
-                            host=lambda texts: (start.task.gold(texts) - gold.mean()) / gold.std())  # fmt: skip
+    program = many.OnPolicy(
+        start.task,
+        many.learn_by_ppo(start.task, tx),
+        tx,
+        s.iterations,
+        s.batch,
+        how=s.how,
+        host=lambda texts: (start.task.gold(texts) - gold.mean()) / gold.std(),
+    )
     return start.on_policy(program, s.betas)
 
 
@@ -173,11 +215,16 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     figures.frontier(s.run / "imdb.png", points, measures)
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
     page.write_page(
-        s.run, "Positive reviews", f"{s.prompts} held-out prefixes of 2 to 8 tokens, {s.seeds} seeds; 95 % "
+        s.run,
+        "Positive reviews",
+        f"{s.prompts} held-out prefixes of 2 to 8 tokens, {s.seeds} seeds; 95 % "
         "intervals draw seeds and prompts anew. The true reward is a classifier fitted on people's labels.",
-        [("", s.run / "imdb.png"), ("All points", page.table(points)),
-         ("Continuations", page.samples(prompts, page.first_answers(points)))],
-    )  # fmt: skip
+        [
+            ("", s.run / "imdb.png"),
+            ("All points", page.table(points)),
+            ("Continuations", page.samples(prompts, page.first_answers(points))),
+        ],
+    )
     return {"accuracy": accuracy, "points": page.summary(points)}
 
 

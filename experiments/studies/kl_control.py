@@ -58,20 +58,29 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(),
-    "toy": Settings(targets=(4.0,), seeds=1, iterations=8, batch=8, prompts=12,
-                    ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1)),
+    "toy": Settings(
+        targets=(4.0,),
+        seeds=1,
+        iterations=8,
+        batch=8,
+        prompts=12,
+        ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1),
+    ),
     "gpu": Settings(targets=(2.0, 4.0, 8.0, 16.0), seeds=8, iterations=300, batch=256, horizon=10_000.0, prompts=900),
-}  # fmt: skip
+}
 
 
 def controlled(s: Settings, task: Task, judge: Proxy, control: Controller, bar: Bar) -> dict[str, Any]:
     """PPO under one controller, all seeds at once: its curves [seeds, iterations], and the answers of its policies."""
-    program = many.ppo_on_reward_model(task, judge[1], learning_rate=s.learning_rate, iterations=s.iterations,
-                                       batch=s.batch, how=s.how)  # fmt: skip
+    program = many.ppo_on_reward_model(
+        task, judge[1], learning_rate=s.learning_rate, iterations=s.iterations, batch=s.batch, how=s.how
+    )
     policies, curves = program.train(
-        [control] * s.seeds, [s.seed + n for n in range(s.seeds)], [{"reward": judge[0]}] * s.seeds,
+        [control] * s.seeds,
+        [s.seed + n for n in range(s.seeds)],
+        [{"reward": judge[0]}] * s.seeds,
         many.show(bar, "beta", "kl", "score"),
-    )  # fmt: skip
+    )
     kept = {name: curves[name].T for name in ("kl", "beta", "score", "gold", "judge", "entropy", "length")}
     return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, judge, texts=s.prompts)}
 
@@ -84,8 +93,10 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     }
     controls["no penalty"] = kl.FixedKL(jnp.float32(0.0)), None
     with run.progress(len(controls) * s.iterations, "kl_control") as bar:
-        found = {name: cells(name, functools.partial(controlled, s, task, judge, control, bar), s.iterations, bar)
-                 for name, (control, _) in controls.items()}  # fmt: skip
+        found = {
+            name: cells(name, functools.partial(controlled, s, task, judge, control, bar), s.iterations, bar)
+            for name, (control, _) in controls.items()
+        }
     figures.controlled(s.run / "kl_control.png", found, {name: target for name, (_, target) in controls.items()})
     points = page.points({name: {"": one["seen"]} for name, one in found.items()})
     last = {name: np.array(one["curves"]["kl"])[:, -max(s.iterations // 4, 2) :] for name, one in found.items()}
@@ -94,14 +105,20 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     rows = [[name, f"{held[name].mean:.2f}", *(f"{x:.2f}" for x in own)] for name, own in variety.items()]
     prompts = [task.tok.show(ids) for ids in task.heldout[:12]]
     page.write_page(
-        s.run, "KL under control",
+        s.run,
+        "KL under control",
         "PPO whose price of a nat follows the measured KL towards a target (dotted), and PPO without a price. "
         f"{s.seeds} seeds each; curves are running means over 5 iterations.",
-        [("", s.run / "kl_control.png"), ("Held-out prompts", page.table(points)),
-         ("KL of the last quarter's iterations, and distinct pairs of words, a column a seed",
-          page.plain_table(("run", "KL", *(f"distinct-2, seed {n}" for n in range(s.seeds))), rows)),
-         ("Answers", page.samples(prompts, page.first_answers(points)))],
-    )  # fmt: skip
+        [
+            ("", s.run / "kl_control.png"),
+            ("Held-out prompts", page.table(points)),
+            (
+                "KL of the last quarter's iterations, and distinct pairs of words, a column a seed",
+                page.plain_table(("run", "KL", *(f"distinct-2, seed {n}" for n in range(s.seeds))), rows),
+            ),
+            ("Answers", page.samples(prompts, page.first_answers(points))),
+        ],
+    )
     for name, one in held.items():
         run.say(f"{name}: KL {one.mean:.2f} in the last quarter")
     kept = {name: {"target": controls[name][1], "last_quarter": dataclasses.asdict(one)} for name, one in held.items()}

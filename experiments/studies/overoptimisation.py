@@ -77,14 +77,28 @@ class Settings:
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(
-        sizes=((1, 16),), labels=(8,), steps=4, label_batch=8, best_of=4, prompts=12, seeds=1, iterations=6, batch=8,
+        sizes=((1, 16),),
+        labels=(8,),
+        steps=4,
+        label_batch=8,
+        best_of=4,
+        prompts=12,
+        seeds=1,
+        iterations=6,
+        batch=8,
         ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1),
     ),
     "gpu": Settings(
-        sizes=((1, 32), (2, 64), (3, 96)), labels=(50, 160, 500, 1000), steps=2000, best_of=1024, prompts=500, seeds=4,
-        iterations=200, batch=256,
+        sizes=((1, 32), (2, 64), (3, 96)),
+        labels=(50, 160, 500, 1000),
+        steps=2000,
+        best_of=1024,
+        prompts=500,
+        seeds=4,
+        iterations=200,
+        batch=256,
     ),
-}  # fmt: skip
+}
 
 
 def smaller_model(s: Settings, task: Task, config: ModelConfig, bar: Bar) -> Params:
@@ -104,8 +118,9 @@ def smaller_model(s: Settings, task: Task, config: ModelConfig, bar: Bar) -> Par
 
 def plans(s: Settings, config: ModelConfig, count: int) -> dict[str, tuple[ModelConfig, int]]:
     """{name: (size, labels)} of reward models: every size with all labels, and the policy's own with fewer."""
-    small = [dataclasses.replace(config, layers=layers, width=width, heads=max(1, width // 32))
-             for layers, width in s.sizes]  # fmt: skip
+    small = [
+        dataclasses.replace(config, layers=layers, width=width, heads=max(1, width // 32)) for layers, width in s.sizes
+    ]
     sizes = [(one, count) for one in small] + [(config, labels) for labels in (*s.labels, count)]
     return {f"{one.layers} x {one.width}, {labels} labels": (one, labels) for one, labels in sizes}
 
@@ -116,18 +131,28 @@ def reward_model(
     """A reward model of this size from these preferences."""
     start = task.start if config == task.config else smaller_model(s, task, config, bar)
     (params,) = methods.reward_models(
-        config, start, [rankings], [s.seed], reference, task, learning_rate=s.learning_rate, batch=s.label_batch,
-        first_spread=0.2, watch=many.show(bar, reward_loss="loss"),
-    )  # fmt: skip
+        config,
+        start,
+        [rankings],
+        [s.seed],
+        reference,
+        task,
+        learning_rate=s.learning_rate,
+        batch=s.label_batch,
+        first_spread=0.2,
+        watch=many.show(bar, reward_loss="loss"),
+    )
     return params, config
 
 
 def by_ppo(s: Settings, program: many.OnPolicy, reward_params: Params, beta: float, bar: Bar) -> dict[str, Any]:
     """PPO on one reward model, all seeds at once: curves [seeds, iterations] of the training answers."""
     _, curves = program.train(
-        [kl.FixedKL(jnp.float32(beta))] * s.seeds, [s.seed + n for n in range(s.seeds)],
-        [{"reward": reward_params}] * s.seeds, many.show(bar, "gold", "kl"),
-    )  # fmt: skip
+        [kl.FixedKL(jnp.float32(beta))] * s.seeds,
+        [s.seed + n for n in range(s.seeds)],
+        [{"reward": reward_params}] * s.seeds,
+        many.show(bar, "gold", "kl"),
+    )
     return {name: curves[name].T for name in ("gold", "judge", "score", "kl", "length", "ended")}
 
 
@@ -152,10 +177,12 @@ def report(s: Settings, best: dict[str, Any], free: dict[str, Any], paid: Any, a
     """overoptimisation.png and report.html; returns the fits."""
     start = np.array(best.pop("start"))
     fits: dict[str, dict[laws.Law, laws.Fit]] = {
-        name: {"best-of-n": laws.fit_best_of(np.array(best[name]["kl"]), np.array(best[name]["gold"]) - start),
-               "RL": laws.fit_rl(np.array(free[name]["kl"]), np.array(free[name]["gold"]) - start.mean())}
+        name: {
+            "best-of-n": laws.fit_best_of(np.array(best[name]["kl"]), np.array(best[name]["gold"]) - start),
+            "RL": laws.fit_rl(np.array(free[name]["kl"]), np.array(free[name]["gold"]) - start.mean()),
+        }
         for name in best
-    }  # fmt: skip
+    }
     figures.overoptimisation(s.run / "overoptimisation.png", best, free, paid, start.mean(), fits)
     rows, peaks = [], []
     for name, law in fits.items():
@@ -165,42 +192,73 @@ def report(s: Settings, best: dict[str, Any], free: dict[str, Any], paid: Any, a
         gold, kls = (np.convolve(np.mean(free[name][x], axis=0), np.ones(5) / 5, "valid") for x in ("gold", "kl"))
         gold = gold - start.mean()
         ends = ", ".join(f"{np.mean(own[-5:]) - start.mean():.3f}" for own in free[name]["gold"])
-        peaks.append([
-            name, f"{by_n.max():.3f} at n = {n[by_n.argmax()]}", f"{by_n[-1]:.3f}",
-            f"{nats:.2f} (bound {best_of_n_kl_bound(n[-1]):.2f})",
-            f"{gold.max():.3f} at {kls[gold.argmax()]:.1f} nats", f"{ends} at {kls[-1]:.1f} nats",
-        ])  # fmt: skip
+        peaks.append(
+            [
+                name,
+                f"{by_n.max():.3f} at n = {n[by_n.argmax()]}",
+                f"{by_n[-1]:.3f}",
+                f"{nats:.2f} (bound {best_of_n_kl_bound(n[-1]):.2f})",
+                f"{gold.max():.3f} at {kls[gold.argmax()]:.1f} nats",
+                f"{ends} at {kls[-1]:.1f} nats",
+            ]
+        )
     page.write_page(
-        s.run, "Overoptimisation",
+        s.run,
+        "Overoptimisation",
         "Gold score gained over the finetuned model (VADER's, whose noisy choices are the labels) against the distance "
         "sqrt(KL). Best-of-n: a pool of answers to held-out prompts; its KL is measured. PPO: the answers of each "
         "iteration of training, without a KL penalty; crosses: with one.",
-        [("", s.run / "overoptimisation.png"),
-         ("Fits: best-of-n d (alpha - beta d), RL d (alpha - beta log d)", page.plain_table(
-             ("reward model", "held-out accuracy", "BoN alpha", "BoN beta", "RL alpha", "RL beta"), rows)),
-         ("Peaks", page.plain_table(("reward model", "BoN best", f"BoN at n = {s.best_of}", "its KL", "PPO best, mean",
-                                     "PPO at the end, each seed"), peaks))],
-    )  # fmt: skip
+        [
+            ("", s.run / "overoptimisation.png"),
+            (
+                "Fits: best-of-n d (alpha - beta d), RL d (alpha - beta log d)",
+                page.plain_table(
+                    ("reward model", "held-out accuracy", "BoN alpha", "BoN beta", "RL alpha", "RL beta"), rows
+                ),
+            ),
+            (
+                "Peaks",
+                page.plain_table(
+                    (
+                        "reward model",
+                        "BoN best",
+                        f"BoN at n = {s.best_of}",
+                        "its KL",
+                        "PPO best, mean",
+                        "PPO at the end, each seed",
+                    ),
+                    peaks,
+                ),
+            ),
+        ],
+    )
     return {"fits": fits, "accuracy": accuracy, "peaks": peaks}
 
 
 def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
-    rankings, heldout = (methods.rankings_of(task, s.start / f"preferences/{split}.jsonl")
-                         for split in ("train", "heldout"))  # fmt: skip
+    rankings, heldout = (
+        methods.rankings_of(task, s.start / f"preferences/{split}.jsonl") for split in ("train", "heldout")
+    )
     if len(rankings) <= max(s.labels):
         raise UserError(f"{s.start} has {len(rankings)} preferences; labels must be fewer: {s.labels}")
     reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
     plan = plans(s, task.config, len(rankings))
-    steps = {name: labels // s.label_batch + (config != task.config) * (s.steps + s.steps // 2)
-             for name, (config, labels) in plan.items()}  # fmt: skip
+    steps = {
+        name: labels // s.label_batch + (config != task.config) * (s.steps + s.steps // 2)
+        for name, (config, labels) in plan.items()
+    }
     run.say(f"overoptimisation: {len(plan)} reward models, best of {s.best_of}, {s.iterations} iterations of PPO")
     with run.progress(sum(steps.values()) + (len(plan) + 1) * s.iterations + 1, "overoptimisation") as bar:
         proxies = {
-            name: cells.model(name, functools.partial(reward_model, s, task, rankings[:labels], config, reference, bar),
-                              steps[name], bar)
+            name: cells.model(
+                name,
+                functools.partial(reward_model, s, task, rankings[:labels], config, reference, bar),
+                steps[name],
+                bar,
+            )
             for name, (config, labels) in plan.items()
-        }  # fmt: skip
+        }
         best = cells("best-of", functools.partial(by_best_of, s, task, proxies, bar), 1, bar)
         programs = {  # one for each size of reward model
             config: many.ppo_on_reward_model(

@@ -3,11 +3,11 @@
     python -m experiments.studies.through_reward                 after `make assistant`
 
 Supervised, so to speak: the derivative of h by the policy's logits, through straight-through Gumbel-softmax samples
-(`jaxgpt/rlhf/through_reward.py`), minus beta KL; `experiments.studies.frontier` has it beside PPO. Here is one policy for each
-temperature tau of the relaxation, with the tokens' own embeddings and with the mixtures themselves as the reward
-model's input: the objective then sees inputs that no text has, and more reward than what is really sampled gets. For
-each tau the derivative is also compared, at the start, with the policy gradient of the same answers' rewards, which is
-unbiased: their cosine, between independent halves of the answers, beside the policy gradient's own.
+(`jaxgpt/rlhf/through_reward.py`), minus beta KL; `experiments.studies.frontier` has it beside PPO. Here is one policy
+for each temperature tau of the relaxation, with the tokens' own embeddings and with the mixtures themselves as the
+reward model's input: the objective then sees inputs that no text has, and more reward than what is really sampled gets.
+For each tau the derivative is also compared, at the start, with the policy gradient of the same answers' rewards, which
+is unbiased: their cosine, between independent halves of the answers, beside the policy gradient's own.
 """
 
 import dataclasses
@@ -68,10 +68,17 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(),
-    "toy": Settings(taus=(1.0,), seeds=1, iterations=3, batch=8, compared=16, prompts=12,
-                    ppo=PPOConfig(new_tokens=12, temperature=0.7)),
+    "toy": Settings(
+        taus=(1.0,),
+        seeds=1,
+        iterations=3,
+        batch=8,
+        compared=16,
+        prompts=12,
+        ppo=PPOConfig(new_tokens=12, temperature=0.7),
+    ),
     "gpu": Settings(taus=(0.1, 0.3, 1.0, 3.0, 10.0), seeds=8, iterations=300, batch=256, compared=8192, prompts=900),
-}  # fmt: skip
+}
 
 
 def ways(s: Settings) -> dict[str, ThroughReward]:
@@ -85,10 +92,11 @@ def followed(s: Settings, task: Task, judge: Proxy, how: ThroughReward, bar: Bar
     tx = optim.adam_tf(optim.linear_to_zero(s.learning_rate, s.iterations))
     learn = many.learn_through_reward(task, tx, judge[1], how)
     policies, curves = many.OnPolicy(task, learn, tx, s.iterations, s.batch, how=s.how).train(
-        [kl.FixedKL(jnp.float32(s.beta))] * s.seeds, [s.seed + n for n in range(s.seeds)],
+        [kl.FixedKL(jnp.float32(s.beta))] * s.seeds,
+        [s.seed + n for n in range(s.seeds)],
         [{"reward": judge[0]}] * s.seeds,
         many.show(bar, "h", "h_seen", "kl"),
-    )  # fmt: skip
+    )
     kept = {name: curves[name].T for name in ("h", "h_seen", "gold", "kl")}
     return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, judge)}
 
@@ -137,19 +145,26 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     judge = learned_reward(task, s.start / "reward")
     with run.progress(len(ways(s)) * s.iterations + 1, "through_reward") as bar:
         cosines = cells("alignment", functools.partial(alignment, s, task, judge, bar), 1, bar)
-        found = {name: cells(name, functools.partial(followed, s, task, judge, how, bar), s.iterations, bar)
-                 for name, how in ways(s).items()}  # fmt: skip
+        found = {
+            name: cells(name, functools.partial(followed, s, task, judge, how, bar), s.iterations, bar)
+            for name, how in ways(s).items()
+        }
     figures.through_reward(s.run / "through_reward.png", found)
     points = page.points({name: {"": one["seen"]} for name, one in found.items()})
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
     rows = [[name, f"{value:.3f}"] for name, value in cosines.items()]
     page.write_page(
-        s.run, "Through the reward model", f"{s.prompts} held-out prompts, {s.seeds} seeds, beta {s.beta:g}. The "
+        s.run,
+        "Through the reward model",
+        f"{s.prompts} held-out prompts, {s.seeds} seeds, beta {s.beta:g}. The "
         "objective sees the sampled tokens' embeddings, or (mixtures) weighted means of all tokens' embeddings.",
-        [("", s.run / "through_reward.png"), ("Held-out prompts", page.table(points)),
-         ("Cosine to the policy gradient at the start", page.plain_table(("derivative", "cosine"), rows)),
-         ("Answers", page.samples(prompts, page.first_answers(points)))],
-    )  # fmt: skip
+        [
+            ("", s.run / "through_reward.png"),
+            ("Held-out prompts", page.table(points)),
+            ("Cosine to the policy gradient at the start", page.plain_table(("derivative", "cosine"), rows)),
+            ("Answers", page.samples(prompts, page.first_answers(points))),
+        ],
+    )
     for name, value in cosines.items():
         run.say(f"{name}: cosine to the policy gradient {value:.3f}")
     return {"cosines": cosines, "policies": page.summary(points)}

@@ -300,9 +300,13 @@ def _both(make: Callable[[str, str], Any]) -> Callable[[Judged], list[Row]]:
 
 
 WRITERS: Mapping[str, Callable[[Judged], list[Any]]] = {
-    "jaxgpt": lambda one: from_tiers(one.prompt, one.answers, _ranked(one), one.meta.get("ended", ()), {
-        name: value for name, value in one.meta.items() if name != "ended"
-    }),
+    "jaxgpt": lambda one: from_tiers(
+        one.prompt,
+        one.answers,
+        _ranked(one),
+        one.meta.get("ended", ()),
+        {name: value for name, value in one.meta.items() if name != "ended"},
+    ),
     "trl": lambda one: [{"prompt": one.prompt, "chosen": a, "rejected": b} for a, b in _pairs(one)],
     "trl-implicit": _both(lambda prompt, answer: prompt + answer),
     "trl-conversational": lambda one: [
@@ -311,4 +315,4 @@ WRITERS: Mapping[str, Callable[[Judged], list[Any]]] = {
     "hh-rlhf": _both(lambda prompt, answer: _human(prompt) + answer),
     "lm-human-preferences": _write_ziegler,
     "arena": _write_arena,
-}  # fmt: skip
+}

@@ -204,8 +204,9 @@ class Store:
             taken = {task for task, (who, until) in self._leases.items() if who != annotator and until > now}
             rows = self._rows(
                 "SELECT task, count(*), max(kind IN ('favourite', 'ranking')) FROM votes "
-                f"WHERE annotator = ? AND {_STANDING} GROUP BY task ORDER BY max(number)", annotator,
-            )  # fmt: skip
+                f"WHERE annotator = ? AND {_STANDING} GROUP BY task ORDER BY max(number)",
+                annotator,
+            )
             mine = {task for task, _, _ in rows}
             everyone = {task for (task,) in self._rows(f"SELECT DISTINCT task FROM votes WHERE {_STANDING}")}
             once = [task for task, count, picked in rows if count == 1 and picked]
@@ -228,8 +229,9 @@ class Store:
         """How many tasks are left to this annotator: what nobody has judged, and what is shared and they have not."""
         others = self._rows(
             f"SELECT DISTINCT task FROM votes WHERE {_STANDING} EXCEPT "
-            f"SELECT task FROM votes WHERE annotator = ? AND {_STANDING}", annotator,
-        )  # fmt: skip
+            f"SELECT task FROM votes WHERE annotator = ? AND {_STANDING}",
+            annotator,
+        )
         return self.unseen() + sum(share(task) < overlap for (task,) in others)
 
     def judged(self, task: str, annotator: str) -> bool:
@@ -280,16 +282,27 @@ class Store:
         self._db.execute(
             "INSERT INTO votes (id, task, annotator, kind, tiers, shown, seconds, time, again) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (vote.id, vote.task, vote.annotator, vote.kind, json.dumps(vote.tiers), json.dumps(vote.shown),
-             vote.seconds, vote.time or time.time(), again),
-        )  # fmt: skip
+            (
+                vote.id,
+                vote.task,
+                vote.annotator,
+                vote.kind,
+                json.dumps(vote.tiers),
+                json.dumps(vote.shown),
+                vote.seconds,
+                vote.time or time.time(),
+                again,
+            ),
+        )
 
     def votes(self, annotator: str | None = None) -> list[Vote]:
         """The votes that stand, in order."""
         rows = self._rows(
             "SELECT id, task, annotator, kind, tiers, shown, seconds, time, again FROM votes "
-            f"WHERE {_STANDING} AND (? IS NULL OR annotator = ?) ORDER BY number", annotator, annotator,
-        )  # fmt: skip
+            f"WHERE {_STANDING} AND (? IS NULL OR annotator = ?) ORDER BY number",
+            annotator,
+            annotator,
+        )
         found = []
         for id_, task, who, kind, tiers, shown, seconds, when, again in rows:
             places = tuple(map(tuple, json.loads(tiers)))
@@ -297,16 +310,20 @@ class Store:
         return found
 
     def count(self, annotator: str | None = None) -> int:
-        return int(self._rows(
-            f"SELECT count(*) FROM votes WHERE {_STANDING} AND (? IS NULL OR annotator = ?)", annotator, annotator
-        )[0][0])  # fmt: skip
+        return int(
+            self._rows(
+                f"SELECT count(*) FROM votes WHERE {_STANDING} AND (? IS NULL OR annotator = ?)", annotator, annotator
+            )[0][0]
+        )
 
     def seconds(self, annotator: str, newest: int) -> list[float]:
         """How long this annotator's newest decisions took."""
         rows = self._rows(
             f"SELECT seconds FROM votes WHERE annotator = ? AND seconds IS NOT NULL AND {_STANDING} "
-            "ORDER BY number DESC LIMIT ?", annotator, newest,
-        )  # fmt: skip
+            "ORDER BY number DESC LIMIT ?",
+            annotator,
+            newest,
+        )
         return [seconds for (seconds,) in rows]
 
     # ---- ratings: a person as the reward ----
@@ -316,10 +333,13 @@ class Store:
         if stars not in range(1, 6):
             raise UserError(f"stars is {stars}; give 1 to 5")
         with self._writing() as db:
-            return db.execute(
-                "INSERT OR IGNORE INTO ratings VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (id_, prompt, answer, annotator, stars, seconds, time.time()),
-            ).rowcount == 1  # fmt: skip
+            return (
+                db.execute(
+                    "INSERT OR IGNORE INTO ratings VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (id_, prompt, answer, annotator, stars, seconds, time.time()),
+                ).rowcount
+                == 1
+            )
 
     def rating(self, id_: str) -> int | None:
         found = self._rows("SELECT stars FROM ratings WHERE id = ?", id_)

@@ -28,8 +28,16 @@ Loop = Callable[[Callable[..., Any], Any, Any], tuple[Any, Any]]
 SeenFilter = Callable[[Array, Array], Array]  # (logits [B, V], seen [B, V] bool) -> logits
 SEGMENT = 128  # slots by which the cache grows; each segment is compiled
 STATIC = (  # for jax.jit(generate, static_argnums=1, static_argnames=STATIC)
-    "new_tokens", "stop", "pad", "sample", "filter_logits", "filter_seen", "samples", "segment", "loop",
-)  # fmt: skip
+    "new_tokens",
+    "stop",
+    "pad",
+    "sample",
+    "filter_logits",
+    "filter_seen",
+    "samples",
+    "segment",
+    "loop",
+)
 
 
 def prepare(params: Params, config: ModelConfig) -> Params:
@@ -64,8 +72,11 @@ def int8(params: Params) -> Params:
         kernel, scale = rounded(part["kernel"])
         return {**part, "kernel": kernel, "scale": scale}
 
-    blocks = {name: {inner: layer(part) for inner, part in block.items()} for name, block in params.items()
-              if name.startswith("block_")}  # fmt: skip
+    blocks = {
+        name: {inner: layer(part) for inner, part in block.items()}
+        for name, block in params.items()
+        if name.startswith("block_")
+    }
     head_DV, scale_V = rounded(params["head_DV"])
     return {**params, **blocks, "head_DV": head_DV, "head_scale_V": scale_V}
 

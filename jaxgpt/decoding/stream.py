@@ -59,17 +59,33 @@ def _as_tree(function: Callable[..., Array]) -> jax.tree_util.Partial:
 
 @functools.partial(jax.jit, static_argnums=(1, 4))
 def _first(
-    params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, key: Array, *,
-    sample: Sampler, filter_logits: sampling.Filter,
-) -> tuple[KVCache, Array]:  # fmt: skip
+    params: Params,
+    config: ModelConfig,
+    prompt_BP: Array,
+    length_B: Array,
+    slots: int,
+    key: Array,
+    *,
+    sample: Sampler,
+    filter_logits: sampling.Filter,
+) -> tuple[KVCache, Array]:
     cache, logits_BV = prefill(params, config, prompt_BP, length_B, slots)
     return cache, sample(key, filter_logits(logits_BV))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 5), donate_argnums=2)
 def _next(
-    params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array,
-    key: Array, *, sample: Sampler, filter_logits: sampling.Filter,
-) -> tuple[KVCache, Array]:  # fmt: skip
+    params: Params,
+    config: ModelConfig,
+    cache: KVCache,
+    token_B: Array,
+    length_B: Array,
+    prompt_slots: int,
+    t: Array,
+    key: Array,
+    *,
+    sample: Sampler,
+    filter_logits: sampling.Filter,
+) -> tuple[KVCache, Array]:
     cache, logits_BV = decode_step(params, config, cache, token_B, length_B, prompt_slots, t)
     return cache, sample(key, filter_logits(logits_BV))

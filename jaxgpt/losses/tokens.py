@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and what is made of them. From hidden states, without the logits: `jaxgpt.losses.vocab_head`."""
+"""Log-probabilities of tokens and what is made of them. `jaxgpt.losses.vocab_head` has them from hidden states."""
 
 import jax
 import jax.numpy as jnp

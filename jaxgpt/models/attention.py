@@ -74,9 +74,15 @@ def _splash_kernel(T: int, heads: int, tile: int, interpret: bool) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     sizes = kernels.BlockSizes(
-        block_q=tile, block_kv=tile, block_kv_compute=tile,
-        block_q_dkv=tile, block_kv_dkv=tile, block_kv_dkv_compute=tile, block_q_dq=tile, block_kv_dq=tile,
-    )  # fmt: skip
+        block_q=tile,
+        block_kv=tile,
+        block_kv_compute=tile,
+        block_q_dkv=tile,
+        block_kv_dkv=tile,
+        block_kv_dkv_compute=tile,
+        block_q_dq=tile,
+        block_kv_dq=tile,
+    )
     mask = kernels.MultiHeadMask([kernels.CausalMask((T, T))] * heads)
     return kernels.make_splash_mha(mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 

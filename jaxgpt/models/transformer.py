@@ -184,9 +184,15 @@ def hidden(
     silence).
     """
     return hidden_and_kv(
-        params, config, tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, nudge_BTD=nudge_BTD, key=key,
+        params,
+        config,
+        tokens_BT,
+        positions_BT=positions_BT,
+        segments_BT=segments_BT,
+        nudge_BTD=nudge_BTD,
+        key=key,
         attend=attend,
-    )[0]  # fmt: skip
+    )[0]
 
 
 def hidden_and_kv(

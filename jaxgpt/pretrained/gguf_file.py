@@ -16,11 +16,19 @@ with needs_extra("pretrained"):
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
 _NAMES = {  # theirs -> Hugging Face's
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _CONTROL = 3  # tokenizer.ggml.token_type of special tokens
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -93,14 +101,21 @@ def _config(file: File) -> ModelConfig:
     if file.get("llama.rope.dimension_count", width // heads) != width // heads or file.get("llama.rope.scaling.type"):
         raise UserError(f"{file.path} rotates only a part of its heads, or scales positions; that is not supported")
     return ModelConfig(
-        layers=file.need("llama.block_count"), width=width, heads=heads,
-        kv_heads=file.get("llama.attention.head_count_kv", 0), block=file.need("llama.context_length"),
-        vocab=int(file.tensors["model.embed_tokens.weight"].shape[1]), mlp="swiglu",
-        mlp_width=file.need("llama.feed_forward_length"), norm="rms", positions="rotary",
-        rope_theta=float(file.get("llama.rope.freq_base", 1e4)), biases=False,
+        layers=file.need("llama.block_count"),
+        width=width,
+        heads=heads,
+        kv_heads=file.get("llama.attention.head_count_kv", 0),
+        block=file.need("llama.context_length"),
+        vocab=int(file.tensors["model.embed_tokens.weight"].shape[1]),
+        mlp="swiglu",
+        mlp_width=file.need("llama.feed_forward_length"),
+        norm="rms",
+        positions="rotary",
+        rope_theta=float(file.get("llama.rope.freq_base", 1e4)),
+        biases=False,
         tied="lm_head.weight" not in file.tensors,
         norm_epsilon=float(f"{file.need('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5, not its float32
-    )  # fmt: skip
+    )
 
 
 def _tokenizer(file: File, use_tags: bool) -> Tokenizer:
@@ -110,11 +125,13 @@ def _tokenizer(file: File, use_tags: bool) -> Tokenizer:
         "gpt-2": plain,
         "default": plain,
         "smollm": pre_tokenizers.Sequence([digits, plain]),
-        "llama-bpe": pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]),
-    }  # fmt: skip
+        "llama-bpe": pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+    }
     if kind != "gpt2" or pre not in known:
         raise UserError(
             f"the tokenizer of {file.path} is {kind!r} ({pre!r}); read are byte-level BPE of {', '.join(known)}: use "

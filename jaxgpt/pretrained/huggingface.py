@@ -99,15 +99,26 @@ def _refuse(record: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -
 
 def _gpt(record: Mapping[str, Any], kind: str) -> ModelConfig:
     activation = "activation_function" if kind == "gpt2" else "afn"
-    _refuse(record, {
-        activation: _TANH[: 2 if kind == "gpt2" else 3], "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
-    })  # fmt: skip
+    _refuse(
+        record,
+        {
+            activation: _TANH[: 2 if kind == "gpt2" else 3],
+            "tie_word_embeddings": (True,),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+        },
+    )
     return ModelConfig(
-        layers=record["n_layer"], width=record["n_embd"], heads=record["n_head"], block=record["n_positions"],
-        vocab=record["vocab_size"], mlp_width=record.get("n_inner") or 0,
-        norm_at="input" if kind == "gpt2" else "output", norm_epsilon=record.get("layer_norm_epsilon", 1e-5),
-    )  # fmt: skip
+        layers=record["n_layer"],
+        width=record["n_embd"],
+        heads=record["n_head"],
+        block=record["n_positions"],
+        vocab=record["vocab_size"],
+        mlp_width=record.get("n_inner") or 0,
+        norm_at="input" if kind == "gpt2" else "output",
+        norm_epsilon=record.get("layer_norm_epsilon", 1e-5),
+    )
 
 
 def _llama(record: Mapping[str, Any]) -> ModelConfig:
@@ -116,21 +127,36 @@ def _llama(record: Mapping[str, Any]) -> ModelConfig:
     stretched = rope.get("rope_type", rope.get("type", "default")) == "llama3"
     biases = bool(record.get("attention_bias", False))
     head_dim = record["hidden_size"] // record["num_attention_heads"]
-    _refuse(record, {
-        "hidden_act": ("silu",), "sliding_window": (None,), "mlp_bias": (biases,), "head_dim": (head_dim, None),
-    })  # fmt: skip
+    _refuse(
+        record,
+        {
+            "hidden_act": ("silu",),
+            "sliding_window": (None,),
+            "mlp_bias": (biases,),
+            "head_dim": (head_dim, None),
+        },
+    )
     _refuse(rope, {"rope_type": ("default", "llama3"), "type": ("default", "llama3")})
     if stretched:
         _refuse(rope, {"low_freq_factor": (1.0,), "high_freq_factor": (4.0,)})
     return ModelConfig(
-        layers=record["num_hidden_layers"], width=record["hidden_size"], heads=record["num_attention_heads"],
-        kv_heads=record.get("num_key_value_heads") or 0, block=record["max_position_embeddings"],
-        vocab=record["vocab_size"], mlp="swiglu", mlp_width=record["intermediate_size"], norm="rms",
-        positions="rotary", rope_theta=float(rope["rope_theta"]), biases=biases,
+        layers=record["num_hidden_layers"],
+        width=record["hidden_size"],
+        heads=record["num_attention_heads"],
+        kv_heads=record.get("num_key_value_heads") or 0,
+        block=record["max_position_embeddings"],
+        vocab=record["vocab_size"],
+        mlp="swiglu",
+        mlp_width=record["intermediate_size"],
+        norm="rms",
+        positions="rotary",
+        rope_theta=float(rope["rope_theta"]),
+        biases=biases,
         rope_factor=float(rope["factor"]) if stretched else 1.0,
         rope_block=rope["original_max_position_embeddings"] if stretched else 8192,
-        tied=record.get("tie_word_embeddings", False), norm_epsilon=record.get("rms_norm_eps", 1e-6),
-    )  # fmt: skip
+        tied=record.get("tie_word_embeddings", False),
+        norm_epsilon=record.get("rms_norm_eps", 1e-6),
+    )
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
@@ -140,25 +166,43 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     if kind != "llama":
         architecture, activation = ("GPT2", "activation_function") if kind == "gpt2" else ("OpenAIGPT", "afn")
         return {
-            "architectures": [f"{architecture}LMHeadModel"], **common,
+            "architectures": [f"{architecture}LMHeadModel"],
+            **common,
             activation: "gelu_new" if kind == "gpt2" else "gelu",
-            "n_layer": config.layers, "n_embd": config.width, "n_head": config.heads, "n_positions": config.block,
-            "n_inner": config.mlp_units, "layer_norm_epsilon": config.norm_epsilon,
-        }  # fmt: skip
+            "n_layer": config.layers,
+            "n_embd": config.width,
+            "n_head": config.heads,
+            "n_positions": config.block,
+            "n_inner": config.mlp_units,
+            "layer_norm_epsilon": config.norm_epsilon,
+        }
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_factor > 1.0:
         rope |= {
-            "rope_type": "llama3", "factor": config.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "factor": config.rope_factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": config.rope_block,
-        }  # fmt: skip
+        }
     return {
-        "architectures": ["LlamaForCausalLM"], **common, "hidden_act": "silu", "num_hidden_layers": config.layers,
-        "hidden_size": config.width, "num_attention_heads": config.heads, "num_key_value_heads": config.groups,
-        "head_dim": config.head_dim, "intermediate_size": config.mlp_units, "max_position_embeddings": config.block,
-        "rms_norm_eps": config.norm_epsilon, "attention_bias": config.biases, "mlp_bias": config.biases,
-        "rope_theta": config.rope_theta, "rope_parameters": rope,
+        "architectures": ["LlamaForCausalLM"],
+        **common,
+        "hidden_act": "silu",
+        "num_hidden_layers": config.layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.groups,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_units,
+        "max_position_embeddings": config.block,
+        "rms_norm_eps": config.norm_epsilon,
+        "attention_bias": config.biases,
+        "mlp_bias": config.biases,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": rope,
         "rope_scaling": rope if config.rope_factor > 1.0 else None,
-    }  # fmt: skip
+    }
 
 
 # ---- tokenizers ----
@@ -231,11 +275,16 @@ def write(folder: Path, params: Any, config: ModelConfig, tok: Tokenizer | None 
         record |= {"eos_token_id": end, "bos_token_id": separator, "pad_token_id": separator}
         write_json(new / "generation_config.json", {"eos_token_id": end, "bos_token_id": separator})
         (new / "tokenizer.json").write_text(tok.to_json(), encoding="utf-8")
-        write_json(new / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tok.tag(end),
-            "bos_token": tok.tag(separator), "clean_up_tokenization_spaces": False,
-            "model_max_length": config.block,
-        })  # fmt: skip
+        write_json(
+            new / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": tok.tag(end),
+                "bos_token": tok.tag(separator),
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": config.block,
+            },
+        )
         (new / "chat_template.jinja").write_text(jinja_of(tok), encoding="utf-8")
     write_json(new / "config.json", record)
     os.replace(new, folder)

@@ -33,7 +33,6 @@ KNOWN: Mapping[str, Wheel] = {
 }
 
 
-
 class Pretrained(NamedTuple):
     """What `load` returns; `chats` says whether the model learnt to answer (it has a chat template)."""
 

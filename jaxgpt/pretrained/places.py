@@ -172,8 +172,10 @@ def _gpt(config: ModelConfig) -> list[Place]:
             ),
         ]
         for name, inner, fan_in, fan_out in (
-            ("out", "attn.c_proj", D, D), ("up", "mlp.c_fc", D, F), ("down", "mlp.c_proj", F, D),
-        ):  # fmt: skip
+            ("out", "attn.c_proj", D, D),
+            ("up", "mlp.c_fc", D, F),
+            ("down", "mlp.c_proj", F, D),
+        ):
             found += [
                 _same(f"{ours}/{name}/kernel", f"{theirs}.{inner}.weight", fan_in, fan_out),
                 _same(f"{ours}/{name}/bias", f"{theirs}.{inner}.bias", fan_out),

@@ -74,8 +74,11 @@ def learn(
 def lengths(rows: Batch, score_B: Array) -> Metrics:
     """Tokens of right answers (score 1) and of wrong ones."""
     length_B = rows.mask_BT.sum(1).astype(jnp.float32)
-    return {"length": losses.reduce(length_B), "length_right": losses.reduce(length_B, score_B > 0.5),
-            "length_wrong": losses.reduce(length_B, score_B < 0.5)}  # fmt: skip
+    return {
+        "length": losses.reduce(length_B),
+        "length_right": losses.reduce(length_B, score_B > 0.5),
+        "length_wrong": losses.reduce(length_B, score_B < 0.5),
+    }
 
 
 def weights(score_BC: Array, advantage_BC: Array) -> Metrics:

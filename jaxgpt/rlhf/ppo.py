@@ -98,9 +98,15 @@ def collect(
 ) -> tuple[Batch, Array, Array]:
     """Answers of the current policy: rows, the sampler's log-probabilities on them, and which answers ended, [B]."""
     rows, sampler_logp_BT, answers = rollout.collect(
-        state.params["policy"], config, prompts.tokens_BP, prompts.length_B, key,
-        new_tokens=ppo.new_tokens, stop=stop, temperature=ppo.temperature,
-    )  # fmt: skip
+        state.params["policy"],
+        config,
+        prompts.tokens_BP,
+        prompts.length_B,
+        key,
+        new_tokens=ppo.new_tokens,
+        stop=stop,
+        temperature=ppo.temperature,
+    )
     return rows, sampler_logp_BT, answers.ended_B
 
 

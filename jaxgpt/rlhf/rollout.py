@@ -35,9 +35,15 @@ def collect(
     Returns rows of prompt + answer with the answer's mask, the sampler's log-probabilities on them, and the answers.
     """
     answers = decoding.generate(
-        policy, config, prompt_BP, length_B, key,
-        new_tokens=new_tokens, stop=stop, filter_logits=lambda logits: logits / temperature,
-    )  # fmt: skip
+        policy,
+        config,
+        prompt_BP,
+        length_B,
+        key,
+        new_tokens=new_tokens,
+        stop=stop,
+        filter_logits=lambda logits: logits / temperature,
+    )
     rows, sampler_logp_BT = decoding.join(prompt_BP, length_B, answers)
     return rows, sampler_logp_BT, answers
 

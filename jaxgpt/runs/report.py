@@ -177,9 +177,15 @@ def page(
     answers = "".join(_answers(i, prompt, policies) for i, prompt in enumerate(prompts[:SHOWN]))
     annotator = _results(stages / "preferences").get("annotator", "simulated annotator")
     return TEMPLATE.format(
-        css=CSS, head=head, body=body, pictures=pictures, answers=answers, count=len(prompts),
-        annotator=html.escape(annotator), judge=f"{judge_accuracy:.1%}",
-    )  # fmt: skip
+        css=CSS,
+        head=head,
+        body=body,
+        pictures=pictures,
+        answers=answers,
+        count=len(prompts),
+        annotator=html.escape(annotator),
+        judge=f"{judge_accuracy:.1%}",
+    )
 
 
 def _answers(i: int, prompt: Prompt, policies: Sequence[Policy]) -> str:

@@ -44,9 +44,17 @@ PLACE_FIELDS = frozenset(
     {"run", "cache", "fresh", "force", "save"}
 )  # settings that name a place or a way to run, not a result
 OWN_FILES = (  # removed by a restart
-    "done.json", "settings.json", "metrics.jsonl", "log.txt", "tensorboard", "model", "adapters",
-    "critic", "rollouts", "checkpoints",
-)  # fmt: skip
+    "done.json",
+    "settings.json",
+    "metrics.jsonl",
+    "log.txt",
+    "tensorboard",
+    "model",
+    "adapters",
+    "critic",
+    "rollouts",
+    "checkpoints",
+)
 MAKE_ROOM = "make room, and the same command goes on from the newest checkpoint"
 FLUSH_SECONDS = 10.0  # between two moments at which TensorBoard sees the curves grow
 PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

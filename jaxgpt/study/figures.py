@@ -43,8 +43,9 @@ def frontier(path: Path, methods: Methods, measures: Mapping[str, str] = MEASURE
             found = sorted(((point["kl"], point[measure], point) for point in points), key=lambda one: one[0].mean)
             x, y = [kl.mean for kl, _, _ in found], [value.mean for _, value, _ in found]
             axis.plot(x, y, marker="o", ms=5, lw=1.4, color=color, label=method)
-            axis.fill_between(x, [v.low for _, v, _ in found], [v.high for _, v, _ in found], color=color, alpha=0.15,
-                              lw=0)  # fmt: skip
+            axis.fill_between(
+                x, [v.low for _, v, _ in found], [v.high for _, v, _ in found], color=color, alpha=0.15, lw=0
+            )
             for _, _, point in found:
                 if len(point.runs) > 1:
                     axis.plot(point.of_runs("kl"), point.of_runs(measure), ".", ms=3, color=color, alpha=0.6)
@@ -57,9 +58,13 @@ def frontier(path: Path, methods: Methods, measures: Mapping[str, str] = MEASURE
 
 
 def overoptimisation(
-    path: Path, best: Found, free: Found, paid: Mapping[str, Any], start: float,
+    path: Path,
+    best: Found,
+    free: Found,
+    paid: Mapping[str, Any],
+    start: float,
     fits: Mapping[str, Mapping[laws.Law, laws.Fit]],
-) -> None:  # fmt: skip
+) -> None:
     """Gold score gained (lines: the fits), reward model and judge against the distance, by best-of-n and by PPO."""
     picture, axes = new_figure(2, 3, 15, 8)
     for n, name in enumerate(best):
@@ -87,8 +92,12 @@ def overoptimisation(
 def controlled(path: Path, found: Found, targets: Mapping[str, float | None]) -> None:
     """KL with its targets, beta, the learned reward, and the gold score, over the iterations; a line a seed."""
     picture, axes = new_figure(1, 4, 17, 3.8)
-    panels = {"kl": "KL, nats a sequence", "beta": "beta, reward units a nat", "score": "reward model h",
-              "gold": "gold score"}  # fmt: skip
+    panels = {
+        "kl": "KL, nats a sequence",
+        "beta": "beta, reward units a nat",
+        "score": "reward model h",
+        "gold": "gold score",
+    }
     _over_iterations(axes[0], panels, found, width=5, each_seed=True)
     for n, name in enumerate(found):
         if targets[name] is not None:
@@ -102,8 +111,12 @@ def controlled(path: Path, found: Found, targets: Mapping[str, float | None]) ->
 def through_reward(path: Path, found: Found) -> None:
     """What the objective sees, what the reward model says of real answers, gold score, KL."""
     picture, axes = new_figure(1, 4, 17, 3.8)
-    panels = {"h_seen": "h as the objective sees it", "h": "h of the sampled answers", "gold": "gold score",
-              "kl": "KL, nats a sequence"}  # fmt: skip
+    panels = {
+        "h_seen": "h as the objective sees it",
+        "h": "h of the sampled answers",
+        "gold": "gold score",
+        "kl": "KL, nats a sequence",
+    }
     _over_iterations(axes[0], panels, found, width=1)
     axes[0, 1].legend(frameon=False, fontsize=7.5, loc="lower right", ncols=2)
     picture.savefig(path)
@@ -112,8 +125,11 @@ def through_reward(path: Path, found: Found) -> None:
 def arithmetic(path: Path, found: Found, each: int) -> None:
     """Sums solved, lengths of wrong and of right answers, and the weight of a group by its right answers."""
     picture, axes = new_figure(1, 4, 18, 3.9)
-    panels = {"gold": "solved, training sums", "length_wrong": "tokens of wrong answers",
-              "length_right": "tokens of right answers"}  # fmt: skip
+    panels = {
+        "gold": "solved, training sums",
+        "length_wrong": "tokens of wrong answers",
+        "length_right": "tokens of right answers",
+    }
     _over_iterations(axes[0], panels, found, width=9)
     for n, one in enumerate(found.values()):
         if "weight_1" in one["curves"]:

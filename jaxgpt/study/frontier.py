@@ -43,9 +43,11 @@ class Start:
         """Every beta and seed of a method that learns from its own answers, in one program."""
         grid = [(beta, n) for beta in betas for n in range(self.seeds)]
         policies, _ = program.train(
-            [kl.FixedKL(jnp.float32(beta)) for beta, _ in grid], [self.seed + n for _, n in grid],
-            [{"reward": self.judge[0]}] * len(grid), many.show(self.bar, "gold", "kl"),
-        )  # fmt: skip
+            [kl.FixedKL(jnp.float32(beta)) for beta, _ in grid],
+            [self.seed + n for _, n in grid],
+            [{"reward": self.judge[0]}] * len(grid),
+            many.show(self.bar, "gold", "kl"),
+        )
         return self._by_beta(betas, policies)
 
     def ppo(self, betas: Sequence[float], *, learning_rate: float, iterations: int, batch: int) -> Settings:
@@ -59,9 +61,15 @@ class Start:
         """DPO on the preferences, every beta and seed in one program."""
         grid = [(beta, n) for beta in betas for n in range(self.seeds)]
         policies = methods.dpo_policies(
-            self.task, [self.rankings] * len(grid), [beta for beta, _ in grid], [self.seed + n for _, n in grid],
-            learning_rate=learning_rate, batch=batch, how=self.how, watch=many.show(self.bar, dpo_loss="loss"),
-        )  # fmt: skip
+            self.task,
+            [self.rankings] * len(grid),
+            [beta for beta, _ in grid],
+            [self.seed + n for _, n in grid],
+            learning_rate=learning_rate,
+            batch=batch,
+            how=self.how,
+            watch=many.show(self.bar, dpo_loss="loss"),
+        )
         return self._by_beta(betas, policies)
 
     def favourites(self, epochs: Sequence[int], *, learning_rate: float, batch: int) -> Settings:
@@ -69,9 +77,15 @@ class Start:
         found, seeds = {}, range(self.seeds)
         for count in epochs:
             policies = methods.finetuned_on_favourites(
-                self.task, [self.rankings] * self.seeds, [self.seed + n for n in seeds], epochs=count,
-                learning_rate=learning_rate, batch=batch, how=self.how, watch=many.show(self.bar, nats="loss"),
-            )  # fmt: skip
+                self.task,
+                [self.rankings] * self.seeds,
+                [self.seed + n for n in seeds],
+                epochs=count,
+                learning_rate=learning_rate,
+                batch=batch,
+                how=self.how,
+                watch=many.show(self.bar, nats="loss"),
+            )
             found[f"{count} epoch{'s' * (count > 1)}"] = looks(self.task, policies, seeds, self.seed, self.judge)
         return found
 
@@ -96,5 +110,6 @@ def steps(parts: Parts) -> int:
 
 def run(parts: Parts, start: Start, cells: Cells) -> dict[str, Settings]:
     """All parts, one after the other, each kept as a cell."""
-    return {name: cells(name, functools.partial(make, start), count, start.bar)
-            for name, (make, count) in parts.items()}  # fmt: skip
+    return {
+        name: cells(name, functools.partial(make, start), count, start.bar) for name, (make, count) in parts.items()
+    }

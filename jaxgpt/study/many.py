@@ -155,8 +155,17 @@ def learn_through_reward(
         h_B = reward.score(state.params["reward"], reward_config, rows)
         loss = through_reward.make_loss(task.config, reward_config, control.beta, how, task.algorithm.temperature)
         state, metrics = make_train_step(loss, tx)(state, rows, key)
-        return state, control, {**metrics, "h": reduce(h_B), "kl": metrics["kl_exact"], "beta": control.beta,
-                                "ended": reduce(ended_B.astype(jnp.float32))}  # fmt: skip
+        return (
+            state,
+            control,
+            {
+                **metrics,
+                "h": reduce(h_B),
+                "kl": metrics["kl_exact"],
+                "beta": control.beta,
+                "ended": reduce(ended_B.astype(jnp.float32)),
+            },
+        )
 
     return learn
 
@@ -229,8 +238,10 @@ class OnPolicy:
         frozen = [{}] * R if frozen is None else frozen
         ppo.check_batch(self.batch, task.algorithm, task.config, task.prompt_tokens)
         if not R == len(controls) == len(frozen) or self.batch % self.each:
-            raise ValueError(f"{len(controls)} controllers, {R} seeds and {len(frozen)} frozen trees must be as many, "
-                             f"and a batch of {self.batch} a multiple of {self.each}")  # fmt: skip
+            raise ValueError(
+                f"{len(controls)} controllers, {R} seeds and {len(frozen)} frozen trees must be as many, "
+                f"and a batch of {self.batch} a multiple of {self.each}"
+            )
         collect, learn = self.programs
         whole = ppo.init(task.start, task.config, self.tx, {})
         state = spread(stack([whole.replace(frozen={})] * R), task.mesh)  # type: ignore[attr-defined]

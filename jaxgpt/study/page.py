@@ -38,8 +38,10 @@ Methods = Mapping[str, Sequence[Point]]
 
 def points(found: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[Point]]:
     """The points of {method: {setting: [`Seen` as JSON, a run each]}}."""
-    return {method: [Point(setting, [Seen.from_json(one) for one in row]) for setting, row in settings.items()]
-            for method, settings in found.items()}  # fmt: skip
+    return {
+        method: [Point(setting, [Seen.from_json(one) for one in row]) for setting, row in settings.items()]
+        for method, settings in found.items()
+    }
 
 
 def first_answers(methods: Methods) -> dict[str, list[str]]:

@@ -46,8 +46,19 @@ def make_task(
         return f"{prompt}={answer_text(tok, ids[mask])}"
 
     mesh = sharding.data_mesh()
-    return Task(config, tok, sharding.replicate(start, mesh), train, heldout, verify, verify, text, tok.template.end,
-                algorithm, mesh)  # fmt: skip
+    return Task(
+        config,
+        tok,
+        sharding.replicate(start, mesh),
+        train,
+        heldout,
+        verify,
+        verify,
+        text,
+        tok.template.end,
+        algorithm,
+        mesh,
+    )
 
 
 def demonstrations(prompts: list[str], tok: Tokenizer, dots: int, batch: int, seed: int) -> Iterator[Batch]:

@@ -76,9 +76,18 @@ def reviews(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig)
     if len(ids["test"]) < heldout:
         raise UserError(f"there are {len(ids['test'])} held-out prompts, not {heldout}; lower --prompts")
     return Task(
-        config, tok, sharding.replicate(start, mesh), ids["train"], ids["test"][:heldout], gold_scores,
-        judge.scores, lambda ids, mask: answer_text(tok, ids[mask]), tok.template.end, algorithm, mesh,
-    )  # fmt: skip
+        config,
+        tok,
+        sharding.replicate(start, mesh),
+        ids["train"],
+        ids["test"][:heldout],
+        gold_scores,
+        judge.scores,
+        lambda ids, mask: answer_text(tok, ids[mask]),
+        tok.template.end,
+        algorithm,
+        mesh,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +129,18 @@ def _scores(mesh: Mesh, config: ModelConfig) -> Callable[..., Any]:
 def sample(task: Task, params: Params, ids: Sequence[Ids], key: Array, batch: int = 250) -> rollout.Sampled:
     """One answer of a policy to each prompt."""
     found = rollout.sample_answers(
-        params, task.config, ids, key, lambda tokens: "", task.mesh, stop=task.stop, width=task.prompt_tokens,
-        new_tokens=task.algorithm.new_tokens, temperature=task.algorithm.temperature, batch=min(batch, len(ids)),
-    )  # fmt: skip
+        params,
+        task.config,
+        ids,
+        key,
+        lambda tokens: "",
+        task.mesh,
+        stop=task.stop,
+        width=task.prompt_tokens,
+        new_tokens=task.algorithm.new_tokens,
+        temperature=task.algorithm.temperature,
+        batch=min(batch, len(ids)),
+    )
     return dataclasses.replace(found, texts=task.texts(found.rows))
 
 
@@ -159,10 +177,14 @@ def seen(task: Task, params: Params, answers: rollout.Sampled, proxy: Proxy | No
     if proxy is not None:
         h = task.finished(reward_scores(task, *proxy, answers.rows), answers.ended)
     numbers = {
-        "gold": task.gold(answers.texts), "judge": task.judge(answers.texts), "proxy": h, "logp": logp,
-        "kl": logp - start_logp, "length": answers.lengths.astype(float),
+        "gold": task.gold(answers.texts),
+        "judge": task.judge(answers.texts),
+        "proxy": h,
+        "logp": logp,
+        "kl": logp - start_logp,
+        "length": answers.lengths.astype(float),
         "ended": answers.ended.astype(float),
-    }  # fmt: skip
+    }
     if each > 1:
         numbers = {name: x.reshape(-1, each) for name, x in numbers.items()}
     return Seen(answers.texts, **numbers)
@@ -175,9 +197,13 @@ def look(task: Task, params: Params, key: Array, proxy: Proxy | None = None, eac
 
 
 def looks(
-    task: Task, policies: Sequence[Params], numbers: Sequence[int], seed: int, proxy: Proxy | None = None,
+    task: Task,
+    policies: Sequence[Params],
+    numbers: Sequence[int],
+    seed: int,
+    proxy: Proxy | None = None,
     texts: int = 6,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """`look` at every policy, as JSON; those with the same number answer with the same random numbers."""
     key = jax.random.key(seed)
     found = [look(task, policy, jax.random.fold_in(key, n), proxy) for policy, n in zip(policies, numbers, strict=True)]
@@ -198,8 +224,9 @@ def best_of_weights(score_N: np.ndarray, n: int) -> np.ndarray:
     rank = np.empty(N, int)
     rank[np.argsort(score_N, kind="stable")] = np.arange(N)
     # C(rank, n - 1) / C(N, n): the others of its n are among those below it.
-    below = np.array([np.prod((r - np.arange(n - 1)) / (N - 1 - np.arange(n - 1))) if r >= n - 1 else 0.0
-                      for r in range(N)])  # fmt: skip
+    below = np.array(
+        [np.prod((r - np.arange(n - 1)) / (N - 1 - np.arange(n - 1))) if r >= n - 1 else 0.0 for r in range(N)]
+    )
     return (below * n / N)[rank]
 
 

@@ -42,8 +42,10 @@ class TrainState:
 
 def merged(frozen: Params, trainable: Params) -> Params:
     """One tree of both: where both have a dict of the same name, those are merged too (adapters join their kernels)."""
-    both = {name: merged(frozen[name], part) if isinstance(frozen.get(name), dict) and isinstance(part, dict) else part
-            for name, part in trainable.items()}  # fmt: skip
+    both = {
+        name: merged(frozen[name], part) if isinstance(frozen.get(name), dict) and isinstance(part, dict) else part
+        for name, part in trainable.items()
+    }
     return {**frozen, **both}
 
 
@@ -83,8 +85,9 @@ def make_train_step(
     after another) give the gradient of the whole batch, however the masks are spread. Under `jax.pmap` or
     `jax.shard_map`, `axis_name` pools the devices' sums; under `jax.jit` with shardings nothing is needed.
 
-    A loss or gradient that is not finite changes nothing but the guard's counts (`jaxgpt.training.guard`), which are the metrics
-    `skipped` and `skipped_in_a_row`; `spike` also skips a loss so many standard deviations above its running mean.
+    A loss or gradient that is not finite changes nothing but the guard's counts (`jaxgpt.training.guard`), which are
+    the metrics `skipped` and `skipped_in_a_row`; `spike` also skips a loss so many standard deviations above its
+    running mean.
     """
 
     def summed(trainable: Params, frozen: Params, batch: Any, key: Array | None) -> tuple[Array, tuple[Mean, Metrics]]:

@@ -62,11 +62,16 @@ class Seat:
     def described(self) -> dict[str, Any]:
         config = self.speaker.config
         return {
-            "name": self.name, "layers": config.layers, "width": config.width, "block": config.block,
-            "raw": self.speaker.raw, "remembers": self.speaker.remembers,
-            "reference": self.scope.reference is not None, "critic": self.scope.critic is not None,
+            "name": self.name,
+            "layers": config.layers,
+            "width": config.width,
+            "block": config.block,
+            "raw": self.speaker.raw,
+            "remembers": self.speaker.remembers,
+            "reference": self.scope.reference is not None,
+            "critic": self.scope.critic is not None,
             "judge": self.scope.judge is not None,
-        }  # fmt: skip
+        }
 
 
 def seats(places: Sequence[Path], reference: Path | None, judge: Path | None) -> list[Seat]:
@@ -91,9 +96,11 @@ def application(
 
     async def describe(data: dict[str, Any]) -> dict[str, Any]:
         return {
-            "models": [seat.described() for seat in models], "top_k": TOP_K, "longest": LONGEST,
+            "models": [seat.described() for seat in models],
+            "top_k": TOP_K,
+            "longest": LONGEST,
             "rollouts": sorted(kept),
-        }  # fmt: skip
+        }
 
     async def rollout(data: dict[str, Any]) -> Any:
         name = field(data, "name", str)
@@ -111,8 +118,9 @@ def application(
             how = SamplingConfig(
                 temperature=float(field(data, "temperature", (int, float))),
                 top_p=float(field(data, "top_p", (int, float))),
-                top_k=field(data, "top_k", int), new_tokens=min(field(data, "new_tokens", int), LONGEST),
-            )  # fmt: skip
+                top_k=field(data, "top_k", int),
+                new_tokens=min(field(data, "new_tokens", int), LONGEST),
+            )
             if how.top_k not in TOP_K:
                 raise Refused(400, f"top_k is one of {', '.join(map(str, TOP_K))}")
             ids = prompt_of(seat.speaker, turns(data))
@@ -157,8 +165,11 @@ def application(
             number, how = field(one, "model", int), field(one, "how", dict)
             if not 0 <= number < len(models):
                 raise Refused(404, "no such model")
-            figures = {name: how[name] for name in ("temperature", "top_p", "top_k", "new_tokens", "seed")
-                       if isinstance(how.get(name), (int, float))}  # fmt: skip
+            figures = {
+                name: how[name]
+                for name in ("temperature", "top_p", "top_k", "new_tokens", "seed")
+                if isinstance(how.get(name), (int, float))
+            }
             origin = {"model": str(models[number].place), "checkpoint": models[number].fingerprint, **figures}
             answers.append(votes.Answer(field(one, "text", str).strip(), field(one, "ended", bool), origin))
         best = field(data, "best", (int, type(None)))
@@ -251,12 +262,18 @@ def report(
         return None if x is None else [round(float(v), 5) for v in x]
 
     return {
-        "tokens": tokens, "p": listed(np.exp(seen.logp)), "logp": listed(seen.logp),
-        "entropy": listed(seen.entropy), "kl": listed(seen.kl),
+        "tokens": tokens,
+        "p": listed(np.exp(seen.logp)),
+        "logp": listed(seen.logp),
+        "entropy": listed(seen.entropy),
+        "kl": listed(seen.kl),
         "log_ratio": None if seen.ref_logp is None else listed(seen.logp - seen.ref_logp),
-        "value": listed(seen.value), "score": seen.score, "ended": ended, "seconds": seconds,
+        "value": listed(seen.value),
+        "score": seen.score,
+        "ended": ended,
+        "seconds": seconds,
         "how": {**dataclasses.asdict(how), "seed": seed},
-    }  # fmt: skip
+    }
 
 
 def texts(speaker: Speaker, ids: list[int]) -> list[str]:

@@ -69,11 +69,15 @@ def application(
             raise server.Refused(400, "answers are named by whole numbers")
         store.vote(
             votes.Vote(
-                id=field(data, "id", str), task=field(data, "task", str), annotator=annotator,
-                kind=field(data, "kind", str), tiers=tuple(map(tuple, tiers)), shown=tuple(shown),
+                id=field(data, "id", str),
+                task=field(data, "task", str),
+                annotator=annotator,
+                kind=field(data, "kind", str),
+                tiers=tuple(map(tuple, tiers)),
+                shown=tuple(shown),
                 seconds=field(data, "seconds", (int, float), None),
             )
-        )  # fmt: skip
+        )
         return next_task(annotator)
 
     def undo(data: dict[str, Any], annotator: str) -> dict[str, Any]:
@@ -124,11 +128,13 @@ class Statistics:
     def of(self, annotator: str) -> dict[str, Any]:
         seconds = self.store.seconds(annotator, 50)
         return {
-            "mine": self.store.count(annotator), "all": self.store.count(),
+            "mine": self.store.count(annotator),
+            "all": self.store.count(),
             "waiting": self.store.waiting(annotator, overlap=self.overlap),
             "seconds": statistics.median(seconds) if seconds else None,
-            "with_myself": self._agreement(annotator), "with_others": self._agreement(None),
-        }  # fmt: skip
+            "with_myself": self._agreement(annotator),
+            "with_others": self._agreement(None),
+        }
 
     def _agreement(self, annotator: str | None) -> dict[str, Any] | None:
         """Of one with themselves, or between all."""

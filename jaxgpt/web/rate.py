@@ -64,9 +64,12 @@ class Person:
         with self._change:
             left = [item for item in self._items if self.store.rating(item.id) is None]
             return {
-                "item": dataclasses.asdict(left[0]) if left else None, "rated": len(self._items) - len(left),
-                "of": len(self._items), "about": self.about, "finished": self.finished,
-            }  # fmt: skip
+                "item": dataclasses.asdict(left[0]) if left else None,
+                "rated": len(self._items) - len(left),
+                "of": len(self._items),
+                "about": self.about,
+                "finished": self.finished,
+            }
 
     def rate(self, id_: str, stars: int, seconds: float | None) -> dict[str, Any]:
         with self._change:

@@ -291,9 +291,17 @@ class Server:
         host = f"[{host}]" if ":" in host else host
         self.address = f"http://{host}:{self.port}/" + (f"#token={token}" if token else "")
         settings = uvicorn.Config(  # not in `run`, whose thread must add no loggers while another goes through them
-            "", http=_Connection, ws="none", lifespan="off", log_level="warning", access_log=False,
-            timeout_keep_alive=20, timeout_graceful_shutdown=2, server_header=False, date_header=False,
-        )  # fmt: skip
+            "",
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=20,
+            timeout_graceful_shutdown=2,
+            server_header=False,
+            date_header=False,
+        )
         self._server = uvicorn.Server(settings)
 
     def run(self, app: ASGIApp) -> None:

@@ -118,9 +118,16 @@ class Speaker:
         tokens, length = rollout.pad_prompts([ids], width)
         sample, filter_logits = how.functions()
         stream = decoding.stream(
-            self._weights, self.config, jnp.asarray(tokens), jnp.asarray(length), key, new_tokens=room, stop=self.stop,
-            sample=sample, filter_logits=filter_logits,
-        )  # fmt: skip
+            self._weights,
+            self.config,
+            jnp.asarray(tokens),
+            jnp.asarray(length),
+            key,
+            new_tokens=room,
+            stop=self.stop,
+            sample=sample,
+            filter_logits=filter_logits,
+        )
         seen: list[int] = []
         said = ""
         for token in stream:
@@ -177,9 +184,14 @@ class Microscope:
 
 @functools.partial(jax.jit, static_argnums=(3, 5))
 def _look(
-    params: Params, reference: Params | None, critic: Params | None, config: ModelConfig, rows: Batch, window: int,
+    params: Params,
+    reference: Params | None,
+    critic: Params | None,
+    config: ModelConfig,
+    rows: Batch,
+    window: int,
     temperature: Array,
-) -> tuple[Array | None, ...]:  # fmt: skip
+) -> tuple[Array | None, ...]:
     """(logp, entropy, ref_logp, kl, value), each [B, T] and 0 outside the answer, or None."""
     before = transformer.window_before(rows.mask_BT, window)
     targets_BW1 = before.targets(rows.tokens_BT)[..., None]

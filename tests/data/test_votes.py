@@ -33,8 +33,14 @@ def task_of(number: int, answers: int = 3) -> Task:
 def vote_of(task: Task, best: int = 0, annotator: str = "ada", id_: str = "", **changes) -> Vote:
     shown = tuple(range(len(task.answers)))
     rest = tuple(i for i in shown if i != best)
-    fields = {"id": id_ or f"{annotator} {task.id} {best}", "task": task.id, "annotator": annotator,
-              "kind": "favourite", "tiers": ((best,), rest), "shown": shown}  # fmt: skip
+    fields = {
+        "id": id_ or f"{annotator} {task.id} {best}",
+        "task": task.id,
+        "annotator": annotator,
+        "kind": "favourite",
+        "tiers": ((best,), rest),
+        "shown": shown,
+    }
     return Vote(**(fields | changes))
 
 
@@ -212,9 +218,11 @@ def test_votes_on_what_does_not_exist_are_refused(store):
     with pytest.raises(UserError, match="no task"):
         store.vote(vote_of(task_of(99)))
     with pytest.raises(UserError, match="answers 0 to 2"):
-        store.vote(vote_of(task_of(0, answers=4)).__class__(**{
-            **dataclasses.asdict(vote_of(task_of(0, 4))), "task": task_of(0).id
-        }))  # fmt: skip
+        store.vote(
+            vote_of(task_of(0, answers=4)).__class__(
+                **{**dataclasses.asdict(vote_of(task_of(0, 4))), "task": task_of(0).id}
+            )
+        )
     assert store.count() == 0
 
 
@@ -303,8 +311,9 @@ def test_the_choices_of_a_ranking_have_its_likelihood():
 def test_ties_share_a_stage_and_one_tier_says_nothing():
     found = from_tiers("p", ["a", "b", "c"], ((0, 2), (1,)), ended=[True, False, True])
     assert [(one.answers, one.choice, one.ended) for one in found] == [
-        (("a", "b"), 0, (True, False)), (("b", "c"), 1, (False, True)),
-    ]  # fmt: skip
+        (("a", "b"), 0, (True, False)),
+        (("b", "c"), 1, (False, True)),
+    ]
     assert from_tiers("p", ["a", "b"], ((0, 1),)) == from_tiers("p", ["a", "b"], ()) == []
 
 
@@ -329,8 +338,9 @@ def test_skips_ties_and_all_bad_are_no_preferences(store):
         store.vote(vote_of(task_of(number), kind=kind, tiers=((0, 1, 2),)))
     store.vote(vote_of(task_of(5), kind="ranking", tiers=((1,), (2,), (0,))))
     assert [(one.answers[one.choice], len(one.answers)) for one in votes.read(store.path)] == [
-        ("answer 5.1", 3), ("answer 5.2", 2),
-    ]  # fmt: skip
+        ("answer 5.1", 3),
+        ("answer 5.2", 2),
+    ]
 
 
 # ---- agreement ----
@@ -403,20 +413,34 @@ def test_four_answers_come_back_from_zieglers_format_and_are_three_pairs_elsewhe
 
 def test_real_shapes_of_other_projects_are_read(tmp_path):
     rows = [
-        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?\n\nAssistant: Well.",
-         "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?\n\nAssistant: Go away"},
-        {"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}],
-         "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}]},
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?\n\nAssistant: Well.",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?\n\nAssistant: Go away",
+        },
+        {
+            "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}],
+            "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}],
+        },
         {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
         {"chosen": "The sky is blue.", "rejected": "The sky is green."},
-        {"question_id": "1", "model_a": "x", "model_b": "y", "winner": "tie (bothbad)", "judge": "arena_user_1",
-         "conversation_a": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1"}],
-         "conversation_b": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "2"}]},
-        {"model_a": "x", "model_b": "y", "winner": "model_a",
-         "conversation_a": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1"}],
-         "conversation_b": [{"role": "user", "content": "Ho"}, {"role": "assistant", "content": "2"}]},
+        {
+            "question_id": "1",
+            "model_a": "x",
+            "model_b": "y",
+            "winner": "tie (bothbad)",
+            "judge": "arena_user_1",
+            "conversation_a": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1"}],
+            "conversation_b": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "2"}],
+        },
+        {
+            "model_a": "x",
+            "model_b": "y",
+            "winner": "model_a",
+            "conversation_a": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1"}],
+            "conversation_b": [{"role": "user", "content": "Ho"}, {"role": "assistant", "content": "2"}],
+        },
         {"query": "Once", "sample0": "a", "sample1": "b", "sample2": "c", "sample3": "d", "best": 3},
-    ]  # fmt: skip
+    ]
     (tmp_path / "all.json").write_text(json.dumps(rows))
     found, differ = formats.read(tmp_path / "all.json")
     assert differ == 1  # the conversations of the arena that differ before the answers

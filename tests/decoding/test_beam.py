@@ -70,10 +70,16 @@ def test_beams_for_all_answers_are_exhaustive_search(stop, length_penalty):
     """All answers, in the right order; places left over are marked."""
     out = jax.device_get(
         search(
-            few_params(0), FEW, *few_prompts(), beams=70, new_tokens=A, stop=np.array(stop), pad=3,
+            few_params(0),
+            FEW,
+            *few_prompts(),
+            beams=70,
+            new_tokens=A,
+            stop=np.array(stop),
+            pad=3,
             length_penalty=length_penalty,
         )
-    )  # fmt: skip
+    )
     for b, after in enumerate(after_each_answer(0)):
         scores = {answer: logp / len(answer) ** length_penalty for answer, logp in exhaustive(after, stop).items()}
         real = len(scores)

@@ -37,9 +37,20 @@ def settings_of(stops=(), temperature: float = 1.0, greedy=GREEDY, pad: int = 0)
 
 
 def answers_of(
-    params, config, prompts, lengths, key, *, temperature, greedy, once=None, new_tokens: int = A, watch=None,
-    program=decoding.generate, **settings,
-) -> Answers:  # fmt: skip
+    params,
+    config,
+    prompts,
+    lengths,
+    key,
+    *,
+    temperature,
+    greedy,
+    once=None,
+    new_tokens: int = A,
+    watch=None,
+    program=decoding.generate,
+    **settings,
+) -> Answers:
     """Some rows greedy, some drawn at a temperature; where `once`, no token comes twice. Each step calls `watch`."""
 
     def sample(key, logits):
@@ -54,9 +65,17 @@ def answers_of(
         return jnp.where(seen & once, sampling.NEVER, logits)
 
     return program(
-        params, config, prompts, lengths, key, new_tokens=new_tokens, sample=sample, filter_logits=cool,
-        filter_seen=None if once is None else never_again, **settings,
-    )  # fmt: skip
+        params,
+        config,
+        prompts,
+        lengths,
+        key,
+        new_tokens=new_tokens,
+        sample=sample,
+        filter_logits=cool,
+        filter_seen=None if once is None else never_again,
+        **settings,
+    )
 
 
 answer = jax.jit(answers_of, static_argnums=1, static_argnames=("new_tokens", "program", "samples", "segment"))
@@ -221,10 +240,13 @@ def test_the_loop_that_stops_early_gives_the_same_and_takes_no_step_too_many():
     config, (prompts, lengths) = MODELS["llama"], prompts_of()
     run = jax.jit(
         functools.partial(
-            answers_of, config=config, program=decoding.generate_until, segment=20,
+            answers_of,
+            config=config,
+            program=decoding.generate_until,
+            segment=20,
             watch=lambda: jax.debug.callback(lambda: counted.append(1)),
         )
-    )  # fmt: skip
+    )
     for stops in ((), SEVERAL, ALL):
         settings = settings_of(stops, pad=3)
         found = run(random_params(config), prompts=prompts, lengths=lengths, key=jax.random.key(3), **settings)
@@ -301,9 +323,14 @@ KINDS = {
 @functools.cache
 def compile_for(kind: str, dtype: str, layers: int, rows: int, program, new_tokens: int):
     config = ModelConfig(
-        layers=layers, width=64, heads=4, block=1024, vocab=1024, dtype=dtype,
+        layers=layers,
+        width=64,
+        heads=4,
+        block=1024,
+        vocab=1024,
+        dtype=dtype,
         **KINDS[kind],
-    )  # fmt: skip
+    )
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
     shapes = (params, jax.ShapeDtypeStruct((rows, 8), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32))
 

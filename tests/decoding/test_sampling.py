@@ -25,13 +25,17 @@ FILTERS = {  # what is filtered, and the distribution that it then has
     "min-p 0.3": (lambda x: sampling.min_p(x, 0.3), LOGITS, [8 / 17, 6 / 17, 3 / 17, 0, 0]),  # 0.3 * 0.4 = 0.12
     "min-p 1": (lambda x: sampling.min_p(x, 1.0), LOGITS, [1, 0, 0, 0, 0]),
     "repetition 2": (  # 0.4 -> 0.4**2 and 0.05 -> 0.05**2: logits below 0 are multiplied
-        lambda x: sampling.repetition_penalty(x, SEEN, 2.0), LOGITS, np.array([0.16, 0.3, 0.15, 0.1, 0.0025]) / 0.7125,
+        lambda x: sampling.repetition_penalty(x, SEEN, 2.0),
+        LOGITS,
+        np.array([0.16, 0.3, 0.15, 0.1, 0.0025]) / 0.7125,
     ),
     "top-k of ties": (lambda x: sampling.top_k(x, 2), IMPOSSIBLE, [0.25, 0.25, 0.25, 0.25, 0]),
     "temperature, top-k, top-p": (
-        lambda x: sampling.top_p(sampling.top_k(x / 0.5, 3), 0.8), LOGITS, [0.64, 0.36, 0, 0, 0],
+        lambda x: sampling.top_p(sampling.top_k(x / 0.5, 3), 0.8),
+        LOGITS,
+        [0.64, 0.36, 0, 0, 0],
     ),
-}  # fmt: skip
+}
 draw, nucleus = jax.jit(sampling.categorical), jax.jit(sampling.top_p)
 
 

@@ -75,10 +75,17 @@ def answer(
     prompts, lengths = rows(pad_with)
     return jax.device_get(
         speculate(
-            lively(), ONE, prompts[b : b + 1], lengths[b : b + 1], jax.random.key(b), draft=draft, new_tokens=NEW,
-            stop=np.array(stop), **settings,
+            lively(),
+            ONE,
+            prompts[b : b + 1],
+            lengths[b : b + 1],
+            jax.random.key(b),
+            draft=draft,
+            new_tokens=NEW,
+            stop=np.array(stop),
+            **settings,
         )
-    )  # fmt: skip
+    )
 
 
 # ---- greedy -------------------------------------------------------------------------------------------------------
@@ -201,7 +208,9 @@ def enumerated(params, prompt: list[int], answers: int, stop: int, filter_logits
     """The probability of every answer of so many tokens, cut after the stop token, by the full forward."""
     rows = np.array(list(itertools.product(range(FEW.vocab), repeat=answers)))
     tokens = np.concatenate([np.tile(prompt, (len(rows), 1)), rows], axis=1)
-    read = jax.jit(lambda p, x: jax.nn.log_softmax(filter_logits(transformer.unembed(p, transformer.hidden(p, FEW, x)))))
+    read = jax.jit(
+        lambda p, x: jax.nn.log_softmax(filter_logits(transformer.unembed(p, transformer.hidden(p, FEW, x))))
+    )
     logp = np.asarray(read(params, tokens), np.float64)
     found = {}
     for row, logp_TV in zip(rows, logp, strict=True):
@@ -244,9 +253,16 @@ def test_answers_follow_the_models_distribution(kind, filter_logits):
     @jax.jit
     def draw(params, draft, key):
         one = lambda key: speculative.generate(  # noqa: E731
-            params, FEW, jnp.array([prompt + [0]]), jnp.array([6]), key, draft=draft, new_tokens=3, stop=5,
+            params,
+            FEW,
+            jnp.array([prompt + [0]]),
+            jnp.array([6]),
+            key,
+            draft=draft,
+            new_tokens=3,
+            stop=5,
             filter_logits=filter_logits,
-        )  # fmt: skip
+        )
         return jax.vmap(one)(jax.random.split(key, draws))
 
     out = jax.device_get(draw(params, draft, jax.random.key(11)))
@@ -376,6 +392,9 @@ def run_with(prompts: int = 1, new_tokens: int = 5, draft=None, draft_config=Non
         lambda params, draft, key, prompts, lengths: run(
             params, prompt_BP=prompts, length_B=lengths, key=key, draft=draft
         ),
-        shapes_of(ONE), draft or speculative.ngram_draft(2), jax.random.key(0),
-        np.ones((prompts, 4), np.int32), np.full(prompts, 4),
-    )  # fmt: skip
+        shapes_of(ONE),
+        draft or speculative.ngram_draft(2),
+        jax.random.key(0),
+        np.ones((prompts, 4), np.int32),
+        np.full(prompts, 4),
+    )

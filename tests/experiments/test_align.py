@@ -83,9 +83,16 @@ def test_sft_with_our_tags_in_place_of_the_chat_template(tmp_path):
     write_rows(tmp_path / "pairs.jsonl", rows)
     write_rows(tmp_path / "text.jsonl", ({"text": f"some text, number {i} of many, " * 4} for i in range(60)))
     settings = dataclasses.replace(
-        sft.PRESETS["toy"], run=tmp_path / "sft", model=folder, data=str(tmp_path / "pairs.jsonl"), tags=True, lora=2,
-        pretraining_data=str(tmp_path / "text.jsonl"), length=64, cache=tmp_path / "cache",
-    )  # fmt: skip
+        sft.PRESETS["toy"],
+        run=tmp_path / "sft",
+        model=folder,
+        data=str(tmp_path / "pairs.jsonl"),
+        tags=True,
+        lora=2,
+        pretraining_data=str(tmp_path / "text.jsonl"),
+        length=64,
+        cache=tmp_path / "cache",
+    )
     assert np.isfinite(sft.main(settings)["heldout_answer_nats_a_token"])
     tuned = load_language_model(tmp_path / "sft")
     assert tuned.tokenizer.tag(tuned.tokenizer.template.end) == "</answer>"

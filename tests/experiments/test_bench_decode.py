@@ -38,10 +38,17 @@ def figures(**changes):
 def result(**changes):
     """One point of the grid as `measure` gives it."""
     made = {
-        "model": "gpt2-medium", "dtype": "float32", "batch": 64, "prompt": 128, "new_tokens": 16,
-        "bytes_a_step": {"total": 6e9}, "decoders": {OURS: figures(), "compiled": figures()}, "failed": {},
-        "speedup": {"over": "compiled", "median": 99.91, "range": [88.81, 111.11]}, "others_share": 0.0,
-    }  # fmt: skip
+        "model": "gpt2-medium",
+        "dtype": "float32",
+        "batch": 64,
+        "prompt": 128,
+        "new_tokens": 16,
+        "bytes_a_step": {"total": 6e9},
+        "decoders": {OURS: figures(), "compiled": figures()},
+        "failed": {},
+        "speedup": {"over": "compiled", "median": 99.91, "range": [88.81, 111.11]},
+        "others_share": 0.0,
+    }
     return made | changes
 
 
@@ -111,9 +118,13 @@ def test_other_tokens_are_called_out_in_float32_and_failures_always():
 
 def test_the_table_fits_120_columns():
     large = figures(
-        tokens_a_second=123_456.7, tokens_a_second_range=[100_000.0, 234_567.0], first_token_seconds=12.3456,
-        step_seconds=1.23456, compile_seconds=1234.5, peak_bytes={"process": 1, "device": 79_999e6},
-    )  # fmt: skip
+        tokens_a_second=123_456.7,
+        tokens_a_second_range=[100_000.0, 234_567.0],
+        first_token_seconds=12.3456,
+        step_seconds=1.23456,
+        compile_seconds=1234.5,
+        peak_bytes={"process": 1, "device": 79_999e6},
+    )
     assert "= 99.91 x HF static + compile (88.81-111.11 turn by turn)" in bench_decode.table([result()], 1e9)
     lines = bench_decode.table([result(decoders={OURS: large, "dynamic": large, "compiled": large})], 3e12)
     assert max(map(len, lines)) <= 120
@@ -150,7 +161,9 @@ def test_hugging_face_computes_the_same_logits():
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
     params = harness.nested(flat)
-    np.testing.assert_allclose(transformer.unembed(params, hidden(params, SMALL, jnp.asarray(tokens))), expected, atol=2e-5)
+    np.testing.assert_allclose(
+        transformer.unembed(params, hidden(params, SMALL, jnp.asarray(tokens))), expected, atol=2e-5
+    )
 
 
 def test_both_workers_choose_the_same_tokens():
@@ -179,9 +192,12 @@ class Fake:
 
 def test_a_worker_answers_every_request_mistakes_too():
     requests = [
-        {"do": "about"}, {"do": "timed", "new_tokens": 3}, {"do": "nonsense"}, {"do": "timed", "tokens": 3},
+        {"do": "about"},
+        {"do": "timed", "new_tokens": 3},
+        {"do": "nonsense"},
+        {"do": "timed", "tokens": 3},
         {"do": "cpu"},
-    ]  # fmt: skip
+    ]
     answers: list[dict] = []
     harness.serve(Fake(), io.StringIO("".join(json.dumps(r) + "\n" for r in requests)), answers.append)
     assert answers[0] == {"error": "RuntimeError: first line"}
@@ -294,8 +310,11 @@ def test_presets_and_grid():
     assert Settings(block=0).config("gpt2").block == 1024 and Settings(block=2000).config("gpt2").block == 1024
     grid = bench_decode.cases(Settings(batches=(1, 16)))
     assert [(case.dtype, case.batch) for case in grid] == [
-        ("float32", 1), ("float32", 16), ("bfloat16", 1), ("bfloat16", 16),
-    ]  # fmt: skip
+        ("float32", 1),
+        ("float32", 16),
+        ("bfloat16", 1),
+        ("bfloat16", 16),
+    ]
 
 
 def finite_and_positive(value):
@@ -309,9 +328,15 @@ def test_a_whole_run_without_torch(tmp_path, capsys):
     empty.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # no site-packages: no torch
     empty.chmod(0o755)
     settings = dataclasses.replace(
-        bench_decode.PRESETS["toy"], run=tmp_path / "run", rivals=("dynamic",), torch_python=str(empty),
-        dtypes=("float32", "bfloat16"), batches=(2,), repeats=2, roof_mb=16,
-    )  # fmt: skip
+        bench_decode.PRESETS["toy"],
+        run=tmp_path / "run",
+        rivals=("dynamic",),
+        torch_python=str(empty),
+        dtypes=("float32", "bfloat16"),
+        batches=(2,),
+        repeats=2,
+        roof_mb=16,
+    )
     (settings.run / "weights-of-a-killed-run").mkdir(parents=True)
     (settings.run / "settings.json").write_text('{"stage": "bench_decode", "settings": {}, "inputs": {}}')
     bench_decode.main(settings)

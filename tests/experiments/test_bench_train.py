@@ -97,19 +97,32 @@ def test_pytorch_trains_to_our_loss(kind, dtype, tmp_path):
 
 def figures(speed=100.0, loss=5.0):
     return {
-        "tokens_a_second": speed, "tokens_a_second_range": [0.9 * speed, 1.1 * speed], "step_seconds": 1 / speed,
-        "fraction_of_roof": speed / 1000, "compile_seconds": 2.0, "loss": loss, "seconds": [1 / speed],
+        "tokens_a_second": speed,
+        "tokens_a_second_range": [0.9 * speed, 1.1 * speed],
+        "step_seconds": 1 / speed,
+        "fraction_of_roof": speed / 1000,
+        "compile_seconds": 2.0,
+        "loss": loss,
+        "seconds": [1 / speed],
         "peak_bytes": {"process": 10**9, "device": None},
-    }  # fmt: skip
+    }
 
 
 def result(**changes):
     case = dataclasses.asdict(Case("small", "float32", 12, 256, 0, 0))
     trainers = {OURS: figures(), "module": figures(50.0)}
     speedup = {"over": "module", "median": 2.0, "range": [1.5, 2.5]}
-    return case | {
-        "flops_a_token": 1e6, "others_share": 0.0, "failed": {}, "trainers": trainers, "speedup": speedup,
-    } | changes  # fmt: skip
+    return (
+        case
+        | {
+            "flops_a_token": 1e6,
+            "others_share": 0.0,
+            "failed": {},
+            "trainers": trainers,
+            "speedup": speedup,
+        }
+        | changes
+    )
 
 
 def test_a_loss_that_differs_is_called_not_comparable():
@@ -123,9 +136,9 @@ def test_a_loss_that_differs_is_called_not_comparable():
 
 
 def test_the_table_and_the_picture(tmp_path):
-    lines = bench_train.table([result(), result(dtype="bfloat16", layers=3, width=512)], dict.fromkeys(
-        ("float32", "bfloat16"), 1e9
-    ))  # fmt: skip
+    lines = bench_train.table(
+        [result(), result(dtype="bfloat16", layers=3, width=512)], dict.fromkeys(("float32", "bfloat16"), 1e9)
+    )
     assert "= 2.00 x PyTorch module (1.50-2.50 turn by turn)" in lines
     assert any("small bfloat16, 3 layers, 512 wide, batch 12 x 256 tokens" in line for line in lines)
     assert max(map(len, lines)) <= 120
@@ -157,9 +170,12 @@ def test_whole_runs_without_torch(tmp_path):
     empty.write_text("#!/bin/sh\necho no torch here >&2\nexit 3\n")
     empty.chmod(0o755)
     train = dataclasses.replace(
-        bench_train.PRESETS["toy"], run=tmp_path / "train", dtypes=("float32",), rivals=("module",),
+        bench_train.PRESETS["toy"],
+        run=tmp_path / "train",
+        dtypes=("float32",),
+        rivals=("module",),
         torch_python=str(empty),
-    )  # fmt: skip
+    )
     bench_train.main(train)
     report = json.loads((train.run / "bench_train.json").read_text())
     assert "no torch here" in report["note"] and list(report["cases"][0]["trainers"]) == [OURS]

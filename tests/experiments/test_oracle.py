@@ -83,8 +83,11 @@ def optimal_logits(task):
     mean_Y = np.asarray(task.score_Y, np.float64).reshape(-1, len(SPACE.tokens_YT)).mean(axis=0)
     best_Y = probabilities(task.ref_SV) * np.exp(mean_Y / SETTINGS.beta)
     mass_SV = np.zeros(SPACE.shape)
-    np.add.at(mass_SV, (SPACE.prefix_YT[SPACE.mask_YT], SPACE.tokens_YT[SPACE.mask_YT]),
-              np.repeat(best_Y, SPACE.mask_YT.sum(axis=1)))  # fmt: skip
+    np.add.at(
+        mass_SV,
+        (SPACE.prefix_YT[SPACE.mask_YT], SPACE.tokens_YT[SPACE.mask_YT]),
+        np.repeat(best_Y, SPACE.mask_YT.sum(axis=1)),
+    )
     return np.log(mass_SV).astype(np.float32)
 
 

@@ -166,10 +166,22 @@ def test_mistakes_are_named():
 
 def in_seconds(tmp_path, beta):
     """The task on a smaller graph with a smaller model: a fifth of the time."""
-    return random_walk.main(random_walk.Settings(
-        run=tmp_path / "run", nodes=13, edge_probability=0.15, limit=8, layers=1, width=32, pretrain_steps=150,
-        pretrain_learning_rate=6e-3, iterations=25, learning_rate=1e-3, eval_every=25, beta=beta,
-    ))  # fmt: skip
+    return random_walk.main(
+        random_walk.Settings(
+            run=tmp_path / "run",
+            nodes=13,
+            edge_probability=0.15,
+            limit=8,
+            layers=1,
+            width=32,
+            pretrain_steps=150,
+            pretrain_learning_rate=6e-3,
+            iterations=25,
+            learning_rate=1e-3,
+            eval_every=25,
+            beta=beta,
+        )
+    )
 
 
 @pytest.mark.slow

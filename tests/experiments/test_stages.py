@@ -138,10 +138,15 @@ def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, t
     for name in ("train", "heldout"):
         rows = list(read_preferences(finished.run / f"preferences/{name}.jsonl"))
         judged = [  # three times, in other words: which part a prompt belongs to is drawn by its hash
-            formats.Judged(f"{row.prompt} {k}", row.answers, "favourite",
-                           ((row.choice,), tuple(i for i in range(len(row.answers)) if i != row.choice)))
-            for row in rows for k in range(3)
-        ]  # fmt: skip
+            formats.Judged(
+                f"{row.prompt} {k}",
+                row.answers,
+                "favourite",
+                ((row.choice,), tuple(i for i in range(len(row.answers)) if i != row.choice)),
+            )
+            for row in rows
+            for k in range(3)
+        ]
         formats.into_store(store, judged, "ada")
     settings = dataclasses.replace(finished, labels=tmp_path / "votes.sqlite", run=tmp_path / "run")
     stages = {stage.__name__.rpartition(".")[2]: own for stage, own in assistant.stage_settings(settings)}
@@ -170,9 +175,13 @@ def test_the_doctor_names_a_reward_model_that_learnt_from_a_coin(finished, tmp_p
         )
     own = next(own for stage, own in assistant.stage_settings(finished) if stage is reward)
     settings = dataclasses.replace(
-        own, run=tmp_path / "reward", preferences=tmp_path / "train.jsonl", heldout=tmp_path / "heldout.jsonl",
-        epochs=10, learning_rate=3e-3,
-    )  # fmt: skip
+        own,
+        run=tmp_path / "reward",
+        preferences=tmp_path / "train.jsonl",
+        heldout=tmp_path / "heldout.jsonl",
+        epochs=10,
+        learning_rate=3e-3,
+    )
     reward.main(settings)
     assert [one.what for one in doctor.examine(doctor.read(settings.run))] == ["the reward model is dead: it guesses"]
 
@@ -353,9 +362,13 @@ def test_the_saved_reward_model_is_normalised(finished):
 # ---- each study, from start to figure ----
 
 STUDIES = {
-    overoptimisation: "", kl_control: "", through_reward: "", imdb: "pretrain", how_many_labels: "sft",
+    overoptimisation: "",
+    kl_control: "",
+    through_reward: "",
+    imdb: "pretrain",
+    how_many_labels: "sft",
     arithmetic: None,  # trains its own model
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -96,9 +96,12 @@ def test_standard_errors_by_hand():
 
 
 PLACEMENTS = {  # what the expected gradient is, as multiples of those of KL(pi || rho) and KL(rho || pi)
-    ("loss", kl.k1): (0, 0), ("loss", kl.k2): (1, 0), ("loss", kl.k3): (0, 1),
-    ("reward", kl.k1): (1, 0), ("reward", kl.k3): (1, -1),
-}  # fmt: skip
+    ("loss", kl.k1): (0, 0),
+    ("loss", kl.k2): (1, 0),
+    ("loss", kl.k3): (0, 1),
+    ("reward", kl.k1): (1, 0),
+    ("reward", kl.k3): (1, -1),
+}
 
 
 def two_policies(*shape: int, seed: int = 3):

@@ -46,8 +46,9 @@ def test_sums_do_not_stop_counting_in_bfloat16():
     """1,001 tokens of one nat each are 1,001 nats; bfloat16 knows 1,000 and 1,008."""
     found = run(
         lambda x, mask: (losses.sequence_sum(x, mask)[0], reduce(x, mask).sum, reduce(x).sum),
-        np.ones((1, 1001), jnp.bfloat16), np.ones((1, 1001), bool),
-    )  # fmt: skip
+        np.ones((1, 1001), jnp.bfloat16),
+        np.ones((1, 1001), bool),
+    )
     assert [float(x) for x in found] == [1001] * 3  # NumPy would round 1,001 to bfloat16 before it compared
 
 
@@ -159,10 +160,16 @@ def test_preferences_by_hand():
         "a pair": log(3 / 2),
     }
     found = run(
-        f, log([[4.0, 2.0, 1.0]]), np.array([1]), log([2.0]), np.array([[True, True, False]]),
-        np.array([[0, 1, 2], [2, 1, 0], [0, -1, -1]]), np.array([[0, 0, 2]]), np.array([[0, 1, 2], [0, 0, -1]]),
+        f,
+        log([[4.0, 2.0, 1.0]]),
+        np.array([1]),
+        log([2.0]),
+        np.array([[True, True, False]]),
+        np.array([[0, 1, 2], [2, 1, 0], [0, -1, -1]]),
+        np.array([[0, 0, 2]]),
+        np.array([[0, 1, 2], [0, 0, -1]]),
         np.array([[0.5, 0.25, 0.25]]),
-    )  # fmt: skip
+    )
     agree(found, expected, rtol=1e-5)
 
 
@@ -208,8 +215,9 @@ def test_a_tied_pair_is_davidsons_model():
     outcome = np.array([[True, False], [False, True], [True, True]])
     found = run(
         lambda scores, outcome: losses.favourites_nll(scores, outcome, log_tie=(np.log(nu),)),
-        np.log([[a, b]] * 3), outcome,
-    )  # fmt: skip
+        np.log([[a, b]] * 3),
+        outcome,
+    )
     worths = np.array([a, b, nu * np.sqrt(a * b)])
     np.testing.assert_allclose(found, -np.log(worths / worths.sum()), rtol=1e-5)
 
@@ -358,8 +366,9 @@ def test_direct_losses_by_hand():
 
 def test_clipped_losses_by_hand():
     ratio, advantage = np.array([1.5, 1.5, 0.5, 0.5]), np.array([1.0, -1.0, 1.0, -1.0])
-    found = run(lambda logp, old, a: losses.ppo_clip(losses.log_ratio(logp, old), a, 0.2), np.log(ratio), 0 * ratio,
-                advantage)  # fmt: skip
+    found = run(
+        lambda logp, old, a: losses.ppo_clip(losses.log_ratio(logp, old), a, 0.2), np.log(ratio), 0 * ratio, advantage
+    )
     np.testing.assert_allclose(found, [-1.2, 1.5, -0.5, 0.8], rtol=1e-6)
     two = np.array([2.0, 2.0])
     found = run(lambda *x: losses.value_clip(*x, clip=0.2), np.array([1.0, 1.0]), np.array([0.0, 0.9]), two)

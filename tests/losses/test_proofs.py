@@ -311,9 +311,9 @@ def alone(proof: Proof) -> bool:
     return proof.rows and not proof.shared
 
 
-@pytest.mark.parametrize("name", [
-    name if not alone(proof) else pytest.param(name, marks=pytest.mark.slow) for name, proof in PROOFS.items()
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", [name if not alone(proof) else pytest.param(name, marks=pytest.mark.slow) for name, proof in PROOFS.items()]
+)
 def test_rows_divided_among_eight_devices(name):
     """The same numbers. Where rows don't concern each other no device talks to another; shared weights add up."""
     proof, x = PROOFS[name], arrays(inputs(name, 0))
@@ -350,8 +350,12 @@ def test_logits_of_ten_thousand_pass_through_a_whole_update():
     def loss(logits):
         logp, old_logp = losses.log_prob(logits, tokens), losses.log_prob(before, tokens)
         d = losses.log_ratio(logp, old_logp)
-        terms = {"ppo": losses.ppo_clip(d, advantage), "dual": losses.dual_clip(d, advantage),
-                 "k3": kl.k3(logp, old_logp), "entropy": losses.entropy(logits)}  # fmt: skip
+        terms = {
+            "ppo": losses.ppo_clip(d, advantage),
+            "dual": losses.dual_clip(d, advantage),
+            "k3": kl.k3(logp, old_logp),
+            "entropy": losses.entropy(logits),
+        }
         gspo = losses.ppo_clip(losses.sequence_log_ratio(logp, old_logp, mask), advantage[:, 0])
         mean, metrics = losses.combine(terms, mask)
         return mean.value + losses.reduce(gspo).value, (metrics, losses.ratio_metrics(d, advantage, mask), d)

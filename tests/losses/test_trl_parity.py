@@ -188,9 +188,11 @@ def test_direct_alignment_losses_are_trls(trainer, name):
             return two_columns(pool(jnp.asarray(x), jnp.asarray(p.mask)))
 
         s = SimpleNamespace(
-            pi=columns(sequence_sum, logp_BT), rho=columns(sequence_sum, p.ref),
-            mpi=columns(sequence_mean, logp_BT), mrho=columns(sequence_mean, p.ref),
-        )  # fmt: skip
+            pi=columns(sequence_sum, logp_BT),
+            rho=columns(sequence_sum, p.ref),
+            mpi=columns(sequence_mean, logp_BT),
+            mrho=columns(sequence_mean, p.ref),
+        )
         return reduce(ours(s)).value
 
     agrees(made.compute_loss(model_that_gives(logp), as_trl(p)), logp, loss, p.logp)

@@ -150,9 +150,16 @@ def test_a_ppo_iteration_with_adapters():
     @jax.jit
     def iterate(state, key):
         return ppo.ppo_iteration(
-            state, FixedKL(jnp.float32(0.0)), prompts, key, config=GPT2, ppo=settings, tx=tx,
-            reward_fn=lambda params, rows: (rows.tokens_BT < params["target"]).mean(1).astype(jnp.float32), stop=5,
-        )  # fmt: skip
+            state,
+            FixedKL(jnp.float32(0.0)),
+            prompts,
+            key,
+            config=GPT2,
+            ppo=settings,
+            tx=tx,
+            reward_fn=lambda params, rows: (rows.tokens_BT < params["target"]).mean(1).astype(jnp.float32),
+            stop=5,
+        )
 
     state = start(jax.random.key(0), params)
     assert "reference" not in state.frozen

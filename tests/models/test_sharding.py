@@ -273,9 +273,11 @@ def two_iterations(shape=None):
         places = jax.tree.map(lambda x: x.sharding, training.shapes_on(mesh, lambda: state))
         everywhere = sharding.replicated(mesh)
         program = jax.jit(
-            sharding.within(mesh, one), donate_argnums=0, out_shardings=(places, everywhere, everywhere),
+            sharding.within(mesh, one),
+            donate_argnums=0,
+            out_shardings=(places, everywhere, everywhere),
             in_shardings=(places, everywhere, sharding.rows(mesh), everywhere),
-        )  # fmt: skip
+        )
     program, metrics = program.lower(state, control, prompts, jax.random.key(0)).compile(), []
     for i in range(2):
         state, control, seen = program(state, control, prompts, jax.random.key(i))

@@ -83,7 +83,9 @@ def test_the_count_of_parameters_is_what_init_makes(name):
     config = FAMILY[name]
     shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
     positions = shapes["embed"].pop("positions_TD").size if config.positions == "learned" else 0
-    assert transformer.count_parameters(shapes) == config.parameters and (positions > 0) == (config.positions == "learned")
+    assert transformer.count_parameters(shapes) == config.parameters and (positions > 0) == (
+        config.positions == "learned"
+    )
 
 
 @family
@@ -168,11 +170,18 @@ def test_rows_longer_than_the_block_are_refused():
 @pytest.mark.parametrize(
     "change",
     [
-        {"width": 33}, {"layers": 0}, {"dropout": 1.0}, {"dtype": "float16"}, {"kv_heads": 3}, {"mlp_width": -1},
-        {"positions": "rotary", "width": 6}, {"rope_theta": 0.0}, {"norm": "batch"},
+        {"width": 33},
+        {"layers": 0},
+        {"dropout": 1.0},
+        {"dtype": "float16"},
+        {"kv_heads": 3},
+        {"mlp_width": -1},
+        {"positions": "rotary", "width": 6},
+        {"rope_theta": 0.0},
+        {"norm": "batch"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_impossible_configurations_are_refused(change):
     with pytest.raises(UserError):
         dataclasses.replace(TINY, **change)
@@ -187,7 +196,9 @@ def test_at_last_token_reads_the_last_masked_position():
 def test_value_head_is_exactly_zero_and_reward_head_has_the_stated_scale():
     @jax.jit
     def outcomes(key, h):
-        return transformer.apply_scalar_head(transformer.scalar_head(None, 2000), h), transformer.scalar_head(key, 2000)["kernel_D"]
+        return transformer.apply_scalar_head(transformer.scalar_head(None, 2000), h), transformer.scalar_head(
+            key, 2000
+        )["kernel_D"]
 
     values, kernel = jax.device_get(outcomes(jax.random.key(1), np.linspace(-1, 1, 24_000).reshape(3, 4, 2000)))
     assert (values == 0).all()

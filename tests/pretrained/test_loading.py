@@ -59,12 +59,22 @@ LLAMA3 = (
 )
 MULTILINGUAL = [
     "Hello, world! It's 12345.67 o'clock, isn't it?  Two  spaces,\ttabs\n\nand lines\r\n",
-    "naïve café déjà-vu – “quotes”…", "Съешь же ещё этих мягких французских булок",
-    "敏捷的棕色狐狸跳过懒狗 12３４", "いろはにほへと ちりぬるを", "다람쥐 헌 쳇바퀴에 타고파",
-    "نص عربي مع أرقام ١٢٣", "שלום עולם", "हिन्दी में एक वाक्य", "👩‍👩‍👧‍👦 🇺🇸 e\u0301 \u200b zero",
-    "def f(x):\n    return x**2  # 100%\n", "a" * 300, " " * 17 + "x", "<|im_start|>system\nobey<|im_end|>",
-    "</answer><|endoftext|>", "\x00\x7f\u2028",
-]  # fmt: skip
+    "naïve café déjà-vu – “quotes”…",
+    "Съешь же ещё этих мягких французских булок",
+    "敏捷的棕色狐狸跳过懒狗 12３４",
+    "いろはにほへと ちりぬるを",
+    "다람쥐 헌 쳇바퀴에 타고파",
+    "نص عربي مع أرقام ١٢٣",
+    "שלום עולם",
+    "हिन्दी में एक वाक्य",
+    "👩‍👩‍👧‍👦 🇺🇸 e\u0301 \u200b zero",
+    "def f(x):\n    return x**2  # 100%\n",
+    "a" * 300,
+    " " * 17 + "x",
+    "<|im_start|>system\nobey<|im_end|>",
+    "</answer><|endoftext|>",
+    "\x00\x7f\u2028",
+]
 
 
 @functools.cache
@@ -121,13 +131,22 @@ def test_models_of_transformers_come_in_with_their_logits_and_go_out_with_their_
     torch = pytest.importorskip("torch")
     tf = pytest.importorskip("transformers")
     llama = {
-        "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "vocab_size": 99, "max_position_embeddings": 64,
-    }  # fmt: skip
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 99,
+        "max_position_embeddings": 64,
+    }
     stretched = {
-        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
-    }  # fmt: skip
+    }
     gpt = {"n_layer": 3, "n_embd": 48, "n_head": 4, "vocab_size": 99, "n_positions": 64}
     configs = {
         "gpt2": lambda: tf.GPT2Config(**gpt),
@@ -211,7 +230,7 @@ def rewrite(**changes):
             ["lacks x"],
         ),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_a_folder_is_said(change, texts, tmp_path):
     with pytest.raises(UserError) as found:
         huggingface.read(broken(tmp_path, change))
@@ -437,10 +456,18 @@ def test_smollm2_speaks_as_in_transformers():
             )[0, len(ids) :].tolist()
         stop = ours.tokenizer.template.end
         expected = expected[: expected.index(stop)] if stop in expected else expected
-        found = list(decoding.stream(
-            ours.params, ours.config, jnp.asarray([ids]), jnp.asarray([len(ids)]), jax.random.key(0), new_tokens=60,
-            stop=stop, sample=sampling.greedy,
-        ))  # fmt: skip
+        found = list(
+            decoding.stream(
+                ours.params,
+                ours.config,
+                jnp.asarray([ids]),
+                jnp.asarray([len(ids)]),
+                jax.random.key(0),
+                new_tokens=60,
+                stop=stop,
+                sample=sampling.greedy,
+            )
+        )
         assert found == expected
     core = tf.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     source = gguf_file.File(file).get("tokenizer.chat_template")
@@ -452,9 +479,12 @@ def test_smollm2_speaks_as_in_transformers():
         assert ours.tokenizer.encode(text) == expected
         assert ours.tokenizer.decode(ours.tokenizer.encode(text)) == text
     message = [{"role": "user", "content": chats[0]}]
-    assert prompt_ids(ours.tokenizer, chats[0]) == core(core.apply_chat_template(
-        message, chat_template=source, tokenize=False, add_generation_prompt=True
-    ))["input_ids"]  # fmt: skip
+    assert (
+        prompt_ids(ours.tokenizer, chats[0])
+        == core(core.apply_chat_template(message, chat_template=source, tokenize=False, add_generation_prompt=True))[
+            "input_ids"
+        ]
+    )
 
 
 @pytest.mark.slow

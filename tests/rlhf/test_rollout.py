@@ -27,9 +27,16 @@ def sampled(devices: int = 1) -> rollout.Sampled:
     rng, mesh = np.random.default_rng(0), mesh_of(devices)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), training.shapes_of(MODEL))
     return rollout.sample_answers(
-        jax.device_put(params, sharding.replicated(mesh)), MODEL, PROMPTS, jax.random.key(0),
-        lambda ids: " ".join(map(str, ids)), mesh, new_tokens=9, stop=5, batch=BATCH,
-    )  # fmt: skip
+        jax.device_put(params, sharding.replicated(mesh)),
+        MODEL,
+        PROMPTS,
+        jax.random.key(0),
+        lambda ids: " ".join(map(str, ids)),
+        mesh,
+        new_tokens=9,
+        stop=5,
+        batch=BATCH,
+    )
 
 
 def test_every_prompt_gets_an_answer_after_its_own_tokens():

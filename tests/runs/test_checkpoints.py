@@ -175,10 +175,13 @@ def damage(kind: str, folder: Path) -> None:
 
 
 DAMAGES = {
-    "flipped bit": "is damaged", "truncated": "is damaged", "missing": "is missing",
-    "half-written": "not written to its end", "torn record": "checkpoint.json",
+    "flipped bit": "is damaged",
+    "truncated": "is damaged",
+    "missing": "is missing",
+    "half-written": "not written to its end",
+    "torn record": "checkpoint.json",
     "tokenizer": "tokenizer.json is damaged",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

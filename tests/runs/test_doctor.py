@@ -36,10 +36,18 @@ class Settings:
 def healthy_ppo(n=24):
     """Figures as a good run has them."""
     return [
-        {"score": 0.1 * i, "kl": min(0.5 * i, 6.0), "length": 26 - 0.3 * i, "ended": 0.9, "sampler_gap_max": 1e-6,
-         "ratio_error_first": 0.0, "explained_variance": min(0.02 * i, 0.2), "skipped": 0.0}
+        {
+            "score": 0.1 * i,
+            "kl": min(0.5 * i, 6.0),
+            "length": 26 - 0.3 * i,
+            "ended": 0.9,
+            "sampler_gap_max": 1e-6,
+            "ratio_error_first": 0.0,
+            "explained_variance": min(0.02 * i, 0.2),
+            "skipped": 0.0,
+        }
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def write(folder: Path, stage: str, rows, results=None, settings=None) -> Path:
@@ -58,8 +66,10 @@ def found(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("healthy")
-    falling = [{"train_nats_a_token": 6 - 0.1 * i, "skipped": 0.0, "seconds_data": 0.0, "seconds_device": 0.1}
-               for i in range(20)]  # fmt: skip
+    falling = [
+        {"train_nats_a_token": 6 - 0.1 * i, "skipped": 0.0, "seconds_data": 0.0, "seconds_device": 0.1}
+        for i in range(20)
+    ]
     write(root, "pretrain", falling, {})
     write(root, "sft", falling, {"pretraining_nats_before": 5.1, "pretraining_nats_after": 6.0})
     write(root, "reward", [], {"nll": 1.17, "chance": 0.25, "accuracy": 0.48})

@@ -37,9 +37,24 @@ def text(tmp_path_factory) -> Path:
 def words(text: Path, run: Path, *flags: str) -> list[str]:
     """Of a long toy run."""
     return [
-        "--preset", "toy", "--data", str(text), "--cache", str(text.parent), "--run", str(run), "--model.layers", "1",
-        "--steps", "100000", "--log-every", "1", "--eval-every", "100000", *flags,
-    ]  # fmt: skip
+        "--preset",
+        "toy",
+        "--data",
+        str(text),
+        "--cache",
+        str(text.parent),
+        "--run",
+        str(run),
+        "--model.layers",
+        "1",
+        "--steps",
+        "100000",
+        "--log-every",
+        "1",
+        "--eval-every",
+        "100000",
+        *flags,
+    ]
 
 
 def pretrain(text: Path, run: Path, *flags: str, limit: int | None = None) -> subprocess.Popen[str]:
@@ -50,9 +65,13 @@ def pretrain(text: Path, run: Path, *flags: str, limit: int | None = None) -> su
     flags_of_xla = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.pretrain", *words(text, run, *flags)],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=settle,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=settle,
         env=os.environ | {"PYTHONUNBUFFERED": "1", "XLA_FLAGS": flags_of_xla},
-    )  # fmt: skip
+    )
 
 
 def await_lines(child: subprocess.Popen[str], run: Path, count: int) -> None:
@@ -135,8 +154,12 @@ def test_a_full_disk_while_writing_metrics(text, tmp_path):
 
 def test_a_folder_that_cant_be_written(text, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli(experiments.pretrain.main, experiments.pretrain.Settings, experiments.pretrain.PRESETS,
-            words(text, Path("/proc/jaxgpt/run")))  # fmt: skip
+        cli(
+            experiments.pretrain.main,
+            experiments.pretrain.Settings,
+            experiments.pretrain.PRESETS,
+            words(text, Path("/proc/jaxgpt/run")),
+        )
     errors = capsys.readouterr().err
     assert stop.value.code == 2
     assert "error: can't write to the run folder /proc/jaxgpt/run" in errors and "Traceback" not in errors

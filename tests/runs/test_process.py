@@ -32,9 +32,20 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "here", "host:80", "host:80,2", "host:80,2,2", "host:80,2,-1", "host:x,2,0", ":80,2,0", "host:0,2,0",
-             "host:80,2,0,1"],
-)  # fmt: skip
+    "text",
+    [
+        "",
+        "here",
+        "host:80",
+        "host:80,2",
+        "host:80,2,2",
+        "host:80,2,-1",
+        "host:x,2,0",
+        ":80,2,0",
+        "host:0,2,0",
+        "host:80,2,0,1",
+    ],
+)
 def test_a_place_that_cant_be_read_is_refused(text):
     with pytest.raises(UserError, match="HOST:PORT,COUNT,INDEX"):
         process.join_processes(text)

@@ -15,9 +15,14 @@ def policy(name: str, gold: float, text: str = "a fine film") -> report.Policy:
     rng = np.random.default_rng(int(10 * gold) + 5)
     numbers = {key: rng.random(6) for key in ("reward", "judge", "length", "ended", "opens", "pretrained_nll")}
     return report.Policy(
-        name=name, texts=[text] * 6, gold=gold + 0.1 * rng.random(6), **numbers, distinct_2=0.5, text_nats=4.0,
+        name=name,
+        texts=[text] * 6,
+        gold=gold + 0.1 * rng.random(6),
+        **numbers,
+        distinct_2=0.5,
+        text_nats=4.0,
         kl=np.full(6, 3.0),
-    )  # fmt: skip
+    )
 
 
 def write(folder, policies) -> tuple[dict, str]:

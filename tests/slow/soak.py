@@ -34,8 +34,11 @@ def command(stage: str, root: Path, run: Path) -> list[str]:
     """A run of some 20 to 40 steps whose inputs are the untouched runs and the data below `root`."""
     often = ["--save.every", "2" if stage == "ppo" else "5"]
     preferences = [
-        "--preferences", str(root / "preferences/train.jsonl"), "--heldout", str(root / "preferences/heldout.jsonl"),
-    ]  # fmt: skip
+        "--preferences",
+        str(root / "preferences/train.jsonl"),
+        "--heldout",
+        str(root / "preferences/heldout.jsonl"),
+    ]
     steps = ["--steps", "40", "--log-every", "1"]
     flags = {
         "pretrain": [*steps, "--eval-every", "20", "--model.layers", "1", "--model.dropout", "0.1"],

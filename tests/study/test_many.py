@@ -1,5 +1,6 @@
-"""Many runs as one program, best-of-n without bias, derivatives through a reward model. tests/experiments/test_stages.py runs each
-study."""
+"""Many runs as one program, best-of-n without bias, derivatives through a reward model.
+
+`tests/experiments/test_stages.py` runs each study."""
 
 import dataclasses
 import functools
@@ -53,10 +54,18 @@ def tiny_task() -> Task:
         return np.array([text.split().count("7") for text in texts], float)
 
     return Task(
-        ONE, train_char(["ab"]), one_layer(scale=1.0), [[1, 5], [1, 6, 8], [1, 9]], [[1, 4], [1, 7, 9]], gold, gold,
-        lambda ids, mask: " ".join(map(str, ids[mask])), STOP, PPOConfig(new_tokens=5, epochs=2, minibatches=2),
+        ONE,
+        train_char(["ab"]),
+        one_layer(scale=1.0),
+        [[1, 5], [1, 6, 8], [1, 9]],
+        [[1, 4], [1, 7, 9]],
+        gold,
+        gold,
+        lambda ids, mask: " ".join(map(str, ids[mask])),
+        STOP,
+        PPOConfig(new_tokens=5, epochs=2, minibatches=2),
         sharding.make_mesh(devices=jax.devices()[:1]),
-    )  # fmt: skip
+    )
 
 
 def likes_seven(params, rows):
@@ -317,9 +326,17 @@ def test_fits_of_overoptimisation_find_what_made_the_data():
 
 @pytest.mark.parametrize(
     ("text", "right"),
-    [("37+85=122", True), ("37+85=...122", True), ("37+85=12.2", False), ("37+85=122.", False), ("37+85=", False),
-     ("37+85=0122", False), ("0+0=0", True), ("0+0=...", False)],
-)  # fmt: skip
+    [
+        ("37+85=122", True),
+        ("37+85=...122", True),
+        ("37+85=12.2", False),
+        ("37+85=122.", False),
+        ("37+85=", False),
+        ("37+85=0122", False),
+        ("0+0=0", True),
+        ("0+0=...", False),
+    ],
+)
 def test_a_sum_is_right_or_wrong(text, right):
     assert sums.solved(text) is right
 

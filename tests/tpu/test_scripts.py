@@ -357,10 +357,20 @@ def dry_runs() -> str:
     text = ""
     for name, *arguments in calls:
         done = subprocess.run(
-            [TPU / f"{name}.sh", *arguments, "--dry-run"] if "--" not in arguments else
-            [TPU / f"{name}.sh", *arguments[: arguments.index("--")], "--dry-run", *arguments[arguments.index("--") :]],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True,
-        )  # fmt: skip
+            [TPU / f"{name}.sh", *arguments, "--dry-run"]
+            if "--" not in arguments
+            else [
+                TPU / f"{name}.sh",
+                *arguments[: arguments.index("--")],
+                "--dry-run",
+                *arguments[arguments.index("--") :],
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+        )
         text += f"$ tpu/{name}.sh {' '.join(arguments)}\n{done.stdout}\n"
     return text
 

@@ -120,9 +120,13 @@ def test_a_score_that_is_not_finite_moves_nothing_in_ppo():
     state = jax.jit(lambda key: ppo.init(transformer.init(key, config), config, tx, {}))(jax.random.key(1))
     before = bits((state.trainable, state.opt_state))
     one = functools.partial(
-        ppo.ppo_iteration, config=config, ppo=settings, tx=tx, stop=5,
+        ppo.ppo_iteration,
+        config=config,
+        ppo=settings,
+        tx=tx,
+        stop=5,
         reward_fn=lambda params, rows: jnp.full(4, jnp.nan),
-    )  # fmt: skip
+    )
     control = kl.FixedKL(np.float32(0.1))
     state, _, metrics = jax.jit(one)(state, control, Prompts(*prompts_of(4, 6)), jax.random.key(0))
     assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 2

@@ -149,8 +149,10 @@ def tiny_run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def questions(tmp_path) -> Path:
-    rows = ({"prompt": f"Prompt number {n}?", "answers": [f"first {n}", f"second {n} {HOSTILE}", f"third {n}"]}
-            for n in range(24))  # fmt: skip
+    rows = (
+        {"prompt": f"Prompt number {n}?", "answers": [f"first {n}", f"second {n} {HOSTILE}", f"third {n}"]}
+        for n in range(24)
+    )
     write_rows(tmp_path / "questions.jsonl", rows)
     return tmp_path / "questions.jsonl"
 
@@ -169,8 +171,12 @@ def test_two_people_label_the_server_is_killed_and_a_reward_model_learns(browser
             after(ada, lambda n=n: ada.keyboard.press(str(n % 3 + 1)))
         for n in range(3):  # by mouse: the button, and the card itself
             chosen[prompt(ada)] = ada.locator(".answer .words").nth(n).inner_text()
-            after(ada, ada.get_by_role("button", name=f"Answer {n + 1} is the best").click if n else
-                  ada.locator(".answer").nth(n).click)  # fmt: skip
+            after(
+                ada,
+                ada.get_by_role("button", name=f"Answer {n + 1} is the best").click
+                if n
+                else ada.locator(".answer").nth(n).click,
+            )
         taken = prompt(ada)
         after(ada, lambda: ada.keyboard.press("x"))
         after(ada, lambda: ada.keyboard.press("u"), 8)
@@ -231,9 +237,15 @@ def test_two_people_label_the_server_is_killed_and_a_reward_model_learns(browser
     assert count > 30
     store.close()
     settings = reward.Settings(
-        run=tmp_path / "reward", model=tiny_run, preferences=Path(f"{file}:train"),
-        heldout=Path(f"{file}:heldout"), batch=8, epochs=2, warmup=1, reference_samples=8,
-    )  # fmt: skip
+        run=tmp_path / "reward",
+        model=tiny_run,
+        preferences=Path(f"{file}:train"),
+        heldout=Path(f"{file}:heldout"),
+        batch=8,
+        epochs=2,
+        warmup=1,
+        reference_samples=8,
+    )
     assert 0 <= reward.main(settings)["accuracy"] <= 1
 
 
@@ -338,8 +350,14 @@ def test_a_stranger_s_page_can_neither_read_nor_write(browser, questions, tmp_pa
         with labelling(questions, file) as port:
             page = open_page(browser, f"http://127.0.0.1:{stranger.server_port}/")
             task = next(iter(votes.Store(file).tasks()))
-            vote = {"annotator": "evil", "id": "1", "task": task, "kind": "skip", "tiers": [[0, 1, 2]],
-                    "shown": [0, 1, 2]}  # fmt: skip
+            vote = {
+                "annotator": "evil",
+                "id": "1",
+                "task": task,
+                "kind": "skip",
+                "tiers": [[0, 1, 2]],
+                "shown": [0, 1, 2],
+            }
             for mode, kind in (("no-cors", "text/plain"), ("cors", "application/json")):
                 outcome = page.evaluate(
                     """([port, mode, kind, vote]) => fetch(`http://127.0.0.1:${port}/api/vote`, {method: "POST", mode,
@@ -372,8 +390,13 @@ def models(tmp_path_factory, tiny_run) -> dict[str, Path]:
         head = transformer.scalar_head(jax.random.key(2), loaded.config.width)
         save_model(ppo_run / "critic", {"value_head": head}, loaded.config)
         figures = {name: [0.5, -1.0, 0.25] for name in ("logp", "ref_logp", "ratio", "advantage", "value", "return")}
-        one = {"prompt": f"<prompt>{HOSTILE}</prompt><answer>", "tokens": ["fi", HOSTILE, "</answer>"], "score": 1.5,
-               "ended": True, **figures}  # fmt: skip
+        one = {
+            "prompt": f"<prompt>{HOSTILE}</prompt><answer>",
+            "tokens": ["fi", HOSTILE, "</answer>"],
+            "score": 1.5,
+            "ended": True,
+            **figures,
+        }
         (ppo_run / "rollouts").mkdir()
         write_json(ppo_run / "rollouts/000014.json", {"iteration": 14, "beta": 0.1, "answers": [one]})
         run.finish({})
@@ -386,8 +409,19 @@ def models(tmp_path_factory, tiny_run) -> dict[str, Path]:
 def side_by_side(models, tmp_path_factory):
     """The port of the page on which they answer, and its votes."""
     port, file = free_port(), tmp_path_factory.mktemp("votes") / "votes.sqlite"
-    flags = ("--models", models["sft"], models["ppo"], "--reference", models["sft"], "--reward", models["reward"],
-             "--ppo", models["ppo"], "--votes", file)  # fmt: skip
+    flags = (
+        "--models",
+        models["sft"],
+        models["ppo"],
+        "--reference",
+        models["sft"],
+        "--reward",
+        models["reward"],
+        "--ppo",
+        models["ppo"],
+        "--votes",
+        file,
+    )
     with served("experiments.chat_web", *map(str, flags), port=port):
         yield port, file
 
@@ -485,8 +519,20 @@ def test_a_person_is_the_reward_of_ppo_and_a_killed_loop_asks_for_no_rating_twic
     browser, tiny_run, questions, tmp_path
 ):
     port, run = free_port(), tmp_path / "rated"
-    flags = ("--model", str(tiny_run), "--run", str(run), "--prompts", str(questions), "--iterations", "2", "--batch",
-             "4", "--ppo.new-tokens", "8")  # fmt: skip
+    flags = (
+        "--model",
+        str(tiny_run),
+        "--run",
+        str(run),
+        "--prompts",
+        str(questions),
+        "--iterations",
+        "2",
+        "--batch",
+        "4",
+        "--ppo.new-tokens",
+        "8",
+    )
     with served("experiments.rate", *flags, port=port):
         page = open_page(browser, f"http://127.0.0.1:{port}/")
         expect(page.locator("#count")).to_have_text("0 of 4 in this round", timeout=120_000)
@@ -521,9 +567,14 @@ def test_answers_are_made_ahead_and_a_reward_model_picks_what_it_is_least_sure_o
     words = [f"first number {n}" for n in range(60)]
     write_rows(tmp_path / "prompts.jsonl", ({"prompt": text} for text in words))
     settings = label.Settings(
-        votes=tmp_path / "votes.sqlite", models=(models["sft"], models["ppo"]), prompts=str(tmp_path / "prompts.jsonl"),
-        candidates=3, ahead=40, new_tokens=6, retrain=20,
-    )  # fmt: skip
+        votes=tmp_path / "votes.sqlite",
+        models=(models["sft"], models["ppo"]),
+        prompts=str(tmp_path / "prompts.jsonl"),
+        candidates=3,
+        ahead=40,
+        new_tokens=6,
+        retrain=20,
+    )
     store = votes.Store(settings.votes)
     maker = label.Maker(settings, store)
     worker = threading.Thread(target=maker.run, daemon=True)

@@ -87,18 +87,31 @@ def test_our_own_page_may(site):
 
 def test_every_answer_carries_the_policy(site):
     policy = {
-        "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data:", "connect-src 'self'",
-        "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
-    }  # fmt: skip
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    }
     others = {
-        "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store",
-        "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
-    }  # fmt: skip
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-store",
+        "cross-origin-opener-policy": "same-origin",
+        "cross-origin-resource-policy": "same-origin",
+    }
     for method, path, body, changed in (
-        ("GET", "/", None, {}), ("GET", "/label.js", None, {}), ("GET", "/none", None, {}),
-        ("POST", "/api/next", ME, {}), ("POST", "/api/next", ME, {"Origin": "http://evil.example"}),
-        ("POST", "/api/next", ME, {"Host": "evil.example"}), ("POST", "/api/next", b"x" * (server.BODY + 1), {}),
-    ):  # fmt: skip
+        ("GET", "/", None, {}),
+        ("GET", "/label.js", None, {}),
+        ("GET", "/none", None, {}),
+        ("POST", "/api/next", ME, {}),
+        ("POST", "/api/next", ME, {"Origin": "http://evil.example"}),
+        ("POST", "/api/next", ME, {"Host": "evil.example"}),
+        ("POST", "/api/next", b"x" * (server.BODY + 1), {}),
+    ):
         _, headers, _ = site.send(method, path, body, **changed)
         assert set(headers["content-security-policy"].split("; ")) == policy, (path, changed)
         assert {name: headers[name] for name in others} == others, (path, changed)
@@ -131,9 +144,20 @@ def test_others_may_not(site, headers, status):
 
 @pytest.mark.parametrize(
     "path",
-    ["/../../etc/passwd", "/..%2f..%2fetc/passwd", "//etc/passwd", "/static/label.html", "/label.py", "/%00", "/api/",
-     "/api/../label.js/..", "/votes.sqlite", "/api/next/../../etc/passwd", "/shared.js%2f..%2f..%2fserver.py"],
-)  # fmt: skip
+    [
+        "/../../etc/passwd",
+        "/..%2f..%2fetc/passwd",
+        "//etc/passwd",
+        "/static/label.html",
+        "/label.py",
+        "/%00",
+        "/api/",
+        "/api/../label.js/..",
+        "/votes.sqlite",
+        "/api/next/../../etc/passwd",
+        "/shared.js%2f..%2f..%2fserver.py",
+    ],
+)
 def test_no_path_reaches_the_file_system(site, path):
     for method in ("GET", "POST"):
         status, _, content = site.send(method, path, {} if method == "POST" else None)
@@ -197,8 +221,10 @@ def test_slow_clients_stall_nobody(site, monkeypatch):
         raw = socket.create_connection(("127.0.0.1", site.bound.port))
         raw.sendall(b"POST /api/next HTTP/1.1\r\nHost: " + site.host.encode())
         if n % 2:
-            raw.sendall(f"\r\nOrigin: http://{site.host}\r\nContent-Type: application/json\r\n"
-                        "Content-Length: 20\r\n\r\n{".encode())  # fmt: skip
+            raw.sendall(
+                f"\r\nOrigin: http://{site.host}\r\nContent-Type: application/json\r\n"
+                "Content-Length: 20\r\n\r\n{".encode()
+            )
         slow.append(raw)
     for _ in range(10):
         assert site.send("POST", "/api/next", ME, timeout=5)[0] == 200
@@ -209,8 +235,10 @@ def test_slow_clients_stall_nobody(site, monkeypatch):
 def test_slow_clients_are_sent_away(site, monkeypatch):
     monkeypatch.setattr(server, "PATIENCE", 0.2)
     silent, half = (socket.create_connection(("127.0.0.1", site.bound.port)) for _ in range(2))
-    half.sendall(f"POST /api/next HTTP/1.1\r\nHost: {site.host}\r\nOrigin: http://{site.host}\r\n"
-                 "Content-Type: application/json\r\nContent-Length: 20\r\n\r\n{".encode())  # fmt: skip
+    half.sendall(
+        f"POST /api/next HTTP/1.1\r\nHost: {site.host}\r\nOrigin: http://{site.host}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 20\r\n\r\n{".encode()
+    )
     for raw in (half, silent):
         raw.settimeout(60)
     assert b" 408 " in half.recv(1000)
@@ -372,8 +400,15 @@ def test_fifty_annotators_at_once_lose_and_double_nothing(tmp_path):
         while found["task"]:
             task = found["task"]
             shown = [answer["index"] for answer in task["answers"]]
-            vote = {"id": f"{n}-{task['id']}", "task": task["id"], "annotator": who, "kind": "favourite",
-                    "tiers": [[shown[0]], shown[1:]], "shown": shown, "seconds": 1.0}  # fmt: skip
+            vote = {
+                "id": f"{n}-{task['id']}",
+                "task": task["id"],
+                "annotator": who,
+                "kind": "favourite",
+                "tiers": [[shown[0]], shown[1:]],
+                "shown": shown,
+                "seconds": 1.0,
+            }
             for _ in range(2):  # every vote is sent twice, as after a broken connection
                 started = time.monotonic()
                 while (answer := crowd.send("POST", "/api/vote", vote))[0] == 429:

@@ -198,8 +198,9 @@ def test_who_is_there(page):
     status, found = page.call("models", {})
     assert status == 200 and found["rollouts"] == ["000003"]
     assert [(one["name"], one["reference"], one["critic"], one["judge"]) for one in found["models"]] == [
-        ("a", True, False, True), ("b", True, True, True),
-    ]  # fmt: skip
+        ("a", True, False, True),
+        ("b", True, True, True),
+    ]
     assert str(page.seats[0].place) not in json.dumps(found)  # no path of this machine
 
 
