@@ -65,6 +65,7 @@ test-core: $(STAMP)  ## the quick tests of the core modules, as for a second ver
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(PY) -m ruff check $(SOURCES)
+	@$(PY) -m ruff format --check -q $(SOURCES) || { echo "error: not formatted; run $(PY) -m ruff format $(SOURCES)"; exit 1; }
 	@$(PY) -m mypy $(filter-out tests docs,$(SOURCES))
 
 set-up: $(STAMP)  ## only make the virtual environment

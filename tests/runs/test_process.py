@@ -1,6 +1,7 @@
 """Several processes: they meet or say who is missing, share every batch, and train to the numbers of one process."""
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -14,13 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.data import sources
-from jaxgpt.data.jsonl import write_rows
 from jaxgpt.errors import UserError
-from jaxgpt.files import cache_root
 from jaxgpt.runs import process
 from jaxgpt.runs.saved_model import load_model
-from tests.helpers import WALL_CLOCK
+from tests.helpers import WALL_CLOCK, few_reviews
 
 
 def free_port() -> int:
@@ -114,18 +112,10 @@ def test_one_process_alone_hears_itself():
 # ---- training ----
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    documents = sources.documents("movie_reviews", "train", cache_root() / "data")[:150]
-    write_rows(path, ({"text": document} for document in documents))
-    return path
-
-
-def run_experiment(name: str, *flags: str, processes: int, devices: int) -> list[str]:
+def run_experiment(name: str, *flags: str, cache: Path, processes: int, devices: int) -> list[str]:
     """What each process printed, the experiment having succeeded in each."""
-    level = "--xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {level}"}
+    xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one counts
+    environment = os.environ | {"XLA_FLAGS": xla, "JAXGPT_CACHE": str(cache)}
     command = [sys.executable, "-m", f"experiments.{name}", *flags]
     port, children, outputs = free_port(), [], [""] * processes
     for index in range(processes):
@@ -166,24 +156,16 @@ def assert_same_run(one: Path, two: Path, without_gradient: tuple[str, ...] = ()
 
 
 @pytest.mark.slow
-def test_two_processes_pretrain_to_the_numbers_of_one(text, tmp_path):
-    flags = ("--preset", "toy", "--data", str(text), "--mesh.fsdp", "4")
-    run_experiment("pretrain", *flags, "--run", str(tmp_path / "one"), processes=1, devices=4)
-    first, second = run_experiment("pretrain", *flags, "--run", str(tmp_path / "two"), processes=2, devices=2)
+def test_two_processes_go_all_the_way_to_the_numbers_of_one(tmp_path):
+    """Every stage, on meshes that divide parameters and heads: preferences and report too, with equal answers."""
+    few_reviews(tmp_path / "data")
+    flags = ["--preset", "toy", "--preferences.experts", "1", "--pretrain.model.layers", "1"]
+    flags += ["--pretrain.mesh.fsdp", "4", "--sft.mesh.tensor", "2", "--dpo.mesh.fsdp", "4", "--ppo.mesh.fsdp", "2"]
+    run = functools.partial(run_experiment, "assistant", *flags, cache=tmp_path)
+    run("--run", str(tmp_path / "one"), processes=1, devices=4)
+    first, second = run("--run", str(tmp_path / "two"), processes=2, devices=2)
     assert "4 x cpu" in first and "in 2 processes" in first and "held out" in first
     assert "device:" not in second and "held out" not in second  # one voice
-    assert_same_run(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.slow
-def test_two_processes_go_all_the_way_to_the_numbers_of_one(text, tmp_path):
-    """Every stage, on meshes that divide parameters and heads: preferences and report too, with equal answers."""
-    texts = [flag for stage in ("pretrain.", "sft.pretraining-", "report.pretraining-") for flag in (f"--{stage}data",)]
-    flags = ["--preset", "toy", "--preferences.experts", "1"]
-    flags += [word for flag in texts for word in (flag, str(text))]
-    flags += ["--pretrain.mesh.fsdp", "2", "--sft.mesh.tensor", "2", "--dpo.mesh.fsdp", "4", "--ppo.mesh.fsdp", "2"]
-    run_experiment("assistant", *flags, "--run", str(tmp_path / "one"), processes=1, devices=4)
-    run_experiment("assistant", *flags, "--run", str(tmp_path / "two"), processes=2, devices=2)
     files = [tmp_path / run / "preferences/train.jsonl" for run in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
     shift = ("bias", "head/bias", "model/final_norm/bias")  # of all scores: the softmax doesn't see it
