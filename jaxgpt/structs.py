@@ -84,7 +84,7 @@ class KVCache:
 
 @struct.dataclass
 class Answers:
-    """What `decode.generate` returns: A new tokens a row, padded after the stop token."""
+    """What `decoding.generate` returns: A new tokens a row, padded after the stop token."""
 
     tokens_BA: Array  # int32
     logp_BA: Array  # float32: log-probability of each token under the sampling distribution; 0 after the end

@@ -201,7 +201,7 @@ class Decoder:
 
 
 class JaxWorker(Decoder):
-    """`decode.generate`, jitted."""
+    """`decoding.generate`, jitted."""
 
     def __init__(self) -> None:
         import jax

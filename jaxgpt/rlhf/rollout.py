@@ -65,7 +65,7 @@ def policy_outputs(
 
 
 def in_minibatches(f: Callable[[Any], Any], tree: Any, minibatches: int) -> Any:
-    """Apply f to equal parts of the rows (`train.split_rows`), one after another, and join the results."""
+    """Apply f to equal parts of the rows (`training.split_rows`), one after another, and join the results."""
     return join_rows(jax.lax.map(f, split_rows(tree, minibatches)))
 
 

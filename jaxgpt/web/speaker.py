@@ -51,7 +51,7 @@ class SamplingConfig:
             raise UserError(f"top_k is {self.top_k}; give how many tokens may be drawn, or 0 for all")
 
     def functions(self) -> tuple[decoding.Sampler, sampling.Filter]:
-        """What `decode.stream` takes. Another temperature or top-p is not compiled anew; another top-k is."""
+        """What `decoding.stream` takes. Another temperature or top-p is not compiled anew; another top-k is."""
         if self.temperature == 0:
             return sampling.greedy, _unchanged
         return sampling.categorical, jax.tree_util.Partial(_shaper(self.top_k), t=self.temperature, p=self.top_p)
