@@ -67,7 +67,7 @@ def generate(
     filter_logits: sampling.Filter = lambda logits: logits,
     greedy: bool = False,
 ) -> Speculated:
-    """`decoding.generate` for one prompt [1, P] with fewer passes: the same distribution, or the same tokens if `greedy`.
+    """`generate` for one prompt [1, P] with fewer passes: the same distribution, or the same tokens if `greedy`.
 
     `filter_logits` shapes the model's distribution and the draft's; the log-probabilities are the shaped model's.
     Raises UserError while tracing: more than one prompt, no room in the block of model or draft, another vocabulary.
