@@ -310,18 +310,23 @@ class Run:
 
 
 class _Curves:
-    """TensorBoard's event file. Curves drawn before go on at `first_step`: what lies behind it is dropped."""
+    """TensorBoard's event file, written by the caller's own thread, so that an error reaches the caller."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         with needs_extra("train"):
-            from tensorboardX import SummaryWriter
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step, filename_suffix=f".{os.getpid()}")
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # what was drawn from this step on is dropped
+        self._writer.write_event(self._event(wall_time=time.time(), step=first_step, session_log=start))
         self._flushed = 0.0
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flushed = time.monotonic()
             self._writer.flush()

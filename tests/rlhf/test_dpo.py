@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import training
+from jaxgpt import losses, training
 from jaxgpt.config import ModelConfig
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import dpo
@@ -44,7 +44,7 @@ def test_dpo_converges_to_the_policy_that_is_optimal_for_the_reward(temperature)
 
     def expected(params, batch, key):  # the loss of every choice, weighted by its probability
         one = jax.vmap(lambda choice: loss(params, batch.replace(choice_B=choice[None]), None)[0].value)
-        return training.losses.reduce(10 * weight_C * one(jnp.arange(10))), {}
+        return losses.reduce(10 * weight_C * one(jnp.arange(10))), {}
 
     tx = optax.adam(optim.linear_to_zero(3e-3, 150))
     rho = random_params(CONFIG, scale=1.0)
