@@ -16,7 +16,7 @@ Each trainer has a process of its own; they take turns, the others wait idle. Wh
     loss         after the warm-up steps: in float32 all must have ours
 """
 
-# This file is its own two kinds of worker: imports of jax and torch stay inside functions, as in bench_decode.
+# This file is its own two kinds of worker: imports of jax and torch stay inside functions, as in decode.py.
 
 import contextlib
 import dataclasses
