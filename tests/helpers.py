@@ -24,7 +24,7 @@ generate, generate_until = (
 hidden = jax.jit(transformer.hidden, static_argnums=1)
 score = jax.jit(transformer.score, static_argnums=1, static_argnames=("temperature", "window"))
 AS_USERS_RUN_IT = {"xla_backend_optimization_level": 3}  # for what holds to the last bit: see conftest.py
-if "fusion_emitters" in os.environ["XLA_FLAGS"]:
+if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
     AS_USERS_RUN_IT["xla_cpu_use_fusion_emitters"] = True
 WALL_CLOCK = ("time", "seconds_data", "seconds_device")  # metrics that differ between two equal runs
 TINY = ModelConfig(layers=2, width=32, heads=2, block=48, vocab=64)
