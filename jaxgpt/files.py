@@ -31,8 +31,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes `path`'s place at the end, in one step: a reader, or a program killed half-way, sees
-    the old file or the new one. Its folder is made if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    the old file or the new one. Its folder must exist: a run whose folder is gone shall not write into a new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "wb") as file:
@@ -48,8 +47,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` at the end, in one step. Where another process was quicker its folder
-    stays."""
+    """A folder to fill that becomes `path` in one step at the end. If another process was quicker, its own stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

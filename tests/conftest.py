@@ -2,7 +2,8 @@
 
 Most of their time is spent compiling small programs once. So the machine code is left unoptimised (XLA's own passes
 all run), each program is compiled in one piece, jaxlib 0.10 takes its older and quicker path, operations carry no stack
-traces, and Python's garbage collector leaves alone what was imported. Each flag can be changed from outside:
+traces, and Python's garbage collector leaves alone what was imported. The larger programs are kept in .pytest_cache for
+the next run. Each flag can be changed from outside:
 XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true".
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-LONGEST = ("stages", "sharding", "soak", "ppo", "speculative", "decode", "resume", "faults", "oracles", "tpu_scripts")
+LONGEST = ("stages", "process", "soak", "pages", "sharding", "many", "generate", "scripts", "ppo", "faults", "proofs")
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",

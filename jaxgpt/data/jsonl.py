@@ -50,6 +50,7 @@ def checked_text(value: Any, where: str, *, blank: bool = False) -> str:
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes one object a line and returns how many; the file appears whole or not at all."""
     count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")

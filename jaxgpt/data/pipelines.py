@@ -71,6 +71,7 @@ def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndar
         for ids in tok.encode_batch(docs[at : at + 1000]):
             parts.append(np.array([*ids, separator], np.int32))
     stream = np.concatenate(parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
         np.save(file, stream)
     return stream

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
-from jaxgpt.files import cache_root
+from jaxgpt.files import cache_root, write_json
 from jaxgpt.runs import process, progress
 from jaxgpt.runs.run import Run, print_device, run_fingerprint
 
@@ -371,3 +371,9 @@ def test_a_run_that_measured_nothing_gives_way_to_other_settings(tmp_path: Path)
         run.log(1, {"loss": 1.0})
     with pytest.raises(UserError, match="other settings"), Run(tmp_path / "run", Settings(), "toy"):
         pass
+
+
+def test_a_run_whose_folder_is_gone_does_not_write_into_a_new_one(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_json(tmp_path / "gone" / "done.json", {})
+    assert not (tmp_path / "gone").exists()
