@@ -14,6 +14,7 @@ labels.
 """
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,10 @@ def measure(settings: Settings) -> dict[str, Any]:
         )
 
         def log_probs(params: Any, rows: Any = answers.rows) -> np.ndarray:
-            return rollout.in_batches(
-                lambda rows: score(params, config, rows, temperature=settings.temperature, window=settings.new_tokens),
-                rows,
-                30,
-                mesh,
+            look = functools.partial(
+                score, params, config, temperature=settings.temperature, window=settings.new_tokens
             )
+            return np.asarray(rollout.in_batches(look, rows, 30, mesh))
 
         gold = settings.annotator.gold(answers.texts).reshape(-1, count)
         baseline = gold if name == "before" else baseline

@@ -170,7 +170,7 @@ class Maker:
     def task(self, prompt: str, answers: list[votes.Answer]) -> votes.Task | None:
         """Answers in random order, equal ones once; None if fewer than two are left."""
         different = list({answer.text: answer for answer in answers if answer.text}.values())
-        self.rng.shuffle(different)  # type: ignore[arg-type]
+        self.rng.shuffle(different)
         if len(different) < 2:
             return None
         return votes.Task(prompt, tuple(different), self.doubt(prompt, different) if self.doubt else 0.0)

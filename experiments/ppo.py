@@ -199,11 +199,12 @@ def main(settings: Settings) -> dict[str, Any]:
                 figures: dict[str, Any] = {name: floats[name] for name in ("score", "kl", "beta", "ended")}
                 bar.update(tokens=int(floats["length"] * settings.batch), **figures)
                 if i == 1 or i % settings.sample_every == 0:
+                    prompt = sharding.place_whole(Prompts(tokens_NP[:1], lengths_N[:1]), mesh)
                     shown = generate(
                         state.params["policy"],
                         config,
-                        tokens_NP[:1],
-                        lengths_N[:1],
+                        prompt.tokens_BP,
+                        prompt.length_B,
                         jax.random.clone(show_key),
                         new_tokens=settings.ppo.new_tokens,
                         stop=tok.template.end,

@@ -1,74 +1,88 @@
-"""What a model is made of: one frozen dataclass, and named presets."""
+"""What settings may be (`Range`), and what a model is made of: one frozen dataclass, and named presets."""
 
 import dataclasses
+import math
+import typing
 from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from jaxgpt.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be, said once: `steps: Annotated[int, Range(1)] = 100`. `check_settings` refuses
+    any other, and --help shows it."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, number: float) -> bool:
+        return self.least <= number <= self.most and self.above < number < self.below
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if math.isfinite(bound))
+
+
+def check_settings(settings: Any, prefix: str = "") -> None:
+    """For `__post_init__`: UserError if a field is outside its `Range` or none of its `Literal`'s choices. A tuple is
+    checked number by number, and None is always allowed. `prefix`: the name of these settings and a dot."""
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):
+        hint, value = hints[field.name], getattr(settings, field.name)
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else (value,)
+        if value not in choices:
+            raise UserError(f"{prefix}{field.name} is {value!r}; choose {' or '.join(map(str, choices))}")
+        for allowed in (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range)):
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number not in allowed:
+                    raise UserError(f"{prefix}{field.name} is {number}; it must be {allowed}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A transformer: of GPT-2's type by default; other settings make a GPT (2018) or a Llama, see PRESETS."""
 
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
-    kv_heads: int = 0  # so many keys and values, each for heads / kv_heads queries; 0: one a head
-    block: int = 96  # longest sequence, in tokens
-    vocab: int = 2048  # rows of the embedding; a multiple of 128 is fastest
-    mlp_width: int = 0  # hidden units of the MLP; 0: 4 x width
-    mlp: str = "gelu"  # or "swiglu": down(silu(gate x) * up x)
-    norm: str = "layer"  # or "rms": no mean, no bias
-    norm_at: str = "input"  # of each sub-layer, or "output": of its sum with what went in (Radford 2018)
-    positions: str = "learned"  # or "rotary"
-    rope_theta: float = 10_000.0  # rotary: wavelengths from 2 pi to 2 pi theta tokens
-    rope_factor: float = 1.0  # rotary: wavelengths beyond rope_block are stretched so (Llama 3.1 and later)
-    rope_block: int = 8192  # rotary: the block before it was stretched
+    layers: Annotated[int, Range(1)] = 4
+    width: Annotated[int, Range(1)] = 128
+    heads: Annotated[int, Range(1)] = 4
+    kv_heads: Annotated[int, Range(0)] = 0  # of keys and values, each for heads / kv_heads queries; 0: one per head
+    block: Annotated[int, Range(1)] = 96  # longest sequence, in tokens
+    vocab: Annotated[int, Range(1)] = 2048  # rows of the embedding; a multiple of 128 is fastest
+    mlp_width: Annotated[int, Range(0)] = 0  # hidden units of the MLP; 0: 4 x width
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: down(silu(gate x) * up x)
+    norm: Literal["layer", "rms"] = "layer"  # rms: no mean, no bias
+    norm_at: Literal["input", "output"] = "input"  # of each sub-layer; output: of its sum with its input (Radford 2018)
+    positions: Literal["learned", "rotary"] = "learned"
+    rope_theta: Annotated[float, Range(above=1)] = 10_000.0  # rotary: wavelengths from 2 pi to 2 pi theta tokens
+    rope_factor: Annotated[float, Range(1)] = 1.0  # rotary: stretches wavelengths beyond rope_block (Llama 3.1)
+    rope_block: Annotated[int, Range(1)] = 8192  # rotary: the block before it was stretched
     biases: bool = True  # of dense layers
     tied: bool = True  # the head is the embedding
-    dropout: float = 0.0  # only where a PRNG key is passed: never while sampling or scoring
+    dropout: Annotated[float, Range(0, below=1)] = 0.0  # only with a PRNG key: never while sampling or scoring
     norm_epsilon: float = 1e-5
-    dtype: str = "float32"  # of activations and matrix products; parameters stay float32
-    gradients: str = "auto"  # of the layers: written by hand where that is faster, or "plain": all JAX's own
-    remat: str = (
-        "none"  # what the backward pass computes again: nothing, all but "dots" (products of weights), or "full"
-    )
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and products; parameters stay float32
+    gradients: Literal["auto", "plain"] = "auto"  # auto: written by hand where that is faster; plain: all by JAX
+    remat: Literal["none", "dots", "full"] = "none"  # recomputed by the backward pass; dots: all but matrix products
     scan: bool = False  # one compiled layer for all: compiles sooner, runs slower on a CPU
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "block", "vocab", "rope_block"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("kv_heads", "mlp_width"):
-            if getattr(self, name) < 0:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it can't be negative")
+        check_settings(self, "model.")
         for large, small in (("width", "heads"), ("heads", "kv_heads")):
             if getattr(self, small) and getattr(self, large) % getattr(self, small):
                 raise UserError(
                     f"model.{large} {getattr(self, large)} is not a multiple of model.{small} {getattr(self, small)}; "
                     "change one of them"
                 )
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1)")
         if self.positions == "rotary" and self.head_dim % 2:
             raise UserError(f"heads of {self.head_dim} numbers can't be rotated in pairs; choose an even width / heads")
-        if not (self.rope_theta > 1.0 and self.rope_factor >= 1.0):
-            raise UserError(f"model.rope_theta {self.rope_theta} and rope_factor {self.rope_factor} must be above 1")
-        choices = {
-            "mlp": ("gelu", "swiglu"),
-            "norm": ("layer", "rms"),
-            "norm_at": ("input", "output"),
-            "positions": ("learned", "rotary"),
-            "dtype": ("float32", "bfloat16"),
-            "gradients": ("auto", "plain"),
-            "remat": ("none", "dots", "full"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"model.{name} is {getattr(self, name)!r}; choose {' or '.join(known)}")
 
     @property
     def head_dim(self) -> int:
+        """Numbers per head, K."""
         return self.width // self.heads
 
     @property
@@ -78,6 +92,7 @@ class ModelConfig:
 
     @property
     def mlp_units(self) -> int:
+        """Hidden units of the MLP, F."""
         return self.mlp_width or 4 * self.width
 
     @property

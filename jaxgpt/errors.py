@@ -5,7 +5,15 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """A mistake in settings, data or files: one line that says what is wrong, where, and what to do."""
+    """A mistake in settings, data or files: one line that says what is wrong, where, and what to do.
+
+    `experiment`: the experiment that would help, with its flags: ("sft", "--run", "runs/sft"). The command line knows
+    where experiments are and adds the whole command; the library doesn't.
+    """
+
+    def __init__(self, message: str, *, experiment: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.experiment = experiment
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ def cache_root() -> Path:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" for the known name nearest to a mistyped one, or an empty string."""
+    """The words "; did you mean X?" for the known name nearest to a mistyped one, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 

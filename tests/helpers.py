@@ -99,7 +99,7 @@ def prompts_of(rows: int, width: int, vocab: int = 64, seed: int = 0) -> tuple[A
 def few_reviews(folder: Path) -> Path:
     """A data folder with every 40th of the embedded reviews: quick to read and to tokenise."""
     rows = list(builders._csv_rows(builders._csv_path()))[::40]
-    with mock.patch.object(builders, "_csv_rows", lambda path: rows):
+    with mock.patch.object(builders, "_csv_rows", return_value=rows):
         builders.prepare(folder / "tfds")
     return folder
 

@@ -175,7 +175,7 @@ def devices_of(topology: str) -> Sequence[Any]:
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(topology, "tpu").devices  # type: ignore[no-any-return]
+        return topologies.get_topology_desc(topology, "tpu").devices
     except Exception as error:  # the compiler raises its own kinds
         lines = str(error).strip().splitlines()
         raise UserError(f"there is no slice {topology} ({lines[0] if lines else type(error).__name__})") from None
@@ -290,7 +290,7 @@ def in_a_child(request: Mapping[str, Any], patience: int) -> dict[str, Any]:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"failed": lines[-1][:300]}
-    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 # ---- on paper ----

@@ -33,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class Settings:
     models: tuple[str, ...] = ("small",)  # presets of jaxgpt.config
     block: int = 256  # longest sequence; at most the preset's own (0: that)
     vocab: int = 0  # tokens of the vocabulary (0: the preset's own)
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     batches: tuple[int, ...] = (1, 16)
     prompts: tuple[int, ...] = (16,)  # tokens of the prompt
     new_tokens: tuple[int, ...] = (200,)
@@ -101,7 +101,7 @@ class Settings:
                     f"{longest} tokens don't fit the block of {self.config(name).block} ({name}); set block"
                 )
 
-    def config(self, name: str, dtype: str = "float32") -> ModelConfig:
+    def config(self, name: str, dtype: Literal["float32", "bfloat16"] = "float32") -> ModelConfig:
         preset = MODELS[name]
         block = min(self.block, preset.block) or preset.block
         return dataclasses.replace(preset, dtype=dtype, block=block, vocab=self.vocab or preset.vocab)
@@ -130,7 +130,7 @@ class Case:
     """One point of the grid."""
 
     model: str
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     batch: int
     prompt: int
     new_tokens: int

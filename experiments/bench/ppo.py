@@ -172,7 +172,7 @@ class TrlWorker:
         scorers = [scorer_like(policy) for _ in range(2)]
         worker = self
 
-        class Waits(TrainerCallback):  # type: ignore[misc]
+        class Waits(TrainerCallback):
             def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
                 worker.may_go.acquire()
 

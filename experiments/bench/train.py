@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class Settings:
 
     run: Path = Path("runs/bench_train")
     models: tuple[str, ...] = ("small",)  # presets of jaxgpt.config
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     batches: tuple[int, ...] = (12,)
     blocks: tuple[int, ...] = (256,)  # tokens of a row
     layers: tuple[int, ...] = (0,)  # 0: the preset's own
@@ -114,7 +114,7 @@ class Case:
     """One point of the grid."""
 
     model: str
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     batch: int
     block: int
     layers: int
@@ -214,12 +214,13 @@ class JaxWorker(Trainer):
     def train(self, batches: Sequence[np.ndarray]) -> float:
         from jaxgpt.models import sharding
         from jaxgpt.structs import Batch
+        from jaxgpt.training import to_floats
 
         mask = np.ones(batches[0].shape, bool)
         mask[:, 0] = False
         for tokens in batches:
             self.state, metrics = self.step(self.state, sharding.place_rows(Batch(tokens, mask), self.mesh), None)
-        return float(metrics["loss"].value)
+        return to_floats(metrics)["loss"]
 
     def device_peak(self) -> int | None:
         import jax

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
     """See `_DESCRIPTION`. Rows: text, label (0 negative, 1 positive), source, row (line of the wheel's CSV, from 0)."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("file_format", "array_record")  # the format that needs no TensorFlow

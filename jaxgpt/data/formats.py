@@ -1,10 +1,10 @@
-"""Preferences in the formats of other projects, in and out.
+r"""Preferences in the formats of other projects, in and out.
 
     jaxgpt                {"prompt", "answers", "choice"}: B answers, a favourite
     trl                   {"prompt", "chosen", "rejected"}
     trl-implicit          {"chosen", "rejected"}, which both begin with the prompt
     trl-conversational    the same with lists of {"role", "content"}; reading: with the prompt apart or not
-    hh-rlhf               {"chosen", "rejected"} as "\\n\\nHuman: …\\n\\nAssistant: …" (Bai et al. 2022)
+    hh-rlhf               {"chosen", "rejected"} as "\n\nHuman: …\n\nAssistant: …" (Bai et al. 2022)
     lm-human-preferences  {"query", "sample0" … "sample3", "best"} (Ziegler et al. 2020); text, or ids of GPT-2
     arena                 {"model_a", "model_b", "winner", "conversation_a", "conversation_b"}, ties and both bad too
 
@@ -174,7 +174,8 @@ def _read_row(row: Row, where: str) -> Judged | None:
         return Judged(one.prompt, one.answers, "favourite", _first(one.choice, len(one.answers)), meta=meta)
     if not {"chosen", "rejected"} <= row.keys():
         raise UserError(
-            f"{where}: fields {', '.join(row)} are of no known format; see python -m experiments.votes --help"
+            f"{where}: fields {', '.join(row)} are of no known format; known are {', '.join(WRITERS)}",
+            experiment=("votes", "--help"),
         )
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list):
@@ -188,7 +189,7 @@ def _read_row(row: Row, where: str) -> Judged | None:
         if chosen.startswith(MARKED):
             sides = [_turns(_dialogue(side), where) for side in (chosen, rejected)]
         else:
-            same = len(os.path.commonprefix([chosen, rejected]))
+            same = len(os.path.commonprefix([chosen, rejected]))  # noqa: RUF071  of two texts
             sides = [(side[:same], side[same:]) for side in (chosen, rejected)]
     return _pair(sides, ((0,), (1,)), "favourite")
 

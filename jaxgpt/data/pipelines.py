@@ -48,6 +48,7 @@ class Batches(Iterator[ArrayBatch]):
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
+        """The position in the data, as JSON: a checkpoint keeps it."""
         return {"fingerprint": self._fingerprint, "grain": self._iterator.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:

@@ -62,6 +62,7 @@ class Template:
     strip: bool = False  # white space around a prompt is removed
 
     def to_json(self) -> dict[str, Any]:
+        """What template.json holds."""
         return {"version": TEMPLATE_VERSION, **dataclasses.asdict(self)}
 
     @staticmethod

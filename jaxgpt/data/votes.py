@@ -116,7 +116,7 @@ class Store:
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
         if not create and not path.is_file():
-            raise UserError(f"no database of votes {path}; `make label` makes one")
+            raise UserError(f"there is no database of votes {path}", experiment=("label",))
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._lock = path, threading.RLock()
         self._leases: dict[str, tuple[str, float]] = {}
@@ -131,6 +131,7 @@ class Store:
             raise UserError(f"{path} can't be used as a database of votes ({error}); choose another file") from error
 
     def close(self) -> None:
+        """Close the database; nothing can be read or written after."""
         with self._lock:
             self._db.close()
 
@@ -191,6 +192,7 @@ class Store:
         return Task(found[0][0], answers, found[0][1], id_)
 
     def tasks(self) -> dict[str, Task]:
+        """All tasks by their id."""
         return {id_: self.task(id_) for (id_,) in self._rows("SELECT id FROM tasks ORDER BY rowid")}
 
     def next_task(self, annotator: str, *, overlap: float = 0.0, repeat: float = 0.0) -> tuple[Task, bool] | None:
@@ -240,6 +242,7 @@ class Store:
         return bool(self._rows(query, task, annotator))
 
     def prompts(self) -> set[str]:
+        """The prompts that have a task."""
         return {prompt for (prompt,) in self._rows("SELECT prompt FROM tasks")}
 
     # ---- votes ----
@@ -310,6 +313,7 @@ class Store:
         return found
 
     def count(self, annotator: str | None = None) -> int:
+        """How many votes stand, of one annotator or of all."""
         return int(
             self._rows(
                 f"SELECT count(*) FROM votes WHERE {_STANDING} AND (? IS NULL OR annotator = ?)", annotator, annotator
@@ -342,6 +346,7 @@ class Store:
             )
 
     def rating(self, id_: str) -> int | None:
+        """The stars that an answer was given, or None."""
         found = self._rows("SELECT stars FROM ratings WHERE id = ?", id_)
         return found[0][0] if found else None
 
@@ -355,6 +360,7 @@ def share(text: str) -> float:
 
 
 def is_database(path: Path) -> bool:
+    """Whether this names a database of votes, by its suffix."""
     return _split(path)[0].suffix in (".sqlite", ".db")
 
 
@@ -376,7 +382,9 @@ def read(path: Path) -> list[Preference]:
     ]
     if not found:
         kind = f" in the part {part!r}" if part else ""
-        raise UserError(f"{file} holds no preferences{kind} yet ({len(votes)} votes); label more with `make label`")
+        raise UserError(
+            f"{file} holds no preferences{kind} yet ({len(votes)} votes); label more", experiment=("label",)
+        )
     return found
 
 
@@ -391,7 +399,7 @@ def preferences_of(task: Task, vote: Vote) -> list[Preference]:
 def part(file: Path, name: str) -> Path:
     """The name that `read` takes for one part of a database."""
     if not is_database(file):
-        raise UserError(f"{file} is no database of votes; python -m experiments.votes --read makes one of a file")
+        raise UserError(f"{file} is not a database of votes", experiment=("votes", "--read", str(file)))
     return file.with_name(f"{file.name}:{name}")
 
 
@@ -418,6 +426,7 @@ class Agreement:
 
     @property
     def kappa(self) -> float:
+        """Agreement beyond chance: (observed - expected) / (1 - expected); Cohen 1960."""
         return (self.same - self.chance) / max(1 - self.chance, 1e-9)
 
     def __str__(self) -> str:

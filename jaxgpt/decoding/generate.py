@@ -11,7 +11,7 @@ a segment at a time, so that a token costs what it has to look at, not what it m
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,11 @@ from jaxgpt.errors import UserError
 from jaxgpt.models import layers, lora, sharding, transformer
 from jaxgpt.structs import Answers, Array, Batch, KVCache, Params
 
+X = TypeVar("X")
+Y = TypeVar("Y")
 Sampler = Callable[[Array, Array], Array]
-Loop = Callable[[Callable[..., Any], Any, Any], tuple[Any, Any]]
+Carry = tuple[KVCache, Array, Array, Array | None]  # cache, token_B, ended_B, seen_BV
+Loop = Callable[..., tuple[Carry, tuple[Array, ...]]]  # as jax.lax.scan: (step, carry, xs) -> (carry, collected)
 SeenFilter = Callable[[Array, Array], Array]  # (logits [B, V], seen [B, V] bool) -> logits
 SEGMENT = 128  # slots by which the cache grows; each segment is compiled
 STATIC = (  # for jax.jit(generate, static_argnums=1, static_argnames=STATIC)
@@ -48,7 +51,7 @@ def prepare(params: Params, config: ModelConfig) -> Params:
         return params
     params = lora.merge(params)
 
-    def ready(path: tuple[Any, ...], w: Array) -> Array:
+    def ready(path: tuple[object, ...], w: Array) -> Array:
         w = w.astype(config.dtype) if w.ndim >= 2 else w
         return sharding.gathered(w, tuple(sharding.rule_of(path, transformer.PARTITION)))
 
@@ -234,7 +237,9 @@ def generate(
         real_BP = jnp.arange(P) < length_B[:, None]
         seen_BV = jnp.zeros((B, config.vocab), bool).at[jnp.arange(B)[:, None], prompt_BP].max(real_BP)
 
-    def emit(key: Array, h_BD: Array, ended_B: Array, seen_BV: Array | None) -> tuple[Array, Any, tuple[Array, ...]]:
+    def emit(
+        key: Array, h_BD: Array, ended_B: Array, seen_BV: Array | None
+    ) -> tuple[Array, Array | None, tuple[Array, ...]]:
         """The next token from the hidden state before it: (ended, seen, what is collected)."""
         logits_BV = unembed(params, h_BD)
         if filter_seen is not None and seen_BV is not None:
@@ -249,7 +254,7 @@ def generate(
             seen_BV = seen_BV.at[jnp.arange(B), token_B].set(True)
         return ended_B | (token_B[:, None] == stops).any(axis=1), seen_BV, tuple(out)
 
-    def step(carry: tuple, x: tuple[Array, Array]) -> tuple[tuple, tuple[Array, ...]]:
+    def step(carry: Carry, x: tuple[Array, Array]) -> tuple[Carry, tuple[Array, ...]]:
         cache, token_B, ended_B, seen_BV = carry
         t, key = x
         cache, h_BD = advance(params, config, cache, token_B, length_B, P, t)
@@ -273,20 +278,20 @@ def generate(
     )
 
 
-def until_all_ended(step: Callable[..., Any], carry: Any, xs: Any) -> tuple[Any, Any]:
+def until_all_ended(step: Callable[[Carry, X], tuple[Carry, Y]], carry: Carry, xs: X) -> tuple[Carry, Y]:
     """`jax.lax.scan` that ends early when every row has ended; what is then missing reads as ended."""
     steps = jax.tree.leaves(xs)[0].shape[0]
     # Keys travel as plain numbers: that each is taken once is clear to a reader, not to JAX's check of reused keys.
     is_key = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key), xs)
     plain = jax.tree.map(lambda x, key: jax.random.key_data(x) if key else x, xs, is_key)
 
-    def at(i: Array | int) -> Any:
+    def at(i: Array | int) -> X:
         return jax.tree.map(lambda x, key: jax.random.wrap_key_data(x[i]) if key else x[i], plain, is_key)
 
     shapes = jax.eval_shape(step, carry, at(0))[1]
     empty = jax.tree.map(lambda x: jnp.full((steps, *x.shape), x.dtype == jnp.bool, x.dtype), shapes)
 
-    def body(state: tuple) -> tuple:
+    def body(state: tuple[Array, Carry, Y]) -> tuple[Array, Carry, Y]:
         i, carry, collected = state
         carry, out = step(carry, at(i))
         place = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)  # noqa: E731
@@ -298,9 +303,9 @@ def until_all_ended(step: Callable[..., Any], carry: Any, xs: Any) -> tuple[Any,
     return carry, collected
 
 
-def generate_until(*args: Any, **settings: Any) -> Answers:
+def generate_until(*args: object, **settings: object) -> Answers:
     """The same tokens as `generate` with the same arguments, by a loop that stops when every row has ended."""
-    return generate(*args, loop=until_all_ended, **settings)
+    return generate(*args, loop=until_all_ended, **settings)  # type: ignore[arg-type]
 
 
 def check_room(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None:

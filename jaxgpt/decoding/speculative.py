@@ -13,7 +13,7 @@ Two letters beside those of `structs`: J drafted tokens, and E = J + 1 tokens th
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +28,23 @@ from jaxgpt.structs import Answers, Array, KVCache, Params
 
 Shape = Callable[[Array], Array]  # logits [..., V] -> the probabilities that are drawn from [..., V]
 # (key, state, text_T, n) -> state, J tokens to follow the first n of the text, and their distributions [J, V]
-Propose = Callable[[Array, Any, Array, Array], tuple[Any, Array, Array]]
+State = TypeVar("State")
+# key, cache, the draft's state, text_T, logp, n, ended, forwards, accepted
+Carry = tuple[Array, KVCache, State, Array, Array, Array, Array, Array, Array]
+Propose = Callable[[Array, State, Array, Array], tuple[State, Array, Array]]
 
 
-class Draft(Protocol):
+class Draft(Protocol[State]):
     """Proposes `k` tokens at a time; a pytree, so that it can be an argument of a jitted function."""
 
     @property
-    def k(self) -> int: ...
+    def k(self) -> int:
+        """Tokens at a time."""
+        ...
 
     def start(
         self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: Shape
-    ) -> tuple[Any, Propose]:
+    ) -> tuple[State, Propose[State]]:
         """Read the prompt: the first state, and the function that proposes."""
         ...
 
@@ -60,7 +65,7 @@ def generate(
     length_B: Array,
     key: Array,
     *,
-    draft: Draft,
+    draft: Draft[State],
     new_tokens: int,
     stop: int | Sequence[int],
     pad: int = 0,
@@ -88,7 +93,7 @@ def generate(
     cache, _ = prefill(params, config, prompt_BP, length_B, A + J)
     state, propose = draft.start(config, prompt_BP, length_B, A, shape)
 
-    def body(carry: tuple) -> tuple:
+    def body(carry: Carry[State]) -> Carry[State]:
         key, cache, state, text_T, logp, n, _, forwards, accepted = carry
         key, draft_key, verify_key = jax.random.split(key, 3)
         state, draft_J, q_JV = propose(draft_key, state, text_T, length + n)
@@ -168,7 +173,8 @@ class ModelDraft:
 
     def start(
         self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: Shape
-    ) -> tuple[KVCache, Propose]:
+    ) -> tuple[KVCache, Propose[KVCache]]:
+        """See `Draft.start`."""
         if self.config.vocab != config.vocab:
             raise UserError(
                 f"the draft has a vocabulary of {self.config.vocab}, the model one of {config.vocab}; "
@@ -185,7 +191,9 @@ class ModelDraft:
             q_V = shape(logits_BEV[0, n - 1 - begin])
             first_key, key = jax.random.split(key)
 
-            def step(carry: Any, position: Array) -> tuple[Any, tuple[Array, Array]]:
+            def step(
+                carry: tuple[KVCache, Array, Array], position: Array
+            ) -> tuple[tuple[KVCache, Array, Array], tuple[Array, Array]]:
                 cache, token, key = carry
                 draw_key, key = jax.random.split(key)
                 cache, logits_BEV = extend(params, self.config, cache, token[None], position)
@@ -194,8 +202,7 @@ class ModelDraft:
                 return (cache, token, key), (token[0], q_V)
 
             first = sampling.categorical(first_key, jnp.log(q_V)[None])
-            carry: Any = (cache, first, key)
-            (cache, *_), (rest, q_rest) = jax.lax.scan(step, carry, n + jnp.arange(self.k - 1))
+            (cache, _, _), (rest, q_rest) = jax.lax.scan(step, (cache, first, key), n + jnp.arange(self.k - 1))
             return cache, jnp.concatenate([first, rest]), jnp.concatenate([q_V[None], q_rest])
 
         return prefill(params, self.config, prompt_BP, length_B, new_tokens + self.k)[0], propose
@@ -210,7 +217,8 @@ class NgramDraft:
 
     def start(
         self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: Shape
-    ) -> tuple[None, Propose]:
+    ) -> tuple[None, Propose[None]]:
+        """See `Draft.start`."""
         if self.n > prompt_BP.shape[1] + new_tokens:
             raise UserError(f"n is {self.n}, more than prompt and answer have tokens; look for fewer")
 

@@ -1,23 +1,23 @@
 """What a function expects of its arrays, said once: shapes and dtypes while tracing, values where they are known."""
 
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
+from jax.typing import ArrayLike
 
 KINDS = {"float": jnp.floating, "int": jnp.integer, "bool": jnp.bool}
 
 
-def expect(**arguments: tuple[Any, str]) -> None:
+def expect(**arguments: tuple[ArrayLike | None, str]) -> None:
     """Compare arrays with specs such as `scores=(scores_BC, "float B C")`; None is an argument left out.
 
     A letter stands for one axis and must have the same size wherever it stands; a leading `...` stands for any axes,
     the same everywhere too. Shapes and dtypes are known while tracing, so this costs nothing at run time.
     Raises TypeError (dtype) or ValueError (shape), naming the function, the argument, what it is and what it should be.
     """
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, object] = {}
     origin: dict[str, str] = {}
     for name, (array, spec) in arguments.items():
         if array is None:
@@ -39,7 +39,7 @@ def expect(**arguments: tuple[Any, str]) -> None:
             origin.setdefault(axis, name)
 
 
-def expect_value(ok: Any, message: str, **values: Any) -> None:
+def expect_value(ok: ArrayLike, message: str, **values: ArrayLike) -> None:
     """Demand that all of `ok` is True: at once where it is concrete, else under `checkify.checkify` (and only there).
 
     `message` may hold {names} of `values`. Raises ValueError(function: message).

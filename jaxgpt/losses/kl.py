@@ -84,10 +84,12 @@ class Estimate:
 
     @property
     def nats_a_sequence(self) -> Array:
+        """KL of whole answers, a mean over them."""
         return self.total / jnp.maximum(self.sequences, 1)
 
     @property
     def nats_a_token(self) -> Array:
+        """KL of single tokens, a mean over them."""
         return self.total / jnp.maximum(self.tokens, 1)
 
     @property

@@ -5,7 +5,8 @@ reverse-mode gradient only, and leave to the formula what they can't do. Keys an
 queries: each then serves as many neighbouring ones (Ainslie et al. 2023).
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt.models import sharding
 from jaxgpt.structs import Array
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
 Implementation = Literal["xla", "cudnn"]
 SPLASH_TILES = (512, 256, 128)  # of queries and keys; the largest that divides T
@@ -70,7 +74,7 @@ def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | Non
     return own(q_BTHK, k_BTHK, v_BTHK, segments_BT)
 
 
-def _splash_kernel(T: int, heads: int, tile: int, interpret: bool) -> Any:
+def _splash_kernel(T: int, heads: int, tile: int, interpret: bool) -> Callable[..., Array]:
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     sizes = kernels.BlockSizes(
@@ -87,7 +91,7 @@ def _splash_kernel(T: int, heads: int, tile: int, interpret: bool) -> Any:
     return kernels.make_splash_mha(mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
 
-def _segment_ids(segments_BT: Array) -> Any:
+def _segment_ids(segments_BT: Array) -> "SegmentIds":
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     return kernels.SegmentIds(q=segments_BT, kv=segments_BT)

@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxgpt.models import attention, sharding
 from jaxgpt.structs import Array, Params
+
+Saved = tuple[Any, ...]  # by a forward pass for its backward pass
 
 Attend = Callable[[Array, Array, Array, Array | None], Array]
 COLUMNS, LINES = ("fsdp", "tensor"), ("tensor", "fsdp")  # how the weight of a dense layer [in, out] is divided
@@ -38,7 +41,7 @@ class Layers(NamedTuple):
 # ---- plain ----
 
 
-def _wide(x: Array) -> Any:
+def _wide(x: Array) -> DTypeLike:
     """The dtype of a dense product before it is rounded. On a CPU float32: XLA's bfloat16 product is up to 1.3 times as
     fast so, and is rounded once, after the bias."""
     return jnp.float32 if sharding.platform() == "cpu" else x.dtype
@@ -158,7 +161,7 @@ def _transposed(x: Array) -> Array:
     return jax.lax.fori_loop(0, COPIES, copy, jnp.zeros(x.shape[::-1], x.dtype))
 
 
-def _dot(x: Array, w: Array, dtype: Any) -> Array:
+def _dot(x: Array, w: Array, dtype: DTypeLike) -> Array:
     """x @ w summed in float32 and rounded to dtype."""
     return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(dtype)
 
@@ -168,14 +171,14 @@ def _linear(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str]) 
     return _linear_forward(x, kernel, bias, axes)[0]
 
 
-def _linear_forward(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str]) -> tuple[Array, Any]:
+def _linear_forward(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str]) -> tuple[Array, Saved]:
     x, ready = _together((x, sharding.gathered(kernel.astype(x.dtype), axes)))
     product = jnp.matmul(x, ready, preferred_element_type=jnp.float32)
     likes = jnp.zeros((), kernel.dtype), None if bias is None else jnp.zeros((), bias.dtype)
     return (product if bias is None else product + bias).astype(x.dtype), (x, ready, *likes)
 
 
-def _linear_backward(axes: tuple[str, str], saved: Any, dy: Array) -> tuple[Array, Array, Array | None]:
+def _linear_backward(axes: tuple[str, str], saved: Saved, dy: Array) -> tuple[Array, Array, Array | None]:
     x, kernel, like, bias_like = saved
     dy = _together(dy)
     dkernel = jnp.matmul(_transposed(x), _flat(dy), preferred_element_type=jnp.float32)
@@ -202,7 +205,7 @@ def _adapted(x: Array, kernel: Array, a: Array, b: Array, bias: Array | None, ax
 
 def _adapted_forward(
     x: Array, kernel: Array, a: Array, b: Array, bias: Array | None, axes: tuple[str, str]
-) -> tuple[Array, Any]:
+) -> tuple[Array, Saved]:
     """x W + (x A) B. XLA would compute dy anew in each of the five products that it is an operand of."""
     product, saved = _linear_forward(x, kernel, bias, axes)
     x = saved[0]
@@ -210,7 +213,7 @@ def _adapted_forward(
     return product + xa @ b.astype(x.dtype), (saved, a, b, xa)
 
 
-def _adapted_backward(axes: tuple[str, str], saved: Any, dy: Array) -> tuple[Array | None, ...]:
+def _adapted_backward(axes: tuple[str, str], saved: Saved, dy: Array) -> tuple[Array | None, ...]:
     linear, a, b, xa = saved
     dy = _together(dy)
     dxa = _together(dy @ b.astype(dy.dtype).T)
@@ -226,11 +229,11 @@ _adapted.defvjp(_adapted_forward, _adapted_backward)
 _norm_vjp = jax.custom_vjp(_norm, nondiff_argnums=(3,))
 
 
-def _norm_forward(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple[Array, Any]:
+def _norm_forward(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple[Array, Saved]:
     return _norm_vjp(x, scale, bias, epsilon), (x, scale, bias)
 
 
-def _norm_backward(epsilon: float, saved: Any, dy: Array) -> tuple[Array, Array, Array | None]:
+def _norm_backward(epsilon: float, saved: Saved, dy: Array) -> tuple[Array, Array, Array | None]:
     x, scale, bias = saved
     normal, inverse = _normal(x, epsilon, centre=bias is not None)
     dy = dy.astype(jnp.float32)
@@ -291,7 +294,7 @@ def _halves(T: int) -> tuple[tuple[int, int], ...]:
     return ((0, T // 2), (T // 2, T)) if T > 1 else ((0, T),)
 
 
-def _attention_forward(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, seen_TT: Array) -> tuple[Array, Any]:
+def _attention_forward(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, seen_TT: Array) -> tuple[Array, Saved]:
     weights, outs = [], []
     for begin, end in _halves(q_BHTK.shape[2]):
         q, k, v, seen = q_BHTK[:, :, begin:end], k_BHTK[:, :, :end], v_BHTK[:, :, :end], seen_TT[..., begin:end, :end]
@@ -303,7 +306,7 @@ def _attention_forward(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, seen_TT: Arr
     return out, (q_BHTK, k_BHTK, v_BHTK, weights, out)
 
 
-def _attention_backward(saved: Any, dy: Array) -> tuple[Array, Array, Array, None]:
+def _attention_backward(saved: Saved, dy: Array) -> tuple[Array, Array, Array, None]:
     """With P = softmax(S): dS = P (dP - sum(dy out)). Gradients of k and v contract the small arrays' transposes."""
     q, k, v, weights, out = saved
     dtype, T = q.dtype, q.shape[2]
@@ -343,13 +346,13 @@ def _fast_product_VD(h: Array, table_VD: Array) -> Array:
     return _product_forward(h, table_VD)[0]
 
 
-def _product_forward(h: Array, table_VD: Array) -> tuple[Array, Any]:
+def _product_forward(h: Array, table_VD: Array) -> tuple[Array, Saved]:
     h, ready = _together((h, sharding.gathered(table_VD.astype(h.dtype), LINES)))
     logits = jnp.matmul(h, _transposed(ready), preferred_element_type=jnp.float32)
     return logits, (h, ready, jnp.zeros((), table_VD.dtype))
 
 
-def _product_backward(saved: Any, dy: Array) -> tuple[Array, Array]:
+def _product_backward(saved: Saved, dy: Array) -> tuple[Array, Array]:
     h, table_VD, like = saved
     dy = _together(dy.astype(h.dtype))
     dtable = _together(jnp.matmul(_transposed(h), _flat(dy), preferred_element_type=jnp.float32)).T

@@ -11,7 +11,7 @@ Functions below it ask for a layout by the names of the axes (`constrain`), whic
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -22,7 +22,9 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.structs import Array
 
-F = TypeVar("F", bound=Callable[..., Any])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Tree = TypeVar("Tree")  # any pytree; what comes back is built alike
 Axes = str | tuple[str, ...] | None
 ROWS = ("data", "fsdp")  # what divides the rows of a batch
 
@@ -41,7 +43,7 @@ class MeshConfig:
                 raise UserError(f"mesh.{name} is {getattr(self, name)}; it must be at least {least}")
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
     """All devices of all processes (or those given) as a mesh. UserError where they don't divide so."""
     count = len(devices) if devices is not None else jax.device_count()
     inner = config.fsdp * config.tensor
@@ -62,15 +64,15 @@ def data_mesh() -> Mesh:
 # ---- inside a step ----
 
 
-def within(mesh: Mesh, f: F) -> F:
+def within(mesh: Mesh, f: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """f, traced with this mesh in mind: `constrain` and `platform` refer to it."""
 
     @functools.wraps(f)
-    def traced(*args: Any, **kwargs: Any) -> Any:
+    def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return f(*args, **kwargs)
 
-    return traced  # type: ignore[return-value]
+    return traced
 
 
 def _active() -> AbstractMesh | None:
@@ -134,7 +136,7 @@ def parts_of(size: int, axes: Axes) -> int:
     return 1 if mesh is None else int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
-def rule_of(path: Sequence[Any], rules: Mapping[str, P]) -> P:
+def rule_of(path: Sequence[object], rules: Mapping[str, P]) -> P:
     """The rule for a leaf by the last two names of its path ("qkv/kernel") or the last one; P() without one."""
     names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
     return rules.get("/".join(names[-2:]), rules.get("".join(names[-1:]), P()))
@@ -170,26 +172,26 @@ def row_parts(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[name] for name in ROWS if name in mesh.shape], dtype=int))
 
 
-def by_path(tree: Any, rules: Mapping[str, P], mesh: Mesh) -> Any:
+def by_path(tree: Tree, rules: Mapping[str, P], mesh: Mesh) -> Tree:
     """A NamedSharding for each leaf (an array or its shape) by the end of its path, whatever it is nested in: an
     optimiser's moments lie where their parameters do. Leaves without a rule are on every device."""
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def place(path: tuple[object, ...], leaf: Array) -> NamedSharding:
         return NamedSharding(mesh, _fitting(rule_of(path, rules), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def with_shardings(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: Tree, shardings: Tree) -> Tree:
     """Shapes that also say where they live: what a step is compiled for."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def place(tree: Tree, shardings: Tree | NamedSharding) -> Tree:
     """A copy of each leaf where `shardings` (a tree, or one for all) says, in new buffers: a step may donate them.
     With several processes, each holds the same leaves."""
 
-    def one(x: Any, where: NamedSharding) -> Array:
+    def one(x: Array | np.ndarray, where: NamedSharding) -> Array:
         if where.is_fully_addressable:
             return jax.numpy.copy(jax.device_put(x, where))
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):  # its numbers have one axis more, which stays whole
@@ -202,21 +204,21 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-def place_like(tree: Any, shapes: Any) -> Any:
+def place_like(tree: Tree, shapes: Tree) -> Tree:
     """`place`, where `with_shardings` shapes say."""
     return place(tree, jax.tree.map(lambda x: x.sharding, shapes))
 
 
-def place_rows(tree: Any, mesh: Mesh) -> Any:
+def place_rows(tree: Tree, mesh: Mesh) -> Tree:
     """Host arrays, of which each process holds its share of rows, as global arrays divided among all devices."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows(mesh), np.asarray(x)), tree)
 
 
-def place_whole(tree: Any, mesh: Mesh) -> Any:
+def place_whole(tree: Tree, mesh: Mesh) -> Tree:
     """Host arrays, of which every process holds all rows, as global arrays: the rows divided among all devices, or,
     where that doesn't come out even, whole on each."""
 
-    def one(x: Any) -> Array:
+    def one(x: Array | np.ndarray) -> Array:
         x = np.asarray(x)
         divided = NamedSharding(mesh, _fitting((ROWS,), x.shape, mesh))
         return jax.make_array_from_callback(x.shape, divided, lambda index: x[index])
@@ -233,7 +235,7 @@ class Share:
 
 
 def share_of_rows(mesh: Mesh) -> Share:
-    """This process's share. Processes whose devices hold the same rows (a tensor axis across them) bring the same
+    """The share of this process. Processes whose devices hold the same rows (a tensor axis across them) bring the same
     part. UserError where processes hold rows in common and others not."""
     held: dict[int, frozenset[int]] = {}
     parts = row_parts(mesh)
@@ -250,7 +252,7 @@ def share_of_rows(mesh: Mesh) -> Share:
     return Share(shares.index(held[jax.process_index()]), len(shares))
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """A copy of each leaf on every device, in new buffers."""
     return place(tree, replicated(mesh))
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import chex
 import jax
@@ -29,6 +29,8 @@ from jaxgpt.models import sharding
 from jaxgpt.models.layers import COLUMNS, LINES, PLAIN, Attend, Layers, choose
 from jaxgpt.models.sharding import ROWS, constrain, constrain_rows
 from jaxgpt.structs import Array, Batch, Params
+
+Kept = TypeVar("Kept")
 
 WHOLE_LOGITS = 512 * 2**20  # bytes on a device, from which on logits are made in tiles
 
@@ -154,7 +156,7 @@ def embed_rows(params: Params, config: ModelConfig, tokens_BT: Array, positions_
     Each device looks its own columns up for all rows, and sends each row's to where it belongs; or, where the table is
     smaller than that, the tables are put together first."""
     B, T = tokens_BT.shape
-    if B * T < config.vocab * sharding.parts_of(B, ROWS):
+    if config.vocab * sharding.parts_of(B, ROWS) > B * T:
         ids = [constrain(x, "data", None) for x in (tokens_BT, positions_BT)]
         x_BTD = constrain(embed(params, config, *ids), "data", None, "fsdp")
     else:
@@ -209,7 +211,7 @@ def hidden_and_kv(
     """`hidden`, and each layer's keys and values [B, T, G, K]: what a prefill stores."""
     chex.assert_rank(tokens_BT, 2)
     T = tokens_BT.shape[1]
-    if T > config.block:
+    if config.block < T:
         raise UserError(
             f"{T} tokens don't fit the model's block of {config.block}; shorten the rows or enlarge model.block"
         )
@@ -264,9 +266,9 @@ def transformer_block(
     layers: Layers,
     x_BTD: Array,
     angles: tuple[Array, Array] | None,
-    attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+    attend: Callable[[Array, Array, Array], tuple[Array, Kept]],
     key: Array | None = None,
-) -> tuple[Array, Any]:
+) -> tuple[Array, Kept]:
     """One layer of attention and one of the MLP, each added to its input, with a norm before it or behind the sum.
 
     attend(q [B, T, H, K], k, v [B, T, G, K]) -> (mixed [B, T, H, K], anything), which is returned too: keys and values
@@ -376,16 +378,19 @@ class Window:
         return jnp.minimum(self.first_B[:, None] + jnp.arange(self.width), self.length - 1)
 
     def take(self, x_BTD: Array) -> Array:
+        """Of [B, T, ...] the window's columns, [B, W, ...]."""
         if self.width == self.length - 1:
             return x_BTD[:, :-1]
         return jnp.take_along_axis(x_BTD, self._target_BW[:, :, None] - 1, axis=1)
 
     def targets(self, tokens_BT: Array) -> Array:
+        """The token that follows each column of the window, [B, W]."""
         if self.width == self.length - 1:
             return tokens_BT[:, 1:]
         return jnp.take_along_axis(tokens_BT, self._target_BW, axis=1)
 
     def put(self, x_BW: Array) -> Array:
+        """[B, W] back to [B, T], 0 outside the window."""
         if self.width == self.length - 1:
             return jnp.pad(x_BW, ((0, 0), (1, 0)))
         offset_BT = jnp.arange(self.length) - self.first_B[:, None]

@@ -51,9 +51,11 @@ class File:
         self.tensors = {_common(tensor.name): tensor for tensor in reader.tensors}
 
     def get(self, name: str, default: Any = None) -> Any:
+        """A value of the file's metadata, or the default."""
         return self._fields[name].contents() if name in self._fields else default
 
     def need(self, name: str) -> Any:
+        """A value of the file's metadata. UserError where it is missing."""
         if name not in self._fields:
             raise UserError(f"{self.path} has no field {name}")
         return self.get(name)

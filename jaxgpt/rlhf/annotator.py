@@ -7,11 +7,14 @@ and it picks a favourite with probability softmax(gold / temperature).
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from jaxgpt.errors import UserError, needs_extra
+
+if TYPE_CHECKING:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,7 @@ class SimulatedAnnotator:
 
     @property
     def name(self) -> str:
+        """Who annotates, for records and reports."""
         kind = "VADER" if self.wish == "cheerful" else "number of words"
         return f"simulated annotator ({kind}, temperature {self.temperature:g})"
 
@@ -63,7 +67,7 @@ def gold_scores(texts: Sequence[str]) -> np.ndarray:
 
 
 @functools.cache
-def _vader() -> Any:
+def _vader() -> "SentimentIntensityAnalyzer":
     with needs_extra("eval"):
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 

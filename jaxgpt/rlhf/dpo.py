@@ -15,7 +15,9 @@ from jaxgpt.structs import Array, Params, Preferences
 from jaxgpt.training.step import LossFn, Metrics
 
 
-def make_loss(config: ModelConfig, beta: float | Array, temperature: float = 1.0, window: int | None = None) -> LossFn:
+def make_loss(
+    config: ModelConfig, beta: float | Array, temperature: float = 1.0, window: int | None = None
+) -> LossFn[Preferences]:
     """The B-way DPO loss, log B where pi = rho. `beta`: reward units a nat; `temperature`: of policy and reference;
     `window`: tokens of the longest answer (saves the vocabulary head on prompts)."""
 

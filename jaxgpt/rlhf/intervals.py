@@ -55,8 +55,9 @@ def best_of_n_kl_bound(n: int) -> float:
 
 
 def distinct_2(texts: Sequence[str], limit: int = 4000) -> float:
-    """Different pairs of neighbouring words among the first `limit` pairs, as a fraction: falls when answers repeat
-    themselves. (It falls with the number of pairs too: that is why they are limited.)"""
+    """Different pairs of neighbouring words among the first `limit` pairs, as a fraction.
+
+    It falls when answers repeat themselves, and also with the number of pairs: that is why they are limited."""
     pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)][:limit]
     return len(set(pairs)) / max(len(pairs), 1)
 

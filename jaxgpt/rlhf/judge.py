@@ -6,18 +6,21 @@ too.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxgpt.errors import needs_extra
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
     """A classifier of reviews with its accuracy on reviews it has not seen."""
 
-    classifier: Any
+    classifier: "Pipeline"  # of scikit-learn
     accuracy: float
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:

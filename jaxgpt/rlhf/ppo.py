@@ -14,13 +14,13 @@ State parameters: trainable 'policy' and 'value_head', frozen 'reference' and wh
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.typing import ArrayLike
 
 from jaxgpt import losses
 from jaxgpt.config import ModelConfig
@@ -33,7 +33,7 @@ from jaxgpt.training.step import Metrics, TrainState, init_state, make_train_ste
 
 Controller = kl.AdaptiveKL | kl.FixedKL
 RewardFn = Callable[[Params, Batch], Array]
-HostReward = Callable[[Batch], Any]
+HostReward = Callable[[Batch], ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,6 @@ def score(
     score_B: Array,
 ) -> tuple[Rollout, Metrics]:
     """Add the policy's and the reference's log-probabilities, the values, and the score of answers that never ended."""
-
     params = state.params
     reference = lora.reference(params)
 
@@ -143,7 +142,7 @@ def score(
         sampler_logp_BT=sampler_logp_BT,
     )
     gap_BT = jnp.where(rows.mask_BT, jnp.abs(logp_BT - sampler_logp_BT), 0.0)
-    metrics = {
+    metrics: Metrics = {
         "score": losses.reduce(experience.score_B),
         "entropy": losses.reduce(entropy_BT, rows.mask_BT),
         "length": losses.reduce(rows.mask_BT.sum(1).astype(jnp.float32)),
@@ -219,9 +218,9 @@ def update(
     _, variance = returns.masked_moments(batch.return_BT, experience.mask_BT)
     _, residual = returns.masked_moments(batch.return_BT - experience.value_BT, experience.mask_BT)
     metrics = {
-        **{name: jax.tree.map(lambda x: x[-1], history[name]) for name in history},
-        "ratio_error_first": history["ratio_error_max"][0],
-        "ratio_max": history["ratio_max"].max(),
+        **jax.tree.map(lambda x: x[-1], history),
+        "ratio_error_first": jax.tree.map(lambda x: x[0], history["ratio_error_max"]),
+        "ratio_max": jax.tree.map(jnp.max, history["ratio_max"]),
         "kl": measured.nats_a_sequence,
         "kl_error": measured.nats_a_sequence_error,
         "kl_k3": by_k3.nats_a_sequence,

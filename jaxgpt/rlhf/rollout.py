@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +16,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.models import sharding, transformer
 from jaxgpt.structs import Answers, Array, Batch, Params
 from jaxgpt.training.step import jit_on, join_rows, split_rows
+
+Rows = TypeVar("Rows")  # a pytree of arrays whose first axis is rows
+Result = TypeVar("Result")
 
 
 def collect(
@@ -64,7 +67,7 @@ def policy_outputs(
     return before.put(logp_BW), before.put(value_BW), before.put(entropy_BW)
 
 
-def in_minibatches(f: Callable[[Any], Any], tree: Any, minibatches: int) -> Any:
+def in_minibatches(f: Callable[[Rows], Result], tree: Rows, minibatches: int) -> Result:
     """Apply f to equal parts of the rows (`training.split_rows`), one after another, and join the results."""
     return join_rows(jax.lax.map(f, split_rows(tree, minibatches)))
 
@@ -116,7 +119,7 @@ def sample_answers(
     longest one's: each is compiled for."""
     longest = width or max(map(len, prompts))
     check_room(config, longest, new_tokens)
-    program = _collector(mesh, config, new_tokens=new_tokens, stop=stop, temperature=temperature)
+    program = _collector(mesh, config, new_tokens, stop, temperature)
     parts = []
     for at in range(0, len(prompts), batch):
         chunk = list(prompts[at : at + batch])
@@ -130,14 +133,18 @@ def sample_answers(
 
 
 @functools.lru_cache(maxsize=16)  # a program for each policy's shapes, not for each call
-def _collector(mesh: Mesh, config: ModelConfig, **options: Any) -> Callable[..., Any]:
-    def program(params: Params, prompt_BP: Array, length_B: Array, key: Array) -> Any:
-        return collect(params, config, prompt_BP, length_B, key, **options)
+def _collector(
+    mesh: Mesh, config: ModelConfig, new_tokens: int, stop: int, temperature: float
+) -> Callable[..., tuple[Batch, Array, Answers]]:
+    def program(params: Params, prompt_BP: Array, length_B: Array, key: Array) -> tuple[Batch, Array, Answers]:
+        return collect(
+            params, config, prompt_BP, length_B, key, new_tokens=new_tokens, stop=stop, temperature=temperature
+        )
 
     return jit_on(mesh, program)
 
 
-def in_batches(f: Callable[..., Any], rows: Any, batch: int, mesh: Mesh) -> Any:
+def in_batches(f: Callable[[Rows], Result], rows: Rows, batch: int, mesh: Mesh) -> Result:
     """f, made by `jit_on` for this mesh, over host rows in batches of one shape (the last one filled up with its last
     row), divided among the devices; the results are joined on the host."""
     count = jax.tree.leaves(rows)[0].shape[0]
@@ -149,6 +156,6 @@ def in_batches(f: Callable[..., Any], rows: Any, batch: int, mesh: Mesh) -> Any:
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def _first(tree: Any, count: int) -> Any:
+def _first(tree: Rows, count: int) -> Rows:
     """The first rows of each leaf, on the host."""
     return jax.tree.map(lambda x: np.asarray(x)[:count], tree)

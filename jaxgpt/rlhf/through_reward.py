@@ -59,7 +59,7 @@ def relaxed(key: Array, logits: Array, tokens: Array, tau: float) -> Array:
 
 def make_loss(
     config: ModelConfig, reward_config: ModelConfig, beta: float | Array, how: ThroughReward, temperature: float = 1.0
-) -> LossFn:
+) -> LossFn[Batch]:
     """loss(params, rows, key) of answers that the policy sampled: -h + beta KL, a mean over answers. Parameters:
     'policy', frozen 'reference' and 'reward'. Metrics: `h_seen`, what the reward model makes of its input here (of
     the mixtures, without straight_through); `kl_exact`, nats a sequence."""

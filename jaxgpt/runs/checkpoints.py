@@ -65,19 +65,19 @@ class Settings(Protocol):
     """What `Saves` reads of an experiment's settings."""
 
     @property
-    def save(self) -> SaveConfig: ...
+    def save(self) -> SaveConfig: ...  # noqa: D102
     @property
-    def guard(self) -> GuardConfig: ...
+    def guard(self) -> GuardConfig: ...  # noqa: D102
     @property
-    def force(self) -> bool: ...
+    def force(self) -> bool: ...  # noqa: D102
 
 
 class Position(Protocol):
     """Something with a place to go on from: `data.pipelines.Batches`."""
 
     def __next__(self) -> Any: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: Mapping[str, Any]) -> None: ...
+    def get_state(self) -> dict[str, Any]: ...  # noqa: D102
+    def set_state(self, state: Mapping[str, Any]) -> None: ...  # noqa: D102
 
 
 class Saves:

@@ -1,8 +1,8 @@
 """The command line of an experiment: `cli(main, Settings, PRESETS)`.
 
 `--preset NAME` or `--settings FILE` chooses the starting values, `--distributed` joins several processes, and every
-other flag, made from the fields of the settings dataclass, changes one value. A mistake is one line on stderr and exit
-status 2.
+other flag, made from the fields of the settings dataclass, changes one value. A mistake is one line on stderr, a second
+one with the command that helps where there is one, and exit status 2.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import io
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
+from jaxgpt.config import Range
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import did_you_mean, read_json
 from jaxgpt.runs.process import Stopped, join_processes, prepare_process, print_device
@@ -25,6 +27,7 @@ from jaxgpt.runs.settings import flat_json, settings_from_json, settings_to_json
 
 with needs_extra("train"):
     import tyro
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 __all__ = ["cli", "parse", "settings_from_json", "settings_to_json"]
 
@@ -54,7 +57,7 @@ def cli(
         print_device()
         return main(settings)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_advice(error, main)}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         print(f"stopped: {stop}", file=sys.stderr)
@@ -62,6 +65,26 @@ def cli(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
+
+
+def _advice(error: UserError, main: Callable[..., Any]) -> str:
+    """The command of the experiment that the error names, if it lies beside the running one or in the folder above."""
+    running = getattr(sys.modules.get(main.__module__), "__file__", None)
+    if not error.experiment or running is None:
+        return ""
+    name, *flags = error.experiment
+    for folder in Path(running).resolve().parents[:2]:
+        file = folder / f"{name}.py"
+        if file.exists():
+            local = file.is_relative_to(Path.cwd())
+            where = ["-m", ".".join(_short(file).with_suffix("").parts)] if local else [str(file)]
+            return f"\n  try: {shlex.join([str(_short(Path(sys.executable))), *where, *flags])}"
+    return ""
+
+
+def _short(path: Path) -> Path:
+    """From here, where that is shorter."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:
@@ -85,6 +108,7 @@ def parse(
                 description="\n\n".join(filter(None, [description, _presets_text(settings_type, presets)])),
                 return_unknown_args=True,
                 config=(tyro.conf.AvoidSubcommands,),
+                registry=_showing_ranges(),
             )
     except SystemExit as stop:
         refusal = _user_error(stop)
@@ -95,6 +119,36 @@ def parse(
     if unknown:
         raise UserError(_unknown_message(unknown, ["--preset", "--settings", "--distributed", *_flags(settings_type)]))
     return command.values
+
+
+def _showing_ranges() -> ConstructorRegistry:
+    """tyro's own rules, with a field's `Range` beside its default in --help."""
+    registry = ConstructorRegistry()
+    inside: list[StructTypeInfo] = []
+
+    @registry.struct_rule
+    def rule(kind: StructTypeInfo) -> StructConstructorSpec | None:
+        if inside:  # asked by ourselves, below: the next rule, which is tyro's
+            return None
+        inside.append(kind)
+        try:
+            found = ConstructorRegistry.get_struct_spec(kind)
+        finally:
+            inside.pop()
+        if not isinstance(found, StructConstructorSpec):
+            return None
+        return dataclasses.replace(found, fields=tuple(map(_showing_range, found.fields)))
+
+    return registry
+
+
+def _showing_range(field: StructFieldSpec) -> StructFieldSpec:
+    ranges = [str(mark) for mark in getattr(field.type, "__metadata__", ()) if isinstance(mark, Range)]
+    if not ranges:
+        return field
+    hint = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}; {', '.join(ranges)})")
+    shown: Any = Annotated[field.type, hint]
+    return dataclasses.replace(field, type=shown)
 
 
 def _user_error(stop: BaseException) -> UserError | None:

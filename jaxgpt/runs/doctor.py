@@ -47,6 +47,7 @@ class Finding:
 
 
 def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean."""
     return math.fsum(values) / len(values)
 
 
@@ -62,6 +63,7 @@ ENOUGH = 8  # iterations or log lines, before a curve says anything
 
 
 def not_finite(run: Record) -> Iterator[Finding]:
+    """Losses or gradients that are NaN or infinite."""
     skipped = run.curve("skipped")
     names = sorted({name for row in run.rows for name in row.get("nonfinite", ())})
     if names or (skipped and skipped[-1] > 0):
@@ -90,6 +92,7 @@ def starved(run: Record) -> Iterator[Finding]:
 
 
 def learns_nothing(run: Record) -> Iterator[Finding]:
+    """A loss that doesn't fall."""
     curve = run.curve("train_nats_a_token")
     if len(curve) >= ENOUGH:
         first, last = quarters(curve)
@@ -102,6 +105,7 @@ FORGOTTEN = 2.0  # nats a token on pretraining's text, lost by finetuning (half 
 
 
 def forgets(run: Record) -> Iterator[Finding]:
+    """Finetuning that loses what pretraining learned."""
     before, after = run.results.get("pretraining_nats_before"), run.results.get("pretraining_nats_after")
     if before is not None and after is not None and after - before > FORGOTTEN:
         yield Finding(
@@ -124,6 +128,7 @@ def dead_reward(run: Record) -> Iterator[Finding]:
 
 
 def end_collapse(run: Record) -> Iterator[Finding]:
+    """Answers that stop ending, or end at once."""
     lengths, ended = run.curve("length"), run.curve("ended")
     if len(lengths) < ENOUGH:
         return
@@ -167,6 +172,7 @@ UNDERFIT = 0.03
 
 
 def value_underfits(run: Record) -> Iterator[Finding]:
+    """A critic that explains none of the returns."""
     curve = run.curve("explained_variance")
     if len(curve) >= 2 * ENOUGH:
         _, last = quarters(curve)
@@ -179,6 +185,7 @@ def value_underfits(run: Record) -> Iterator[Finding]:
 
 
 def kl_blows_up(run: Record) -> Iterator[Finding]:
+    """A policy that runs away from its reference."""
     curve, lengths = run.curve("kl"), run.curve("length")
     if len(curve) < ENOUGH:
         return
@@ -214,6 +221,7 @@ def hacked(run: Record) -> Iterator[Finding]:
 
 
 def overfits(run: Record) -> Iterator[Finding]:
+    """A held-out loss above the one that training began with."""
     nll = run.results.get("heldout_nll")
     curve = run.curve("train_loss")
     if nll is not None and curve and nll > 1.1 * curve[0]:

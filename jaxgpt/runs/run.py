@@ -65,15 +65,18 @@ def run_fingerprint(folder: Path, stage: str | None = None) -> str:
     UserError when `folder` is neither, or not a run of `stage`, if one is given."""
     if stage is None and loading.is_pretrained(folder):
         return loading.fingerprint(folder)
-    made_by = f"run experiments/{stage}.py --run {folder} first" if stage else "run the experiment that makes it first"
+    experiment = (stage, "--run", str(folder)) if stage else ()
     if not (folder / "done.json").exists():
         state = "is not finished" if (folder / "settings.json").exists() else "does not exist or is not a run folder"
-        raise UserError(f"{folder} {state}; {made_by}")
+        raise UserError(f"{folder} {state}; run the experiment that makes it first", experiment=experiment)
     done = read_json(folder / "done.json")
     if not isinstance(done, dict) or not {"stage", "fingerprint", "results"} <= done.keys():
-        raise UserError(f"{folder / 'done.json'} is damaged; {made_by}, with --fresh")
+        raise UserError(
+            f"{folder / 'done.json'} is damaged; run the experiment again",
+            experiment=(*experiment, "--fresh") if stage else (),
+        )
     if stage is not None and done["stage"] != stage:
-        raise UserError(f"{folder} is a run of {done['stage']!r}, and one of {stage!r} is needed; {made_by}")
+        raise UserError(f"{folder} is a run of {done['stage']!r}, and one of {stage!r} is needed; name another folder")
     return str(done["fingerprint"])
 
 
@@ -177,7 +180,7 @@ class Run:
 
     def _lock(self) -> None:
         """Held until exit, or until the process ends in any way."""
-        lock = self._files.enter_context(open(self.folder / ".lock", "w"))
+        lock = self._files.enter_context(open(self.folder / ".lock", "w"))  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -187,8 +190,8 @@ class Run:
 
     def _open(self) -> None:
         """Without a buffer: what couldn't be written is not tried again when the file is closed."""
-        self._metrics = self._files.enter_context(open(self.folder / "metrics.jsonl", "ab", buffering=0))
-        self._log = self._files.enter_context(open(self.folder / "log.txt", "ab", buffering=0))
+        self._metrics = self._files.enter_context(open(self.folder / "metrics.jsonl", "ab", buffering=0))  # noqa: SIM115
+        self._log = self._files.enter_context(open(self.folder / "log.txt", "ab", buffering=0))  # noqa: SIM115
 
     def _inspect(self) -> dict[str, Any] | None:
         """The results of a finished run with the same settings, or None when it is to start; touches nothing."""
@@ -343,7 +346,7 @@ def _identity(record: Mapping[str, Any], places: frozenset[str] | set[str]) -> d
 
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """ "lr: 0.001 there, 0.003 now, …", or an empty string."""
+    """Such as "lr: 0.001 there, 0.003 now", or an empty string."""
     old, new = flat_json(there["settings"]), flat_json(now["settings"])
     absent = "absent"
     changed = [

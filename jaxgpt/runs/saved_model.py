@@ -135,6 +135,7 @@ def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[s
 
 
 def refuse_differences(folder: Path, expected: Mapping[str, str], found: Mapping[str, str], who: str) -> None:
+    """UserError with each parameter whose shape or dtype isn't as expected, or that one side lacks."""
     texts = differences(expected, found)
     if texts:
         raise UserError("\n  ".join([f"{folder} does not hold the parameters {who}:", *texts]))
@@ -160,13 +161,13 @@ def _find(folder: Path) -> Path:
         _recover(place)
         if (place / "model.json").exists():
             return place
-    maker = "the experiment that trains it, such as experiments/pretrain.py,"
+    experiment: tuple[str, ...] = ()
     for place in (folder, folder.parent):
         if (place / "settings.json").exists():
             stage = read_json(place / "settings.json").get("stage")
-            maker = f"experiments/{stage}.py --run {place}"
+            experiment = (str(stage), "--run", str(place))
     near = did_you_mean(folder.name, loading.KNOWN)
-    raise UserError(f"{folder} holds no model; run {maker} first{near}")
+    raise UserError(f"{folder} holds no model; run the experiment that trains it first{near}", experiment=experiment)
 
 
 def _recover(folder: Path) -> None:

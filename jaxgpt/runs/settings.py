@@ -1,140 +1,121 @@
-"""Settings (nested frozen dataclasses) as JSON and back, strictly; and the atomic JSON files that hold them."""
+"""Settings (nested frozen dataclasses) as JSON and back, strictly: msgspec converts, and this module names the setting
+that does not fit, in the user's words. Ranges are `config.Range`s, which the settings check themselves."""
 
 import dataclasses
 import math
-import types
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import did_you_mean
 
+with needs_extra("train"):
+    import msgspec
+
 T = TypeVar("T")
+WORDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "array": "a list",
+    "object": "an object",
+}
 
 
 def settings_to_json(settings: Any) -> Any:
     """Dataclasses become objects, tuples lists, paths strings. UserError for a float JSON has no number for."""
+    plain = msgspec.to_builtins(settings, enc_hook=_path_to_text)
+    for _, value in _leaves(plain):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"a setting is {value}; settings must be finite numbers")
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
-        hints = typing.get_type_hints(type(settings))
-        return {f.name: _field_to_json(hints[f.name], getattr(settings, f.name)) for f in dataclasses.fields(settings)}
-    if isinstance(settings, Mapping):
-        return {str(key): settings_to_json(value) for key, value in settings.items()}
-    if isinstance(settings, (list, tuple)):
-        return [settings_to_json(value) for value in settings]
-    if isinstance(settings, Path):
-        return str(settings)
-    if isinstance(settings, float) and not math.isfinite(settings):
-        raise UserError(f"a setting is {settings}; settings must be finite numbers")
-    if settings is None or isinstance(settings, (bool, int, float, str)):
-        return settings
-    raise TypeError(f"no JSON form for a setting of type {type(settings).__name__}")
-
-
-def _field_to_json(kind: Any, value: Any) -> Any:
-    whole = kind is float and isinstance(value, int)  # `lr: float = 1` is 1.0, as it is after a round trip
-    return settings_to_json(float(value) if whole else value)
+        whole = msgspec.convert(plain, type(settings), dec_hook=_text_to_path)  # `lr: float = 1` is 1.0
+        plain = msgspec.to_builtins(whole, enc_hook=_path_to_text)
+    return msgspec.json.decode(msgspec.json.encode(plain))
 
 
 def settings_from_json(kind: type[T], data: Any, where: str = "settings") -> T:
     """The inverse of `settings_to_json`. Fields left out keep their default; anything else that does not fit is a
     UserError that names the field (unknown name, wrong type, missing value), prefixed by `where`."""
-    return _value(kind, data, "", where)
-
-
-def _value(kind: Any, data: Any, name: str, where: str) -> Any:
-    """`data` as an instance of the annotation `kind`; `name` is the dotted field, '' at the top."""
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, data, name, where)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
-        return _value(args[0], data, name, where)
-    if origin in (typing.Union, types.UnionType):
-        return _union(args, data, name, where)
-    if origin is typing.Literal:
-        if data in args and type(data) in {type(arg) for arg in args}:
-            return data
-        choices = [str(arg) for arg in args]
-        hint = did_you_mean(str(data), choices)
-        raise UserError(f"{where}: {name} is {data!r}; choose one of {', '.join(choices)}{hint}")
-    if kind is tuple or origin is tuple:
-        return _tuple(args, data, name, where)
-    if kind is dict or origin in (dict, Mapping):
-        _expect(isinstance(data, dict), "an object", data, name, where)
-        inner = args[1] if args else Any
-        return {key: _value(inner, value, f"{name}.{key}", where) for key, value in data.items()}
-    return _scalar(kind, data, name, where)
-
-
-def _scalar(kind: Any, data: Any, name: str, where: str) -> Any:
-    if kind is Path:
-        _expect(isinstance(data, str) and data != "", "a path", data, name, where)
-        return Path(data)
-    if kind is float:
-        number = isinstance(data, (int, float)) and not isinstance(data, bool) and math.isfinite(data)
-        _expect(number, "a number", data, name, where)
-        return float(data)
-    if kind in (bool, int, str, type(None)):
-        _expect(type(data) is kind, _KINDS[kind], data, name, where)
-        return data
-    if kind is Any:
-        return data
-    raise TypeError(f"settings may not hold a {kind} ({name})")
-
-
-_KINDS = {bool: "true or false", int: "a whole number", str: "text", type(None): "null"}
-
-
-def _expect(fits: bool, wanted: str, data: Any, name: str, where: str) -> None:
-    if not fits:
-        shown = repr(data) if len(repr(data)) <= 60 else f"{repr(data)[:57]}..."
-        raise UserError(f"{where}: {name or 'the top level'} must be {wanted}, not {shown}")
-
-
-def _dataclass(kind: Any, data: Any, name: str, where: str) -> Any:
-    _expect(isinstance(data, dict), "an object", data, name, where)
-    hints = typing.get_type_hints(kind, include_extras=True)
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    prefix = f"{name}." if name else ""
-    for key in data:
-        if key not in fields:
-            raise UserError(f"{where}: unknown setting {prefix}{key}{did_you_mean(key, fields)}")
-    for key, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and key not in data:
-            raise UserError(f"{where}: the setting {prefix}{key} is missing")
-    return kind(**{key: _value(hints[key], value, prefix + key, where) for key, value in data.items()})
-
-
-def _tuple(args: tuple[Any, ...], data: Any, name: str, where: str) -> tuple[Any, ...]:
-    _expect(isinstance(data, list), "a list", data, name, where)
-    if not args or (len(args) == 2 and args[1] is Ellipsis):
-        kinds: tuple[Any, ...] = (args[0] if args else Any,) * len(data)
-    else:
-        _expect(len(data) == len(args), f"a list of {len(args)}", data, name, where)
-        kinds = args
-    items = enumerate(zip(kinds, data, strict=True))
-    return tuple(_value(kind, item, f"{name}[{i}]", where) for i, (kind, item) in items)
-
-
-def _union(args: tuple[Any, ...], data: Any, name: str, where: str) -> Any:
-    if data is None and type(None) in args:
-        return None
-    errors = []
-    for kind in (arg for arg in args if arg is not type(None)):
-        try:
-            return _value(kind, data, name, where)
-        except UserError as error:
-            errors.append(error)
-    raise errors[0]
+    _refuse_unknown(kind, data, "", where)
+    for name, value in _leaves(data):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}: {name} must be a number, not {value}")
+    try:
+        return msgspec.convert(data, kind, dec_hook=_text_to_path)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, UserError):  # from the settings' own __post_init__
+            raise error.__cause__ from None
+        raise UserError(f"{where}: {_explain(kind, data, str(error))}") from None
 
 
 def flat_json(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model": {"width": 8}} -> {"model.width": 8}: one entry a setting, for comparing and naming them."""
+    """{"model": {"width": 8}} -> {"model.width": 8}: one entry per setting, to compare and name them."""
     if not isinstance(value, Mapping):
         return {prefix: value}
     flat = {}
     for key, inner in value.items():
         flat.update(flat_json(inner, f"{prefix}.{key}" if prefix else str(key)))
     return flat
+
+
+def _path_to_text(value: object) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"no JSON form for a setting of type {type(value).__name__}")
+
+
+def _text_to_path(kind: type, value: object) -> Path:
+    if kind is not Path:
+        raise NotImplementedError(f"settings may not hold a {kind}")
+    if not isinstance(value, str) or not value:
+        raise ValueError("Expected `a path`")
+    return Path(value)
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is neither an object nor a list, with its dotted name."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from _leaves(inner, f"{name}[{i}]")
+    else:
+        yield name, value
+
+
+def _refuse_unknown(kind: Any, data: Any, prefix: str, where: str) -> None:
+    """msgspec ignores names that a dataclass doesn't have."""
+    if not (dataclasses.is_dataclass(kind) and isinstance(data, Mapping)):
+        return
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+    for key, value in data.items():
+        if key not in fields:
+            raise UserError(f"{where}: unknown setting {prefix}{key}{did_you_mean(key, fields)}")
+        _refuse_unknown(fields[key], value, f"{prefix}{key}.", where)
+
+
+def _explain(kind: Any, data: Any, message: str) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.model.layers`" in our words, with the value that was given."""
+    what, _, place = message.partition(" - at `$")
+    name = place.rstrip("`").removeprefix(".")
+    missing = re.search(r"missing required field `(\w+)`", what)
+    if missing:
+        return f"the setting {name}{'.' if name else ''}{missing[1]} is missing"
+    for key in re.findall(r"\w+", name):
+        kind = typing.get_type_hints(kind)[key] if dataclasses.is_dataclass(kind) else None
+        data = data[int(key) if key.isdecimal() else key]
+    if typing.get_origin(kind) is typing.Literal:
+        choices = [str(choice) for choice in typing.get_args(kind)]
+        return f"{name} is {data!r}; choose one of {', '.join(choices)}{did_you_mean(str(data), choices)}"
+    wanted = re.search(r"Expected `([^`|]+)[^`]*`(?: of length (\d+))?", what)
+    shown = repr(data) if len(repr(data)) <= 60 else f"{repr(data)[:57]}..."
+    words = what if wanted is None else WORDS.get(wanted[1].strip(), wanted[1].strip())
+    length = f" of {wanted[2]}" if wanted and wanted[2] else ""
+    return f"{name or 'the top level'} must be {words}{length}, not {shown}"

@@ -66,7 +66,7 @@ def conduct(
 
 
 def stages(start: Path, *names: str) -> dict[str, str]:
-    """Inputs of a study: stages of `make assistant`. UserError if one has not been run."""
+    """Inputs of a study: finished stages in the folder `start`. UserError if one has not been run."""
     return {name: run_fingerprint(start / name, name) for name in names}
 
 

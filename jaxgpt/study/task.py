@@ -62,7 +62,7 @@ class Task:
 
 
 def reviews(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig) -> Task:
-    """The task of `make assistant`: one-line reviews whose sentiment by VADER is the gold score; the judge is fitted on
+    """The pipeline's own task: one-line reviews whose sentiment by VADER is the gold score; the judge is fitted on
     people's labels. `model_folder`: a finetuned model."""
     start, config, tok, _ = load_language_model(model_folder)
     mesh = sharding.data_mesh()

@@ -1,6 +1,6 @@
 """Optimisers and schedules, from optax alone."""
 
-from typing import Any
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import optax
 from flax import traverse_util
 
 from jaxgpt.errors import UserError
-from jaxgpt.structs import Params
+from jaxgpt.structs import Array, Params
 
 
 def warmup_cosine(peak: float, steps: int, warmup: int, final: float = 0.1) -> optax.Schedule:
@@ -27,7 +27,7 @@ def linear_to_zero(peak: float, steps: int, warmup: int = 0) -> optax.Schedule:
 def decay_mask(params: Params) -> Params:
     """True for what weight decay acts on: matrices; not biases, norms, positions or scalar heads."""
 
-    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+    def decays(path: tuple[Hashable, ...], leaf: Array) -> bool:
         return leaf.ndim >= 2 and path[-1] != "positions_TD"
 
     return dict(traverse_util.path_aware_map(decays, params))
@@ -50,7 +50,9 @@ def scale_by_adam_tf(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> o
     eps / sqrt(1 - b2^t): some 32 times larger in the first step. PPO of language models was tuned with this form.
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         del params
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
@@ -71,7 +73,7 @@ def adam_tf(schedule: optax.Schedule, *, eps: float = 1e-5, clip: float = 1.0) -
 
 
 def split(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Params]:
-    """(trainable, frozen) by top-level name: split({'policy': …, 'reference': …}, ('policy',))."""
+    """Trainable and frozen parameters by top-level name: ('policy',) keeps 'reference' and 'reward' frozen."""
     missing = set(trainable) - set(params)
     if missing:
         raise UserError(f"no parameters named {sorted(missing)}; there are {sorted(params)}")

@@ -1,8 +1,8 @@
 """The one training step that every stage shares."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,13 @@ from jaxgpt.models import sharding, transformer
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.training import guard
 
-Metrics = dict[str, Any]
-LossFn = Callable[[Params, Any, Array | None], tuple[Mean, Metrics]]
+Data = TypeVar("Data")  # a batch: any pytree of arrays whose first axis is its rows
+State = TypeVar("State")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Metrics = Mapping[str, Mean | Array]  # pooled over a batch's parts: Means are added, of anything else the larger counts
+Sums = tuple[Params, tuple[Mean, Metrics]]
+LossFn = Callable[[Params, Data, Array | None], tuple[Mean, Metrics]]
 
 
 @struct.dataclass
@@ -37,7 +42,11 @@ class TrainState:
 
     @property
     def params(self) -> Params:
+        """All parameters, as a loss sees them."""
         return merged(self.frozen, self.trainable)
+
+
+Step = Callable[[TrainState, Data, Array | None], tuple[TrainState, Metrics]]
 
 
 def merged(frozen: Params, trainable: Params) -> Params:
@@ -56,28 +65,34 @@ def init_state(trainable: Params, tx: optax.GradientTransformation, frozen: Para
 
 def pool(a: Metrics, b: Metrics) -> Metrics:
     """The metrics of two parts of a batch as the whole's: Means are pooled, of anything else the larger counts."""
-    return {name: a[name] + b[name] if isinstance(b[name], Mean) else jnp.maximum(a[name], b[name]) for name in b}
+    return {name: _pool(a[name], b[name]) for name in b}
 
 
-def split_rows(tree: Any, parts: int) -> Any:
+def _pool(a: Mean | Array, b: Mean | Array) -> Mean | Array:
+    if isinstance(a, Mean) or isinstance(b, Mean):
+        return a + b  # type: ignore[operator]  # both are
+    return jnp.maximum(a, b)
+
+
+def split_rows(tree: Data, parts: int) -> Data:
     """A batch as `parts` smaller ones along a new leading axis. Part p has the rows p, p + parts, ...: where rows are
     divided among devices in blocks, each device keeps its own."""
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def join_rows(tree: Any) -> Any:
+def join_rows(tree: Data) -> Data:
     """The inverse of `split_rows`."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def make_train_step(
-    loss_fn: LossFn,
+    loss_fn: LossFn[Data],
     tx: optax.GradientTransformation,
     *,
     microbatches: int = 1,
     axis_name: str | None = None,
     spike: float = 0.0,
-) -> Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]:
+) -> Step[Data]:
     """step(state, batch, key) -> (state, metrics); pure, to be jitted with donate_argnums=0.
 
     loss_fn(params, batch, key) returns the objective as `Mean(sum, count)` and a dict of metrics (`Mean`s, or maxima).
@@ -90,13 +105,13 @@ def make_train_step(
     running mean.
     """
 
-    def summed(trainable: Params, frozen: Params, batch: Any, key: Array | None) -> tuple[Array, tuple[Mean, Metrics]]:
+    def summed(trainable: Params, frozen: Params, batch: Data, key: Array | None) -> tuple[Array, tuple[Mean, Metrics]]:
         objective, metrics = loss_fn(merged(frozen, trainable), batch, key)
         return objective.sum, (objective, metrics)
 
     grad_fn = jax.grad(summed, has_aux=True)
 
-    def gradients(state: TrainState, batch: Any, key: Array | None) -> tuple[Params, tuple[Mean, Metrics]]:
+    def gradients(state: TrainState, batch: Data, key: Array | None) -> tuple[Params, tuple[Mean, Metrics]]:
         if microbatches == 1:
             return grad_fn(state.trainable, state.frozen, batch, key)
         parts = split_rows(batch, microbatches)
@@ -105,14 +120,14 @@ def make_train_step(
         one = jax.eval_shape(lambda batch: grad_fn(state.trainable, state.frozen, batch, key), first)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
 
-        def add(total: Any, part: tuple[Any, Array | None]) -> tuple[Any, None]:
+        def add(total: Sums, part: tuple[Data, Array | None]) -> tuple[Sums, None]:
             grads, (objective, metrics) = grad_fn(state.trainable, state.frozen, *part)
             sums = jax.tree.map(jnp.add, total[0], grads), total[1][0] + objective
             return (sums[0], (sums[1], pool(total[1][1], metrics))), None
 
         return jax.lax.scan(add, nothing, (parts, keys))[0]
 
-    def step(state: TrainState, batch: Any, key: Array | None = None) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Data, key: Array | None = None) -> tuple[TrainState, Metrics]:
         grads, (objective, metrics) = gradients(state, batch, key)
         if axis_name is not None:
             grads, objective = jax.lax.psum((grads, objective), axis_name)
@@ -133,12 +148,12 @@ def make_train_step(
     return step
 
 
-def _pool_over(axis_name: str, metric: Any) -> Any:
+def _pool_over(axis_name: str, metric: Mean | Array) -> Mean | Array:
     """`pool` of all devices' parts."""
     return jax.lax.psum(metric, axis_name) if isinstance(metric, Mean) else jax.lax.pmax(metric, axis_name)
 
 
-def make_nll(config: ModelConfig) -> LossFn:
+def make_nll(config: ModelConfig) -> LossFn[Batch]:
     """The loss of pretraining and finetuning: -log P of the masked tokens, a mean over tokens."""
 
     def loss_fn(params: Params, batch: Batch, key: Array | None = None) -> tuple[Mean, Metrics]:
@@ -148,18 +163,15 @@ def make_nll(config: ModelConfig) -> LossFn:
     return loss_fn
 
 
-Step = Callable[[TrainState, Any, Array | None], tuple[TrainState, Metrics]]
-
-
 def jit_step(
-    loss_fn: LossFn,
+    loss_fn: LossFn[Data],
     tx: optax.GradientTransformation,
     mesh: Mesh,
-    state: Any = None,
+    state: TrainState | None = None,
     *,
     microbatches: int = 1,
     spike: float = 0.0,
-) -> Step:
+) -> Step[Data]:
     """`make_train_step`, jitted for a mesh: the batch's rows divided, the state donated.
 
     `state` holds shapes with the shardings that it has before and after (see `shapes_on`); without it the state is
@@ -175,12 +187,25 @@ def jit_step(
     )
 
 
-def jit_on(mesh: Mesh, f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def jit_on(
+    mesh: Mesh,
+    f: Callable[Arguments, Result],
+    *,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+) -> Callable[Arguments, Result]:
     """`jax.jit` of f traced for a mesh; its arguments stay where they are, its results are whole on every device."""
-    return jax.jit(sharding.within(mesh, f), out_shardings=sharding.replicated(mesh), **options)
+    return jax.jit(
+        sharding.within(mesh, f),
+        out_shardings=sharding.replicated(mesh),
+        static_argnums=static_argnums,
+        static_argnames=static_argnames,
+        donate_argnums=donate_argnums,
+    )
 
 
-def pmap_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, microbatches: int = 1) -> Step:
+def pmap_step(loss_fn: LossFn[Data], tx: optax.GradientTransformation, *, microbatches: int = 1) -> Step[Data]:
     """`make_train_step` under `jax.pmap`: the same numbers, with every array's first axis the devices'.
 
     State and key: a copy for each device (`jax.numpy.broadcast_to`; keys may differ). Batch: `reshape(devices, -1,
@@ -190,17 +215,19 @@ def pmap_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, microbatches
     return jax.pmap(step, axis_name="data", donate_argnums=0)
 
 
-def shapes_on(mesh: Mesh, make: Callable[..., Any], *args: Any) -> Any:
+def shapes_on(
+    mesh: Mesh, make: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
     """Shapes and dtypes of make(*args), each with its sharding by `model.PARTITION`, without making anything."""
     shapes = jax.eval_shape(make, *args)
     return sharding.with_shardings(shapes, sharding.by_path(shapes, transformer.PARTITION, mesh))
 
 
 def evaluate(
-    loss: Callable[[Params, Any], tuple[Mean, Metrics]], params: Params, batches: Iterable[Any], mesh: Mesh
+    loss: Callable[..., tuple[Mean, Metrics]], params: Params, batches: Iterable[Data], mesh: Mesh
 ) -> dict[str, float]:
-    """A (jitted) loss and its metrics over finite batches of host arrays (every process holds all), each pooled over
-    all its elements."""
+    """A (jitted) loss(params, batch) and its metrics over finite batches of host arrays (every process holds all), each
+    pooled over all its elements."""
     parts = []
     for batch in batches:
         objective, metrics = loss(params, sharding.place_whole(batch, mesh))

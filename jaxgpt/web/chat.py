@@ -57,9 +57,11 @@ class Seat:
 
     @property
     def speaker(self) -> Speaker:
+        """What answers for this model."""
         return self.scope.speaker
 
     def described(self) -> dict[str, Any]:
+        """What the page shows of this model."""
         config = self.speaker.config
         return {
             "name": self.name,
@@ -92,6 +94,7 @@ def seats(places: Sequence[Path], reference: Path | None, judge: Path | None) ->
 def application(
     models: Sequence[Seat], store: votes.Store, serve: ServeConfig, token: str, rollouts: Path | None = None
 ) -> server.Guard:
+    """The chat page with its calls."""
     kept = {path.stem: path for path in sorted(rollouts.glob("*.json"))} if rollouts else {}
 
     async def describe(data: dict[str, Any]) -> dict[str, Any]:

@@ -126,6 +126,7 @@ class Statistics:
         self._known: dict[str | None, tuple[float, dict[str, Any] | None]] = {}
 
     def of(self, annotator: str) -> dict[str, Any]:
+        """One annotator's counts."""
         seconds = self.store.seconds(annotator, 50)
         return {
             "mine": self.store.count(annotator),

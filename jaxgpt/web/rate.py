@@ -45,6 +45,7 @@ class Person:
         self._change = threading.Condition()
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        """One reward per answer, once the person has given stars to all."""
         started = time.monotonic()
         self.calls += 1
         items = [
@@ -72,6 +73,7 @@ class Person:
             }
 
     def rate(self, id_: str, stars: int, seconds: float | None) -> dict[str, Any]:
+        """Store a rating; what the page shows next."""
         with self._change:
             item = next((item for item in self._items if item.id == id_), None)
             if item is None:
@@ -82,6 +84,8 @@ class Person:
 
 
 def application(person: Person, serve: ServeConfig, token: str) -> server.Guard:
+    """The rating page with its calls."""
+
     async def state(data: dict[str, Any]) -> Any:
         return await run_in_threadpool(person.state)
 

@@ -2,7 +2,7 @@
 
 The guard (`Guard`, one ASGI middleware) lets nothing through that a browser on this machine could be tricked into:
 
-    Host           must be one that we serve under: DNS rebinding ends here
+    Host           must be one that we serve under (Starlette's TrustedHost): DNS rebinding ends here
     Origin         whatever changes something comes from our own page, as JSON
     token          anywhere but on 127.0.0.1 every call carries one; the page takes it from its address's fragment,
                    which browsers keep to themselves, and sends it as a header, which no other site can
@@ -33,6 +33,7 @@ from jaxgpt.errors import UserError, needs_extra
 with needs_extra("web"):
     import uvicorn
     from starlette.applications import Starlette
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import BaseRoute, Route
@@ -88,15 +89,33 @@ class Guard:
     """See the module's docstring. `names`: host names without ports; `token`: '' for none."""
 
     def __init__(self, app: ASGIApp, names: frozenset[str], token: str) -> None:
-        self.app, self.names, self.token = app, names, token
+        self.app, self.names, self.token = app, sorted(names), token
         self._calls: dict[str, tuple[float, float]] = {}  # address: (calls left, when that was)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer what passes; everything else gets a status and a sentence."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
             return  # no websockets: nothing answers them
+        trusted = False
+
+        async def served(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal trusted
+            trusted = True
+            await self._serve(scope, receive, send)
+
+        async def if_trusted(message: Message) -> None:
+            if trusted:  # otherwise ours says more than Starlette's refusal
+                await send(message)
+
+        await TrustedHostMiddleware(served, self.names, www_redirect=False)(scope, receive, if_trusted)
+        if not trusted:
+            refusal = {"error": "this page isn't served under that host name; --serve.names adds one"}
+            await JSONResponse(refusal, 400)(scope, receive, _with_headers(send))
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._check(scope)
             body = await asyncio.wait_for(_read(receive), PATIENCE)
@@ -120,8 +139,6 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if _host_of(f"//{headers.get('host', '')}") not in self.names:
-            raise Refused(400, "this page isn't served under that host name; --serve.names adds one")
         if not self._may(scope["client"][0] if scope.get("client") else ""):
             raise Refused(429, "too many calls; wait a second")
         if not scope["path"].startswith("/api/"):
@@ -176,13 +193,6 @@ def _with_headers(send: Send) -> Send:
         await send(message)
 
     return sender
-
-
-def _host_of(url: str) -> str:
-    try:
-        return (urlsplit(url).hostname or "").rstrip(".")
-    except ValueError:
-        return ""
 
 
 # ---- an application ----
@@ -305,16 +315,18 @@ class Server:
         self._server = uvicorn.Server(settings)
 
     def run(self, app: ASGIApp) -> None:
+        """Serve until Ctrl-C or `stop`."""
         self._server.config.app = app
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes Ctrl-C on when it has ended
             self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:
+        """End `run`, now or as soon as it begins."""
         self._server.should_exit = True
 
 
 def address_outside() -> str:
-    """This machine's address as others on its network see it. Nothing is sent."""
+    """The address of this machine as others on its network see it. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

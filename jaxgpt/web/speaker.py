@@ -94,6 +94,7 @@ class Speaker:
 
     @property
     def stop(self) -> int:
+        """The token that ends an answer."""
         return int(self.tok.template.separator if self.raw else self.tok.template.end)
 
     def prompt(self, text: str, history: Sequence[int] = ()) -> list[int]:

@@ -379,7 +379,7 @@ def test_window_eval_is_spread_fixed_and_filled() -> None:
 
 
 def _rows(tok: Tokenizer, count: int = 60) -> list[tuple[list[int], list[int]]]:
-    words = "a film that sings and drags".split()
+    words = ["a", "film", "that", "sings", "and", "drags"]
     return [example_ids(tok, f"{i}", " ".join(words[: 1 + i % 6]) + f" {i}") for i in range(count)]
 
 

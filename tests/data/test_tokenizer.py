@@ -91,7 +91,7 @@ def test_specials_have_their_ids_and_sizes_are_kept() -> None:
 
 def test_training_is_deterministic_and_reads_a_bounded_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tk.train_bpe(CORPUS, 320).fingerprint == BPE.fingerprint
-    assert tk.train_bpe(CORPUS[:-1] + ["zzzz zzzz zzzz"], 320).fingerprint != BPE.fingerprint
+    assert tk.train_bpe([*CORPUS[:-1], "zzzz zzzz zzzz"], 320).fingerprint != BPE.fingerprint
     monkeypatch.setattr(tk, "TRAINING_CHARACTERS", 1000)
     long = [str(i) * 50 for i in range(1000)]
     sample = tk._training_sample(long)

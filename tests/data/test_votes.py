@@ -230,7 +230,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
     (tmp_path / "x.sqlite").write_text("hello, this is no database at all" * 50)
     with pytest.raises(UserError, match="can't be used as a database"):
         Store(tmp_path / "x.sqlite")
-    with pytest.raises(UserError, match="make label"):
+    with pytest.raises(UserError, match="there is no database"):
         votes.read(tmp_path / "none.sqlite")
     with pytest.raises(UserError, match="holds no preferences in the part 'train' yet"):
         Store(tmp_path / "empty.sqlite")

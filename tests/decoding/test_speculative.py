@@ -105,8 +105,14 @@ def greedy_answers(stop: tuple[int, int]) -> decoding.Answers:
 
 @pytest.mark.parametrize(
     ("kind", "k"),
-    [("itself", 3), ("near", 3), ("other", 3), ("smaller", 1), ("ngram", 4)]
-    + [pytest.param("itself", 1, marks=pytest.mark.slow)],
+    [
+        ("itself", 3),
+        ("near", 3),
+        ("other", 3),
+        ("smaller", 1),
+        ("ngram", 4),
+        pytest.param("itself", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_greedy_gives_the_tokens_of_generate(kind, k):
     """Whatever the draft, whatever lies behind the prompt, up to the block's last position; and with some accepted and
@@ -255,7 +261,7 @@ def test_answers_follow_the_models_distribution(kind, filter_logits):
         one = lambda key: speculative.generate(  # noqa: E731
             params,
             FEW,
-            jnp.array([prompt + [0]]),
+            jnp.array([[*prompt, 0]]),
             jnp.array([6]),
             key,
             draft=draft,

@@ -211,9 +211,11 @@ def test_a_worker_answers_every_request_mistakes_too():
 )
 def test_a_worker_that_cannot_start_is_one_line(tmp_path, python, complaint):
     (tmp_path / "log").write_text("")
-    with pytest.raises(harness.WorkerError, match=complaint):
-        with harness.Worker(bench_decode.MODULE, "dynamic", python, tmp_path / "log") as worker:
-            worker.ask("about")
+    with (
+        pytest.raises(harness.WorkerError, match=complaint),
+        harness.Worker(bench_decode.MODULE, "dynamic", python, tmp_path / "log") as worker,
+    ):
+        worker.ask("about")
 
 
 class Scripted:

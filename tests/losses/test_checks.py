@@ -107,7 +107,7 @@ VALUES = {  # of x = 3, all wrong
     ),
     "implicit_reward: beta is -": lambda x: losses.dpo(SCORES, SCORES, jnp.array([0, 1]), -1.0 * x),
     "implicit_reward: beta is -[13]": lambda x: losses.cdpo(SCORES, SCORES, jnp.array([0, 1]), -1.0 * x, 0.1),
-    "favourites_nll: more than 1 answers tie": lambda x: losses.favourites_nll(SCORES, SCORES < x),
+    "favourites_nll: more than 1 answers tie": lambda x: losses.favourites_nll(SCORES, x > SCORES),
     "favourites_nll: more than 2 answers tie": lambda x: losses.plackett_luce_nll(
         SCORES, jnp.zeros((2, 3), jnp.int32) * whole(x), log_tie=(0.0,)
     ),

@@ -264,7 +264,7 @@ def test_dpo_from_a_models_logits_is_trls(trainer):
     assert float(reduce(losses.dpo(pi, rho, first(pi), BETA)).value) == pytest.approx(found, rel=1e-5)
 
 
-@pytest.mark.parametrize("loss_type, drift", [("kto", 0.3), ("kto", -0.3), ("apo_zero_unpaired", 0.0)])
+@pytest.mark.parametrize(("loss_type", "drift"), [("kto", 0.3), ("kto", -0.3), ("apo_zero_unpaired", 0.0)])
 def test_kto_is_trls(trainer, loss_type, drift):
     """Weights, and the reference point from mismatched answers, never below 0; apo_zero_unpaired holds it at 0."""
     p, other = pairs(), pairs(lengths=(3, 6, 5, 2, 7, 1), seed=1)

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 
 import jaxgpt.runs.cli
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, Range, check_settings
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_json, write_json, write_text
 from jaxgpt.runs.cli import cli, parse, settings_from_json, settings_to_json
@@ -18,7 +20,7 @@ from jaxgpt.runs.cli import cli, parse, settings_from_json, settings_to_json
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Train something. Command: python experiments/toy.py"""
+    """Train something. Command: python experiments/toy.py."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ()
     run: Path = Path("runs/toy")  # the run folder
@@ -141,6 +143,63 @@ def test_failures_of_main(monkeypatch, capsys, error, status):
     assert err.count("\n") == 1 and str(error) in err
 
 
+@pytest.mark.parametrize("running", ["experiments/dpo.py", "experiments/studies/imdb.py"])
+def test_an_error_that_names_an_experiment_ends_in_its_command(monkeypatch, capsys, running):
+    def main(settings):
+        raise UserError("runs/a b holds no model", experiment=(settings.kind, "--run", "runs/a b"))
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        kind: str = "sft"
+
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(jaxgpt.runs.cli, "prepare_process", lambda: None)
+    monkeypatch.setattr(sys, "executable", str(root / ".venv/bin/python"))
+    monkeypatch.setattr(sys.modules[__name__], "__file__", str(root / running))
+    for kind, command in {"sft": "\n  try: .venv/bin/python -m experiments.sft --run 'runs/a b'", "none": ""}.items():
+        with pytest.raises(SystemExit):
+            cli(main, Settings, {}, ["--kind", kind])
+        assert capsys.readouterr().err == f"error: runs/a b holds no model{command}\n"
+
+
+@pytest.mark.parametrize(
+    ("ok", "refused", "words"),
+    [
+        (Range(1), 0, "at least 1"),
+        (Range(above=1), 1, "above 1"),
+        (Range(0, below=1), 1.0, "at least 0 and below 1"),
+        (Range(0, 2), float("nan"), "at least 0 and at most 2"),
+    ],
+    ids=str,
+)
+def test_one_range_serves_every_way_in_and_the_help(capsys, ok, refused, words):
+    @dataclasses.dataclass(frozen=True)
+    class Inner:
+        rates: Annotated[tuple[float, ...], ok]
+        rate: Annotated[float | None, ok] = None
+
+        def __post_init__(self) -> None:
+            check_settings(self, "inner.")
+
+    @dataclasses.dataclass(frozen=True)
+    class Outer:
+        inner: Inner = Inner((0.5,) if 0.5 in ok else (1.5,))
+
+    for wrong, name in (({"rate": refused}, "rate"), ({"rates": (refused,)}, "rates")):
+        message = re.escape(f"inner.{name} is {float(refused)}; it must be {words}")
+        with pytest.raises(UserError, match=message.replace(r"\.0;", r"(\.0)?;")):
+            Inner(**{"rates": (), **wrong})
+        if not math.isnan(refused):  # JSON has no NaN
+            with pytest.raises(UserError, match=message):
+                settings_from_json(Outer, {"inner": json.loads(json.dumps({"rates": [], **wrong}))})
+        with pytest.raises(UserError, match=message):
+            parse(Outer, {}, [f"--inner.{name}", str(refused)])
+    with pytest.raises(SystemExit):
+        parse(Outer, {}, ["--help"])
+    assert words in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(jaxgpt.runs.cli, "prepare_process", lambda: None)
     with pytest.raises(ZeroDivisionError):
@@ -194,7 +253,7 @@ def test_other_types():
     for data, part in (
         ({}, "size is missing"),
         ({"size": [1]}, "list of 2"),
-        ({"size": [1, 2], "names": {"a": ""}}, "names.a"),
+        ({"size": [1, 2], "names": {"a": ""}}, "names"),
     ):
         with pytest.raises(UserError, match=part):
             settings_from_json(Pair, data)

@@ -91,7 +91,7 @@ def test_a_signal_saves_and_the_exit_code_says_which(text, tmp_path, number, cod
     child = pretrain(text, run, "--save.every", "0")
     await_lines(child, run, 2)
     child.send_signal(number)
-    out, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=60)
     assert child.returncode == code, errors
     (saved,) = (run / "checkpoints").iterdir()
     assert f"stopped: saved after step {saved.name} of 100000" in errors and "Traceback" not in errors
@@ -124,7 +124,7 @@ def test_a_full_disk_while_saving(text, tmp_path):
     child = pretrain(text, run, "--save.every", "5")
     await_lines(child, run, 12)
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    out, errors = child.communicate(timeout=120)
+    _, errors = child.communicate(timeout=120)
     assert child.returncode == 2, errors
     before, error, told = errors.partition("error: can't write")  # at exit orbax's threads may complain of their own
     assert error and "the same command goes on" in told.splitlines()[0] and "Traceback" not in before
@@ -147,7 +147,7 @@ def test_a_full_disk_while_saving(text, tmp_path):
 def test_a_full_disk_while_writing_metrics(text, tmp_path):
     run = tmp_path / "run"
     child = pretrain(text, run, "--save.every", "0", limit=6000)
-    out, errors = child.communicate(timeout=120)
+    _, errors = child.communicate(timeout=120)
     assert child.returncode == 2, errors
     assert f"error: can't write to the run folder {run} (File too large)" in errors and "Traceback" not in errors
 

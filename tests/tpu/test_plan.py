@@ -189,7 +189,7 @@ def test_meshes_divide_everything_and_come_in_order():
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    ("change", "says"),
     [({"topology": "v5e-16"}, "v5e:4x4"), ({"topology": "v9:2x2"}, "generation"), ({"tries": 0}, "tries")],
 )
 def test_mistakes_are_named(change, says):
@@ -219,7 +219,9 @@ def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
 
 @TPU_COMPILER
 @pytest.mark.slow
-@pytest.mark.parametrize("topology, mesh", [("v5e:4x4", (2, 4, 2)), ("v5p:2x2x2", (1, 4, 2)), ("v6e:2x4", (8, 1, 1))])
+@pytest.mark.parametrize(
+    ("topology", "mesh"), [("v5e:4x4", (2, 4, 2)), ("v5p:2x2x2", (1, 4, 2)), ("v6e:2x4", (8, 1, 1))]
+)
 def test_the_experiments_steps_compile_for_a_slice(topology, mesh, tmp_path):
     file = tmp_path / "plan.json"
     words = [f"--mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]

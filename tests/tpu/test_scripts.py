@@ -299,7 +299,7 @@ def test_a_lost_connection_creates_nothing(cloud):
 
 
 @pytest.mark.parametrize(
-    "words, says",
+    ("words", "says"),
     [
         (["create"], "tpu/create.sh NAME"),
         (["create", "Big_Name"], "lower-case"),
