@@ -33,7 +33,7 @@ class Batch:
     positions_BT: Leaf | None = None  # int32: position inside that example
 
     @staticmethod
-    def of(arrays: Mapping[str, Any]) -> "Batch":
+    def of(arrays: Mapping[str, Leaf]) -> "Batch":
         """From the dict that the data pipelines yield."""
         return Batch(arrays["tokens"], arrays["mask"], arrays.get("segments"), arrays.get("positions"))
 
@@ -48,7 +48,7 @@ class Preferences:
     present_BC: Leaf  # bool: False where a prompt has fewer than C candidates
 
     @staticmethod
-    def of(arrays: Mapping[str, Any]) -> "Preferences":
+    def of(arrays: Mapping[str, Leaf]) -> "Preferences":
         """From the dict that the data pipelines yield."""
         return Preferences(arrays["tokens"], arrays["mask"], arrays["choice"], arrays["present"])
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_the_whole_alignment_on_a_small_model(tmp_path, capsys):
             load_language_model(tmp_path / "run" / stage),
         )
         made = lora.merge(training.merged(base.params, adapters.params))
-        jax.tree.map(np.testing.assert_array_equal, made, whole.params)
+        chex.assert_trees_all_equal(made, whole.params)
         assert whole.tokenizer.template == base.tokenizer.template
     again = capsys.readouterr() and align.main(settings)
     assert again == found and "already done" in capsys.readouterr().out
@@ -73,7 +74,7 @@ def test_the_whole_alignment_on_a_small_model(tmp_path, capsys):
         "".join(talk.reply("a few words", jax.random.key(0)))
     assert talk.history[: len(base.tokenizer.template.before)] == list(base.tokenizer.template.before)
     huggingface.write(tmp_path / "aligned", whole.params, whole.config, whole.tokenizer)
-    jax.tree.map(np.testing.assert_array_equal, load_language_model(tmp_path / "aligned").params, whole.params)
+    chex.assert_trees_all_equal(load_language_model(tmp_path / "aligned").params, whole.params)
 
 
 @pytest.mark.slow

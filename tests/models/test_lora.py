@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,7 +114,7 @@ def test_sft_with_adapters_learns_and_leaves_the_rest():
         state, metrics = step(state, batch, None)
         values.append(float(metrics["loss"].value))
     assert values[-1] < values[0] - 0.3
-    jax.tree.map(np.testing.assert_array_equal, state.frozen, params)
+    chex.assert_trees_all_equal(state.frozen, params)
     assert sum(x.size for x in jax.tree.leaves(state.opt_state)) < 0.5 * transformer.count_parameters(params)
 
 
@@ -166,7 +167,7 @@ def test_a_ppo_iteration_with_adapters():
     state, _, metrics = iterate(state, jax.random.key(1))
     floats = training.to_floats(metrics)
     assert floats["ratio_error_first"] == 0.0 and abs(floats["kl"]) < 1e-5
-    jax.tree.map(np.testing.assert_array_equal, state.frozen["policy"], params)
+    chex.assert_trees_all_equal(state.frozen["policy"], params)
     assert np.abs(state.trainable["policy"]["block_0"]["qkv"]["lora_b"]).max() > 0
     floats = training.to_floats(iterate(state, jax.random.key(2))[2])
     assert floats["kl"] > 1e-4 and floats["sampler_gap_max"] < 1e-5

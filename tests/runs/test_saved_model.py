@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +50,7 @@ def copy(saved, tmp_path) -> Path:
 def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     assert describe(a) == describe(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def test_a_model_comes_back_exactly(tmp_path):

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,7 +97,7 @@ def trained(which: tuple[int, ...], how: str = "vmap", devices: int = 1, on_host
 
 
 def close(a, b, tolerance=2e-5):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance), a, b)
+    chex.assert_trees_all_close(a, b, atol=tolerance, rtol=1e-7)
 
 
 def apart(a, b) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +76,7 @@ def test_masked_rows_are_as_good_as_absent():
 def test_an_all_masked_batch_gives_zero_and_moves_nothing():
     state, metrics = sgd_step(batch_of([0, 0, 0, 0]))
     assert float(metrics["loss"].value) == 0.0 and float(metrics["grad_norm"]) == 0.0
-    jax.tree.map(np.testing.assert_array_equal, state.trainable, weights())
+    chex.assert_trees_all_equal(state.trainable, weights())
 
 
 def test_frozen_parameters_are_seen_but_not_trained_and_survive_donation():
@@ -104,11 +105,11 @@ def points(rows=8, seed=0):
 
 
 def test_the_step_is_traced_once_and_updates_in_place():
-    step = jax.jit(training.make_train_step(distance, ADAM), donate_argnums=0)
+    step = jax.jit(chex.assert_max_traces(training.make_train_step(distance, ADAM), n=1), donate_argnums=0)
     state = training.init_state({"w": jnp.zeros(256)}, ADAM)
     for _ in range(3):
         state, _ = step(state, points(), None)
-    assert step._cache_size() == 1
+    chex.clear_trace_counter()
     aliased = step.lower(state, points(), None).compile().memory_analysis().alias_size_in_bytes
     assert aliased >= sum(x.nbytes for x in jax.tree.leaves((state.trainable, state.opt_state)))
 
