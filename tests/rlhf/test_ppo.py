@@ -170,6 +170,7 @@ def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once(
     monkeypatch.setattr(transformer, "WHOLE_LOGITS", whole_logits)
     config = dataclasses.replace(PPO, epochs=epochs, minibatches=minibatches, temperature=temperature)
     iteration = functools.partial(ppo.ppo_iteration, config=MODEL, ppo=config, tx=SGD, reward_fn=share, stop=5)
+    chex.clear_trace_counter()
     once = chex.assert_max_traces(lambda *arguments: iteration(*arguments), n=1)
     program = jax.jit(once, donate_argnums=(0, 1), compiler_options=AS_USERS_RUN_IT)
     state, _ = start()
