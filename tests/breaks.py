@@ -29,7 +29,7 @@ class Break(NamedTuple):
 
 BREAKS = {
     "causality": Break(
-        "models/layers", "jnp.tril(jnp.ones((T, T), bool))", "jnp.tril(jnp.ones((T, T), bool), 1)", "transformer"
+        "models/cpu_layers", "jnp.tril(jnp.ones((T, T), bool))", "jnp.tril(jnp.ones((T, T), bool), 1)", "transformer"
     ),
     "mask count": Break("losses/mean", "mask.sum().astype(jnp.float32)", "jnp.float32(mask.size)", "losses proofs"),
     "KL sign": Break("losses/kl", "    return logp - ref_logp\n", "    return ref_logp - logp\n", "kl proofs"),

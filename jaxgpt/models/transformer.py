@@ -25,8 +25,9 @@ from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.losses import vocab_head
-from jaxgpt.models import sharding
-from jaxgpt.models.layers import COLUMNS, LINES, PLAIN, Attend, Layers, choose
+from jaxgpt.models import attention, sharding
+from jaxgpt.models.cpu_layers import FAST
+from jaxgpt.models.layers import COLUMNS, LINES, PLAIN, Attend, Layers
 from jaxgpt.models.sharding import ROWS, constrain, constrain_rows
 from jaxgpt.structs import Array, Batch, Params
 
@@ -217,7 +218,7 @@ def hidden_and_kv(
         )
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
-    layers = choose(config.gradients)
+    layers = fastest_layers(config.gradients)
     layers = layers._replace(attend=attend or layers.attend)
     embed_key, keys = (None, None) if key is None else _split_for(key, config.layers)
     x_BTD = embed_rows(params, config, tokens_BT, positions_BT)
@@ -290,6 +291,15 @@ def transformer_block(
     return constrain(norm("mlp_norm", x_BTD, "output"), ROWS, None, None), kept
 
 
+def fastest_layers(gradients: str) -> Layers:
+    """PLAIN for "plain"; for "auto" what is fastest where the program will run: on a CPU FAST, elsewhere PLAIN with a
+    kernel for attention."""
+    if gradients == "plain":
+        return PLAIN
+    fast = {"cpu": FAST, "gpu": PLAIN._replace(attend=attention.cudnn), "tpu": PLAIN._replace(attend=attention.splash)}
+    return fast.get(sharding.platform(), PLAIN)
+
+
 def head_table(params: Params) -> Array:
     """The weights of the vocabulary head, [V, D]: the embedding's, if they are tied."""
     return params["unembed" if "unembed" in params else "embed"]["tokens_VD"]
@@ -312,7 +322,7 @@ def predict(
     position_bytes = 4 * B // parts * config.vocab // vocab_parts
     if W * position_bytes <= WHOLE_LOGITS:
         # Behind a barrier, so that scoring and training round alike: PPO's first ratio is exactly 1.
-        logits = jax.lax.optimization_barrier(unembed(params, h_BWD, choose(config.gradients)) / temperature)
+        logits = jax.lax.optimization_barrier(unembed(params, h_BWD, fastest_layers(config.gradients)) / temperature)
         return losses.log_prob(logits, tokens_BW), losses.entropy(logits)
     # A copy of the table for each part of the rows, so that its gradient is added up once, not in every tile.
     table_VD = sharding.gathered(head_table(params).astype(h_BWD.dtype), LINES)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.models import attention, layers, sharding
+from jaxgpt.models import attention, layers, sharding, transformer
 from jaxgpt.models.sharding import MeshConfig
 
 B, T, H, K = 4, 128, 2, 8
@@ -84,5 +84,5 @@ def test_cudnn_is_asked_only_for_what_it_can_do(kind, used, capability, monkeypa
 )
 def test_each_platform_has_its_kernel(platform, attend, monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: platform)
-    assert layers.choose("auto").attend is attend
-    assert layers.choose("plain") is layers.PLAIN
+    assert transformer.fastest_layers("auto").attend is attend
+    assert transformer.fastest_layers("plain") is layers.PLAIN

@@ -12,7 +12,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
-from jaxgpt.models import layers, transformer
+from jaxgpt.models import cpu_layers, layers, transformer
 from jaxgpt.structs import Batch
 from tests.helpers import TINY, random_params, tokens_of
 
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(name):
 
     @jax.jit
     def outcomes(x, y):
-        return [outcome(of, dtype, x, y) for dtype in ("float32", "bfloat16") for of in (layers.PLAIN, layers.FAST)]
+        return [outcome(of, dtype, x, y) for dtype in ("float32", "bfloat16") for of in (layers.PLAIN, cpu_layers.FAST)]
 
     found = jax.device_get(outcomes(draw(0, B, T, D), draw(1, D, F) / 4))
     for part, exact, fast, rough, fast_rough in zip(("value", "dx", "dy"), *found, strict=True):
