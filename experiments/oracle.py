@@ -378,9 +378,8 @@ def line(name: str, kl_to_optimum: Sequence[float], score: float, kl: float) -> 
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    with Run(settings.run, settings, stage="oracle", fresh=settings.fresh) as run:
+    with Run(settings.run, settings, stage="oracle") as run:
         if run.finished:
-            run.say(f"oracle: already done in {settings.run}")
             return run.results
         space = enumerate_answers(settings.vocab, settings.tokens)
         tasks = make_tasks(settings, space)

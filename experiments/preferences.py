@@ -100,9 +100,8 @@ def candidates(
 
 def main(settings: Settings) -> dict[str, Any]:
     inputs = {"model": run_fingerprint(settings.model), **sources.fingerprint(settings.data)}
-    with Run(settings.run, settings, stage="preferences", inputs=inputs, fresh=settings.fresh) as run:
+    with Run(settings.run, settings, stage="preferences", inputs=inputs) as run:
         if run.finished:
-            run.say(f"preferences: already done in {settings.run}")
             return run.results
         params, config, tok, _ = load_language_model(settings.model)
         mesh = sharding.data_mesh()

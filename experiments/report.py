@@ -198,9 +198,8 @@ def heldout_prompts(settings: Settings) -> list[Prompt]:
 def main(settings: Settings) -> dict[str, Any]:
     names = ("pretrain", "sft", "reward", "dpo", "ppo")
     inputs = {name: run_fingerprint(settings.stages / name, name) for name in names}
-    with Run(settings.run, settings, stage="report", inputs=inputs, fresh=settings.fresh) as run:
+    with Run(settings.run, settings, stage="report", inputs=inputs) as run:
         if run.finished:
-            run.say(f"report: already done, see {settings.run / 'report.html'}")
             return run.results
         mesh = sharding.data_mesh()
         loaded = {name: load_model(settings.stages / name) for name in names}

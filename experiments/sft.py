@@ -1,52 +1,40 @@
 """Stage 2: training continued on expert examples, `<prompt> … </prompt><answer> … </answer>`.
 
     python -m experiments.sft --model runs/mine/pretrain --run runs/mine/sft
-    python -m experiments.sft --data my_examples.jsonl       {"prompt": …, "answer": …} a line
+    python -m experiments.sft --data my_examples.jsonl       one {"prompt": …, "answer": …} per line
 
-The same loss as pretraining on other data, counted on the answer's tokens (or on all: --all-tokens). Training that goes
-on could wipe out what pretraining taught, so the loss on pretraining's held-out text is measured before and after.
+The same loss as pretraining on other data, counted on the answer's tokens (or on all: --all-tokens). Finetuning can
+wipe out what pretraining taught, so the loss on pretraining's held-out text is measured before and after.
 """
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, Range
 from jaxgpt.data import pipelines, sources
-from jaxgpt.data.tokenizer import example_ids
+from jaxgpt.data.tokenizer import Tokenizer, example_ids
 from jaxgpt.files import cache_root
 from jaxgpt.models import lora, sharding
-from jaxgpt.models.sharding import MeshConfig
-from jaxgpt.runs.checkpoints import SaveConfig, Saves
+from jaxgpt.models.sharding import Share
 from jaxgpt.runs.cli import cli
+from jaxgpt.runs.loop import Loop, LoopSettings
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, save_model
 from jaxgpt.structs import Batch, Params
 from jaxgpt.training import optim
-from jaxgpt.training.guard import GuardConfig
-from jaxgpt.training.step import (
-    TrainState,
-    evaluate,
-    init_state,
-    jit_on,
-    jit_step,
-    make_nll,
-    shapes_of,
-    shapes_on,
-    to_floats,
-)
+from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_on, make_nll, make_program, shapes_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """2 CPU cores: about 50 s, to 4.94 nats a token on held-out answers."""
+class Settings(LoopSettings):
+    """2 CPU cores: about 50 s, to 4.94 nats per token on held-out answers."""
 
-    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model",)  # what they hold counts, not where it is
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model",)  # the contents matter, not the place
 
     run: Path = Path("runs/assistant/sft")
     model: Path = Path("runs/assistant/pretrain")  # a run or model folder to start from
@@ -64,16 +52,12 @@ class Settings:
     weight_decay: float = 0.1
     eval_every: int = 130
     eval_batches: int = 24
-    log_every: int = 10
+    log_every: Annotated[int, Range(1)] = 10
     seed: int = 1
     cache: Path = cache_root() / "data"
-    mesh: MeshConfig = MeshConfig()
-    guard: GuardConfig = GuardConfig()
-    save: SaveConfig = SaveConfig(every=100)
-    force: bool = False  # go on although settings, data or tokenizer are others than the checkpoint's
-    fresh: bool = False
 
 
+NAMES = {"loss": "train_nats_per_token"}
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(steps=6, batch=8, warmup=2, eval_every=3, eval_batches=1, log_every=2),
@@ -86,101 +70,89 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
     return optim.adamw(schedule, weight_decay=settings.weight_decay)
 
 
-def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
-    """(jitted step, shapes of its state, shapes of its batch)."""
-    sharding.check_model(config, mesh)
-    sharding.check_batch(settings.batch, settings.microbatches, mesh)
-    tx = optimizer(settings)
-    state = shapes_on(mesh, lambda params: start(settings, params, tx), shapes_of(config))
-    step = jit_step(make_nll(config), tx, mesh, state, microbatches=settings.microbatches, spike=settings.guard.spike)
-    shape = settings.batch, min(settings.length, config.block)
-    row, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool))
-    return step, state, Batch(row, mask, row, row)
-
-
 def start(settings: Settings, params: Params, tx: optax.GradientTransformation) -> TrainState:
     """The first state: all weights to train, or adapters beside them."""
     trainable, frozen = lora.start(jax.random.key(settings.seed), params, settings.lora)
     return init_state(trainable, tx, frozen)
 
 
+def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> Program[Batch]:
+    """What `main` runs."""
+    tx, loss, params = optimizer(settings), make_nll(config), shapes_of(config)
+    batch = Batch.shapes(settings.batch, min(settings.length, config.block), packed=True)
+    parts, spike = settings.microbatches, settings.guard.spike
+    begin = lambda params: start(settings, params, tx)  # noqa: E731
+    return make_program(loss, tx, config, mesh, begin, params, batch, microbatches=parts, spike=spike)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is trained and measured on."""
+
+    examples: int
+    dropped: int  # examples longer than a row
+    batches: pipelines.Batches
+    answers: list[Batch]  # held-out examples
+    raw: list[Batch]  # pretraining's held-out text
+
+
+def prepare(settings: Settings, tok: Tokenizer, length: int, share: Share) -> Data:
+    """Examples as rows of `length` tokens."""
+    found = {}
+    for split in ("train", "test"):
+        pairs = sources.examples(settings.data, split, settings.cache)
+        found[split] = pipelines.fit_rows([example_ids(tok, *pair) for pair in pairs], length)
+    (rows, dropped), (test, _) = found["train"], found["test"]
+    documents = sources.documents(settings.pretraining_data, "test", settings.cache)
+    stream = pipelines.tokenize_stream(documents, tok, settings.cache)
+    size, seed = (length, settings.batch), settings.seed
+    batches = pipelines.packed_examples(
+        rows, *size, seed=seed, all_tokens=settings.all_tokens, part=share.index, parts=share.count
+    )
+    answers = pipelines.padded_examples(test, *size)[: settings.eval_batches]
+    raw = pipelines.window_eval(stream, *size, settings.eval_batches)
+    return Data(len(rows), dropped, batches, *([Batch.of(arrays) for arrays in part] for part in (answers, raw)))
+
+
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
-    share = sharding.share_of_rows(mesh)
     inputs = {"model": run_fingerprint(settings.model), **sources.fingerprint(settings.data)}
-    with Run(settings.run, settings, stage="sft", inputs=inputs, fresh=settings.fresh, force=settings.force) as run:
+    with Run(settings.run, settings, "sft", inputs) as run:
         if run.finished:
-            run.say(f"sft: already done in {settings.run}")
             return run.results
         params, config, tok, _ = load_language_model(settings.model, settings.tags)
         length = min(settings.length, config.block)
-        step, shapes, _ = build(settings, config, mesh)
-        rows, dropped = pipelines.fit_rows(
-            [example_ids(tok, *pair) for pair in sources.examples(settings.data, "train", settings.cache)], length
-        )
-        test_rows, _ = pipelines.fit_rows(
-            [example_ids(tok, *pair) for pair in sources.examples(settings.data, "test", settings.cache)], length
-        )
-        test = pipelines.padded_examples(test_rows, length, settings.batch)[: settings.eval_batches]
-        documents = sources.documents(settings.pretraining_data, "test", settings.cache)
-        stream = pipelines.tokenize_stream(documents, tok, settings.cache)
-        raw = pipelines.window_eval(stream, length, settings.batch, settings.eval_batches)
-        test_batches, raw_batches = ([Batch.of(arrays) for arrays in part] for part in (test, raw))
-        batches = pipelines.packed_examples(
-            rows,
-            length,
-            settings.batch,
-            seed=settings.seed,
-            all_tokens=settings.all_tokens,
-            part=share.index,
-            parts=share.count,
-        )
-        state = sharding.place_like(start(settings, params, optimizer(settings)), shapes)
+        program = build(settings, config, mesh)
+        data = prepare(settings, tok, length, sharding.share_of_rows(mesh))
+        state = sharding.place_like(start(settings, params, optimizer(settings)), program.state)
         dropout_key = sharding.replicate(jax.random.key(settings.seed), mesh)
         loss = jit_on(mesh, make_nll(config))
-        kept_before = evaluate(loss, state.params, raw_batches, mesh)["loss"]
-        answer_nats = evaluate(loss, state.params, test_batches, mesh)["loss"]
+        before, answers = (evaluate(loss, state.params, part, mesh)["loss"] for part in (data.raw, data.answers))
         run.say(
-            f"sft: {len(rows):,} examples ({dropped} too long, dropped) · "
-            f"before: {answer_nats:.3f} nats an answer token"
+            f"sft: {data.examples:,} examples ({data.dropped} too long, dropped) · "
+            f"before: {answers:.3f} nats per answer token"
         )
-        saves = Saves(run, settings, settings.steps, tok, batches)
-        first, (state, dropout_key) = saves.restore((shapes, dropout_key), lambda: (state, dropout_key))
-        with saves, run.progress(settings.steps, "sft", done=first - 1) as bar:
-            for i in range(first, settings.steps + 1):
-                arrays = saves.next_batch()
-                pipelines.check_tokens(arrays, config.vocab)
+        tokens = settings.batch * length
+        with Loop(run, settings, tok, settings.steps, data.batches, config.vocab, tokens, NAMES) as loop:
+            state, dropout_key = loop.restore((program.state, dropout_key), lambda: (state, dropout_key))
+            for i, arrays in loop:
                 key = jax.random.fold_in(dropout_key, i) if config.dropout else None
-                state, metrics = step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
-                shown: dict[str, Any] = {}
-                if i % settings.log_every == 0 or i == settings.steps:
-                    floats = to_floats(metrics)
-                    run.log(i, {"train_nats_a_token": floats["loss"], **saves.figures(floats)})
-                    shown = {"loss": floats["loss"]}
-                bar.update(tokens=settings.batch * length, **shown)
-                if i % settings.eval_every == 0 or i == settings.steps:
-                    answer_nats = evaluate(loss, state.params, test_batches, mesh)["loss"]
-                    kept_after = evaluate(loss, state.params, raw_batches, mesh)["loss"]
-                    run.log(i, {"heldout_answer_nats_a_token": answer_nats, "pretraining_nats_a_token": kept_after})
-                saves.after(i, (state, dropout_key), metrics, arrays)
+                state, metrics = program.step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
+                heldout = None
+                if loop.due(i, settings.eval_every):
+                    answers, after = (evaluate(loss, state.params, x, mesh)["loss"] for x in (data.answers, data.raw))
+                    heldout = {"heldout_answer_nats_per_token": answers, "pretraining_nats_per_token": after}
+                loop.record(i, (state, dropout_key), metrics, heldout)
         run.say(
-            f"sft: held-out answers {answer_nats:.3f} nats a token · "
-            f"pretraining's held-out text {kept_before:.3f} -> {kept_after:.3f} nats a token "
-            f"(perplexity x {math.exp(kept_after - kept_before):.2f})"
+            f"sft: held-out answers {answers:.3f} nats per token · pretraining's held-out text "
+            f"{before:.3f} -> {after:.3f} nats per token (perplexity x {math.exp(after - before):.2f})"
         )
         if settings.lora:
             save_model(settings.run / "adapters", state.trainable, config)
         save_model(settings.run / "model", lora.merge(state.params), config, tok)
-        run.finish(
-            {
-                "heldout_answer_nats_a_token": answer_nats,
-                "examples": len(rows),
-                "dropped": dropped,
-                "pretraining_nats_before": kept_before,
-                "pretraining_nats_after": kept_after,
-            }
-        )
-        return run.results
+        counts = {"examples": data.examples, "dropped": data.dropped}
+        kept = {"pretraining_nats_before": before, "pretraining_nats_after": after}
+        return run.finish({"heldout_answer_nats_per_token": answers, **counts, **kept})
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ class Batch:
         """From the dict that the data pipelines yield."""
         return Batch(arrays["tokens"], arrays["mask"], arrays.get("segments"), arrays.get("positions"))
 
+    @staticmethod
+    def shapes(rows: int, length: int, *, packed: bool = False) -> "Batch":
+        """Shapes and dtypes in place of arrays, to compile for; packed rows have segments and positions."""
+        ids, mask = (jax.ShapeDtypeStruct((rows, length), kind) for kind in (jnp.int32, jnp.bool))
+        return Batch(ids, mask, ids, ids) if packed else Batch(ids, mask)
+
 
 @struct.dataclass
 class Preferences:
@@ -94,6 +100,33 @@ class Answers:
 
 
 @struct.dataclass
+class Prompts:
+    """Prompts padded on the right, and their lengths."""
+
+    tokens_BP: Leaf  # int32
+    length_B: Leaf  # int32
+
+    @staticmethod
+    def shapes(prompts: int, length: int) -> "Prompts":
+        """Shapes and dtypes in place of arrays, to compile for."""
+        return Prompts(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((prompts, length), (prompts,))))
+
+
+@struct.dataclass
+class Experience:
+    """Answers of a policy before anyone has scored them."""
+
+    rows: Batch  # prompt + answer without a gap, [B, P + A]; the mask is the answer's
+    logp_BT: Array  # float32: the sampler's log-probabilities; 0 outside the answer
+    answers: Answers
+
+    @property
+    def ended_B(self) -> Array:
+        """Whether the answer ended with the stop token, bool."""
+        return self.answers.ended_B
+
+
+@struct.dataclass
 class Rollout:
     """Everything one PPO update needs, on rows of prompt + answer."""
 
@@ -105,3 +138,8 @@ class Rollout:
     score_B: Array  # float32: h(x, y), or the fixed score of an answer that never ended
     ended_B: Array  # bool
     sampler_logp_BT: Array  # float32: what the sampler believed, a diagnostic
+
+    @property
+    def rows(self) -> Batch:
+        """Tokens and mask alone."""
+        return Batch(self.tokens_BT, self.mask_BT)

@@ -130,14 +130,16 @@ def build(settings: Settings, step: Step, mesh: jax.sharding.Mesh) -> Built:
 
     if step == "train":
         run = pretrain.Settings(model=settings.model, batch=settings.batch, microbatches=settings.microbatches)
-        jitted, state, batch = pretrain.build(run, mesh)
-        batch = lie(batch, rows)
-        return Built(jitted, (state, batch, None), {}, {**_of_state(state), "batch": batch})
+        train = pretrain.build(run, mesh)
+        batch = lie(train.batch, rows)
+        return Built(train.step, (train.state, batch, None), {}, {**_of_state(train.state), "batch": batch})
     if step == "ppo":
         rl = ppo.Settings(batch=settings.prompts, ppo=settings.ppo)
-        jitted, (state, control), prompts = ppo.build(rl, settings.model, settings.prompt_tokens, mesh)
-        prompts, control = lie(prompts, rows), lie(jax.eval_shape(lambda: control), everywhere)
-        return Built(jitted, (state, control, prompts, key), {}, {**_of_state(state), "batch": prompts})
+        program = ppo.build(rl, settings.model, settings.prompt_tokens, mesh, ANSWER_END)
+        prompts, state = lie(program.prompts, rows), program.state
+        control = lie(jax.eval_shape(lambda: ppo.controller(rl)), everywhere)
+        arguments = (state, control, prompts, key)
+        return Built(program.iteration, arguments, {}, {**_of_state(state), "batch": prompts})
     sharding.check_model(settings.model, mesh)
     sharding.check_rows(settings.prompts, mesh, "a batch of prompts")
     decoding.check_room(settings.model, settings.prompt_tokens, settings.ppo.new_tokens)

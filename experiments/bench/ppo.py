@@ -102,20 +102,24 @@ class JaxWorker:
         import jax
 
         from experiments import ppo as stage
+        from jaxgpt.data.tokenizer import ANSWER_END
         from jaxgpt.models import sharding
         from jaxgpt.rlhf import ppo, reward
-        from jaxgpt.rlhf.ppo import PPOConfig, Prompts
+        from jaxgpt.rlhf.ppo import PPOConfig
+        from jaxgpt.structs import Prompts
 
         model_config = ModelConfig(**config)
         algorithm = PPOConfig(new_tokens=asked["new_tokens"], temperature=0.7, epochs=asked["epochs"], minibatches=1)
         settings = stage.Settings(batch=len(prompts), iterations=1000, ppo=algorithm)
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        self.iteration, (shapes, _), _ = stage.build(settings, model_config, len(prompts[0]), mesh)
+        program = stage.build(settings, model_config, len(prompts[0]), mesh, ANSWER_END)
+        self.iteration = program.iteration
         with np.load(weights) as flat:
             params = nested({name: np.asarray(flat[name]) for name in flat})
         reward_params = reward.init(jax.random.key(1), params, model_config.width)
-        state = ppo.init(params, model_config, stage.optimizer(settings), {"reward": reward_params})
-        self.state = sharding.place_like(state, shapes)
+        policy = ppo.policy_of(model_config, algorithm, ANSWER_END)
+        state = ppo.init(policy, params, stage.optimizer(settings), {"reward": reward_params})
+        self.state = sharding.place_like(state, program.state)
         self.control = sharding.replicate(stage.controller(settings), mesh)
         lengths = np.full(len(prompts), len(prompts[0]), np.int32)
         self.prompts = sharding.place_whole(Prompts(np.array(prompts, np.int32), lengths), mesh)
@@ -129,7 +133,7 @@ class JaxWorker:
 
         start = time.perf_counter()
         key = jax.random.key(self.taken)
-        self.state, self.control, metrics, _ = self.iteration(self.state, self.control, self.prompts, key)
+        self.state, self.control, _, metrics = self.iteration(self.state, self.control, self.prompts, key)
         found = to_floats(metrics)
         self.taken += 1
         return {"seconds": time.perf_counter() - start, "tokens": found["length"]}

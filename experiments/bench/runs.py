@@ -31,7 +31,7 @@ from jaxgpt.rlhf import ppo
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.run import Run
-from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.structs import Array, Batch, Params, Prompts
 from jaxgpt.study import many
 from jaxgpt.study.task import Task
 
@@ -77,18 +77,18 @@ def iteration(s: Settings, task: Task, count: int, how: str) -> Callable[[], Non
     program = many.OnPolicy(task, learn, tx, 1, s.batch, how="map" if how == "map" else "vmap")
     sample, update = program.programs
     groups, size = (count, 1) if how == SEPARATE else (1, count)
-    start = ppo.init(task.start, task.config, tx, {}).replace(frozen={})  # type: ignore[attr-defined]
+    start = ppo.init(task.policy, task.start, tx, {}).replace(frozen={})  # type: ignore[attr-defined]
     states = [many.spread(many.stack([start] * size), task.mesh) for _ in range(groups)]
     controls = [many.stack([kl.FixedKL(jnp.float32(0.1))] * size) for _ in range(groups)]
     tokens = jnp.asarray(np.broadcast_to(task.prompts[0], (size, s.batch, s.prompt)), jnp.int32)
-    prompts = ppo.Prompts(tokens, jnp.full((size, s.batch), s.prompt, jnp.int32))
+    prompts = Prompts(tokens, jnp.full((size, s.batch), s.prompt, jnp.int32))
     keys = jax.random.split(jax.random.key(s.seed), size)
     score = jnp.zeros((size, s.batch))
 
     def once() -> None:
         for n in range(groups):
-            seen = sample(states[n], task.start, prompts, keys)
-            states[n], controls[n], _ = update(states[n], task.start, {}, controls[n], seen, score, keys)
+            found = sample(states[n], task.start, prompts, keys)
+            states[n], controls[n], _ = update(states[n], task.start, {}, controls[n], found, score, keys)
         jax.block_until_ready(states)
 
     return once

@@ -35,12 +35,12 @@ from jaxgpt.rlhf.ppo import Controller, PPOConfig
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
-from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.structs import Array, Batch, Experience, Params
 from jaxgpt.study import figures, many, page, sums
 from jaxgpt.study.cells import Cells, conduct
 from jaxgpt.study.task import Task, sample
 from jaxgpt.training import optim
-from jaxgpt.training.step import TrainState, make_nll
+from jaxgpt.training.step import Metrics, TrainState, make_nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +128,10 @@ def learn_by_ppo(task: Task, tx: Any) -> many.Learn:
     inner = many.learn_by_ppo(task, tx)
 
     def learn(
-        state: TrainState, control: Controller, seen: tuple[Batch, Array, Array], score_B: Array, key: Array
-    ) -> tuple[TrainState, Controller, Any]:
-        state, control, metrics = inner(state, control, seen, score_B, key)
-        return state, control, {**metrics, **group_policy.lengths(seen[0], score_B)}
+        state: TrainState, control: Controller, experience: Experience, score_B: Array, key: Array
+    ) -> tuple[TrainState, Controller, Metrics]:
+        state, control, metrics = inner(state, control, experience, score_B, key)
+        return state, control, {**metrics, **group_policy.lengths(experience.rows, score_B)}
 
     return learn
 
@@ -142,18 +142,7 @@ def trained(s: Settings, task: Task, name: str, bar: Bar) -> dict[str, Any]:
     steps = s.iterations * (s.ppo.epochs * s.ppo.minibatches if critic else 1)
     tx = optim.adam_tf(optim.linear_to_zero(s.rl_learning_rate, steps, steps // 25))
     method = group_policy.METHODS.get(name)
-    learn = (
-        learn_by_ppo(task, tx)
-        if method is None
-        else group_policy.learn(
-            task.config,
-            tx,
-            method,
-            s.each,
-            new_tokens=task.algorithm.new_tokens,
-            temperature=task.algorithm.temperature,
-        )
-    )
+    learn = learn_by_ppo(task, tx) if method is None else group_policy.learn(task.policy, tx, method, s.each)
     program = many.OnPolicy(
         task, learn, tx, s.iterations, s.prompts * s.each, 1 if critic else s.each, sums.verify, s.how
     )

@@ -58,6 +58,36 @@ class Batches(Iterator[ArrayBatch]):
         self._iterator.set_state(state["grain"])
 
 
+class PromptBatches(Iterator[ArrayBatch]):
+    """Endless batches of prompts, `tokens` [B, P] and `length` [B], int32: one shuffled pass after the other. It has a
+    position, as `Batches` has; every process makes the whole batch."""
+
+    def __init__(self, tokens_NP: np.ndarray, length_N: np.ndarray, batch: int, seed: int) -> None:
+        self.width = tokens_NP.shape[1]
+        self._tokens, self._length, self._batch, self._next = tokens_NP, length_N, batch, 0
+        self._rng, self._order = np.random.default_rng(seed), np.zeros(0, np.int64)
+        identity = ["prompts", _digest([tokens_NP, length_N]), batch, seed]
+        self._fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def __next__(self) -> ArrayBatch:
+        begin, end = self._next * self._batch, (self._next + 1) * self._batch
+        while len(self._order) < end:
+            self._order = np.concatenate([self._order, self._rng.permutation(len(self._length))])
+        self._next += 1
+        index = self._order[begin:end]
+        return {"tokens": self._tokens[index], "length": self._length[index]}
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON."""
+        return {"fingerprint": self._fingerprint, "next": self._next}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`. Raises UserError if it was taken on other prompts or settings."""
+        if state["fingerprint"] != self._fingerprint:
+            raise UserError("this checkpoint's position is for other prompts or settings; start a new run")
+        self._next = state["next"]
+
+
 def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndarray:
     """int32 [N]: <bos> doc <bos> doc ... <bos>, kept in `cache`/streams under the hash of documents and tokenizer."""
     docs = [doc for doc in docs if doc]

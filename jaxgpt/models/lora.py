@@ -19,9 +19,12 @@ NAMES = ("lora_a", "lora_b")
 
 
 def init(key: Array, params: Params, rank: int) -> Params:
-    """Adapters for every dense layer: nested as the parameters, of nothing else. UserError if the rank is below 1."""
-    if rank < 1:
+    """Adapters for every dense layer: nested as the parameters, of nothing else; none for rank 0. UserError if the rank
+    is negative."""
+    if rank < 0:
         raise UserError(f"lora is {rank}; a rank must be at least 1 (0 trains all weights)")
+    if not rank:
+        return {}
 
     def below(tree: Params, key: Array) -> Params:
         if "kernel" in tree:

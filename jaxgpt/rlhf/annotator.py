@@ -6,7 +6,7 @@ and it picks a favourite with probability softmax(gold / temperature).
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -72,3 +72,13 @@ def _vader() -> "SentimentIntensityAnalyzer":
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     return SentimentIntensityAnalyzer()
+
+
+def simulated_ceiling(records: Iterable[Mapping[str, float | Sequence[float]]]) -> float | None:
+    """The accuracy of a predictor that knows the simulated annotator's own scores, from the records that it left with
+    its choices (`gold`, `temperature`); None where a person chose."""
+    rows = [record for record in records if "gold" in record]
+    if not rows:
+        return None
+    annotator = SimulatedAnnotator(np.asarray(rows[0].get("temperature", 1.0)).item())
+    return float(np.mean([annotator.ceiling(np.array([row["gold"]])) for row in rows]))

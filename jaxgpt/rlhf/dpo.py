@@ -8,23 +8,20 @@ Parameters: trainable 'policy', frozen 'reference'; or adapters for the policy, 
 import jax
 
 from jaxgpt import losses
-from jaxgpt.config import ModelConfig
 from jaxgpt.losses import Mean
-from jaxgpt.models import lora, transformer
+from jaxgpt.models import lora
+from jaxgpt.rlhf.policy import Policy
 from jaxgpt.structs import Array, Params, Preferences
 from jaxgpt.training.step import LossFn, Metrics
 
 
-def make_loss(
-    config: ModelConfig, beta: float | Array, temperature: float = 1.0, window: int | None = None
-) -> LossFn[Preferences]:
-    """The B-way DPO loss, log B where pi = rho. `beta`: reward units a nat; `temperature`: of policy and reference;
-    `window`: tokens of the longest answer (saves the vocabulary head on prompts)."""
+def make_loss(policy: Policy, beta: float | Array) -> LossFn[Preferences]:
+    """The loss for C candidates, log C where pi = rho. `beta`: reward units per nat. The policy's `new_tokens`, the
+    tokens of the longest answer, saves the vocabulary head on prompts."""
 
     def loss_fn(params: Params, batch: Preferences, key: Array | None = None) -> tuple[Mean, Metrics]:
         def answer_logp_BC(params: Params) -> Array:
-            logp = transformer.answer_logp(params, config, batch.rows, temperature=temperature, window=window)
-            return logp.reshape(batch.present_BC.shape)
+            return policy.answer_logp(params, batch.rows).reshape(batch.present_BC.shape)
 
         ref_logp_BC = jax.lax.stop_gradient(answer_logp_BC(lora.reference(params)))
         h_BC = losses.implicit_reward(answer_logp_BC(params["policy"]), ref_logp_BC, beta)

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxgpt import losses
-from jaxgpt.config import ModelConfig
 from jaxgpt.losses import Mean, returns
-from jaxgpt.rlhf import rollout
+from jaxgpt.rlhf.policy import Policy
 from jaxgpt.rlhf.ppo import Controller
-from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.structs import Array, Batch, Experience, Params
 from jaxgpt.training.step import Metrics, TrainState, make_train_step
 
 
@@ -35,35 +34,29 @@ METHODS = {
 
 
 def learn(
-    config: ModelConfig,
-    tx: optax.GradientTransformation,
-    method: Method,
-    each: int,
-    *,
-    new_tokens: int,
-    temperature: float = 1.0,
-) -> Callable[..., tuple[TrainState, Controller, Metrics]]:
+    policy: Policy, tx: optax.GradientTransformation, method: Method, each: int
+) -> Callable[[TrainState, Controller, Experience, Array, Array], tuple[TrainState, Controller, Metrics]]:
     """One step on groups of `each` answers, on policy: the ratio is 1, the clipped loss has REINFORCE's gradient."""
     over = losses.sequence_mean if method.mean else losses.sequence_sum
-    scale = 1.0 if method.mean else 1 / new_tokens  # a constant length, so that all methods have one learning rate
+    scale = (
+        1.0 if method.mean else 1 / (policy.new_tokens or 1)
+    )  # a constant length, so that all methods have one learning rate
 
     def loss_fn(params: Params, batch: tuple[Batch, Array], key: Array | None) -> tuple[Mean, Metrics]:
         rows, advantage_B = batch
-        logp_BT, _, entropy_BT = rollout.policy_outputs(
-            params["policy"], params["value_head"], config, rows, new_tokens, temperature
-        )
-        log_ratio_BT = losses.log_ratio(logp_BT, jax.lax.stop_gradient(logp_BT))
+        found = policy.outputs(params["policy"], params["value_head"], rows)
+        log_ratio_BT = losses.log_ratio(found.logp_BT, jax.lax.stop_gradient(found.logp_BT))
         loss_BT = losses.ppo_clip(log_ratio_BT, returns.to_tokens(advantage_B, rows.mask_BT))
         objective = losses.reduce(over(loss_BT, rows.mask_BT) * scale)
-        return objective, {"entropy": losses.reduce(entropy_BT, rows.mask_BT)}
+        return objective, {"entropy": losses.reduce(found.entropy_BT, rows.mask_BT)}
 
     step = make_train_step(loss_fn, tx)
 
     def one_step(
-        state: TrainState, control: Controller, seen: tuple[Batch, Array, Array], score_B: Array, key: Array
+        state: TrainState, control: Controller, experience: Experience, score_B: Array, key: Array
     ) -> tuple[TrainState, Controller, Metrics]:
-        rows, _, ended_B = seen
-        score_BC = jnp.where(ended_B, score_B, 0.0).reshape(-1, each)
+        rows = experience.rows
+        score_BC = jnp.where(experience.ended_B, score_B, 0.0).reshape(-1, each)
         advantage_BC = method.advantage(score_BC)
         state, metrics = step(state, (rows, advantage_BC.reshape(-1)), None)
         return state, control, {**metrics, **lengths(rows, score_B), **weights(score_BC, advantage_BC)}

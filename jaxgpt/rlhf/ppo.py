@@ -3,23 +3,27 @@
 One episode is one answer. The score h(x, y) arrives at its last token, and every token pays -beta (log pi - log rho):
 summed over the answer this is r = h - beta log(pi(y|x) / rho(y|x)) (Ziegler et al. 2020).
 
-    rows, sampler_logp, ended_B = collect(state, config, ppo, prompts, key, stop)
-    rollout, metrics = score(state, config, ppo, rows, sampler_logp, ended_B, score_B)     h from a model or the host
-    state, controller, metrics = update(state, config, ppo, tx, rollout, controller, key)
+    experience = collect(state, prompts, key, policy=policy)
+    scored, metrics = score(state, experience, score_B, policy=policy, ppo=ppo)     h from a model or the host
+    state, controller, targets, metrics = update(state, controller, scored, key, policy=policy, ppo=ppo, tx=tx)
 
-`ppo_iteration` is these three with a reward that is a JAX function, for one jit; `host_iteration` with any other.
+`ppo_iteration` is these three with a reward that is a JAX function, for one jit; `host_iteration` with any other. The
+`Policy` says what model it is (`jaxgpt.rlhf.policy`): our transformer, or one of another library.
 State parameters: trainable 'policy' and 'value_head', frozen 'reference' and whatever the reward needs (usually
 'reward').
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxgpt import losses
@@ -28,8 +32,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses import Mean, kl, returns
 from jaxgpt.models import lora, sharding, transformer
 from jaxgpt.rlhf import rollout
-from jaxgpt.structs import Array, Batch, Leaf, Params, Rollout
-from jaxgpt.training.step import Metrics, TrainState, init_state, make_train_step, split_rows
+from jaxgpt.rlhf.policy import Outputs, Policy, transformer_policy
+from jaxgpt.structs import Array, Batch, Experience, Params, Prompts, Rollout
+from jaxgpt.training.step import LossFn, Metrics, TrainState, init_state, make_train_step, split_rows
 
 Controller = kl.AdaptiveKL | kl.FixedKL
 RewardFn = Callable[[Params, Batch], Array]
@@ -61,14 +66,6 @@ class PPOConfig:
 
 
 @struct.dataclass
-class Prompts:
-    """Prompts padded on the right, and their lengths."""
-
-    tokens_BP: Leaf
-    length_B: Leaf
-
-
-@struct.dataclass
 class Targets:
     """A rollout with what its rewards amount to: the batch of PPO's loss."""
 
@@ -77,79 +74,71 @@ class Targets:
     return_BT: Array
 
 
+class Iteration(NamedTuple):
+    """What an update leaves: the new state and controller, the batch that it learned from, and metrics."""
+
+    state: TrainState
+    controller: Controller
+    targets: Targets
+    metrics: Metrics
+
+
+def policy_of(config: ModelConfig, ppo: PPOConfig, stop: int) -> Policy:
+    """Our transformer as the policy of these settings."""
+    return transformer_policy(config, new_tokens=ppo.new_tokens, stop=stop, temperature=ppo.temperature)
+
+
 def init(
-    policy: Params,
-    config: ModelConfig,
+    policy: Policy,
+    params: Params,
     tx: optax.GradientTransformation,
     frozen: Params,
     adapters: Params | None = None,
 ) -> TrainState:
     """Policy and a critic head of exactly 0 to train; a copy of the policy as the frozen reference. With `adapters`
     only they and the head are trained, and the policy's own weights are the reference."""
-    head = transformer.scalar_head(None, config.width)
+    head = transformer.scalar_head(None, policy.width)
     if adapters:
-        return init_state({"policy": adapters, "value_head": head}, tx, {"policy": policy, **frozen})
-    trainable = {"policy": policy, "value_head": head}
-    return init_state(trainable, tx, {"reference": jax.tree.map(jnp.copy, policy), **frozen})
+        return init_state({"policy": adapters, "value_head": head}, tx, {"policy": params, **frozen})
+    trainable = {"policy": params, "value_head": head}
+    return init_state(trainable, tx, {"reference": jax.tree.map(jnp.copy, params), **frozen})
 
 
-def collect(
-    state: TrainState, config: ModelConfig, ppo: PPOConfig, prompts: Prompts, key: Array, stop: int
-) -> tuple[Batch, Array, Array]:
-    """Answers of the current policy: rows, the sampler's log-probabilities on them, and which answers ended, [B]."""
-    rows, sampler_logp_BT, answers = rollout.collect(
-        state.params["policy"],
-        config,
-        prompts.tokens_BP,
-        prompts.length_B,
-        key,
-        new_tokens=ppo.new_tokens,
-        stop=stop,
-        temperature=ppo.temperature,
-    )
-    return rows, sampler_logp_BT, answers.ended_B
+def collect(state: TrainState, prompts: Prompts, key: Array, *, policy: Policy) -> Experience:
+    """Answers of the current policy."""
+    return policy.collect(state.params["policy"], prompts, key)
 
 
 def score(
-    state: TrainState,
-    config: ModelConfig,
-    ppo: PPOConfig,
-    rows: Batch,
-    sampler_logp_BT: Array,
-    ended_B: Array,
-    score_B: Array,
+    state: TrainState, experience: Experience, score_B: Array, *, policy: Policy, ppo: PPOConfig
 ) -> tuple[Rollout, Metrics]:
     """Add the policy's and the reference's log-probabilities, the values, and the score of answers that never ended."""
-    params = state.params
+    params, rows, ended_B = state.params, experience.rows, experience.ended_B
     reference = lora.reference(params)
 
-    def look(rows: Batch) -> tuple[Array, ...]:
-        outputs = rollout.policy_outputs(
-            params["policy"], params["value_head"], config, rows, ppo.new_tokens, ppo.temperature
-        )
-        ref_logp_BT, _ = transformer.score(reference, config, rows, temperature=ppo.temperature, window=ppo.new_tokens)
-        return (*outputs, ref_logp_BT)
+    def look(rows: Batch) -> tuple[Outputs, Array]:
+        return policy.outputs(params["policy"], params["value_head"], rows), policy.logp(reference, rows)
 
-    logp_BT, value_BT, entropy_BT, ref_logp_BT = rollout.in_minibatches(look, rows, ppo.minibatches)
-    experience = Rollout(
+    found, ref_logp_BT = rollout.in_minibatches(look, rows, ppo.minibatches)
+    scored = Rollout(
         tokens_BT=rows.tokens_BT,
         mask_BT=rows.mask_BT,
-        logp_BT=logp_BT,
+        logp_BT=found.logp_BT,
         ref_logp_BT=ref_logp_BT,
-        value_BT=value_BT,
+        value_BT=found.value_BT,
         score_B=score_B if ppo.unfinished_score is None else jnp.where(ended_B, score_B, ppo.unfinished_score),
         ended_B=ended_B,
-        sampler_logp_BT=sampler_logp_BT,
+        sampler_logp_BT=experience.logp_BT,
     )
-    gap_BT = jnp.where(rows.mask_BT, jnp.abs(logp_BT - sampler_logp_BT), 0.0)
+    gap_BT = jnp.where(rows.mask_BT, jnp.abs(found.logp_BT - experience.logp_BT), 0.0)
     metrics: Metrics = {
-        "score": losses.reduce(experience.score_B),
-        "entropy": losses.reduce(entropy_BT, rows.mask_BT),
+        "score": losses.reduce(scored.score_B),
+        "entropy": losses.reduce(found.entropy_BT, rows.mask_BT),
         "length": losses.reduce(rows.mask_BT.sum(1).astype(jnp.float32)),
         "ended": losses.reduce(ended_B.astype(jnp.float32)),
         "sampler_gap_max": gap_BT.max(),
     }
-    return experience, metrics
+    return scored, metrics
 
 
 def targets(rollout: Rollout, ppo: PPOConfig, beta: Array) -> Targets:
@@ -162,23 +151,16 @@ def targets(rollout: Rollout, ppo: PPOConfig, beta: Array) -> Targets:
     return Targets(rollout, returns.whiten(advantage_BT, rollout.mask_BT), return_BT)
 
 
-def make_loss(config: ModelConfig, ppo: PPOConfig) -> Callable[[Params, Targets, Array | None], tuple[Mean, Metrics]]:
-    """The clipped surrogate plus `value_weight` times the clipped value error, one value an answer token."""
+def make_loss(policy: Policy, ppo: PPOConfig) -> LossFn[Targets]:
+    """The clipped surrogate plus `value_weight` times the clipped value error, one value per answer token."""
 
     def loss_fn(params: Params, batch: Targets, key: Array | None = None) -> tuple[Mean, Metrics]:
         old = batch.rollout
-        logp_BT, value_BT, _ = rollout.policy_outputs(
-            params["policy"],
-            params["value_head"],
-            config,
-            Batch(old.tokens_BT, old.mask_BT),
-            ppo.new_tokens,
-            ppo.temperature,
-        )
-        log_ratio_BT = losses.log_ratio(logp_BT, old.logp_BT)
+        found = policy.outputs(params["policy"], params["value_head"], old.rows)
+        log_ratio_BT = losses.log_ratio(found.logp_BT, old.logp_BT)
         terms = {
             "policy_loss": losses.ppo_clip(log_ratio_BT, batch.advantage_BT, ppo.clip),
-            "value_loss": losses.value_clip(value_BT, old.value_BT, batch.return_BT, ppo.value_clip),
+            "value_loss": losses.value_clip(found.value_BT, old.value_BT, batch.return_BT, ppo.value_clip),
         }
         loss, metrics = losses.combine(terms, old.mask_BT, {"value_loss": ppo.value_weight})
         return loss, {**metrics, **losses.ratio_metrics(log_ratio_BT, batch.advantage_BT, old.mask_BT, ppo.clip)}
@@ -188,21 +170,22 @@ def make_loss(config: ModelConfig, ppo: PPOConfig) -> Callable[[Params, Targets,
 
 def update(
     state: TrainState,
-    config: ModelConfig,
+    controller: Controller,
+    scored: Rollout,
+    key: Array,
+    *,
+    policy: Policy,
     ppo: PPOConfig,
     tx: optax.GradientTransformation,
-    experience: Rollout,
-    controller: Controller,
-    key: Array,
-) -> tuple[TrainState, Controller, Metrics]:
+) -> Iteration:
     """`epochs` passes of `minibatches` steps over one rollout, then the controller's move.
 
     The first pass keeps the rows' order, so that its first minibatch has the very shapes the old log-probabilities had;
     later passes shuffle. `ratio_error_first` is |ratio - 1| there: 0.
     """
-    batch = targets(experience, ppo, controller.beta)
-    rows = experience.tokens_BT.shape[0]
-    step = make_train_step(make_loss(config, ppo), tx)
+    batch = targets(scored, ppo, controller.beta)
+    rows = scored.tokens_BT.shape[0]
+    step = make_train_step(make_loss(policy, ppo), tx)
     shuffles = [jax.random.permutation(k, rows) for k in jax.random.split(key, ppo.epochs)]
     passes = [jnp.arange(rows), *shuffles[1:]]
     order = jnp.concatenate([split_rows(index, ppo.minibatches) for index in passes])
@@ -211,12 +194,12 @@ def update(
         return step(state, jax.tree.map(lambda x: sharding.constrain_rows(x[index]), batch), None)
 
     state, history = jax.lax.scan(one, state, order)
-    policies = experience.logp_BT, experience.ref_logp_BT
-    measured = kl.estimate(kl.k1(*policies), experience.mask_BT)
-    by_k3 = kl.estimate(kl.k3(*policies), experience.mask_BT)
-    kl_B = kl.sequence_kl(*policies, experience.mask_BT)
-    _, variance = returns.masked_moments(batch.return_BT, experience.mask_BT)
-    _, residual = returns.masked_moments(batch.return_BT - experience.value_BT, experience.mask_BT)
+    logps = scored.logp_BT, scored.ref_logp_BT
+    measured = kl.estimate(kl.k1(*logps), scored.mask_BT)
+    by_k3 = kl.estimate(kl.k3(*logps), scored.mask_BT)
+    kl_B = kl.sequence_kl(*logps, scored.mask_BT)
+    _, variance = returns.masked_moments(batch.return_BT, scored.mask_BT)
+    _, residual = returns.masked_moments(batch.return_BT - scored.value_BT, scored.mask_BT)
     metrics = {
         **jax.tree.map(lambda x: x[-1], history),
         "ratio_error_first": jax.tree.map(lambda x: x[0], history["ratio_error_max"]),
@@ -226,10 +209,27 @@ def update(
         "kl_k3": by_k3.nats_a_sequence,
         "kl_k3_error": by_k3.nats_a_sequence_error,
         "beta": controller.beta,
-        "score_after_kl": losses.reduce(experience.score_B - controller.beta * kl_B),
+        "score_after_kl": losses.reduce(scored.score_B - controller.beta * kl_B),
         "explained_variance": 1.0 - residual / jnp.maximum(variance, 1e-8),
     }
-    return state, controller.update(measured), metrics
+    return Iteration(state, controller.update(measured), batch, metrics)
+
+
+def learn(
+    state: TrainState,
+    controller: Controller,
+    experience: Experience,
+    score_B: Array,
+    key: Array,
+    *,
+    policy: Policy,
+    ppo: PPOConfig,
+    tx: optax.GradientTransformation,
+) -> Iteration:
+    """`score` and `update`: what follows once the answers have their rewards."""
+    scored, found = score(state, experience, score_B, policy=policy, ppo=ppo)
+    done = update(state, controller, scored, key, policy=policy, ppo=ppo, tx=tx)
+    return done._replace(metrics={**found, **done.metrics})
 
 
 def ppo_iteration(
@@ -238,79 +238,77 @@ def ppo_iteration(
     prompts: Prompts,
     key: Array,
     *,
-    config: ModelConfig,
+    policy: Policy,
     ppo: PPOConfig,
     tx: optax.GradientTransformation,
     reward_fn: RewardFn,
-    stop: int,
-) -> tuple[TrainState, Controller, Metrics]:
-    """collect, score and update in one pure function: jit it with the state donated.
+) -> Iteration:
+    """collect, score and update in one pure function: jit it with state and controller donated.
 
     reward_fn(params, rows) -> h_B sees all parameters, frozen ones included.
     """
     sample_key, update_key = jax.random.split(key)
-    experience, seen = gather(state, prompts, sample_key, config=config, ppo=ppo, reward_fn=reward_fn, stop=stop)
-    state, controller, metrics = update(state, config, ppo, tx, experience, controller, update_key)
-    return state, controller, {**seen, **metrics}
+    experience = collect(state, prompts, sample_key, policy=policy)
+    score_B = reward_fn(state.params, experience.rows)
+    return learn(state, controller, experience, score_B, update_key, policy=policy, ppo=ppo, tx=tx)
 
 
-def gather(
+Iterate = Callable[[TrainState, Controller, Prompts, Array], Iteration]
+
+
+def jit_iteration(
+    mesh: Mesh,
     state: TrainState,
-    prompts: Prompts,
-    key: Array,
     *,
-    config: ModelConfig,
+    policy: Policy,
     ppo: PPOConfig,
+    tx: optax.GradientTransformation,
     reward_fn: RewardFn,
-    stop: int,
-) -> tuple[Rollout, Metrics]:
-    """`collect` and `score` with a reward that is a JAX function."""
-    rows, sampler_logp_BT, ended_B = collect(state, config, ppo, prompts, key, stop)
-    return score(state, config, ppo, rows, sampler_logp_BT, ended_B, reward_fn(state.params, rows))
+) -> Iterate:
+    """`ppo_iteration`, jitted for a mesh: the prompts' rows divided, state and controller donated. `state` holds shapes
+    with shardings (see `training.shapes_on`)."""
+    places, everywhere = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
+    bound = functools.partial(ppo_iteration, policy=policy, ppo=ppo, tx=tx, reward_fn=reward_fn)
+    return jax.jit(
+        sharding.within(mesh, bound),
+        donate_argnums=(0, 1),
+        in_shardings=(places, everywhere, sharding.rows(mesh), everywhere),
+        out_shardings=Iteration(places, everywhere, everywhere, everywhere),  # type: ignore[arg-type]
+    )
 
 
 def host_iteration(
-    config: ModelConfig, ppo: PPOConfig, tx: optax.GradientTransformation, reward_fn: HostReward, stop: int
-) -> Callable[[TrainState, Controller, Prompts, Array], tuple[TrainState, Controller, Metrics]]:
+    *, policy: Policy, ppo: PPOConfig, tx: optax.GradientTransformation, reward_fn: HostReward
+) -> Iterate:
     """`ppo_iteration` for a reward that runs on the host (a lexicon, a verifier, a person): two compiled programs with
     reward_fn(rows) -> h_B, on NumPy arrays, between them. State and controller are donated.
 
     `data.tokenizer.on_texts` makes such a function of one of texts. UserError when it doesn't return one finite number
-    a row."""
-    sample = jax.jit(lambda state, prompts, key: collect(state, config, ppo, prompts, key, stop))
+    per row."""
+    sample = jax.jit(functools.partial(collect, policy=policy))
+    learn_jit = jax.jit(functools.partial(learn, policy=policy, ppo=ppo, tx=tx), donate_argnums=(0, 1))
 
-    def learn(
-        state: TrainState, controller: Controller, seen: tuple[Batch, Array, Array], score_B: Array, key: Array
-    ) -> tuple[TrainState, Controller, Metrics]:
-        experience, metrics = score(state, config, ppo, *seen, score_B)
-        state, controller, more = update(state, config, ppo, tx, experience, controller, key)
-        return state, controller, {**metrics, **more}
-
-    learn_jit = jax.jit(learn, donate_argnums=(0, 1))
-
-    def one(
-        state: TrainState, controller: Controller, prompts: Prompts, key: Array
-    ) -> tuple[TrainState, Controller, Metrics]:
+    def one(state: TrainState, controller: Controller, prompts: Prompts, key: Array) -> Iteration:
         sample_key, update_key = jax.random.split(key)
-        seen = sample(state, prompts, sample_key)
-        scores = np.asarray(reward_fn(jax.device_get(seen[0])), np.float32)
-        if scores.shape != seen[2].shape or not np.isfinite(scores).all():
+        experience = sample(state, prompts, sample_key)
+        scores = np.asarray(reward_fn(jax.device_get(experience.rows)), np.float32)
+        if scores.shape != experience.ended_B.shape or not np.isfinite(scores).all():
             raise UserError(
-                f"the reward function returned {scores!r} for {len(seen[2])} answers; one finite number each"
+                f"the reward function returned {scores!r} for {len(experience.ended_B)} answers; one finite number each"
             )
-        return learn_jit(state, controller, seen, scores, update_key)
+        return learn_jit(state, controller, experience, scores, update_key)
 
     return one
 
 
-def check_batch(rows: int, ppo: PPOConfig, config: ModelConfig, prompt_tokens: int) -> None:
+def check_batch(rows: int, ppo: PPOConfig, block: int, prompt_tokens: int) -> None:
     """Refuse what can't work before anything is compiled."""
     if rows % ppo.minibatches:
         raise UserError(
             f"a batch of {rows} prompts doesn't divide into {ppo.minibatches} minibatches; change one of them"
         )
-    if prompt_tokens + ppo.new_tokens > config.block:
+    if prompt_tokens + ppo.new_tokens > block:
         raise UserError(
             f"prompts of {prompt_tokens} tokens and answers of {ppo.new_tokens} don't fit the model's block of "
-            f"{config.block}; lower ppo.new_tokens or shorten the prompts"
+            f"{block}; lower ppo.new_tokens or shorten the prompts"
         )

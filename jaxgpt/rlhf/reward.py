@@ -6,14 +6,19 @@ Gain and bias are set so that scores on samples of the reference policy have mea
 2020). Parameters: {'model': GPT, 'head': scalar head, 'gain': (), 'bias': ()}.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.losses import Mean, returns
 from jaxgpt.models import transformer
+from jaxgpt.rlhf.intervals import calibration
 from jaxgpt.structs import Array, Batch, Params, Preferences
+from jaxgpt.training.step import LossFn, Metrics
 
 
 def init(key: Array, params: Params, width: int) -> Params:
@@ -45,6 +50,15 @@ def loss(params: Params, config: ModelConfig, preferences: Preferences) -> tuple
     return losses.preference_objective(scores_BC, preferences.choice_B, preferences.present_BC)
 
 
+def make_loss(config: ModelConfig) -> LossFn[Preferences]:
+    """`loss` for a training step."""
+
+    def loss_fn(params: Params, batch: Preferences, key: Array | None = None) -> tuple[Mean, Metrics]:
+        return loss(params, config, batch)
+
+    return loss_fn
+
+
 def trainable_names() -> tuple[str, ...]:
     """Gain and bias are set from samples, not by gradient."""
     return ("model", "head")
@@ -54,3 +68,23 @@ def normalise_on(params: Params, config: ModelConfig, batch: Batch) -> Params:
     """Change gain and bias so that the scores of these rows get mean 0 and standard deviation 1."""
     gain, bias = returns.normalisation(jax.jit(score, static_argnums=1)(params, config, batch))
     return {**params, "gain": params["gain"] * gain, "bias": params["bias"] * gain + bias}
+
+
+class Heldout(NamedTuple):
+    """How well scores predict choices that were not trained on."""
+
+    accuracy: float  # how often the favourite has the highest score
+    chance: float  # of a guess
+    nll: float  # mean negative log-likelihood of the choices under softmax(h), nats
+    calibration: list[dict[str, float]]  # of softmax(h), see `intervals.calibration`
+    calibration_error: float
+
+
+def heldout_figures(score_BC: np.ndarray, choice_B: np.ndarray, present_BC: np.ndarray) -> Heldout:
+    """Measured on the host, from scores [B, C], the favourite's index [B], and which candidates exist [B, C]."""
+    logits_BC = np.where(present_BC, np.asarray(score_BC, np.float64), -np.inf)
+    chosen_BC = np.arange(logits_BC.shape[1]) == choice_B[:, None]
+    logp_BC = logits_BC - np.logaddexp.reduce(logits_BC, axis=1, keepdims=True)
+    table, error = calibration(np.exp(logp_BC)[present_BC], chosen_BC[present_BC])
+    hits = float((logits_BC.argmax(1) == choice_B).mean())
+    return Heldout(hits, float((1 / present_BC.sum(1)).mean()), float(-logp_BC[chosen_BC].mean()), table, error)

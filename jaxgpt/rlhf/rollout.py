@@ -9,62 +9,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt import decoding
 from jaxgpt.config import ModelConfig
 from jaxgpt.decoding.generate import check_room
 from jaxgpt.errors import UserError
-from jaxgpt.models import sharding, transformer
-from jaxgpt.structs import Answers, Array, Batch, Params
+from jaxgpt.models import sharding
+from jaxgpt.rlhf.policy import Policy, transformer_policy
+from jaxgpt.structs import Array, Batch, Experience, Params, Prompts
 from jaxgpt.training.step import jit_on, join_rows, split_rows
 
 Rows = TypeVar("Rows")  # a pytree of arrays whose first axis is rows
 Result = TypeVar("Result")
-
-
-def collect(
-    policy: Params,
-    config: ModelConfig,
-    prompt_BP: Array,
-    length_B: Array,
-    key: Array,
-    *,
-    new_tokens: int,
-    stop: int,
-    temperature: float = 1.0,
-) -> tuple[Batch, Array, Answers]:
-    """One answer to each prompt from the whole distribution at `temperature` (no top-k or top-p: they would bias the
-    ratio).
-
-    Returns rows of prompt + answer with the answer's mask, the sampler's log-probabilities on them, and the answers.
-    """
-    answers = decoding.generate(
-        policy,
-        config,
-        prompt_BP,
-        length_B,
-        key,
-        new_tokens=new_tokens,
-        stop=stop,
-        filter_logits=lambda logits: logits / temperature,
-    )
-    rows, sampler_logp_BT = decoding.join(prompt_BP, length_B, answers)
-    return rows, sampler_logp_BT, answers
-
-
-def policy_outputs(
-    policy: Params, value_head: Params, config: ModelConfig, batch: Batch, window: int, temperature: float = 1.0
-) -> tuple[Array, Array, Array]:
-    """(logp_BT, value_BT, entropy_BT) of the policy and its critic, which reads the same trunk.
-
-    value_BT[t] belongs to the state before token t, entropy_BT[t] to the distribution that token t was drawn from;
-    all are 0 outside a window of `window` tokens from the answer's first on. PPO's old log-probabilities and its
-    loss both come from here: at the same shapes the first ratio is exactly 1.
-    """
-    before = transformer.window_before(batch.mask_BT, window)
-    h_BWD = before.take(transformer.hidden(policy, config, batch.tokens_BT))
-    logp_BW, entropy_BW = transformer.predict(policy, config, h_BWD, before.targets(batch.tokens_BT), temperature)
-    value_BW = transformer.apply_scalar_head(value_head, h_BWD)
-    return before.put(logp_BW), before.put(value_BW), before.put(entropy_BW)
 
 
 def in_minibatches(f: Callable[[Rows], Result], tree: Rows, minibatches: int) -> Result:
@@ -119,29 +73,23 @@ def sample_answers(
     longest one's: each is compiled for."""
     longest = width or max(map(len, prompts))
     check_room(config, longest, new_tokens)
-    program = _collector(mesh, config, new_tokens, stop, temperature)
+    policy = transformer_policy(config, new_tokens=new_tokens, stop=stop, temperature=temperature)
+    program = _collector(mesh, policy)
     parts = []
     for at in range(0, len(prompts), batch):
         chunk = list(prompts[at : at + batch])
         filled = chunk + [chunk[-1]] * (batch - len(chunk))
-        prompt_BP, length_B = sharding.place_whole(pad_prompts(filled, longest), mesh)
-        rows, _, answers = program(params, prompt_BP, length_B, jax.random.fold_in(key, at))
-        parts.append(_first((rows, answers), len(chunk)))
+        padded = sharding.place_whole(Prompts(*pad_prompts(filled, longest)), mesh)
+        found = program(params, padded, jax.random.fold_in(key, at))
+        parts.append(_first((found.rows, found.answers), len(chunk)))
         label(len(chunk))
     rows, answers = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     return Sampled([decode_text(ids) for ids in answers.tokens_BA], rows, answers.ended_B)
 
 
 @functools.lru_cache(maxsize=16)  # a program for each policy's shapes, not for each call
-def _collector(
-    mesh: Mesh, config: ModelConfig, new_tokens: int, stop: int, temperature: float
-) -> Callable[..., tuple[Batch, Array, Answers]]:
-    def program(params: Params, prompt_BP: Array, length_B: Array, key: Array) -> tuple[Batch, Array, Answers]:
-        return collect(
-            params, config, prompt_BP, length_B, key, new_tokens=new_tokens, stop=stop, temperature=temperature
-        )
-
-    return jit_on(mesh, program)
+def _collector(mesh: Mesh, policy: Policy) -> Callable[..., Experience]:
+    return jit_on(mesh, lambda params, prompts, key: policy.collect(params, prompts, key))
 
 
 def in_batches(f: Callable[[Rows], Result], rows: Rows, batch: int, mesh: Mesh) -> Result:

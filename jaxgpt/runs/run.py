@@ -1,6 +1,6 @@
 """The run folder: what an experiment was asked to do, what it measured, and whether it is done.
 
-    with Run(settings.run, settings, stage="sft", inputs={"pretrain": run_fingerprint(settings.pretrained)}) as run:
+    with Run(settings.run, settings, "sft", inputs={"pretrain": run_fingerprint(settings.pretrained)}) as run:
         if run.finished:
             return run.results
         ...
@@ -84,7 +84,7 @@ class Run:
     """A run folder, claimed on entry (see the module's docstring).
 
     A folder with the same stage, settings and inputs is continued: finished -> `finished` is True and `results` holds
-    what it found; not finished -> it goes on from its newest checkpoint (`resume.Saves`), and where there is none its
+    what it found; not finished -> it resumes from its newest checkpoint (`runs.loop`), and where there is none its
     files are removed and it starts again. UserError if the folder is not a run's, is another stage's, was made with
     other settings or inputs (unless `fresh`; or `force`, for one that isn't finished), or is in use by another process.
     Settings named in PLACE_FIELDS, or in a class variable PLACE_FIELDS of the settings, may differ.
@@ -97,10 +97,12 @@ class Run:
         settings: Any,
         stage: str,
         inputs: Mapping[str, str] | None = None,
-        fresh: bool = False,
-        force: bool = False,
+        fresh: bool | None = None,
+        force: bool | None = None,
     ) -> None:
-        self.folder, self.stage, self.fresh, self.force = Path(folder), stage, fresh, force
+        self.folder, self.stage = Path(folder), stage
+        self.fresh = getattr(settings, "fresh", False) if fresh is None else fresh
+        self.force = getattr(settings, "force", False) if force is None else force
         self.finished = False
         self._forced = ""  # what differs from the run that is gone on with
         self.results: dict[str, Any] = {}
@@ -135,6 +137,8 @@ class Run:
             self._files.close()
             raise UserError(answer["error"])
         self.finished, self.results = answer["results"] is not None, answer["results"] or {}
+        if self.finished:
+            self.say(f"{self.stage}: already done in {self.folder}")
         self._started = time.monotonic()
         return self
 
@@ -301,15 +305,16 @@ class Run:
         before."""
         return progress_bar(self.console, total, label, done=done, quiet=not self._first)
 
-    def finish(self, results: Mapping[str, Any]) -> None:
-        """Mark the run as done. `results` come back from later runs of the same settings, so they must be JSON: numbers
-        (arrays become numbers or lists, NaN becomes null), text, lists and dicts."""
+    def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Mark the run as done, and return its results. They come back from later runs of the same settings, so they
+        must be JSON: numbers (arrays become numbers or lists, NaN becomes null), text, lists and dicts."""
         self.finished, self.results = True, plain(results)
         if self._first:
             done = {"stage": self.stage, "fingerprint": self.fingerprint, "results": self.results}
             write_json(self.folder / "done.json", done)
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # nothing is left to go on with
         barrier("run finished")  # another stage of this process may read the folder next
+        return self.results
 
 
 class _Curves:

@@ -22,13 +22,13 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses import Mean, reduce
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import ppo, reward, rollout, through_reward
-from jaxgpt.rlhf.ppo import Controller, Prompts, RewardFn
+from jaxgpt.rlhf.ppo import Controller, RewardFn
 from jaxgpt.rlhf.through_reward import ThroughReward
 from jaxgpt.runs.progress import Bar
-from jaxgpt.structs import Array, Batch, Params
+from jaxgpt.structs import Array, Batch, Experience, Params, Prompts
 from jaxgpt.study.task import Task
 from jaxgpt.training import optim
-from jaxgpt.training.step import LossFn, TrainState, init_state, make_train_step
+from jaxgpt.training.step import LossFn, Metrics, TrainState, init_state, make_train_step
 
 How = Literal["vmap", "map"]
 Watch = Callable[[int, dict[str, np.ndarray]], None]
@@ -124,21 +124,19 @@ def together(batches: Sequence[Iterable[Any]]) -> Iterator[Any]:
         yield jax.tree.map(lambda *xs: np.stack(xs), *parts)
 
 
-Learn = Callable[[TrainState, Controller, tuple[Batch, Array, Array], Array, Array], tuple[TrainState, Controller, Any]]
+Learn = Callable[[TrainState, Controller, Experience, Array, Array], tuple[TrainState, Controller, Metrics]]
 
 
 def learn_by_ppo(task: Task, tx: optax.GradientTransformation, reward_fn: RewardFn | None = None) -> Learn:
     """PPO's update as `OnPolicy` wants it, with a reward in JAX, or with the scores that it is given."""
 
     def learn(
-        state: TrainState, control: Controller, seen: tuple[Batch, Array, Array], score_B: Array, key: Array
-    ) -> tuple[TrainState, Controller, Any]:
-        rows, sampler_logp_BT, ended_B = seen
+        state: TrainState, control: Controller, experience: Experience, score_B: Array, key: Array
+    ) -> tuple[TrainState, Controller, Metrics]:
         if reward_fn is not None:
-            score_B = reward_fn(state.params, rows)
-        experience, metrics = ppo.score(state, task.config, task.algorithm, rows, sampler_logp_BT, ended_B, score_B)
-        state, control, more = ppo.update(state, task.config, task.algorithm, tx, experience, control, key)
-        return state, control, {**metrics, **more}
+            score_B = reward_fn(state.params, experience.rows)
+        done = ppo.learn(state, control, experience, score_B, key, policy=task.policy, ppo=task.algorithm, tx=tx)
+        return done.state, done.controller, done.metrics
 
     return learn
 
@@ -149,9 +147,9 @@ def learn_through_reward(
     """One step of `through_reward` a rollout; beta is the controller's, the reward model 'reward' among the frozen."""
 
     def learn(
-        state: TrainState, control: Controller, seen: tuple[Batch, Array, Array], score_B: Array, key: Array
-    ) -> tuple[TrainState, Controller, Any]:
-        rows, _, ended_B = seen
+        state: TrainState, control: Controller, experience: Experience, score_B: Array, key: Array
+    ) -> tuple[TrainState, Controller, Metrics]:
+        rows = experience.rows
         h_B = reward.score(state.params["reward"], reward_config, rows)
         loss = through_reward.make_loss(task.config, reward_config, control.beta, how, task.algorithm.temperature)
         state, metrics = make_train_step(loss, tx)(state, rows, key)
@@ -163,7 +161,7 @@ def learn_through_reward(
                 "h": reduce(h_B),
                 "kl": metrics["kl_exact"],
                 "beta": control.beta,
-                "ended": reduce(ended_B.astype(jnp.float32)),
+                "ended": reduce(experience.ended_B.astype(jnp.float32)),
             },
         )
 
@@ -192,7 +190,7 @@ def ppo_on_reward_model(
 class OnPolicy:
     """Learning from the policy's own answers, R runs at once.
 
-    learn(state, control, (rows, sampler log-probs, ended), score_B, key) -> (state, control, metrics) is the method:
+    learn(state, control, experience, score_B, key) -> (state, control, metrics) is the method:
     it sees what `ppo.collect` returns, and `host`'s scores of the texts, if there is one (a lexicon, a verifier).
     """
 
@@ -210,13 +208,19 @@ class OnPolicy:
         """Sampling and learning, each one program for all runs. What is frozen is shared (the start) or a run's own."""
         task = self.task
 
-        def collect(state: TrainState, start: Params, prompts: Prompts, key: Array) -> tuple[Batch, Array, Array]:
-            return ppo.collect(with_frozen(state, start, {}), task.config, task.algorithm, prompts, key, task.stop)
+        def collect(state: TrainState, start: Params, prompts: Prompts, key: Array) -> Experience:
+            return ppo.collect(with_frozen(state, start, {}), prompts, key, policy=task.policy)
 
         def learn(
-            state: TrainState, start: Params, frozen: Params, control: Controller, seen: Any, score_B: Array, key: Array
-        ) -> tuple[TrainState, Controller, Any]:
-            state, control, metrics = self.learn(with_frozen(state, start, frozen), control, seen, score_B, key)
+            state: TrainState,
+            start: Params,
+            frozen: Params,
+            control: Controller,
+            experience: Experience,
+            score_B: Array,
+            key: Array,
+        ) -> tuple[TrainState, Controller, Metrics]:
+            state, control, metrics = self.learn(with_frozen(state, start, frozen), control, experience, score_B, key)
             return state.replace(frozen={}), control, metrics  # type: ignore[attr-defined]
 
         return (
@@ -236,14 +240,14 @@ class OnPolicy:
         and the same random numbers."""
         task, R = self.task, len(seeds)
         frozen = [{}] * R if frozen is None else frozen
-        ppo.check_batch(self.batch, task.algorithm, task.config, task.prompt_tokens)
+        ppo.check_batch(self.batch, task.algorithm, task.config.block, task.prompt_tokens)
         if not R == len(controls) == len(frozen) or self.batch % self.each:
             raise ValueError(
                 f"{len(controls)} controllers, {R} seeds and {len(frozen)} frozen trees must be as many, "
                 f"and a batch of {self.batch} a multiple of {self.each}"
             )
         collect, learn = self.programs
-        whole = ppo.init(task.start, task.config, self.tx, {})
+        whole = ppo.init(task.policy, task.start, self.tx, {})
         state = spread(stack([whole.replace(frozen={})] * R), task.mesh)  # type: ignore[attr-defined]
         control, own = spread(stack(list(controls)), task.mesh), spread(stack(list(frozen)), task.mesh)
         tokens_NP, lengths_N = rollout.pad_prompts(task.prompts, task.prompt_tokens)
@@ -254,12 +258,12 @@ class OnPolicy:
             index_RB = order_RN[:, i * self.batch : (i + 1) * self.batch]
             prompts = spread(Prompts(tokens_NP[index_RB], lengths_N[index_RB]), task.mesh)
             keys = jax.vmap(lambda key, i=i: jax.random.split(jax.random.fold_in(key, i)))(key_R)
-            seen = collect(state, task.start, prompts, keys[:, 0])
+            experience = collect(state, task.start, prompts, keys[:, 0])
             score_RB = np.zeros((R, self.batch), np.float32)
             if self.host is not None:
-                score_RB = np.asarray(self.host(task.texts(seen[0])), np.float32).reshape(R, -1)
-            state, control, metrics = learn(state, task.start, own, control, seen, score_RB, keys[:, 1])
-            texts = task.texts(seen[0])  # while the devices learn
+                score_RB = np.asarray(self.host(task.texts(experience.rows)), np.float32).reshape(R, -1)
+            state, control, metrics = learn(state, task.start, own, control, experience, score_RB, keys[:, 1])
+            texts = task.texts(experience.rows)  # while the devices learn
             gold_RB, judge_RB = (look(texts).reshape(R, -1) for look in (task.gold, task.judge))
             found = values(metrics) | {"gold": gold_RB.mean(1), "judge": judge_RB.mean(1)}
             refuse_nan(found, i + 1)

@@ -16,6 +16,7 @@ from jaxgpt.data.comparisons import Ranking, fit_rankings, rank_ids, sizes
 from jaxgpt.losses import Mean
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import dpo, reward
+from jaxgpt.rlhf.policy import transformer_policy
 from jaxgpt.structs import Array, Batch, Params, Preferences
 from jaxgpt.study import many
 from jaxgpt.study.many import How, Watch
@@ -106,6 +107,7 @@ def dpo_policies(
 ) -> list[Params]:
     """A policy a run by DPO, each with its own beta. Runs with the same seed and preferences see the same batches."""
     length, window = longest(rankings)
+    policy = transformer_policy(task.config, new_tokens=window, temperature=task.algorithm.temperature)
     steps = min(map(len, rankings)) // batch
     tx = optim.adamw(optim.linear_to_zero(learning_rate, steps, steps // 10), weight_decay=0.0, b2=0.999)
 
@@ -115,7 +117,7 @@ def dpo_policies(
 
     def loss_fn(params: Params, both: tuple[Array, Preferences], key: Array | None) -> tuple[Mean, Metrics]:
         beta, preferences = both
-        return dpo.make_loss(task.config, beta, task.algorithm.temperature, window)(params, preferences, key)
+        return dpo.make_loss(policy, beta)(params, preferences, key)
 
     each = many.together([batches(n) for n in range(len(seeds))])
     frozen, first = {"reference": task.start}, [{"policy": task.start}] * len(seeds)

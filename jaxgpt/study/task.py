@@ -18,7 +18,8 @@ from jaxgpt.models import sharding, transformer
 from jaxgpt.rlhf import reward, rollout
 from jaxgpt.rlhf.annotator import gold_scores
 from jaxgpt.rlhf.judge import fit_judge
-from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.rlhf.policy import Policy
+from jaxgpt.rlhf.ppo import PPOConfig, policy_of
 from jaxgpt.runs.saved_model import load_language_model, load_model
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.training.step import jit_on
@@ -43,6 +44,11 @@ class Task:
     stop: int
     algorithm: PPOConfig  # its new_tokens, temperature and unfinished_score hold for every method
     mesh: Mesh
+
+    @property
+    def policy(self) -> Policy:
+        """The model as every method trains and samples it."""
+        return policy_of(self.config, self.algorithm, self.stop)
 
     @property
     def prompt_tokens(self) -> int:

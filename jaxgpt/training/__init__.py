@@ -3,6 +3,7 @@
 from jaxgpt.training.step import (
     LossFn,
     Metrics,
+    Program,
     Step,
     TrainState,
     evaluate,
@@ -11,6 +12,7 @@ from jaxgpt.training.step import (
     jit_step,
     join_rows,
     make_nll,
+    make_program,
     make_train_step,
     merged,
     pmap_step,
@@ -23,6 +25,7 @@ from jaxgpt.training.step import (
 __all__ = [
     "LossFn",
     "Metrics",
+    "Program",
     "Step",
     "TrainState",
     "evaluate",
@@ -31,6 +34,7 @@ __all__ = [
     "jit_step",
     "join_rows",
     "make_nll",
+    "make_program",
     "make_train_step",
     "merged",
     "pmap_step",

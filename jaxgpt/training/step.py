@@ -1,8 +1,9 @@
 """The one training step that every stage shares."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ Data = TypeVar("Data")  # a batch: any pytree of arrays whose first axis is its 
 State = TypeVar("State")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Argument = TypeVar("Argument")
 Metrics = Mapping[str, Mean | Array]  # pooled over a batch's parts: Means are added, of anything else the larger counts
 Sums = tuple[Params, tuple[Mean, Metrics]]
 LossFn = Callable[[Params, Data, Array | None], tuple[Mean, Metrics]]
@@ -47,6 +49,15 @@ class TrainState:
 
 
 Step = Callable[[TrainState, Data, Array | None], tuple[TrainState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(Generic[Data]):
+    """A jitted step and what it is compiled for: shapes, dtypes and shardings of its state and of its batch."""
+
+    step: Step[Data]
+    state: TrainState
+    batch: Data
 
 
 def merged(frozen: Params, trainable: Params) -> Params:
@@ -185,6 +196,27 @@ def jit_step(
         in_shardings=(places, sharding.rows(mesh), everywhere),
         out_shardings=(places, everywhere),
     )
+
+
+def make_program(
+    loss_fn: LossFn[Data],
+    tx: optax.GradientTransformation,
+    config: ModelConfig,
+    mesh: Mesh,
+    start: Callable[[Argument], TrainState],
+    argument: Argument,
+    batch: Data,
+    *,
+    microbatches: int = 1,
+    spike: float = 0.0,
+) -> Program[Data]:
+    """`jit_step` for the state that `start(argument)` makes and batches of these shapes; nothing is computed.
+
+    UserError if the mesh doesn't divide the model or the batch."""
+    sharding.check_model(config, mesh)
+    sharding.check_batch(jax.tree.leaves(batch)[0].shape[0], microbatches, mesh)
+    state = shapes_on(mesh, start, argument)
+    return Program(jit_step(loss_fn, tx, mesh, state, microbatches=microbatches, spike=spike), state, batch)
 
 
 def jit_on(

@@ -1,0 +1,141 @@
+"""A language model as PPO, DPO and policy gradients see it: functions of its parameters, bound once.
+
+    policy = transformer_policy(config, new_tokens=40, stop=end, temperature=0.7)     our own transformer
+    policy = from_functions(hidden, unembed, width=768, new_tokens=40, stop=end)      any other: Linen, NNX, Equinox
+
+Parameters stay an argument of every function: a nested dict of arrays (`nnx.to_pure_dict` makes one of an NNX state).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import decoding, losses
+from jaxgpt.config import ModelConfig
+from jaxgpt.models import transformer
+from jaxgpt.structs import Answers, Array, Batch, Experience, Params, Prompts
+
+
+class Outputs(NamedTuple):
+    """What PPO reads of a policy and its critic, all [B, T] float32."""
+
+    logp_BT: Array
+    value_BT: Array  # of the state before token t
+    entropy_BT: Array  # of the distribution that token t was drawn from
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Temperature belongs to the policy: sampling, training and reference all use it."""
+
+    hidden: Callable[[Params, Array], Array]  # (params, tokens_BT) -> h_BTD
+    predict: Callable[[Params, Array, Array], tuple[Array, Array]]  # (params, h_BWD, tokens_BW) -> logp_BW, entropy_BW
+    generate: Callable[[Params, Array, Array, Array], Answers]  # (params, prompt_BP, length_B, key)
+    width: int  # D
+    new_tokens: int | None  # of the longest answer; None: every token counts as one of the answer's
+    temperature: float = 1.0
+
+    def collect(self, params: Params, prompts: Prompts, key: Array) -> Experience:
+        """One answer to each prompt, from the whole distribution (top-k or top-p would bias PPO's ratio)."""
+        answers = self.generate(params, prompts.tokens_BP, prompts.length_B, key)
+        rows, logp_BT = decoding.join(prompts.tokens_BP, prompts.length_B, answers)
+        return Experience(rows, logp_BT, answers)
+
+    def logp(self, params: Params, rows: Batch) -> Array:
+        """log P(token t | tokens before t), [B, T]; 0 outside the `new_tokens` tokens from the answer's first."""
+        before = transformer.window_before(rows.mask_BT, self.new_tokens)
+        h_BWD = before.take(self.hidden(params, rows.tokens_BT))
+        return before.put(self.predict(params, h_BWD, before.targets(rows.tokens_BT))[0])
+
+    def answer_logp(self, params: Params, rows: Batch) -> Array:
+        """log P(y | x) in nats, [B]: the sum over the masked tokens."""
+        return jnp.where(rows.mask_BT, self.logp(params, rows), 0.0).sum(axis=1)
+
+    def outputs(self, params: Params, value_head: Params, rows: Batch) -> Outputs:
+        """Log-probabilities, entropies, and the values of a critic that reads the same hidden states.
+
+        PPO's old log-probabilities and its loss both come from here: at the same shapes the first ratio is exactly 1.
+        All are 0 outside the window of `logp`."""
+        before = transformer.window_before(rows.mask_BT, self.new_tokens)
+        h_BWD = before.take(self.hidden(params, rows.tokens_BT))
+        logp_BW, entropy_BW = self.predict(params, h_BWD, before.targets(rows.tokens_BT))
+        value_BW = transformer.apply_scalar_head(value_head, h_BWD)
+        return Outputs(before.put(logp_BW), before.put(value_BW), before.put(entropy_BW))
+
+
+@functools.lru_cache(maxsize=64)  # equal arguments, the same policy: programs that hold it are compiled once
+def transformer_policy(
+    config: ModelConfig, *, new_tokens: int | None = None, stop: int = -1, temperature: float = 1.0
+) -> Policy:
+    """`models.transformer` as a policy. Without `new_tokens` it scores rows and can't sample."""
+
+    def generate(params: Params, prompt_BP: Array, length_B: Array, key: Array) -> Answers:
+        if new_tokens is None:
+            raise ValueError("a policy needs new_tokens to sample")
+        return decoding.generate(
+            params,
+            config,
+            prompt_BP,
+            length_B,
+            key,
+            new_tokens=new_tokens,
+            stop=stop,
+            filter_logits=lambda logits: logits / temperature,
+        )
+
+    return Policy(
+        hidden=lambda params, tokens_BT: transformer.hidden(params, config, tokens_BT),
+        predict=lambda params, h_BWD, tokens_BW: transformer.predict(params, config, h_BWD, tokens_BW, temperature),
+        generate=generate,
+        width=config.width,
+        new_tokens=new_tokens,
+        temperature=temperature,
+    )
+
+
+def from_functions(
+    hidden: Callable[[Params, Array], Array],
+    unembed: Callable[[Params, Array], Array],
+    *,
+    width: int,
+    new_tokens: int,
+    stop: int | Sequence[int],
+    temperature: float = 1.0,
+    pad: int = 0,
+) -> Policy:
+    """Any causal model as a policy: hidden(params, tokens_BT) -> h_BTD, unembed(params, h [..., D]) -> logits [..., V].
+
+    It samples without a cache, one pass over the whole row per token: right for every model, slow for a large one. Pass
+    a `Policy` with a `generate` of its own where that matters."""
+    stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
+
+    def logits_of(params: Params, h: Array) -> Array:
+        # Behind a barrier, so that scoring and training round alike: PPO's first ratio is exactly 1.
+        return jax.lax.optimization_barrier(unembed(params, h).astype(jnp.float32) / temperature)
+
+    def predict(params: Params, h_BWD: Array, tokens_BW: Array) -> tuple[Array, Array]:
+        logits_BWV = logits_of(params, h_BWD)
+        return losses.log_prob(logits_BWV, tokens_BW), losses.entropy(logits_BWV)
+
+    def generate(params: Params, prompt_BP: Array, length_B: Array, key: Array) -> Answers:
+        rows_B = jnp.arange(len(length_B))
+
+        def step(carry: tuple[Array, Array], x: tuple[Array, Array]) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+            (tokens_BT, ended_B), (t, key) = carry, x
+            h_BD = hidden(params, tokens_BT)[rows_B, length_B + t - 1]
+            logits_BV = logits_of(params, h_BD)
+            token_B = jnp.where(ended_B, pad, jax.random.categorical(key, logits_BV)).astype(jnp.int32)
+            logp_B = jnp.where(ended_B, 0.0, losses.log_prob(logits_BV, token_B))
+            now_B = ended_B | (token_B[:, None] == stops).any(axis=1)
+            return (tokens_BT.at[rows_B, length_B + t].set(token_B), now_B), (token_B, logp_B, ended_B)
+
+        start = jnp.pad(prompt_BP, ((0, 0), (0, new_tokens))), jnp.zeros(len(length_B), bool)
+        steps = jnp.arange(new_tokens), jax.random.split(key, new_tokens)
+        (_, ended_B), (token_AB, logp_AB, before_AB) = jax.lax.scan(step, start, steps)
+        return Answers(token_AB.T, logp_AB.T, (~before_AB).sum(0).astype(jnp.int32), ended_B)
+
+    return Policy(hidden, predict, generate, width, new_tokens, temperature)

@@ -1,0 +1,214 @@
+"""The training loop that every stage shares; the stage writes its body.
+
+    with Loop(run, settings, tok, settings.steps, batches) as loop:
+        state = loop.restore(shapes, start)              the newest good checkpoint, or start()
+        for step, batch in loop:
+            state, metrics = train_step(state, batch)
+            loop.record(step, state, metrics)            the only place that logs and saves
+
+The loop resumes at the step after the checkpoint, to the same bits. It hands out batches, shows progress, writes
+metrics.jsonl every `log_every` steps, saves every `save.every` steps, and stops after `guard.patience` skipped updates
+in a row, with the last batch in the run folder.
+
+On SIGTERM (preemption) it saves after the current step and exits with 75; on Ctrl-C too, with 130, and a second Ctrl-C
+quits at once. With several processes, all of them run the same loop.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Annotated, Any, Self, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxgpt.config import Range, check_settings
+from jaxgpt.data.pipelines import check_tokens
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.models.sharding import MeshConfig
+from jaxgpt.runs.checkpoints import Checkpoints, Position, SaveConfig
+from jaxgpt.runs.process import Stopped
+from jaxgpt.runs.progress import Bar
+from jaxgpt.runs.run import Run
+from jaxgpt.training.guard import GuardConfig
+from jaxgpt.training.step import Metrics, to_floats
+
+UNCHECKED = 2  # steps whose guard is not read yet, so that the loop doesn't wait for the device
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """Settings of every stage."""
+
+    log_every: Annotated[int, Range(1)] = 10  # steps
+    mesh: MeshConfig = MeshConfig()
+    guard: GuardConfig = GuardConfig()
+    save: SaveConfig = SaveConfig()
+    force: bool = False  # resume although settings, data or tokenizer differ from the checkpoint's
+    fresh: bool = False  # replace an earlier run in this folder
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+class Loop:
+    """See the module's docstring.
+
+    `total`: steps. `batches`: an iterator of dicts of host arrays with a position, such as `data.pipelines.Batches`.
+    `vocab`: a batch with a token outside [0, vocab) is refused. `tokens`: per step, for the speed and the metric
+    `tokens`. `names`: metrics that metrics.jsonl has under another name. `shown`: metrics on the progress bar.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: LoopSettings,
+        tok: Tokenizer,
+        total: int,
+        batches: Position,
+        vocab: int,
+        tokens: int = 0,
+        names: Mapping[str, str] | None = None,
+        *,
+        shown: Sequence[str] = ("loss", "accuracy"),
+    ) -> None:
+        self.run, self.settings, self.total, self.batches, self.vocab = run, settings, total, batches, vocab
+        self.tokens, self.names, self.shown = tokens, names or {}, shown
+        self._checkpoints = Checkpoints(run, settings.save, tok, batches)
+        self._first = 1
+        self._bar: Bar | None = None
+        self._batch: Any = None  # of the current step
+        self._asked: int | None = None  # exit code
+        self._unchecked: deque[tuple[int, Any, Any]] = deque()
+        self._waited = {"seconds_data": 0.0, "seconds_device": 0.0}
+        self._undo = contextlib.ExitStack()
+
+    def restore(self, shapes: T, start: Callable[[], T]) -> T:
+        """The state to begin with. `shapes`: arrays or `jax.ShapeDtypeStruct`s with shardings, which may be of another
+        mesh than the checkpoint's.
+
+        UserError if the newest good checkpoint has other parameters (each is named), or another tokenizer or data than
+        now (unless settings.force). Damaged checkpoints are named and skipped."""
+        record = self._checkpoints.newest(shapes, force=self.settings.force)
+        if record is None:
+            self.run.rewind(None)
+            return start()
+        state = self._checkpoints.load(record, shapes, self.total)
+        self._first = record["step"] + 1
+        return state
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        bar = self.run.progress(self.total, self.run.stage, done=self._first - 1)
+        self._bar = self._undo.enter_context(bar)
+        for step in range(self._first, self.total + 1):
+            before = time.monotonic()
+            self._batch = next(self.batches)
+            self._waited["seconds_data"] += time.monotonic() - before
+            check_tokens(self._batch, self.vocab)
+            yield step, self._batch
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something that happens every so many steps happens at this one; after the last step, always."""
+        return step % every == 0 or step == self.total
+
+    def record(
+        self,
+        step: int,
+        state: Any,
+        metrics: Metrics,
+        heldout: Mapping[str, float] | None = None,
+        tokens: int | None = None,
+    ) -> dict[str, float]:
+        """Log the step's metrics if it is time, and `heldout` figures in a line of their own; save if it is time or a
+        signal asked for it. Returns the metrics as numbers, or {} when it wasn't time.
+
+        Raises `Stopped` after a save that a signal asked for. UserError after too many skipped updates, and when the
+        disk is full."""
+        floats: dict[str, float] = {}
+        if self.due(step, self.settings.log_every):
+            floats = to_floats(metrics)
+            waited, self._waited = self._waited, dict.fromkeys(self._waited, 0.0)
+            count = {"tokens": step * self.tokens} if self.tokens else {}  # Python's int: int32 would overflow
+            named = {self.names.get(name, name): value for name, value in floats.items()}
+            self.run.log(step, {**named, **count, **waited})
+        if self._bar is not None:
+            shown: dict[str, Any] = {name: floats[name] for name in self.shown if name in floats}
+            self._bar.update(tokens=self.tokens if tokens is None else tokens, **shown)
+        if heldout:
+            self.run.log(step, heldout)
+        self._unchecked.append((step, metrics["skipped_in_a_row"], self._batch))
+        self._save_if_due(step, state)
+        return floats
+
+    def _save_if_due(self, step: int, state: Any) -> None:
+        last = step == self.total
+        asked = not last and self._asked_to_stop(step)
+        due = not last and self.settings.save.every > 0 and step % self.settings.save.every == 0
+        self._check_guard(0 if asked or due or last else UNCHECKED)
+        if asked or due:
+            self._checkpoints.save(step, state)
+        if asked:
+            self._checkpoints.wait()
+            raise Stopped(f"saved after step {step} of {self.total}; the same command resumes", self._asked or 75)
+
+    def _check_guard(self, leave: int) -> None:
+        while len(self._unchecked) > leave:
+            step, skipped, batch = self._unchecked.popleft()
+            before = time.monotonic()
+            count = int(np.max(np.asarray(skipped)))
+            self._waited["seconds_device"] += time.monotonic() - before
+            if count >= self.settings.guard.patience:
+                raise UserError(
+                    f"{count} updates in a row were skipped up to step {step}: loss or gradient was not finite"
+                    + (" or jumped" if self.settings.guard.spike else "")
+                    + "; the parameters are as before. Look at the last batch "
+                    + f"({_write_batch(self.run.folder / f'bad_batch_{step}.npz', batch)}), or lower the learning rate"
+                )
+
+    # ---- signals ----
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            several = jax.process_count() > 1  # then jax.distributed hears SIGTERM and tells all processes
+            for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
+                self._undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        return self
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.run.say("saving after this step; Ctrl-C once more quits at once")
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        self._asked = 130 if number == signal.SIGINT else 75
+
+    def _asked_to_stop(self, step: int) -> bool:
+        if jax.process_count() > 1:  # all of them at the same step
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._asked is not None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._undo.close()
+        self._checkpoints.wait(report=kind is None)
+
+
+def _write_batch(path: Path, batch: Any) -> Path:
+    if jax.process_index() == 0:
+        arrays: dict[str, Any] = {
+            jax.tree_util.keystr(at, simple=True, separator="."): np.asarray(leaf)
+            for at, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]
+        }
+        np.savez(path, **arrays)
+    return path
