@@ -10,7 +10,7 @@ paths to .txt and .jsonl files, separated by commas, with * and ? allowed.
 | .txt          | one per file     | -                         | -                 | the last 5 % of each file    |
 | .jsonl        | field "text"     | fields "prompt", "answer" | field "prompt"    | 5 % by hash                  |
 
-By hash: rows with the same text (or prompt) share a split, and a row stays in its split when rows are added.
+By hash: rows with the same text (or prompt) share a split, and a row stays in its split when other rows are added.
 """
 
 import glob
@@ -211,7 +211,7 @@ def _tfds_builder(name: str) -> Any:
 
 
 def _feature(builder: Any, name: str, field: str) -> str:
-    """The text feature named `field`; for 'text', otherwise the only text feature."""
+    """The text feature named `field`; 'text' falls back to the only text feature."""
     texts = [key for key, feature in builder.info.features.items() if isinstance(feature, _tfds().features.Text)]
     if field in texts:
         return field

@@ -170,8 +170,8 @@ class Tokenizer:
 def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE with at most `vocab_size` ids; the same texts give the same tokenizer.
 
-    From longer texts, a sample of `TRAINING_CHARACTERS` is drawn with a fixed seed (a quarter of the film reviews
-    loses 0.3 % of compression and takes a fifth of the time).
+    The merges are learnt from at most `TRAINING_CHARACTERS` of text, sampled with a fixed seed (a quarter of the film
+    reviews costs 0.3 % of compression and takes a fifth of the time).
     """
     if vocab_size < SMALLEST_BPE:
         raise UserError(f"a BPE vocabulary of {vocab_size} is too small; the minimum is {SMALLEST_BPE} (tags, bytes)")
