@@ -136,8 +136,8 @@ def _tokenizer(file: File, use_tags: bool) -> Tokenizer:
     }
     if kind != "gpt2" or pre not in known:
         raise UserError(
-            f"{file.path} has an unsupported tokenizer, {kind!r} ({pre!r}): only gpt2 ({', '.join(known)}) is read; use "
-            "the model's Hugging Face folder instead"
+            f"{file.path} has an unsupported tokenizer, {kind!r} ({pre!r}); only gpt2 ({', '.join(known)}) is read: "
+            "use the model's Hugging Face folder instead"
         )
     tokens = file.need("tokenizer.ggml.tokens")
     merges = [tuple(pair.split(" ")) for pair in file.need("tokenizer.ggml.merges")]
