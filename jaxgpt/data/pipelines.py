@@ -28,7 +28,7 @@ with needs_extra("data"):
     import grain.experimental
 
 ArrayBatch = dict[str, np.ndarray]
-_READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # no threads: the device works while a batch is made
+_READ_OPTIONS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # no threads: the device works meanwhile
 _BINS = 64  # rows packed at a time: with more, less padding is wasted
 
 
@@ -128,7 +128,7 @@ def packed_examples(
     elements = [_element(row, length, all_tokens) for row in rows]
     examples = _shuffled(grain.MapDataset.source(elements), seed, None)
     packed = grain.experimental.FirstFitPackIterDataset(
-        examples.to_iter_dataset(_READ),
+        examples.to_iter_dataset(_READ_OPTIONS),
         length_struct={"tokens": length, "mask": length},
         num_packing_bins=max(batch, _BINS),
         seed=seed,
@@ -215,7 +215,7 @@ def _shuffled(dataset: grain.MapDataset, seed: int, epochs: int | None) -> grain
 
 def _batched(dataset: grain.MapDataset, batch: int, part: int, parts: int) -> grain.IterDataset:
     """The rows of every batch that belong to `part`; the other rows are never built."""
-    return dataset.batch(_part_size(batch, parts))[part::parts].to_iter_dataset(_READ)
+    return dataset.batch(_part_size(batch, parts))[part::parts].to_iter_dataset(_READ_OPTIONS)
 
 
 def _part_size(batch: int, parts: int) -> int:

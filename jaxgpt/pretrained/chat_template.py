@@ -15,13 +15,13 @@ from jaxgpt.errors import UserError, needs_extra
 with needs_extra("pretrained"):
     import tokenizers
 
-_TEXTS = ("\u2060prompt one\u2060", "\u2060answer one\u2060", "\u2060prompt two\u2060")
+_PLACEHOLDERS = ("\u2060prompt one\u2060", "\u2060answer one\u2060", "\u2060prompt two\u2060")
 
 
 def read(core: tokenizers.Tokenizer, source: str, names: Mapping[str, str], separator: int, where: str) -> Template:
     """The Template equivalent to `source`. `names`: bos_token, eos_token and the like, which templates refer to.
     Raises UserError if it can't be split, or answers don't end with a special token."""
-    one, answer, two = _TEXTS
+    one, answer, two = _PLACEHOLDERS
     first = {"role": "user", "content": one}
     talk = [first, {"role": "assistant", "content": answer}, {"role": "user", "content": two}]
     try:
@@ -65,7 +65,7 @@ def _render(source: str, messages: list[dict[str, str]], names: Mapping[str, str
     def refuse(message: str) -> None:
         raise ValueError(message)
 
-    space = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    space.filters["tojson"] = lambda x, **_: json.dumps(x, ensure_ascii=False)
-    space.globals["raise_exception"] = refuse
-    return space.from_string(source).render(messages=messages, add_generation_prompt=True, **names)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda x, **_: json.dumps(x, ensure_ascii=False)
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(source).render(messages=messages, add_generation_prompt=True, **names)
