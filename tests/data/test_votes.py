@@ -541,7 +541,7 @@ def test_a_reward_model_s_input_may_be_any_of_them(tmp_path):
 
 
 def test_ids_of_gpt2_are_read(tmp_path, monkeypatch):
-    tok = train_char(["Once upon a time"])  # test_pretrained has the real vocabulary
+    tok = train_char(["Once upon a time"])  # tests/pretrained has the real vocabulary
     monkeypatch.setattr(formats, "gpt2_tokenizer", lambda: tok)
     samples = {f"sample{i}": tok.encode(f" upon {i}") for i in range(4)}
     (tmp_path / "z.json").write_text(json.dumps([{"query": tok.encode("Once"), **samples, "best": 1}]))

@@ -122,10 +122,7 @@ ENTRY %main.1 (a: bf16[2,8], b: f32[4]) -> f32[4] {
     by_kind = {one.kind: one for one in found}
     assert len(found) == 2  # the two pieces of the all-gather share a channel
     assert (by_kind["all-gather"].size, by_kind["all-gather"].group) == (128, 4)
-    assert (by_kind["collective-permute"].size, by_kind["collective-permute"].times) == (
-        16,
-        4,
-    )  # 1, 3, 5, 7
+    assert (by_kind["collective-permute"].size, by_kind["collective-permute"].times) == (16, 4)  # 1, 3, 5, 7
     assert by_kind["collective-permute"].sent == 16 * 4
 
 
