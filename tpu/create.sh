@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Ask for a slice of a Cloud TPU, and wait until it is there.
+# Request a Cloud TPU slice, and wait until it is ready.
 #
 #   tpu/create.sh NAME --tpu v6e:4x4 --zone us-east5-b [--spot] [--bucket BUCKET] [--project ID] [-- GCLOUD FLAGS]
 #
 #   --tpu GENERATION:TOPOLOGY   v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:2x4, tpu7x:2x2x2 (chips along each dimension)
-#   --spot                      cheaper, may be taken away at any time (tpu/babysit.sh gets it again)
-#   --bucket BUCKET             a Cloud Storage bucket that every worker sees as the folder runs/
-#   --via queued|mig            queued resources, or a managed instance group (v5p, v6e, tpu7x: the default there)
+#   --spot                      cheaper, may be preempted at any time (tpu/babysit.sh requests it again)
+#   --bucket BUCKET             a Cloud Storage bucket that every worker mounts as the folder runs/
+#   --via queued|mig            queued resources, or a managed instance group (the default for v5p, v6e, tpu7x)
 #   --dry-run                   only print the commands
-#   -- GCLOUD FLAGS             for gcloud's own creating command, such as --reserved or --network=mine
+#   -- GCLOUD FLAGS             passed on to gcloud's create command, such as --reserved or --network=mine
 #
-# The other scripts need only NAME afterwards. From now on the slice costs money: tpu/delete.sh NAME ends that.
+# Afterwards, the other scripts need only NAME. The slice costs money from now until tpu/delete.sh NAME.
 . "$(dirname "$0")/lib.sh"
 read_arguments "$@"
 
 if [ "$DRY_RUN" = 0 ]; then
   state=$(slice_state)
   [ "$state" = ABSENT ] || [ "$state" = UNKNOWN ] ||
-    fail "there is a slice '$NAME' in $ZONE already ($state); tpu/delete.sh $NAME removes it"
+    fail "slice '$NAME' already exists in $ZONE ($state); remove it with tpu/delete.sh $NAME"
   mkdir -p "$SLICES"
   for setting in PROJECT ZONE TPU VIA SPOT BUCKET; do printf '%s=%q\n' "$setting" "${!setting}"; done >"$SLICES/$NAME.env"
 fi
@@ -37,7 +37,7 @@ else
     --scopes=https://www.googleapis.com/auth/cloud-platform ${REST[@]+"${REST[@]}"}
   group=(gcloud compute instance-groups managed create "$NAME" "${GCLOUD[@]}" --size="$HOSTS"
     --template="projects/$PROJECT/regions/$REGION/instanceTemplates/$NAME" --default-action-on-vm-failure=do-nothing)
-  if [ "$HOSTS" -gt 1 ]; then  # the policy is what connects the hosts' chips; all of them come at once or none
+  if [ "$HOSTS" -gt 1 ]; then  # the policy connects the hosts' chips; they are created all at once or not at all
     run gcloud compute resource-policies create workload-policy "$NAME" --project="$PROJECT" --region="$REGION" \
       --type=HIGH_THROUGHPUT --accelerator-topology="$TOPOLOGY" --accelerator-topology-mode=AUTO_CONNECT
     group+=(--workload-policy="projects/$PROJECT/regions/$REGION/resourcePolicies/$NAME" --target-size-policy-mode=bulk)
@@ -46,15 +46,15 @@ else
 fi
 [ "$DRY_RUN" = 0 ] || exit 0
 
-say "asked for $TPU ($CHIPS chips, $HOSTS hosts) in $ZONE; waiting (Ctrl-C leaves the request where it is)"
+say "requested $TPU ($CHIPS chips, $HOSTS hosts) in $ZONE; waiting (Ctrl-C keeps the request)"
 while :; do
   state=$(slice_state)
   case "$state" in
     READY) break ;;
     GONE | ABSENT)
-      say "the request came to nothing; try another zone, or fewer chips: tpu/delete.sh $NAME, then create again"
+      say "the request failed; run tpu/delete.sh $NAME, then create it again in another zone or with fewer chips"
       exit 75 ;;
   esac
   sleep "$POLL"
 done
-say "ready: tpu/setup.sh $NAME"
+say "ready; next: tpu/setup.sh $NAME"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Delete a slice and all that was made for it. What is in the bucket stays.
+# Delete a slice and everything created for it. The bucket and its contents stay.
 #
 #   tpu/delete.sh NAME [--dry-run]
 . "$(dirname "$0")/lib.sh"
 read_arguments "$@"
 
 left=0
-# One thing of the slice: that it is not there is no failure.
+# Delete one resource; if it does not exist, that is not a failure.
 remove() {
   local message
   if [ "$DRY_RUN" = 1 ]; then
@@ -26,7 +26,7 @@ else
 fi
 [ "$DRY_RUN" = 0 ] || exit 0
 if [ "$left" = 1 ]; then
-  echo "error: $NAME may still be there, and cost money; run this again" >&2
+  echo "error: $NAME may still exist and cost money; run this again" >&2
   exit 1
 fi
 rm -f "$SLICES/$NAME.env"

@@ -1,7 +1,7 @@
-"""What a compiled XLA program sends between its devices, read from its text, and what a traced one multiplies.
+"""Count what a compiled XLA program sends between devices, from its HLO text, and the FLOPs of a traced program.
 
-Loops count as often as they run: the text gives their counter's start, step and limit. A collective that the compiler
-has split into a start, pieces beside other work, and an end keeps its channel, and counts once.
+Loop bodies count once per iteration: the text gives the counter's start, step and limit. A collective that the compiler
+has split into a start, pieces overlapped with other work, and an end keeps its channel and counts once.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange: of what kind, how many bytes it leaves on a device, among how many devices, how often a step."""
+    """A collective: its kind, bytes of its result on a device, devices in a group, runs per step."""
 
     kind: str
     size: float
@@ -47,7 +47,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a step, by a ring: (n - 1) / n of the whole, twice for an all-reduce."""
+        """Bytes that a device sends per step, in a ring: (n - 1) / n of the whole, twice that for an all-reduce."""
         n = self.group
         share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
         return self.times * self.size * share.get(self.kind, (n - 1) / n)
@@ -59,7 +59,7 @@ class Instruction:
     shape: str
     kind: str
     operands: list[str]
-    text: str  # from the operands on
+    text: str  # the line from the operands on
     root: bool
 
     def attribute(self, name: str) -> str | None:
@@ -67,7 +67,7 @@ class Instruction:
         return found[1] if found else None
 
     def called(self) -> list[str]:
-        """Computations that run when this instruction does, except a loop's and those that reduce two scalars."""
+        """Computations that this instruction runs, except those of loops and the scalar functions of reductions."""
         names = [self.attribute(name) for name in ("calls", "true_computation", "false_computation")]
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.text)
         names += re.findall(r"%?([\w.-]+)", branches[1]) if branches else []
@@ -95,7 +95,7 @@ class Program:
                 current[name] = Instruction(name, shape, kind, operands, rest, bool(root))
 
     def times(self) -> tuple[dict[str, int], set[str]]:
-        """How often each computation runs in a step; and the loops whose count could not be read (taken as once)."""
+        """How often each computation runs per step, and the loops of unknown length (counted once)."""
         counts: dict[str, int] = {}
         unknown: set[str] = set()
 
@@ -118,7 +118,7 @@ class Program:
         return counts, unknown
 
     def trips(self, caller: str, loop: Instruction) -> int | None:
-        """How often a loop runs: ceil((limit - start) / step), where all three are constants."""
+        """How often a loop runs: ceil((limit - start) / step); None unless all three are constants."""
         known = re.search(r'known_trip_count":?\s*\{"n":"(\d+)"', loop.text)
         if known:
             return int(known[1])
@@ -129,7 +129,7 @@ class Program:
         if compare is None or compare.kind != "compare" or "direction=LT" not in compare.text:
             return None
 
-        def outside(index: int) -> int | None:  # the loop's element `index` before it starts
+        def initial(index: int) -> int | None:  # the initial value of element `index` of the loop's state
             state = self.computations[caller].get(loop.operands[0])
             if state is None or state.kind != "tuple" or index >= len(state.operands):
                 return None
@@ -137,52 +137,52 @@ class Program:
 
         def value(name: str) -> int | None:
             index = self.element(condition, name)
-            return self.constant(condition, name) if index is None else outside(index)
+            return self.constant(condition, name) if index is None else initial(index)
 
         counter = self.element(condition, compare.operands[0])
         limit = value(compare.operands[1])
         root = next((one for one in self.computations[body].values() if one.root), None)
         if counter is None or limit is None or root is None or root.kind != "tuple" or counter >= len(root.operands):
             return None
-        step = self.step(body, root.operands[counter], counter, outside)
-        start = outside(counter)
+        step = self.step(body, root.operands[counter], counter, initial)
+        start = initial(counter)
         return None if not step or start is None else max(0, -(-(limit - start) // step))
 
-    def _through(self, computation: str, name: str) -> Instruction | None:
-        """The instruction that a name stands for, through copies."""
+    def _resolve(self, computation: str, name: str) -> Instruction | None:
+        """The instruction behind a name, looking through copies and conversions."""
         one = self.computations[computation].get(name)
         while one is not None and one.kind in ("copy", "bitcast", "convert", "reshape") and one.operands:
             one = self.computations[computation].get(one.operands[0])
         return one
 
     def constant(self, computation: str, name: str) -> int | None:
-        one = self._through(computation, name)
+        one = self._resolve(computation, name)
         found = re.match(r"(-?\d+)\)", one.text) if one is not None and one.kind == "constant" else None
         return int(found[1]) if found else None
 
     def element(self, computation: str, name: str) -> int | None:
-        """Which element of the computation's parameter a name is."""
-        one = self._through(computation, name)
+        """The index of the element of the computation's parameter that a name refers to, or None."""
+        one = self._resolve(computation, name)
         if one is None or one.kind != "get-tuple-element":
             return None
         source = self.computations[computation].get(one.operands[0])
         index = re.search(r"index=(\d+)", one.text)
         return int(index[1]) if source is not None and source.kind == "parameter" and index else None
 
-    def step(self, body: str, name: str, counter: int, outside: Any) -> int | None:
-        """By how much a body advances its counter."""
-        one = self._through(body, name)
+    def step(self, body: str, name: str, counter: int, initial: Any) -> int | None:
+        """The increment of the loop counter in a body; None if it is not constant."""
+        one = self._resolve(body, name)
         if one is None or one.kind != "add" or len(one.operands) != 2:
             return None
         for this, other in (one.operands, one.operands[::-1]):
             if self.element(body, this) == counter:
                 index = self.element(body, other)
-                return self.constant(body, other) if index is None else outside(index)
+                return self.constant(body, other) if index is None else initial(index)
         return None
 
 
 def shape_bytes(text: str) -> list[float]:
-    """The size of each array in a shape, which may be a tuple."""
+    """The size in bytes of each array in a shape, which may be a tuple."""
     return [
         BYTES.get(dtype, 0) * int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64))
         for dtype, dims in SHAPE.findall(text)
@@ -190,8 +190,8 @@ def shape_bytes(text: str) -> list[float]:
 
 
 def group_size(text: str, devices: int) -> int:
-    """Devices in one group of a collective: `{{0,1},{2,3}}`, `[2,4]<=[8]`, or a mesh with the axes it goes along. All
-    of them for a permutation, which names pairs."""
+    """Devices in one group of a collective, from `{{0,1},{2,3}}`, `[2,4]<=[8]`, or a mesh and the axes it runs along.
+    All devices for a permutation, which lists pairs."""
     if found := re.search(r"replica_groups=\{\{([0-9,]*)\}", text):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
@@ -203,7 +203,7 @@ def group_size(text: str, devices: int) -> int:
 
 
 def collectives(text: str, devices: int) -> tuple[list[Collective], set[str]]:
-    """What the program of an HLO text exchanges, and the loops of unknown length that do (counted once)."""
+    """The collectives of an HLO text, and the loops of unknown length that contain any (counted once)."""
     program = Program(text)
     times, unknown = program.times()
     found: dict[str, Collective] = {}
@@ -214,42 +214,42 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], set[str]]:
         if one.name.startswith("async-collective-start")
         for called in one.called()
     }
-    begun: set[str] = set()  # channels whose start was seen: it says how often, not the pieces beside a loop's work
+    started: set[str] = set()  # channels whose start was seen: it gives the count, not the overlapped pieces
     for computation, count in sorted(times.items(), key=lambda item: item[0] not in starts):
         for one in program.computations[computation].values():
             kind = one.kind.removesuffix("-start")
             if kind not in KINDS:
                 continue
             sizes = shape_bytes(one.shape)
-            if one.kind.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ...)
+            if one.kind.endswith("-start") and kind != "all-reduce":  # (inputs, outputs, ...)
                 sizes = sizes[1:2] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
             channel = re.search(r"channel_id=(\d+)", one.text)
             this = Collective(kind, sum(sizes), group_size(one.text, devices), count)
             key = f"{kind} {channel[1]}" if channel else f"{computation} {one.name}"
             if computation in starts and channel:
-                begun.add(key)
-            elif key in begun or (key in found and this.sent <= found[key].sent):
+                started.add(key)
+            elif key in started or (key in found and this.sent <= found[key].sent):
                 continue
             found[key] = this
-    silent = {name for name in unknown if not _exchanges(program, name)}
+    silent = {name for name in unknown if not _has_collective(program, name)}
     return [one for one in found.values() if one.group > 1], unknown - silent
 
 
-def _exchanges(program: Program, name: str) -> bool:
-    """Whether a computation, or one that it runs, exchanges anything."""
+def _has_collective(program: Program, name: str) -> bool:
+    """Whether a computation, or one that it runs, contains a collective."""
     for one in program.computations.get(name, {}).values():
         inner = [*one.called(), *filter(None, (one.attribute("body"), one.attribute("condition")))]
-        if one.kind.removesuffix("-start") in KINDS or any(_exchanges(program, part) for part in inner):
+        if one.kind.removesuffix("-start") in KINDS or any(_has_collective(program, part) for part in inner):
             return True
     return False
 
 
-# ---- what a program multiplies ----
+# ---- FLOPs of a traced program ----
 
 
 def product_flops(jaxpr: Any) -> tuple[float, bool]:
-    """Multiplications and additions of all matrix products of a (closed) jaxpr, on all devices together, loops and
-    recomputation included; and whether there is a loop of unknown length, whose body counts once."""
+    """FLOPs of all matrix products of a (closed) jaxpr, over all devices, including loops and recomputation; and
+    whether this is exact: False if there is a loop of unknown length, whose body counts once."""
     flops, exact = 0.0, True
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, p = equation.primitive.name, equation.params
@@ -267,7 +267,7 @@ def product_flops(jaxpr: Any) -> tuple[float, bool]:
             times = float(np.prod([p["mesh"].shape[axis] for axis in manual], dtype=float))
         elif name == "pallas_call":
             times = float(np.prod(p["grid_mapping"].grid, dtype=float))
-        parts = [product_flops(inner) for inner in _inner(p)]
+        parts = [product_flops(inner) for inner in _inner_jaxprs(p)]
         if name == "cond":
             parts = [max(parts)] if parts else []
         exact = exact and name != "while" and all(known for _, known in parts)
@@ -275,7 +275,7 @@ def product_flops(jaxpr: Any) -> tuple[float, bool]:
     return flops, exact
 
 
-def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
+def _inner_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
     for value in params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(one, "eqns") or hasattr(getattr(one, "jaxpr", None), "eqns"):

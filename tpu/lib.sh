@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: the settings of a slice, and the gcloud calls of both ways to get one.
-# shellcheck disable=SC2034  # what is set here is for them
+# Sourced by the other scripts here: the settings of a slice, and the gcloud calls for both ways to create one.
+# shellcheck disable=SC2034  # the variables set here are for those scripts
 set -euo pipefail
 
 TPU_FOLDER=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 REPOSITORY=$(dirname "$TPU_FOLDER")
-SLICES=${JAXGPT_SLICES:-$TPU_FOLDER/slices}  # what create.sh was told, one file a slice
-POLL=${JAXGPT_POLL:-30}                      # seconds between two looks at a slice
+SLICES=${JAXGPT_SLICES:-$TPU_FOLDER/slices}  # create.sh's settings, one file per slice
+POLL=${JAXGPT_POLL:-30}                      # seconds between two polls of a slice
 
-fail() {  # a mistake of the user's: nothing was done
+fail() {  # a usage error: nothing was done
   echo "error: $*" >&2
   exit 2
 }
@@ -19,7 +19,7 @@ usage() {  # the comment at the head of the script
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 }
 
-# The words as one line that a shell reads as these words.
+# The words, quoted for a shell, in one line.
 quoted() {
   local word flag text='' plain='^[A-Za-z0-9_./:=,@+-]+$' is_flag='^(--[a-z-]+=)(.*)$'
   for word in "$@"; do
@@ -35,7 +35,7 @@ quoted() {
   echo "${text# }"
 }
 
-# The command; with --dry-run only its text.
+# Run the command; with --dry-run, only print it.
 run() {
   if [ "$DRY_RUN" = 1 ]; then
     quoted "$@"
@@ -50,11 +50,11 @@ read_arguments() {
   local word
   case "${1:-}" in
     -h | --help | '') usage; [ -n "${1:-}" ] && exit 0; exit 2 ;;
-    -*) fail "the slice's name comes first: $(basename "$0") NAME ... (--help shows more)" ;;
+    -*) fail "the slice's name must come first: $(basename "$0") NAME ... (--help shows more)" ;;
   esac
   NAME=$1
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-    fail "a slice's name is up to 40 lower-case letters, digits and hyphens, and begins with a letter: not '$NAME'"
+    fail "a slice's name must have up to 40 lower-case letters, digits and hyphens, and begin with a letter, not '$NAME'"
   if [ -f "$SLICES/$NAME.env" ]; then
     # shellcheck source=/dev/null
     . "$SLICES/$NAME.env"
@@ -81,43 +81,43 @@ read_arguments() {
         shift
         word=$1
         ;;
-      *) fail "unknown option '$word' (--help shows them; what belongs to the command comes after --)" ;;
+      *) fail "unknown option '$word' (--help lists them; the command's own options come after --)" ;;
     esac
     FLAGS+=("$word")
     shift
   done
-  [ -n "$TPU" ] || fail "no slice '$NAME' is known here: give --tpu (v6e:4x4) and --zone, as to create.sh"
-  [ -n "$ZONE" ] || fail "which zone? --zone us-east5-b (tpu/README.md says where each generation is)"
-  [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z0-9]+$ ]] || fail "'$ZONE' is no zone (us-east5-b is one)"
+  [ -n "$TPU" ] || fail "unknown slice '$NAME': give --tpu (such as v6e:4x4) and --zone, as for create.sh"
+  [ -n "$ZONE" ] || fail "no zone: give --zone, such as us-east5-b (tpu/README.md lists zones for each generation)"
+  [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z0-9]+$ ]] || fail "'$ZONE' is not a zone (us-east5-b is one)"
   REGION=${ZONE%-*}
   describe_slice
   if [ "$DRY_RUN" = 0 ]; then
-    command -v gcloud >/dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+    command -v gcloud >/dev/null || fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
   fi
   if [ -z "$PROJECT" ]; then
     PROJECT=$(gcloud config get-value project 2>/dev/null || true)
     if [ -z "$PROJECT" ] || [ "$PROJECT" = '(unset)' ]; then
-      fail "which project? --project ID, or once: gcloud config set project ID"
+      fail "no project: give --project ID, or run gcloud config set project ID once"
     fi
   fi
   GCLOUD=(--project="$PROJECT" --zone="$ZONE")
 }
 
-# From TPU (generation:topology): CHIPS, HOSTS, VIA, and what each of the two ways calls it.
+# From TPU (generation:topology), set CHIPS, HOSTS, VIA, and gcloud's names for the slice.
 describe_slice() {
   local generation=${TPU%%:*} topology=${TPU#*:} factors cores
   [[ $TPU =~ ^[a-z0-9]+:[0-9]+x[0-9]+(x[0-9]+)?$ ]] ||
-    fail "--tpu is a generation and a topology, such as v5e:4x4, v5p:2x2x2 or v6e:2x4: not '$TPU'"
+    fail "--tpu must be a generation and a topology, such as v5e:4x4, v5p:2x2x2 or v6e:2x4, not '$TPU'"
   factors=${topology//x/ }
   CHIPS=1
   for factor in $factors; do CHIPS=$((CHIPS * factor)); done
   [ "$CHIPS" -gt 0 ] || fail "--tpu $TPU has no chips"
   case "$generation" in
-    v5e | v6e) [ "$(wc -w <<<"$factors")" = 2 ] || fail "a $generation topology has two dimensions (4x4): not $topology" ;;
+    v5e | v6e) [ "$(wc -w <<<"$factors")" = 2 ] || fail "a $generation topology has two dimensions (such as 4x4), not $topology" ;;
     v4 | v5p | tpu7x)
-      [ "$(wc -w <<<"$factors")" = 3 ] || fail "a $generation topology has three dimensions (2x2x2): not $topology"
-      [ $((CHIPS % 4)) = 0 ] || fail "a $generation slice is made of hosts of 4 chips (2x2x1 is one): not $topology" ;;
-    *) fail "unknown generation '$generation' (v4, v5e, v5p, v6e, tpu7x)" ;;
+      [ "$(wc -w <<<"$factors")" = 3 ] || fail "a $generation topology has three dimensions (such as 2x2x2), not $topology"
+      [ $((CHIPS % 4)) = 0 ] || fail "a $generation slice consists of hosts with 4 chips (such as 2x2x1), not $topology" ;;
+    *) fail "unknown generation '$generation'; known: v4, v5e, v5p, v6e, tpu7x" ;;
   esac
   TOPOLOGY=$topology
   cores=$((2 * CHIPS))
@@ -131,20 +131,20 @@ describe_slice() {
       DISK=(--boot-disk-type=hyperdisk-balanced) ;;
   esac
   HOSTS=$(((CHIPS + 3) / 4))
-  case "$TPU" in  # one host holds one or eight chips too
+  case "$TPU" in  # a single host may also have one or eight chips
     v6e:1x1) MACHINE=ct6e-standard-1t ;;
     v6e:2x4) MACHINE=ct6e-standard-8t HOSTS=1 ;;
     v5e:2x4) HOSTS=1 ;;
   esac
   case "$VIA" in
     '') if [ -n "$MACHINE" ]; then VIA=mig; else VIA=queued; fi ;;
-    queued) [ -n "$ACCELERATOR" ] || fail "$generation is had by --via mig, or by GKE, only" ;;
-    mig) [ -n "$MACHINE" ] || fail "$generation is had by --via queued only" ;;
-    *) fail "--via is queued (queued resources) or mig (a managed instance group): not '$VIA'" ;;
+    queued) [ -n "$ACCELERATOR" ] || fail "$generation is available with --via mig or GKE only" ;;
+    mig) [ -n "$MACHINE" ] || fail "$generation is available with --via queued only" ;;
+    *) fail "--via must be queued (queued resources) or mig (a managed instance group), not '$VIA'" ;;
   esac
 }
 
-# ABSENT, WAITING, READY, GONE (preempted, failed or being deleted), or UNKNOWN (gcloud could not say).
+# Print ABSENT, WAITING, READY, GONE (preempted, failed or being deleted), or UNKNOWN (gcloud failed).
 slice_state() {
   local answer error states
   error=$(mktemp)
@@ -187,7 +187,7 @@ slice_state() {
   echo "$answer"
 }
 
-# The machines of an instance group, one a line.
+# Print the machines of an instance group, one per line.
 instances() {
   local listing=(gcloud compute instance-groups managed list-instances "$NAME" "${GCLOUD[@]}" --format='value(NAME)')
   if [ "$DRY_RUN" = 1 ]; then
@@ -199,7 +199,7 @@ instances() {
   fi
 }
 
-# A shell command on one worker (0, 1, ...) or on all of them at once; fails if it fails on any.
+# Run a shell command on one worker (0, 1, ...) or on all of them at once; fails if it fails on any.
 on_workers() {
   local which=$1 command=$2 machine pids=() code=0 machines
   if [ "$VIA" = queued ]; then

@@ -3,10 +3,10 @@
     python -m tpu.plan --topology v5e:4x4
     python -m tpu.plan --topology v5p:8x8x8 --preset gpt2-xl --steps train --batch 1024 --mesh.fsdp 64
 
-Compiles the very steps that the experiments run (their `build`) with Google's TPU compiler, which `jax[tpu]` brings,
-for all chips of the slice, and reports what a chip must hold, what it sends to others, what is computed, and the best
-mesh among those that fit. Memory, and the collectives with their bytes, are the compiled program's. Times and MFU are
-estimates on paper from them and from the chips' data sheets; nothing has been run.
+Compiles the same steps that the experiments run (their `build`) with Google's TPU compiler, which `jax[tpu]` installs,
+for all chips of the slice. Reports the memory each device needs, what it sends, the FLOPs, and the best mesh among
+those that fit. Memory and collectives come from the compiled program. Times and MFU are estimates from these and from
+the chips' data sheets; nothing is run.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A data sheet: bfloat16 TFLOP/s, GB/s of HBM, GB/s one way on one link to a neighbour; devices jax sees in it."""
+    """Data sheet: bfloat16 TFLOP/s, GB/s of HBM, GB/s one way per link to a neighbour; JAX devices per chip."""
 
     tflops: float
     hbm: float
@@ -65,28 +65,28 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A minute or two a step for a model of GPT-2's size on two cores."""
+    """Takes a minute or two per step for a model of GPT-2's size on two cores."""
 
     topology: str = "v5e:4x4"  # generation and chips along each dimension: v5p:8x8x8, v6e:16x16
     steps: tuple[Step, ...] = ("train", "ppo", "decode")
     model: ModelConfig = dataclasses.replace(MODELS["gpt2"], dtype="bfloat16", scan=True)
-    batch: int = 256  # rows of model.block tokens of a training step
+    batch: int = 256  # rows of model.block tokens per training step
     microbatches: int = 1
-    prompts: int = 512  # of an iteration of PPO, and of decoding
+    prompts: int = 512  # per PPO iteration, and for decoding
     prompt_tokens: int = 64
     ppo: PPOConfig = PPOConfig(new_tokens=64, temperature=0.7, epochs=4)
-    mesh: MeshConfig = MeshConfig()  # as it is: try several; else this one alone
-    tries: int = 3  # meshes that are compiled for each step, the most promising on paper first
-    patience: int = 900  # seconds for one compilation
-    json: Path | None = None  # write all of it there too
+    mesh: MeshConfig = MeshConfig()  # default: try several; otherwise only this one
+    tries: int = 3  # meshes to compile for each step, best estimates first
+    patience: int = 900  # time limit for one compilation, in seconds
+    json: Path | None = None  # also write the results to this file
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+:\d+(x\d+){1,2}", self.topology):
-            raise UserError(f"topology {self.topology!r} is not like v5e:4x4 or v5p:2x2x2")
+            raise UserError(f"topology is {self.topology!r}; write it like v5e:4x4 or v5p:2x2x2")
         if self.topology.partition(":")[0] not in CHIPS:
-            raise UserError(f"unknown generation in {self.topology!r}; known: {', '.join(CHIPS)}")
+            raise UserError(f"unknown generation in topology {self.topology!r}; known: {', '.join(CHIPS)}")
         if self.tries < 1 or not self.steps:
-            raise UserError("nothing to compile: tries and steps must be at least one")
+            raise UserError("nothing to compile: tries must be at least 1, and steps must name at least one step")
 
     @property
     def chip(self) -> Chip:
@@ -112,7 +112,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A jitted step, the shapes it is compiled for, and what of them belongs to which category of memory."""
+    """A jitted step, the shapes it is compiled for, and its arrays by category of memory."""
 
     step: Any
     arguments: tuple[Any, ...]
@@ -125,43 +125,43 @@ def build(settings: Settings, step: Step, mesh: jax.sharding.Mesh) -> Built:
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
 
-    def lie(tree: Any, where: Any) -> Any:
+    def with_sharding(tree: Any, where: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
     if step == "train":
         run = pretrain.Settings(model=settings.model, batch=settings.batch, microbatches=settings.microbatches)
         train = pretrain.build(run, mesh)
-        batch = lie(train.batch, rows)
-        return Built(train.step, (train.state, batch, None), {}, {**_of_state(train.state), "batch": batch})
+        batch = with_sharding(train.batch, rows)
+        return Built(train.step, (train.state, batch, None), {}, {**_memory_of_state(train.state), "batch": batch})
     if step == "ppo":
         rl = ppo.Settings(batch=settings.prompts, ppo=settings.ppo)
         program = ppo.build(rl, settings.model, settings.prompt_tokens, mesh, ANSWER_END)
-        prompts, state = lie(program.prompts, rows), program.state
-        control = lie(jax.eval_shape(lambda: ppo.controller(rl)), everywhere)
+        prompts, state = with_sharding(program.prompts, rows), program.state
+        control = with_sharding(jax.eval_shape(lambda: ppo.controller(rl)), everywhere)
         arguments = (state, control, prompts, key)
-        return Built(program.iteration, arguments, {}, {**_of_state(state), "batch": prompts})
+        return Built(program.iteration, arguments, {}, {**_memory_of_state(state), "batch": prompts})
     sharding.check_model(settings.model, mesh)
     sharding.check_rows(settings.prompts, mesh, "a batch of prompts")
     decoding.check_room(settings.model, settings.prompt_tokens, settings.ppo.new_tokens)
     params = shapes_on(mesh, lambda: transformer.init(jax.random.key(0), settings.model))
     jitted = jit_on(mesh, decoding.generate, static_argnums=1, static_argnames=decoding.STATIC)
-    tokens = lie(jax.ShapeDtypeStruct((settings.prompts, settings.prompt_tokens), jnp.int32), rows)
-    lengths = lie(jax.ShapeDtypeStruct((settings.prompts,), jnp.int32), rows)
-    words = {"new_tokens": settings.ppo.new_tokens, "stop": ANSWER_END}
+    tokens = with_sharding(jax.ShapeDtypeStruct((settings.prompts, settings.prompt_tokens), jnp.int32), rows)
+    lengths = with_sharding(jax.ShapeDtypeStruct((settings.prompts,), jnp.int32), rows)
+    keywords = {"new_tokens": settings.ppo.new_tokens, "stop": ANSWER_END}
     return Built(
         jitted,
         (params, settings.model, tokens, lengths, key),
-        words,
+        keywords,
         {"parameters": params, "batch": (tokens, lengths)},
     )
 
 
-def _of_state(state: Any) -> dict[str, Any]:
+def _memory_of_state(state: Any) -> dict[str, Any]:
     return {"parameters": state.trainable, "optimizer": state.opt_state, "frozen": state.frozen}
 
 
 def bytes_on_a_device(tree: Any) -> int:
-    """What these arrays take on one device, where they are divided as their shardings say."""
+    """Bytes that these arrays take on one device, given their shardings."""
     sizes = [
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -184,14 +184,14 @@ def devices_of(topology: str) -> Sequence[Any]:
 
 
 def look(topology: str) -> dict[str, Any]:
-    """How many devices a slice has, and the bytes that the compiler allows a program on each: it says so of one that
-    is too large."""
+    """A slice's number and kind of devices, and the bytes a program may use on each, from the compiler's error for one
+    that is too large."""
     devices = devices_of(topology)
     mesh = sharding.make_mesh(MeshConfig(), devices[:1])
     huge = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32, sharding=sharding.replicated(mesh))
     try:
         jax.jit(lambda x: x @ x.T).lower(huge).compile()
-        raise RuntimeError("a program of terabytes fitted")
+        raise RuntimeError("the compiler accepted a program of several terabytes")
     except jax.errors.JaxRuntimeError as error:
         refused = refusal(str(error))
         if refused is None:
@@ -200,7 +200,7 @@ def look(topology: str) -> dict[str, Any]:
 
 
 def refusal(message: str) -> tuple[float, float] | None:
-    """(bytes needed, bytes there are), from the compiler's message that a program doesn't fit."""
+    """(bytes needed, bytes available) from the compiler's message that a program doesn't fit; None for any other."""
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     number = r"\(?([\d.]+)([KMGT]?)\)?"
     there = re.search(rf"exceeds available HBM {number}", message) or re.search(rf"of {number} hbm", message, re.I)
@@ -211,7 +211,7 @@ def refusal(message: str) -> tuple[float, float] | None:
 
 
 def compile_step(settings: Settings, step: Step) -> dict[str, Any]:
-    """Trace and compile one step for settings.mesh; what it needs, sends and multiplies."""
+    """Trace and compile one step for settings.mesh: its memory, collectives and FLOPs."""
     devices = devices_of(settings.topology)
     mesh = sharding.make_mesh(settings.mesh, devices)
     built = build(settings, step, mesh)
@@ -264,7 +264,7 @@ def child(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"mistake": str(error)}
 
 
-QUIET = {  # the compiler alone, of a chip that is not there
+QUIET = {  # use the compiler without a TPU
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -275,7 +275,7 @@ QUIET = {  # the compiler alone, of a chip that is not there
 
 
 def in_a_child(request: Mapping[str, Any], patience: int) -> dict[str, Any]:
-    """`child` in a process of its own; {"failed": why} when it crashes, raises or takes too long."""
+    """Run `child` in its own process; {"failed": reason} if it crashes, raises or takes too long."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "tpu.plan", "--child", json.dumps(request)],
@@ -295,12 +295,13 @@ def in_a_child(request: Mapping[str, Any], patience: int) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-# ---- on paper ----
+# ---- estimates ----
 
 
 def closed_form(settings: Settings, step: Step) -> float:
-    """FLOPs of a step, all devices together: 6 N + 12 layers width T a token to train, a third of it to read. PPO
-    samples (every token read once), scores (policy, reference and reward model), then trains `epochs` times."""
+    """FLOPs of a step over all devices: 6 N + 12 layers width T per token to train, a third of that for a forward pass.
+    PPO samples (one forward pass), evaluates the rollouts (policy, reference policy and reward model: three), and
+    trains for `epochs`."""
     tokens_a_row = settings.prompt_tokens + settings.ppo.new_tokens
     if step == "train":
         return settings.batch * settings.model.block * settings.model.flops_a_token
@@ -310,7 +311,7 @@ def closed_form(settings: Settings, step: Step) -> float:
 
 
 def cache_bytes(settings: Settings, mesh: MeshConfig) -> float:
-    """Keys and values of a device's rows, in the model's dtype, when an answer is complete."""
+    """Bytes of a device's KV cache, in the model's dtype, when all answers are complete."""
     c, width = settings.model, 2 if settings.model.dtype == "bfloat16" else 4
     slots = settings.prompt_tokens + settings.ppo.new_tokens
     rows = settings.prompts / (mesh.data * mesh.fsdp)
@@ -318,8 +319,8 @@ def cache_bytes(settings: Settings, mesh: MeshConfig) -> float:
 
 
 def seconds(settings: Settings, step: Step, mesh: MeshConfig, sent: float, flops: float) -> dict[str, float]:
-    """Lower bounds of a step's parts: products at the chip's peak, bytes that must be read from HBM, and bytes sent
-    over one ring in both directions."""
+    """Lower bounds in seconds for the parts of a step: FLOPs at the chip's peak, bytes that must be read from HBM, and
+    bytes sent in both directions of one ring."""
     chip, count = settings.chip, mesh.data * mesh.fsdp * mesh.tensor
     c = settings.model
     width = 2 if c.dtype == "bfloat16" else 4
@@ -339,10 +340,10 @@ def seconds(settings: Settings, step: Step, mesh: MeshConfig, sent: float, flops
 
 
 def guess(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[float, float]:
-    """(bytes on a device, seconds) on paper, to choose which meshes to compile."""
+    """Estimated (bytes per device, seconds), to choose which meshes to compile."""
     c, width = settings.model, 2 if settings.model.dtype == "bfloat16" else 4
     parts = mesh.fsdp * mesh.tensor
-    copies = {"train": 4, "ppo": 6, "decode": 1}[step]  # float32: weights, moments, gradients; and two frozen ones
+    copies = {"train": 4, "ppo": 6, "decode": 1}[step]  # float32: weights, two moments, gradients; two frozen models
     tokens_a_row = c.block if step == "train" else settings.prompt_tokens + settings.ppo.new_tokens
     rows = settings.batch / settings.microbatches if step == "train" else settings.prompts / settings.ppo.minibatches
     tokens = rows * tokens_a_row / (mesh.data * mesh.fsdp)
@@ -365,11 +366,11 @@ def guess(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[float, floa
 
 
 def candidates(settings: Settings, step: Step, devices: int, capacity: float) -> list[MeshConfig]:
-    """Meshes that divide the model, the batch and the devices: those that fit on paper first, the fastest first."""
-    asked = settings.mesh
-    if asked != MeshConfig():
-        inner = asked.fsdp * asked.tensor
-        return [dataclasses.replace(asked, data=asked.data or devices // inner)]
+    """Meshes that divide the model, the batch and the devices: those estimated to fit first, then the fastest first."""
+    requested = settings.mesh
+    if requested != MeshConfig():
+        inner = requested.fsdp * requested.tensor
+        return [dataclasses.replace(requested, data=requested.data or devices // inner)]
     c = settings.model
     rows = (
         settings.batch // settings.microbatches
@@ -418,7 +419,7 @@ def time_text(duration: float) -> str:
 
 
 def estimate(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Step time and MFU between two bounds: all three parts at the same time, and one after another."""
+    """Bounds for step time and MFU: all three parts overlapped, and one after another."""
     sent = sum(one["sent"] for one in found["collectives"].values())
     parts = seconds(settings, step, mesh, sent, found["flops"])
     times = max(parts.values()), sum(parts.values())
@@ -431,53 +432,58 @@ def estimate(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[st
 def report(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str, Any], capacity: float) -> list[str]:
     lines = [f"  {mesh_text(mesh)}"]
     if "failed" in found:
-        return [*lines, f"    not known: {found['failed']}"]
+        return [*lines, f"    unknown: {found['failed']}"]
     if not found["fits"]:
         held = ", ".join(f"{name} {size_text(size)}" for name, size in found["arguments"].items() if size)
         return [
             *lines,
-            f"    does not fit: needs {size_text(found['needed'])} of {size_text(found['capacity'])} a device ({held})",
+            f"    does not fit: needs {size_text(found['needed'])} of {size_text(found['capacity'])} per device "
+            f"({held})",
         ]
     memory = dict(found["memory"])
     cache = min(cache_bytes(settings, mesh), memory["temporary"]) if step != "train" else 0.0
     names = {"temporary": "activations, gradients", "padding": "layout padding"}
     if cache:
         memory["temporary"] -= cache
-        memory["KV cache (on paper)"] = cache
+        memory["KV cache (estimate)"] = cache
         names["temporary"] = "other temporaries"
     total = sum(memory.values())
-    lines.append(f"    memory a device  {size_text(total)} of {size_text(capacity)} ({total / capacity:.0%})")
+    lines.append(f"    memory per device {size_text(total)} of {size_text(capacity)} ({total / capacity:.0%})")
     shown = sorted(((size, names.get(name, name)) for name, size in memory.items()), reverse=True)
     lines += [f"      {name:<24} {size_text(size):>12}" for size, name in shown if size >= 0.0005 * total]
     sent = found["collectives"]
-    lines.append(f"    sent by a device {size_text(sum(one['sent'] for one in sent.values()))} a step")
+    lines.append(f"    sent per device   {size_text(sum(one['sent'] for one in sent.values()))} per step")
     lines += [
         f"      {kind:<24} {size_text(one['sent']):>12}   {one['times']:,} times"
         for kind, one in sorted(sent.items(), key=lambda item: -item[1]["sent"])
     ]
     if found["unknown_loops"]:
-        lines.append(f"      (and more: loops of unknown length, counted once: {', '.join(found['unknown_loops'])})")
+        lines.append(f"      (plus loops of unknown length, counted once: {', '.join(found['unknown_loops'])})")
     closed = closed_form(settings, step)
     note = "" if found["flops_exact"] else ", loops of unknown length counted once"
     lines.append(
-        f"    products         {found['flops']:.3g} FLOPs, {found['flops'] / closed:.2f} of the closed form{note}"
+        f"    matrix products   {found['flops']:.3g} FLOPs, {found['flops'] / closed:.2f} x the closed form{note}"
     )
     about = estimate(settings, step, mesh, found)
     bounds = ", ".join(f"{name} {time_text(t)}" for name, t in about["parts"].items())
     (least, most), (high, low) = about["seconds"], about["mfu"]
     lines.append(
-        f"    estimate         {time_text(least)} to {time_text(most)} a step ({bounds}); MFU {low:.0%} to {high:.0%}"
+        f"    estimate          {time_text(least)} to {time_text(most)} per step ({bounds}); "
+        f"MFU {low:.0%} to {high:.0%}"
     )
     if step == "decode":
         tokens = settings.prompts * settings.ppo.new_tokens
-        lines.append(f"    estimate         {tokens / most:,.0f} to {tokens / least:,.0f} tokens/s, all chips together")
+        lines.append(
+            f"    estimate          {tokens / most:,.0f} to {tokens / least:,.0f} tokens per second on all chips"
+        )
     return lines
 
 
 def main(settings: Settings) -> dict[str, Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "plan needs the TPU compiler: make VENV=.venv-tpu EXTRAS=tpu set-up, then .venv-tpu/bin/python -m tpu.plan"
+            "the TPU compiler is not installed; run make VENV=.venv-tpu EXTRAS=tpu set-up, "
+            "then .venv-tpu/bin/python -m tpu.plan"
         )
     slice_ = in_a_child({"do": "look", "topology": settings.topology}, settings.patience)
     if "mistake" in slice_ or "failed" in slice_:
@@ -485,8 +491,8 @@ def main(settings: Settings) -> dict[str, Any]:
     devices, capacity, chip = slice_["devices"], slice_["capacity"], settings.chip
     each = "" if chip.devices == 1 else f" ({devices} devices)"
     print(
-        f"{settings.topology}: {devices // chip.devices:,} chips{each}, {size_text(capacity)} of memory a device, "
-        f"{chip.tflops:,.0f} TFLOP/s and {chip.hbm:,.0f} GB/s a chip · jax {jax.__version__}, "
+        f"{settings.topology}: {devices // chip.devices:,} chips{each}, {size_text(capacity)} of memory per device, "
+        f"{chip.tflops:,.0f} TFLOP/s and {chip.hbm:,.0f} GB/s per chip · jax {jax.__version__}, "
         f"libtpu {importlib.metadata.version('libtpu')}\n"
         f"model: {settings.model.parameters:,} weights, {settings.model.dtype}, scan {settings.model.scan}, "
         f"remat {settings.model.remat}",
@@ -502,12 +508,12 @@ def main(settings: Settings) -> dict[str, Any]:
     for step in settings.steps:
         meshes = candidates(settings, step, devices, capacity)
         chosen = meshes[: settings.tries]
-        rest = f"; {len(meshes) - len(chosen)} more looked at on paper only" if len(meshes) > len(chosen) else ""
+        rest = f"; {len(meshes) - len(chosen)} more estimated but not compiled" if len(meshes) > len(chosen) else ""
         print(f"\n{step}: {sizes[step]} ({len(chosen)} of {len(meshes)} meshes compiled{rest})", flush=True)
         compiled: dict[MeshConfig, dict[str, Any]] = {}
         for mesh in chosen:
-            asked = dataclasses.replace(settings, mesh=mesh)
-            found = in_a_child({"do": "compile", "settings": settings_to_json(asked), "step": step}, settings.patience)
+            trial = dataclasses.replace(settings, mesh=mesh)
+            found = in_a_child({"do": "compile", "settings": settings_to_json(trial), "step": step}, settings.patience)
             if "mistake" in found:
                 raise UserError(f"{step}, {mesh_text(mesh)}: {found['mistake']}")
             compiled[mesh] = found
@@ -517,7 +523,8 @@ def main(settings: Settings) -> dict[str, Any]:
         best = min(fitting, key=lambda mesh: speed[mesh], default=None)
         if best is None:
             print(
-                "  none of these fits: more chips, --model.remat full, --microbatches, or a smaller batch", flush=True
+                "  none of these fits; try more chips, --model.remat full, --microbatches or a smaller batch",
+                flush=True,
             )
         elif len(chosen) > 1:
             flags = " ".join(f"--mesh.{name} {size}" for name, size in dataclasses.asdict(best).items())
@@ -543,5 +550,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(child(json.loads(sys.argv[2]))))
     else:
-        jax.config.update("jax_platforms", "cpu")  # with the TPU's compiler installed jax would look for a TPU
+        jax.config.update("jax_platforms", "cpu")  # with the TPU compiler installed, jax would look for a TPU
         cli(main, Settings, PRESETS)

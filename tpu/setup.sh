@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Put this working tree on every worker of a slice, with Python, jax for TPU, and the bucket as runs/.
+# Copy this working tree to every worker of a slice; install Python and jax for TPU; mount the bucket as runs/.
 #
 #   tpu/setup.sh NAME [--dry-run]
 #
-# What git tracks and what is new travels, as it is now: commit nothing, push nothing. Run it again after a change.
+# Copies tracked and new files as they are now, without a commit or push. Run it again after a change.
 . "$(dirname "$0")/lib.sh"
 read_arguments "$@"
 
@@ -16,7 +16,7 @@ if [ "$DRY_RUN" = 0 ]; then
   (cd "$REPOSITORY" && git ls-files -z --cached --others --exclude-standard | tar --null -T - -czf "$archive")
 fi
 copy_to_workers "$archive"
-# What is no longer in the archive goes, except what a worker made itself.
+# Remove everything from an earlier copy, except what the worker made itself.
 on_workers all "mkdir -p jaxgpt && find jaxgpt -mindepth 1 -maxdepth 1 ! -name .venv ! -name runs -exec rm -rf {} + && \
 tar -xzf jaxgpt.tar.gz -C jaxgpt && jaxgpt/tpu/worker.sh setup $(quoted "$BUCKET")"
 [ "$DRY_RUN" = 1 ] || say "ready: tpu/run.sh $NAME -- pretrain --run runs/first"

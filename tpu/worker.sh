@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What happens on each worker of a slice; the other scripts call it there.
+# Runs on each worker of a slice, called by the other scripts.
 #
-#   worker.sh setup [BUCKET]     Python, jax for TPU, the bucket as runs/
-#   worker.sh start COMMAND...   in the background, its output into run.log
-#   worker.sh show               the output, as long as the command runs
-#   worker.sh status             "running", "exited CODE" or "idle"
-#   worker.sh stop               SIGTERM, and SIGKILL after two minutes
+#   worker.sh setup [BUCKET]     install Python and jax for TPU, mount the bucket as runs/
+#   worker.sh start COMMAND...   run it in the background, with its output in run.log
+#   worker.sh show               print the output until the command ends
+#   worker.sh status             print "running", "exited CODE" or "idle"
+#   worker.sh stop               send SIGTERM, and SIGKILL after two minutes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 STATE=${JAXGPT_WORKER_STATE:-$HOME/.jaxgpt}
@@ -18,7 +18,7 @@ status() {
   elif [ -f "$STATE/pid" ] && kill -0 "$(cat "$STATE/pid")" 2>/dev/null; then
     echo running
   elif [ -f "$STATE/pid" ]; then
-    echo "exited 137"  # killed, with no time to say so
+    echo "exited 137"  # killed before it could record its status
   else
     echo idle
   fi
@@ -31,7 +31,7 @@ setup() {
     sudo apt-get -o DPkg::Lock::Timeout=600 install -qq -y make python3-venv
   fi
   python=$(command -v python3)
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then  # the images' own is 3.10
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then  # the images have 3.10
     [ -x "$STATE/uv/bin/uv" ] || { "$python" -m venv "$STATE/uv" && "$STATE/uv/bin/pip" install -q uv; }
     "$STATE/uv/bin/uv" python install -q 3.12
     python=$("$STATE/uv/bin/uv" python find 3.12)
@@ -49,10 +49,10 @@ setup() {
 }
 
 start() {
-  [ "$(status)" != running ] || { echo "error: a run goes on here (tpu/run.sh NAME shows it, --stop ends it)" >&2; exit 2; }
+  [ "$(status)" != running ] || { echo "error: a run is in progress here (tpu/run.sh NAME follows it, --stop stops it)" >&2; exit 2; }
   rm -f "$STATE/exit" "$STATE/pid"
   : >"$STATE/run.log"
-  # Its own session: it outlives the connection, and a signal reaches all of it.
+  # In its own session, it outlives the connection, and a signal reaches all its processes.
   # shellcheck disable=SC2016
   PATH=$PWD/.venv/bin:$PATH PYTHONUNBUFFERED=1 setsid bash -c '
     state=$1; shift

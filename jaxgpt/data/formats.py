@@ -1,15 +1,15 @@
 r"""Preferences in the formats of other projects, in and out.
 
-    jaxgpt                {"prompt", "answers", "choice"}: B answers, a favourite
+    jaxgpt                {"prompt", "answers", "choice"}: C answers, one favourite
     trl                   {"prompt", "chosen", "rejected"}
-    trl-implicit          {"chosen", "rejected"}, which both begin with the prompt
-    trl-conversational    the same with lists of {"role", "content"}; reading: with the prompt apart or not
+    trl-implicit          {"chosen", "rejected"}, both starting with the prompt
+    trl-conversational    the same with lists of {"role", "content"}; on reading, with or without a separate prompt
     hh-rlhf               {"chosen", "rejected"} as "\n\nHuman: …\n\nAssistant: …" (Bai et al. 2022)
     lm-human-preferences  {"query", "sample0" … "sample3", "best"} (Ziegler et al. 2020); text, or ids of GPT-2
-    arena                 {"model_a", "model_b", "winner", "conversation_a", "conversation_b"}, ties and both bad too
+    arena                 {"model_a", "model_b", "winner", "conversation_a", "conversation_b"}, with ties and "both bad"
 
-`read` finds out which one a file holds, row by row; a file is JSON lines or one JSON list. A conversation of more than
-one turn becomes a prompt in the notation of hh-rlhf, and is written back as turns.
+`read` detects the format of each row; a file is JSON Lines or one JSON list. A conversation of more than one turn
+becomes a prompt in the notation of hh-rlhf, and is written back as turns.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import read_json, sha256_of_file, write_json
 
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
-MARKED = ("\n\nHuman:", "\n\nSystem:")  # how a conversation in that notation begins
+MARKED = ("\n\nHuman:", "\n\nSystem:")  # how a prompt in that notation starts
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 ARENA = {"model_a": ((0,), (1,)), "model_b": ((1,), (0,))}
 Row = Mapping[str, Any]
@@ -43,59 +43,63 @@ class Judged:
     answers: tuple[str, ...]
     kind: Kind
     tiers: tuple[tuple[int, ...], ...]
-    models: tuple[str, ...] = ()  # who wrote the answers, if that is known
+    models: tuple[str, ...] = ()  # which models wrote the answers, if known
     meta: Row = dataclasses.field(default_factory=dict)
 
 
 def load(path: Path) -> list[Preference]:
-    """What a reward model or DPO trains on, from a database of votes, our JSON lines or any other format. UserError
-    where there is none."""
+    """Preferences to train a reward model or DPO on, from a database of votes, our JSON Lines or any other format.
+    Raises UserError if there are none."""
     if votes.is_database(path):
         return votes.read(path)
-    if path.suffix != ".json" and _is_ours(path):
+    if path.suffix != ".json" and _is_own_format(path):
         return list(read_preferences(path))
     judged, _ = read(path)
-    found = [one for j in judged for one in from_tiers(j.prompt, j.answers, _ranked(j), meta=j.meta)]
+    found = [
+        preference
+        for verdict in judged
+        for preference in from_tiers(verdict.prompt, verdict.answers, _preferred_tiers(verdict), meta=verdict.meta)
+    ]
     if not found:
-        raise UserError(f"{path} holds {len(judged)} verdicts and no preference among them")
+        raise UserError(f"{path} holds {len(judged)} verdicts but no preferences; it needs a favourite or a ranking")
     return found
 
 
 def fingerprint(path: Path) -> str:
-    """A hash of the preferences that `load` gives, to record what a run was made from."""
+    """A hash that identifies the preferences `load` returns, to record the inputs of a run."""
     if not votes.is_database(path):
         return sha256_of_file(path)
     return hashlib.sha256(repr(votes.read(path)).encode()).hexdigest()
 
 
 def read(path: Path) -> tuple[list[Judged], int]:
-    """The verdicts of a file, and how many conversations were left out because their earlier turns differ, so that
-    their answers are not answers to the same prompt. UserError names file, line and field."""
+    """The verdicts in a file, and how many rows were left out because the two conversations differ before the last
+    answer, so the answers are not to the same prompt. Raises UserError naming file, line and field."""
     found: list[Judged] = []
     differ = 0
     for where, row in _rows(path):
         try:
-            one = _read_row(row, where)
+            verdict = _read_row(row, where)
         except UserError as error:
             raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
-        if one is None:
+        if verdict is None:
             differ += 1
         else:
-            found.append(one)
+            found.append(verdict)
     if not found:
         raise UserError(f"{path} holds no preferences")
     return found, differ
 
 
 def write(path: Path, judged: Iterable[Judged], format_: str) -> tuple[int, int]:
-    """Write verdicts in a format by its name: (how many rows, how many verdicts the format can't hold). A favourite of
-    B answers is B - 1 pairs where a format knows only pairs."""
+    """Write verdicts in the named format: (rows written, verdicts that the format can't represent). Where a format has
+    only pairs, a favourite of C answers becomes C - 1 pairs. Raises UserError for an unknown format."""
     if format_ not in WRITERS:
         raise UserError(f"unknown format {format_!r}; formats are {', '.join(WRITERS)}")
     rows: list[Any] = []
     left_out = 0
-    for one in judged:
-        made = WRITERS[format_](one)
+    for verdict in judged:
+        made = WRITERS[format_](verdict)
         left_out += not made
         rows += made
     if format_ == "jaxgpt":
@@ -108,7 +112,7 @@ def write(path: Path, judged: Iterable[Judged], format_: str) -> tuple[int, int]
 
 
 def judged_of(store: votes.Store) -> list[Judged]:
-    """The standing first votes of a database; answers that weren't shown are left out."""
+    """The first votes in a database, without undone ones; answers that weren't shown are left out."""
     tasks, found = store.tasks(), []
     for vote in store.votes():
         if vote.again:
@@ -124,31 +128,33 @@ def judged_of(store: votes.Store) -> list[Judged]:
 
 
 def into_store(store: votes.Store, judged: Sequence[Judged], annotator: str) -> int:
-    """Add verdicts as tasks and votes; how many were new: the same file again adds nothing."""
+    """Add verdicts as tasks and votes, and return how many were new: importing a file again adds nothing."""
     new = 0
-    for one in judged:
-        origins = one.models or ("file",) * len(one.answers)
-        ended = one.meta.get("ended") or (True,) * len(one.answers)
+    for verdict in judged:
+        origins = verdict.models or ("file",) * len(verdict.answers)
+        ended = verdict.meta.get("ended") or (True,) * len(verdict.answers)
         candidates = tuple(
             votes.Answer(text, flag, {"model": name})
-            for text, flag, name in zip(one.answers, ended, origins, strict=True)
+            for text, flag, name in zip(verdict.answers, ended, origins, strict=True)
         )
-        task = votes.Task(one.prompt, candidates)
+        task = votes.Task(verdict.prompt, candidates)
         store.add_task(task)
-        who = str(one.meta.get("annotator", annotator))[:64]
-        id_ = f"{task.id}-{votes.share(repr((who, one.kind, one.tiers))):.12f}"
-        new += store.vote(votes.Vote(id_, task.id, who, one.kind, one.tiers, tuple(range(len(one.answers)))))
+        who = str(verdict.meta.get("annotator", annotator))[:64]
+        id_ = f"{task.id}-{votes.share(repr((who, verdict.kind, verdict.tiers))):.12f}"
+        new += store.vote(
+            votes.Vote(id_, task.id, who, verdict.kind, verdict.tiers, tuple(range(len(verdict.answers))))
+        )
     return new
 
 
 # ---- reading ----
 
 
-def _is_ours(path: Path) -> bool:
+def _is_own_format(path: Path) -> bool:
     try:
         _, row = next(read_rows(path), ("", {}))
     except UserError:
-        return True  # the strict reader says what is wrong
+        return True  # the strict reader reports what is wrong
     return not {"chosen", "sample0", "winner"} & row.keys()
 
 
@@ -169,12 +175,12 @@ def _read_row(row: Row, where: str) -> Judged | None:
     if "winner" in row:
         return _arena(row, where)
     if "answers" in row:
-        one = from_row(row, where)
-        meta = {**one.meta, "ended": list(one.ended)}
-        return Judged(one.prompt, one.answers, "favourite", _first(one.choice, len(one.answers)), meta=meta)
+        given = from_row(row, where)
+        tiers = _favourite_tiers(given.choice, len(given.answers))
+        return Judged(given.prompt, given.answers, "favourite", tiers, meta={**given.meta, "ended": list(given.ended)})
     if not {"chosen", "rejected"} <= row.keys():
         raise UserError(
-            f"{where}: fields {', '.join(row)} are of no known format; known are {', '.join(WRITERS)}",
+            f"{where}: fields {', '.join(row)} match no known format; formats are {', '.join(WRITERS)}",
             experiment=("votes", "--help"),
         )
     chosen, rejected = row["chosen"], row["rejected"]
@@ -189,7 +195,7 @@ def _read_row(row: Row, where: str) -> Judged | None:
         if chosen.startswith(MARKED):
             sides = [_turns(_dialogue(side), where) for side in (chosen, rejected)]
         else:
-            same = len(os.path.commonprefix([chosen, rejected]))  # noqa: RUF071  of two texts
+            same = len(os.path.commonprefix([chosen, rejected]))  # noqa: RUF071  texts, not paths
             sides = [(side[:same], side[same:]) for side in (chosen, rejected)]
     return _pair(sides, ((0,), (1,)), "favourite")
 
@@ -198,11 +204,11 @@ def _pair(sides: list[tuple[str, str]], tiers: Any, kind: Kind, models: tuple[st
     (prompt, first), (other, second) = sides
     if prompt != other:
         return None
-    Preference(prompt, (first, second), 0)  # checks the texts
+    Preference(prompt, (first, second), 0)  # validates the texts
     return Judged(prompt, (first, second), kind, tiers, models)
 
 
-def _first(best: int, count: int) -> tuple[tuple[int, ...], ...]:
+def _favourite_tiers(best: int, count: int) -> tuple[tuple[int, ...], ...]:
     return ((best,), tuple(i for i in range(count) if i != best))
 
 
@@ -212,8 +218,8 @@ def _ziegler(row: Row, where: str) -> Judged:
     if all(isinstance(text, list) for text in texts):
         tok = gpt2_tokenizer()
         texts = [tok.decode(ids) for ids in texts]
-    one = Preference(texts[0], tuple(texts[1:]), row.get("best", "missing"))
-    return Judged(one.prompt, one.answers, "favourite", _first(one.choice, len(one.answers)))
+    given = Preference(texts[0], tuple(texts[1:]), row.get("best", "missing"))
+    return Judged(given.prompt, given.answers, "favourite", _favourite_tiers(given.choice, len(given.answers)))
 
 
 def _arena(row: Row, where: str) -> Judged | None:
@@ -242,9 +248,9 @@ def _dialogue(text: str) -> list[Row]:
 
 
 def _turns(messages: Sequence[Row], where: str) -> tuple[str, str]:
-    """(prompt, last answer). One turn: its words; several: all in hh-rlhf's notation."""
+    """(prompt, last answer). The prompt is the text of a single turn, or several turns in hh-rlhf's notation."""
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise UserError(f"{where}: a conversation must end with an answer of the assistant")
+        raise UserError(f"{where}: a conversation must end with an answer by the assistant")
     *before, last = messages
     if len(before) == 1 and before[0]["role"] == "user":
         return str(before[0]["content"]), str(last["content"])
@@ -255,65 +261,70 @@ def _turns(messages: Sequence[Row], where: str) -> tuple[str, str]:
 # ---- writing ----
 
 
-def _ranked(one: Judged) -> tuple[tuple[int, ...], ...]:
-    return one.tiers if one.kind in ("favourite", "ranking") else ()
+def _preferred_tiers(verdict: Judged) -> tuple[tuple[int, ...], ...]:
+    return verdict.tiers if verdict.kind in ("favourite", "ranking") else ()
 
 
-def _pairs(one: Judged) -> Iterator[tuple[str, str]]:
-    for higher, lower in itertools.combinations(_ranked(one), 2):
-        yield from ((one.answers[i], one.answers[j]) for i in higher for j in lower)
+def _pairs(verdict: Judged) -> Iterator[tuple[str, str]]:
+    for higher, lower in itertools.combinations(_preferred_tiers(verdict), 2):
+        yield from ((verdict.answers[i], verdict.answers[j]) for i in higher for j in lower)
 
 
 def _prompt_messages(prompt: str) -> list[Row]:
     return _dialogue(prompt) if prompt.startswith(MARKED) else [{"role": "user", "content": prompt}]
 
 
-def _said(text: str) -> list[Row]:
+def _assistant_message(text: str) -> list[Row]:
     return [{"role": "assistant", "content": text}]
 
 
-def _human(prompt: str) -> str:
+def _hh_prompt(prompt: str) -> str:
     return (prompt if prompt.startswith(MARKED) else HUMAN + prompt) + ASSISTANT
 
 
-def _write_ziegler(one: Judged) -> list[Row]:
-    if len(one.answers) != 4 or one.kind not in ("favourite", "ranking") or len(one.tiers[0]) != 1:
+def _write_ziegler(verdict: Judged) -> list[Row]:
+    if len(verdict.answers) != 4 or verdict.kind not in ("favourite", "ranking") or len(verdict.tiers[0]) != 1:
         return []
-    samples = {f"sample{i}": text for i, text in enumerate(one.answers)}
-    return [{"query": one.prompt, **samples, "best": one.tiers[0][0]}]
+    samples = {f"sample{i}": text for i, text in enumerate(verdict.answers)}
+    return [{"query": verdict.prompt, **samples, "best": verdict.tiers[0][0]}]
 
 
-def _write_arena(one: Judged) -> list[Row]:
-    if len(one.answers) != 2 or one.kind == "skip":
+def _write_arena(verdict: Judged) -> list[Row]:
+    if len(verdict.answers) != 2 or verdict.kind == "skip":
         return []
-    winner = {"bad": "tie (bothbad)", "tie": "tie"}.get(one.kind) or ("model_a" if one.tiers[0] == (0,) else "model_b")
-    models = one.models or ("unknown", "unknown")
+    winner = {"bad": "tie (bothbad)", "tie": "tie"}.get(verdict.kind) or (
+        "model_a" if verdict.tiers[0] == (0,) else "model_b"
+    )
+    models = verdict.models or ("unknown", "unknown")
     sides = {
-        f"conversation_{name}": [*_prompt_messages(one.prompt), *_said(text)]
-        for name, text in zip("ab", one.answers, strict=True)
+        f"conversation_{name}": [*_prompt_messages(verdict.prompt), *_assistant_message(text)]
+        for name, text in zip("ab", verdict.answers, strict=True)
     }
     return [{"model_a": models[0], "model_b": models[1], "winner": winner, **sides}]
 
 
-def _both(make: Callable[[str, str], Any]) -> Callable[[Judged], list[Row]]:
-    """A writer of {"chosen", "rejected"}, each made of prompt and answer."""
-    return lambda one: [{"chosen": make(one.prompt, a), "rejected": make(one.prompt, b)} for a, b in _pairs(one)]
+def _pair_writer(make: Callable[[str, str], Any]) -> Callable[[Judged], list[Row]]:
+    """A writer of {"chosen", "rejected"} rows, whose values are make(prompt, answer)."""
+    return lambda verdict: [
+        {"chosen": make(verdict.prompt, a), "rejected": make(verdict.prompt, b)} for a, b in _pairs(verdict)
+    ]
 
 
 WRITERS: Mapping[str, Callable[[Judged], list[Any]]] = {
-    "jaxgpt": lambda one: from_tiers(
-        one.prompt,
-        one.answers,
-        _ranked(one),
-        one.meta.get("ended", ()),
-        {name: value for name, value in one.meta.items() if name != "ended"},
+    "jaxgpt": lambda verdict: from_tiers(
+        verdict.prompt,
+        verdict.answers,
+        _preferred_tiers(verdict),
+        verdict.meta.get("ended", ()),
+        {name: value for name, value in verdict.meta.items() if name != "ended"},
     ),
-    "trl": lambda one: [{"prompt": one.prompt, "chosen": a, "rejected": b} for a, b in _pairs(one)],
-    "trl-implicit": _both(lambda prompt, answer: prompt + answer),
-    "trl-conversational": lambda one: [
-        {"prompt": _prompt_messages(one.prompt), "chosen": _said(a), "rejected": _said(b)} for a, b in _pairs(one)
+    "trl": lambda verdict: [{"prompt": verdict.prompt, "chosen": a, "rejected": b} for a, b in _pairs(verdict)],
+    "trl-implicit": _pair_writer(lambda prompt, answer: prompt + answer),
+    "trl-conversational": lambda verdict: [
+        {"prompt": _prompt_messages(verdict.prompt), "chosen": _assistant_message(a), "rejected": _assistant_message(b)}
+        for a, b in _pairs(verdict)
     ],
-    "hh-rlhf": _both(lambda prompt, answer: _human(prompt) + answer),
+    "hh-rlhf": _pair_writer(lambda prompt, answer: _hh_prompt(prompt) + answer),
     "lm-human-preferences": _write_ziegler,
     "arena": _write_arena,
 }

@@ -1,4 +1,4 @@
-"""JSON lines, read strictly and written atomically. Every error names the file, the line and the field."""
+"""JSON Lines, read strictly and written atomically. Every error names the file, the line and the field."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,10 +12,10 @@ LONGEST_LINE = 16 * 2**20  # bytes
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", object) for each line, one at a time; blank lines are skipped.
+    """Yield ("file:line", object) for each line, one at a time; blank lines are skipped.
 
-    Raises UserError for a missing file, a line that is not UTF-8, not one JSON object, longer than `LONGEST_LINE`, or
-    that holds NaN or Infinity.
+    Raises UserError for a missing file and for a line that is not UTF-8, is not one JSON object, is longer than
+    `LONGEST_LINE`, or contains NaN or Infinity.
     """
     try:
         file = path.open("rb")
@@ -30,14 +30,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
-    """The non-blank text in field `name`, or a UserError."""
+    """The non-blank text in field `name`. Raises UserError if there is none."""
     if name not in row:
         raise UserError(f"{where}: no field {name!r}; this line has {', '.join(map(repr, row)) or 'no fields'}")
     return checked_text(row[name], f"{where}: {name}")
 
 
 def checked_text(value: Any, where: str, *, blank: bool = False) -> str:
-    """`value` if it is valid text (and not blank, unless `blank`), or a UserError that starts with `where`."""
+    """`value` if it is valid text (non-blank unless `blank`). Raises UserError that starts with `where`."""
     if not isinstance(value, str):
         raise UserError(f"{where} is {type(value).__name__}, not text; put it in quotes")
     if not blank and not value.strip():
@@ -48,7 +48,7 @@ def checked_text(value: Any, where: str, *, blank: bool = False) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes one object a line and returns how many; the file appears whole or not at all."""
+    """Write one object per line, atomically, and return how many."""
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
@@ -87,9 +87,9 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
     except UserError:
         raise
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON at character {error.colno}: {error.msg}; one object a line") from error
+        raise UserError(f"{where}: not JSON at character {error.colno}: {error.msg}; one object per line") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not usable JSON ({str(error)[:80]}); one flat object a line") from error
+        raise UserError(f"{where}: not usable JSON ({str(error)[:80]}); one flat object per line") from error
     if not isinstance(value, dict):
         raise UserError(f'{where}: a {type(value).__name__}, not an object; write {{"field": value}}')
     return value

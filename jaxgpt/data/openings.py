@@ -1,4 +1,4 @@
-"""Prompts made of reviews: each asks to finish a review that opens with its first words."""
+"""Prompts made from reviews: each gives the first words of a review and asks for the whole of it."""
 
 import dataclasses
 import hashlib
@@ -16,20 +16,20 @@ _PHRASINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """The text of a prompt, and the opening words that its answer should start with ('' where there are none)."""
+    """The text of a prompt, and the opening words that its answer should start with ('' if none)."""
 
     text: str
     opening: str
 
 
 def opening(text: str) -> str:
-    """The first 2 to 4 words of a review (how many depends on its hash), leaving at least one word if it can."""
+    """The first 2 to 4 words of a review (how many depends on its hash), leaving at least one word if possible."""
     words = text.split(" ")
     return " ".join(words[: min(2 + stable_hash("opening", text) % 3, max(1, len(words) - 1))])
 
 
 def review_example(text: str) -> tuple[str, str]:
-    """(prompt, answer): asks to finish a review that starts with its `opening`; the answer is the whole review."""
+    """(prompt, answer): the prompt gives the review's `opening`; the answer is the whole review."""
     phrasing = _PHRASINGS[stable_hash("phrasing", text) % len(_PHRASINGS)]
     return phrasing.format(opening(text)), text
 
@@ -44,7 +44,7 @@ def openings(texts: Iterable[str]) -> list[Prompt]:
 
 
 def unseen_openings(texts: Iterable[str], seen: Iterable[str]) -> list[Prompt]:
-    """`openings` of `texts`, without those that any text of `seen` starts with."""
+    """The `openings` of `texts`, except those with which any text in `seen` starts."""
     starts: set[str] = set()
     for text in seen:
         words = text.split(" ")
@@ -53,5 +53,5 @@ def unseen_openings(texts: Iterable[str], seen: Iterable[str]) -> list[Prompt]:
 
 
 def stable_hash(salt: str, text: str) -> int:
-    """A number below 2^64 that depends on both texts alone."""
+    """A hash below 2^64 that depends only on the two texts."""
     return int.from_bytes(hashlib.sha256(f"{salt}\n{text}".encode()).digest()[:8], "big")

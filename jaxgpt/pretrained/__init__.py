@@ -1,1 +1,1 @@
-"""Weights of other people, in and out."""
+"""Pretrained models of other projects: reading and writing."""

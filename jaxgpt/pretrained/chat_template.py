@@ -1,7 +1,7 @@
-"""A checkpoint's chat template (Jinja) as ids, once and for all.
+"""A checkpoint's chat template (Jinja), converted to token ids once.
 
-The template is rendered around stand-ins for the texts and cut there; only what the template itself wrote is encoded
-with special tokens. So no text can forge one, which is not so where a rendered conversation is encoded as a whole.
+The template is rendered around placeholders for the texts and split at them; only what the template itself wrote is
+encoded with special tokens. So no text can forge one, as it could if a rendered conversation were encoded as a whole.
 """
 
 import json
@@ -15,13 +15,13 @@ from jaxgpt.errors import UserError, needs_extra
 with needs_extra("pretrained"):
     import tokenizers
 
-_TEXTS = ("\u2060prompt one\u2060", "\u2060answer one\u2060", "\u2060prompt two\u2060")
+_PLACEHOLDERS = ("\u2060prompt one\u2060", "\u2060answer one\u2060", "\u2060prompt two\u2060")
 
 
 def read(core: tokenizers.Tokenizer, source: str, names: Mapping[str, str], separator: int, where: str) -> Template:
-    """The Template that renders as `source` does. `names`: bos_token, eos_token and the like, which templates mention.
-    UserError when it can't be cut, or answers don't end with a special token."""
-    one, answer, two = _TEXTS
+    """The Template equivalent to `source`. `names`: bos_token, eos_token and the like, which templates refer to.
+    Raises UserError if it can't be split, or answers don't end with a special token."""
+    one, answer, two = _PLACEHOLDERS
     first = {"role": "user", "content": one}
     talk = [first, {"role": "assistant", "content": answer}, {"role": "user", "content": two}]
     try:
@@ -29,15 +29,15 @@ def read(core: tokenizers.Tokenizer, source: str, names: Mapping[str, str], sepa
         spaced = _render(source, [{"role": "user", "content": f"  {one}\n\n"}], names)
         begun, rest = _render(source, talk, names).split(answer)
         after, last = rest.split(two)
-    except Exception as error:  # Jinja's errors, and texts that are not there exactly once
+    except Exception as error:  # Jinja's errors, and placeholders that don't occur exactly once
         raise UserError(f"the chat template of {where} can't be used ({type(error).__name__}: {error})") from error
     begin, middle, tail = (tuple(_encode(core, text)) for text in (before, between, after))
     added = core.get_added_tokens_decoder()
     if not tail or tail[0] not in added or not added[tail[0]].special:
-        raise UserError(f"the chat template of {where} ends answers with {after[:20]!r}, which is no special token")
-    goes_on = begun == before + one + between and last == between  # a conversation continues as it began
+        raise UserError(f"the chat template of {where} ends answers with {after[:20]!r}, which is not a special token")
+    uniform = begun == before + one + between and last == between  # later turns are rendered like the first
     strip = spaced == before + one + between
-    return Template(begin, middle, tail[0], separator, turn=tail[1:] if goes_on else (), strip=strip)
+    return Template(begin, middle, tail[0], separator, turn=tail[1:] if uniform else (), strip=strip)
 
 
 def of_folder(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -45,7 +45,7 @@ def of_folder(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     found = settings.get("chat_template")
-    if isinstance(found, list):  # several, by name
+    if isinstance(found, list):  # several named templates
         found = next((one.get("template") for one in found if one.get("name") == "default"), None)
     return found
 
@@ -56,8 +56,8 @@ def _encode(core: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def _render(source: str, messages: list[dict[str, str]], names: Mapping[str, str]) -> str:
-    """As Hugging Face does it, in a sandbox. A date that a template asks for is left out: it would change from day to
-    day."""
+    """Render as Hugging Face does, in a sandbox. A date that a template asks for is left out: it would change
+    daily."""
     with needs_extra("pretrained"):
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -65,7 +65,7 @@ def _render(source: str, messages: list[dict[str, str]], names: Mapping[str, str
     def refuse(message: str) -> None:
         raise ValueError(message)
 
-    space = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    space.filters["tojson"] = lambda x, **_: json.dumps(x, ensure_ascii=False)
-    space.globals["raise_exception"] = refuse
-    return space.from_string(source).render(messages=messages, add_generation_prompt=True, **names)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda x, **_: json.dumps(x, ensure_ascii=False)
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(source).render(messages=messages, add_generation_prompt=True, **names)

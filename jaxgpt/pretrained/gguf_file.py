@@ -1,4 +1,4 @@
-"""GGUF files of the Llama type: weights (dequantised to float32), tokenizer and chat template, all in one file."""
+"""GGUF files of Llama models: weights (dequantised to float32), tokenizer and chat template, all in one file."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ with needs_extra("pretrained"):
     import tokenizers
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
-_NAMES = {  # theirs -> Hugging Face's
+_NAMES = {  # GGUF's names -> Hugging Face's
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -37,7 +37,7 @@ _LLAMA3 = (
 
 
 class File:
-    """An open file: its fields and tensors, by name."""
+    """An open GGUF file: its metadata fields and tensors, by name."""
 
     def __init__(self, path: Path) -> None:
         with needs_extra("pretrained"):
@@ -45,31 +45,31 @@ class File:
 
         try:
             reader = gguf.GGUFReader(path)
-        except Exception as error:  # whatever the reader or the system says
-            raise UserError(f"{path} is no readable GGUF file ({error}); copy it once more") from error
+        except Exception as error:  # any error of the reader or the system
+            raise UserError(f"{path} is not a readable GGUF file ({error}); copy it again") from error
         self.path, self._fields = path, reader.fields
-        self.tensors = {_common(tensor.name): tensor for tensor in reader.tensors}
+        self.tensors = {_huggingface_name(tensor.name): tensor for tensor in reader.tensors}
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A value of the file's metadata, or the default."""
+        """A metadata value, or the default."""
         return self._fields[name].contents() if name in self._fields else default
 
     def need(self, name: str) -> Any:
-        """A value of the file's metadata. UserError where it is missing."""
+        """A metadata value. Raises UserError if it is missing."""
         if name not in self._fields:
-            raise UserError(f"{self.path} has no field {name}")
+            raise UserError(f"{self.path} has no metadata field {name}")
         return self.get(name)
 
 
-def _common(name: str) -> str:
+def _huggingface_name(name: str) -> str:
     *block, inner, last = name.split(".")
     head = f"model.layers.{block[1]}." if block[:1] == ["blk"] else ""
     return f"{head}{_NAMES.get(inner, inner)}.{last}"
 
 
 def read(path: Path, use_tags: bool = False) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
-    """Parameters (float32 arrays of NumPy), configuration, and tokenizer with the file's chat template, or with our
-    tags where there is none or they are wanted. UserError lists what differs."""
+    """Parameters (float32 NumPy arrays), configuration, and tokenizer, with the file's chat template or, without one or
+    with `use_tags`, with our tags. Raises UserError listing all tensors that differ."""
     with needs_extra("pretrained"):
         import gguf
 
@@ -83,7 +83,7 @@ def read(path: Path, use_tags: bool = False) -> tuple[dict[str, Any], ModelConfi
     def tensor(name: str) -> np.ndarray:
         one = file.tensors[name]
         x = np.asarray(gguf.dequantize(one.data, one.tensor_type), np.float32).reshape(shapes[name])
-        if "q_proj" in name or "k_proj" in name:  # the pairs that rotate lie next to each other there
+        if "q_proj" in name or "k_proj" in name:  # GGUF interleaves the pairs that rotate
             heads = config.heads if "q_proj" in name else config.groups
             x = x.reshape(heads, config.head_dim // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
         return x
@@ -94,14 +94,14 @@ def read(path: Path, use_tags: bool = False) -> tuple[dict[str, Any], ModelConfi
 def _config(file: File) -> ModelConfig:
     architecture = file.need("general.architecture")
     if architecture != "llama":
-        raise UserError(f"{file.path} is a {architecture!r} model; GGUF files of the llama type are read")
+        raise UserError(f"{file.path} is a {architecture!r} model; only GGUF files of llama models are supported")
     if "model.rope_freqs.weight" in file.tensors or "rope_freqs.weight" in file.tensors:
         raise UserError(
-            f"{file.path} has stretched positions (rope_freqs); read the model's Hugging Face folder instead"
+            f"{file.path} has scaled rotary frequencies (rope_freqs); use the model's Hugging Face folder instead"
         )
     width, heads = file.need("llama.embedding_length"), file.need("llama.attention.head_count")
     if file.get("llama.rope.dimension_count", width // heads) != width // heads or file.get("llama.rope.scaling.type"):
-        raise UserError(f"{file.path} rotates only a part of its heads, or scales positions; that is not supported")
+        raise UserError(f"{file.path} has partial or scaled rotary positions, which are not supported")
     return ModelConfig(
         layers=file.need("llama.block_count"),
         width=width,
@@ -116,7 +116,7 @@ def _config(file: File) -> ModelConfig:
         rope_theta=float(file.get("llama.rope.freq_base", 1e4)),
         biases=False,
         tied="lm_head.weight" not in file.tensors,
-        norm_epsilon=float(f"{file.need('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5, not its float32
+        norm_epsilon=float(f"{file.need('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5, not its float32 value
     )
 
 
@@ -136,8 +136,8 @@ def _tokenizer(file: File, use_tags: bool) -> Tokenizer:
     }
     if kind != "gpt2" or pre not in known:
         raise UserError(
-            f"the tokenizer of {file.path} is {kind!r} ({pre!r}); read are byte-level BPE of {', '.join(known)}: use "
-            "the model's Hugging Face folder instead"
+            f"{file.path} has an unsupported tokenizer, {kind!r} ({pre!r}); only gpt2 ({', '.join(known)}) is read: "
+            "use the model's Hugging Face folder instead"
         )
     tokens = file.need("tokenizer.ggml.tokens")
     merges = [tuple(pair.split(" ")) for pair in file.need("tokenizer.ggml.merges")]

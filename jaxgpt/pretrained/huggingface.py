@@ -1,4 +1,4 @@
-"""Hugging Face folders, in and out: config.json, safetensors (one file or several), tokenizer. No pickle is ever read.
+"""Read and write Hugging Face folders: config.json, safetensors (one file or several), tokenizer. Never a pickle.
 
 params, config = read(folder)
 write(folder, params, config, tok)      AutoModelForCausalLM.from_pretrained(folder) loads it
@@ -23,13 +23,13 @@ from jaxgpt.pretrained import chat_template, places
 with needs_extra("pretrained"):
     import tokenizers
 
-_BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # constants that old checkpoints carry
-_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # "gelu" only for openai-gpt, which means the tanh form by it
+_BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # constants stored in old checkpoints
+_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # "gelu" only in openai-gpt, where it means the tanh form
 
 
 def read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """Parameters (float32 arrays of NumPy) and configuration. UserError lists everything that is not as it should be;
-    names and shapes are compared before any tensor is read."""
+    """Parameters (float32 NumPy arrays) and configuration. Names and shapes are checked before any tensor is read.
+    Raises UserError listing all that is wrong."""
     with needs_extra("pretrained"):
         from safetensors import safe_open
 
@@ -38,21 +38,21 @@ def read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     for path in _weight_files(folder):
         try:
             files[path] = safe_open(path, framework="numpy")
-        except Exception as error:  # safetensors' own errors, and the system's
-            raise UserError(f"{path} can't be read ({error}); copy it once more") from error
-    where = {_common(name): (file, name) for file in files.values() for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # errors of safetensors or the system
+            raise UserError(f"{path} can't be read ({error}); copy it again") from error
+    where = {_full_name(name): (file, name) for file in files.values() for name in file.keys()}  # noqa: SIM118
     shapes = {name: tuple(file.get_slice(own).get_shape()) for name, (file, own) in where.items()}
     shapes = {name: shape for name, shape in shapes.items() if not _BUFFERS.search(name)}
     if config.tied:
         shapes.pop("lm_head.weight", None)
     texts = places.differences(config, shapes)
     if texts:
-        raise UserError("\n  ".join([f"{folder} does not hold the tensors that its config.json names:", *texts]))
+        raise UserError("\n  ".join([f"{folder} does not hold the tensors that its config.json implies:", *texts]))
     return places.to_params(lambda name: where[name][0].get_tensor(where[name][1]), config), config
 
 
-def _common(name: str) -> str:
-    """GPT-2's first checkpoints have no "transformer." before their names."""
+def _full_name(name: str) -> str:
+    """Add the prefix "transformer.", which early GPT-2 checkpoints lack."""
     return f"transformer.{name}" if re.match(r"(wte|wpe|h\.\d+|ln_f|tokens_embed|positions_embed)\.", name) else name
 
 
@@ -77,12 +77,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def config_from(record: Any, folder: Path) -> ModelConfig:
-    """Our settings for a config.json. UserError for architectures and options that our model does not have."""
+    """Our settings for a config.json. Raises UserError for unsupported architectures and options."""
     if not isinstance(record, dict) or "model_type" not in record:
         raise UserError(f"{folder / 'config.json'} is not a model's config.json: it has no model_type")
     kind = {"mistral": "llama"}.get(record["model_type"], record["model_type"])
     if kind not in places.KINDS:
-        raise UserError(f"{folder} is a {kind!r} model; read are gpt2, openai-gpt, llama and mistral")
+        raise UserError(f"{folder} is a {kind!r} model; supported are gpt2, openai-gpt, llama and mistral")
     try:
         return _llama(record) if kind == "llama" else _gpt(record, kind)
     except KeyError as error:
@@ -160,7 +160,7 @@ def _llama(record: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """config.json for our settings."""
+    """The config.json for our settings. Raises UserError if no Hugging Face architecture fits."""
     kind = places.kind_of(config)
     common = {"model_type": kind, "vocab_size": config.vocab, "tie_word_embeddings": config.tied, "dtype": "float32"}
     if kind != "llama":
@@ -209,8 +209,8 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_tokenizer(folder: Path, use_tags: bool = False) -> Tokenizer:
-    """A folder's tokenizer.json (or GPT-2's vocab.json and merges.txt) with its chat template, or with our tags where
-    there is none or they are wanted."""
+    """A folder's tokenizer.json (or GPT-2's vocab.json and merges.txt) with its chat template or,
+    without one or with `use_tags`, with our tags. Raises UserError if there is no readable tokenizer."""
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     core = _read_core(folder)
     names: dict[str, str] = {}
@@ -226,7 +226,7 @@ def read_tokenizer(folder: Path, use_tags: bool = False) -> Tokenizer:
 
 
 def separator_of(core: tokenizers.Tokenizer, eos: str | None) -> int:
-    """What stood between the documents of pretraining."""
+    """The id of the token that separated documents in pretraining, 0 if unknown."""
     for name in ("<|endoftext|>", "<|end_of_text|>", "<bos>", eos or "", "</s>"):
         if (found := core.token_to_id(name)) is not None:
             return int(found)
@@ -243,16 +243,16 @@ def _read_core(folder: Path) -> tokenizers.Tokenizer:
         raise
     except Exception as error:  # the tokenizers package raises bare Exception
         raise UserError(
-            f"{folder} has no readable tokenizer.json, nor vocab.json and merges.txt ({error}); copy them there"
+            f"{folder} has neither a readable tokenizer.json nor vocab.json and merges.txt ({error}); copy them there"
         ) from error
 
 
-# ---- out ----
+# ---- writing ----
 
 
 def write(folder: Path, params: Any, config: ModelConfig, tok: Tokenizer | None = None) -> None:
-    """A new folder that `transformers` loads. The template becomes a chat template of Jinja. UserError if the folder
-    exists, or no architecture there computes what our model does."""
+    """Write a new folder that `transformers` loads. The template becomes a Jinja chat template. Raises UserError if the
+    folder exists or no Hugging Face architecture fits the model."""
     with needs_extra("pretrained"):
         from safetensors.numpy import save_file
 
@@ -265,7 +265,7 @@ def write(folder: Path, params: Any, config: ModelConfig, tok: Tokenizer | None 
     }
     texts = sorted(flat.keys() ^ {place.path for place in places.places(config)})
     if texts:
-        raise UserError(f"only whole models of one architecture can be written; these don't fit: {', '.join(texts)}")
+        raise UserError(f"only whole models can be written; missing or unexpected: {', '.join(texts)}")
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -291,7 +291,7 @@ def write(folder: Path, params: Any, config: ModelConfig, tok: Tokenizer | None 
 
 
 def jinja_of(tok: Tokenizer) -> str:
-    """Our template in Jinja: for programs that know no other."""
+    """Our template as a Jinja chat template, for other programs."""
     template: Template = tok.template
     before, between, end, turn = (
         json.dumps(tok.show(ids), ensure_ascii=False)

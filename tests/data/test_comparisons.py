@@ -1,4 +1,4 @@
-"""Preference files round trip, a person can write one, and every mistake is named by file, line and field."""
+"""Preference files round-trip, can be written by hand, and every error names file, line and field."""
 
 import json
 from pathlib import Path
@@ -58,8 +58,8 @@ GOOD = {"prompt": "p", "answers": ["a", "b"], "choice": 1}
         ({**GOOD, "choice": None}, "choice is None"),
         ({**GOOD, "prompt": " \n"}, "prompt is empty"),
         ({**GOOD, "prompt": 5}, "prompt is int"),
-        ({**GOOD, "ended": [True]}, "ended must be 2 times"),
-        ({**GOOD, "ended": [True, 1]}, "ended must be 2 times"),
+        ({**GOOD, "ended": [True]}, "ended must be a list of 2"),
+        ({**GOOD, "ended": [True, 1]}, "ended must be a list of 2"),
         ({**GOOD, "ended": []}, "ended is empty"),
         ({**GOOD, "meta": []}, "meta is list, not an object"),
         ({**GOOD, "note": "x"}, "unknown field 'note'"),

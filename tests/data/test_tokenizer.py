@@ -1,4 +1,4 @@
-"""Tokenizers are exact for any text, tags cannot be forged, and the template has an exact inverse."""
+"""Tokenizers are lossless for any text, tags cannot be forged, and the template has an exact inverse."""
 
 import json
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def test_answer_stops_at_its_first_end_and_shows_tags() -> None:
     row = [tk.BOS, *tk.example_ids(BPE, "p </prompt>", "a")[0], tk.PAD, tk.PAD]
     assert BPE.show(row) == "<bos><prompt>p </prompt></prompt><answer>a</answer>"
     assert BPE.decode(row) == "p </prompt>a"
-    assert BPE.decode([BPE.encode("z")[0], BPE.vocab_size + 7]) == "z"  # padded vocabularies have such ids
+    assert BPE.decode([BPE.encode("z")[0], BPE.vocab_size + 7]) == "z"  # a padded vocabulary has such ids
 
 
 def test_specials_have_their_ids_and_sizes_are_kept() -> None:
@@ -81,7 +81,7 @@ def test_specials_have_their_ids_and_sizes_are_kept() -> None:
     assert BPE.vocab_size == 320
     assert CHAR.vocab_size == 6 + 256 + len(set("".join(CORPUS)))
     assert len(CHAR.encode("café")) == 4 and len(CHAR.encode("ж")) == 2
-    with pytest.raises(UserError, match="least is 262"):
+    with pytest.raises(UserError, match="minimum is 262"):
         tk.train_bpe(CORPUS, 261)
     with pytest.raises(UserError, match="lone surrogates"):
         BPE.encode("bad \ud800")
@@ -135,7 +135,7 @@ def test_cache_is_keyed_by_texts_kind_and_size(tmp_path: Path, monkeypatch: pyte
     ]
     assert len({t.fingerprint for t in [first, *other]}) >= 3
     assert len(list((tmp_path / "tokenizers").iterdir())) == 4  # and no scratch folder is left
-    monkeypatch.setattr(tk, "train_bpe", None)  # from here on only the cache can answer
+    monkeypatch.setattr(tk, "train_bpe", None)  # from here on only the cache can supply it
     assert tk.cached_tokenizer("bpe", CORPUS, 300, tmp_path).fingerprint == first.fingerprint
 
 

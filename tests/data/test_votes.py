@@ -1,4 +1,4 @@
-"""The database of votes, what training reads from it, and the formats of others."""
+"""The database of votes, the preferences that training reads from it, and other projects' formats."""
 
 import dataclasses
 import json
@@ -66,10 +66,10 @@ def test_what_is_taken_back_stays_in_the_file_but_does_not_count(store):
     store.vote(first), store.vote(second)
     assert store.undo("bob", "u0") is None
     assert store.undo("ada", "u1").id == second.task
-    assert store.undo("ada", "u1").id == second.task  # it came twice
+    assert store.undo("ada", "u1").id == second.task  # sent twice
     assert [vote.id for vote in store.votes()] == [first.id]
     assert store.undo("ada", "u2").id == first.task and store.votes() == []
-    assert not store.vote(second) and store.votes() == []  # the very vote that was taken back does not come back
+    assert not store.vote(second) and store.votes() == []  # a vote that was undone can't be sent again
     assert store.vote(vote_of(task_of(1), best=2)) and store.count() == 1
     rows = sqlite3.connect(store.path).execute("SELECT kind FROM votes ORDER BY number").fetchall()
     assert [kind for (kind,) in rows] == ["favourite", "favourite", "undo", "undo", "favourite"]
@@ -100,7 +100,7 @@ def test_a_vote_taken_back_stays_with_its_annotator_until_the_lease_ends(store, 
     store.vote(vote_of(first))
     assert store.undo("ada", "u").id == first.id
     assert store.next_task("bob")[0].id != first.id == store.next_task("ada")[0].id
-    monkeypatch.setattr(votes, "LEASE", -1.0)  # ended when it began
+    monkeypatch.setattr(votes, "LEASE", -1.0)  # expired from the start
     assert store.next_task("ada")[0].id == store.next_task("eve")[0].id == first.id
 
 
@@ -154,7 +154,7 @@ def test_what_waits_for_an_annotator_is_what_they_will_get(store):
     waiting = {who: store.waiting(who, overlap=0.5) for who in ("ada", "bob", "eve")}
     assert store.waiting("eve") == store.unseen() < waiting["ada"] < waiting["eve"]
     for who, count in waiting.items():
-        other = Store(store.path)  # of the others: no more votes
+        other = Store(store.path)  # without leases of the others
         seen = set()
         while found := other.next_task(who, overlap=0.5):
             assert other.waiting(who, overlap=0.5) == count - len(seen)
@@ -189,7 +189,7 @@ def test_a_person_s_answer_joins_the_others_once(store):
     assert found.answers[found.choice] == "mine"
     for n in range(12):
         store.add_answer(task.id, Answer(str(n)), f"more {n}")
-    with pytest.raises(UserError, match="16 answers already"):
+    with pytest.raises(UserError, match="already has 16 answers"):
         store.add_answer(task.id, Answer("one too many"), "y")
 
 
@@ -247,7 +247,7 @@ def test_many_annotators_in_threads_and_processes_lose_and_double_nothing(tmp_pa
         mine, done = args[0], []
         while found := mine.next_task(args[1], overlap=0.2):
             vote = vote_of(found[0], annotator=args[1])
-            threads = [threading.Thread(target=mine.vote, args=(vote,)) for _ in range(2)]  # each is sent twice at once
+            threads = [threading.Thread(target=mine.vote, args=(vote,)) for _ in range(2)]  # sent twice at once
             [thread.start() for thread in threads], [thread.join() for thread in threads]
             done.append(vote.id)
         return done
@@ -288,11 +288,11 @@ def test_kill_9_loses_no_vote_that_was_confirmed(tmp_path):
         assert Store(path).count() in (confirmed + 1, confirmed + 2)
 
 
-# ---- what training reads ----
+# ---- preferences for training ----
 
 
 def test_the_choices_of_a_ranking_have_its_likelihood():
-    """The sum of the softmax losses of `from_tiers` is the Plackett-Luce loss of the ranking."""
+    """The softmax losses of the choices from `from_tiers` sum to the Plackett-Luce loss of the ranking."""
     scores = np.array([[0.3, -1.2, 2.0, 0.7]], np.float32)
     tiers = ((2,), (0,), (3,), (1,))
     rows = from_tiers("p", ["a", "b", "c", "d"], tiers)
@@ -356,14 +356,14 @@ def test_agreement_of_coins_is_chance_and_of_twins_is_1():
     found = votes.agreement(twins)
     assert found.pairs == 1200 and found.same == found.kappa == 1
     assert votes.agreement(coins[::2]) is None
-    shared = vote_of(tasks[0], kind="ranking", tiers=((0, 1), (2, 3)))  # names no favourite
+    shared = vote_of(tasks[0], kind="ranking", tiers=((0, 1), (2, 3)))  # has no single favourite
     assert votes.agreement([shared, vote_of(tasks[0], annotator="bob")]) is None
 
 
 # ---- formats ----
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda s: bool(s.strip()))
-plain = words.filter(lambda s: "\n\n" not in s)  # hh-rlhf marks turns by such lines
+plain = words.filter(lambda s: "\n\n" not in s)  # hh-rlhf separates turns by blank lines
 verdicts = st.sampled_from([("favourite", ((0,), (1,))), ("favourite", ((1,), (0,)))])
 arena = st.one_of(verdicts, st.sampled_from([("tie", ((0, 1),)), ("bad", ((0, 1),))]))
 
@@ -386,7 +386,7 @@ def test_pairs_come_back_as_they_went(tmp_path_factory, format_, suffix):
     @given(prompt=text, first=text, second=text, verdict=kinds)
     def check(prompt: str, first: str, second: str, verdict: tuple) -> None:
         if format_ == "trl-implicit" and first[0] == second[0]:
-            second = ("a" if first[0] != "a" else "b") + second  # what both answers begin with would join the prompt
+            second = ("a" if first[0] != "a" else "b") + second  # a common prefix would join the prompt
         one = Judged(prompt, (first, second), *verdict)
         (found,) = back(tmp_path_factory.getbasetemp(), [one], format_, suffix)
         kind, tiers = verdict
@@ -443,7 +443,7 @@ def test_real_shapes_of_other_projects_are_read(tmp_path):
     ]
     (tmp_path / "all.json").write_text(json.dumps(rows))
     found, differ = formats.read(tmp_path / "all.json")
-    assert differ == 1  # the conversations of the arena that differ before the answers
+    assert differ == 1  # the arena conversations that differ before the answers
     assert [(one.prompt, one.answers, one.kind) for one in found] == [
         ("\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?", ("Well.", "Go away"), "favourite"),
         ("Hi", ("Yes", "No"), "favourite"),
@@ -459,7 +459,7 @@ def test_real_shapes_of_other_projects_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"chosen": "a"}, r"x.jsonl:1: fields chosen are of no known format"),
+        ({"chosen": "a"}, r"x.jsonl:1: fields chosen match no known format"),
         ({"prompt": "p", "chosen": [1], "rejected": [2]}, "x.jsonl:1: a conversation must be a list"),
         ({"chosen": [{"role": "user", "content": "x"}], "rejected": []}, "must end with an answer"),
         ({"winner": "nobody", "conversation_a": [], "conversation_b": []}, "must end with an answer"),
@@ -536,12 +536,12 @@ def test_a_reward_model_s_input_may_be_any_of_them(tmp_path):
     assert formats.load(tmp_path / "ours.jsonl")[0].answers == ("a", "b", "c")
     assert formats.load(tmp_path / "trl.jsonl")[0].answers == ("b", "a")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "answers": ["a"], "choice": 0}\n')
-    with pytest.raises(UserError, match=r"bad.jsonl:1: answers has 1"):
+    with pytest.raises(UserError, match=r"bad.jsonl:1: answers has length 1"):
         formats.load(tmp_path / "bad.jsonl")
 
 
 def test_ids_of_gpt2_are_read(tmp_path, monkeypatch):
-    tok = train_char(["Once upon a time"])  # test_pretrained has the real vocabulary
+    tok = train_char(["Once upon a time"])  # tests/pretrained has the real vocabulary
     monkeypatch.setattr(formats, "gpt2_tokenizer", lambda: tok)
     samples = {f"sample{i}": tok.encode(f" upon {i}") for i in range(4)}
     (tmp_path / "z.json").write_text(json.dumps([{"query": tok.encode("Once"), **samples, "best": 1}]))

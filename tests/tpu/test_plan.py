@@ -1,5 +1,5 @@
-"""The planner: what it reads from compiled programs and counts in traced ones, against programs whose exchanges and
-products are known; and, where the TPU's compiler is installed, the experiments' steps compiled for slices."""
+"""The planner: its counts for compiled and traced programs, against programs with known collectives and products; and,
+where the TPU compiler is installed, the experiments' steps compiled for slices."""
 
 import dataclasses
 import importlib.util
@@ -20,11 +20,11 @@ from jaxgpt.models.sharding import MeshConfig
 from tpu import hlo, plan
 
 TPU_COMPILER = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed (make EXTRAS=tpu set-up)"
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed (make EXTRAS=tpu set-up)"
 )
 
 
-# ---- what is sent ----
+# ---- collectives ----
 
 
 def text_of(f, mesh, *arguments):
@@ -120,13 +120,13 @@ ENTRY %main.1 (a: bf16[2,8], b: f32[4]) -> f32[4] {
     found, unknown = hlo.collectives(text, 8)
     assert not unknown
     by_kind = {one.kind: one for one in found}
-    assert len(found) == 2  # the gather's two pieces have one channel
+    assert len(found) == 2  # the two pieces of the all-gather share a channel
     assert (by_kind["all-gather"].size, by_kind["all-gather"].group) == (128, 4)
-    assert (by_kind["collective-permute"].size, by_kind["collective-permute"].times) == (16, 4)  # from 1, by 2, below 8
+    assert (by_kind["collective-permute"].size, by_kind["collective-permute"].times) == (16, 4)  # 1, 3, 5, 7
     assert by_kind["collective-permute"].sent == 16 * 4
 
 
-# ---- what is multiplied ----
+# ---- FLOPs ----
 
 
 def test_products_are_counted_through_loops_gradients_and_recomputation():
@@ -153,11 +153,11 @@ def test_a_training_step_multiplies_what_the_closed_form_says(scan):
     settings = dataclasses.replace(plan.PRESETS["toy"], model=config, batch=8)
     built = plan.build(settings, "train", sharding.make_mesh())
     flops, exact = hlo.product_flops(built.step.trace(*built.arguments).jaxpr)
-    # 6 N counts norms and biases, which are no products, and the last position of each row, which predicts nothing
+    # 6 N also counts norms and biases, which are not products, and each row's last position, which predicts nothing
     assert exact and 0.93 < flops / plan.closed_form(settings, "train") <= 1.0
 
 
-# ---- what is refused, and what is chosen ----
+# ---- errors, and the choice of meshes ----
 
 
 def test_the_compilers_refusal_is_read():
@@ -179,7 +179,7 @@ def test_meshes_divide_everything_and_come_in_order():
             assert settings.model.heads % mesh.tensor == 0 and settings.batch % (mesh.data * mesh.fsdp) == 0
     times = [plan.guess(settings, "train", mesh)[1] for mesh in plan.candidates(settings, "train", 16, 1e12)]
     assert times == sorted(times)
-    # a model that does not fit whole is divided
+    # a model that does not fit on one device is sharded
     large = dataclasses.replace(plan.PRESETS["gpt2-xl"], batch=256)
     assert plan.candidates(large, "train", 64, 16 * 2**30)[0].fsdp > 1
     asked = dataclasses.replace(settings, mesh=MeshConfig(data=0, fsdp=4))
@@ -235,7 +235,7 @@ def test_the_experiments_steps_compile_for_a_slice(topology, mesh, tmp_path):
         assert found["fits"] and found["flops_exact"] and not found["unknown_loops"], (name, found)
         memory = found["memory"]
         weights = 4 * (config.parameters + config.block * config.width)
-        assert weights / parts <= memory["parameters"] <= 1.2 * weights / parts + 1e5  # biases, positions: whole
+        assert weights / parts <= memory["parameters"] <= 1.2 * weights / parts + 1e5  # biases, positions: replicated
         assert memory["temporary"] > 0 and found["collectives"]
         if name != "decode":
             assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.02)

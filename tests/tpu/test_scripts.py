@@ -1,8 +1,8 @@
-"""The scripts of tpu/: their dry runs word by word, and whole rounds on a stand-in for gcloud that runs workers here.
+"""The scripts in tpu/: the exact output of their dry runs, and complete runs against a fake gcloud with local workers.
 
-The stand-in keeps slices in a folder and runs what is sent by ssh on this machine, each worker in a home of its own; so
-everything but Google's side is the real thing. A program on a worker can have its slice taken away (a preemption).
-What travels to the workers is a small repository of the scripts; a second of theirs lasts a tenth.
+The fake keeps slices in a folder and runs ssh commands on this machine, each worker in its own home folder; so
+everything but Google's side is real. A program on a worker can have its slice preempted. The workers get a small
+repository that contains the scripts; each second the scripts sleep lasts a tenth.
 """
 
 import os
@@ -100,16 +100,16 @@ else:
         running = [subprocess.Popen(command, cwd=cwd, env=env) for cwd, env in places]
         sys.exit(max(p.wait() for p in running))
 """
-MAKE = '#!/bin/sh\nmkdir -p .venv/bin && ln -sf "$PYTHON_HERE" .venv/bin/python\n'  # the environment is this one
+MAKE = '#!/bin/sh\nmkdir -p .venv/bin && ln -sf "$PYTHON_HERE" .venv/bin/python\n'  # reuse this environment
 GCSFUSE = '#!/bin/sh\nrmdir "$2" 2>/dev/null; ln -sfn "$CLOUD/bucket" "$2"\n'
-PYTHON3 = f'#!/bin/sh\nexec {sys.executable} -IS "$@"\n'  # the system's: no packages
+PYTHON3 = f'#!/bin/sh\nexec {sys.executable} -IS "$@"\n'  # like the system's: without packages
 SLEEP = f'#!/bin/sh\nexec {shutil.which("sleep")} "0.$1"\n'
 TAIL = f'#!/bin/sh\nexec {shutil.which("tail")} -s 0.1 "$@"\n'
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A git repository that holds the scripts, a file that is tracked, one that is new, and one that is ignored."""
+    """A git repository with the scripts, a tracked file, a new file, and an ignored file."""
     folder = tmp_path_factory.mktemp("repository")
     shutil.copytree(TPU, folder / "tpu", ignore=shutil.ignore_patterns("*.py", "__pycache__", "slices"))
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
@@ -123,7 +123,7 @@ def repository(tmp_path_factory):
 
 @pytest.fixture(params=["queued", "mig"])
 def cloud(request, repository, tmp_path):
-    """A cloud with nothing in it. `cloud("create", ...)` runs a script there."""
+    """An empty cloud. `cloud("create", ...)` runs a script against it."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tmp_path / "bucket").mkdir()
@@ -184,7 +184,7 @@ def began(cloud):
 
 def test_a_slice_from_its_creation_to_its_deletion(cloud):
     cloud("create", "one", *cloud.where, "--bucket", "gs://b", check=0)
-    assert "there is a slice 'one'" in cloud("create", "one", *cloud.where, check=2).stderr
+    assert "slice 'one' already exists" in cloud("create", "one", *cloud.where, check=2).stderr
     cloud("setup", "one", check=0)
     travelled = {path.name for path in (cloud.folder / "worker1/jaxgpt").iterdir()}
     assert {"README.md", "new", "tpu"} <= travelled and "ignored" not in travelled
@@ -192,7 +192,7 @@ def test_a_slice_from_its_creation_to_its_deletion(cloud):
     assert done.returncode == 0 and "hello" in done.stdout, done.stderr
     assert {path.name for path in (cloud.folder / "bucket").iterdir()} == {"0", "1"}
 
-    # A second run is refused while one goes on, and --stop lets that one save.
+    # A second run is refused while one is in progress, and --stop lets that one save.
     saves = """
 import signal
 def save(*_):
@@ -206,14 +206,14 @@ time.sleep(100)
     first = subprocess.Popen(words, env=cloud.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(lambda: began(cloud))
     second = cloud("run", "one", *program(cloud, ""))
-    assert second.returncode != 0 and "a run goes on here" in second.stderr
+    assert second.returncode != 0 and "a run is in progress here" in second.stderr
     cloud("run", "one", "--stop", check=0)
     assert first.wait(60) == 75
     assert (cloud.folder / "saved0").exists() and (cloud.folder / "saved1").exists()
 
     cloud("delete", "one", check=0)
     assert not any((cloud.folder / left).exists() for left in ("slice", "instance-templates", "resource-policies"))
-    assert "no slice 'one' is known here" in cloud("delete", "one", check=2).stderr
+    assert "unknown slice 'one'" in cloud("delete", "one", check=2).stderr
 
 
 @pytest.mark.slow
@@ -243,7 +243,7 @@ if os.environ['WORKER'] == '0':
     assert (cloud.folder / "bucket/whole").exists()
     assert not (cloud.folder / "slice").exists()
     creations = [line for line in cloud.calls() if " create one" in line and "resource-policies" not in line]
-    assert len(creations) in (2, 4)  # once more (with its template, for a group)
+    assert len(creations) in (2, 4)  # created twice (each with a template, for a group)
     assert all("spot" in line.lower() for line in creations if "instance-groups" not in line)
 
 
@@ -304,14 +304,14 @@ def test_a_lost_connection_creates_nothing(cloud):
         (["create"], "tpu/create.sh NAME"),
         (["create", "Big_Name"], "lower-case"),
         (["create", "one"], "give --tpu"),
-        (["create", "one", "--tpu", "v6e:4x4"], "which zone"),
+        (["create", "one", "--tpu", "v6e:4x4"], "no zone"),
         (["create", "one", "--tpu", "v6e-16", "--zone", "us-east5-b"], "v6e:2x4"),
         (["create", "one", "--tpu", "v5p:4x4", "--zone", "us-east5-b"], "three dimensions"),
         (["create", "one", "--tpu", "v6e:2x2x2", "--zone", "us-east5-b"], "two dimensions"),
         (["create", "one", "--tpu", "v9:2x2", "--zone", "us-east5-b"], "unknown generation"),
         (["create", "one", "--tpu", "v5e:4x4", "--zone", "us-east5-b", "--via", "mig"], "queued only"),
         (["create", "one", "--tpu", "tpu7x:2x2x2", "--zone", "us-east5-b", "--via", "queued"], "mig"),
-        (["create", "one", "--tpu", "v5e:4x4", "--zone", "east"], "no zone"),
+        (["create", "one", "--tpu", "v5e:4x4", "--zone", "east"], "not a zone"),
         (["create", "one", "--tpu", "v5e:4x4", "--zone"], "needs a value"),
         (["create", "one", "--chips", "4"], "unknown option"),
         (["babysit", "one", "--tpu", "v5e:4x4", "--zone", "us-east5-b", "--project", "p", "--dry-run"], "after --"),
@@ -330,7 +330,7 @@ def test_mistakes_are_named_before_anything_is_done(words, says, tmp_path):
 
 
 def dry_runs() -> str:
-    """Every script's dry run, for both ways of getting a slice, as the golden file has them."""
+    """Every script's dry run, for both ways of creating a slice, in the format of the golden file."""
     environment = {**os.environ, "JAXGPT_SLICES": "/nowhere"}
     queued = ["--tpu", "v5e:4x4", "--zone", "us-west4-a", "--project", "mine"]
     group = ["--tpu", "v6e:4x4", "--zone", "us-east5-b", "--project", "mine"]
@@ -376,7 +376,7 @@ def dry_runs() -> str:
 
 
 def test_dry_runs_print_the_exact_commands():
-    """After a change that is meant: python -m tests.tpu.test_scripts writes the file again; read its diff."""
+    """After an intended change, run python -m tests.tpu.test_scripts to rewrite the file, and read its diff."""
     assert dry_runs() == GOLDEN.read_text()
 
 
