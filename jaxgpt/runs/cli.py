@@ -46,7 +46,7 @@ def cli(
     A UserError ends the process with status 2, Ctrl-C with 130 and SIGTERM with 75, each with one line on stderr."""
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminated)
+            signal.signal(signal.SIGTERM, _stop_on_sigterm)
         description = _description(main, settings_type)
         words = sys.argv[1:] if argv is None else argv
         settings = parse(settings_type, presets, words, description)
@@ -57,7 +57,7 @@ def cli(
         print_device()
         return main(settings)
     except UserError as error:
-        print(f"error: {error}{_advice(error, main)}", file=sys.stderr)
+        print(f"error: {error}{_suggested_command(error, main)}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         print(f"stopped: {stop}", file=sys.stderr)
@@ -67,7 +67,7 @@ def cli(
         sys.exit(130)
 
 
-def _advice(error: UserError, main: Callable[..., Any]) -> str:
+def _suggested_command(error: UserError, main: Callable[..., Any]) -> str:
     """The command of the experiment that the error names, if it is beside the running one or in the folder above."""
     running = getattr(sys.modules.get(main.__module__), "__file__", None)
     if not error.experiment or running is None:
@@ -87,7 +87,7 @@ def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _terminated(number: int, frame: Any) -> NoReturn:
+def _stop_on_sigterm(number: int, frame: Any) -> NoReturn:
     raise Stopped("the same command resumes from the newest checkpoint, if there is one", 75)
 
 
@@ -237,12 +237,12 @@ def _presets_text(settings_type: type, presets: Mapping[str, Any]) -> str:
         changed = [
             (key, value) for key, value in flat_json(settings_to_json(settings)).items() if value != default.get(key)
         ]
-        words = " ".join(f"--{key.replace('_', '-')} {_shown(value)}" for key, value in changed)
+        words = " ".join(f"--{key.replace('_', '-')} {_flag_value(value)}" for key, value in changed)
         lines += textwrap.wrap(f"  {name:<10} {words or 'the defaults'}", width=96, subsequent_indent=" " * 13)
     return "\n".join(["presets", *lines]) if presets else ""
 
 
-def _shown(value: Any) -> str:
+def _flag_value(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -33,7 +33,7 @@ class Bar:
         for, so pass fields only where the loop logs anyway."""
         self.done += n
         self._tokens += tokens
-        self.fields.update({name: _shown(value) for name, value in fields.items()})
+        self.fields.update({name: _format_value(value) for name, value in fields.items()})
         self._marks.append((time.monotonic(), self.done, self._tokens))
         self._render()
 
@@ -109,7 +109,7 @@ def progress_bar(console: Console, total: int, label: str, *, done: int = 0, qui
                 bar._render(finished=True)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else str(value) if isinstance(value, int) else f"{float(value):.4g}"
 
 

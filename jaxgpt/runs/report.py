@@ -127,7 +127,7 @@ def write_report(
     holds."""
     baseline = next(policy for policy in policies if policy.name == "SFT")
     rows = {policy.name: summary(policy, baseline) for policy in policies}
-    results = {"judge_accuracy": judge_accuracy, "prompts": len(prompts), "policies": _plain(rows)}
+    results = {"judge_accuracy": judge_accuracy, "prompts": len(prompts), "policies": _to_json(rows)}
     figures = {
         "frontier.png": ("Gold reward against KL", lambda path: frontier_figure(path, policies, stages)),
         "scores.png": ("Distribution of gold rewards", lambda path: scores_figure(path, policies)),
@@ -146,11 +146,11 @@ def write_report(
     return results
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, Interval):
         return dataclasses.asdict(value)
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _to_json(inner) for key, inner in value.items()}
     return value
 
 

@@ -248,7 +248,7 @@ class OnPolicy:
         state = spread(stack([whole.replace(frozen={})] * R), task.mesh)  # type: ignore[attr-defined]
         control, own = spread(stack(list(controls)), task.mesh), spread(stack(list(frozen)), task.mesh)
         tokens_NP, lengths_N = rollout.pad_prompts(task.prompts, task.prompt_tokens)
-        order_RN = np.stack([self._order(seed) for seed in seeds])
+        order_RN = np.stack([self._prompt_order(seed) for seed in seeds])
         key_R = jnp.stack([jax.random.key(seed) for seed in seeds])
         curves: list[dict[str, np.ndarray]] = []
         for i in range(self.iterations):
@@ -268,7 +268,7 @@ class OnPolicy:
             watch(i + 1, found)
         return unstack(state.trainable["policy"]), {name: np.stack([c[name] for c in curves]) for name in curves[0]}
 
-    def _order(self, seed: int) -> np.ndarray:
+    def _prompt_order(self, seed: int) -> np.ndarray:
         """Prompt indices in the order a run sees them: pass after pass, each shuffled, each prompt `each` times."""
         rng, count = np.random.default_rng(seed), len(self.task.prompts)
         passes = 1 + self.iterations * self.batch // self.each // count

@@ -142,12 +142,12 @@ def application(
             seat.waiting -= line is None
             lines.put_nowait(line)
 
-        def work() -> None:
+        def sample_answer() -> None:
             for line in draw(seat, ids, how, seed, gone):
                 loop.call_soon_threadsafe(put, line)
             loop.call_soon_threadsafe(put, None)
 
-        async def sent() -> AsyncIterator[str]:
+        async def stream_lines() -> AsyncIterator[str]:
             try:
                 while (line := await lines.get()) is not None:
                     yield line
@@ -155,9 +155,9 @@ def application(
                 gone.set()
 
         seat.waiting += 1
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=sample_answer, daemon=True).start()
 
-        return StreamingResponse(sent(), media_type="application/x-ndjson")
+        return StreamingResponse(stream_lines(), media_type="application/x-ndjson")
 
     def rate(data: dict[str, Any]) -> dict[str, Any]:
         annotator = checked_text(field(data, "annotator", str), "annotator").strip()
@@ -191,13 +191,13 @@ def application(
         store.undo(annotator, field(data, "id", str), field(data, "vote", str))
         return {"votes": store.count(annotator)}
 
-    async def rated(data: dict[str, Any]) -> Any:
+    async def rate_in_thread(data: dict[str, Any]) -> Any:
         return await run_in_threadpool(rate, data)
 
-    async def unrated(data: dict[str, Any]) -> Any:
+    async def unrate_in_thread(data: dict[str, Any]) -> Any:
         return await run_in_threadpool(unrate, data)
 
-    calls = {"models": describe, "rollout": rollout, "rate": rated, "unrate": unrated}
+    calls = {"models": describe, "rollout": rollout, "rate": rate_in_thread, "unrate": unrate_in_thread}
     return server.application("chat", calls, serve, token, (Route("/api/say", say, methods=["POST"]),))
 
 

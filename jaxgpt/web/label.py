@@ -123,7 +123,7 @@ class Statistics:
 
     def __init__(self, store: votes.Store, overlap: float = 0.0, every: float = 3.0) -> None:
         self.store, self.overlap, self.every = store, overlap, every
-        self._known: dict[str | None, tuple[float, dict[str, Any] | None]] = {}
+        self._cache: dict[str | None, tuple[float, dict[str, Any] | None]] = {}
 
     def of(self, annotator: str) -> dict[str, Any]:
         """One annotator's statistics."""
@@ -140,9 +140,9 @@ class Statistics:
     def _agreement(self, annotator: str | None) -> dict[str, Any] | None:
         """Agreement of one annotator with themselves, or, for None, between all annotators."""
         now = time.monotonic()
-        when, known = self._known.get(annotator, (-np.inf, None))
+        when, known = self._cache.get(annotator, (-np.inf, None))
         if now - when > self.every:
             found = votes.agreement(self.store.votes(annotator), within=annotator is not None)
             known = {**dataclasses.asdict(found), "kappa": found.kappa} if found else None
-            self._known[annotator] = now, known
+            self._cache[annotator] = now, known
         return known

@@ -101,16 +101,16 @@ class Guard:
             return  # no websockets: nothing answers them
         trusted = False
 
-        async def served(scope: Scope, receive: Receive, send: Send) -> None:
+        async def serve_if_allowed(scope: Scope, receive: Receive, send: Send) -> None:
             nonlocal trusted
             trusted = True
             await self._serve(scope, receive, send)
 
-        async def if_trusted(message: Message) -> None:
+        async def send_if_trusted(message: Message) -> None:
             if trusted:  # otherwise our refusal, below, says more than Starlette's
                 await send(message)
 
-        await TrustedHostMiddleware(served, self.names, www_redirect=False)(scope, receive, if_trusted)
+        await TrustedHostMiddleware(serve_if_allowed, self.names, www_redirect=False)(scope, receive, send_if_trusted)
         if not trusted:
             refusal = {"error": "this page isn't served under that host name; --serve.names adds one"}
             await JSONResponse(refusal, 400)(scope, receive, _with_headers(send))
@@ -210,8 +210,8 @@ def application(
     for name in (f"{page}.html", f"{page}.js", "shared.js", "style.css", "icon.svg"):
         content = (folder / name).read_bytes()
         kind = TYPES[name[name.rindex(".") :]]
-        routes.append(Route("/" if name.endswith(".html") else f"/{name}", _file(content, kind)))
-    routes += [Route(f"/api/{name}", _call(call), methods=["POST"]) for name, call in calls.items()]
+        routes.append(Route("/" if name.endswith(".html") else f"/{name}", _serve_file(content, kind)))
+    routes += [Route(f"/api/{name}", _handle_call(call), methods=["POST"]) for name, call in calls.items()]
     names = {config.host, *config.names}
     names |= {*LOCAL} if config.host in (*LOCAL, "0.0.0.0", "::") else set()
     if config.host in ("0.0.0.0", "::"):
@@ -219,7 +219,7 @@ def application(
     return Guard(Starlette(routes=routes), frozenset(name.lower() for name in names), token)
 
 
-def _file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
+def _serve_file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
     async def send(request: Request) -> Response:
         return Response(content, media_type=kind)
 
@@ -241,7 +241,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     return data
 
 
-def _call(function: Call) -> Callable[[Request], Awaitable[Response]]:
+def _handle_call(function: Call) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         try:
             return JSONResponse(await function(await read_json(request)))

@@ -54,16 +54,16 @@ class SamplingConfig:
         """The sampler and filter for `decoding.stream`. A new top-k compiles again; a new temperature or top-p
         doesn't."""
         if self.temperature == 0:
-            return sampling.greedy, _unchanged
-        return sampling.categorical, jax.tree_util.Partial(_shaper(self.top_k), t=self.temperature, p=self.top_p)
+            return sampling.greedy, _identity
+        return sampling.categorical, jax.tree_util.Partial(_make_filter(self.top_k), t=self.temperature, p=self.top_p)
 
 
-def _unchanged(logits: Array) -> Array:
+def _identity(logits: Array) -> Array:
     return logits
 
 
 @functools.lru_cache(maxsize=64)
-def _shaper(top_k: int) -> Callable[..., Array]:
+def _make_filter(top_k: int) -> Callable[..., Array]:
     def shape(logits: Array, t: Array, p: Array) -> Array:
         logits = sampling.temperature(logits, t)
         return sampling.top_p(sampling.top_k(logits, top_k) if top_k else logits, p)
