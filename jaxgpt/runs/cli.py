@@ -1,8 +1,8 @@
 """The command line of an experiment: `cli(main, Settings, PRESETS)`.
 
 `--preset NAME` or `--settings FILE` chooses the starting values, `--distributed` joins several processes, and every
-other flag, made from the fields of the settings dataclass, changes one value. A mistake is one line on stderr, a second
-one with the command that helps where there is one, and exit status 2.
+other flag, generated from the fields of the settings dataclass, changes one value. An error the user can fix prints one
+line on stderr, plus the command that helps if there is one, and exits with status 2.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def cli(
     A UserError ends the process with status 2, Ctrl-C with 130 and SIGTERM with 75, each with one line on stderr."""
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminated)
+            signal.signal(signal.SIGTERM, _stop_on_sigterm)
         description = _description(main, settings_type)
         words = sys.argv[1:] if argv is None else argv
         settings = parse(settings_type, presets, words, description)
@@ -57,18 +57,18 @@ def cli(
         print_device()
         return main(settings)
     except UserError as error:
-        print(f"error: {error}{_advice(error, main)}", file=sys.stderr)
+        print(f"error: {error}{_suggested_command(error, main)}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
+        print("interrupted; the same command resumes from the newest checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
 
 
-def _advice(error: UserError, main: Callable[..., Any]) -> str:
-    """The command of the experiment that the error names, if it lies beside the running one or in the folder above."""
+def _suggested_command(error: UserError, main: Callable[..., Any]) -> str:
+    """The command of the experiment that the error names, if it is beside the running one or in the folder above."""
     running = getattr(sys.modules.get(main.__module__), "__file__", None)
     if not error.experiment or running is None:
         return ""
@@ -83,20 +83,20 @@ def _advice(error: UserError, main: Callable[..., Any]) -> str:
 
 
 def _short(path: Path) -> Path:
-    """From here, where that is shorter."""
+    """Relative to the working directory, if inside it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _terminated(number: int, frame: Any) -> NoReturn:
-    raise Stopped("the same command goes on from the newest checkpoint, if there is one", 75)
+def _stop_on_sigterm(number: int, frame: Any) -> NoReturn:
+    raise Stopped("the same command resumes from the newest checkpoint, if there is one", 75)
 
 
 def parse(
     settings_type: type[Settings], presets: Mapping[str, Settings], argv: Sequence[str], description: str = ""
 ) -> Settings:
-    """The settings that `argv` asks for. `--help` prints and exits; mistakes raise UserError (a value that does not
-    parse is reported by tyro, which exits with 2)."""
-    if get_type_hints(settings_type).get("model") is Path:  # two names for the model to start from
+    """Parse `argv` into settings. `--help` prints and exits; wrong options raise UserError (a value that does not parse
+    is reported by tyro, which exits with 2)."""
+    if get_type_hints(settings_type).get("model") is Path:  # both flags name the model to start from
         argv = [re.sub(r"^--model\.pretrained(?==|$)", "--model", word) for word in argv]
     start = _starting_values(settings_type, presets, argv)
     complaint = io.StringIO()
@@ -108,7 +108,7 @@ def parse(
                 description="\n\n".join(filter(None, [description, _presets_text(settings_type, presets)])),
                 return_unknown_args=True,
                 config=(tyro.conf.AvoidSubcommands,),
-                registry=_showing_ranges(),
+                registry=_registry_with_ranges(),
             )
     except SystemExit as stop:
         refusal = _user_error(stop)
@@ -121,14 +121,14 @@ def parse(
     return command.values
 
 
-def _showing_ranges() -> ConstructorRegistry:
-    """tyro's own rules, with a field's `Range` beside its default in --help."""
+def _registry_with_ranges() -> ConstructorRegistry:
+    """tyro's own rules, but --help shows a field's `Range` beside its default."""
     registry = ConstructorRegistry()
     inside: list[StructTypeInfo] = []
 
     @registry.struct_rule
     def rule(kind: StructTypeInfo) -> StructConstructorSpec | None:
-        if inside:  # asked by ourselves, below: the next rule, which is tyro's
+        if inside:  # called by the line below: leave it to the next rule, which is tyro's
             return None
         inside.append(kind)
         try:
@@ -137,12 +137,12 @@ def _showing_ranges() -> ConstructorRegistry:
             inside.pop()
         if not isinstance(found, StructConstructorSpec):
             return None
-        return dataclasses.replace(found, fields=tuple(map(_showing_range, found.fields)))
+        return dataclasses.replace(found, fields=tuple(map(_show_range, found.fields)))
 
     return registry
 
 
-def _showing_range(field: StructFieldSpec) -> StructFieldSpec:
+def _show_range(field: StructFieldSpec) -> StructFieldSpec:
     ranges = [str(mark) for mark in getattr(field.type, "__metadata__", ()) if isinstance(mark, Range)]
     if not ranges:
         return field
@@ -152,7 +152,7 @@ def _showing_range(field: StructFieldSpec) -> StructFieldSpec:
 
 
 def _user_error(stop: BaseException) -> UserError | None:
-    """The refusal by the settings themselves (in __post_init__) that made tyro stop, if it was one."""
+    """The UserError from the settings' own __post_init__ that made tyro stop, if there was one."""
     cause: BaseException | None = stop
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__context__
@@ -160,7 +160,7 @@ def _user_error(stop: BaseException) -> UserError | None:
 
 
 def _starting_values(settings_type: type[Settings], presets: Mapping[str, Settings], argv: Sequence[str]) -> Settings:
-    """The instance named by --preset or --settings, else the dataclass's own defaults."""
+    """The instance named by --preset or --settings, otherwise the dataclass's own defaults."""
     preset, file = _option(argv, "--preset"), _option(argv, "--settings")
     if preset is not None and file is not None:
         raise UserError("--preset and --settings both choose the starting values; give one of them")
@@ -188,7 +188,7 @@ def _option(argv: Sequence[str], flag: str) -> str | None:
 
 
 def _read_settings(settings_type: type[Settings], file: Path) -> Settings:
-    """From a run's settings.json (or its folder), or from a file that holds the settings alone."""
+    """Settings from a run's settings.json (or its folder), or from a file that holds nothing but settings."""
     path = file / "settings.json" if file.is_dir() else file
     data = read_json(path)
     if isinstance(data, dict) and {"stage", "settings"} <= data.keys():
@@ -197,16 +197,17 @@ def _read_settings(settings_type: type[Settings], file: Path) -> Settings:
 
 
 def _command_type(settings_type: type[Settings], presets: Mapping[str, Settings], start: Settings) -> Any:
-    """A dataclass with --preset, --settings and --distributed beside the settings, whose defaults are `start`."""
+    """A dataclass of --preset, --settings, --distributed and the settings, whose defaults are `start`."""
     preset = tyro.conf.arg(
         metavar="{" + ",".join(presets) + "}", help="Named settings to start from.", help_behavior_hint=""
     )
     file = tyro.conf.arg(
-        metavar="FILE", help="A run's settings.json to start from: the same run again.", help_behavior_hint=""
+        metavar="FILE", help="A run's settings.json to start from, to repeat that run.", help_behavior_hint=""
     )
     processes = tyro.conf.arg(
         metavar="auto|HOST:PORT,COUNT,INDEX",
-        help="Run as one of several processes: asked of the cluster, or process 0's address, how many, which one.",
+        help="Join several processes: auto asks the cluster; or give process 0's address, their number, and the index "
+        "of this one.",
         help_behavior_hint="",
     )
     fields: list[Any] = [
@@ -220,7 +221,7 @@ def _command_type(settings_type: type[Settings], presets: Mapping[str, Settings]
 
 
 def _description(main: Callable[..., Any], settings_type: type) -> str:
-    """The docstrings of the experiment's module and of its settings: they hold the command and what to expect."""
+    """The docstrings of the experiment's module and its settings, which give the command and what to expect."""
     module = sys.modules.get(main.__module__)
     docs = [inspect.getdoc(module) if module else None]
     if not (settings_type.__doc__ or "").startswith(f"{settings_type.__name__}("):  # a dataclass's automatic docstring
@@ -229,24 +230,24 @@ def _description(main: Callable[..., Any], settings_type: type) -> str:
 
 
 def _presets_text(settings_type: type, presets: Mapping[str, Any]) -> str:
-    """One paragraph a preset: the flags that differ from the defaults."""
+    """One paragraph per preset: the flags that differ from the defaults."""
     default = flat_json(settings_to_json(settings_type()))
     lines = []
     for name, settings in presets.items():
         changed = [
             (key, value) for key, value in flat_json(settings_to_json(settings)).items() if value != default.get(key)
         ]
-        words = " ".join(f"--{key.replace('_', '-')} {_shown(value)}" for key, value in changed)
+        words = " ".join(f"--{key.replace('_', '-')} {_flag_value(value)}" for key, value in changed)
         lines += textwrap.wrap(f"  {name:<10} {words or 'the defaults'}", width=96, subsequent_indent=" " * 13)
     return "\n".join(["presets", *lines]) if presets else ""
 
 
-def _shown(value: Any) -> str:
+def _flag_value(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _flags(settings_type: Any, prefix: str = "") -> list[str]:
-    """Every flag the settings have, nested ones dotted, spelled as --help spells them."""
+    """Every flag of the settings as --help spells it, nested ones dotted."""
     flags = []
     for name, kind in get_type_hints(settings_type).items():
         if name not in {field.name for field in dataclasses.fields(settings_type)}:

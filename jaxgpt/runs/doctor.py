@@ -1,10 +1,10 @@
-"""The run doctor: reads what runs measured and names what is wrong, with the evidence.
+"""The run doctor: reads the metrics of runs and reports what is wrong, with the evidence.
 
     python -m jaxgpt.runs.doctor runs/assistant         a run folder, or one that holds several
 
 The exit status is 0 if nothing is wrong, 1 if something is, 2 if there is no run.
-Each check is a function of one run's `Record`; thresholds are the constants above it. What the metrics mean is in
-docs/metrics.md.
+Each check is a function of one run's `Record`; its thresholds are the constants above it. docs/metrics.md explains the
+metrics.
 """
 
 import argparse
@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a run folder says: its stage, its settings, a row for each log line, and the results of a finished run."""
+    """The contents of a run folder: its stage, its settings, one row per log line, and the results once finished."""
 
     folder: Path
     stage: str
@@ -33,13 +33,13 @@ class Record:
     results: Mapping[str, Any]
 
     def curve(self, name: str) -> list[float]:
-        """A metric in order, without what was not finite."""
+        """The finite values of a metric, in order."""
         return [row[name] for row in self.rows if row.get(name) is not None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What is wrong, the figures that show it, and what to look at."""
+    """What is wrong, the numbers that show it, and what to look at."""
 
     what: str
     evidence: str
@@ -59,7 +59,7 @@ def quarters(curve: Sequence[float]) -> tuple[float, float]:
 
 # ---- checks ----
 
-ENOUGH = 8  # iterations or log lines, before a curve says anything
+ENOUGH = 8  # iterations or log lines that a curve needs before it is checked
 
 
 def not_finite(run: Record) -> Iterator[Finding]:
@@ -71,14 +71,16 @@ def not_finite(run: Record) -> Iterator[Finding]:
         if names:
             first = next(row["step"] for row in run.rows if row.get("nonfinite"))
             evidence += f"; not finite, first at step {first}: {', '.join(names)}"
-        yield Finding("losses or gradients were not finite", evidence, "a lower learning rate, float32, or the data")
+        yield Finding(
+            "losses or gradients were not finite", evidence, "the data, a lower learning rate, or training in float32"
+        )
 
 
-STARVED = 0.5  # share of the time that the loop waited for data
+STARVED = 0.5  # fraction of the time spent waiting for data
 
 
 def starved(run: Record) -> Iterator[Finding]:
-    """Long waits for data say nothing where the device is as busy: then the loop waits for the device as well."""
+    """A device that idles while the loop waits for data. If the loop waits for the device too, data isn't the limit."""
     data, device = run.curve("seconds_data"), run.curve("seconds_device")
     times = run.curve("time")
     if len(data) >= 2 and times[-1] > times[0]:
@@ -86,49 +88,49 @@ def starved(run: Record) -> Iterator[Finding]:
         if waited > STARVED * elapsed and worked < 0.1 * waited:
             yield Finding(
                 "the device waits for data",
-                f"{waited:.1f} of {elapsed:.1f} s went into making batches, {worked:.1f} s into waiting for the device",
-                "a faster disk or cache, shorter rows, or a larger batch a step",
+                f"{waited:.1f} of {elapsed:.1f} s were spent waiting for batches, {worked:.1f} s for the device",
+                "a faster disk or cache, shorter rows, or a larger batch per step",
             )
 
 
 def learns_nothing(run: Record) -> Iterator[Finding]:
-    """A loss that doesn't fall."""
+    """A training loss that doesn't fall."""
     curve = run.curve("train_nats_a_token")
     if len(curve) >= ENOUGH:
         first, last = quarters(curve)
         if last >= first:
-            evidence = f"{first:.3f} nats a token in the first quarter of the steps, {last:.3f} in the last"
+            evidence = f"{first:.3f} nats per token in the first quarter of the steps, {last:.3f} in the last"
             yield Finding("the training loss does not fall", evidence, "the learning rate, the warm-up and the data")
 
 
-FORGOTTEN = 2.0  # nats a token on pretraining's text, lost by finetuning (half of that is only the other form)
+FORGOTTEN = 2.0  # nats per token that finetuning loses on pretraining text (half of that is only the new format)
 
 
 def forgets(run: Record) -> Iterator[Finding]:
-    """Finetuning that loses what pretraining learned."""
+    """Finetuning that forgets what pretraining learned."""
     before, after = run.results.get("pretraining_nats_before"), run.results.get("pretraining_nats_after")
     if before is not None and after is not None and after - before > FORGOTTEN:
         yield Finding(
-            "finetuning wiped out what pretraining taught",
-            f"pretraining's held-out text: {before:.2f} -> {after:.2f} nats a token",
+            "finetuning wiped out what pretraining learned",
+            f"held-out pretraining text: {before:.2f} -> {after:.2f} nats per token",
             "fewer steps, a lower learning rate, or pretraining text mixed in",
         )
 
 
 def dead_reward(run: Record) -> Iterator[Finding]:
-    """No better than guessing: the held-out likelihood of the choices is that of equal chances, or worse."""
+    """A reward model no better than guessing: the held-out likelihood of the choices is at chance level, or below."""
     nll, chance = run.results.get("nll"), run.results.get("chance")
     if nll is not None and chance and nll > -0.99 * math.log(chance):
         yield Finding(
-            "the reward model is dead: it guesses",
+            "the reward model is guessing",
             f"held-out loss {nll:.3f} nats, guessing {-math.log(chance):.3f}; accuracy {run.results['accuracy']:.1%}, "
             f"guessing {chance:.1%}",
-            "more preferences, labels that agree with each other, or another learning rate",
+            "more preferences, more consistent labels, or another learning rate",
         )
 
 
 def end_collapse(run: Record) -> Iterator[Finding]:
-    """Answers that stop ending, or end at once."""
+    """Answers that never end, or that end at once."""
     lengths, ended = run.curve("length"), run.curve("ended")
     if len(lengths) < ENOUGH:
         return
@@ -137,28 +139,28 @@ def end_collapse(run: Record) -> Iterator[Finding]:
     if last < 0.25 * first and last < 5:
         yield Finding(
             "answers collapsed to the end token",
-            f"{first:.1f} -> {last:.1f} tokens an answer, {ends:.0%} of them ended by themselves",
-            "a reward that likes nothing better than silence: look at its scores of short answers; or a larger beta",
+            f"{first:.1f} -> {last:.1f} tokens per answer, {ends:.0%} of the answers reached the end token",
+            "the scores of short answers (the reward may prefer empty ones), or a larger beta",
         )
     elif ends < 0.25 and last > 0.9 * limit:
         yield Finding(
             "answers never end",
-            f"{ends:.0%} ended by themselves; {last:.1f} of at most {limit} tokens an answer",
+            f"{ends:.0%} reached the end token; {last:.1f} of at most {limit} tokens per answer",
             "ppo.new_tokens, ppo.unfinished_score, and whether finetuning taught the end token",
         )
 
 
-GAP = {"float32": 1e-3, "bfloat16": 0.5}  # nats a token
+GAP = {"float32": 1e-3, "bfloat16": 0.5}  # nats per token
 
 
 def sampler_differs(run: Record) -> Iterator[Finding]:
-    """The sampler's log-probabilities and the trainer's, of the same tokens under the same parameters."""
+    """A sampler and a trainer whose log-probabilities of the same tokens, under the same parameters, differ."""
     gaps, errors = run.curve("sampler_gap_max"), run.curve("ratio_error_first")
     if gaps and max(gaps) > (limit := GAP.get(str(run.settings.get("dtype", "float32")), GAP["float32"])):
         yield Finding(
-            "the sampler is another policy than the trainer's",
+            "the sampler's policy is not the trainer's",
             f"log-probabilities of the same tokens differ by up to {max(gaps):.2g} nats (limit {limit:.0e})",
-            "the temperature, the filters and the cache of sampling: PPO's ratios mean nothing meanwhile",
+            "the sampler's temperature, filters and cache; until they are right, PPO's ratios are meaningless",
         )
     if errors and max(errors) > 1e-3:
         yield Finding(
@@ -172,7 +174,7 @@ UNDERFIT = 0.03
 
 
 def value_underfits(run: Record) -> Iterator[Finding]:
-    """A critic that explains none of the returns."""
+    """A critic that explains none of the variance of the returns."""
     curve = run.curve("explained_variance")
     if len(curve) >= 2 * ENOUGH:
         _, last = quarters(curve)
@@ -185,7 +187,7 @@ def value_underfits(run: Record) -> Iterator[Finding]:
 
 
 def kl_blows_up(run: Record) -> Iterator[Finding]:
-    """A policy that runs away from its reference."""
+    """A policy that drifts too far from its reference."""
     curve, lengths = run.curve("kl"), run.curve("length")
     if len(curve) < ENOUGH:
         return
@@ -193,16 +195,16 @@ def kl_blows_up(run: Record) -> Iterator[Finding]:
     fixed, target = run.settings.get("fixed_beta", True), run.settings.get("target_kl")
     limit = mean(lengths[-len(lengths) // 4 :]) if fixed or not target else 3 * target
     if last > limit:
-        against = "1 nat a token" if fixed or not target else f"3 x target_kl of {target}"
+        against = "1 nat per token" if fixed or not target else f"3 x target_kl of {target}"
         yield Finding(
-            "the policy runs away from the reference",
-            f"KL {last:.1f} nats an answer in the last quarter (limit {limit:.1f}: {against})",
-            "a larger beta, a lower learning rate, or fewer epochs a rollout",
+            "the policy drifts too far from the reference",
+            f"KL {last:.1f} nats per answer in the last quarter (limit {limit:.1f}: {against})",
+            "a larger beta, a lower learning rate, or fewer epochs per rollout",
         )
 
 
 def hacked(run: Record) -> Iterator[Finding]:
-    """The proxy that was trained on rose; a score that it never saw fell. Both beyond their 95 % intervals."""
+    """The proxy reward rose while a measure that was not trained on fell, both beyond their 95 % intervals."""
     policies = run.results.get("policies", {})
     start = policies.get("SFT")
     for name, policy in policies.items():
@@ -213,20 +215,20 @@ def hacked(run: Record) -> Iterator[Finding]:
             if up and policy[other]["mean"] < start[other]["mean"] and policy[other]["high"] < start[other]["high"]:
                 yield Finding(
                     f"{name} games the reward model",
-                    f"its reward {start['reward']['mean']:.2f} -> {policy['reward']['mean']:.2f}, "
-                    f"the {other} score {start[other]['mean']:.2f} -> {policy[other]['mean']:.2f}",
-                    "a larger beta, an earlier stop, more preferences: read its answers in the report",
+                    f"proxy reward {start['reward']['mean']:.2f} -> {policy['reward']['mean']:.2f}, "
+                    f"but {other} {start[other]['mean']:.2f} -> {policy[other]['mean']:.2f}",
+                    "its answers in the report; a larger beta, fewer iterations, or more preferences",
                 )
                 break
 
 
 def overfits(run: Record) -> Iterator[Finding]:
-    """A held-out loss above the one that training began with."""
+    """A held-out loss above the loss at the start of training."""
     nll = run.results.get("heldout_nll")
     curve = run.curve("train_loss")
     if nll is not None and curve and nll > 1.1 * curve[0]:
         yield Finding(
-            "the preferences were learnt by heart",
+            "the policy overfits the preferences",
             f"held-out loss {nll:.3f}, above {curve[0]:.3f} at the start",
             "a lower learning rate, a larger beta, or fewer epochs",
         )
@@ -247,10 +249,10 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 
 
 def read(folder: Path) -> Record:
-    """A run folder. The last line of a killed run may be torn; any other line that can't be read is a UserError."""
+    """Read a run folder. A killed run's last line may be cut short; any other unreadable line is a UserError."""
     about = read_json(folder / "settings.json")
     if not isinstance(about, dict) or not isinstance(about.get("settings"), dict) or "stage" not in about:
-        raise UserError(f"{folder / 'settings.json'} is not a run's")
+        raise UserError(f"{folder / 'settings.json'} is not a run's settings file; give the folder of a run")
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
     rows = []
@@ -260,46 +262,46 @@ def read(folder: Path) -> Record:
         except json.JSONDecodeError:
             row = {} if number == len(lines) else None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} is not a line of metrics; something else has changed the file")
+            raise UserError(f"{path}:{number} is not a line of metrics; the file was edited or damaged after the run")
         rows += [row] if row else []
     done = read_json(folder / "done.json") if (folder / "done.json").exists() else {}
     return Record(folder, str(about["stage"]), about["settings"], rows, done.get("results", {}))
 
 
 def examine(run: Record) -> list[Finding]:
-    """Everything that the checks of its stage find."""
+    """Everything that the checks of the run's stage find."""
     return [finding for check in CHECKS.get(run.stage, ()) for finding in check(run)]
 
 
 def folders(root: Path) -> list[Path]:
-    """`root` if it is a run folder, else the run folders in it, in the pipeline's order."""
+    """`root` if it is a run folder, otherwise the run folders in it, in pipeline order."""
     if (root / "settings.json").exists():
         return [root]
     runs = [one.parent for one in root.glob("*/settings.json")] if root.is_dir() else []
     if not runs:
-        raise UserError(f"{root} is no run folder and holds none")
+        raise UserError(f"{root} is not a run folder and contains none")
     order = {name: n for n, name in enumerate(CHECKS)}
     return sorted(runs, key=lambda one: (order.get(one.name, len(order)), one.name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what it finds; the exit status: 0 nothing, 1 something, 2 no run there."""
+    """Print the findings and return the exit status: 0 if there are none, 1 if there are some, 2 if there is no run."""
     parser = argparse.ArgumentParser(prog="python -m jaxgpt.runs.doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="a run folder, or one that holds several")
-    ill = False
+    found_any = False
     try:
         for folder in folders(parser.parse_args(argv).folder):
             run = read(folder)
             state = "" if (folder / "done.json").exists() else ", not finished"
             findings = examine(run)
-            ill = ill or bool(findings)
+            found_any = found_any or bool(findings)
             print(f"{run.stage}: {'nothing wrong found' if not findings else ''}".rstrip() + f" ({folder}{state})")
             for finding in findings:
                 print(f"  ! {finding.what}\n    {finding.evidence}\n    look at: {finding.advice}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return int(ill)
+    return int(found_any)
 
 
 if __name__ == "__main__":

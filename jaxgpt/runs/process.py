@@ -1,4 +1,4 @@
-"""The process an experiment runs in: its allocator, its compilation cache, its devices, and its sibling processes."""
+"""The process an experiment runs in: its allocator, compilation cache, devices and sibling processes."""
 
 import contextlib
 import ctypes
@@ -18,9 +18,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 
 
-class Stopped(Exception):  # noqa: N818  it is no error
-    """Somebody asked the run to stop, and what it needs to go on is saved. `code` is the exit status: 75 after SIGTERM
-    (what launch scripts take as "start it again"), 130 after Ctrl-C."""
+class Stopped(Exception):  # noqa: N818  not an error
+    """The run was asked to stop, and has saved what it needs to resume. `code` is the exit status: 75 after SIGTERM
+    (which launch scripts take as "start it again"), 130 after Ctrl-C."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -28,16 +28,16 @@ class Stopped(Exception):  # noqa: N818  it is no error
 
 
 def prepare_process() -> None:
-    """Set-up to call once, before any array exists: the allocator, and the cache of compiled programs on disk."""
+    """Set up the allocator and the on-disk cache of compiled programs. Call once, before any array exists."""
     fast_malloc()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises, with its trace
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax also logs each error it raises, with a traceback
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
 
 
 def fast_malloc() -> bool:
-    """Let glibc keep freed memory instead of returning each large array to the kernel: 1.4 times faster training on a
-    CPU. True if it was set; elsewhere, or with JAXGPT_MALLOC=0, nothing changes."""
+    """Make glibc keep freed memory instead of returning each large array to the kernel: training on a CPU gets 1.4
+    times faster. True if it was set; without glibc, or with JAXGPT_MALLOC=0, nothing changes."""
     if os.environ.get("JAXGPT_MALLOC") == "0" or platform.libc_ver()[0] != "glibc":
         return False
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_… of <malloc.h>
@@ -64,7 +64,7 @@ def print_device() -> None:
 
 
 def from_first_process(value: Any) -> Any:
-    """The first process's JSON value, on every process."""
+    """Broadcast the first process's JSON value to every process."""
     if jax.process_count() == 1:
         return value
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -76,20 +76,20 @@ def from_first_process(value: Any) -> Any:
 
 
 def barrier(name: str) -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has reached this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"jaxgpt {name}")
 
 
-# ---- one of several processes ----
+# ---- several processes ----
 
 
 def join_processes(text: str, patience: float = 300.0) -> None:
-    """Become one of several processes that share their devices, before any array exists (`jax.distributed`).
+    """Join several processes that share their devices (`jax.distributed`). Call before any array exists.
 
-    "auto" asks the surroundings (a Cloud TPU slice, GKE, Slurm, Open MPI). "HOST:PORT,COUNT,INDEX" says it: the address
-    of process 0, how many there are, which one this is. UserError when the text is not one of these, or when after
-    `patience` seconds somebody is missing, who is named: jax alone would end the process with a C++ trace.
+    "auto" asks the environment (a Cloud TPU slice, GKE, Slurm, Open MPI). "HOST:PORT,COUNT,INDEX" gives the address of
+    process 0, the number of processes, and the index of this one. UserError if the text is neither, or if processes
+    are still missing after `patience` seconds, naming them: jax alone would abort with a C++ stack trace.
     """
     if text == "auto":
         try:
@@ -100,7 +100,7 @@ def join_processes(text: str, patience: float = 300.0) -> None:
                 "give --distributed HOST:PORT,COUNT,INDEX"
             ) from None
         return
-    host, port, count, index = _parse_place(text)
+    host, port, count, index = _parse_address(text)
     if index == 0:
         _gather(port, count, patience)
     else:
@@ -112,7 +112,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _parse_place(text: str) -> tuple[str, int, int, int]:
+def _parse_address(text: str) -> tuple[str, int, int, int]:
     with contextlib.suppress(ValueError):
         address, *numbers = text.split(",")
         host, _, port_text = address.rpartition(":")
@@ -125,7 +125,7 @@ def _parse_place(text: str) -> tuple[str, int, int, int]:
 
 
 def _gather(port: int, count: int, patience: float) -> None:
-    """Process 0 waits until every other one has called, then lets all of them go on."""
+    """Process 0: wait until every other process has connected, then release them all."""
     deadline = time.monotonic() + patience
     waiting: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as open_sockets:
@@ -140,8 +140,8 @@ def _gather(port: int, count: int, patience: float) -> None:
             except TimeoutError:
                 missing = ", ".join(str(i) for i in range(1, count) if i not in waiting)
                 raise UserError(
-                    f"--distributed: of {count} processes, {missing} did not call within {patience:.0f} s; "
-                    "start them, and check that they reach this machine's port"
+                    f"--distributed: of {count} processes, {missing} did not connect within {patience:.0f} s; "
+                    "start them, and check that they can reach this machine's port"
                 ) from None
             try:
                 caller.settimeout(10)
@@ -151,18 +151,18 @@ def _gather(port: int, count: int, patience: float) -> None:
                     continue
                 caller.sendall(b"no")
             except (OSError, ValueError):
-                pass  # somebody else's call
+                pass  # not one of our processes
             caller.close()
         for caller in waiting.values():
             with contextlib.suppress(OSError):
                 caller.sendall(b"go")
-        for caller in waiting.values():  # who closes first keeps the port busy
+        for caller in waiting.values():  # let them close first: the side that does keeps the port busy
             with contextlib.suppress(OSError):
                 caller.recv(1)
 
 
 def _report_to(host: str, port: int, count: int, index: int, patience: float) -> None:
-    """Another process calls process 0 and waits until all are there."""
+    """Any other process: connect to process 0 and wait until all are there."""
     deadline = time.monotonic() + patience
     answer, reason = b"", ""
     while time.monotonic() < deadline:

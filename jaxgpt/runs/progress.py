@@ -1,4 +1,4 @@
-"""Progress on the terminal: a live bar (rich), or a plain line now and then where there is no terminal."""
+"""Progress: a live bar (rich) on a terminal, otherwise a plain line now and then."""
 
 import contextlib
 import time
@@ -14,12 +14,12 @@ with needs_extra("train"):
     from rich.table import Column
 
 
-PLAIN_SECONDS = 10.0  # between two lines when the output is not a terminal
-WINDOW = 50  # updates over which speed is averaged
+PLAIN_SECONDS = 10.0  # between lines when the output is not a terminal
+WINDOW = 50  # updates over which the speed is averaged
 
 
 class Bar:
-    """Counts steps and tokens, and renders them; `Run.progress` hands one out."""
+    """Counts steps and tokens, and renders them; `Run.progress` creates one."""
 
     def __init__(self, total: int, label: str, done: int = 0) -> None:
         self.total, self.label, self.done = total, label, done
@@ -29,19 +29,20 @@ class Bar:
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=WINDOW)  # (time, steps, tokens) after an update
 
     def update(self, n: int = 1, *, tokens: int = 0, **fields: Any) -> None:
-        """n more steps, over `tokens` tokens. A field stays on show until it is given again; passing a jax array waits
-        for it, so pass fields only where the loop logs anyway."""
+        """Advance by n steps and `tokens` tokens. A field is shown until it is passed again; a jax array is waited
+        for, so pass fields only where the loop logs anyway."""
         self.done += n
         self._tokens += tokens
-        self.fields.update({name: _shown(value) for name, value in fields.items()})
+        self.fields.update({name: _format_value(value) for name, value in fields.items()})
         self._marks.append((time.monotonic(), self.done, self._tokens))
         self._render()
 
     def _render(self) -> None:
-        """Overridden by the two bars below; a process other than the first shows nothing."""
+        """Overridden by the two bars below; processes other than the first show nothing."""
 
     def status(self, finished: bool = False) -> str:
-        """For example "1:20 left · 7.1k tokens/s · loss 3.21". Speeds leave out the first update, which compiles."""
+        """For example "1:20 left · 7.1k tokens/s · loss 3.21". The first update, which compiles, is left out of
+        speeds."""
         parts = []
         elapsed = time.monotonic() - self.started
         seconds, steps, tokens = 0.0, 0, 0
@@ -84,7 +85,7 @@ class _LiveBar(Bar):
 
 @contextlib.contextmanager
 def progress_bar(console: Console, total: int, label: str, *, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
-    """A Bar for `total` steps of which some are done: live on a terminal, plain lines elsewhere, nothing when quiet."""
+    """A Bar for `total` steps, the first `done` of them over: live on a terminal, plain lines elsewhere, or quiet."""
     if quiet:
         yield Bar(total, label, done)
     elif not console.is_terminal:
@@ -108,7 +109,7 @@ def progress_bar(console: Console, total: int, label: str, *, done: int = 0, qui
                 bar._render(finished=True)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else str(value) if isinstance(value, int) else f"{float(value):.4g}"
 
 

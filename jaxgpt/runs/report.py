@@ -1,4 +1,4 @@
-"""The report: a table of policies with intervals, figures, and the same prompts answered by each stage, in one page."""
+"""The report: a table of policies with intervals, figures, and the same prompts answered by each stage, on one page."""
 
 import base64
 import dataclasses
@@ -19,36 +19,36 @@ with needs_extra("train"):
     from rich.console import Console
     from rich.table import Table
 
-SHOWN = 12  # prompts that are printed with every policy's answer
+SHOWN = 12  # prompts shown with every policy's answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """One policy's answers to the held-out prompts, and one number a prompt of each measure."""
+    """One policy's answers to the held-out prompts, and each measure's value per prompt."""
 
     name: str
     texts: list[str]
-    gold: np.ndarray  # the simulated annotator's score
-    reward: np.ndarray  # the reward model's score
+    gold: np.ndarray  # gold reward: the simulated annotator's
+    reward: np.ndarray  # proxy reward: the reward model's h
     judge: np.ndarray  # P(positive) by the judge
     length: np.ndarray  # tokens
     ended: np.ndarray  # 0 or 1
-    opens: np.ndarray  # 0 or 1: starts with the words that the prompt asked for
-    pretrained_nll: np.ndarray  # nats a token under the frozen pretrained model
+    opens: np.ndarray  # 0 or 1: starts with the words that the prompt asks for
+    pretrained_nll: np.ndarray  # nats per token under the frozen pretrained model
     distinct_2: float
-    text_nats: float  # held-out language-model loss of the policy's model, nats a token
+    text_nats: float  # held-out language-model loss of the policy's model, nats per token
     kl: np.ndarray | None = None  # log pi - log rho of the sampled answer, nats
-    kl_bound: float | None = None  # where only an upper bound is known
+    kl_bound: float | None = None  # upper bound, where the KL is not measured
 
     @property
     def kl_mean(self) -> float | None:
-        """Measured, or else the bound."""
+        """The measured mean, or the bound if there is none."""
         return self.kl_bound if self.kl is None else float(self.kl.mean())
 
 
 def summary(policy: Policy, baseline: Policy) -> dict[str, Any]:
     """Means with intervals over prompts, and differences from the baseline on the same prompts."""
-    spread = baseline.gold.std()  # 0 when a model too small to say anything gets the same score everywhere
+    spread = baseline.gold.std()  # 0 if a model too small to say anything gets the same reward everywhere
     return {
         "gold": interval(policy.gold),
         "gold_gain_in_baseline_sd": interval((policy.gold - baseline.gold) / spread) if spread > 0 else None,
@@ -69,7 +69,7 @@ def summary(policy: Policy, baseline: Policy) -> dict[str, Any]:
 
 
 COLUMNS = (
-    ("gold score", "gold"),
+    ("gold reward", "gold"),
     ("gain, SFT sd", "gold_gain_in_baseline_sd"),
     ("reward h", "reward"),
     ("judge P(+)", "judge"),
@@ -80,14 +80,14 @@ COLUMNS = (
     ("tokens", "length"),
     ("ended", "ended"),
     ("opens as asked", "opens_as_asked"),
-    ("NLL as text", "pretrained_nll"),
+    ("pretrained NLL", "pretrained_nll"),
     ("distinct-2", "distinct_2"),
     ("text loss", "heldout_text_nats"),
 )
 
 
 def cell(row: dict[str, Any], name: str) -> str:
-    """A figure as the tables show it: mean ± half its interval, ≤ before a bound, – where there is none."""
+    """A value as the tables show it: mean ± half its interval, ≤ before a bound, – if there is none."""
     value = row[name]
     if value is None:
         return f"≤ {row['kl_bound']:.2f}" if name == "kl" and row["kl_bound"] is not None else "–"
@@ -98,7 +98,7 @@ def cell(row: dict[str, Any], name: str) -> str:
 
 
 def terminal_table(rows: dict[str, dict[str, Any]]) -> Table:
-    """The figures that fit 80 columns; intervals of the others are in the report."""
+    """The measures that fit 80 columns; the report has the rest, with their intervals."""
     table = Table(
         title="Held-out prompts: mean ± 95 % interval; gain, judge gain and wins against SFT",
         title_justify="left",
@@ -123,13 +123,14 @@ def write_report(
     judge_accuracy: float,
     console: Console,
 ) -> dict[str, Any]:
-    """Write report.html, report.json and the figures into `folder`, print the table; returns report.json."""
+    """Write report.html, report.json and the figures into `folder` and print the table; returns what report.json
+    holds."""
     baseline = next(policy for policy in policies if policy.name == "SFT")
     rows = {policy.name: summary(policy, baseline) for policy in policies}
-    results = {"judge_accuracy": judge_accuracy, "prompts": len(prompts), "policies": _plain(rows)}
+    results = {"judge_accuracy": judge_accuracy, "prompts": len(prompts), "policies": _to_json(rows)}
     figures = {
-        "frontier.png": ("Gold score against KL", lambda path: frontier_figure(path, policies, stages)),
-        "scores.png": ("Distribution of gold scores", lambda path: scores_figure(path, policies)),
+        "frontier.png": ("Gold reward against KL", lambda path: frontier_figure(path, policies, stages)),
+        "scores.png": ("Distribution of gold rewards", lambda path: scores_figure(path, policies)),
         "training.png": ("Training", lambda path: training_figure(path, stages)),
         "calibration.png": (
             "Reward model: calibration on held-out choices",
@@ -145,11 +146,11 @@ def write_report(
     return results
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, Interval):
         return dataclasses.asdict(value)
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _to_json(inner) for key, inner in value.items()}
     return value
 
 
@@ -162,7 +163,7 @@ def page(
     judge_accuracy: float,
     stages: Path,
 ) -> str:
-    """The HTML of the report; every text is escaped, pictures are inside."""
+    """The HTML of the report, with texts escaped and pictures embedded."""
     head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in COLUMNS)
     body = "".join(
         f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{cell(row, key)}</td>' for _, key in COLUMNS)}</tr>"
@@ -211,7 +212,7 @@ def _curve(folder: Path, name: str) -> tuple[list[int], list[float]]:
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> Any:
-    """(figure, axes [rows, columns]) in the style of all our pictures."""
+    """(figure, axes [rows, columns]) in the style that all figures share."""
     with needs_extra("eval"):
         from matplotlib.figure import Figure
 
@@ -224,11 +225,11 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> Any:
 
 
 def frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> None:
-    """Gold score, judge and reward model against sequence KL, with intervals; and PPO's way there in training."""
+    """Gold reward, judge and reward model against sequence KL, with intervals, and PPO's path during training."""
     figure, axes = new_figure(1, 3, 13, 4)
-    panels = (("gold", "gold score"), ("judge", "judge, P(positive)"), ("reward", "reward model, h"))
-    (_, way_x), (_, way_y) = (_curve(stages / "ppo", name) for name in ("kl", "score"))
-    axes[0, 2].plot(way_x, way_y, color="0.75", lw=1, label="PPO, in training")
+    panels = (("gold", "gold reward"), ("judge", "judge, P(positive)"), ("reward", "reward model, h"))
+    (_, path_x), (_, path_y) = (_curve(stages / "ppo", name) for name in ("kl", "score"))
+    axes[0, 2].plot(path_x, path_y, color="0.75", lw=1, label="PPO, during training")
     for axis, (measure, label) in zip(axes[0], panels, strict=True):
         for policy in policies:
             x, y = policy.kl_mean, interval(getattr(policy, measure))
@@ -243,7 +244,7 @@ def frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> Non
             axis.errorbar(
                 x, y.mean, xerr=xerr, yerr=(y.high - y.low) / 2, marker=marker, capsize=2, ls="none", label=policy.name
             )
-        axis.set_xlabel("KL to SFT, nats a sequence (squares: bound)")
+        axis.set_xlabel("KL to SFT, nats per sequence (squares: bound)")
         axis.set_ylabel(label)
         axis.set_xlim(left=-0.3)
     axes[0, 2].legend(frameon=False, fontsize=8)
@@ -251,30 +252,30 @@ def frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> Non
 
 
 def scores_figure(path: Path, policies: Sequence[Policy]) -> None:
-    """Histograms of gold scores, one panel a policy."""
+    """Histograms of gold rewards, one panel per policy."""
     figure, axes = new_figure(1, len(policies), 2.3 * len(policies), 2.6)
     for axis, policy in zip(axes[0], policies, strict=True):
         axis.hist(policy.gold, bins=np.linspace(-1, 1, 21), color="tab:blue", alpha=0.8)
         axis.axvline(policy.gold.mean(), color="k", lw=1)
         axis.set_title(f"{policy.name}: {policy.gold.mean():.2f}", fontsize=10)
-        axis.set_xlabel("gold score")
+        axis.set_xlabel("gold reward")
         axis.set_yticks([])
     figure.savefig(path)
 
 
 def training_figure(path: Path, stages: Path) -> None:
-    """Curves of every stage."""
+    """The training curves of every stage."""
     panels = (
-        ("pretrain", "nats a token", {"train_nats_a_token": "training", "heldout_nats_a_token": "held out"}),
+        ("pretrain", "nats per token", {"train_nats_a_token": "training", "heldout_nats_a_token": "held out"}),
         (
             "sft",
-            "nats a token",
+            "nats per token",
             {"train_nats_a_token": "training answers", "heldout_answer_nats_a_token": "held-out answers"},
         ),
-        ("reward", "nats a choice", {"train_loss": "training"}),
-        ("dpo", "nats a choice", {"train_loss": "training"}),
+        ("reward", "nats per choice", {"train_loss": "training"}),
+        ("dpo", "nats per choice", {"train_loss": "training"}),
         ("ppo", "score h", {"score": "score h", "score_after_kl": "h − β KL"}),
-        ("ppo", "nats a sequence", {"kl": "KL to SFT"}),
+        ("ppo", "nats per sequence", {"kl": "KL to SFT"}),
     )
     figure, axes = new_figure(2, 3, 11, 5.5)
     for axis, (stage, unit, curves) in zip(axes.flat, panels, strict=True):
@@ -318,12 +319,12 @@ TEMPLATE = """<!doctype html>
 <title>From language model to assistant</title><style>{css}</style></head><body>
 <h1>From language model to assistant</h1>
 <p>{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 % interval over
-prompts. Gold score and preferences: {annotator}. Judge: a classifier fitted on human labels, never used in training,
+prompts. Gold reward and preferences: {annotator}. Judge: a classifier fitted on human labels, never used in training,
 with {judge} accuracy on held-out reviews. Best-of-n picks by the reward model; its KL is the bound log n − (n−1)/n.</p>
 <table><thead><tr><th>policy</th>{head}</tr></thead><tbody>{body}</tbody></table>
 {pictures}
 <h2>The same prompts, answered by each stage</h2>
-<p>The base model knows no prompt: it continues the opening words. “…” marks an answer that was cut.</p>
+<p>The base model knows no prompts: it continues the opening words. “…” marks an answer that was cut off.</p>
 {answers}
 </body></html>
 """

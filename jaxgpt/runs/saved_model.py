@@ -1,6 +1,6 @@
 """A trained model in a folder: params/ (Orbax), model.json (config, shapes, sha256 of every file) and its tokenizer.
 
-`save_model` replaces the folder in one step; `load_model` checks every byte and shape before anything is used.
+`save_model` replaces the folder in one step; `load_model` checks every byte and shape before it returns anything.
 """
 
 import os
@@ -22,7 +22,7 @@ from jaxgpt.runs.settings import settings_from_json, settings_to_json
 with needs_extra("train"):
     from orbax.checkpoint import v1 as ocp
 
-FORMAT = 2  # 2: a head's q, k and v lie together in qkv
+FORMAT = 2  # 2: each head's q, k and v are stored together in qkv
 
 
 class Loaded(NamedTuple):
@@ -37,10 +37,10 @@ class Loaded(NamedTuple):
 def save_model(
     folder: Path, params: Any, config: ModelConfig, tokenizer: Any = None, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a model, replacing the one that `folder` may hold; killed at any moment, it leaves the old or the new one.
+    """Write a model, replacing any in `folder`; if killed at any moment, the old or the new one remains.
 
-    `tokenizer` is anything with `save(folder)`; `extra` is any JSON. With several processes all of them must call this,
-    on a file system they share. UserError if `folder` holds something else than a model."""
+    `tokenizer` is anything with `save(folder)`; `extra` is any JSON. With several processes, all of them must call
+    this, on a file system they share. UserError if `folder` holds anything but a model."""
     folder = Path(os.path.abspath(folder))
     _recover(folder)
     if folder.exists() and not (folder / "model.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -74,10 +74,10 @@ def save_model(
 
 
 def load_model(folder: Path, expected: Any = None) -> Loaded:
-    """A saved model, or the one in `folder`/model. `expected` may be a tree of arrays or of `jax.ShapeDtypeStruct`
-    (say `jax.eval_shape(init, key, config)`) that the parameters must match.
+    """Load the model saved in `folder` or `folder`/model. `expected` may be a tree of arrays or `jax.ShapeDtypeStruct`s
+    (such as `jax.eval_shape(init, key, config)`) that the parameters must match.
 
-    UserError when there is no model, a file is missing or altered, or shapes differ (each parameter is named)."""
+    UserError if there is no model, a file is missing or altered, or shapes differ (each parameter is named)."""
     folder = _find(Path(os.path.abspath(folder)))
     record = check_model(folder)
     config = settings_from_json(ModelConfig, record["config"], where=str(folder / "model.json"))
@@ -93,19 +93,19 @@ def load_model(folder: Path, expected: Any = None) -> Loaded:
 
 
 def check_model(folder: Path) -> dict[str, Any]:
-    """model.json, after every byte of the model was compared with it. UserError names what is wrong."""
+    """Check every byte of a model against its model.json, and return that. UserError names what is wrong."""
     record = read_json(folder / "model.json")
     if not isinstance(record, dict) or not {"format", "config", "params", "extra", "files"} <= record.keys():
         raise UserError(f"{folder / 'model.json'} is not a model's description; save the model again")
     if record["format"] != FORMAT:
-        raise UserError(f"{folder} has format {record['format']}, and this version reads {FORMAT}; save it again")
+        raise UserError(f"{folder} has format {record['format']}, but this version reads {FORMAT}; save it again")
     check_files(folder, record["files"])
     return record
 
 
 def load_language_model(folder: Path, use_tags: bool = False) -> Loaded:
-    """`load_model`, or a model that others trained (`pretrained.loading.load`). UserError where the place holds
-    something else than a language model with its tokenizer."""
+    """`load_model`, or a model trained elsewhere (`pretrained.loading.load`). UserError if the folder holds anything
+    but a language model with its tokenizer."""
     if loading.is_pretrained(folder):
         found = loading.load(folder, use_tags=use_tags)
         return Loaded(found.params, found.config, found.tokenizer, {} if found.chats else {"raw": True})
@@ -125,7 +125,7 @@ def describe(params: Any) -> dict[str, str]:
 
 
 def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """One text a parameter that is missing, unknown, or of another shape or dtype (arguments as from `describe`)."""
+    """One line per parameter that is missing, unknown, or of another shape or dtype (arguments from `describe`)."""
     texts = [f"{name} is missing" for name in expected if name not in found]
     texts += [f"{name} is unknown" for name in found if name not in expected]
     common = [name for name in expected if name in found]
@@ -135,14 +135,14 @@ def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[s
 
 
 def refuse_differences(folder: Path, expected: Mapping[str, str], found: Mapping[str, str], who: str) -> None:
-    """UserError with each parameter whose shape or dtype isn't as expected, or that one side lacks."""
+    """Raise a UserError naming each parameter whose shape or dtype is unexpected, or that one side lacks."""
     texts = differences(expected, found)
     if texts:
         raise UserError("\n  ".join([f"{folder} does not hold the parameters {who}:", *texts]))
 
 
 def _load_params(folder: Path, described: Mapping[str, str]) -> Any:
-    """Orbax's arrays, on the default device whatever the mesh they were saved from."""
+    """Orbax's arrays on the default device, whatever mesh they were saved from."""
     device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
     try:
         stored = ocp.metadata(folder / "params").metadata
@@ -151,7 +151,7 @@ def _load_params(folder: Path, described: Mapping[str, str]) -> Any:
         return ocp.load(folder / "params", target)
     except UserError:
         raise
-    except Exception as error:  # whatever Orbax or its storage says, the file is of no use
+    except Exception as error:  # whatever Orbax or its storage raises, the file is unusable
         raise UserError(f"{folder / 'params'} can't be read ({type(error).__name__}); save the model again") from error
 
 
@@ -171,7 +171,7 @@ def _find(folder: Path) -> Path:
 
 
 def _recover(folder: Path) -> None:
-    """After a kill between the two renames of `save_model`, the older model is put back."""
+    """Restore the old model after a kill between the two renames of `save_model`."""
     old = folder.with_name(f".{folder.name}.old")
     if jax.process_index() == 0 and not folder.exists() and (old / "model.json").exists():
         os.replace(old, folder)

@@ -1,5 +1,5 @@
-"""Settings (nested frozen dataclasses) as JSON and back, strictly: msgspec converts, and this module names the setting
-that does not fit, in the user's words. Ranges are `config.Range`s, which the settings check themselves."""
+"""Strict conversion of settings (nested frozen dataclasses) to JSON and back: msgspec converts, and this module reports
+the setting that does not fit in plain words. Ranges are `config.Range`s, which the settings check themselves."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ WORDS = {
 
 
 def settings_to_json(settings: Any) -> Any:
-    """Dataclasses become objects, tuples lists, paths strings. UserError for a float JSON has no number for."""
+    """Dataclasses become objects, tuples lists, paths strings. UserError for a NaN or infinite float."""
     plain = msgspec.to_builtins(settings, enc_hook=_path_to_text)
     for _, value in _leaves(plain):
         if isinstance(value, float) and not math.isfinite(value):
@@ -39,7 +39,7 @@ def settings_to_json(settings: Any) -> Any:
 
 
 def settings_from_json(kind: type[T], data: Any, where: str = "settings") -> T:
-    """The inverse of `settings_to_json`. Fields left out keep their default; anything else that does not fit is a
+    """The inverse of `settings_to_json`. Omitted fields keep their default; anything else that does not fit is a
     UserError that names the field (unknown name, wrong type, missing value), prefixed by `where`."""
     _refuse_unknown(kind, data, "", where)
     for name, value in _leaves(data):
@@ -90,7 +90,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _refuse_unknown(kind: Any, data: Any, prefix: str, where: str) -> None:
-    """msgspec ignores names that a dataclass doesn't have."""
+    """UserError for a name that the dataclass doesn't have: msgspec would ignore it."""
     if not (dataclasses.is_dataclass(kind) and isinstance(data, Mapping)):
         return
     hints = typing.get_type_hints(kind)
@@ -102,7 +102,7 @@ def _refuse_unknown(kind: Any, data: Any, prefix: str, where: str) -> None:
 
 
 def _explain(kind: Any, data: Any, message: str) -> str:
-    """msgspec's "Expected `int`, got `str` - at `$.model.layers`" in our words, with the value that was given."""
+    """msgspec's "Expected `int`, got `str` - at `$.model.layers`" in plain words, with the value that was given."""
     what, _, place = message.partition(" - at `$")
     name = place.rstrip("`").removeprefix(".")
     missing = re.search(r"missing required field `(\w+)`", what)

@@ -1,6 +1,6 @@
-"""Compare every byte of saved models and checkpoints with the sha256 that was written beside them.
+"""Check every byte of saved models and checkpoints against the sha256 written beside them.
 
-python -m jaxgpt.runs.verify runs/assistant         exit status 0: all whole; 1: something is damaged; 2: nothing there
+python -m jaxgpt.runs.verify runs/assistant       exit status 0: all intact; 1: something is damaged; 2: nothing found
 """
 
 import argparse
@@ -19,15 +19,15 @@ def verify(root: Path) -> list[tuple[Path, str]]:
     found = []
     for path in sorted({root, *(one.parent for one in root.rglob("model.json"))}):
         if (path / "model.json").exists():
-            found.append((path, _complaint(check_model, path)))
+            found.append((path, _problem(check_model, path)))
     for folder in sorted(root.rglob("checkpoints")):
-        found += [(step, _complaint(read_checkpoint, step)) for step in reversed(steps_of(folder))]
+        found += [(step, _problem(read_checkpoint, step)) for step in reversed(steps_of(folder))]
     if not found:
-        raise UserError(f"no saved model and no checkpoint below {root}")
+        raise UserError(f"no saved model or checkpoint below {root}; give a folder that holds one")
     return found
 
 
-def _complaint(check: Callable[[Path], Any], folder: Path) -> str:
+def _problem(check: Callable[[Path], Any], folder: Path) -> str:
     try:
         check(folder)
     except UserError as error:
@@ -36,7 +36,7 @@ def _complaint(check: Callable[[Path], Any], folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a line for each; returns the exit status."""
+    """Print one line per model or checkpoint and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jaxgpt.runs.verify", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="anything that holds saved models or checkpoints")
     try:
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for folder, complaint in found:
-        print(f"DAMAGED  {folder}: {complaint}" if complaint else f"whole    {folder}")
-    return int(any(complaint for _, complaint in found))
+    for folder, problem in found:
+        print(f"DAMAGED  {folder}: {problem}" if problem else f"intact   {folder}")
+    return int(any(problem for _, problem in found))
 
 
 if __name__ == "__main__":

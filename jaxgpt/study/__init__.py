@@ -1,1 +1,1 @@
-"""Studies: many runs that start from one model, trained as one program and judged alike."""
+"""Studies: many runs that start from one model, trained as one program and evaluated alike."""

@@ -1,4 +1,4 @@
-"""A study and its parts, each kept on disk as soon as it is done: one that was stopped goes on behind the last."""
+"""A study and its parts, each saved as soon as it is done: a stopped study resumes after the last saved part."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from jaxgpt.structs import Params
 
 
 class Cells:
-    """cells/NAME.json in a run's folder. A cell of another study (other settings, other inputs) is made again."""
+    """Results cached as cells/NAME.json in a run folder. A cell of a study with other settings or inputs is remade."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.folder = run, run.folder / "cells"
@@ -24,8 +24,8 @@ class Cells:
         self.folder.mkdir(exist_ok=True)
 
     def __call__(self, name: str, make: Callable[[], Any], steps: int, bar: Bar) -> Any:
-        """What `make` returned, now or in an earlier start of the same study. JSON: numbers, text, lists and dicts.
-        `make` moves the bar by `steps` itself; here it is moved where nothing was left to make."""
+        """What `make` returns, or returned in an earlier start of the same study: JSON (numbers, text, lists, dicts).
+        `make` advances the bar by `steps` itself; for a cached result, this does."""
         path = self.folder / f"{_file(name)}.json"
         kept = read_json(path) if path.exists() else None
         if isinstance(kept, dict) and kept.get("study") == self.run.fingerprint:
@@ -38,7 +38,7 @@ class Cells:
     def model(
         self, name: str, make: Callable[[], tuple[Params, ModelConfig]], steps: int, bar: Bar
     ) -> tuple[Params, ModelConfig]:
-        """The same for a model that others of the study's parts need."""
+        """The same for a model that other parts of the study need."""
         folder = self.folder / _file(name)
         if (folder / "model.json").exists():
             kept = load_model(folder)
@@ -53,7 +53,8 @@ class Cells:
 def conduct(
     name: str, settings: Any, inputs: Mapping[str, str], study: Callable[[Any, Run, Cells], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What a study with these settings finds, now or in an earlier start. `study` writes report.html."""
+    """Run a study, unless an earlier run with these settings finished; returns its results. `study` writes
+    report.html."""
     with Run(settings.run, settings, stage=name, inputs=dict(inputs), fresh=settings.fresh) as run:
         page = run.folder / "report.html"
         if run.finished:
@@ -66,7 +67,7 @@ def conduct(
 
 
 def stages(start: Path, *names: str) -> dict[str, str]:
-    """Inputs of a study: finished stages in the folder `start`. UserError if one has not been run."""
+    """A study's inputs: the fingerprints of finished stages in the folder `start`. UserError if one is missing."""
     return {name: run_fingerprint(start / name, name) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""The figures of the studies, each from what its study found."""
+"""The figures of the studies, each drawn from its study's results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ from jaxgpt.runs.report import new_figure
 from jaxgpt.study import laws
 from jaxgpt.study.page import MEASURES, Methods, Point
 
-Found = Mapping[str, Mapping[str, Any]]  # of each run, method or reward model: what its cell of the study holds
+Found = Mapping[str, Mapping[str, Any]]  # by run, method or reward model: the contents of its cell of the study
 
 
 def running_mean(curves_SI: Any, width: int) -> np.ndarray:
-    """The mean over seeds and neighbouring iterations, [I]; NaN counts as nothing, and stays where there is nothing
+    """The mean over seeds and neighbouring iterations, [I]; NaNs are ignored, and remain only where there is nothing
     else."""
     x = np.array(curves_SI, float)
     kernel = np.ones(min(width, x.shape[1]))
@@ -23,7 +23,7 @@ def running_mean(curves_SI: Any, width: int) -> np.ndarray:
 
 
 def _over_iterations(axes: Any, panels: Mapping[str, str], found: Found, width: int, each_seed: bool = False) -> None:
-    """A panel a measure, a line a run (the mean of its seeds, or one a seed) over the iterations."""
+    """One panel per measure, one line per run (the mean of its seeds, or one line per seed) over the iterations."""
     for axis, (measure, label) in zip(axes, panels.items(), strict=False):
         axis.set(xlabel="iterations", ylabel=label)
         for n, (name, one) in enumerate(found.items()):
@@ -34,8 +34,8 @@ def _over_iterations(axes: Any, panels: Mapping[str, str], found: Found, width: 
 
 
 def frontier(path: Path, methods: Methods, measures: Mapping[str, str] = MEASURES) -> None:
-    """Each measure against the KL (on a scale of its root, as in Gao et al. 2022): a line a method through its settings
-    with the band of its 95 % intervals, and a small dot for each run."""
+    """Each measure against the KL (on a square-root scale, as in Gao et al. 2022): one line per method through its
+    settings with a band of 95 % intervals, and a small dot per run."""
     picture, axes = new_figure(1, len(measures), 4.6 * len(measures), 4.2)
     for axis, (measure, label) in zip(axes[0], measures.items(), strict=True):
         for n, (method, points) in enumerate(methods.items()):
@@ -49,7 +49,7 @@ def frontier(path: Path, methods: Methods, measures: Mapping[str, str] = MEASURE
             for _, _, point in found:
                 if len(point.runs) > 1:
                     axis.plot(point.of_runs("kl"), point.of_runs(measure), ".", ms=3, color=color, alpha=0.6)
-        axis.set(xlabel="KL to the starting model, nats a sequence", ylabel=label)
+        axis.set(xlabel="KL to the starting model, nats per sequence", ylabel=label)
         axis.set_xscale("function", functions=(laws.distance, np.square))
         far = axis.get_xlim()[1]
         axis.set_xticks([x for x in (0, 1, 3, 10, 30, 100, 300) if x <= far])
@@ -65,7 +65,7 @@ def overoptimisation(
     start: float,
     fits: Mapping[str, Mapping[laws.Law, laws.Fit]],
 ) -> None:
-    """Gold score gained (lines: the fits), reward model and judge against the distance, by best-of-n and by PPO."""
+    """Gain in gold reward (lines: fits), reward model and judge against the distance d, for best-of-n and for PPO."""
     picture, axes = new_figure(2, 3, 15, 8)
     for n, name in enumerate(best):
         color, far = f"C{n}", laws.distance(np.array(best[name]["kl"]))
@@ -80,8 +80,8 @@ def overoptimisation(
             x = np.linspace(0.1, end, 60)
             axis.plot(x, laws.gain(law, x, fit["alpha"][0], fit["beta"][0]), color=color, lw=1.3)
     d = laws.distance(np.array(paid["kl"]))
-    axes[1, 0].plot(d.ravel(), np.ravel(paid["gold"]) - start, "x", ms=3, color="k", label="pays for its KL")
-    for column, title in enumerate(("gold score gained", "the reward model's own score", "judge, P(positive)")):
+    axes[1, 0].plot(d.ravel(), np.ravel(paid["gold"]) - start, "x", ms=3, color="k", label="with KL penalty")
+    for column, title in enumerate(("gain in gold reward", "the reward model's own score", "judge, P(positive)")):
         for row, method in enumerate(("best-of-n", "PPO")):
             axes[row, column].set(title=f"{method}: {title}", xlabel="d = sqrt(KL to the start in nats)")
     axes[0, 0].legend(frameon=False, fontsize=8)
@@ -90,32 +90,32 @@ def overoptimisation(
 
 
 def controlled(path: Path, found: Found, targets: Mapping[str, float | None]) -> None:
-    """KL with its targets, beta, the learned reward, and the gold score, over the iterations; a line a seed."""
+    """KL with its targets, beta, the learned reward, and the gold reward, over the iterations; one line per seed."""
     picture, axes = new_figure(1, 4, 17, 3.8)
     panels = {
-        "kl": "KL, nats a sequence",
-        "beta": "beta, reward units a nat",
+        "kl": "KL, nats per sequence",
+        "beta": "beta, reward units per nat",
         "score": "reward model h",
-        "gold": "gold score",
+        "gold": "gold reward",
     }
     _over_iterations(axes[0], panels, found, width=5, each_seed=True)
     for n, name in enumerate(found):
         if targets[name] is not None:
             axes[0, 0].axhline(targets[name], color=f"C{n}", ls=":", lw=1)
     axes[0, 0].set_ylim(0, 3 * max(target for target in targets.values() if target))
-    axes[0, 1].set_yscale("log")  # on which a price of 0 is nowhere
+    axes[0, 1].set_yscale("log")  # which leaves out a beta of 0
     axes[0, 3].legend(frameon=False, fontsize=8)
     picture.savefig(path)
 
 
 def through_reward(path: Path, found: Found) -> None:
-    """What the objective sees, what the reward model says of real answers, gold score, KL."""
+    """The reward that the objective sees, the reward of sampled answers, gold reward, KL."""
     picture, axes = new_figure(1, 4, 17, 3.8)
     panels = {
         "h_seen": "h as the objective sees it",
         "h": "h of the sampled answers",
-        "gold": "gold score",
-        "kl": "KL, nats a sequence",
+        "gold": "gold reward",
+        "kl": "KL, nats per sequence",
     }
     _over_iterations(axes[0], panels, found, width=1)
     axes[0, 1].legend(frameon=False, fontsize=7.5, loc="lower right", ncols=2)
@@ -123,7 +123,7 @@ def through_reward(path: Path, found: Found) -> None:
 
 
 def arithmetic(path: Path, found: Found, each: int) -> None:
-    """Sums solved, lengths of wrong and of right answers, and the weight of a group by its right answers."""
+    """Sums solved, lengths of wrong and right answers, and a group's weight by its number of right answers."""
     picture, axes = new_figure(1, 4, 18, 3.9)
     panels = {
         "gold": "solved, training sums",
@@ -142,7 +142,7 @@ def arithmetic(path: Path, found: Found, each: int) -> None:
 
 
 def how_many_labels(path: Path, groups: Methods, agreements: Mapping[str, Sequence[Any]], start: Point) -> None:
-    """Gold score after PPO, and the reward model's agreement, over what the annotator was asked."""
+    """Gold reward after PPO, and the reward model's agreement with the annotator, against the labels collected."""
     picture, axes = new_figure(2, len(groups), 4.2 * len(groups), 6.6)
     for n, (group, points) in enumerate(groups.items()):
         x, gold = np.arange(len(points)), [point["gold"] for point in points]
@@ -157,6 +157,6 @@ def how_many_labels(path: Path, groups: Methods, agreements: Mapping[str, Sequen
         axes[0, n].sharey(axes[0, 0])
     golds = [start["gold"], *(point["gold"] for points in groups.values() for point in points)]
     axes[0, 0].set_ylim(min(one.low for one in golds) - 0.02, max(one.high for one in golds) + 0.02)
-    axes[0, 0].set_ylabel("gold score after PPO (dotted: before)")
-    axes[1, 0].set_ylabel("finds the best of 4 (chance 0.25)")
+    axes[0, 0].set_ylabel("gold reward after PPO (dotted: before)")
+    axes[1, 0].set_ylabel("picks the best of 4 (chance 0.25)")
     picture.savefig(path)

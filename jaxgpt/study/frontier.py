@@ -1,7 +1,7 @@
-"""The methods of a reward-KL frontier, each at all of its settings and seeds: one point a setting.
+"""The methods of a reward-KL frontier, each at all of its settings and seeds: one point per setting.
 
-Every method here returns {setting: [what a policy's answers to the held-out prompts are like, a seed each]} as JSON:
-what a cell keeps, and what `page.points` reads.
+Every method here returns {setting: [measures of a policy's answers to the held-out prompts, one per seed]} as JSON,
+which a cell stores and `page.points` reads.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ Settings = dict[str, list[dict[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What every method starts from and learns from. Seeds are counted from `seed`."""
+    """What every method starts from and learns from. Seeds count up from `seed`."""
 
     task: Task
     judge: Proxy  # the learned reward
@@ -36,11 +36,11 @@ class Start:
     bar: Bar
 
     def itself(self) -> Settings:
-        """The start's own answers, its one setting."""
+        """The starting model itself, which has one setting."""
         return {"": looks(self.task, [self.task.start] * self.seeds, range(self.seeds), self.seed, self.judge)}
 
     def on_policy(self, program: many.OnPolicy, betas: Sequence[float]) -> Settings:
-        """Every beta and seed of a method that learns from its own answers, in one program."""
+        """Every beta and seed of an on-policy method, in one program."""
         grid = [(beta, n) for beta in betas for n in range(self.seeds)]
         policies, _ = program.train(
             [kl.FixedKL(jnp.float32(beta)) for beta, _ in grid],
@@ -73,7 +73,7 @@ class Start:
         return self._by_beta(betas, policies)
 
     def favourites(self, epochs: Sequence[int], *, learning_rate: float, batch: int) -> Settings:
-        """Finetuning on the favourites alone, anew for each number of epochs."""
+        """Finetuning on the favourites alone, from the start for each number of epochs."""
         found, seeds = {}, range(self.seeds)
         for count in epochs:
             policies = methods.finetuned_on_favourites(
@@ -90,7 +90,7 @@ class Start:
         return found
 
     def best_of(self, most: int) -> Settings:
-        """Best-of-n by the learned reward for n = 2, 4, ..., from one pool of `most` answers to each prompt."""
+        """Best-of-n by the learned reward for n = 2, 4, ..., from one pool of `most` answers per prompt."""
         pool = look(self.task, self.task.start, jax.random.key(self.seed), self.judge, most)
         self.bar.update()
         return {name: [one] for name, one in best_of_powers(pool).items()}
@@ -100,16 +100,16 @@ class Start:
         return {f"beta {beta:g}": found[n * self.seeds : (n + 1) * self.seeds] for n, beta in enumerate(betas)}
 
 
-Parts = Mapping[str, tuple[Callable[[Start], Settings], int]]  # of each method: how it is run, and its steps on the bar
+Parts = Mapping[str, tuple[Callable[[Start], Settings], int]]  # by method: how to run it, and its steps on the bar
 
 
 def steps(parts: Parts) -> int:
-    """Of all parts together."""
+    """The steps of all parts together."""
     return sum(count for _, count in parts.values())
 
 
 def run(parts: Parts, start: Start, cells: Cells) -> dict[str, Settings]:
-    """All parts, one after the other, each kept as a cell."""
+    """Run all parts one after another, each cached as a cell."""
     return {
         name: cells(name, functools.partial(make, start), count, start.bar) for name, (make, count) in parts.items()
     }

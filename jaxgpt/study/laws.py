@@ -1,10 +1,10 @@
 """The laws of overoptimisation (Gao et al. 2022), fitted by least squares with intervals.
 
-With d = sqrt(KL to the start in nats), the gold score R gained by following a learned reward was found to be
+With d = sqrt(KL to the start in nats), the gain R in gold reward from optimising a learned reward was found to be
 
     best-of-n   R(d) = d (alpha - beta d)          RL   R(d) = d (alpha - beta log d)
 
-beta > 0 is overoptimisation: a peak, at d = alpha / 2 beta and at log d = alpha / beta - 1.
+beta > 0 is overoptimisation: R peaks at d = alpha / (2 beta) for best-of-n and at log d = alpha / beta - 1 for RL.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,27 +18,27 @@ BENDS: dict[Law, Callable[[np.ndarray], np.ndarray]] = {"best-of-n": lambda d: d
 
 
 def gain(law: Law, d: np.ndarray, alpha: float, beta: float) -> np.ndarray:
-    """R(d) of a law; d > 0."""
+    """R(d) under a law; d > 0."""
     return d * (alpha - beta * BENDS[law](d))
 
 
 def least_squares(law: Law, d_N: np.ndarray, gain_N: np.ndarray) -> np.ndarray:
-    """(alpha, beta) of points; NaN from fewer than two."""
+    """(alpha, beta) fitted to points; NaN for fewer than two."""
     if len(d_N) < 2:
         return np.full(2, np.nan)
     return np.linalg.lstsq(np.stack([d_N, -d_N * BENDS[law](d_N)], 1), gain_N, rcond=None)[0]
 
 
 def fit_best_of(kl_n: np.ndarray, gain_nP: np.ndarray, draws: int = 500) -> Fit:
-    """The best-of-n law through every n, from each prompt's gain; prompts are drawn anew for the intervals."""
+    """Fit the best-of-n law over every n, from each prompt's gain; prompts are resampled for the intervals."""
     rng, d, P = np.random.default_rng(0), distance(kl_n), gain_nP.shape[1]
-    again = [least_squares("best-of-n", d, gain_nP[:, rng.integers(P, size=P)].mean(1)) for _ in range(draws)]
-    return _with_interval(least_squares("best-of-n", d, gain_nP.mean(1)), again)
+    resampled = [least_squares("best-of-n", d, gain_nP[:, rng.integers(P, size=P)].mean(1)) for _ in range(draws)]
+    return _with_interval(least_squares("best-of-n", d, gain_nP.mean(1)), resampled)
 
 
 def fit_rl(kl_SI: np.ndarray, gain_SI: np.ndarray, block: int = 5, least: float = 0.1, draws: int = 500) -> Fit:
-    """The RL law through all iterations of all seeds that are `least` nats away or more (a measured KL may be below
-    0); blocks of neighbouring iterations are drawn anew for the intervals."""
+    """Fit the RL law to all iterations of all seeds whose KL is above `least` nats (a measured KL may be below 0);
+    blocks of neighbouring iterations are resampled for the intervals."""
     rng, d_SI = np.random.default_rng(0), distance(kl_SI)
 
     def one(index: np.ndarray) -> np.ndarray:
@@ -47,15 +47,15 @@ def fit_rl(kl_SI: np.ndarray, gain_SI: np.ndarray, block: int = 5, least: float 
 
     every = np.arange(d_SI.shape[1])
     blocks = every[: len(every) // block * block].reshape(-1, block)
-    again = [one(blocks[rng.integers(len(blocks), size=len(blocks))].ravel()) for _ in range(draws)]
-    return _with_interval(one(every), again)
+    resampled = [one(blocks[rng.integers(len(blocks), size=len(blocks))].ravel()) for _ in range(draws)]
+    return _with_interval(one(every), resampled)
 
 
 def distance(kl: np.ndarray) -> np.ndarray:
-    """d of KL estimates, of which some may be a little below 0."""
+    """d from KL estimates, some of which may be slightly below 0."""
     return np.sqrt(np.maximum(kl, 0.0))
 
 
-def _with_interval(estimate: np.ndarray, again: Sequence[np.ndarray]) -> Fit:
-    low, high = np.quantile(np.array(again), [0.025, 0.975], axis=0)
+def _with_interval(estimate: np.ndarray, resampled: Sequence[np.ndarray]) -> Fit:
+    low, high = np.quantile(np.array(resampled), [0.025, 0.975], axis=0)
     return {name: [estimate[i], low[i], high[i]] for i, name in enumerate(("alpha", "beta"))}

@@ -1,8 +1,8 @@
 """Training many runs as one program.
 
-Runs that differ in numbers only (seed, beta, a reward model's weights) are the functions that train one of them, with a
-leading axis R of runs: `jax.vmap`, or `jax.lax.map`, which runs them one after another in the same program. Where the
-devices divide R, each holds its share of the runs, and nothing is sent between them.
+Runs that differ only in numbers (seed, beta, a reward model's weights) use the functions that train a single run, with
+a leading axis R of runs: by `jax.vmap`, or by `jax.lax.map`, which takes them one after another in the same program.
+If the number of devices divides R, each device holds its share of the runs, without any communication.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ Watch = Callable[[int, dict[str, np.ndarray]], None]
 
 
 def over_runs(f: Callable[..., Any], axes: tuple[int | None, ...], how: How) -> Callable[..., Any]:
-    """f for R runs at once: arguments with axis 0 have one entry a run, those with None are shared."""
+    """f for R runs at once: arguments with axis 0 have one entry per run, those with None are shared."""
     if how == "vmap":
         return jax.vmap(f, in_axes=axes)
 
@@ -50,18 +50,18 @@ def over_runs(f: Callable[..., Any], axes: tuple[int | None, ...], how: How) -> 
 
 
 def stack(trees: Sequence[Any]) -> Any:
-    """One tree with a leading axis for those of the trees."""
+    """One tree whose leaves have a leading axis over the trees."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def unstack(tree: Any) -> list[Any]:
-    """The trees of `stack`."""
+    """The inverse of `stack`."""
     count = jax.tree.leaves(tree)[0].shape[0]
     return [jax.tree.map(lambda x, r=r: x[r], tree) for r in range(count)]
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:
-    """The runs divided among the devices, if that comes out even; else all on each."""
+    """Divide the runs among the devices if that comes out even; otherwise put all of them on each."""
 
     def place(x: Any) -> Any:
         axes = P(sharding.ROWS) if x.shape[0] % sharding.row_parts(mesh) == 0 else P()
@@ -86,8 +86,8 @@ def fit(
     watch: Watch = lambda i, found: None,
     how: How = "vmap",
 ) -> list[Params]:
-    """Train R runs of one loss: the trained parameters of each. `frozen` is shared; each batch has a leading axis R,
-    and may hold numbers of the run's own (beta). `watch` hears the metrics [R] of every step."""
+    """Train R runs of one loss and return each one's trained parameters. `frozen` is shared; each batch has a leading
+    axis R, and may hold a run's own numbers (such as beta). `watch` gets the metrics, [R] each, of every step."""
     step = make_train_step(loss_fn, tx)
 
     def one(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Any]:
@@ -106,20 +106,20 @@ def fit(
 
 
 def refuse_nan(found: dict[str, np.ndarray], i: int) -> None:
-    """UserError once a run's update was not finite: a study's curves would lie."""
+    """UserError if a run's update was not finite: it is skipped, so the study's curves would be wrong."""
     if found["skipped"].any():
         which = np.flatnonzero(found["skipped"]).tolist()
         raise UserError(f"loss or gradient of run {which} was not finite in step {i}; lower the learning rate")
 
 
 def show(bar: Bar, *same: str, **named: str) -> Watch:
-    """Shows metrics on the bar, as means over the runs: under their own names, or under others."""
+    """A `Watch` that shows metrics on the bar as means over the runs, under their own names or others."""
     shown = {**{name: name for name in same}, **named}
     return lambda i, found: bar.update(**{title: found[name].mean() for title, name in shown.items()})
 
 
 def together(batches: Sequence[Iterable[Any]]) -> Iterator[Any]:
-    """Batches of R runs from R iterables of batches."""
+    """Zip the batches of R runs into batches with a leading axis R."""
     for parts in zip(*batches, strict=False):
         yield jax.tree.map(lambda *xs: np.stack(xs), *parts)
 
@@ -128,7 +128,7 @@ Learn = Callable[[TrainState, Controller, Experience, Array, Array], tuple[Train
 
 
 def learn_by_ppo(task: Task, tx: optax.GradientTransformation, reward_fn: RewardFn | None = None) -> Learn:
-    """PPO's update as `OnPolicy` wants it, with a reward in JAX, or with the scores that it is given."""
+    """PPO's update in the form that `OnPolicy` takes, with a reward in JAX or the scores passed to it."""
 
     def learn(
         state: TrainState, control: Controller, experience: Experience, score_B: Array, key: Array
@@ -144,7 +144,7 @@ def learn_by_ppo(task: Task, tx: optax.GradientTransformation, reward_fn: Reward
 def learn_through_reward(
     task: Task, tx: optax.GradientTransformation, reward_config: ModelConfig, how: ThroughReward
 ) -> Learn:
-    """One step of `through_reward` a rollout; beta is the controller's, the reward model 'reward' among the frozen."""
+    """One step of `through_reward` per rollout; beta is the controller's, the reward model is frozen['reward']."""
 
     def learn(
         state: TrainState, control: Controller, experience: Experience, score_B: Array, key: Array
@@ -169,7 +169,7 @@ def learn_through_reward(
 
 
 def ppo_optimizer(task: Task, learning_rate: float, iterations: int) -> optax.GradientTransformation:
-    """Adam in TensorFlow's form, its rate falling to 0 over all updates of so many iterations."""
+    """Adam in TensorFlow's form, its learning rate falling linearly to 0 over all updates of the iterations."""
     steps = iterations * task.algorithm.epochs * task.algorithm.minibatches
     return optim.adam_tf(optim.linear_to_zero(learning_rate, steps))
 
@@ -177,7 +177,7 @@ def ppo_optimizer(task: Task, learning_rate: float, iterations: int) -> optax.Gr
 def ppo_on_reward_model(
     task: Task, config: ModelConfig, *, learning_rate: float, iterations: int, batch: int, how: How
 ) -> "OnPolicy":
-    """PPO on a learned reward, whose parameters are each run's own: 'reward' among its frozen ones."""
+    """PPO on a learned reward whose parameters each run has of its own, as frozen['reward']."""
 
     def reward_fn(params: Params, rows: Batch) -> Array:
         return reward.score(params["reward"], config, rows)
@@ -188,24 +188,25 @@ def ppo_on_reward_model(
 
 @dataclasses.dataclass(frozen=True)
 class OnPolicy:
-    """Learning from the policy's own answers, R runs at once.
+    """Training on the policy's own answers, R runs at once.
 
-    learn(state, control, experience, score_B, key) -> (state, control, metrics) is the method:
-    it sees what `ppo.collect` returns, and `host`'s scores of the texts, if there is one (a lexicon, a verifier).
+    learn(state, control, experience, score_B, key) -> (state, control, metrics) is the method: it gets what
+    `ppo.collect` returns and, if `host` is set (a lexicon, a verifier), its scores of the texts.
     """
 
     task: Task
     learn: Learn
     tx: optax.GradientTransformation
     iterations: int
-    batch: int  # answers an iteration
-    each: int = 1  # of them to one prompt, next to each other
+    batch: int  # answers per iteration
+    each: int = 1  # answers per prompt, adjacent in the batch
     host: Callable[[Sequence[str]], np.ndarray] | None = None
     how: How = "vmap"
 
     @functools.cached_property
     def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Sampling and learning, each one program for all runs. What is frozen is shared (the start) or a run's own."""
+        """Sampling and learning, each one program for all runs. Frozen parameters are shared (`start`) or a run's own
+        (`frozen`)."""
         task = self.task
 
         def collect(state: TrainState, start: Params, prompts: Prompts, key: Array) -> Experience:
@@ -235,23 +236,23 @@ class OnPolicy:
         frozen: Sequence[Params] | None = None,
         watch: Watch = lambda i, found: None,
     ) -> tuple[list[Params], dict[str, np.ndarray]]:
-        """The policies, and curves [iterations, R]: the method's metrics, with gold score and judge of each iteration's
-        answers. `controls`, `frozen` (what the reward needs): one a run. Runs with the same seed see the same prompts
-        and the same random numbers."""
+        """Train; returns the policies and curves [iterations, R]: the method's metrics, and the gold reward and judge
+        of each iteration's answers. `controls` and `frozen` (what the reward needs) have one entry per run. Runs with
+        the same seed see the same prompts and random numbers."""
         task, R = self.task, len(seeds)
         frozen = [{}] * R if frozen is None else frozen
         ppo.check_batch(self.batch, task.algorithm, task.config.block, task.prompt_tokens)
         if not R == len(controls) == len(frozen) or self.batch % self.each:
             raise ValueError(
-                f"{len(controls)} controllers, {R} seeds and {len(frozen)} frozen trees must be as many, "
-                f"and a batch of {self.batch} a multiple of {self.each}"
+                f"{len(controls)} controllers, {R} seeds and {len(frozen)} frozen trees must be equally many, "
+                f"and the batch of {self.batch} a multiple of each = {self.each}"
             )
         collect, learn = self.programs
         whole = ppo.init(task.policy, task.start, self.tx, {})
         state = spread(stack([whole.replace(frozen={})] * R), task.mesh)  # type: ignore[attr-defined]
         control, own = spread(stack(list(controls)), task.mesh), spread(stack(list(frozen)), task.mesh)
         tokens_NP, lengths_N = rollout.pad_prompts(task.prompts, task.prompt_tokens)
-        order_RN = np.stack([self._order(seed) for seed in seeds])
+        order_RN = np.stack([self._prompt_order(seed) for seed in seeds])
         key_R = jnp.stack([jax.random.key(seed) for seed in seeds])
         curves: list[dict[str, np.ndarray]] = []
         for i in range(self.iterations):
@@ -271,13 +272,13 @@ class OnPolicy:
             watch(i + 1, found)
         return unstack(state.trainable["policy"]), {name: np.stack([c[name] for c in curves]) for name in curves[0]}
 
-    def _order(self, seed: int) -> np.ndarray:
-        """Prompts in the order in which a run sees them: pass after pass, each shuffled, each prompt `each` times."""
+    def _prompt_order(self, seed: int) -> np.ndarray:
+        """Prompt indices in the order a run sees them: pass after pass, each shuffled, each prompt `each` times."""
         rng, count = np.random.default_rng(seed), len(self.task.prompts)
         passes = 1 + self.iterations * self.batch // self.each // count
         return np.repeat(np.concatenate([rng.permutation(count) for _ in range(passes)]), self.each)
 
 
 def with_frozen(state: TrainState, start: Params, frozen: Params) -> TrainState:
-    """A run's state with what it doesn't change: the reference, and what the reward needs."""
+    """A run's state together with what it doesn't train: the reference, and what the reward needs."""
     return state.replace(frozen={"reference": start, **frozen})  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""What preferences are learnt by, R runs at once: a reward model, DPO, finetuning on the favourites.
+"""Methods that learn from preferences, R runs at once: reward models, DPO, finetuning on the favourites.
 
-`rankings` holds a list of preferences for each run (the same list for all, or one a run); all runs take the same
-number of steps.
+`rankings` holds one list of preferences per run (which may all be the same list); all runs take the same number of
+steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,18 +26,18 @@ from jaxgpt.training.step import Metrics, make_nll
 
 
 def rankings_of(task: Task, path: Path) -> list[Ranking]:
-    """The preferences of a file or a database, in the task's tokens; those that are too long are left out."""
+    """The preferences of a file or a database, in the task's tokens; those that are too long are dropped."""
     return fit_rankings(rank_ids(task.tok, formats.load(path)), task.config.block)[0]
 
 
 def preference_batches(rankings: Sequence[Ranking], length: int, batch: int, seed: int) -> Iterator[Preferences]:
-    """One shuffled pass."""
+    """One shuffled pass over the preferences."""
     for arrays in pipelines.preference_batches(rankings, length, batch, seed=seed, epochs=1):
         yield Preferences.of(arrays)
 
 
 def longest(rankings: Sequence[Sequence[Ranking]]) -> tuple[int, int]:
-    """Tokens of the longest row and of the longest answer."""
+    """The length in tokens of the longest row and of the longest answer."""
     found = [sizes(own) for own in rankings]
     return max(length for _, length, _ in found), max(answer for _, _, answer in found)
 
@@ -56,8 +56,8 @@ def reward_models(
     watch: Watch = lambda i, found: None,
     how: How = "vmap",
 ) -> list[Params]:
-    """A reward model a run from a language model, its scores with mean 0 and standard deviation 1 on the `reference`
-    rows. `first_spread`: of the scores before training, small where labels are few."""
+    """One reward model per run, from a language model; its scores have mean 0 and standard deviation 1 on the
+    `reference` rows. `first_spread`: their standard deviation before training, small where labels are few."""
     length, _ = longest(rankings)
     steps = min(map(len, rankings)) // batch
     tx = optim.adamw(optim.linear_to_zero(learning_rate, steps, steps // 10), weight_decay=0.01, b2=0.999)
@@ -84,7 +84,7 @@ def reward_models(
 
 
 def accuracy(task: Task, config: ModelConfig, params: Params, rankings: Sequence[Ranking]) -> float:
-    """How often the favourite has the highest score."""
+    """The fraction of preferences whose favourite gets the highest score."""
     length, hits = sizes(rankings)[1], []
     program = jax.jit(lambda batch: reward.candidate_scores(params, config, batch))
     for arrays in pipelines.preference_eval(rankings, length, min(64, len(rankings))):
@@ -105,7 +105,8 @@ def dpo_policies(
     watch: Watch = lambda i, found: None,
     how: How = "vmap",
 ) -> list[Params]:
-    """A policy a run by DPO, each with its own beta. Runs with the same seed and preferences see the same batches."""
+    """One policy per run by DPO, each with its own beta. Runs with the same seed and preferences see the same
+    batches."""
     length, window = longest(rankings)
     policy = transformer_policy(task.config, new_tokens=window, temperature=task.algorithm.temperature)
     steps = min(map(len, rankings)) // batch
@@ -135,7 +136,7 @@ def finetuned_on_favourites(
     watch: Watch = lambda i, found: None,
     how: How = "vmap",
 ) -> list[Params]:
-    """A policy a run by next-token prediction on the favourites alone (preferred-FT, Rafailov et al. 2023)."""
+    """One policy per run by next-token prediction on the favourites alone (preferred-FT, Rafailov et al. 2023)."""
     length, _ = longest(rankings)
     passes = min(map(len, rankings)) // batch
     tx = optim.adamw(optim.linear_to_zero(learning_rate, epochs * passes, passes // 10), weight_decay=0.0)

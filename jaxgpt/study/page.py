@@ -1,4 +1,4 @@
-"""What a study found: points with intervals, tables, and one HTML page."""
+"""A study's results: points with intervals, tables, and one HTML page."""
 
 import base64
 import dataclasses
@@ -14,18 +14,18 @@ from jaxgpt.rlhf.intervals import Interval, crossed_interval
 from jaxgpt.runs.report import CSS
 from jaxgpt.study.task import Seen
 
-MEASURES = {"gold": "gold score", "proxy": "reward model h", "judge": "judge, P(positive)"}
+MEASURES = {"gold": "gold reward", "proxy": "reward model h", "judge": "judge, P(positive)"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One setting of a method: the runs that differ in their seed alone, and a name ("beta 0.1")."""
+    """One setting of a method: its name ("beta 0.1"), and its runs, which differ only in their seed."""
 
     name: str
     runs: Sequence[Seen]
 
     def __getitem__(self, measure: str) -> Interval:
-        """Mean over runs and prompts, with its 95 % interval."""
+        """The mean over runs and prompts, with its 95 % interval."""
         return crossed_interval(np.stack([getattr(run, measure) for run in self.runs]))
 
     def of_runs(self, measure: str) -> np.ndarray:
@@ -37,7 +37,7 @@ Methods = Mapping[str, Sequence[Point]]
 
 
 def points(found: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[Point]]:
-    """The points of {method: {setting: [`Seen` as JSON, a run each]}}."""
+    """The points of {method: {setting: [`Seen` as JSON, one per run]}}."""
     return {
         method: [Point(setting, [Seen.from_json(one) for one in row]) for setting, row in settings.items()]
         for method, settings in found.items()
@@ -45,7 +45,7 @@ def points(found: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[P
 
 
 def first_answers(methods: Methods) -> dict[str, list[str]]:
-    """What the first run of each point said, for `samples`; best-of-n has no texts of its own."""
+    """The answers of each point's first run, for `samples`; best-of-n has no texts of its own."""
     shown = {f"{name} {point.name}".strip(): point.runs[0].texts for name, row in methods.items() for point in row}
     return {name: texts for name, texts in shown.items() if texts}
 
@@ -92,7 +92,8 @@ def samples(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> str
 
 
 def write_page(folder: Path, title: str, said: str, parts: Sequence[tuple[str, str | Path]]) -> Path:
-    """report.html of (heading, HTML or a picture in the folder); pictures are inside. `said`: what was done."""
+    """Write report.html from parts (heading, HTML or a picture in the folder, which is embedded). `said`: the
+    introduction."""
     body = []
     for heading, part in parts:
         body.append(f"<h2>{html.escape(heading)}</h2>" if heading else "")

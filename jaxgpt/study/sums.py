@@ -1,4 +1,4 @@
-"""Sums as a task whose reward a program checks: "37+85" is to be answered with any number of dots and "122"."""
+"""Sums as a task with a verifiable reward: the right answer to "37+85" is any number of dots, then "122"."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,12 +23,12 @@ def solved(text: str) -> bool:
 
 
 def verify(texts: Sequence[str]) -> np.ndarray:
-    """1 for each right one, else 0."""
+    """1 for each right text, otherwise 0."""
     return np.array([solved(text) for text in texts], float)
 
 
 def split(largest: int, heldout: int, seed: int) -> tuple[list[str], list[str]]:
-    """All sums of two numbers up to `largest` as prompts, shuffled: those to train on, and so many held out."""
+    """All sums of two numbers up to `largest` as shuffled prompts: those to train on, and `heldout` others."""
     every = [f"{a}+{b}" for a in range(largest + 1) for b in range(largest + 1)]
     order = np.random.default_rng(seed).permutation(len(every))
     return [every[i] for i in order[heldout:]], [every[i] for i in order[:heldout]]
@@ -37,7 +37,7 @@ def split(largest: int, heldout: int, seed: int) -> tuple[list[str], list[str]]:
 def make_task(
     config: ModelConfig, start: Params, tok: Tokenizer, prompts: tuple[list[str], list[str]], algorithm: PPOConfig
 ) -> Task:
-    """The task of a model that has seen some demonstrations; `prompts`: of `split`."""
+    """The task of a model that was trained on demonstrations; `prompts` are from `split`."""
     train, heldout = ([prompt_ids(tok, prompt) for prompt in part] for part in prompts)
 
     def text(ids: np.ndarray, mask: np.ndarray) -> str:
@@ -62,10 +62,10 @@ def make_task(
 
 
 def demonstrations(prompts: list[str], tok: Tokenizer, dots: int, batch: int, seed: int) -> Iterator[Batch]:
-    """Batches of right answers to prompts drawn at random, behind 0 to `dots` dots, without an end."""
+    """Endless batches of right answers, each after 0 to `dots` dots, to randomly drawn prompts."""
     rng = np.random.default_rng(seed)
     most = max(prompts, key=len)
-    longest = len(prompt_ids(tok, most)) + dots + len(most) // 2 + 2  # a sum has at most a digit more; and the end
+    longest = len(prompt_ids(tok, most)) + dots + len(most) // 2 + 2  # a sum has at most one more digit; and the end
     while True:
         rows = []
         for prompt in rng.choice(prompts, batch):

@@ -1,4 +1,4 @@
-"""What the policies of a study are to do, and who looks at their answers."""
+"""The task of a study's policies, and how their answers are measured."""
 
 import dataclasses
 import functools
@@ -30,8 +30,8 @@ Look = Callable[[Sequence[str]], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A starting model with the prompts that it answers. `gold` is what the preferences come from, `judge` somebody
-    whose opinion no stage learns; both see `text(ids, mask)` of an answer's row."""
+    """A starting model and the prompts it answers. `gold` is the true reward, which the preferences come from; `judge`
+    is an independent classifier that no stage learns from. Both get `text(ids, mask)` of an answer's row."""
 
     config: ModelConfig
     tok: Tokenizer
@@ -42,7 +42,7 @@ class Task:
     judge: Look
     text: Callable[[np.ndarray, np.ndarray], str]
     stop: int
-    algorithm: PPOConfig  # its new_tokens, temperature and unfinished_score hold for every method
+    algorithm: PPOConfig  # its new_tokens, temperature and unfinished_score apply to every method
     mesh: Mesh
 
     @property
@@ -52,7 +52,7 @@ class Task:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of the longest prompt: what all are padded to."""
+        """The length of the longest prompt, to which all are padded."""
         return max(map(len, self.prompts + self.heldout))
 
     def texts(self, rows: Batch) -> list[str]:
@@ -62,14 +62,14 @@ class Task:
         return [self.text(ids, own) for ids, own in zip(tokens.reshape(-1, T), mask.reshape(-1, T), strict=True)]
 
     def finished(self, score: np.ndarray, ended: np.ndarray) -> np.ndarray:
-        """Scores, with the fixed one where an answer never ended."""
+        """The scores, but `unfinished_score` (if set) where an answer never ended."""
         fixed = self.algorithm.unfinished_score
         return score if fixed is None else np.where(ended, score, fixed)
 
 
 def reviews(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig) -> Task:
-    """The pipeline's own task: one-line reviews whose sentiment by VADER is the gold score; the judge is fitted on
-    people's labels. `model_folder`: a finetuned model."""
+    """The pipeline's own task: one-line reviews whose sentiment by VADER is the gold reward; the judge is fitted on
+    human labels. `model_folder`: a finetuned model."""
     start, config, tok, _ = load_language_model(model_folder)
     mesh = sharding.data_mesh()
     judge = fit_judge(
@@ -80,7 +80,7 @@ def reviews(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig)
         for split in ("train", "test")
     }
     if len(ids["test"]) < heldout:
-        raise UserError(f"there are {len(ids['test'])} held-out prompts, not {heldout}; lower --prompts")
+        raise UserError(f"there are only {len(ids['test'])} held-out prompts, not {heldout}; lower --prompts")
     return Task(
         config,
         tok,
@@ -98,7 +98,7 @@ def reviews(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig)
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One policy's answers to the held-out prompts: one number a prompt of each measure (or [N, n] for n answers)."""
+    """One policy's answers to the held-out prompts: each measure's value per prompt (or [N, n] for n answers each)."""
 
     texts: list[str]
     gold: np.ndarray
@@ -107,16 +107,16 @@ class Seen:
     kl: np.ndarray  # log pi - log rho
     length: np.ndarray  # tokens
     ended: np.ndarray
-    proxy: np.ndarray  # what a learned reward model gives it; NaN without one
+    proxy: np.ndarray  # the learned reward model's h; NaN without one
 
     def to_json(self, texts: int = 6) -> dict[str, Any]:
-        """For a file: all numbers, and the first few texts."""
+        """All numbers, and the first few texts."""
         numbers = {name: np.asarray(x, float).round(6).tolist() for name, x in vars(self).items() if name != "texts"}
         return {**numbers, "texts": self.texts[:texts]}
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> "Seen":
-        """The inverse of `to_json`, as far as it goes."""
+        """The inverse of `to_json`, except for the texts that it dropped."""
         return Seen(record["texts"], **{name: np.array(x, float) for name, x in record.items() if name != "texts"})
 
 
@@ -133,7 +133,7 @@ def _scores(mesh: Mesh, config: ModelConfig) -> Callable[..., Any]:
 
 
 def sample(task: Task, params: Params, ids: Sequence[Ids], key: Array, batch: int = 250) -> rollout.Sampled:
-    """One answer of a policy to each prompt."""
+    """Sample one answer of a policy to each prompt."""
     found = rollout.sample_answers(
         params,
         task.config,
@@ -151,7 +151,7 @@ def sample(task: Task, params: Params, ids: Sequence[Ids], key: Array, batch: in
 
 
 def answered(answers: rollout.Sampled) -> list[tuple[list[int], list[int]]]:
-    """Each answer with its prompt, as what rewards and policies learn from: ids, and 1 for the answer's own."""
+    """Each answer with its prompt, in the form that rewards and policies learn from: ids, and 1 on the answer's."""
     tokens, mask = np.asarray(answers.rows.tokens_BT), np.asarray(answers.rows.mask_BT)
     ends = [int(np.flatnonzero(row)[-1]) + 1 for row in mask]
     return [
@@ -167,16 +167,16 @@ def log_probs(task: Task, params: Params, rows: Batch, batch: int = 250) -> np.n
 
 
 def reward_scores(task: Task, params: Params, config: ModelConfig, rows: Batch, batch: int = 250) -> np.ndarray:
-    """h(x, y) of each row, [rows]; the reward model may be of another size than the policy."""
+    """h(x, y) of each row, [rows]; the reward model may differ in size from the policy."""
     program, count = _scores(task.mesh, config), min(batch, len(np.asarray(rows.mask_BT)))
     return rollout.in_batches(lambda rows: program(params, rows), rows, count, task.mesh)
 
 
-Proxy = tuple[Params, ModelConfig]  # a reward model, which may be of another size than the policy
+Proxy = tuple[Params, ModelConfig]  # a reward model, which may differ in size from the policy
 
 
 def seen(task: Task, params: Params, answers: rollout.Sampled, proxy: Proxy | None = None, each: int = 1) -> Seen:
-    """A policy's answers to the held-out prompts as everyone sees them; `each` of a prompt, in a last axis."""
+    """Measure a policy's answers to the held-out prompts; `each` > 1 answers per prompt get a last axis."""
     logp = log_probs(task, params, answers.rows)
     start_logp = logp if params is task.start else log_probs(task, task.start, answers.rows)
     h = np.full(len(logp), np.nan)
@@ -197,7 +197,7 @@ def seen(task: Task, params: Params, answers: rollout.Sampled, proxy: Proxy | No
 
 
 def look(task: Task, params: Params, key: Array, proxy: Proxy | None = None, each: int = 1) -> Seen:
-    """`seen` of newly sampled answers."""
+    """Sample answers and measure them (`seen`)."""
     ids = [row for row in task.heldout for _ in range(each)]
     return seen(task, params, sample(task, params, ids, key), proxy, each)
 
@@ -210,26 +210,26 @@ def looks(
     proxy: Proxy | None = None,
     texts: int = 6,
 ) -> list[dict[str, Any]]:
-    """`look` at every policy, as JSON; those with the same number answer with the same random numbers."""
+    """`look` at every policy, as JSON; policies with the same number sample with the same random key."""
     key = jax.random.key(seed)
     found = [look(task, policy, jax.random.fold_in(key, n), proxy) for policy, n in zip(policies, numbers, strict=True)]
     return [one.to_json(texts) for one in found]
 
 
 def learned_reward(task: Task, folder: Path) -> Proxy:
-    """The reward model of a run's folder, on the task's devices."""
+    """The reward model of a run folder, on the task's devices."""
     params, config, _, _ = load_model(folder)
     return sharding.replicate(params, task.mesh), config
 
 
 def best_of_weights(score_N: np.ndarray, n: int) -> np.ndarray:
-    """The probability of each of N answers to be the best of n drawn from them without replacement, [N]: the weights
-    of an unbiased estimate of best-of-n from N >= n samples (Nakano et al. 2021, appendix I). Of equal scores the
+    """The probability that each of N answers is the best of n drawn from them without replacement, [N]: the weights
+    of an unbiased estimate of best-of-n from N >= n samples (Nakano et al. 2021, appendix I). Among equal scores the
     later one wins."""
     N = len(score_N)
     rank = np.empty(N, int)
     rank[np.argsort(score_N, kind="stable")] = np.arange(N)
-    # C(rank, n - 1) / C(N, n): the others of its n are among those below it.
+    # C(rank, n - 1) / C(N, n): the other n - 1 are among those ranked below it.
     below = np.array(
         [np.prod((r - np.arange(n - 1)) / (N - 1 - np.arange(n - 1))) if r >= n - 1 else 0.0 for r in range(N)]
     )
@@ -237,8 +237,8 @@ def best_of_weights(score_N: np.ndarray, n: int) -> np.ndarray:
 
 
 def best_of(pool: Seen, n: int) -> dict[str, np.ndarray]:
-    """What best-of-n by the proxy score is expected to reach, one number a prompt of each measure, from a pool
-    [prompts, N]; its KL is `best_of_kl`'s."""
+    """Each measure's expected value per prompt under best-of-n by the proxy reward, from a pool [prompts, N]; the KL is
+    from `best_of_kl`."""
     weight_PN = np.stack([best_of_weights(score_N, n) for score_N in pool.proxy])
     names = ("gold", "judge", "proxy", "logp", "length", "ended")
     nats_P = [best_of_kl(logp_N, score_N, n) for logp_N, score_N in zip(pool.logp, pool.proxy, strict=True)]
@@ -253,14 +253,14 @@ def best_of_powers(pool: Seen) -> dict[str, dict[str, Any]]:
 def best_of_kl(logp_N: np.ndarray, score_N: np.ndarray, n: int) -> float:
     """KL of best-of-n to the policy that the N answers come from, in nats, estimated from their log-probabilities.
 
-    With F = P(score <= s) and p = P(score = s), best-of-n gives that score the probability F^n - (F - p)^n, shared out
-    among its answers as they come (Beirami et al. 2024), so that over best-of-n's answers
+    With F = P(score <= s) and p = P(score = s), best-of-n gives that score the probability F^n - (F - p)^n, divided
+    among its answers in proportion to their own (Beirami et al. 2024), so that over best-of-n's answers
 
         KL = E[ (n - 1) log F + log( (1 - (1 - p / F)^n) / (p / F) ) ]
 
-    Where no score has much probability the second term is log n, and the whole is log n - (n - 1) / n, which is an
-    upper bound. p is an answer's own probability, or the share of the N that have its score if there are several; log F
-    is taken at its mean given the rank among N.
+    Where no score has much probability the second term is log n, and the KL is log n - (n - 1) / n, which is an upper
+    bound. p is an answer's own probability, or, if several of the N have its score, their fraction of N; log F is
+    replaced by its mean given the rank among N.
     """
     with needs_extra("eval"):
         from scipy.special import digamma

@@ -1,1 +1,2 @@
-"""Pages in the browser: `label` (people rank answers), `chat` (models side by side), over one guarded `server`."""
+"""Web pages: `label` (people rank answers), `rate` (a person as the reward) and `chat` (models side by side), all
+served by one guarded `server`."""

@@ -1,11 +1,11 @@
 """The page on which models answer side by side: its calls.
 
-    say       one model's answer, as lines of JSON while it is drawn; the last line says what each token was worth
+    say       one model's answer, streamed as lines of JSON; the last line has the figures of every token
     rate      which of the answers was best, or none: a vote in the same database as the label page's
-    unrate    takes such a vote back, if it stands
-    models    who answers;  rollouts, rollout   what a run of PPO kept of its own answers
+    unrate    takes back such a vote, if it still stands
+    models    the models that answer, and the names of the rollouts;  rollout   answers that a PPO run kept
 
-A model draws in a thread of its own, into a queue, so that whoever reads slowly, or not at all, holds nobody up.
+A model samples in a thread of its own, into a queue, so that a slow or absent reader doesn't hold up the others.
 """
 
 import asyncio
@@ -39,9 +39,9 @@ with needs_extra("web"):
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-TOP_K = (0, 10, 50)  # each is compiled, so the page offers a few
-LONGEST = 512  # tokens of an answer, at most
-WAITING = 8  # answers that may wait for one model
+TOP_K = (0, 10, 50)  # each compiles a program of its own, so the page offers only a few
+LONGEST = 512  # maximum tokens of an answer
+WAITING = 8  # requests that may wait for one model
 
 
 @dataclasses.dataclass
@@ -57,11 +57,11 @@ class Seat:
 
     @property
     def speaker(self) -> Speaker:
-        """What answers for this model."""
+        """The model's `Speaker`."""
         return self.scope.speaker
 
     def described(self) -> dict[str, Any]:
-        """What the page shows of this model."""
+        """What the page shows about this model."""
         config = self.speaker.config
         return {
             "name": self.name,
@@ -77,8 +77,8 @@ class Seat:
 
 
 def seats(places: Sequence[Path], reference: Path | None, judge: Path | None) -> list[Seat]:
-    """Load the models. The KL of each is to `reference` if that has the same tokenizer and size; the reward model
-    `judge` scores the answers of those whose tokenizer it shares."""
+    """Load the models. The KL of each is to `reference` if that has the same tokenizer and config; the reward model
+    `judge` scores the answers of the models that share its tokenizer."""
     compared = Speaker(reference) if reference else None
     found: list[Seat] = []
     for place in places:
@@ -94,7 +94,7 @@ def seats(places: Sequence[Path], reference: Path | None, judge: Path | None) ->
 def application(
     models: Sequence[Seat], store: votes.Store, serve: ServeConfig, token: str, rollouts: Path | None = None
 ) -> server.Guard:
-    """The chat page with its calls."""
+    """The chat page and its calls."""
     kept = {path.stem: path for path in sorted(rollouts.glob("*.json"))} if rollouts else {}
 
     async def describe(data: dict[str, Any]) -> dict[str, Any]:
@@ -125,11 +125,11 @@ def application(
                 new_tokens=min(field(data, "new_tokens", int), LONGEST),
             )
             if how.top_k not in TOP_K:
-                raise Refused(400, f"top_k is one of {', '.join(map(str, TOP_K))}")
+                raise Refused(400, f"top_k must be one of {', '.join(map(str, TOP_K))}")
             ids = prompt_of(seat.speaker, turns(data))
             seat.speaker.room(ids, how.new_tokens)
             if seat.waiting >= WAITING:
-                raise Refused(429, f"{seat.name} has {WAITING} answers to give already")
+                raise Refused(429, f"{seat.name} already has {WAITING} answers waiting; try again later")
             seed = field(data, "seed", int, random.randrange(2**31)) % 2**31
         except Refused as refusal:
             return JSONResponse({"error": str(refusal)}, refusal.status)
@@ -142,12 +142,12 @@ def application(
             seat.waiting -= line is None
             lines.put_nowait(line)
 
-        def work() -> None:
+        def sample_answer() -> None:
             for line in draw(seat, ids, how, seed, gone):
                 loop.call_soon_threadsafe(put, line)
             loop.call_soon_threadsafe(put, None)
 
-        async def sent() -> AsyncIterator[str]:
+        async def stream_lines() -> AsyncIterator[str]:
             try:
                 while (line := await lines.get()) is not None:
                     yield line
@@ -155,9 +155,9 @@ def application(
                 gone.set()
 
         seat.waiting += 1
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=sample_answer, daemon=True).start()
 
-        return StreamingResponse(sent(), media_type="application/x-ndjson")
+        return StreamingResponse(stream_lines(), media_type="application/x-ndjson")
 
     def rate(data: dict[str, Any]) -> dict[str, Any]:
         annotator = checked_text(field(data, "annotator", str), "annotator").strip()
@@ -179,7 +179,7 @@ def application(
         task = votes.Task(dialogue(turns(data)), tuple(answers))
         shown = tuple(range(len(answers)))
         if best is not None and best not in shown:
-            raise Refused(400, "the best one is not among the answers")
+            raise Refused(400, "the best answer is not one of the answers")
         tiers = (shown,) if best is None else ((best,), tuple(i for i in shown if i != best))
         kind: Any = "bad" if best is None else "favourite"
         vote = votes.Vote(field(data, "id", str), task.id, annotator, kind, tiers, shown)
@@ -191,41 +191,41 @@ def application(
         store.undo(annotator, field(data, "id", str), field(data, "vote", str))
         return {"votes": store.count(annotator)}
 
-    async def rated(data: dict[str, Any]) -> Any:
+    async def rate_in_thread(data: dict[str, Any]) -> Any:
         return await run_in_threadpool(rate, data)
 
-    async def unrated(data: dict[str, Any]) -> Any:
+    async def unrate_in_thread(data: dict[str, Any]) -> Any:
         return await run_in_threadpool(unrate, data)
 
-    calls = {"models": describe, "rollout": rollout, "rate": rated, "unrate": unrated}
+    calls = {"models": describe, "rollout": rollout, "rate": rate_in_thread, "unrate": unrate_in_thread}
     return server.application("chat", calls, serve, token, (Route("/api/say", say, methods=["POST"]),))
 
 
 def turns(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """(prompt, answer) of each turn; the last answer is still to come."""
+    """(prompt, answer) of each turn; the last turn has no answer yet."""
     found = []
     for turn in field(data, "turns", list):
         if not isinstance(turn, dict):
             raise Refused(400, "turns must be objects")
         found.append((checked_text(field(turn, "prompt", str), "a prompt"), str(field(turn, "answer", str, ""))))
     if not found:
-        raise Refused(400, "say something")
+        raise Refused(400, "there are no turns; send at least a prompt")
     return found
 
 
 def prompt_of(speaker: Speaker, conversation: list[tuple[str, str]]) -> list[int]:
-    """The conversation in ids; a model that never learnt to hold one sees its last prompt alone."""
+    """The conversation as ids; a model not trained on conversations sees only the last prompt."""
     ids: list[int] = []
     if speaker.remembers:
         for prompt, answer in conversation[:-1]:
             ids = [*speaker.prompt(prompt, ids), *speaker.tok.encode(answer), speaker.stop]
             if len(ids) > speaker.config.block // 2:
-                ids = []  # the oldest part is forgotten
+                ids = []  # drop the oldest turns
     return speaker.prompt(conversation[-1][0], ids)
 
 
 def dialogue(conversation: list[tuple[str, str]]) -> str:
-    """As one prompt: its words, or several turns in hh-rlhf's notation (`data.formats`)."""
+    """The conversation as one prompt: its text, or several turns in hh-rlhf's format (`data.formats`)."""
     if len(conversation) == 1:
         return conversation[0][0]
     words = "".join(HUMAN + prompt + ASSISTANT + answer for prompt, answer in conversation)
@@ -233,7 +233,7 @@ def dialogue(conversation: list[tuple[str, str]]) -> str:
 
 
 def draw(seat: Seat, ids: list[int], how: SamplingConfig, seed: int, gone: threading.Event) -> Iterator[str]:
-    """One answer's lines; ends early when the reader is gone."""
+    """Sample one answer and yield its lines of JSON; stops early when the reader is gone."""
     try:
         with seat.turn:
             started = time.monotonic()
@@ -249,7 +249,7 @@ def draw(seat: Seat, ids: list[int], how: SamplingConfig, seed: int, gone: threa
             if ended:
                 answer.append(seat.speaker.stop)
             yield json.dumps({"done": report(seat, ids, answer, how, ended, seconds, seed)}) + "\n"
-    except Exception as error:  # said on the page: the thread has nobody else to tell
+    except Exception as error:  # shown on the page: nothing else sees this thread's errors
         traceback.print_exc()
         yield json.dumps({"error": f"this answer failed ({type(error).__name__})"}) + "\n"
 
@@ -257,7 +257,7 @@ def draw(seat: Seat, ids: list[int], how: SamplingConfig, seed: int, gone: threa
 def report(
     seat: Seat, ids: list[int], answer: list[int], how: SamplingConfig, ended: bool, seconds: float, seed: int
 ) -> dict[str, Any]:
-    """What there is to say of an answer, token by token."""
+    """Everything the page shows about an answer, token by token."""
     seen = seat.scope.look(ids, answer, how.temperature)
     tokens = texts(seat.speaker, answer)
 
@@ -280,8 +280,8 @@ def report(
 
 
 def texts(speaker: Speaker, ids: list[int]) -> list[str]:
-    """A text for each token, which together are the answer's: a character of several tokens is the last one's, and one
-    that was cut off is left out."""
+    """One text per token, which together make up the answer: a character of several tokens belongs to the last of
+    them, and one that was cut off is left out."""
     found, said = [], ""
     for n in range(len(ids)):
         if speaker.tok.is_special(ids[n]):

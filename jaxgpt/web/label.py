@@ -1,9 +1,9 @@
-"""The page on which people judge answers: its calls over a `votes.Store`.
+"""The page on which people rank answers: its calls, over a `votes.Store`.
 
     app = label.application(store, LabelConfig(), ServeConfig(), token="")
 
-Answers come blind and shuffled, once more for each annotator and each time they are asked; one that is written joins
-them at a random place and moves no other. What a vote changes is on disk before it is answered.
+Answers are blind, and shuffled anew for each annotator and each time a prompt is shown again; an answer that an
+annotator writes is inserted at a random place and moves no other. A vote is on disk before its call is answered.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ with needs_extra("web"):
 
 @dataclasses.dataclass(frozen=True)
 class LabelConfig:
-    """Who judges what."""
+    """Which prompts each annotator gets."""
 
-    overlap: float = 0.15  # of the prompts: judged by every annotator, to measure how far they agree
-    repeat: float = 0.04  # of one's votes: on a prompt that one has judged before, to measure one's own steadiness
+    overlap: float = 0.15  # fraction of prompts that every annotator gets, to measure how far they agree
+    repeat: float = 0.04  # fraction of votes on a prompt the annotator has seen before, to measure their consistency
 
     def __post_init__(self) -> None:
         for name in ("overlap", "repeat"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it is a fraction, 0 to 1")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be a fraction from 0 to 1")
 
 
 def application(
@@ -45,7 +45,7 @@ def application(
     token: str,
     preparing: Callable[[], str] = lambda: "",
 ) -> server.Guard:
-    """`preparing` says what is being made ready in the background, '' for nothing."""
+    """The label page and its calls. `preparing` says what is being prepared in the background, '' for nothing."""
     progress = Statistics(store, config.overlap)
 
     def show(task: votes.Task | None, annotator: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def application(
         if not all(isinstance(tier, list) for tier in tiers):
             raise server.Refused(400, "tiers must be lists of answers")
         if not all(type(i) is int for i in [*shown, *(i for tier in tiers for i in tier)]):
-            raise server.Refused(400, "answers are named by whole numbers")
+            raise server.Refused(400, "answers must be given as whole numbers, their indices")
         store.vote(
             votes.Vote(
                 id=field(data, "id", str),
@@ -83,7 +83,7 @@ def application(
     def undo(data: dict[str, Any], annotator: str) -> dict[str, Any]:
         task = store.undo(annotator, field(data, "id", str))
         if task is None:
-            raise server.Refused(409, "there is no vote of yours to take back")
+            raise server.Refused(409, "you have no vote to take back")
         return show(task, annotator)
 
     def answer(data: dict[str, Any], annotator: str) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def application(
 
 
 def shuffled(count: int, seed: str) -> list[int]:
-    """A random order in which each number is put among those before it: with one more, the others keep theirs."""
+    """A random order made by inserting each number among those before it: one more leaves the others in order."""
     rng, order = random.Random(seed), list[int]()
     for number in range(count):
         order.insert(rng.randrange(number + 1), number)
@@ -118,15 +118,15 @@ def shuffled(count: int, seed: str) -> list[int]:
 
 
 class Statistics:
-    """What the page shows of progress, speed and agreement. The agreement is worked out again at most every `every`
-    seconds: it reads all votes."""
+    """Progress, speed and agreement, as the page shows them. Agreement is recomputed at most every `every` seconds,
+    because it reads all votes."""
 
     def __init__(self, store: votes.Store, overlap: float = 0.0, every: float = 3.0) -> None:
         self.store, self.overlap, self.every = store, overlap, every
-        self._known: dict[str | None, tuple[float, dict[str, Any] | None]] = {}
+        self._cache: dict[str | None, tuple[float, dict[str, Any] | None]] = {}
 
     def of(self, annotator: str) -> dict[str, Any]:
-        """One annotator's counts."""
+        """One annotator's statistics."""
         seconds = self.store.seconds(annotator, 50)
         return {
             "mine": self.store.count(annotator),
@@ -138,11 +138,11 @@ class Statistics:
         }
 
     def _agreement(self, annotator: str | None) -> dict[str, Any] | None:
-        """Of one with themselves, or between all."""
+        """Agreement of one annotator with themselves, or, for None, between all annotators."""
         now = time.monotonic()
-        when, known = self._known.get(annotator, (-np.inf, None))
+        when, known = self._cache.get(annotator, (-np.inf, None))
         if now - when > self.every:
             found = votes.agreement(self.store.votes(annotator), within=annotator is not None)
             known = {**dataclasses.asdict(found), "kappa": found.kappa} if found else None
-            self._known[annotator] = now, known
+            self._cache[annotator] = now, known
         return known

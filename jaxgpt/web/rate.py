@@ -1,11 +1,11 @@
-"""A person as the reward inside the reinforcement learning loop, where a learned reward model would else stand.
+"""A person as the reward in the reinforcement learning loop, in place of a learned reward model.
 
     person = Person(store, "ada")                   # a host reward function: (prompts, answers) -> scores
     app = rate.application(person, ServeConfig(), token)
 
-The loop calls `person(prompts, answers)` and waits; the page shows one answer after the other and takes one to five
-stars. Every rating is on disk when it is answered: a loop that is started again with the same answers asks only for
-what is missing.
+The loop calls `person(prompts, answers)` and waits; the page shows one answer after another and takes one to five
+stars. Every rating is on disk before its call is answered: a loop restarted with the same answers asks only for
+the missing ones.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ with needs_extra("web"):
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One answer that waits for its stars."""
+    """An answer that waits for its rating."""
 
     id: str
     prompt: str
@@ -36,7 +36,7 @@ class Item:
 
 
 class Person:
-    """reward_fn(prompts, answers) -> stars - 3, [B] float32, -2 to 2. `waited` adds up the seconds that calls took."""
+    """reward_fn(prompts, answers) -> stars - 3, [B] float32, -2 to 2. `waited`: total seconds spent in calls."""
 
     def __init__(self, store: votes.Store, annotator: str = "person") -> None:
         self.store, self.annotator = store, annotator
@@ -45,7 +45,7 @@ class Person:
         self._change = threading.Condition()
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-        """One reward per answer, once the person has given stars to all."""
+        """One reward per answer, once the person has rated all of them."""
         started = time.monotonic()
         self.calls += 1
         items = [
@@ -61,7 +61,7 @@ class Person:
         return np.array(stars, np.float32) - 3
 
     def state(self) -> dict[str, Any]:
-        """What the page shows: the next item of those that the loop waits for."""
+        """What the page shows: the next item that the loop waits for."""
         with self._change:
             left = [item for item in self._items if self.store.rating(item.id) is None]
             return {
@@ -73,18 +73,18 @@ class Person:
             }
 
     def rate(self, id_: str, stars: int, seconds: float | None) -> dict[str, Any]:
-        """Store a rating; what the page shows next."""
+        """Store a rating; returns what the page shows next."""
         with self._change:
             item = next((item for item in self._items if item.id == id_), None)
             if item is None:
-                raise Refused(409, "this answer isn't waited for any more")
+                raise Refused(409, "this answer is no longer waiting for a rating")
             self.store.rate(item.id, item.prompt, item.answer, self.annotator, stars, seconds)
             self._change.notify_all()
         return self.state()
 
 
 def application(person: Person, serve: ServeConfig, token: str) -> server.Guard:
-    """The rating page with its calls."""
+    """The rating page and its calls."""
 
     async def state(data: dict[str, Any]) -> Any:
         return await run_in_threadpool(person.state)

@@ -1,15 +1,15 @@
-"""What every page of ours is served by: a Starlette application behind a guard, on this machine alone unless asked.
+"""The server of all pages: a Starlette application behind a guard, open to this machine only unless told otherwise.
 
-The guard (`Guard`, one ASGI middleware) lets nothing through that a browser on this machine could be tricked into:
+The guard (`Guard`, an ASGI middleware) blocks everything that a browser on this machine could be tricked into:
 
-    Host           must be one that we serve under (Starlette's TrustedHost): DNS rebinding ends here
-    Origin         whatever changes something comes from our own page, as JSON
-    token          anywhere but on 127.0.0.1 every call carries one; the page takes it from its address's fragment,
-                   which browsers keep to themselves, and sends it as a header, which no other site can
-    body, rate     64 KiB and 10 s a request; so many calls a second from one address
-    headers        a policy under which only our own files run; nothing is sniffed, framed or kept
+    Host           must be a name we serve under (Starlette's TrustedHost), which stops DNS rebinding
+    Origin         calls that change something must come from our own page, as JSON
+    token          anywhere but on 127.0.0.1 every call must carry one; the page takes it from its address's fragment,
+                   which browsers never send, and sends it as a header, which no other site can
+    body, rate     64 KiB and 10 s per request; a limited number of calls per second from one address
+    headers        a policy under which only our own files run; no sniffing, framing or caching
 
-Files are read when the program starts, into memory: no request names a path.
+Files are read into memory when the program starts: no request names a path.
 """
 
 import asyncio
@@ -40,9 +40,9 @@ with needs_extra("web"):
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-BODY = 64 * 1024  # bytes of a request, at most
-PATIENCE = 10.0  # seconds for a request's body; and twice that for a connection's first request
-RATE, BURST = 100.0, 300.0  # calls a second from one address, and how many at once
+BODY = 64 * 1024  # maximum bytes of a request
+PATIENCE = 10.0  # seconds for a request's body; twice that for a connection's first request
+RATE, BURST = 100.0, 300.0  # calls per second from one address, and how many at once
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -61,11 +61,11 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
-    """Where the page is. Anywhere but on this machine it demands a token (made up if not given)."""
+    """Where the page is served. Anywhere but on this machine it requires a token (generated if not given)."""
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
-    names: tuple[str, ...] = ()  # further host names it may be called by, such as "lab-pc.local"
+    names: tuple[str, ...] = ()  # further host names to serve under, such as "lab-pc.local"
     token: str = ""
 
     def __post_init__(self) -> None:
@@ -77,8 +77,8 @@ class ServeConfig:
         return self.token or ("" if self.host in LOCAL else secrets.token_urlsafe(24))
 
 
-class Refused(Exception):  # noqa: N818  an answer, not an error of ours
-    """A request that gets a status and a sentence instead of what it asked for."""
+class Refused(Exception):  # noqa: N818  a response, not an error of ours
+    """A request that is answered with a status and a message instead of a result."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -90,10 +90,10 @@ class Guard:
 
     def __init__(self, app: ASGIApp, names: frozenset[str], token: str) -> None:
         self.app, self.names, self.token = app, sorted(names), token
-        self._calls: dict[str, tuple[float, float]] = {}  # address: (calls left, when that was)
+        self._calls: dict[str, tuple[float, float]] = {}  # address: (calls left, at what time)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer what passes; everything else gets a status and a sentence."""
+        """Pass on what is allowed; answer everything else with a status and a message."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -101,16 +101,16 @@ class Guard:
             return  # no websockets: nothing answers them
         trusted = False
 
-        async def served(scope: Scope, receive: Receive, send: Send) -> None:
+        async def serve_if_allowed(scope: Scope, receive: Receive, send: Send) -> None:
             nonlocal trusted
             trusted = True
             await self._serve(scope, receive, send)
 
-        async def if_trusted(message: Message) -> None:
-            if trusted:  # otherwise ours says more than Starlette's refusal
+        async def send_if_trusted(message: Message) -> None:
+            if trusted:  # otherwise our refusal, below, says more than Starlette's
                 await send(message)
 
-        await TrustedHostMiddleware(served, self.names, www_redirect=False)(scope, receive, if_trusted)
+        await TrustedHostMiddleware(serve_if_allowed, self.names, www_redirect=False)(scope, receive, send_if_trusted)
         if not trusted:
             refusal = {"error": "this page isn't served under that host name; --serve.names adds one"}
             await JSONResponse(refusal, 400)(scope, receive, _with_headers(send))
@@ -139,29 +139,29 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if not self._may(scope["client"][0] if scope.get("client") else ""):
+        if not self._allow(scope["client"][0] if scope.get("client") else ""):
             raise Refused(429, "too many calls; wait a second")
         if not scope["path"].startswith("/api/"):
             if scope["method"] not in ("GET", "HEAD"):
-                raise Refused(405, "only GET")
+                raise Refused(405, "only GET is allowed here")
             return
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            raise Refused(403, "calls come from this page only")
+            raise Refused(403, "calls must come from this page")
         if scope["method"] != "GET":
             origin = headers.get("origin", "")
             if urlsplit(origin).netloc != headers.get("host") or urlsplit(origin).scheme not in ("http", "https"):
-                raise Refused(403, "calls come from this page only")
+                raise Refused(403, "calls must come from this page")
             if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise Refused(415, "send application/json")
         given = headers.get("authorization", "").removeprefix("Bearer ")
         if self.token and not hmac.compare_digest(given.encode(), self.token.encode()):
-            raise Refused(401, "open the page by the whole address that was printed, token included")
+            raise Refused(401, "open the page at the full address that was printed, token included")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > BODY:
-            raise Refused(413, f"at most {BODY // 1024} KiB a request")
+            raise Refused(413, f"a request may have at most {BODY // 1024} KiB")
 
-    def _may(self, address: str) -> bool:
-        """One call more from this address: a bucket of BURST that fills up at RATE."""
+    def _allow(self, address: str) -> bool:
+        """Whether this address may make another call: a token bucket of BURST, refilled at RATE."""
         now = time.monotonic()
         left, when = self._calls.get(address, (BURST, now))
         left = min(BURST, left + (now - when) * RATE)
@@ -176,11 +176,11 @@ async def _read(receive: Receive) -> bytes:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Refused(400, "gone")
+            raise Refused(400, "the client disconnected")
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > BODY:
-            raise Refused(413, f"at most {BODY // 1024} KiB a request")
+            raise Refused(413, f"a request may have at most {BODY // 1024} KiB")
         if not message.get("more_body"):
             return b"".join(parts)
 
@@ -204,14 +204,14 @@ def application(
     page: str, calls: Mapping[str, Call], config: ServeConfig, token: str, more: tuple[BaseRoute, ...] = ()
 ) -> Guard:
     """The page (static/PAGE.html, .js, and style.css) and its calls: POST /api/NAME with a JSON object, answered with
-    what the function returns; a UserError or Refused becomes a status with a sentence."""
+    what the function returns; a UserError or Refused becomes a status with a message."""
     folder = importlib.resources.files("jaxgpt.web") / "static"
     routes: list[BaseRoute] = [*more]
     for name in (f"{page}.html", f"{page}.js", "shared.js", "style.css", "icon.svg"):
         content = (folder / name).read_bytes()
         kind = TYPES[name[name.rindex(".") :]]
-        routes.append(Route("/" if name.endswith(".html") else f"/{name}", _file(content, kind)))
-    routes += [Route(f"/api/{name}", _call(call), methods=["POST"]) for name, call in calls.items()]
+        routes.append(Route("/" if name.endswith(".html") else f"/{name}", _serve_file(content, kind)))
+    routes += [Route(f"/api/{name}", _handle_call(call), methods=["POST"]) for name, call in calls.items()]
     names = {config.host, *config.names}
     names |= {*LOCAL} if config.host in (*LOCAL, "0.0.0.0", "::") else set()
     if config.host in ("0.0.0.0", "::"):
@@ -219,7 +219,7 @@ def application(
     return Guard(Starlette(routes=routes), frozenset(name.lower() for name in names), token)
 
 
-def _file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
+def _serve_file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
     async def send(request: Request) -> Response:
         return Response(content, media_type=kind)
 
@@ -241,7 +241,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     return data
 
 
-def _call(function: Call) -> Callable[[Request], Awaitable[Response]]:
+def _handle_call(function: Call) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         try:
             return JSONResponse(await function(await read_json(request)))
@@ -254,14 +254,14 @@ def _call(function: Call) -> Callable[[Request], Awaitable[Response]]:
 
 
 def field(data: Mapping[str, Any], name: str, kind: Any, default: Any = ...) -> Any:
-    """data[name] if it has this type (a bool is no number), or a Refused."""
+    """data[name], or Refused if it lacks this type (a bool is not a number) or is missing without a default."""
     value = data.get(name, default)
     if value is ...:
-        raise Refused(400, f"no field {name!r}")
+        raise Refused(400, f"field {name!r} is missing")
     if value is default and name not in data:
         return value
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise Refused(400, f"field {name!r} is of the wrong type")
+        raise Refused(400, f"field {name!r} has the wrong type")
     return value
 
 
@@ -269,7 +269,7 @@ def field(data: Mapping[str, Any], name: str, kind: Any, default: Any = ...) -> 
 
 
 class _Connection(H11Protocol):
-    """Closes a connection on which no request comes: whoever opens many must not use them up."""
+    """Closes a connection that sends no request, so that nobody can use up all connections."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -290,7 +290,7 @@ class Server:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((config.host, config.port))
-            self._socket.listen(1024)  # from now on whoever comes early waits instead of being turned away
+            self._socket.listen(1024)  # from here on, early clients wait instead of being refused
         except OSError as error:
             self._socket.close()
             raise UserError(
@@ -300,7 +300,7 @@ class Server:
         host = config.host if config.host not in ("0.0.0.0", "::") else address_outside()
         host = f"[{host}]" if ":" in host else host
         self.address = f"http://{host}:{self.port}/" + (f"#token={token}" if token else "")
-        settings = uvicorn.Config(  # not in `run`, whose thread must add no loggers while another goes through them
+        settings = uvicorn.Config(  # not in `run`: its thread must not add loggers while another iterates over them
             "",
             http=_Connection,
             ws="none",
@@ -317,16 +317,16 @@ class Server:
     def run(self, app: ASGIApp) -> None:
         """Serve until Ctrl-C or `stop`."""
         self._server.config.app = app
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes Ctrl-C on when it has ended
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises Ctrl-C again once it has shut down
             self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:
-        """End `run`, now or as soon as it begins."""
+        """End `run`, now or as soon as it starts."""
         self._server.should_exit = True
 
 
 def address_outside() -> str:
-    """The address of this machine as others on its network see it. Nothing is sent."""
+    """The address of this machine as others on its network see it. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
@@ -336,7 +336,7 @@ def address_outside() -> str:
 
 
 def open_page(address: str) -> None:
-    """In the browser of this desktop, if there is one."""
+    """Open the page in this desktop's browser, if there is one."""
     desktop = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if desktop or platform.system() in ("Darwin", "Windows"):
         webbrowser.open(address)

@@ -1,11 +1,11 @@
-"""A model that answers: what the terminal and the page have in common.
+"""A model that answers, on the terminal and on the page alike.
 
     speaker = Speaker(Path("runs/assistant/ppo"))
     tokens = speaker.prompt("A film")
     for piece in speaker.say(tokens, SamplingConfig(temperature=0.7), jax.random.key(0)):
         print(piece.text, end="")
 
-and what its own probabilities, a reference, a critic and a reward model say of each token (`Microscope`).
+`Microscope` measures each token by its own probabilities, a reference, a critic and a reward model.
 """
 
 import dataclasses
@@ -28,41 +28,42 @@ from jaxgpt.rlhf import reward, rollout
 from jaxgpt.runs.saved_model import load_language_model, load_model
 from jaxgpt.structs import Array, Batch, Params
 
-SHORTEST = 32  # prompts are padded to this many tokens or a power of two: few shapes, so few compilations
+SHORTEST = 32  # prompts are padded to this or the next power of two: few shapes, so few compilations
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How an answer is drawn."""
+    """How an answer is sampled."""
 
     temperature: float = 0.7  # 0: always the most probable token
     top_k: int = 0  # 0: off
     top_p: float = 0.95
-    new_tokens: int = 256  # of an answer, at most
+    new_tokens: int = 256  # maximum length of an answer
 
     def __post_init__(self) -> None:
         if self.new_tokens < 1:
             raise UserError(f"new_tokens is {self.new_tokens}; ask for at least 1")
         if not 0 <= self.temperature < 100:
-            raise UserError(f"temperature is {self.temperature}; it can't be negative, and 0 takes the likeliest token")
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (the most probable token) to below 100")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; give how many tokens may be drawn, or 0 for all")
+            raise UserError(f"top_k is {self.top_k}; give how many tokens to sample from, or 0 for all")
 
     def functions(self) -> tuple[decoding.Sampler, sampling.Filter]:
-        """What `decoding.stream` takes. Another temperature or top-p is not compiled anew; another top-k is."""
+        """The sampler and filter for `decoding.stream`. A new top-k compiles again; a new temperature or top-p
+        doesn't."""
         if self.temperature == 0:
-            return sampling.greedy, _unchanged
-        return sampling.categorical, jax.tree_util.Partial(_shaper(self.top_k), t=self.temperature, p=self.top_p)
+            return sampling.greedy, _identity
+        return sampling.categorical, jax.tree_util.Partial(_make_filter(self.top_k), t=self.temperature, p=self.top_p)
 
 
-def _unchanged(logits: Array) -> Array:
+def _identity(logits: Array) -> Array:
     return logits
 
 
 @functools.lru_cache(maxsize=64)
-def _shaper(top_k: int) -> Callable[..., Array]:
+def _make_filter(top_k: int) -> Callable[..., Array]:
     def shape(logits: Array, t: Array, p: Array) -> Array:
         logits = sampling.temperature(logits, t)
         return sampling.top_p(sampling.top_k(logits, top_k) if top_k else logits, p)
@@ -71,14 +72,14 @@ def _shaper(top_k: int) -> Callable[..., Array]:
 
 
 class Piece(NamedTuple):
-    """One token as it comes, and the text that it made readable: '' while a character is not whole yet."""
+    """One token as it is sampled, and the text that it completes: '' while a character is incomplete."""
 
     token: int
     text: str
 
 
 class Speaker:
-    """A model with its weights as decoding reads them. `raw`: it continues words instead of answering prompts."""
+    """A model with its weights in decoding's form. `raw`: it continues a text instead of answering prompts."""
 
     def __init__(self, place: Path, *, int8: bool = False, raw: bool = False) -> None:
         loaded = load_language_model(place)
@@ -89,7 +90,7 @@ class Speaker:
 
     @property
     def remembers(self) -> bool:
-        """Whether it learnt to hold a conversation of several turns."""
+        """Whether it was trained on conversations of several turns."""
         return bool(self.tok.template.turn) and not self.raw
 
     @property
@@ -98,22 +99,22 @@ class Speaker:
         return int(self.tok.template.separator if self.raw else self.tok.template.end)
 
     def prompt(self, text: str, history: Sequence[int] = ()) -> list[int]:
-        """The ids that an answer is drawn after; `history`: a conversation, its last answer's end included."""
+        """The ids that an answer is sampled after; `history`: a conversation, including its last answer's end."""
         if self.raw:
             return [self.tok.template.separator, *self.tok.encode(text)]
         return prompt_ids(self.tok, text, history)
 
     def room(self, ids: Sequence[int], new_tokens: int) -> int:
-        """How many tokens may follow. UserError when the prompt is too long for the model."""
+        """How many tokens may follow. UserError if the prompt is too long for the model."""
         room = min(new_tokens, self.config.block // 2)
         if len(ids) + room > self.config.block:
             raise UserError(
-                f"this prompt has {len(ids)} tokens and {self.config.block - room} fit; write a shorter one"
+                f"this prompt has {len(ids)} tokens but only {self.config.block - room} fit; write a shorter one"
             )
         return room
 
     def say(self, ids: Sequence[int], how: SamplingConfig, key: Array) -> Iterator[Piece]:
-        """The answer's tokens as they are drawn."""
+        """Sample an answer, yielding its tokens as they come."""
         room = self.room(ids, how.new_tokens)
         width = min(max(SHORTEST, 1 << (len(ids) - 1).bit_length()), self.config.block - room)
         tokens, length = rollout.pad_prompts([ids], width)
@@ -140,18 +141,18 @@ class Speaker:
 
 
 class Seen(NamedTuple):
-    """What there is to say of an answer's tokens, [A] each; None where there is no reference, critic or reward."""
+    """Measures of an answer's tokens, [A] each; None where there is no reference, critic or reward model."""
 
     logp: np.ndarray  # of the token, under the model at the sampling temperature (before top-k and top-p)
     entropy: np.ndarray  # nats
     ref_logp: np.ndarray | None
-    kl: np.ndarray | None  # sum_v pi_v log(pi_v / rho_v), exactly, of the distribution that the token was drawn from
+    kl: np.ndarray | None  # exact sum_v pi_v log(pi_v / rho_v), of the distribution that the token was sampled from
     value: np.ndarray | None  # the critic's, before the token
     score: float | None  # the reward model's, of the whole answer
 
 
 class Microscope:
-    """A speaker beside what it is compared with. A reference or reward model of another tokenizer is left out."""
+    """A speaker and what it is compared with. A reward model with another tokenizer is left out."""
 
     def __init__(
         self, speaker: Speaker, reference: Params | None = None, critic: Path | None = None, judge: Path | None = None
@@ -165,7 +166,7 @@ class Microscope:
                 self.judge = loaded.params, loaded.config
 
     def look(self, ids: Sequence[int], answer: Sequence[int], temperature: float = 1.0) -> Seen:
-        """`ids`: the prompt; `answer`: its tokens, the closing one included if it came."""
+        """Measure an answer. `ids`: the prompt; `answer`: its tokens, including the end token if it was sampled."""
         config = self.speaker.config
         length = len(ids) + len(answer)
         width = min(max(2 * SHORTEST, 1 << (length - 1).bit_length()), config.block)

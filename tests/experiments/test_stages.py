@@ -183,7 +183,7 @@ def test_the_doctor_names_a_reward_model_that_learnt_from_a_coin(finished, tmp_p
         learning_rate=3e-3,
     )
     reward.main(settings)
-    assert [one.what for one in doctor.examine(doctor.read(settings.run))] == ["the reward model is dead: it guesses"]
+    assert [one.what for one in doctor.examine(doctor.read(settings.run))] == ["the reward model is guessing"]
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tok, k
     damage(kind, run / "checkpoints/9")
     assert verify.main([str(run)]) == 1
     told = capsys.readouterr().out
-    assert "DAMAGED" in told and DAMAGES[kind] in told and "whole    " in told
+    assert "DAMAGED" in told and DAMAGES[kind] in told and "intact   " in told
     first, _ = train_run(run, tok, until=7)
     assert first == 7
     assert f"WARNING: passed over checkpoint 9: {run / 'checkpoints/9'}" in (run / "log.txt").read_text()
@@ -322,7 +322,7 @@ def test_senseless_settings_are_refused(wrong):
 
 def test_verify_says_when_there_is_nothing(tmp_path, capsys):
     assert verify.main([str(tmp_path)]) == 2
-    assert "no saved model and no checkpoint" in capsys.readouterr().err
+    assert "no saved model or checkpoint" in capsys.readouterr().err
 
 
 def test_a_models_flipped_bit_is_found(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The command line: where values come from, and what a mistake prints."""
+"""The command line: where values come from, and what an error prints."""
 
 import dataclasses
 import json
@@ -211,7 +211,7 @@ def test_settings_round_trip_through_json():
         text = json.dumps(settings_to_json(settings))
         again = settings_from_json(Settings, json.loads(text))
         assert again == settings
-        assert json.dumps(settings_to_json(again)) == text  # 1 and 1.0 are written alike
+        assert json.dumps(settings_to_json(again)) == text  # 1 and 1.0 are written the same way
     assert settings_from_json(Settings, {}) == Settings()
 
 

@@ -1,4 +1,4 @@
-"""The run doctor: silent on a healthy run, and naming each illness on a run made to have it."""
+"""The run doctor: finds nothing wrong with a healthy run, and each problem in a run made to have it."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ class Settings:
 
 
 def healthy_ppo(n=24):
-    """Figures as a good run has them."""
+    """The metrics of a good run."""
     return [
         {
             "score": 0.1 * i,
@@ -93,7 +93,7 @@ def test_a_healthy_run_is_left_alone(healthy, capsys):
     assert all("nothing wrong found" in line for line in told)
 
 
-# ---- runs of the real algorithm, made ill ----
+# ---- runs of the real algorithm, made to fail ----
 
 
 def short(rows):
@@ -119,7 +119,7 @@ GREEDY = {"beta": 0.0, "rate": 1e-2, "iterations": 40}
 
 @jax.jit
 def one(state, control, key, which, rate, spoil):
-    """An iteration of PPO; every answer gets the score of the reward function, whether it ended or not."""
+    """One iteration of PPO; every answer gets the reward function's score, whether it ended or not."""
     first, second = jax.random.split(key)
     rows, logp_BT, ended_B = ppo.collect(state, ONE, CONFIG, PROMPTS, first, 5)
     score_B = jax.lax.switch(which, REWARDS, rows)
@@ -141,7 +141,7 @@ def fresh():
 
 @functools.cache
 def trained(reward, *, beta=0.02, rate=3e-3, iterations=24, spoil=1.0):
-    """PPO on the tiny model against a reward function: the figures of each iteration, and the policy at the end."""
+    """PPO on the tiny model with a reward function: the metrics of each iteration, and the final policy."""
     state, control, rows = fresh(), kl.FixedKL(jnp.float32(beta)), []
     for i in range(1, iterations + 1):
         state, control, metrics = one(state, control, jax.random.key(i), REWARDS.index(reward), rate, spoil)
@@ -164,9 +164,7 @@ def test_answers_that_never_end(tmp_path):
 
 
 def test_a_sampler_that_is_another_policy(tmp_path):
-    assert found(iterate(tmp_path, short, iterations=2, spoil=1.1)) == [
-        "the sampler is another policy than the trainer's"
-    ]
+    assert found(iterate(tmp_path, short, iterations=2, spoil=1.1)) == ["the sampler's policy is not the trainer's"]
 
 
 def test_a_value_function_that_does_not_learn(tmp_path):
@@ -174,24 +172,24 @@ def test_a_value_function_that_does_not_learn(tmp_path):
 
 
 def test_a_policy_that_runs_away(tmp_path):
-    assert "the policy runs away from the reference" in found(iterate(tmp_path, favourite, **GREEDY))
+    assert "the policy drifts too far from the reference" in found(iterate(tmp_path, favourite, **GREEDY))
 
 
 def test_updates_that_were_not_finite(tmp_path):
     assert found(iterate(tmp_path, broken, iterations=2)) == ["losses or gradients were not finite"]
 
 
-# ---- and of results ----
+# ---- checks of results ----
 
 
 def test_a_dead_reward_model(tmp_path):
     """tests/experiments/test_stages.py trains one."""
     folder = write(tmp_path, "reward", [], {"nll": 1.41, "chance": 0.25, "accuracy": 0.26})
-    assert found(folder) == ["the reward model is dead: it guesses"]
+    assert found(folder) == ["the reward model is guessing"]
 
 
 def test_a_hacked_reward(tmp_path):
-    """The proxy counts one token; the gold score is how many different ones there are. PPO repeats that token."""
+    """The proxy reward counts one token, the gold reward distinct tokens; PPO repeats that one token."""
     policies = {}
     start, (_, learnt) = fresh(), trained(favourite, **GREEDY)
     for name, policy in (("SFT", start.trainable["policy"]), ("PPO", learnt)):
@@ -210,10 +208,10 @@ def test_a_hacked_reward(tmp_path):
 
 def test_overfitted_preferences_and_forgotten_text(tmp_path):
     assert found(write(tmp_path, "dpo", [{"train_loss": 1.386}], {"heldout_nll": 2.0})) == [
-        "the preferences were learnt by heart"
+        "the policy overfits the preferences"
     ]
     lost = {"pretraining_nats_before": 3.0, "pretraining_nats_after": 6.5}
-    assert found(write(tmp_path, "sft", [], lost)) == ["finetuning wiped out what pretraining taught"]
+    assert found(write(tmp_path, "sft", [], lost)) == ["finetuning wiped out what pretraining learned"]
 
 
 def test_a_loss_that_does_not_fall(tmp_path):
@@ -222,7 +220,7 @@ def test_a_loss_that_does_not_fall(tmp_path):
 
 
 def test_starvation(tmp_path):
-    """The same waits for data, with and without a device that is as busy."""
+    """The same waits for data, with an idle device and with a busy one."""
     lines = [{"step": i, "time": 1.0 * i, "seconds_data": 0.8, "seconds_device": 0.0} for i in range(1, 9)]
     folder = write(tmp_path, "pretrain", [])
     for device, expected in ((0.0, ["the device waits for data"]), (0.5, [])):
@@ -249,4 +247,4 @@ def test_the_command(tmp_path, capsys):
     folder = write(tmp_path, "reward", [], {"nll": 1.41, "chance": 0.25, "accuracy": 0.26})
     assert doctor.main([str(folder)]) == 1
     told = capsys.readouterr().out
-    assert "! the reward model is dead" in told and "held-out loss 1.410 nats, guessing 1.386" in told
+    assert "! the reward model is guessing" in told and "held-out loss 1.410 nats, guessing 1.386" in told

@@ -62,7 +62,7 @@ def test_the_missing_ones_are_named():
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(process._report_to, "localhost", port, 4, 2, 0.9)
-        with pytest.raises(UserError, match=r"of 4 processes, 1, 3 did not call within 1 s"):
+        with pytest.raises(UserError, match=r"of 4 processes, 1, 3 did not connect within 1 s"):
             process._gather(port, 4, 0.8)
         with pytest.raises(UserError, match=rf"process 0 did not answer at localhost:{port} within 1 s"):
             other.result()

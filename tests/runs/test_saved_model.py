@@ -1,4 +1,4 @@
-"""Saved models come back exactly, or are refused with the reason."""
+"""Saved models load back exactly, or are refused with the reason."""
 
 import json
 import os
@@ -22,7 +22,7 @@ CONFIG = ModelConfig(layers=2, width=8, heads=2, block=16, vocab=32, dtype="bflo
 
 
 def make_params(seed: int = 0):
-    """A model and a head, drawn by NumPy, in two dtypes."""
+    """Random parameters (from NumPy) of a model and a head, in two dtypes."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), CONFIG))
     params = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), shapes)
@@ -43,7 +43,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(saved, tmp_path) -> Path:
-    """A saved model to spoil."""
+    """A saved model that a test may damage."""
     return Path(shutil.copytree(saved / "m", tmp_path / "m"))
 
 
@@ -63,7 +63,7 @@ def test_a_model_comes_back_exactly(tmp_path):
     assert loaded.config == CONFIG and loaded.extra == {"loss": 2.5, "head": None}
     assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
     assert sorted(os.listdir(tmp_path / "run")) == ["model"]  # nothing left beside it
-    assert_same(load_model(tmp_path / "run").params, params)  # the run folder does as well
+    assert_same(load_model(tmp_path / "run").params, params)  # the run folder works too
 
 
 def test_numpy_arrays_lists_and_no_tokenizer(tmp_path):
@@ -159,7 +159,7 @@ def edit(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(format=99), "has format 99, and this version reads 2"),
+        (lambda r: r.update(format=99), "has format 99, but this version reads 2"),
         (lambda r: r.pop("files"), "is not a model's description"),
         (lambda r: r["config"].update(widht=8), "unknown setting widht; did you mean width"),
         (lambda r: r["config"].update(width=7), "model.width 7 is not a multiple"),

@@ -1,4 +1,4 @@
-"""Many runs as one program, best-of-n without bias, derivatives through a reward model.
+"""Many runs as one program, unbiased best-of-n, derivatives through a reward model.
 
 `tests/experiments/test_stages.py` runs each study."""
 
@@ -42,14 +42,13 @@ def one_layer(seed=0, scale=4.0):
 
 @pytest.fixture(autouse=True, scope="module")
 def keys_in_rows():
-    """JAX's check of reused keys takes the vmapped keys of a scan for used ones; those of single runs are checked
-    elsewhere."""
+    """JAX's key-reuse check mistakes the vmapped keys of a scan for used ones; single runs are checked elsewhere."""
     with jax.debug_key_reuse(False):
         yield
 
 
 def tiny_task() -> Task:
-    """A tiny model that answers with at most five tokens; the gold score is how often it says token 7."""
+    """A tiny model that answers with at most five tokens; the gold reward is how often it says token 7."""
 
     def gold(texts):
         return np.array([text.split().count("7") for text in texts], float)
@@ -92,7 +91,7 @@ def outcome(which: tuple[int, ...], *how):
 
 
 def trained(which: tuple[int, ...], how: str = "vmap", devices: int = 1, on_host: bool = False):
-    """(policies, curves) of these runs, which differ in seed, beta, and the scale of their reward."""
+    """(policies, curves) of these runs, which differ in seed, beta and reward scale."""
     return outcome(which, how, devices, on_host)
 
 
@@ -105,7 +104,7 @@ def apart(a, b) -> bool:
 
 
 def same_run(a, b, n=1):
-    """Of two runs the one at place 1, and of others the one at place n."""
+    """Compare run 1 of `a` with run n of `b`."""
     close(a[0][1], b[0][n])
     for name in ("gold", "kl", "score"):
         np.testing.assert_allclose(a[1][name][:, 1], b[1][name][:, n], atol=1e-4, err_msg=name)
@@ -130,7 +129,7 @@ def test_runs_divided_among_devices_are_the_same_runs():
     close(trained((0, 1))[0], trained((0, 1), devices=2)[0])
 
 
-@pytest.mark.slow  # tests/rlhf/test_ppo.py has it for a single run
+@pytest.mark.slow  # tests/rlhf/test_ppo.py tests it for a single run
 def test_a_reward_on_the_host_is_the_same_reward():
     close(trained((0, 1))[0][0], trained((0,), on_host=True)[0][0])  # its scale is 1
 
@@ -193,7 +192,7 @@ def test_best_of_kl_is_the_bound_where_no_answer_has_much_probability():
 
 
 def test_best_of_kl_is_that_of_the_enumerated_distribution():
-    """Six answers with scores of their own: best-of-n gives y the probability F^n - (F - p)^n."""
+    """Six answers with distinct scores: best-of-n gives y the probability F^n - (F - p)^n."""
     rng = np.random.default_rng(0)
     p, score, n = np.array([0.02, 0.08, 0.1, 0.2, 0.25, 0.35]), np.array([3.0, 1.0, 4.0, 0.0, 2.0, 5.0]), 8
     upto = np.array([p[score <= s].sum() for s in score])
@@ -239,15 +238,15 @@ def test_the_input_can_be_nudged_to_another_token():
 
 
 def test_the_derivative_through_the_reward_model_raises_the_reward():
-    """One token after one prompt: the expected h, summed over the vocabulary, rises along the gradient; the value that
-    is differentiated is that of the sampled tokens, or (not straight through) of mixtures."""
+    """One token after one prompt: the expected h, summed over the vocabulary, rises along the gradient; the
+    differentiated value is that of the sampled tokens or, without straight-through, of mixtures."""
     policy, judge = one_layer(seed=1, scale=1.0), reward.init(jax.random.key(2), one_layer(seed=3), ONE.width)
     every = np.stack([np.full(64, 1), np.arange(64)], 1)
     h_V = np.asarray(jax.jit(reward.score, static_argnums=1)(judge, ONE, Batch(every, every > -1)))
 
     @jax.jit
     def first_token(policy):
-        """The expected h, and samples."""
+        """The expected h, and sampled tokens."""
         logits_V = transformer.unembed(policy, transformer.hidden(policy, ONE, every[:1]))[0, 0]
         return jax.nn.softmax(logits_V) @ h_V, jax.random.categorical(jax.random.key(4), logits_V, shape=(512,))
 
@@ -269,7 +268,7 @@ def test_the_derivative_through_the_reward_model_raises_the_reward():
     assert abs(mixed - value) > 1e-3
 
 
-# ---- what the studies are made of ----
+# ---- parts of the studies ----
 
 
 def test_the_kl_of_a_policy_is_measured_on_its_own_answers():
@@ -289,7 +288,7 @@ def test_a_running_mean_passes_over_what_is_missing():
 
 
 def test_the_intervals_of_a_fit_hold_what_made_the_data():
-    """Prompts, or iterations, differ by noise alone; a KL estimate may be below 0."""
+    """Prompts, or iterations, differ only by noise; a KL estimate may be below 0."""
     rng, kl_n = np.random.default_rng(0), np.array([0.2, 0.6, 1.2, 1.8, 2.5])
     gain_nP = laws.gain("best-of-n", np.sqrt(kl_n), 0.5, 0.1)[:, None] + 0.05 * rng.normal(size=(5, 80))
     kl_SI = np.stack([np.linspace(-0.01, 40, 60)] * 2)
@@ -358,7 +357,7 @@ def test_demonstrations_are_right_whatever_their_dots():
 
 
 def test_groups_weigh_as_their_method_says():
-    """Dr. GRPO's weight of a group is 2 p (1 - p) in right answers p; GRPO's falls off more slowly to either side."""
+    """Dr. GRPO weights a group by 2 p (1 - p), p the fraction of right answers; GRPO's weight falls off more slowly."""
     score_BC = (np.arange(8) < np.arange(1, 8)[:, None]).astype(np.float32)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""The pages in a real browser: Debian's chromium, driven by Playwright."""
+"""The web pages in a real browser: Debian's chromium, driven by Playwright."""
 
 import contextlib
 import functools
@@ -40,7 +40,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 if CHROMIUM is None:
     pytest.skip("no chromium; on Debian: apt install chromium", allow_module_level=True)
 ROOT = Path(__file__).parents[2]
-ONE_DEVICE = "--xla_backend_optimization_level=0"  # as on a laptop; quickly compiled
+ONE_DEVICE = "--xla_backend_optimization_level=0"  # one device, as on a laptop; compiles quickly
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
 
 
@@ -53,8 +53,8 @@ def browser():
 
 
 def open_page(browser, address: str, **options):
-    """A page of a person who was never here; what goes wrong in it fails the test when it is closed."""
-    context = browser.new_context(reduced_motion="reduce", **options)  # no colour on its way to another
+    """A page of a first-time visitor, which collects its errors in `problems`."""
+    context = browser.new_context(reduced_motion="reduce", **options)  # no colour transitions
     context.set_default_timeout(30_000)
     page = context.new_page()
     page.on("pageerror", lambda error: page.problems.append(str(error)))
@@ -72,7 +72,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def served(module: str, *flags: str, port: int):
-    """An experiment in a process of its own, until it answers; its process."""
+    """Start an experiment in a process of its own and wait until it answers; yields the process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_DEVICE}
     command = [sys.executable, "-m", module, "--serve.port", str(port), *flags]
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -93,7 +93,7 @@ def served(module: str, *flags: str, port: int):
 
 @contextlib.contextmanager
 def labelling(questions: Path, file: Path, port: int = 0, token: str = "", **who: float):
-    """The label page in a thread of this process; its port."""
+    """Serve the label page from a thread of this process; yields its port."""
     config = server.ServeConfig(port=port, token=token)
     bound, store = server.Server(config, token), votes.Store(file)
     for task in label.from_file(questions):
@@ -123,10 +123,10 @@ def judged(page) -> int:
 
 
 def after(page, action, count: int | None = None) -> None:
-    """Do something that saves, and wait until the page counts it."""
+    """Do something that saves a vote, and wait until the page counts it."""
     count = judged(page) + 1 if count is None else count
     action()
-    expect(page.locator("#stats span").first).to_have_text(f"{count} judged")
+    expect(page.locator("#stats span").first).to_have_text(f"{count} done")
 
 
 def violations(page) -> list:
@@ -188,14 +188,14 @@ def test_two_people_label_the_server_is_killed_and_a_reward_model_learns(browser
         process.send_signal(signal.SIGKILL)
         process.wait()
         chosen[prompt(ada)] = ada.locator(".answer .words").nth(1).inner_text()
-        ada.keyboard.press("2")  # into the void
+        ada.keyboard.press("2")  # while the server is gone
         expect(ada.locator("#message")).to_contain_text("No connection")
     with served("experiments.label", *flags, port=port):
-        expect(ada.locator("#stats span").first).to_have_text("9 judged")  # it was kept and sent again
+        expect(ada.locator("#stats span").first).to_have_text("9 done")  # kept and sent again
         bob.close()
         bob = open_page(browser, address)
         begin(bob, "bob")
-        assert judged(bob) == 3  # goes on where he stopped
+        assert judged(bob) == 3  # continues where he stopped
 
         ada.keyboard.press("r")  # a ranking with a tie
         order = [ada.locator(".answer .words").nth(i).inner_text() for i in (2, 0, 1)]
@@ -216,7 +216,7 @@ def test_two_people_label_the_server_is_killed_and_a_reward_model_learns(browser
             best = next(i for i, text in enumerate(words) if text.startswith("first"))
             last, count = prompt(ada), judged(ada) + 1
             ada.keyboard.press(str(best + 1))
-            expect(ada.locator("#stats span").first).to_have_text(f"{count} judged")
+            expect(ada.locator("#stats span").first).to_have_text(f"{count} done")
             if ada.locator("#task").is_hidden() or prompt(ada) == last:
                 break
         assert ada.title() == bob.title() == "Which answer is best? · jaxgpt"  # nothing hostile ran
@@ -266,10 +266,10 @@ def test_the_label_page_is_accessible_and_fits_a_phone(browser, questions, tmp_p
         page.set_viewport_size({"width": 360, "height": 740})
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         sizes = page.eval_on_selector_all("button", "all => all.map(b => b.offsetHeight).filter(h => h)")
-        assert min(sizes) >= 44  # a finger
+        assert min(sizes) >= 44  # large enough for a finger
         page.evaluate("scrollTo(0, document.body.scrollHeight)")
         last, tools = (page.locator(name).last.bounding_box() for name in (".answer", "#tools"))
-        assert last["y"] + last["height"] <= tools["y"]  # the last answer comes out from under the buttons
+        assert last["y"] + last["height"] <= tools["y"]  # the buttons don't cover the last answer
         assert violations(page) == []
 
 
@@ -296,14 +296,14 @@ def test_a_key_that_is_held_and_a_double_click_vote_once(browser, questions, tmp
             page.keyboard.down("1")
             page.wait_for_timeout(30)
         page.keyboard.up("1")
-        expect(page.locator("#stats span").first).to_have_text("1 judged")
+        expect(page.locator("#stats span").first).to_have_text("1 done")
         for count, name in ((2, "Answer 2 is the best"), (3, "Skip")):
             box = page.get_by_role("button", name=name).bounding_box()
             page.mouse.move(box["x"] + 9, box["y"] + 9)
             for click in (1, 2):
                 page.mouse.down(click_count=click), page.mouse.up(click_count=click)
                 page.wait_for_timeout(300)
-            expect(page.locator("#stats span").first).to_have_text(f"{count} judged")
+            expect(page.locator("#stats span").first).to_have_text(f"{count} done")
         assert votes.Store(file).count() == 3
 
 
@@ -334,12 +334,12 @@ def test_a_vote_waits_for_the_page_that_has_the_new_token(browser, questions, tm
     with labelling(questions, file, port, "new"):
         expect(page.locator("#message")).to_contain_text("token included")
         page.goto("about:blank"), page.goto(f"http://127.0.0.1:{port}/#token=new")
-        expect(page.locator("#stats span").first).to_have_text("1 judged")
+        expect(page.locator("#stats span").first).to_have_text("1 done")
     assert votes.Store(file).count() == 1
 
 
 def test_a_stranger_s_page_can_neither_read_nor_write(browser, questions, tmp_path):
-    """A page of another site, in the same browser, posts to ours."""
+    """A page of another site, in the same browser, posts to our server."""
     file = tmp_path / "v.sqlite"
     evil = tmp_path / "evil"
     evil.mkdir()
@@ -407,7 +407,7 @@ def models(tmp_path_factory, tiny_run) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def side_by_side(models, tmp_path_factory):
-    """The port of the page on which they answer, and its votes."""
+    """The port of the chat page, and its votes."""
     port, file = free_port(), tmp_path_factory.mktemp("votes") / "votes.sqlite"
     flags = (
         "--models",
@@ -463,28 +463,28 @@ def test_models_answer_side_by_side_and_every_token_can_be_looked_at(browser, mo
     message, bad = page.locator("#message"), page.get_by_role("button", name="All bad")
     for picked in (page.get_by_role("button", name="The answer of sft is the best"), bad):
         picked.click()
-        expect(message).to_contain_text("Saved: 1 vote of ada.")
+        expect(message).to_contain_text("Saved: 1 vote by ada.")
         expect(picked).to_have_attribute("aria-pressed", "true")
         expect(page.get_by_role("button", name="The answer of ppo is the best")).to_be_disabled()
         picked.click()
-        expect(message).to_have_text("Taken back: 0 votes of ada.")
+        expect(message).to_have_text("Vote taken back: 0 votes by ada.")
     page.get_by_role("button", name="The answer of ppo is the best").click()
-    expect(message).to_contain_text("Saved: 1 vote of ada.")
+    expect(message).to_contain_text("Saved: 1 vote by ada.")
     expect(bad).to_be_disabled()
     assert violations(page) == []
     text = "".join(tokens.all_inner_texts())
     page.get_by_label("Prompt").fill("second")
     page.get_by_role("button", name="Send").click()
     page.locator(".tokens").nth(3).wait_for(timeout=120_000)
-    page.get_by_role("button", name="Again").click()
+    page.get_by_role("button", name="Retry").click()
     expect(page.locator(".turn")).to_have_count(2)
     page.locator(".tokens").nth(3).wait_for(timeout=120_000)
-    page.get_by_role("button", name="New").click()
+    page.get_by_role("button", name="New chat").click()
     expect(page.locator(".turn")).to_have_count(0)
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert sum(page.locator(name).bounding_box()["height"] for name in ("header", "footer")) < 250
-    assert page.get_by_label("Colour of a token").is_visible() and violations(page) == []
+    assert page.get_by_label("Token colour").is_visible() and violations(page) == []
     assert page.problems == [] and page.title() == "Models side by side · jaxgpt"
     store = votes.Store(file)
     (vote,) = store.votes("ada")
@@ -551,7 +551,7 @@ def test_a_person_is_the_reward_of_ppo_and_a_killed_loop_asks_for_no_rating_twic
             page.keyboard.press("3")
         expect(page.locator("#message")).to_have_text("The run is done. Thank you!", timeout=120_000)
         assert process.wait(timeout=120) == 0
-        page.wait_for_timeout(1500)  # and stays so, though the server is gone
+        page.wait_for_timeout(1500)  # and it stays, though the server is gone
         expect(page.locator("#message")).to_have_text("The run is done. Thank you!")
         said = process.stdout.read().decode()
     assert "the loop waited" in said

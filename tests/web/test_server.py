@@ -45,7 +45,7 @@ class Site:
         own |= {name.replace("_", "-"): value for name, value in headers.items()}
         connection = http.client.HTTPConnection("127.0.0.1", self.bound.port, timeout=timeout)
         connection.connect()
-        # In one piece: a body that comes after its headers were refused makes the server reset the connection.
+        # In one piece: if a body arrives after its headers were refused, the server resets the connection.
         wire = bytearray()
         connection.send = wire.extend
         data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
@@ -130,7 +130,7 @@ def test_every_answer_carries_the_policy(site):
         ({"Origin": "http://127.0.0.1:1"}, 403),  # another page of this machine
         ({"Sec_Fetch_Site": "cross-site"}, 403),
         ({"Sec_Fetch_Site": "same-site"}, 403),
-        ({"Content_Type": "text/plain"}, 415),  # what a form can send without asking
+        ({"Content_Type": "text/plain"}, 415),  # what a form can send without a preflight
         ({"Content_Type": None}, 415),
         ({"Content_Length": str(10**9)}, 413),
         ({"Content_Length": "x"}, 400),
@@ -179,12 +179,12 @@ def test_only_pages_are_gotten_and_only_calls_change(site):
         (b"[" * 20_000, "isn't JSON"),
         (b'{"annotator": NaN}', "isn't JSON"),
         ([], "JSON object"),
-        ({}, "no field 'annotator'"),
+        ({}, "field 'annotator' is missing"),
         ({"annotator": 3}, "wrong type"),
         ({"annotator": "  "}, "1 to 64"),
         ({"annotator": "x" * 65}, "1 to 64"),
         ({"annotator": "\ud800"}, "surrogate"),
-        ({**ME, "id": "1"}, "no field"),
+        ({**ME, "id": "1"}, "is missing"),
         ({**ME, "id": "1", "task": "x", "kind": "tie", "tiers": [[0, 1]], "shown": [0, 1]}, "no task"),
         ({**ME, "id": "1", "task": "x", "kind": "tie", "tiers": [0], "shown": [0, 1]}, "lists"),
         ({**ME, "id": "1", "task": "x", "kind": "tie", "tiers": [[0, True]], "shown": [0, 1]}, "whole numbers"),
@@ -199,7 +199,7 @@ def test_what_is_wrong_with_a_vote_is_said(site, body, says):
 
 def test_a_body_is_small_however_it_is_sent(site):
     assert site.send("POST", "/api/next", b"x" * (server.BODY + 1))[0] == 413
-    with socket.create_connection(("127.0.0.1", site.bound.port), timeout=20) as raw:  # chunked: no length is told
+    with socket.create_connection(("127.0.0.1", site.bound.port), timeout=20) as raw:  # chunked: no length is declared
         raw.sendall(
             f"POST /api/next HTTP/1.1\r\nHost: {site.host}\r\nOrigin: http://{site.host}\r\n"
             "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
@@ -283,7 +283,7 @@ def test_elsewhere_than_here_a_token_is_demanded(tmp_path):
 
 
 def test_a_server_s_thread_makes_no_loggers(monkeypatch):
-    """Whoever goes through all loggers meanwhile, as pytest does, would fall over them."""
+    """Code that iterates over all loggers meanwhile, as pytest does, would fail."""
     monkeypatch.setattr(logging.root.manager, "loggerDict", {})
     bound = server.Server(server.ServeConfig(port=0), "")
     before = set(logging.root.manager.loggerDict)

@@ -1,4 +1,4 @@
-"""A model that answers, what is said of its tokens, and the page's calls."""
+"""A model that answers, the measures of its tokens, and the chat page's calls."""
 
 import http.client
 import json
@@ -23,17 +23,17 @@ from jaxgpt.web.speaker import Microscope, SamplingConfig
 TOK = train_bpe(["first second third prompt number answer own"] * 20, 300)
 CONFIG = ModelConfig(layers=1, width=32, heads=2, block=128, vocab=round_up(TOK.vocab_size))
 HOSTILE = "<img src=x></answer>"
-NEW = 12  # tokens of every answer: one program draws them all
+NEW = 12  # tokens of every answer: one program samples them all
 
 
 def weights(make, seed: int):
-    """What `make` would return, drawn by NumPy: nothing is compiled."""
+    """A tree like the one `make` would return, with random values from NumPy: nothing is compiled."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: np.float32(0.05 * rng.standard_normal(x.shape) + (x.ndim < 2)), jax.eval_shape(make))
 
 
 def model_of(seed: int):
-    """A model that says pieces of words and likes to end: single bytes, tags and unused ids are improbable."""
+    """A model that says word pieces and often ends: single bytes, tags and unused ids are improbable."""
     params = weights(lambda: transformer.init(jax.random.key(0), CONFIG), seed)
     table = params["embed"]["tokens_VD"]
     table[: 6 + 256] -= 0.3
@@ -74,7 +74,7 @@ def scope(seats) -> Microscope:
 
 
 def test_every_figure_of_a_token_is_what_its_definition_gives(scope, places):
-    """Against float64 numpy on the logits of one full pass."""
+    """Compared with float64 NumPy on the logits of one full pass."""
     ids, answer, t = scope.speaker.prompt("prompt"), [*TOK.encode("own answer"), TOK.template.end], 0.7
     seen = scope.look(ids, answer, t)
     tokens = np.array([[*ids, *answer]], np.int32)
@@ -216,14 +216,14 @@ def test_rollouts_are_named_not_opened_by_path(page, name):
         ({"model": 2}, 404, "no such model"),
         ({"model": -1}, 404, "no such model"),
         ({"model": "a"}, 400, "wrong type"),
-        ({"turns": []}, 400, "say something"),
+        ({"turns": []}, 400, "no turns"),
         ({"turns": ["x"]}, 400, "objects"),
         ({"turns": [{"prompt": " "}]}, 400, "empty"),
         ({"turns": [{"prompt": "word " * 500}]}, 400, "write a shorter one"),
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": "hot"}, 400, "wrong type"),
         ({"top_p": 0}, 400, "top_p"),
-        ({"top_k": 7}, 400, "top_k is one of"),
+        ({"top_k": 7}, 400, "top_k must be one of"),
         ({"new_tokens": 0}, 400, "new_tokens"),
         ({"seed": 1.5}, 400, "wrong type"),
     ],
@@ -259,14 +259,14 @@ def test_whoever_does_not_read_holds_nobody_up_and_whoever_goes_stops_the_model(
     while page.seats[0].waiting and time.monotonic() - started < 60:
         time.sleep(0.05)
     assert page.seats[0].waiting == 0
-    assert all(answer.read() for answer in idle)  # what nobody read is still whole
+    assert all(answer.read() for answer in idle)  # what nobody read is still complete
 
 
 def test_only_so_many_wait_for_one_model(page):
     with page.seats[1].turn:
         waiting = [page.open("say", {"model": 1, "turns": [{"prompt": "first"}], **HOW}) for _ in range(chat.WAITING)]
         status, found = page.call("say", {"model": 1, "turns": [{"prompt": "first"}], **HOW})
-        assert status == 429 and "answers to give" in found["error"]
+        assert status == 429 and "answers waiting" in found["error"]
     assert all(b"done" in answer.read() for answer in waiting)
 
 

@@ -1,10 +1,10 @@
-// The page on which models answer side by side, and on which each token can be looked at.
+// The page on which models answer side by side, and on which each token can be inspected.
 "use strict";
 
 const state = { models: [], turns: [], running: null, rollout: null };
 
-// What a token may be coloured by: [name, its words, kind]. "rare": the less, the stronger; "much": the more, the
-// stronger; "signed": one hue each for more and less than 0.
+// What tokens may be coloured by: name: [label, kind]. "rare": stronger for smaller values; "much": stronger for larger
+// ones; "signed": one hue above 0 and another below.
 const PAINTS = {
   p: ["probability", "rare"],
   kl: ["KL to the reference, nats", "much"],
@@ -17,17 +17,17 @@ const PAINTS = {
   logp: ["log π, nats", "rare"],
   ref_logp: ["log ρ, nats", "rare"],
 };
-// What the colours of each kind say: [the swatch's classes, its words].
+// The legend of each kind: [the swatch's classes, its text].
 const LEGENDS = {
   rare: [["warm pale", "pale: probable"], ["warm", "deep: improbable"]],
-  much: [["cool pale", "pale: little"], ["cool", "deep: this answer's most"]],
+  much: [["cool pale", "pale: low"], ["cool", "deep: highest in this answer"]],
   signed: [["cool", "blue: above 0"], ["low", "red: below 0"]],
   ratio: [["low", "red: ≤ 0.8"], ["pale none", "pale: 1"], ["cool", "blue: ≥ 1.2"]],
 };
 const IN_CHAT = ["p", "kl", "log_ratio", "entropy", "value"];
 const IN_ROLLOUTS = ["advantage", "logp", "ref_logp", "ratio", "value", "return"];
 
-const FAINT = 0.1; // where no token of an answer has more, the colours stay pale
+const FAINT = 0.1; // if no token of an answer exceeds this, the colours stay pale
 
 function strength(kind, value, scale) {
   if (kind === "rare") return value <= 0 && scale.low < 0 ? Math.min(1, value / Math.min(-1, scale.low)) : 1 - value;
@@ -66,7 +66,7 @@ function tell(view, i) {
 
 const views = new Set();
 
-/** Tokens that can be pointed at, and gone through with the arrow keys. */
+/** Tokens that can be pointed at and stepped through with the arrow keys. */
 function tokenView(name, tokens, figures) {
   const element = make("p", { className: "words tokens", tabIndex: 0, role: "group", "aria-label": `Tokens of ${name}` });
   const view = { element, tokens, figures, at: 0 };
@@ -85,7 +85,7 @@ function tokenView(name, tokens, figures) {
   return element;
 }
 
-/** A line through the values, drawn where they are. */
+/** A small line chart of the values. */
 function trace(name, values) {
   const space = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(space, "svg");
@@ -171,7 +171,7 @@ function finish(cell, name, found) {
 
 const answered = (turn) => turn.cells.filter((cell) => cell.how);
 
-/** The pressed button stays enabled: pressed again, it takes the verdict back. */
+/** The pressed button stays enabled: pressing it again takes the vote back. */
 function showVerdict(turn) {
   const there = answered(turn);
   const buttons = [...there.map((cell) => [cell.best, cell]), [turn.bad, null]];
@@ -183,7 +183,7 @@ function showVerdict(turn) {
   turn.bad.parentElement.hidden = there.length < 2;
 }
 
-/** The best cell, or null: all are bad. */
+/** Vote for a cell as the best, or for null: all are bad. */
 async function rate(turn, cell) {
   if (turn.busy) return;
   turn.busy = true;
@@ -201,16 +201,16 @@ async function takeBack(turn) {
   const { name, id } = turn.vote;
   const saved = await call("unrate", { id: newId(), annotator: name, vote: id });
   turn.vote = null;
-  say(`Taken back: ${count(saved.votes, "vote")} of ${name}.`);
+  say(`Vote taken back: ${count(saved.votes, "vote")} by ${name}.`);
 }
 
 const count = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 
 async function decide(turn, cell) {
-  const name = (localStorage.getItem("name") || prompt("Your name, kept beside your votes") || "").trim().slice(0, 64);
+  const name = (localStorage.getItem("name") || prompt("Your name, saved with your votes") || "").trim().slice(0, 64);
   if (!name) return;
   const cells = answered(turn);
-  if (cells.length < 2) throw new Error("There is nothing to choose from: let two models answer.");
+  if (cells.length < 2) throw new Error("There is nothing to choose between; let two models answer.");
   const answers = cells.map((other) => ({ model: other.model, text: other.text, ended: other.ended, how: other.how }));
   const past = state.turns.slice(0, state.turns.indexOf(turn))
     .map((one) => ({ prompt: one.prompt, answer: one.cells.find((other) => other.model === (cell || cells[0]).model)?.text || "" }));
@@ -220,7 +220,7 @@ async function decide(turn, cell) {
   });
   localStorage.setItem("name", name);
   turn.vote = { id, name, cell };
-  say(`Saved: ${count(saved.votes, "vote")} of ${name}. Press the button again to take it back.`);
+  say(`Saved: ${count(saved.votes, "vote")} by ${name}. Press the button again to take it back.`);
 }
 
 async function ask(prompt) {
@@ -228,7 +228,7 @@ async function ask(prompt) {
   if (!picked.length) return say("Choose a model first.", true);
   const wrong = [...document.querySelectorAll("#settings input[type=number]")]
     .find((one) => !one.value || one.validity.rangeUnderflow || one.validity.rangeOverflow);
-  if (wrong) return say(`${wrong.parentElement.textContent.trim()} must be ${wrong.min} to ${wrong.max}.`, true);
+  if (wrong) return say(`${wrong.parentElement.textContent.trim()} must be from ${wrong.min} to ${wrong.max}.`, true);
   say("");
   hint();
   const turn = { prompt, cells: [], vote: null };
@@ -241,7 +241,7 @@ async function ask(prompt) {
   }
   const past = state.turns.length && picked.some((i) => state.models[i].remembers);
   $("#turns").append(make("section", { className: "turn", "aria-label": `Turn ${state.turns.length + 1}` },
-    make("div", { className: "prompt" }, make("h2", {}, past ? "You, going on" : "You"), make("p", { className: "words" }, prompt)), grid, make("div", { hidden: true }, turn.bad)));
+    make("div", { className: "prompt" }, make("h2", {}, past ? "You, continued" : "You"), make("p", { className: "words" }, prompt)), grid, make("div", { hidden: true }, turn.bad)));
   state.turns.push(turn);
   const stop = (state.running = new AbortController());
   busy(true);
@@ -274,7 +274,7 @@ function forget() {
 
 async function showRollout() {
   const found = await call("rollout", { name: $("#iteration").value });
-  $("#about").textContent = `β = ${found.beta.toFixed(3)} reward units a nat; the first ${found.answers.length} answers, as the update saw them`;
+  $("#about").textContent = `β = ${found.beta.toFixed(3)} reward units per nat; the first ${found.answers.length} answers, as the update saw them`;
   $("#answers").replaceChildren(...found.answers.map((one, n) => {
     const figures = Object.fromEntries(IN_ROLLOUTS.map((name) => [name, one[name]]));
     const facts = [`reward ${one.score.toFixed(2)}`, `log π/ρ ${(sum(one.logp) - sum(one.ref_logp)).toFixed(2)} nats`];
@@ -292,7 +292,7 @@ function choosePaint(names) {
   $("#paint").value = names.includes(before) ? before : names[0];
 }
 
-const HINT = "Point at a token of an answer, or go to it with the arrow keys, to see its figures.";
+const HINT = "Point at a token of an answer, or move to it with the arrow keys, to see its figures.";
 
 const hint = () => $("#figures").replaceChildren(make("span", { className: "quiet hint" }, HINT));
 
@@ -349,7 +349,7 @@ $("#new").addEventListener("click", forget);
     state.models = found.models;
     $("#models").replaceChildren(...found.models.map((one, i) => make("label", {},
       make("input", { type: "checkbox", value: String(i), checked: true }),
-      ` ${one.name} `, make("span", { className: "quiet" }, `${one.layers} layers of ${one.width}${one.raw ? ", continues your words" : ""}`))));
+      ` ${one.name} `, make("span", { className: "quiet" }, `${one.layers} layers of ${one.width}${one.raw ? ", continues your text" : ""}`))));
     $("#top_k").replaceChildren(...found.top_k.map((k) => make("option", { value: String(k) }, k ? String(k) : "off")));
     $("#iteration").replaceChildren(...found.rollouts.map((name) => make("option", { value: name }, String(Number(name)))));
     $("#iteration").value = found.rollouts.at(-1) || "";

@@ -1,5 +1,5 @@
-// The page on which people judge answers. A vote that was not confirmed yet is kept in localStorage and sent again,
-// under the same id, so that neither a closed page nor a server that goes away loses or doubles it.
+// The page on which people rank answers. An unconfirmed vote is kept in localStorage and sent again under the same id,
+// so that neither a closed page nor a server that goes away loses or doubles it.
 "use strict";
 
 const state = { task: null, ranking: null, tied: false, busy: false, since: 0, hidden: 0, edited: null };
@@ -17,7 +17,7 @@ function say(text, bad = false) {
 const percent = (x) => `${Math.round(100 * x)} %`;
 
 function showStats(stats) {
-  const parts = [`${stats.mine} judged`, `${stats.waiting} waiting for you`];
+  const parts = [`${stats.mine} done`, `${stats.waiting} waiting for you`];
   if (stats.seconds !== null) parts.push(`${stats.seconds.toFixed(1)} s each`);
   if (stats.with_myself) parts.push(`same choice when asked again: ${percent(stats.with_myself.same)}`);
   if (stats.with_others) parts.push(`annotators agree: ${percent(stats.with_others.same)} (chance ${percent(stats.with_others.chance)})`);
@@ -51,8 +51,8 @@ function show(found) {
   $("#tools").classList.toggle("idle", !found.task);
   if (!found.task) {
     $("#tools").hidden = found.stats.mine === 0;
-    const others = found.stats.waiting ? "Others look at the prompts that are left; this page goes on when there are more." : "";
-    say(found.preparing ? `Waiting for answers: ${found.preparing}` : others || "All prompts are judged. Thank you!");
+    const others = found.stats.waiting ? "Others have the remaining prompts; this page continues when there are more." : "";
+    say(found.preparing ? `Waiting for answers: ${found.preparing}` : others || "All prompts are done. Thank you!");
     setTimeout(() => { if (!state.task && !state.busy) refresh(); }, 1500);
     return;
   }
@@ -86,7 +86,7 @@ async function deliver() {
     outbox.set(null);
     return found;
   } catch (error) {
-    if (error.status !== 401) outbox.set(null); // a no that stays a no; without the token it waits for the page that has it
+    if (error.status !== 401) outbox.set(null); // refused for good; without the token (401) the vote waits for a page that has it
     throw error;
   }
 }
@@ -127,7 +127,7 @@ function pick(place) {
   else showPlaces();
 }
 
-/** Whatever has no place yet shares the last one. */
+/** The answers without a place share the last one. */
 function finishRanking() {
   const left = all()[0].filter((other) => !state.ranking.flat().includes(other));
   const tiers = left.length ? [...state.ranking, left] : state.ranking;
@@ -163,7 +163,7 @@ function startRanking() {
   $("#rank").setAttribute("aria-pressed", "true");
   $("#equal").hidden = $("#rest").hidden = false;
   showPlaces();
-  say("Ranking: pick the best, then the next best, and so on. Enter: the others share the last place.");
+  say("Ranking: pick the best, then the next best, and so on. Enter: the rest share the last place.");
 }
 
 function stopRanking() {
@@ -175,11 +175,11 @@ function stopRanking() {
   if (state.task) showPlaces();
 }
 
-/** The last place of a ranking, or, outside of one, the last vote. */
+/** Takes back the last place of a ranking or, outside one, the last vote. */
 const undo = () => (state.ranking?.length ? unplace() : during(async () => {
   const found = await call("undo", { annotator: myName(), id: newId() }, waiting);
   show(found);
-  say("Your last vote is taken back: here it is again.");
+  say("Your last vote was taken back; here is its prompt again.");
 }));
 
 function openEditor(answer = null) {
@@ -195,7 +195,7 @@ const addAnswer = () => during(async () => {
   if (state.edited !== null) data.edited = state.edited;
   $("#editor").close();
   show(await call("answer", data, waiting));
-  say("Your answer is among them now.");
+  say("Your answer has been added.");
 });
 
 function begin() {

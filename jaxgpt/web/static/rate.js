@@ -1,8 +1,8 @@
-// The page of a person who is the reward: one answer after the other, one to five stars each.
+// The page of a person who is the reward: one answer after another, one to five stars each.
 "use strict";
 
 const WORDS = ["bad", "poor", "fair", "good", "very good"];
-let item = null, since = 0, busy = false, kept = null; // kept: stars that came before the loop asked again
+let item = null, since = 0, busy = false, kept = null; // kept: stars given before the loop asked again
 
 function say(text, bad = false) {
   $("#message").textContent = text;
@@ -21,7 +21,7 @@ function show(found) {
     $("#answer").textContent = item.answer || "(an empty answer)";
     say("");
   } else {
-    const soon = found.of ? "The model learns from your stars, and then asks again…" : "The model writes its first answers…";
+    const soon = found.of ? "The model is learning from your stars, then it will ask again…" : "The model is writing its first answers…";
     say(found.finished ? "The run is done. Thank you!" : soon);
     if (!found.finished) setTimeout(refresh, 500);
   }

@@ -1,4 +1,4 @@
-// What both pages share: elements made of text alone, and calls to the server.
+// Shared by all pages: elements built from text only, and calls to the server.
 "use strict";
 
 const token = (() => {
@@ -44,7 +44,7 @@ async function request(name, data, signal) {
   return response;
 }
 
-/** The answer to a call. Without a connection it tries again until there is one: every call may safely come twice. */
+/** The answer to a call. Without a connection it retries until there is one: every call is safe to repeat. */
 async function call(name, data, onWait = () => {}) {
   for (let wait = 300; ; wait = Math.min(wait * 1.6, 5000)) {
     try {
@@ -53,7 +53,7 @@ async function call(name, data, onWait = () => {}) {
       return answer;
     } catch (error) {
       if (error instanceof Refusal && error.status !== 429 && error.status < 500) throw error;
-      onWait("No connection to the server. Nothing is lost: trying again…");
+      onWait("No connection to the server. Nothing is lost; trying again…");
     }
     await new Promise((done) => setTimeout(done, wait));
   }
