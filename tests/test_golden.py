@@ -3,6 +3,7 @@
 python -m tests.test_golden         writes tests/golden.json anew, after a change that is meant to change them
 """
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxgpt import training
 from jaxgpt.config import ModelConfig
 from jaxgpt.losses import kl
 from jaxgpt.rlhf import dpo, ppo, reward
+from jaxgpt.rlhf.policy import transformer_policy
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.structs import Batch, Preferences, Rollout
 from jaxgpt.training import optim
@@ -94,7 +96,7 @@ def reward_model() -> list[float]:
 
 def dpo_() -> list[float]:
     state = training.init_state({"policy": params_of(4)}, TX, {"reference": params_of(5)})
-    return losses_of(step_of(dpo.make_loss(CONFIG, 0.1, window=12)), state, preferences)
+    return losses_of(step_of(dpo.make_loss(transformer_policy(CONFIG, new_tokens=12), 0.1)), state, preferences)
 
 
 def ppo_() -> list[float]:
@@ -116,10 +118,11 @@ def ppo_() -> list[float]:
     head = {"kernel_D": np.zeros(32, np.float32), "bias": np.float32(0.0)}
     state = training.init_state({"policy": params_of(7), "value_head": head}, tx, {"reference": params_of(7)})
     control: ppo.Controller = kl.AdaptiveKL(np.float32(0.1))
-    update = jax.jit(ppo.update, static_argnums=(1, 2, 3))
+    policy = ppo.policy_of(CONFIG, config, stop=5)
+    update = jax.jit(functools.partial(ppo.update, policy=policy, ppo=config, tx=tx))
     found = []
     for i in range(5):
-        state, control, metrics = update(state, CONFIG, config, tx, rollout, control, jax.random.key(i))
+        state, control, _, metrics = update(state, control, rollout, jax.random.key(i))
         figures = training.to_floats(metrics)
         found += [figures[name] for name in ("loss", "value_loss", "grad_norm", "beta")]
     return found

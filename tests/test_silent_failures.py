@@ -19,6 +19,7 @@ from jaxgpt.data import pipelines
 from jaxgpt.errors import UserError
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import ppo
+from jaxgpt.rlhf.policy import transformer_policy
 from jaxgpt.runs.run import Run
 from jaxgpt.structs import Batch
 from jaxgpt.training import optim
@@ -107,7 +108,8 @@ def test_a_frozen_reference_has_buffers_of_its_own():
     jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
     with pytest.raises(RuntimeError, match="deleted"):
         alias.tolist()
-    started = ppo.init({"w": jnp.ones(3), "b": jnp.ones(3)}, SMALL, optim.adam_tf(optax.constant_schedule(1e-3)), {})
+    tx = optim.adam_tf(optax.constant_schedule(1e-3))
+    started = ppo.init(transformer_policy(SMALL), {"w": jnp.ones(3), "b": jnp.ones(3)}, tx, {})
     ours = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(started.frozen["reference"])}
     assert ours.isdisjoint(leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(started.trainable["policy"]))
 

@@ -55,7 +55,7 @@ OWN_FILES = (  # removed by a restart
     "rollouts",
     "checkpoints",
 )
-MAKE_ROOM = "make room, and the same command goes on from the newest checkpoint"
+MAKE_ROOM = "make room, and the same command resumes from the newest checkpoint"
 FLUSH_SECONDS = 10.0  # between two moments at which TensorBoard sees the curves grow
 PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -173,7 +173,7 @@ class Run:
             write_json(self.folder / "settings.json", self._record | {"versions": _versions()})
             self._open()
             if self._forced:
-                self.say(f"WARNING: going on with other settings ({self._forced})")
+                self.say(f"WARNING: resuming with other settings ({self._forced})")
         except OSError as error:
             raise UserError(f"can't write to the run folder {self.folder}: {error.strerror or error}") from None
         if wandb is not None:
@@ -312,7 +312,7 @@ class Run:
         if self._first:
             done = {"stage": self.stage, "fingerprint": self.fingerprint, "results": self.results}
             write_json(self.folder / "done.json", done)
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # nothing is left to go on with
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # nothing is left to resume
         barrier("run finished")  # another stage of this process may read the folder next
         return self.results
 

@@ -23,7 +23,7 @@ from experiments.studies import (
 from jaxgpt import training
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, sources, votes
-from jaxgpt.data.comparisons import read_preferences, write_preferences
+from jaxgpt.data.comparisons import fit_rankings, rank_ids, read_preferences, write_preferences
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import make_mesh
@@ -31,6 +31,7 @@ from jaxgpt.rlhf import ppo as ppo_algorithm
 from jaxgpt.rlhf import reward as reward_model
 from jaxgpt.runs import doctor
 from jaxgpt.runs.saved_model import load_model
+from jaxgpt.structs import Prompts
 from jaxgpt.study.frontier import Start
 from jaxgpt.training import optim
 from jaxgpt.web.speaker import Microscope, Speaker
@@ -288,11 +289,11 @@ def test_gpu_presets_fit_together():
         reward.build(gpu.reward, config, (4, 88, 41), 100, mesh),
         dpo.build(gpu.dpo, config, (4, 88, 41), 100, mesh),
     )
-    for step, state, batch in steps:
-        new_state, _ = jax.eval_shape(step, state, batch, None)
-        assert jax.tree.structure(new_state) == jax.tree.structure(state)
-    iteration, (state, control), prompts = ppo.build(gpu.ppo, config, 40, mesh)
-    assert jax.eval_shape(iteration, state, control, prompts, key)[0].step.shape == ()
+    for program in steps:
+        new_state, _ = jax.eval_shape(program.step, program.state, program.batch, None)
+        assert jax.tree.structure(new_state) == jax.tree.structure(program.state)
+    rl, control = ppo.build(gpu.ppo, config, 40, mesh, 3), ppo.controller(gpu.ppo)
+    assert jax.eval_shape(rl.iteration, rl.state, control, rl.prompts, key).state.step.shape == ()
     count = sum(leaf.size for leaf in jax.tree.leaves(training.shapes_of(config)))
     assert 120e6 < count < 130e6
 
@@ -313,29 +314,29 @@ def test_the_gpu_preset_steps():
 
     params = transformer.init(jax.random.key(0), config)
     losses = {}
-    for name, (step, state, batch) in {
+    for name, program in {
         "pretrain": pretrain.build(two(gpu.pretrain, model=config), mesh),
         "sft": sft.build(two(gpu.sft), config, mesh),
         "reward": reward.build(two(gpu.reward), config, (2, 16, 8), 10, mesh),
         "dpo": dpo.build(two(gpu.dpo), config, (2, 16, 8), 10, mesh),
     }.items():
-        state, batch = some(state), some(batch)
+        state, batch = some(program.state), some(program.batch)
         trainable = {"policy": params} if name == "dpo" else {"model": params} if name == "reward" else params
         state = dataclasses.replace(state, trainable={**state.trainable, **optim.copy(trainable)})
         if name in ("reward", "dpo"):
             batch = batch.replace(choice_B=jnp.zeros(2, jnp.int32))
-        losses[name] = training.to_floats(step(state, batch, None)[1])["loss"]
+        losses[name] = training.to_floats(program.step(state, batch, None)[1])["loss"]
         del state
     assert losses["pretrain"] == pytest.approx(np.log(config.vocab), rel=0.1)
     assert losses["reward"] == pytest.approx(np.log(2), rel=1e-3)
     assert all(np.isfinite(loss) for loss in losses.values())
     settings = two(gpu.ppo, ppo=dataclasses.replace(gpu.ppo.ppo, new_tokens=4, epochs=1))
-    iteration, (_, control), _ = ppo.build(settings, config, 6, mesh)
-    frozen = {"reward": reward_model.init(jax.random.key(1), optim.copy(params), config.width)}
-    state = ppo_algorithm.init(params, config, ppo.optimizer(settings), frozen)
-    prompts = ppo_algorithm.Prompts(jnp.full((2, 6), 7), jnp.array([6, 3]))
-    inputs = (state, control, prompts, jax.random.key(2))
-    metrics = training.to_floats(iteration.lower(*inputs).compile(AS_USERS_RUN_IT)(*inputs)[2])
+    iteration = ppo.build(settings, config, 6, mesh, 3).iteration
+    reward_params = reward_model.init(jax.random.key(1), optim.copy(params), config.width)
+    state = ppo.start(settings, ppo_algorithm.policy_of(config, settings.ppo, 3), params, reward_params)
+    prompts = Prompts(jnp.full((2, 6), 7), jnp.array([6, 3]))
+    inputs = (state, ppo.controller(settings), prompts, jax.random.key(2))
+    metrics = training.to_floats(iteration.lower(*inputs).compile(AS_USERS_RUN_IT)(*inputs).metrics)
     assert metrics["ratio_error_first"] == 0.0 and np.isfinite(metrics["loss"])
 
 
@@ -352,7 +353,8 @@ def test_settings_files_and_folders_are_as_the_readme_says(finished):
 
 def test_the_saved_reward_model_is_normalised(finished):
     saved = load_model(finished.run / "reward")
-    _, rankings, _ = reward.read(finished.run / "preferences/heldout.jsonl", saved.tokenizer, saved.config.block)
+    preferences = formats.load(finished.run / "preferences/heldout.jsonl")
+    rankings, _ = fit_rankings(rank_ids(saved.tokenizer, preferences), saved.config.block)
     rows = reward.reference_rows(rankings, saved.config.block, finished.reward.reference_samples)
     score = np.asarray(jax.jit(reward_model.score, static_argnums=1)(saved.params, saved.config, rows))
     assert score.mean() == pytest.approx(0, abs=1e-3) and score.std() == pytest.approx(1, abs=1e-2)

@@ -14,8 +14,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses.kl import FixedKL
 from jaxgpt.models import lora, transformer
 from jaxgpt.rlhf import dpo, ppo
-from jaxgpt.rlhf.ppo import PPOConfig, Prompts
-from jaxgpt.structs import Batch, Preferences
+from jaxgpt.rlhf.policy import transformer_policy
+from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.structs import Batch, Preferences, Prompts
 from jaxgpt.training import optim
 from tests.helpers import FAMILY, generate, prompts_of, random_params, score, tokens_of
 
@@ -125,7 +126,7 @@ def test_dpo_with_adapters_starts_at_log_b_and_equals_dpo_with_a_reference():
 
     @jax.jit
     def loss(params, batch):
-        return dpo.make_loss(GPT2, 0.1)(params, batch, None)[0].value
+        return dpo.make_loss(transformer_policy(GPT2), 0.1)(params, batch, None)[0].value
 
     first = training.merged({"policy": params}, {"policy": init(jax.random.key(0), params, 3)})
     assert float(loss(first, batch)) == pytest.approx(np.log(3), rel=1e-5)
@@ -141,10 +142,11 @@ def test_a_ppo_iteration_with_adapters():
     sampler uses the adapters."""
     params, tx = random_params(GPT2, scale=1.0), optim.adam_tf(optax.constant_schedule(1e-2))
     settings = PPOConfig(new_tokens=8, epochs=2, minibatches=2)
+    policy = ppo.policy_of(GPT2, settings, stop=5)
 
     @jax.jit
     def start(key, params):
-        return ppo.init(params, GPT2, tx, {"target": 20}, lora.init(key, params, 3))
+        return ppo.init(policy, params, tx, {"target": 20}, lora.init(key, params, 3))
 
     prompts = Prompts(*prompts_of(16, 5))
 
@@ -155,21 +157,20 @@ def test_a_ppo_iteration_with_adapters():
             FixedKL(jnp.float32(0.0)),
             prompts,
             key,
-            config=GPT2,
+            policy=policy,
             ppo=settings,
             tx=tx,
             reward_fn=lambda params, rows: (rows.tokens_BT < params["target"]).mean(1).astype(jnp.float32),
-            stop=5,
         )
 
     state = start(jax.random.key(0), params)
     assert "reference" not in state.frozen
-    state, _, metrics = iterate(state, jax.random.key(1))
+    state, _, _, metrics = iterate(state, jax.random.key(1))
     floats = training.to_floats(metrics)
     assert floats["ratio_error_first"] == 0.0 and abs(floats["kl"]) < 1e-5
     chex.assert_trees_all_equal(state.frozen["policy"], params)
     assert np.abs(state.trainable["policy"]["block_0"]["qkv"]["lora_b"]).max() > 0
-    floats = training.to_floats(iterate(state, jax.random.key(2))[2])
+    floats = training.to_floats(iterate(state, jax.random.key(2)).metrics)
     assert floats["kl"] > 1e-4 and floats["sampler_gap_max"] < 1e-5
 
 

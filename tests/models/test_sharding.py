@@ -10,16 +10,16 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import reward as reward_stage
 from jaxgpt import decoding, losses, training
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.losses import kl
 from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import MeshConfig, make_mesh
-from jaxgpt.rlhf import dpo, ppo
-from jaxgpt.rlhf.ppo import PPOConfig, Prompts
-from jaxgpt.structs import Batch, Preferences
+from jaxgpt.rlhf import dpo, ppo, reward
+from jaxgpt.rlhf.policy import transformer_policy
+from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.structs import Batch, Preferences, Prompts
 from tests.helpers import FAMILY
 
 CONFIG = ModelConfig(layers=1, width=32, heads=8, block=24, vocab=64)
@@ -78,9 +78,9 @@ STAGES = {  # loss, state, batch and options of the step
     "nll": lambda: (training.make_nll(CONFIG), start(params()), batch(), {}),
     "llama": lambda: (training.make_nll(LLAMA), start(params(LLAMA)), batch(), {}),
     "scanned llama": lambda: (training.make_nll(SCANNED), start(params(LLAMA)), batch(), {"microbatches": 2}),
-    "reward": lambda: (reward_stage.make_loss(CONFIG), start(reward_model(0), **GAIN), preferences(), {}),
+    "reward": lambda: (reward.make_loss(CONFIG), start(reward_model(0), **GAIN), preferences(), {}),
     "dpo": lambda: (
-        dpo.make_loss(CONFIG, 0.1, window=10),
+        dpo.make_loss(transformer_policy(CONFIG, new_tokens=10), 0.1),
         start({"policy": params()}, reference=params(seed=1)),
         preferences(),
         {},
@@ -265,23 +265,16 @@ def two_iterations(shape=None):
     def reward_fn(params, rows):
         return jnp.where(rows.mask_BT, params["reward"]["of_token_V"][rows.tokens_BT], 0.0).sum(1)
 
-    one = functools.partial(ppo.ppo_iteration, config=CONFIG, ppo=PPO, tx=SGD, stop=5, reward_fn=reward_fn)
+    bound = {"policy": ppo.policy_of(CONFIG, PPO, stop=5), "ppo": PPO, "tx": SGD, "reward_fn": reward_fn}
     if shape is None:
-        program = jax.jit(one)
+        program = jax.jit(functools.partial(ppo.ppo_iteration, **bound))
     else:
         mesh = mesh_of(shape)
-        places = jax.tree.map(lambda x: x.sharding, training.shapes_on(mesh, lambda: state))
-        everywhere = sharding.replicated(mesh)
-        program = jax.jit(
-            sharding.within(mesh, one),
-            donate_argnums=0,
-            out_shardings=(places, everywhere, everywhere),
-            in_shardings=(places, everywhere, sharding.rows(mesh), everywhere),
-        )
+        program = ppo.jit_iteration(mesh, training.shapes_on(mesh, lambda: state), **bound)
     program, metrics = program.lower(state, control, prompts, jax.random.key(0)).compile(), []
     for i in range(2):
-        state, control, seen = program(state, control, prompts, jax.random.key(i))
-        metrics.append(training.to_floats(seen))
+        state, control, _, found = program(state, control, prompts, jax.random.key(i))
+        metrics.append(training.to_floats(found))
     return jax.device_get(state.trainable), metrics
 
 

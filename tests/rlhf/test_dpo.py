@@ -10,6 +10,7 @@ from jaxgpt import losses, training
 from jaxgpt.config import ModelConfig
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import dpo
+from jaxgpt.rlhf.policy import transformer_policy
 from jaxgpt.structs import Batch, Preferences
 from jaxgpt.training import optim
 from tests.helpers import random_params
@@ -26,7 +27,7 @@ def every_answer() -> Preferences:
 
 def test_the_loss_starts_at_log_b_and_the_reference_gets_no_gradient():
     params = {"policy": random_params(CONFIG), "reference": random_params(CONFIG)}
-    loss = dpo.make_loss(CONFIG, beta=0.3)
+    loss = dpo.make_loss(transformer_policy(CONFIG), beta=0.3)
     value, slope = jax.jit(jax.value_and_grad(lambda p, batch: loss(p, batch, None)[0].value))(params, every_answer())
     assert float(value) == pytest.approx(np.log(10), rel=1e-5)
     assert max(np.abs(x).max() for x in jax.tree.leaves(slope["reference"])) == 0.0
@@ -40,7 +41,7 @@ def test_dpo_converges_to_the_policy_that_is_optimal_for_the_reward(temperature)
     beta, batch = 0.5, every_answer()
     reward_C = np.linspace(-0.5, 0.5, 10)
     weight_C = np.exp(reward_C) / np.exp(reward_C).sum()
-    loss = dpo.make_loss(CONFIG, beta, temperature)
+    loss = dpo.make_loss(transformer_policy(CONFIG, temperature=temperature), beta)
 
     def expected(params, batch, key):  # the loss of every choice, weighted by its probability
         one = jax.vmap(lambda choice: loss(params, batch.replace(choice_B=choice[None]), None)[0].value)

@@ -16,15 +16,16 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses import kl, returns
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import ppo
-from jaxgpt.rlhf.ppo import PPOConfig, Prompts
-from jaxgpt.structs import Batch
+from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.structs import Batch, Prompts
 from jaxgpt.training import optim
 from tests.helpers import AS_USERS_RUN_IT, TINY, prompts_of, random_params
 
-collect = jax.jit(ppo.collect, static_argnums=(1, 2), static_argnames="stop")
-score = jax.jit(ppo.score, static_argnums=(1, 2))
+collect = jax.jit(ppo.collect, static_argnames="policy")
+score = jax.jit(ppo.score, static_argnames=("policy", "ppo"))
 MODEL = dataclasses.replace(TINY, layers=1)
 PPO = PPOConfig(new_tokens=8, epochs=2, minibatches=2, temperature=0.9, unfinished_score=-7.0)
+POLICY = ppo.policy_of(MODEL, PPO, stop=5)
 SGD = optax.sgd(0.1)
 ROWS, BETA = 32, 0.1
 
@@ -35,7 +36,7 @@ def prompts() -> Prompts:
 
 @jax.jit
 def started(policy, frozen):
-    return ppo.init(policy, MODEL, SGD, frozen)
+    return ppo.init(POLICY, policy, SGD, frozen)
 
 
 def share(params, rows):
@@ -49,28 +50,28 @@ def start():
 
 @functools.cache
 def sampled():
-    """Rows, the sampler's log-probabilities, and which answers ended."""
-    return jax.device_get(collect(start()[0], MODEL, PPO, prompts(), jax.random.key(1), stop=5))
+    """Answers of the first policy."""
+    return jax.device_get(collect(start()[0], prompts(), jax.random.key(1), policy=POLICY))
 
 
 def scored(rows=None, scores=1.0, **other_params):
     """What `score` makes of the sampled rows, or of others."""
     state = start()[0]
     state = dataclasses.replace(state, trainable={**state.trainable, **other_params})
-    sampled_rows, sampler_logp, ended = sampled()
+    experience = sampled() if rows is None else sampled().replace(rows=rows)
     scores = np.broadcast_to(np.float32(scores), ROWS)
-    return jax.device_get(score(state, MODEL, PPO, rows or sampled_rows, sampler_logp, ended, scores)[0])
+    return jax.device_get(score(state, experience, scores, policy=POLICY, ppo=PPO)[0])
 
 
 @functools.cache
 def two_iterations():
     """(state, metrics) at the start and after each."""
-    iteration = functools.partial(ppo.ppo_iteration, config=MODEL, ppo=PPO, tx=SGD, reward_fn=share, stop=5)
+    iteration = functools.partial(ppo.ppo_iteration, policy=POLICY, ppo=PPO, tx=SGD, reward_fn=share)
     program = jax.jit(iteration, donate_argnums=(0, 1))
     state, control = start()
     history = [(jax.device_get(state), {})]
     for seed in range(2):
-        state, control, metrics = program(state, control, prompts(), jax.random.key(seed))
+        state, control, _, metrics = program(state, control, prompts(), jax.random.key(seed))
         history.append((jax.device_get(state), training.to_floats(metrics)))
     return history
 
@@ -93,11 +94,11 @@ def test_a_host_reward_gives_the_numbers_of_the_same_reward_in_jax():
         asked.append(len(rows.tokens_BT))
         return wrong.pop() if wrong else [(t[m] == 7).mean() for t, m in zip(rows.tokens_BT, rows.mask_BT, strict=True)]
 
-    iteration = ppo.host_iteration(MODEL, PPO, SGD, on_host, stop=5)
+    iteration = ppo.host_iteration(policy=POLICY, ppo=PPO, tx=SGD, reward_fn=on_host)
     while wrong:
         with pytest.raises(UserError, match="one finite number each"):
             iteration(*start(), prompts(), jax.random.key(0))
-    found, _, metrics = iteration(*start(), prompts(), jax.random.key(0))
+    found, _, _, metrics = iteration(*start(), prompts(), jax.random.key(0))
     metrics, (state, expected) = training.to_floats(metrics), two_iterations()[1]
     assert asked == [ROWS] * 3 and metrics.keys() == expected.keys()
     for name in ("score", "kl", "policy_loss", "length"):
@@ -125,7 +126,7 @@ def test_answers_that_never_ended_get_the_fixed_score():
 
 def test_the_critic_starts_at_zero_and_reads_the_state_before_the_token():
     assert (scored().value_BT == 0).all()
-    rows, _, _ = sampled()
+    rows = sampled().rows
     head = {"kernel_D": np.linspace(-1.0, 1.0, MODEL.width, dtype=np.float32), "bias": np.float32(0)}
     t = int(np.argmax(rows.mask_BT[0])) + 1
     tokens = rows.tokens_BT.copy()
@@ -144,7 +145,7 @@ def test_the_first_step_follows_the_policy_gradient_of_the_whitened_advantages()
         batch = ppo.targets(experience, setting, BETA)
 
         def surrogate(policy):
-            return ppo.make_loss(MODEL, setting)({**params, "policy": policy}, batch, None)[0].value
+            return ppo.make_loss(POLICY, setting)({**params, "policy": policy}, batch, None)[0].value
 
         def policy_gradient(policy):
             rows = Batch(experience.tokens_BT, experience.mask_BT)
@@ -169,14 +170,15 @@ def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once(
     """With the logits whole, and in tiles."""
     monkeypatch.setattr(transformer, "WHOLE_LOGITS", whole_logits)
     config = dataclasses.replace(PPO, epochs=epochs, minibatches=minibatches, temperature=temperature)
-    iteration = functools.partial(ppo.ppo_iteration, config=MODEL, ppo=config, tx=SGD, reward_fn=share, stop=5)
+    policy = ppo.policy_of(MODEL, config, stop=5)
+    iteration = functools.partial(ppo.ppo_iteration, policy=policy, ppo=config, tx=SGD, reward_fn=share)
     chex.clear_trace_counter()
     once = chex.assert_max_traces(lambda *arguments: iteration(*arguments), n=1)
     program = jax.jit(once, donate_argnums=(0, 1), compiler_options=AS_USERS_RUN_IT)
     state, _ = start()
     control: ppo.Controller = kl.AdaptiveKL(jnp.float32(0.1))
     for i in range(3):
-        state, control, metrics = program(state, control, prompts(), jax.random.key(i))
+        state, control, _, metrics = program(state, control, prompts(), jax.random.key(i))
         found = training.to_floats(metrics)
         assert found["ratio_error_first"] == 0.0
         assert found["sampler_gap_max"] < 1e-5
@@ -186,9 +188,9 @@ def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once(
 
 def test_impossible_settings_are_refused():
     with pytest.raises(UserError, match="batch of 10 prompts doesn't divide into 4"):
-        ppo.check_batch(10, PPOConfig(minibatches=4), TINY, 5)
+        ppo.check_batch(10, PPOConfig(minibatches=4), TINY.block, 5)
     with pytest.raises(UserError, match="block of 48"):
-        ppo.check_batch(8, PPOConfig(new_tokens=44), TINY, 5)
+        ppo.check_batch(8, PPOConfig(new_tokens=44), TINY.block, 5)
     with pytest.raises(UserError, match="temperature"):
         PPOConfig(temperature=0.0)
 
@@ -199,6 +201,7 @@ def test_ppo_finds_the_optimum_that_can_be_enumerated():
     config = ModelConfig(layers=1, width=32, heads=2, block=8, vocab=10)
     setting = PPOConfig(new_tokens=3, epochs=2, minibatches=1, lam=1.0, unfinished_score=0.0, value_weight=0.5)
     steps, rows, beta = 200, 256, 0.5
+    policy = ppo.policy_of(config, setting, stop=5)
     tx = optim.adam_tf(optim.linear_to_zero(6e-3, steps * setting.epochs))
     rho = random_params(config, scale=1.0)
     prompts = Prompts(np.tile([[6, 7]], (rows, 1)), np.full(rows, 2))
@@ -209,25 +212,25 @@ def test_ppo_finds_the_optimum_that_can_be_enumerated():
     # answers that never end count through reward_fn as well: every episode is scored
     def iteration(state, control, prompts, key):
         sample_key, update_key = jax.random.split(key)
-        batch, sampler_logp, ended = collect(state, config, setting, prompts, sample_key, stop=5)
-        scores = reward_fn(batch.tokens_BT, batch.mask_BT)
-        experience, _ = score(state, config, setting, batch, sampler_logp, jnp.ones_like(ended), scores)
-        return ppo.update(state, config, setting, tx, experience, control, update_key)
+        found = collect(state, prompts, sample_key, policy=policy)
+        found = found.replace(answers=found.answers.replace(ended_B=jnp.ones_like(found.ended_B)))
+        score_B = reward_fn(found.rows.tokens_BT, found.rows.mask_BT)
+        return ppo.learn(state, control, found, score_B, update_key, policy=policy, ppo=setting, tx=tx)[:2]
 
     program = jax.jit(iteration, donate_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 2})
-    state, control = jax.jit(lambda rho: ppo.init(rho, config, tx, {}))(rho), kl.FixedKL(jnp.float32(beta))
+    state, control = jax.jit(lambda rho: ppo.init(policy, rho, tx, {}))(rho), kl.FixedKL(jnp.float32(beta))
     for i in range(steps):
-        state, control, _ = program(state, control, prompts, jax.random.key(i))
+        state, control = program(state, control, prompts, jax.random.key(i))
 
     answers = _all_answers(config.vocab, 3)
     tokens = np.concatenate([np.tile([[6, 7]], (len(answers), 1)), np.maximum(answers, 0)], 1)
     mask = np.concatenate([np.zeros((len(answers), 2), bool), answers >= 0], 1)
     answer_logp = jax.jit(lambda params: transformer.answer_logp(params, config, Batch(tokens, mask)))
-    reference, policy = (np.asarray(answer_logp(params), float) for params in (rho, state.trainable["policy"]))
+    reference, learned = (np.asarray(answer_logp(params), float) for params in (rho, state.trainable["policy"]))
     assert np.exp(reference).sum() == pytest.approx(1.0, abs=1e-4)
     optimum = reference + reward_fn(tokens, mask) / beta
     optimum -= np.logaddexp.reduce(optimum)
-    divergence = (np.exp(policy) * (policy - optimum)).sum()
+    divergence = (np.exp(learned) * (learned - optimum)).sum()
     assert divergence < 0.01 < (np.exp(reference) * (reference - optimum)).sum()
 
 

@@ -20,7 +20,8 @@ from jaxgpt.data.tokenizer import Tokenizer, train_char
 from jaxgpt.errors import UserError
 from jaxgpt.models.sharding import MeshConfig, make_mesh, replicate
 from jaxgpt.runs import checkpoints, verify
-from jaxgpt.runs.checkpoints import SaveConfig, Saves
+from jaxgpt.runs.checkpoints import Checkpoints, SaveConfig
+from jaxgpt.runs.loop import Loop, LoopSettings
 from jaxgpt.runs.process import Stopped
 from jaxgpt.runs.run import Run
 from jaxgpt.runs.saved_model import save_model
@@ -37,10 +38,10 @@ FIRST = jax.jit(lambda: training.init_state(params_of(ONE), TX))
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(LoopSettings):
+    log_every: int = 1
     save: SaveConfig = SaveConfig(every=3, keep=2)
     guard: GuardConfig = GuardConfig(patience=2)
-    force: bool = False
     seed: int = 0
 
 
@@ -68,19 +69,21 @@ def bits(tree):
 def train_run(folder: Path, tok: Tokenizer, until: int = STEPS, settings=None, batches=None, visit=None):
     """A little experiment; stops without a word after step `until`, as if killed. Returns its state."""
     settings = settings or Settings()
-    with Run(folder, settings, "sft", force=settings.force) as run:
-        saves = Saves(run, settings, STEPS, tok, batches or batches_of())
-        first, (state, key) = saves.restore(fresh_state(), fresh_state)
-        with saves:
-            for i in range(first, until + 1):
-                arrays = saves.next_batch()
-                state, metrics = STEP(state, Batch.of(arrays), jax.random.fold_in(key, i))
-                floats = training.to_floats(metrics)
-                run.log(i, {"loss": floats["loss"], **saves.figures(floats)})
-                if visit:
-                    visit(i)
-                saves.after(i, (state, key), metrics, arrays)
-    return first, (state, key)
+    done = []
+    with (
+        Run(folder, settings, "sft") as run,
+        Loop(run, settings, tok, STEPS, batches or batches_of(), ONE.vocab) as loop,
+    ):
+        state, key = loop.restore(fresh_state(), fresh_state)
+        for i, arrays in loop:
+            if i > until:
+                break
+            done.append(i)
+            state, metrics = STEP(state, Batch.of(arrays), jax.random.fold_in(key, i))
+            if visit:
+                visit(i)
+            loop.record(i, (state, key), metrics)
+    return done[0], (state, key)
 
 
 def rows(folder):
@@ -110,7 +113,7 @@ def test_going_on_gives_the_bits_of_a_run_that_was_not_stopped(run, tok, tmp_pat
     assert first == 10
     assert bits(state) == bits(whole)
     assert rows(run) == rows(tmp_path / "whole")
-    assert "going on after step 9 of 12" in (run / "log.txt").read_text()
+    assert "resumed after step 9 of 12" in (run / "log.txt").read_text()
 
 
 def test_a_checkpoint_holds_everything_and_plain_orbax_reads_it(run, tok):
@@ -127,11 +130,13 @@ def test_what_is_saved_is_the_state_of_that_moment_though_the_next_step_reuses_i
     """The save is asynchronous and the step donates. On eight devices."""
     settings = Settings(save=SaveConfig(every=1, keep=99))
     step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    with Run(tmp_path / "run", settings, "sft") as run, Saves(run, settings, 9, tok) as saves:
+    with Run(tmp_path / "run", settings, "sft") as run:
+        saves = Checkpoints(run, settings.save, tok, batches_of())
         state = replicate({"w": np.zeros((512, 512), np.float32)}, make_mesh())
         for i in range(1, 9):
             state = step(state)
-            saves.after(i, state, {"skipped_in_a_row": 0})
+            saves.save(i, state)
+        saves.wait()
     for i in range(1, 9):
         loaded = ocp.load(tmp_path / f"run/checkpoints/{i}/state")
         np.testing.assert_array_equal(loaded["w"], float(i))
@@ -178,7 +183,7 @@ DAMAGES = {
     "flipped bit": "is damaged",
     "truncated": "is damaged",
     "missing": "is missing",
-    "half-written": "not written to its end",
+    "half-written": "not written to the end",
     "torn record": "checkpoint.json",
     "tokenizer": "tokenizer.json is damaged",
 }
@@ -192,7 +197,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tok, k
     assert "DAMAGED" in told and DAMAGES[kind] in told and "intact   " in told
     first, _ = train_run(run, tok, until=7)
     assert first == 7
-    assert f"WARNING: passed over checkpoint 9: {run / 'checkpoints/9'}" in (run / "log.txt").read_text()
+    assert f"WARNING: skipped checkpoint 9: {run / 'checkpoints/9'}" in (run / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -209,7 +214,7 @@ def test_every_parameter_that_differs_is_named(run, tok):
     with Run(run, settings, "sft") as opened, pytest.raises(UserError) as error:
         other = dataclasses.replace(ONE, width=48)
         state = jax.eval_shape(lambda: training.init_state(params_of(other), TX))
-        Saves(opened, settings, STEPS, tok, batches_of()).restore((state, jax.random.key(0)), fresh_state)
+        Loop(opened, settings, tok, STEPS, batches_of(), ONE.vocab).restore((state, jax.random.key(0)), fresh_state)
     named = str(error.value).splitlines()[1:]
     assert "  0/trainable/embed/tokens_VD is float32[64,32], not float32[64,48]" in named
     assert len(named) == 3 * len(jax.tree.leaves(state.trainable))  # parameters and two moments of Adam
@@ -222,14 +227,14 @@ def test_other_data_or_another_tokenizer_is_refused_unless_forced(run, tok):
     with pytest.raises(UserError, match=r"other inputs \(data \w{12} there, \w{12} now\)"):
         train_run(run, tok, batches=batches_of(seed=5))
     first, _ = train_run(run, tok, until=10, batches=batches_of(seed=5), settings=Settings(force=True))
-    assert first == 10 and "other data than the checkpoint's" in (run / "log.txt").read_text()
+    assert first == 10 and "the data isn't the checkpoint's" in (run / "log.txt").read_text()
 
 
 def test_another_seed_is_refused_with_the_difference_unless_forced(run, tok):
     with pytest.raises(UserError, match=r"seed: 0 there, 1 now"):
         train_run(run, tok, settings=Settings(seed=1))
     first, _ = train_run(run, tok, until=10, settings=Settings(seed=1, force=True))
-    assert first == 10 and "going on with other settings (seed: 0 there, 1 now)" in (run / "log.txt").read_text()
+    assert first == 10 and "resuming with other settings (seed: 0 there, 1 now)" in (run / "log.txt").read_text()
 
 
 def test_saving_more_or_less_often_is_no_other_run(run, tok):
@@ -301,13 +306,11 @@ def test_a_run_of_bad_batches_ends_with_the_last_one_on_disk(tmp_path, tok, wher
     settings = Settings()
     step = jax.jit(training.make_train_step(loss, TX), donate_argnums=0)
     with Run(tmp_path, settings, "sft") as run, pytest.raises(UserError, match="2 updates in a row were skipped"):
-        saves = Saves(run, settings, STEPS, tok, Poisoned())
         state = training.init_state({"w": jnp.ones(3)}, TX)
-        with saves:
-            for i in range(1, STEPS + 1):
-                arrays = saves.next_batch()
+        with Loop(run, settings, tok, STEPS, Poisoned(), 64) as loop:
+            for i, arrays in loop:
                 state, metrics = step(state, jnp.asarray(arrays["value"], jnp.float32), None)
-                saves.after(i, state, metrics, arrays)
+                loop.record(i, state, metrics)
     (bad,) = tmp_path.glob("bad_batch_*.npz")
     stored = np.load(bad, allow_pickle=False)
     np.testing.assert_array_equal(stored["tokens"], where + 1)

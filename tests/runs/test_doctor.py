@@ -16,9 +16,10 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses import kl
 from jaxgpt.rlhf import ppo
 from jaxgpt.rlhf.intervals import interval
-from jaxgpt.rlhf.ppo import PPOConfig, Prompts
+from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs import doctor
 from jaxgpt.runs.run import Run
+from jaxgpt.structs import Prompts
 from jaxgpt.training import optim
 from tests.helpers import TINY, params_of, prompts_of
 
@@ -114,6 +115,7 @@ def broken(rows):
 
 REWARDS = (short, long, favourite, broken)
 PROMPTS = Prompts(*prompts_of(32, 4))
+POLICY = ppo.policy_of(ONE, CONFIG, stop=5)
 GREEDY = {"beta": 0.0, "rate": 1e-2, "iterations": 40}
 
 
@@ -121,22 +123,22 @@ GREEDY = {"beta": 0.0, "rate": 1e-2, "iterations": 40}
 def one(state, control, key, which, rate, spoil):
     """One iteration of PPO; every answer gets the reward function's score, whether it ended or not."""
     first, second = jax.random.split(key)
-    rows, logp_BT, ended_B = ppo.collect(state, ONE, CONFIG, PROMPTS, first, 5)
-    score_B = jax.lax.switch(which, REWARDS, rows)
-    rollout, a = ppo.score(state, ONE, CONFIG, rows, logp_BT * spoil, jnp.ones(32, bool), score_B)
+    found = ppo.collect(state, PROMPTS, first, policy=POLICY)
+    score_B = jax.lax.switch(which, REWARDS, found.rows)
+    spoiled = found.replace(logp_BT=found.logp_BT * spoil, answers=found.answers.replace(ended_B=jnp.ones(32, bool)))
     tx = optim.adam_tf(lambda step: rate)
-    state, control, b = ppo.update(state, ONE, CONFIG, tx, rollout, control, second)
-    return state, control, {**a, **b, "ended": ended_B.mean()}
+    done = ppo.learn(state, control, spoiled, score_B, second, policy=POLICY, ppo=CONFIG, tx=tx)
+    return done.state, done.controller, {**done.metrics, "ended": found.ended_B.mean()}
 
 
 @jax.jit
 def answers(state, key):
-    return ppo.collect(state, ONE, CONFIG, PROMPTS, key, 5)[0]
+    return ppo.collect(state, PROMPTS, key, policy=POLICY).rows
 
 
 @jax.jit
 def fresh():
-    return ppo.init(params_of(ONE, scale=1.0), ONE, optim.adam_tf(optax.constant_schedule(1.0)), {})
+    return ppo.init(POLICY, params_of(ONE, scale=1.0), optim.adam_tf(optax.constant_schedule(1.0)), {})
 
 
 @functools.cache

@@ -127,7 +127,7 @@ def test_a_full_disk_while_saving(text, tmp_path):
     _, errors = child.communicate(timeout=120)
     assert child.returncode == 2, errors
     before, error, told = errors.partition("error: can't write")  # at exit orbax's threads may complain of their own
-    assert error and "the same command goes on" in told.splitlines()[0] and "Traceback" not in before
+    assert error and "the same command resumes" in told.splitlines()[0] and "Traceback" not in before
     for line in lines_of(run)[:-1]:
         json.loads(line)
     whole = [step for step, complaint in verify.verify(run) if not complaint]
@@ -136,11 +136,11 @@ def test_a_full_disk_while_saving(text, tmp_path):
     newest = max(int(step.name) for step in whole)
     assert again.stdout is not None
     told = ""
-    while "going on after step" not in told and again.poll() is None:
+    while "resumed after step" not in told and again.poll() is None:
         told += again.stdout.readline()
     again.kill()
     again.communicate()
-    assert f"going on after step {newest} of 100000" in told
+    assert f"resumed after step {newest} of 100000" in told
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
-"""Kill runs at random moments, let the same command go on, and compare every bit with a run that nobody touched.
+"""Kill runs at random moments, resume them with the same command, and compare every bit with an untouched run.
 
     python -m tests.slow.soak --kills 20            every stage, with one process and with two: about an hour on 2 cores
     python -m tests.slow.soak --kills 3 --stages ppo --processes 1
 
-A kill is SIGKILL, in turn: in the middle of a step, in the middle of a save, and soon after going on from the last one.
+A kill is SIGKILL, in turn: in the middle of a step, in the middle of a save, and soon after resuming from the last one.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def await_moment(program: Program, run: Path, kind: str, rng: random.Random) -> 
     while program.running and time.monotonic() - begun < PATIENCE:
         saving = half_written(run)
         lines = len(lines_of(run))
-        seen = min(seen, lines)  # going on has dropped what came after the checkpoint
+        seen = min(seen, lines)  # resuming has dropped what came after the checkpoint
         if (kind == "save" and saving) or (kind != "save" and lines >= min(wanted, seen + 8) and lines > seen):
             time.sleep(rng.uniform(0, 0.02 if kind == "save" else 0.1))
             return program.running

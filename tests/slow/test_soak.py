@@ -1,4 +1,4 @@
-"""Runs killed with SIGKILL go on to the bits of runs that nobody touched: see tests/slow/soak.py."""
+"""Runs killed with SIGKILL resume to the bits of untouched runs: see tests/slow/soak.py."""
 
 import json
 

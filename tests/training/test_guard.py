@@ -14,7 +14,8 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses import kl
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import ppo
-from jaxgpt.rlhf.ppo import PPOConfig, Prompts
+from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.structs import Prompts
 from jaxgpt.training import guard, optim
 from tests.helpers import TINY, prompts_of
 
@@ -117,18 +118,18 @@ def test_running_moments_are_those_of_the_accepted_losses():
 def test_a_score_that_is_not_finite_moves_nothing_in_ppo():
     config, tx = dataclasses.replace(TINY, layers=1), optim.adam_tf(optax.constant_schedule(1e-3))
     settings = PPOConfig(new_tokens=4, epochs=2, unfinished_score=float("nan"))
-    state = jax.jit(lambda key: ppo.init(transformer.init(key, config), config, tx, {}))(jax.random.key(1))
+    policy = ppo.policy_of(config, settings, stop=5)
+    state = jax.jit(lambda key: ppo.init(policy, transformer.init(key, config), tx, {}))(jax.random.key(1))
     before = bits((state.trainable, state.opt_state))
     one = functools.partial(
         ppo.ppo_iteration,
-        config=config,
+        policy=policy,
         ppo=settings,
         tx=tx,
-        stop=5,
         reward_fn=lambda params, rows: jnp.full(4, jnp.nan),
     )
     control = kl.FixedKL(np.float32(0.1))
-    state, _, metrics = jax.jit(one)(state, control, Prompts(*prompts_of(4, 6)), jax.random.key(0))
+    state, _, _, metrics = jax.jit(one)(state, control, Prompts(*prompts_of(4, 6)), jax.random.key(0))
     assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 2
     assert bits((state.trainable, state.opt_state)) == before
 
