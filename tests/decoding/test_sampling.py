@@ -101,7 +101,7 @@ def test_a_repetition_penalty_lowers_what_was_seen():
     penalised = jax.jit(sampling.repetition_penalty, static_argnums=2)
     np.testing.assert_allclose(penalised(logits, seen, 2.0), [1.0, -4.0, 2.0, -2.0])
     np.testing.assert_array_equal(penalised(logits, seen, 1.0), logits)
-    with pytest.raises(UserError, match="repetition penalty 0"):
+    with pytest.raises(UserError, match="repetition penalty is 0"):
         sampling.repetition_penalty(logits, seen, 0.0)
 
 

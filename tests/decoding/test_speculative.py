@@ -371,7 +371,7 @@ def test_extend_equals_the_full_forward():
         (lambda: speculative.model_draft({}, TINY, 0), "k is 0; it must be at least 1"),
         (lambda: speculative.ngram_draft(0), "k is 0; it must be at least 1"),
         (lambda: speculative.ngram_draft(2, 0), "n is 0; it must be at least 1"),
-        (lambda: run_with(draft=speculative.ngram_draft(2, 30)), "n is 30, more than prompt and answer"),
+        (lambda: run_with(draft=speculative.ngram_draft(2, 30)), "n is 30, more tokens than prompt and answer"),
         (lambda: run_with(draft_config=FEW_DRAFT), "a vocabulary of 6, the model one of 64"),
         (lambda: run_with(new_tokens=45), "don't fit the model's block of 48"),
         (lambda: run_with(new_tokens=0), "ask for at least 1"),

@@ -344,10 +344,10 @@ def test_a_mesh_that_does_not_fit_is_refused(shape, message):
 @pytest.mark.parametrize(
     ("change", "shape", "message"),
     [
-        ({"heads": 4}, (1, 1, 8), "mesh.tensor of 8 doesn't divide the model's heads of 4"),
-        ({"vocab": 68}, (1, 1, 8), "vocab of 68"),
+        ({"heads": 4}, (1, 1, 8), "mesh.tensor 8 doesn't divide model.heads 4"),
+        ({"vocab": 68}, (1, 1, 8), "model.vocab 68"),
         ({"width": 24, "heads": 8}, (1, 1, 8), None),
-        ({"width": 36, "heads": 4}, (1, 8, 1), "mesh.fsdp of 8 doesn't divide the model's width of 36"),
+        ({"width": 36, "heads": 4}, (1, 8, 1), "mesh.fsdp 8 doesn't divide model.width 36"),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused(change, shape, message):
