@@ -320,7 +320,7 @@ def check_room(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None
 
 
 def join(prompt_BP: Array, length_B: Array, answers: Answers, pad: int = 0) -> tuple[Batch, Array]:
-    """Rows of prompt + answer without a gap, [B, P + A], with the answers' mask; and the sampler's log-probabilities."""
+    """Rows of prompt + answer without gaps, [B, P + A], with the answers' mask; and the sampler's log-probabilities."""
     P, A = prompt_BP.shape[1], answers.tokens_BA.shape[1]
     t_T = jnp.arange(P + A)
     in_prompt_BT = t_T < length_B[:, None]

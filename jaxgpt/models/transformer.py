@@ -87,7 +87,7 @@ def init(key: Array, config: ModelConfig) -> Params:
 
 
 def scalar_head(key: Array | None, width: int) -> Params:
-    """A linear head D -> 1: random for rewards (std 1/sqrt(D+1), Ziegler 2020) or, without a key, exactly 0 for values."""
+    """A linear head D -> 1: random for rewards (std 1/sqrt(D+1), Ziegler 2020); exactly 0 for values, without a key."""
     kernel_D = jnp.zeros(width) if key is None else jax.random.normal(key, (width,)) / math.sqrt(width + 1)
     return {"kernel_D": kernel_D, "bias": jnp.zeros(())}
 
