@@ -15,7 +15,7 @@ from jaxgpt.structs import Array, Params
 
 Attend = Callable[[Array, Array, Array, Array | None], Array]
 COLUMNS, LINES = ("fsdp", "tensor"), ("tensor", "fsdp")  # how a dense layer's weight [in, out] is sharded
-NEVER = -1e30  # softmax turns it into 0, and a row of nothing else gives no NaN, as one of -inf would
+NEVER = -1e30  # a masked logit: softmax gives 0 for it, but no NaN for a fully masked row as with -inf
 
 
 class Layers(NamedTuple):

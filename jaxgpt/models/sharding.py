@@ -120,8 +120,8 @@ def _gather(w: Array, axes: tuple[Axes, ...], lookup: bool) -> Array:
 
 
 def _scatter(axes: tuple[Axes, ...], lookup: bool, _: None, g: Array) -> tuple[Array]:
-    # A product's gradient is reduced straight into its shards. A lookup's is made whole first: otherwise XLA would
-    # shard it by sending activations around.
+    # A product's gradient is reduced straight into its shards. A lookup's is gathered first: otherwise XLA would shard
+    # it by sending activations around.
     return (constrain(_gather(g, axes, lookup) if lookup else g, *axes),)
 
 

@@ -324,7 +324,7 @@ def verified(key, q, p):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_kernel_draws_from_p(deterministic):
-    """Three drafted tokens: the first result follows the first row of p; each next one, given acceptance, its own row."""
+    """Three drafted tokens: the first result follows the first row of p; each later one, given acceptance, its own."""
     V, J = 7, 3
     p, q = (x[100:].astype(np.float32) for x in distributions())
     p = 0.5 * p[: J + 1] + np.float32(0.5 / V)

@@ -315,7 +315,7 @@ def alone(proof: Proof) -> bool:
     "name", [name if not alone(proof) else pytest.param(name, marks=pytest.mark.slow) for name, proof in PROOFS.items()]
 )
 def test_rows_divided_among_eight_devices(name):
-    """The same numbers. Where rows are independent, devices don't communicate; gradients of shared weights are summed."""
+    """The same numbers. Where rows are independent, devices don't communicate; shared gradients are summed."""
     proof, x = PROOFS[name], arrays(inputs(name, 0))
     rows = NamedSharding(jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,)), P("rows"))
     placed = {n: jax.device_put(a, NamedSharding(rows.mesh, P()) if n in proof.shared else rows) for n, a in x.items()}
