@@ -75,9 +75,9 @@ class Estimate:
     sequences: Array
     tokens: Array
     total: Array  # nats
-    total_squares: Array  # sum of squared nats per sequence
-    tokens_squares: Array  # sum of squared tokens per sequence
-    products: Array  # sum of nats times tokens per sequence
+    total_squares: Array  # sum over sequences of nats squared
+    tokens_squares: Array  # sum over sequences of tokens squared
+    products: Array  # sum over sequences of nats times tokens
 
     def __add__(self, other: "Estimate") -> "Estimate":
         return jax.tree.map(jnp.add, self, other)
