@@ -93,7 +93,7 @@ def head(rng: np.random.Generator, s: Sizes) -> Inputs:
 
 
 def candidates(*names: str) -> Callable[[np.random.Generator, Sizes], Inputs]:
-    """Scores [B, C], presence (at least one present), and the requested labels: choice, rank, tied, favourite, weight."""
+    """Scores [B, C], presence (of at least one), and the requested labels: choice, rank, tied, favourite, weight."""
 
     def make(rng: np.random.Generator, s: Sizes) -> Inputs:
         present = np.arange(s.C) < rng.integers(1, s.C + 1, s.B)[:, None]
