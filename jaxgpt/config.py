@@ -55,7 +55,7 @@ class ModelConfig:
     mlp_width: Annotated[int, Range(0)] = 0  # hidden units of the MLP; 0: 4 x width
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: down(silu(gate x) * up x)
     norm: Literal["layer", "rms"] = "layer"  # rms: no mean, no bias
-    norm_at: Literal["input", "output"] = "input"  # of each sub-layer; output: of the residual sum (Radford 2018)
+    norm_at: Literal["input", "output"] = "input"  # normalise a sub-layer's input, or the residual sum (Radford 2018)
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: Annotated[float, Range(above=1)] = 10_000.0  # rotary: wavelengths run from 2 pi to 2 pi theta tokens
     rope_factor: Annotated[float, Range(1)] = 1.0  # rotary: factor to stretch wavelengths beyond rope_block (Llama 3.1)
