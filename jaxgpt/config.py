@@ -1,4 +1,4 @@
-"""What settings may be (`Range`), and what a model is made of: one frozen dataclass, and named presets."""
+"""Allowed values of settings (`Range`), and a model's configuration: one frozen dataclass with named presets."""
 
 import dataclasses
 import math
@@ -11,8 +11,8 @@ from jaxgpt.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may be, said once: `steps: Annotated[int, Range(1)] = 100`. `check_settings` refuses
-    any other, and --help shows it."""
+    """The numbers a setting may take: `steps: Annotated[int, Range(1)] = 100`. `check_settings` rejects any other, and
+    --help shows the range."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -28,8 +28,8 @@ class Range:
 
 
 def check_settings(settings: Any, prefix: str = "") -> None:
-    """For `__post_init__`: UserError if a field is outside its `Range` or none of its `Literal`'s choices. A tuple is
-    checked number by number, and None is always allowed. `prefix`: the name of these settings and a dot."""
+    """For `__post_init__`: UserError if a field is outside its `Range` or not one of its `Literal`'s choices. Tuples
+    are checked element by element, and None is always allowed. `prefix`: the name of these settings and a dot."""
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
         hint, value = hints[field.name], getattr(settings, field.name)
@@ -44,30 +44,30 @@ def check_settings(settings: Any, prefix: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A transformer: of GPT-2's type by default; other settings make a GPT (2018) or a Llama, see PRESETS."""
+    """A transformer: like GPT-2 by default; other settings make it a GPT (2018) or a Llama, see PRESETS."""
 
     layers: Annotated[int, Range(1)] = 4
     width: Annotated[int, Range(1)] = 128
     heads: Annotated[int, Range(1)] = 4
-    kv_heads: Annotated[int, Range(0)] = 0  # of keys and values, each for heads / kv_heads queries; 0: one per head
-    block: Annotated[int, Range(1)] = 96  # longest sequence, in tokens
+    kv_heads: Annotated[int, Range(0)] = 0  # key/value heads, each for heads / kv_heads query heads; 0: one per head
+    block: Annotated[int, Range(1)] = 96  # maximum sequence length, in tokens
     vocab: Annotated[int, Range(1)] = 2048  # rows of the embedding; a multiple of 128 is fastest
     mlp_width: Annotated[int, Range(0)] = 0  # hidden units of the MLP; 0: 4 x width
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: down(silu(gate x) * up x)
     norm: Literal["layer", "rms"] = "layer"  # rms: no mean, no bias
-    norm_at: Literal["input", "output"] = "input"  # of each sub-layer; output: of its sum with its input (Radford 2018)
+    norm_at: Literal["input", "output"] = "input"  # normalise a sub-layer's input, or the residual sum (Radford 2018)
     positions: Literal["learned", "rotary"] = "learned"
-    rope_theta: Annotated[float, Range(above=1)] = 10_000.0  # rotary: wavelengths from 2 pi to 2 pi theta tokens
-    rope_factor: Annotated[float, Range(1)] = 1.0  # rotary: stretches wavelengths beyond rope_block (Llama 3.1)
-    rope_block: Annotated[int, Range(1)] = 8192  # rotary: the block before it was stretched
-    biases: bool = True  # of dense layers
-    tied: bool = True  # the head is the embedding
-    dropout: Annotated[float, Range(0, below=1)] = 0.0  # only with a PRNG key: never while sampling or scoring
+    rope_theta: Annotated[float, Range(above=1)] = 10_000.0  # rotary: wavelengths run from 2 pi to 2 pi theta tokens
+    rope_factor: Annotated[float, Range(1)] = 1.0  # rotary: factor to stretch wavelengths beyond rope_block (Llama 3.1)
+    rope_block: Annotated[int, Range(1)] = 8192  # rotary: the block before stretching
+    biases: bool = True  # whether dense layers have biases
+    tied: bool = True  # whether the head shares the embedding's weights
+    dropout: Annotated[float, Range(0, below=1)] = 0.0  # training only: applied where a PRNG key is given
     norm_epsilon: float = 1e-5
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and products; parameters stay float32
-    gradients: Literal["auto", "plain"] = "auto"  # auto: written by hand where that is faster; plain: all by JAX
-    remat: Literal["none", "dots", "full"] = "none"  # recomputed by the backward pass; dots: all but matrix products
-    scan: bool = False  # one compiled layer for all: compiles sooner, runs slower on a CPU
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products; parameters stay float32
+    gradients: Literal["auto", "plain"] = "auto"  # auto: hand-written where that is faster; plain: all by JAX
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes; dots: all but matrix products
+    scan: bool = False  # compile one layer and loop over it: compiles faster, runs slower on a CPU
 
     def __post_init__(self) -> None:
         check_settings(self, "model.")
@@ -78,7 +78,10 @@ class ModelConfig:
                     "change one of them"
                 )
         if self.positions == "rotary" and self.head_dim % 2:
-            raise UserError(f"heads of {self.head_dim} numbers can't be rotated in pairs; choose an even width / heads")
+            raise UserError(
+                f"model.width / model.heads is {self.head_dim}, but rotary positions need an even number; "
+                "change one of them"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -87,7 +90,7 @@ class ModelConfig:
 
     @property
     def groups(self) -> int:
-        """Heads of keys and values."""
+        """Number of key/value heads, G."""
         return self.kv_heads or self.heads
 
     @property
@@ -97,7 +100,7 @@ class ModelConfig:
 
     @property
     def parameters(self) -> int:
-        """How many weights, without the positions', which only add."""
+        """Number of weights, without learned positions, which take part in no matrix product."""
         D, F, GK = self.width, self.mlp_units, self.groups * self.head_dim
         gates = 2 if self.mlp == "swiglu" else 1
         norm = 2 * D if self.norm == "layer" else D
@@ -109,8 +112,8 @@ class ModelConfig:
 
     @property
     def flops_a_token(self) -> int:
-        """Of forward and backward over a whole block: 6 N + 12 layers width block (the forward pass is a third). An
-        embedding that is not the head too is only looked up."""
+        """FLOPs per token, forward and backward, over a full block: 6 N + 12 layers width block (the forward pass is a
+        third). An untied embedding is only looked up, and costs nothing."""
         products = self.parameters - (0 if self.tied else self.vocab * self.width)
         return 6 * products + 12 * self.layers * self.width * self.block
 
@@ -134,5 +137,5 @@ PRESETS: Mapping[str, ModelConfig] = {
 
 
 def round_up(n: int, multiple: int = 128) -> int:
-    """The smallest multiple of `multiple` that is at least n (vocabularies are padded so)."""
+    """The smallest multiple of `multiple` that is at least n (used to pad vocabularies)."""
     return -(-n // multiple) * multiple

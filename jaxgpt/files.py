@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, hashed, and read with errors that say what is wrong and where."""
+"""Files: written atomically, hashed, and read with errors that say what is wrong and where."""
 
 import contextlib
 import difflib
@@ -15,23 +15,24 @@ from jaxgpt.errors import UserError
 
 
 def cache_root() -> Path:
-    """Where compiled programs and prepared data are kept: JAXGPT_CACHE, or ~/.cache/jaxgpt."""
+    """Where compiled programs and prepared data are cached: $JAXGPT_CACHE, or ~/.cache/jaxgpt."""
     return Path(os.environ.get("JAXGPT_CACHE") or Path.home() / ".cache" / "jaxgpt").expanduser()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The words "; did you mean X?" for the known name nearest to a mistyped one, or an empty string."""
+    """The text "; did you mean X?" for the known name closest to a mistyped one, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-# ---- written ----
+# ---- writing ----
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes `path`'s place at the end, in one step: a reader, or a program killed half-way, sees
-    the old file or the new one. Its folder must exist: a run whose folder is gone shall not write into a new one."""
+    """A file to write that atomically replaces `path` at the end: readers see either the old file or the new one, even
+    if the program is killed midway. Its folder must exist: a run whose folder was deleted must not write to a new one.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "wb") as file:
@@ -47,7 +48,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` in one step at the end. If another process was quicker, its own stays."""
+    """A folder to fill that atomically becomes `path` at the end. If another process was faster, its folder stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -69,24 +70,24 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by this text, in one step."""
+    """Replace a file with this text, atomically."""
     with new_file(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file by this value, in one step: indented, without NaN (a ValueError here is a bug of the caller's)."""
+    """Replace a file with this value as JSON, atomically: indented, without NaN (ValueError: a bug in the caller)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-# ---- read ----
+# ---- reading ----
 
 
 def read_json(path: Path) -> Any:
-    """UserError naming the file (and the line) when it is missing, not UTF-8, not JSON, or holds NaN."""
+    """Parse a JSON file. UserError naming the file (and the line) if it is missing, not UTF-8, not JSON, or has NaN."""
 
     def refuse(constant: str) -> Any:
-        raise UserError(f"{path}: holds {constant}, which is not JSON")
+        raise UserError(f"{path}: contains {constant}, which is not valid JSON")
 
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
@@ -102,11 +103,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: nested too deeply") from None
 
 
-# ---- hashed ----
+# ---- hashing ----
 
 
 def sha256_of_file(path: Path) -> str:
-    """sha256 (hex) of a file's bytes. UserError when there is no such file."""
+    """sha256 (hex) of a file's bytes. UserError if there is no such file."""
     if not path.is_file():
         raise UserError(f"no file {path}; check the path, or run the stage that writes it first")
     with path.open("rb") as file:
@@ -114,7 +115,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sha256_of_folder(folder: Path) -> dict[str, str]:
-    """sha256 (hex) of every file below `folder`, by relative path."""
+    """sha256 (hex) of every file under `folder`, by relative path."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in paths}
 
@@ -129,9 +130,9 @@ def sha256_of_texts(texts: Iterable[str]) -> str:
 
 
 def check_files(folder: Path, expected: Mapping[str, str]) -> None:
-    """UserError unless `folder` holds the files with these hashes."""
+    """Raise UserError unless `folder` holds these files with these hashes."""
     found = sha256_of_folder(folder)
     for name, digest in expected.items():
         if found.get(name) != digest:
             state = "is damaged (its checksum differs)" if name in found else "is missing"
-            raise UserError(f"{folder / name} {state}; save it again, or copy the whole folder once more")
+            raise UserError(f"{folder / name} {state}; save it again, or copy the whole folder again")

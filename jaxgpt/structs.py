@@ -1,4 +1,4 @@
-"""The dimension key, and the arrays that travel together.
+"""Names of dimensions, and groups of arrays that are passed around together.
 
 Names carry their dimensions: `logits_BTV` has axes B, T, V.
 
@@ -7,8 +7,8 @@ Names carry their dimensions: `logits_BTV` has axes B, T, V.
     G  groups of heads that share keys and values
     N  layers         S  cache slots          P  prompt tokens    A  answer tokens
 
-Masks are aligned with their target: `mask_BT[b, t]` says that token t of row b is to be predicted (from the tokens
-before it). Rows are padded on the right.
+Masks are aligned with the targets: `mask_BT[b, t]` means that token t of row b is predicted (from the tokens before
+it). Rows are padded on the right.
 """
 
 from collections.abc import Mapping
@@ -19,18 +19,18 @@ import jax.numpy as jnp
 from flax import struct
 
 Array = jax.Array
-Leaf = Any  # an array: of jax, on the host of NumPy, and while planning only its shape
+Leaf = Any  # an array: JAX's, NumPy's on the host, or only its shape before compiling
 Params = dict[str, Any]
 
 
 @struct.dataclass
 class Batch:
-    """Token rows for scoring or training."""
+    """Rows of tokens to train on, or to compute log-probabilities of."""
 
     tokens_BT: Leaf  # int32
     mask_BT: Leaf  # bool: which tokens are targets
     segments_BT: Leaf | None = None  # int32: which example of a packed row a token belongs to (0: padding)
-    positions_BT: Leaf | None = None  # int32: position inside that example
+    positions_BT: Leaf | None = None  # int32: position within that example
 
     @staticmethod
     def of(arrays: Mapping[str, Leaf]) -> "Batch":
@@ -49,7 +49,7 @@ class Preferences:
     """B prompts with C candidate answers each, and which answer was chosen."""
 
     tokens_BCT: Leaf  # int32: prompt and answer
-    mask_BCT: Leaf  # bool: the answer's tokens, its closing tag included
+    mask_BCT: Leaf  # bool: the answer's tokens, including its closing tag
     choice_B: Leaf  # int32: index of the favourite
     present_BC: Leaf  # bool: False where a prompt has fewer than C candidates
 
@@ -60,7 +60,7 @@ class Preferences:
 
     @staticmethod
     def shapes(prompts: int, candidates: int, length: int) -> "Preferences":
-        """Shapes and dtypes in place of arrays, to compile for."""
+        """Shapes and dtypes instead of arrays, for ahead-of-time compilation."""
         shape = (prompts, candidates, length)
         return Preferences(
             tokens_BCT=jax.ShapeDtypeStruct(shape, jnp.int32),
@@ -80,8 +80,9 @@ class Preferences:
 class KVCache:
     """Keys and values, [B, G, S, K] for each layer. Slots [0, P) hold the prompt, slot P + t the t-th new token.
 
-    Both choices keep XLA from copying it in every step: one array a layer, not a slice of one for all; and B and G only
-    where they are more than 1, since a product drops an axis of 1 and then has another shape than the loop.
+    Two choices keep XLA from copying it in every step: there is one array per layer, not one for all layers; and axes B
+    and G are left out if their size is 1, since a matrix product drops such axes and its shape would differ from the
+    loop's.
     """
 
     keys: tuple[Array, ...]
@@ -90,7 +91,7 @@ class KVCache:
 
 @struct.dataclass
 class Answers:
-    """What `decoding.generate` returns: A new tokens a row, padded after the stop token."""
+    """What `decoding.generate` returns: A new tokens per row, padded after the stop token."""
 
     tokens_BA: Array  # int32
     logp_BA: Array  # float32: log-probability of each token under the sampling distribution; 0 after the end
@@ -128,16 +129,16 @@ class Experience:
 
 @struct.dataclass
 class Rollout:
-    """Everything one PPO update needs, on rows of prompt + answer."""
+    """Everything a PPO update needs, as rows of prompt + answer."""
 
     tokens_BT: Array  # int32
     mask_BT: Array  # bool: the answer's tokens
-    logp_BT: Array  # float32: the policy's, by the trainer's own function, before the update
-    ref_logp_BT: Array  # float32: the frozen reference's
+    logp_BT: Array  # float32: the policy's before the update, computed as in training
+    ref_logp_BT: Array  # float32: the frozen reference policy's
     value_BT: Array  # float32: the critic's prediction before the update
     score_B: Array  # float32: h(x, y), or the fixed score of an answer that never ended
     ended_B: Array  # bool
-    sampler_logp_BT: Array  # float32: what the sampler believed, a diagnostic
+    sampler_logp_BT: Array  # float32: the sampler's own, a diagnostic
 
     @property
     def rows(self) -> Batch:

@@ -1,7 +1,7 @@
-"""Decoding: the prompts in one parallel pass, then token by token from a cache.
+"""Decoding: prompts in one parallel pass, then token by token from a cache.
 
 `generate` is the function to jit; `stream` yields one answer's tokens as they come. `sampling` shapes the distribution,
-`beam` searches, `speculative` lets a draft run ahead.
+`beam` searches, `speculative` checks the tokens of a cheap draft.
 """
 
 from jaxgpt.decoding.generate import (

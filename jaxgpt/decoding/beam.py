@@ -1,9 +1,9 @@
-"""Beam search: the most probable answers, not draws.
+"""Beam search: the most probable answers instead of samples.
 
-Sutskever et al. 2014 (section 3.2); scores normalised by length as in Wu et al. 2016 (section 7), with the plain power
-of the length. A finished hypothesis keeps its place, and the search goes on with as many beams as are left: hypotheses
-compete only with others of the same length, one beam is greedy decoding, and beams for every possible answer are
-exhaustive search.
+Sutskever et al. 2014 (section 3.2); log-probabilities are normalised by length as in Wu et al. 2016 (section 7), with a
+plain power of the length. A finished hypothesis keeps its beam, and the search continues with the beams that are left:
+hypotheses compete only with others of the same length, one beam is greedy decoding, and one beam for every possible
+answer is exhaustive search.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from jaxgpt.structs import Array, KVCache, Params
 
 @struct.dataclass
 class Beams:
-    """C answers of each prompt, the best first. Places that no answer fills (C > V**A) have score -inf, length 0."""
+    """C answers for each prompt, best first. Unused places (C > V**A) have score_BC -inf and length 0."""
 
     tokens_BCA: Array  # int32, padded after the stop token
     score_BC: Array  # float32: sum of log-probabilities / length**length_penalty
@@ -43,8 +43,8 @@ def beam_search(
     """The best `beams` answers of up to `new_tokens` tokens for each prompt, until `stop` (a token, or any of several).
 
     prompt_BP: prompts padded on the right; length_B: their lengths. `length_penalty` 0 ranks by log-probability, 1 by
-    its mean over tokens; it orders what was found and does not steer the search. Raises UserError while tracing for
-    beams < 1, and when prompt and answer don't fit the model's block.
+    its mean per token; it only orders the results and does not steer the search. Raises UserError while tracing if
+    beams < 1, or if prompt and answer don't fit the model's block.
     """
     (B, P), C, A = prompt_BP.shape, beams, new_tokens
     if C < 1:
@@ -56,17 +56,17 @@ def beam_search(
     rows_length = jnp.repeat(length_B, C)
 
     def choose(t: Array, beams: Beams, logits_BCV: Array) -> tuple[Beams, Array]:
-        """The hypotheses after token t, and which one each came from [B, C]."""
+        """The hypotheses after token t, and the parent of each [B, C]."""
         V = logits_BCV.shape[-1]
         sum_BCV = beams.score_BC[:, :, None] + jax.nn.log_softmax(logits_BCV)
-        stays_BCV = jnp.where(jnp.arange(V) == 0, jnp.inf, -jnp.inf)  # finished: one way on, before all others
-        rank_BCV = jnp.where(beams.ended_BC[:, :, None], stays_BCV, sum_BCV)
+        finished_V = jnp.where(jnp.arange(V) == 0, jnp.inf, -jnp.inf)  # a single continuation, ahead of all others
+        rank_BCV = jnp.where(beams.ended_BC[:, :, None], finished_V, sum_BCV)
         value_BC, index_BC = jax.lax.top_k(rank_BCV.reshape(B, -1), C)
         parent_BC, token_BC = index_BC // V, (index_BC % V).astype(jnp.int32)
         old = jax.tree.map(
             lambda x: jnp.take_along_axis(x, parent_BC.reshape(B, C, *[1] * (x.ndim - 2)), axis=1), beams
         )
-        real_BC = value_BC > -jnp.inf  # else a place without a hypothesis
+        real_BC = value_BC > -jnp.inf  # False: a place without a hypothesis
         token_BC = jnp.where(old.ended_BC, pad, token_BC)
         ended_BC = old.ended_BC | (token_BC[:, :, None] == stops).any(axis=2)
         new = Beams(
@@ -82,18 +82,18 @@ def beam_search(
         token_BC = jax.lax.dynamic_index_in_dim(beams.tokens_BCA, t, axis=2, keepdims=False)
         cache, logits = decode_step(params, config, cache, token_BC.reshape(-1), rows_length, P, t)
         beams, parent_BC = choose(t + 1, beams, logits.reshape(B, C, -1))
-        if C > 1:  # beams of one prompt share its slots: only the answers' change hands
+        if C > 1:  # beams of one prompt have the same prompt slots: reorder only the answers'
             rows = (jnp.arange(B)[:, None] * C + parent_BC).reshape(-1)
             cache = jax.tree.map(lambda x: x.at[..., P:, :].set(x[rows, ..., P:, :]), cache)
         return (cache, beams), None
 
-    nothing = Beams(
+    empty = Beams(
         tokens_BCA=jnp.full((B, C, A), pad, jnp.int32),
         score_BC=jnp.broadcast_to(jnp.where(jnp.arange(C) == 0, 0.0, -jnp.inf), (B, C)),
         length_BC=jnp.zeros((B, C), jnp.int32),
         ended_BC=jnp.zeros((B, C), bool),
     )
-    found, _ = choose(jnp.zeros((), jnp.int32), nothing, jnp.broadcast_to(logits_BV[:, None], (B, C, config.vocab)))
+    found, _ = choose(jnp.zeros((), jnp.int32), empty, jnp.broadcast_to(logits_BV[:, None], (B, C, config.vocab)))
     (_, found), _ = jax.lax.scan(step, (cache, found), jnp.arange(A - 1))
     real_BC = found.score_BC > -jnp.inf
     length_BC = jnp.where(real_BC, found.length_BC, 0)

@@ -1,12 +1,12 @@
 """Autoregressive decoding: the model's output is its next input.
 
-The prompt is read in one parallel pass that fills the first P cache slots; `jax.lax.scan` then adds one token a step.
+Prompts are read in one parallel pass that fills the first P cache slots; `jax.lax.scan` then adds one token per step.
 Prompts stay padded on the right. The t-th new token of a row whose prompt has len tokens goes to slot P + t with
-position len + t, and sees the slots s < len and P <= s <= P + t: one scalar cursor serves all rows. The cache grows by
-a segment at a time, so that a token costs what it has to look at, not what it might.
+position len + t, and attends to slots s < len and P <= s <= P + t: one scalar cursor serves all rows. The cache grows
+one segment at a time, so that a token's cost depends on the tokens so far, not on the maximum length.
 
     generate          a fixed number of steps: can be vmapped
-    generate_until    the same tokens by `while_loop`, which stops when every row has ended
+    generate_until    the same tokens by a `while_loop` that stops when every row has ended
 """
 
 import functools
@@ -27,9 +27,9 @@ X = TypeVar("X")
 Y = TypeVar("Y")
 Sampler = Callable[[Array, Array], Array]
 Carry = tuple[KVCache, Array, Array, Array | None]  # cache, token_B, ended_B, seen_BV
-Loop = Callable[..., tuple[Carry, tuple[Array, ...]]]  # as jax.lax.scan: (step, carry, xs) -> (carry, collected)
+Loop = Callable[..., tuple[Carry, tuple[Array, ...]]]  # like jax.lax.scan: (step, carry, xs) -> (carry, collected)
 SeenFilter = Callable[[Array, Array], Array]  # (logits [B, V], seen [B, V] bool) -> logits
-SEGMENT = 128  # slots by which the cache grows; each segment is compiled
+SEGMENT = 128  # slots by which the cache grows; each segment is compiled separately
 STATIC = (  # for jax.jit(generate, static_argnums=1, static_argnames=STATIC)
     "new_tokens",
     "stop",
@@ -44,9 +44,9 @@ STATIC = (  # for jax.jit(generate, static_argnums=1, static_argnames=STATIC)
 
 
 def prepare(params: Params, config: ModelConfig) -> Params:
-    """Weights as decoding reads them, made once outside the loop: adapters merged, matrices in the activations' dtype
-    (norms stay float32), the parts of an 'fsdp' axis put together, and the tied head as [D, V], which a product with
-    few rows reads far faster than its transpose."""
+    """Weights in the form decoding reads, made once outside the loop: adapters merged, matrices in the activations'
+    dtype (norms stay float32), shards along 'fsdp' gathered, and the head as [D, V], which a product with few rows
+    reads far faster than its transpose."""
     if "head_DV" in params:
         return params
     params = lora.merge(params)
@@ -61,10 +61,10 @@ def prepare(params: Params, config: ModelConfig) -> Params:
 
 
 def int8(params: Params) -> Params:
-    """Parameters of `prepare` with every matrix in int8, a scale for each column: w ~ round(w / s) s with
-    s = max|w| / 127. The embedding, of which a token reads one row, norms and biases stay. For decoding only."""
+    """Quantise every matrix of `prepare`'s parameters to int8, with one scale per column: w ~ round(w / s) s with
+    s = max|w| / 127. Norms, biases and the embedding (a token reads one row of it) stay. For decoding only."""
 
-    def rounded(w: Array) -> tuple[Array, Array]:
+    def quantise(w: Array) -> tuple[Array, Array]:
         w = w.astype(jnp.float32)
         scale = jnp.maximum(jnp.abs(w).max(axis=0), 1e-30) / 127.0
         return jnp.round(w / scale).astype(jnp.int8), scale
@@ -72,7 +72,7 @@ def int8(params: Params) -> Params:
     def layer(part: Params) -> Params:
         if "kernel" not in part:
             return part
-        kernel, scale = rounded(part["kernel"])
+        kernel, scale = quantise(part["kernel"])
         return {**part, "kernel": kernel, "scale": scale}
 
     blocks = {
@@ -80,12 +80,12 @@ def int8(params: Params) -> Params:
         for name, block in params.items()
         if name.startswith("block_")
     }
-    head_DV, scale_V = rounded(params["head_DV"])
+    head_DV, scale_V = quantise(params["head_DV"])
     return {**params, **blocks, "head_DV": head_DV, "head_scale_V": scale_V}
 
 
 def unembed(params: Params, h: Array) -> Array:
-    """`model.unembed`, with the head of `prepare` where it has been made: float32 logits."""
+    """`transformer.unembed`, with the head made by `prepare` if there is one: float32 logits."""
     if "head_DV" not in params:
         return transformer.unembed(params, h)
     if "head_scale_V" in params:
@@ -96,10 +96,10 @@ def unembed(params: Params, h: Array) -> Array:
 def read(
     params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, copies: int = 1
 ) -> tuple[KVCache, Array]:
-    """The cache after the prompts, with room for `slots` new tokens, and the hidden state of each last token [B, D].
+    """The cache after the prompts, with room for `slots` new tokens, and each prompt's last hidden state [B, D].
 
-    `copies` rows of the cache for each prompt, next to each other. On a CPU it is kept in float32: XLA would widen the
-    whole of a bfloat16 one in every step.
+    Each prompt gets `copies` adjacent rows of the cache. On a CPU the cache is float32: XLA would convert an entire
+    bfloat16 one in every step.
     """
     h_BPD, kv = transformer.hidden_and_kv(params, config, prompt_BP)
     dtype = jnp.float32 if sharding.platform() == "cpu" else config.dtype
@@ -123,7 +123,7 @@ def prefill(
 
 
 def grow(cache: KVCache, slots: int) -> KVCache:
-    """The cache with so many more slots behind."""
+    """The cache with `slots` more slots at its end."""
     return jax.tree.map(lambda x: jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, slots), (0, 0))), cache)
 
 
@@ -136,22 +136,22 @@ def feed(
     slot: Array | int,
     visible_BES: Array,
 ) -> tuple[KVCache, Array]:
-    """Feed E tokens a row to the slots from `slot` on: the cache with them, and the hidden states [B, E, D].
+    """Feed E tokens per row into the slots starting at `slot`: the updated cache, and the hidden states [B, E, D].
 
-    visible_BES says which slots each token sees (leading axes may be 1). The slots must exist: they would clamp in
-    silence.
+    visible_BES says which slots each token attends to (leading axes may be 1). The slots must exist: otherwise they
+    would be clamped silently.
     """
     B, E = tokens_BE.shape
     *rows, _, K = cache.keys[0].shape
     H, shared = config.heads, config.heads // config.groups
-    some, e = ((shared * E,), "e") if shared * E > 1 else ((), "")  # an axis of 1 is left out, as in the cache
+    some, e = ((shared * E,), "e") if shared * E > 1 else ((), "")  # axes of size 1 are left out, as in the cache
 
     def store(all_: Array, new_BEGK: Array) -> Array:
         new = new_BEGK.swapaxes(1, 2).reshape(*rows, E, K).astype(all_.dtype)
         return jax.lax.dynamic_update_slice_in_dim(all_, new, slot, axis=len(rows))
 
     def attend(n: int, q_BEHK: Array, k_BEGK: Array, v_BEGK: Array) -> tuple[Array, tuple[Array, Array]]:
-        # Behind a barrier: XLA would else write, and so copy, it once for the loop and once for the product.
+        # Without the barrier XLA would write, and so copy, the cache twice: for the loop and for the product.
         k, v = jax.lax.optimization_barrier((store(cache.keys[n], k_BEGK), store(cache.values[n], v_BEGK)))
         q = q_BEHK.swapaxes(1, 2).reshape(*rows, *some, K).astype(k.dtype)
         scores = jnp.einsum(f"...{e}k,...sk->...{e}s", q, k, preferred_element_type=jnp.float32)
@@ -175,7 +175,7 @@ def feed(
 def advance(
     params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
 ) -> tuple[KVCache, Array]:
-    """Feed the t-th new token: the cache with it, and its hidden state after the final norm [B, D]."""
+    """Feed the t-th new token: the updated cache, and the token's hidden state after the final norm [B, D]."""
     slots = jnp.arange(cache.keys[0].shape[-2])
     new_S = (slots >= prompt_slots) & (slots <= prompt_slots + t)
     visible_BS = (slots < length_B[:, None]) | new_S
@@ -215,19 +215,19 @@ def generate(
     """Sample up to `new_tokens` tokens for each prompt, until `stop` (a token, or any of several).
 
     prompt_BP: prompts padded on the right; length_B: their lengths. `filter_logits` shapes the distribution
-    (temperature, top-k, top-p), before it `filter_seen(logits, seen)` by what the prompt and the answer so far hold (a
-    repetition penalty); `sample` draws from it; the returned log-probabilities are those of the shaped
-    distribution. `samples` answers a prompt (rows b * samples ... of the result) are drawn after one reading of it.
-    `value_head` adds a critic's values. The cache grows by `segment` slots, each compiled. `loop` runs the steps:
-    `jax.lax.scan`, of a fixed length that can be vmapped, or `until_all_ended`. Rows that have ended yield `pad`.
-    Raises UserError while tracing when prompt and answer don't fit the model's block.
+    (temperature, top-k, top-p); before it, `filter_seen(logits, seen)` may use which tokens the prompt and the answer
+    so far contain (a repetition penalty); `sample` draws from the result, and the returned log-probabilities are those
+    of that distribution. `samples` answers per prompt (from row b * samples of the result on) share one reading of it.
+    `value_head` adds a critic's values. The cache grows by `segment` slots, each segment compiled separately. `loop`
+    runs the steps: `jax.lax.scan`, with a fixed length that can be vmapped, or `until_all_ended`. Rows that have ended
+    yield `pad`. Raises UserError while tracing if prompt and answer don't fit the model's block.
     """
     P = prompt_BP.shape[1]
     check_room(config, P, new_tokens)
     if samples < 1 or segment < 1:
         raise UserError(f"samples is {samples} and segment {segment}; both must be at least 1")
     params = prepare(params, config)
-    ends = [*range(segment, new_tokens - 1, segment), new_tokens - 1]  # fed tokens after each segment
+    ends = [*range(segment, new_tokens - 1, segment), new_tokens - 1]  # tokens fed by the end of each segment
     cache, h_BD = read(params, config, prompt_BP, length_B, ends[0], copies=samples)
     h_BD, prompt_BP, length_B = (jnp.repeat(x, samples, axis=0) for x in (h_BD, prompt_BP, length_B))
     B = length_B.shape[0]
@@ -240,7 +240,7 @@ def generate(
     def emit(
         key: Array, h_BD: Array, ended_B: Array, seen_BV: Array | None
     ) -> tuple[Array, Array | None, tuple[Array, ...]]:
-        """The next token from the hidden state before it: (ended, seen, what is collected)."""
+        """The next token from the hidden state before it: (ended, seen, outputs to collect)."""
         logits_BV = unembed(params, h_BD)
         if filter_seen is not None and seen_BV is not None:
             logits_BV = filter_seen(logits_BV, seen_BV)
@@ -279,9 +279,9 @@ def generate(
 
 
 def until_all_ended(step: Callable[[Carry, X], tuple[Carry, Y]], carry: Carry, xs: X) -> tuple[Carry, Y]:
-    """`jax.lax.scan` that ends early when every row has ended; what is then missing reads as ended."""
+    """`jax.lax.scan` that stops early when every row has ended; the steps left out read as ended."""
     steps = jax.tree.leaves(xs)[0].shape[0]
-    # Keys travel as plain numbers: that each is taken once is clear to a reader, not to JAX's check of reused keys.
+    # Keys are passed as raw data: each is used only once, but JAX's key-reuse check can't tell.
     is_key = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key), xs)
     plain = jax.tree.map(lambda x, key: jax.random.key_data(x) if key else x, xs, is_key)
 
@@ -304,12 +304,12 @@ def until_all_ended(step: Callable[[Carry, X], tuple[Carry, Y]], carry: Carry, x
 
 
 def generate_until(*args: object, **settings: object) -> Answers:
-    """The same tokens as `generate` with the same arguments, by a loop that stops when every row has ended."""
+    """The same tokens as `generate` with the same arguments, in a loop that stops when every row has ended."""
     return generate(*args, loop=until_all_ended, **settings)  # type: ignore[arg-type]
 
 
 def check_room(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None:
-    """Refuse what would run past the model's block: positions and cache slots clamp in silence there."""
+    """Reject lengths that exceed the model's block: positions and cache slots would be clamped silently."""
     if new_tokens < 1:
         raise UserError(f"new_tokens is {new_tokens}; ask for at least 1")
     if prompt_tokens + new_tokens > config.block:
@@ -320,7 +320,7 @@ def check_room(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None
 
 
 def join(prompt_BP: Array, length_B: Array, answers: Answers, pad: int = 0) -> tuple[Batch, Array]:
-    """Rows of prompt + answer without a gap, [B, P + A], with the answers' mask; and the sampler's log-probs there."""
+    """Rows of prompt + answer without gaps, [B, P + A], with the answers' mask; and the sampler's log-probabilities."""
     P, A = prompt_BP.shape[1], answers.tokens_BA.shape[1]
     t_T = jnp.arange(P + A)
     in_prompt_BT = t_T < length_B[:, None]

@@ -1,4 +1,4 @@
-"""From logits to a token: filters of logits, and the two ways to draw.
+"""From logits to a token: logit filters, and two samplers.
 
 A filter maps logits [..., V] to logits [..., V]; a sampler maps (key, logits [B, V]) to tokens [B]. Compose them:
 
@@ -15,20 +15,20 @@ from jaxgpt.errors import UserError
 from jaxgpt.structs import Array
 
 Filter = Callable[[Array], Array]
-NEVER = -1e30  # a logit that is never drawn; finite, so that no difference of two is NaN
+NEVER = -1e30  # the logit of a token that is never drawn; finite, so that differences are never NaN
 
 
 def temperature(logits: Array, t: float | Array) -> Array:
-    """logits / t. The temperature is part of the policy: training and reference use the same one."""
+    """logits / t. The temperature is part of the policy: training and the reference policy use the same one."""
     if isinstance(t, (int, float)) and not t > 0:
-        raise UserError(f"temperature {t} must be above 0; use greedy decoding for the limit of 0")
+        raise UserError(f"temperature is {t}; it must be above 0, use greedy decoding instead of 0")
     return logits / t
 
 
 def top_k(logits: Array, k: int) -> Array:
     """Keep the k largest logits (and ties with the k-th)."""
     if k < 1:
-        raise UserError(f"top-k {k} must be at least 1")
+        raise UserError(f"top-k is {k}; it must be at least 1")
     if k >= logits.shape[-1]:
         return logits
     threshold = jax.lax.top_k(logits, k)[0][..., -1:]
@@ -36,13 +36,14 @@ def top_k(logits: Array, k: int) -> Array:
 
 
 def top_p(logits: Array, p: float | Array) -> Array:
-    """Nucleus: keep the most probable tokens until their probabilities reach p (and ties with the last); at least one.
+    """Nucleus: keep the most probable tokens until their total probability reaches p (and ties with the last).
 
-    Holtzman et al. 2020. No sort: the threshold is found bit by bit, the largest value above which p is reached.
+    Keeps at least one. Holtzman et al. 2020. No sort: the threshold, the largest at which p is reached, is found bit by
+    bit.
     """
     if isinstance(p, (int, float)):
         if not 0 < p <= 1:
-            raise UserError(f"top-p {p} must be in (0, 1]")
+            raise UserError(f"top-p is {p}; it must be above 0 and at most 1")
         if p == 1:
             return logits
     order = _ordered(logits)
@@ -58,7 +59,7 @@ def top_p(logits: Array, p: float | Array) -> Array:
 
 
 def _ordered(x: Array) -> Array:
-    """float32 as uint32 in the same order."""
+    """float32 as uint32 with the same ordering."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
@@ -66,19 +67,19 @@ def _ordered(x: Array) -> Array:
 def min_p(logits: Array, p: float) -> Array:
     """Keep tokens at least p times as probable as the most probable one (Nguyen et al. 2024)."""
     if not 0 <= p <= 1:
-        raise UserError(f"min-p {p} must be in [0, 1]")
+        raise UserError(f"min-p is {p}; it must be at least 0 and at most 1")
     if p == 0:
         return logits
     return jnp.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(p), logits, NEVER)
 
 
 def repetition_penalty(logits: Array, seen: Array, penalty: float) -> Array:
-    """Divide positive and multiply negative logits of tokens that were seen (bool [..., V]) by the penalty.
+    """Divide positive and multiply negative logits of `seen` tokens (bool [..., V]) by the penalty.
 
-    Keskar et al. 2019 (CTRL), section 4.1: about 1.2; 1 changes nothing.
+    Keskar et al. 2019 (CTRL), section 4.1: typically about 1.2; 1 changes nothing.
     """
     if not penalty > 0:
-        raise UserError(f"repetition penalty {penalty} must be above 0; 1 changes nothing")
+        raise UserError(f"repetition penalty is {penalty}; it must be above 0 (1 changes nothing)")
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -88,11 +89,11 @@ def greedy(key: Array, logits_BV: Array) -> Array:
 
 
 def categorical(key: Array, logits_BV: Array) -> Array:
-    """A draw from softmax(logits), [B], by inverting the cumulative distribution.
+    """A sample from softmax(logits), [B], by inverting the cumulative distribution.
 
-    One random number a row, where the Gumbel trick takes V of them and an argmax (1.6 times the time of a whole
-    decoding step on a CPU). The vocabulary is walked in two levels, blocks and then tokens, so that float32 sums
-    stay short. Logits may be -inf; a row of nothing else gives token 0.
+    Uses one random number per row, where the Gumbel trick needs V of them and an argmax (1.6 times the time of a whole
+    decoding step on a CPU). The vocabulary is searched in two levels, blocks and then tokens, so that float32 sums
+    stay short. Logits may be -inf; a row of only -inf gives token 0.
     """
     B, V = logits_BV.shape
     size = 1 << ((V - 1).bit_length() + 1) // 2  # about sqrt(V)
@@ -109,6 +110,6 @@ def categorical(key: Array, logits_BV: Array) -> Array:
 
 
 def _first_above(cumulative: Array, target: Array) -> Array:
-    """Index [B, 1] of the first entry above the target; where rounding leaves none, the last that adds weight."""
+    """Index [B, 1] of the first entry above the target; if rounding leaves none, the last one that adds weight."""
     last = (cumulative < cumulative[:, -1:]).sum(axis=-1, keepdims=True)
     return jnp.minimum((cumulative <= target).sum(axis=-1, keepdims=True), last)

@@ -1,15 +1,15 @@
-"""Speculative decoding: a cheap draft proposes several tokens, the model checks them all in one forward pass.
+"""Speculative decoding: a cheap draft proposes several tokens, and the model checks them all in one forward pass.
 
 Leviathan et al. 2023 (algorithm 1); Chen et al. 2023. A drafted token x is accepted with probability
 min(1, p(x) / q(x)), where p is the model's distribution and q the draft's; the first one rejected is replaced by a draw
-from max(p - q, 0), normalised; when all are accepted the same pass yields one token more. What comes out follows p
-exactly, whatever the draft is: a poor draft costs time, never quality.
+from max(p - q, 0), normalised; if all are accepted, the same pass yields one more token. The output follows p exactly,
+whatever the draft: a poor draft costs time, never quality.
 
     model_draft(params, config, k)   a smaller model with the same vocabulary
-    ngram_draft(k, n)                prompt lookup: what followed the last n tokens when they last occurred
+    ngram_draft(k, n)                prompt lookup: what followed the previous occurrence of the last n tokens
 
-One prompt, slot = position: a rejected token's cache slot is overwritten by the next pass, which starts there.
-Two letters beside those of `structs`: J drafted tokens, and E = J + 1 tokens that the model reads in one pass.
+One prompt, with slot = position: a rejected token's cache slot is overwritten by the next pass, which starts there.
+Two dimensions in addition to those of `structs`: J drafted tokens, and E = J + 1 tokens that the model reads per pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +26,11 @@ from jaxgpt.decoding.generate import check_room, feed, prefill, prepare, unembed
 from jaxgpt.errors import UserError
 from jaxgpt.structs import Answers, Array, KVCache, Params
 
-Shape = Callable[[Array], Array]  # logits [..., V] -> the probabilities that are drawn from [..., V]
-# (key, state, text_T, n) -> state, J tokens to follow the first n of the text, and their distributions [J, V]
+Shape = Callable[[Array], Array]  # logits [..., V] -> the probabilities to draw from [..., V]
 State = TypeVar("State")
 # key, cache, the draft's state, text_T, logp, n, ended, forwards, accepted
 Carry = tuple[Array, KVCache, State, Array, Array, Array, Array, Array, Array]
+# (key, state, text_T, n) -> state, J tokens to follow the first n of the text, and their distributions [J, V]
 Propose = Callable[[Array, State, Array, Array], tuple[State, Array, Array]]
 
 
@@ -39,19 +39,19 @@ class Draft(Protocol[State]):
 
     @property
     def k(self) -> int:
-        """Tokens at a time."""
+        """Tokens per proposal."""
         ...
 
     def start(
         self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: Shape
     ) -> tuple[State, Propose[State]]:
-        """Read the prompt: the first state, and the function that proposes."""
+        """Read the prompt: the initial state, and the function that proposes tokens."""
         ...
 
 
 @struct.dataclass
 class Speculated:
-    """The answer, and what it took: J * forwards tokens were drafted and `accepted` of them are in the answer."""
+    """The answer, and what it cost: J * forwards tokens were drafted, and `accepted` of them are in the answer."""
 
     answers: Answers
     forwards: Array  # int32: passes of the model after the prompt's
@@ -72,14 +72,15 @@ def generate(
     filter_logits: sampling.Filter = lambda logits: logits,
     greedy: bool = False,
 ) -> Speculated:
-    """`generate` for one prompt [1, P] with fewer passes: the same distribution, or the same tokens if `greedy`.
+    """`generate` for one prompt [1, P] in fewer passes: the same distribution, or the same tokens if `greedy`.
 
-    `filter_logits` shapes the model's distribution and the draft's; the log-probabilities are the shaped model's.
-    Raises UserError while tracing: more than one prompt, no room in the block of model or draft, another vocabulary.
+    `filter_logits` shapes both the model's and the draft's distribution; log-probabilities are the shaped model's.
+    Raises UserError while tracing for more than one prompt, too many tokens for the block of model or draft, or a draft
+    with another vocabulary.
     """
     (B, P), A, J = prompt_BP.shape, new_tokens, draft.k
     if B != 1:
-        raise UserError(f"speculative decoding takes one prompt at a time, not {B}; use decode.generate for a batch")
+        raise UserError(f"speculative decoding takes one prompt at a time, not {B}; use decoding.generate for a batch")
     check_room(config, P, A)
     stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
     length = length_B[0]
@@ -122,11 +123,11 @@ def generate(
 def extend(
     params: Params, config: ModelConfig, cache: KVCache, tokens_BE: Array, start: Array
 ) -> tuple[KVCache, Array]:
-    """Feed E tokens at once to the slots and positions start ... start + E - 1: the cache, and the logits after each.
+    """Feed E tokens at once into slots and positions start ... start + E - 1: the cache, and the logits after each.
 
-    They see all slots up to their own. tokens_BE [B, E], start a scalar -> cache, logits [B, E, V]. The cache must
-    have the slots (they would clamp in silence). Positions past the block read the last one: only tokens that are
-    beyond the answer's end have such.
+    Each attends to all slots up to its own. tokens_BE [B, E], start a scalar -> cache, logits [B, E, V]. The slots must
+    exist (they would be clamped silently). Positions beyond the block use the last one: only tokens after the answer's
+    end have such positions.
     """
     position_BE = jnp.broadcast_to(start + jnp.arange(tokens_BE.shape[1]), tokens_BE.shape)
     visible_BES = jnp.arange(cache.keys[0].shape[-2]) <= position_BE[:, :, None]
@@ -136,28 +137,28 @@ def extend(
 
 
 def acceptance(p: Array, q: Array) -> Array:
-    """Probability of keeping each token if it was drafted: min(1, p / q), [..., V]."""
+    """Probability of accepting each token if it was drafted: min(1, p / q), [..., V]."""
     return jnp.where(p < q, p / jnp.where(p < q, q, 1.0), 1.0)
 
 
 def residual(p: Array, q: Array) -> Array:
-    """What is drawn from after a rejection: max(p - q, 0) normalised, [..., V]; p itself where nothing is left."""
+    """The distribution to draw from after a rejection: max(p - q, 0) normalised, [..., V]; p itself if that is 0."""
     rest = jnp.maximum(p - q, 0.0)
     total = rest.sum(axis=-1, keepdims=True)
     return jnp.where(total > 0, rest / jnp.where(total > 0, total, 1.0), p)
 
 
 def verify(key: Array, draft_J: Array, q_JV: Array, p_EV: Array) -> tuple[Array, Array]:
-    """The kernel: drafted tokens, drawn from q, become tokens drawn from p.
+    """The core step: turn tokens drafted from q into tokens distributed as p.
 
-    Gives tokens [E], of which the first `accepted` are the draft's and the next one is drawn from the residual, or from
-    p's last row when all are accepted (those after it mean nothing); and `accepted`.
+    Returns tokens [E], of which the first `accepted` are the draft's and the next one is drawn from the residual, or
+    from p's last row if all are accepted (those after it are meaningless); and `accepted`.
     """
     J = draft_J.shape[0]
     accept_key, draw_key = jax.random.split(key)
     keep_J = jnp.take_along_axis(acceptance(p_EV[:J], q_JV), draft_J[:, None], axis=1)[:, 0]
     accepted = jnp.cumprod(jax.random.uniform(accept_key, (J,)) < keep_J, dtype=jnp.int32).sum()
-    q_EV = jnp.pad(q_JV, ((0, 1), (0, 0)))  # no draft after the last: the residual is p
+    q_EV = jnp.pad(q_JV, ((0, 1), (0, 0)))  # no draft for the last position: its residual is p
     log_rest_V = jnp.log(residual(p_EV[accepted], q_EV[accepted]))
     drawn = sampling.categorical(draw_key, log_rest_V[None])
     return jnp.where(jnp.arange(J + 1) == accepted, drawn, jnp.pad(draft_J, (0, 1))), accepted
@@ -165,7 +166,7 @@ def verify(key: Array, draft_J: Array, q_JV: Array, p_EV: Array) -> tuple[Array,
 
 @struct.dataclass
 class ModelDraft:
-    """A smaller model, with its own cache."""
+    """A smaller model with its own cache."""
 
     params: Params
     config: ModelConfig = struct.field(pytree_node=False)
@@ -178,13 +179,13 @@ class ModelDraft:
         if self.config.vocab != config.vocab:
             raise UserError(
                 f"the draft has a vocabulary of {self.config.vocab}, the model one of {config.vocab}; "
-                "they must share the tokenizer"
+                "choose a draft with the same tokenizer"
             )
         check_room(self.config, prompt_BP.shape[1], new_tokens)
         params = prepare(self.params, self.config)
 
         def propose(key: Array, cache: KVCache, text_T: Array, n: Array) -> tuple[KVCache, Array, Array]:
-            # The last two tokens of the text: when all drafts were accepted, the last of them has not been read yet.
+            # Read the last two tokens of the text: if all drafts were accepted, the last one has not been read yet.
             begin = jnp.maximum(n - 2, 0)
             two = jax.lax.dynamic_slice(text_T, (begin,), (2,))
             cache, logits_BEV = extend(params, self.config, cache, two[None], begin)
@@ -210,7 +211,7 @@ class ModelDraft:
 
 @struct.dataclass
 class NgramDraft:
-    """Prompt lookup, in the prompt and the answer so far; a deterministic proposal, q is one-hot."""
+    """Prompt lookup in the prompt and the answer so far; the proposal is deterministic, so q is one-hot."""
 
     k: int = struct.field(pytree_node=False)
     n: int = struct.field(pytree_node=False)
@@ -220,37 +221,37 @@ class NgramDraft:
     ) -> tuple[None, Propose[None]]:
         """See `Draft.start`."""
         if self.n > prompt_BP.shape[1] + new_tokens:
-            raise UserError(f"n is {self.n}, more than prompt and answer have tokens; look for fewer")
+            raise UserError(f"n is {self.n}, more tokens than prompt and answer have; choose a smaller n")
 
         def propose(key: Array, state: None, text_T: Array, n: Array) -> tuple[None, Array, Array]:
             begin = jnp.arange(text_T.shape[0] - self.n + 1)
             windows = text_T[begin[:, None] + jnp.arange(self.n)]
             recent = jax.lax.dynamic_slice(text_T, (n - self.n,), (self.n,))
-            found = (windows == recent).all(axis=1) & (begin + self.n < n)  # a token that followed is known
+            found = (windows == recent).all(axis=1) & (begin + self.n < n)  # the next token is known
             after = jnp.where(found, begin + self.n, -1).max()
-            after = jnp.where(after < 0, n - 1, after)  # not found: the last token once more
-            draft_J = text_T[after + jnp.arange(self.k) % (n - after)]  # past the text's end, the same again
+            after = jnp.where(after < 0, n - 1, after)  # not found: repeat the last token
+            draft_J = text_T[after + jnp.arange(self.k) % (n - after)]  # past the text's end: repeat
             return None, draft_J, jax.nn.one_hot(draft_J, config.vocab)
 
         return None, propose
 
 
 def model_draft(params: Params, config: ModelConfig, k: int) -> ModelDraft:
-    """`k` tokens drawn from a smaller model of the same vocabulary. Raises UserError for k < 1."""
-    _at_least_one(k=k)
+    """`k` tokens drawn from a smaller model with the same vocabulary. Raises UserError for k < 1."""
+    _check_positive(k=k)
     return ModelDraft(params, config, k)
 
 
 def ngram_draft(k: int, n: int = 2) -> NgramDraft:
-    """The `k` tokens that followed the last `n` when these occurred last (Saxena 2023, prompt lookup decoding).
+    """The `k` tokens after the previous occurrence of the last `n` (Saxena 2023, prompt lookup decoding).
 
-    Costs no model; pays where answers repeat the prompt. Raises UserError for k < 1 or n < 1.
+    Needs no draft model; pays off where answers repeat the prompt. Raises UserError for k < 1 or n < 1.
     """
-    _at_least_one(k=k, n=n)
+    _check_positive(k=k, n=n)
     return NgramDraft(k, n)
 
 
-def _at_least_one(**numbers: int) -> None:
+def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise UserError(f"a draft's {name} is {number}; it must be at least 1")

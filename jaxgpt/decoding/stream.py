@@ -1,4 +1,4 @@
-"""One answer, token by token as it comes: for a person who reads along."""
+"""Streaming: one answer, token by token, for interactive use."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -25,20 +25,20 @@ def stream(
     filter_logits: sampling.Filter = lambda logits: logits,
     segment: int = SEGMENT,
 ) -> Iterator[int]:
-    """The tokens of `generate` for one prompt, one at a time as they come: for a person who reads along.
+    """Yield the tokens of `generate` for one prompt, one at a time as they come.
 
-    The cache doubles when it is full. Parameters that went through `prepare` once are used as they are; pass the same
-    `sample` and `filter_logits` again, or they are compiled again: a `jax.tree_util.Partial` may change the numbers it
-    holds without that."""
+    The cache doubles when it is full. Parameters that already went through `prepare` are used as they are. A new
+    `sample` or `filter_logits` is compiled again, so pass the same functions each time; the numbers held by a
+    `jax.tree_util.Partial` may change without recompiling."""
     P = prompt_BP.shape[1]
     check_room(config, P, new_tokens)
     stops = {stop} if isinstance(stop, int) else set(stop)
     if "head_DV" not in params:
         params = jax.jit(prepare, static_argnums=1)(params, config)
     room = min(segment, new_tokens)
-    chosen = {"sample": _as_tree(sample), "filter_logits": _as_tree(filter_logits)}
+    chosen = {"sample": _as_partial(sample), "filter_logits": _as_partial(filter_logits)}
     first, *rest = jax.random.split(key, new_tokens)
-    cache, token_B = _first(params, config, prompt_BP, length_B, room, first, **chosen)
+    cache, token_B = _first_token(params, config, prompt_BP, length_B, room, first, **chosen)
     for t, step_key in enumerate([*rest, None]):
         token = int(token_B[0])
         if token in stops:
@@ -49,16 +49,16 @@ def stream(
         if t == room:
             more = min(room, new_tokens - room)
             cache, room = grow(cache, more), room + more
-        cache, token_B = _next(params, config, cache, token_B, length_B, P, jnp.asarray(t), step_key, **chosen)
+        cache, token_B = _next_token(params, config, cache, token_B, length_B, P, jnp.asarray(t), step_key, **chosen)
 
 
-def _as_tree(function: Callable[..., Array]) -> jax.tree_util.Partial:
-    """A function that jit takes as an argument: the numbers a `Partial` holds are traced, all else is static."""
+def _as_partial(function: Callable[..., Array]) -> jax.tree_util.Partial:
+    """A function that jit takes as an argument: the numbers a `Partial` holds are traced, everything else is static."""
     return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4))
-def _first(
+def _first_token(
     params: Params,
     config: ModelConfig,
     prompt_BP: Array,
@@ -74,7 +74,7 @@ def _first(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 5), donate_argnums=2)
-def _next(
+def _next_token(
     params: Params,
     config: ModelConfig,
     cache: KVCache,

@@ -1,11 +1,11 @@
-"""Losses of language-model alignment: arrays in, one value an element out, `reduce` to divide by the global count.
+"""Losses for language-model alignment: arrays in, one value per element out; `reduce` divides by the global count.
 
-    values, mask = ...                  one loss value an element
+    values, mask = ...                  one loss value per element
     mean = reduce(values, mask)         Mean(sum, count); mean.value is the loss
-    mean, metrics = combine({"policy": a, "kl": b}, mask, weights={"kl": 0.05})      losses add
+    mean, metrics = combine({"policy": a, "kl": b}, mask, weights={"kl": 0.05})      a weighted sum of losses
 
-No model, tokenizer, mesh or configuration is known here: jit, grad, vmap and sharded arrays just work. docs/maths.md
-has the equations side by side. Shapes and dtypes are checked while tracing, values where they are concrete.
+Nothing here knows about models, tokenizers, meshes or configuration, so jit, grad, vmap and sharded arrays just work.
+docs/maths.md lists all equations. Shapes and dtypes are checked while tracing, values where they are concrete.
 """
 
 from jaxgpt.losses.alignment import cdpo, dpo, implicit_reward, ipo, kto, kto_reference, log_odds, orpo, simpo

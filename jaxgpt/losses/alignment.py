@@ -1,7 +1,7 @@
-"""Direct alignment: preferences into the policy without a reward model.
+"""Direct alignment: train the policy on preferences without a reward model.
 
-Log-probabilities of answers are sums over their tokens, in nats (`sequence_sum`), or means over them
-(`sequence_mean`) where a function says so. One value a prompt, a pair or an answer comes out.
+An answer's log-probability is the sum over its tokens, in nats (`sequence_sum`), or the mean over them
+(`sequence_mean`) where a function says so. Each loss returns one value per prompt, pair or answer.
 """
 
 import math
@@ -15,14 +15,14 @@ from jaxgpt.losses.preferences import preference_nll, smooth_choice, soft_prefer
 
 
 def implicit_reward(logp_sum: Array, ref_logp_sum: Array, beta: float | Array) -> Array:
-    """DPO's reward h = beta log( pi(y|x) / rho(y|x) ), up to a term of the prompt alone (Rafailov et al. 2023, eq. 5).
+    """DPO's reward h = beta log( pi(y|x) / rho(y|x) ), up to a prompt-only term (Rafailov et al. 2023, eq. 5).
 
-    beta: reward units a nat. Put into any likelihood of `losses.preferences` it gives that kind of preference's DPO:
-    `preference_nll` for a favourite of B, `plackett_luce_nll` for rankings, `favourites_nll` with ties.
+    beta: reward units per nat. Passed to any likelihood in `losses.preferences`, it gives DPO for that kind of
+    preference: `preference_nll` for one favourite of C, `plackett_luce_nll` for rankings, `favourites_nll` for ties.
     Raises ValueError for a negative beta (concrete, or under checkify).
     """
     expect(logp_sum=(logp_sum, "float ..."), ref_logp_sum=(ref_logp_sum, "float ..."))
-    expect_value(beta >= 0, "beta is {beta}; the price of a nat can't be negative", beta=beta)
+    expect_value(beta >= 0, "beta is {beta}; it can't be negative", beta=beta)
     return beta * (logp_sum - ref_logp_sum)
 
 
@@ -31,7 +31,7 @@ def dpo(
 ) -> Array:
     """-log softmax(beta log(pi / rho))[choice], [B]: DPO for any number of candidates (Rafailov et al. 2023, eq. 7).
 
-    log C where pi = rho. Log-probabilities are sums over an answer's tokens.
+    Equals log C where pi = rho. Log-probabilities are sums over an answer's tokens.
     """
     expect(logp=(logp_BC, "float B C"), ref_logp=(ref_logp_BC, "float B C"), choice=(choice_B, "int B"))
     return preference_nll(implicit_reward(logp_BC, ref_logp_BC, beta), choice_B, present_BC)
@@ -45,9 +45,9 @@ def cdpo(
     epsilon: float,
     present_BC: Array | None = None,
 ) -> Array:
-    """Conservative DPO, [B]: labels are believed wrong with probability eps (Mitchell 2023, for C = 2).
+    """Conservative DPO, [B]: assumes each label is wrong with probability eps (Mitchell 2023, for C = 2).
 
-    L = (1 - eps) L_dpo(choice) + eps mean_{j != choice} L_dpo(j). Its optimum has P(choice) = 1 - eps, not 1.
+    L = (1 - eps) L_dpo(choice) + eps mean_{j != choice} L_dpo(j). At the optimum P(choice) = 1 - eps, not 1.
     """
     expect(logp=(logp_BC, "float B C"), ref_logp=(ref_logp_BC, "float B C"), choice=(choice_B, "int B"))
     present_BC = jnp.ones(logp_BC.shape, bool) if present_BC is None else present_BC
@@ -56,7 +56,7 @@ def cdpo(
 
 
 def ipo(chosen_log_ratio: Array, rejected_log_ratio: Array, tau: float) -> Array:
-    """(h_w - h_l - 1 / (2 tau))^2, one value a pair (Azar et al. 2023, eq. 17): margins stop growing at 1 / (2 tau).
+    """(h_w - h_l - 1 / (2 tau))^2, one value per pair (Azar et al. 2023, eq. 17): margins stop growing at 1 / (2 tau).
 
     h = log(pi / rho) of an answer: the sum over its tokens in the paper, the mean in TRL.
     """
@@ -68,8 +68,8 @@ def ipo(chosen_log_ratio: Array, rejected_log_ratio: Array, tau: float) -> Array
 def kto_reference(mismatched_log_ratio_B: Array, mask_B: Array | None = None) -> Array:
     """KTO's reference point z0, a scalar without gradient: max(0, mean log(pi / rho)) over *mismatched* answers.
 
-    Each prompt is paired with another prompt's answer, an estimate of KL(pi || rho) (Ethayarajh et al. 2024, section
-    4.1). It is a statistic of the whole batch: take it before the batch is split.
+    Pairing each prompt with another prompt's answer estimates KL(pi || rho) (Ethayarajh et al. 2024, section 4.1).
+    It is a statistic of the whole batch: compute it before the batch is split.
     """
     expect(mismatched_log_ratio=(mismatched_log_ratio_B, "float ..."), mask=(mask_B, "bool ..."))
     mask_B = jnp.ones(mismatched_log_ratio_B.shape, bool) if mask_B is None else mask_B
@@ -85,20 +85,20 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Array:
-    """KTO's loss on single answers that are marked good or bad, one value an answer (Ethayarajh et al. 2024).
+    """KTO's loss for single answers labelled good or bad, one value per answer (Ethayarajh et al. 2024).
 
-    L = w_d (1 - sigmoid(beta (h - z0))) for a desirable answer, w_u (1 - sigmoid(beta (z0 - h))) for another one;
-    h = log(pi / rho) summed over the answer, z0 from `kto_reference`.
+    L = w_d (1 - sigmoid(beta (h - z0))) for a desirable answer, w_u (1 - sigmoid(beta (z0 - h))) for an undesirable
+    one; h = log(pi / rho) summed over the answer's tokens, z0 from `kto_reference`.
     """
-    each = reference if jnp.ndim(reference) else None
-    expect(log_ratio=(log_ratio, "float ..."), desirable=(desirable, "bool ..."), reference=(each, "float ..."))
-    expect_value(beta >= 0, "beta is {beta}; the price of a nat can't be negative", beta=beta)
+    array = reference if jnp.ndim(reference) else None
+    expect(log_ratio=(log_ratio, "float ..."), desirable=(desirable, "bool ..."), reference=(array, "float ..."))
+    expect_value(beta >= 0, "beta is {beta}; it can't be negative", beta=beta)
     gain = beta * (log_ratio - reference)
     return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-gain), undesirable_weight * jax.nn.sigmoid(gain))
 
 
 def log_odds(mean_logp: Array) -> Array:
-    """log( P / (1 - P) ) of P = exp(mean log-probability of an answer's tokens), held at P <= exp(-1e-6)."""
+    """log( P / (1 - P) ) for P = exp(mean log-probability of an answer's tokens), clipped to P <= exp(-1e-6)."""
     expect(mean_logp=(mean_logp, "float ..."))
     mean_logp = jnp.minimum(mean_logp, -1e-6)
     near_one = mean_logp > -math.log(2.0)
@@ -111,10 +111,10 @@ def log_odds(mean_logp: Array) -> Array:
 
 
 def orpo(chosen_mean_logp: Array, rejected_mean_logp: Array, weight: float) -> Array:
-    """NLL of the chosen answer plus its odds ratio to the rejected one, one value a pair (Hong et al. 2024, eq. 6).
+    """NLL of the chosen answer plus an odds-ratio penalty, one value per pair (Hong et al. 2024, eq. 6).
 
     L = -log P_w + weight (-log sigmoid(log odds_w - log odds_l)),  odds = P / (1 - P), P = exp(mean token log-prob).
-    No reference model.
+    Needs no reference model.
     """
     expect(chosen_mean_logp=(chosen_mean_logp, "float ..."), rejected_mean_logp=(rejected_mean_logp, "float ..."))
     ratio = log_odds(chosen_mean_logp) - log_odds(rejected_mean_logp)
@@ -122,9 +122,10 @@ def orpo(chosen_mean_logp: Array, rejected_mean_logp: Array, weight: float) -> A
 
 
 def simpo(chosen_mean_logp: Array, rejected_mean_logp: Array, beta: float, gamma: float) -> Array:
-    """-log sigmoid(beta mean_logp_w - beta mean_logp_l - gamma), one value a pair (Meng et al. 2024, eq. 6).
+    """-log sigmoid(beta mean_logp_w - beta mean_logp_l - gamma), one value per pair (Meng et al. 2024, eq. 6).
 
-    Mean log-probabilities over an answer's tokens; beta about 2, the margin gamma about 1. No reference model.
+    mean_logp is the mean log-probability over an answer's tokens; typically beta is about 2 and the margin gamma
+    about 1. Needs no reference model.
     """
     expect(chosen_mean_logp=(chosen_mean_logp, "float ..."), rejected_mean_logp=(rejected_mean_logp, "float ..."))
     expect_value(beta >= 0, "beta is {beta}; it can't be negative", beta=beta)

@@ -1,4 +1,4 @@
-"""What a function expects of its arrays, said once: shapes and dtypes while tracing, values where they are known."""
+"""Argument checks for the losses: shapes and dtypes while tracing, values where they are concrete."""
 
 import sys
 
@@ -11,11 +11,11 @@ KINDS = {"float": jnp.floating, "int": jnp.integer, "bool": jnp.bool}
 
 
 def expect(**arguments: tuple[ArrayLike | None, str]) -> None:
-    """Compare arrays with specs such as `scores=(scores_BC, "float B C")`; None is an argument left out.
+    """Check arrays against specs such as `scores=(scores_BC, "float B C")`; None is an omitted argument.
 
-    A letter stands for one axis and must have the same size wherever it stands; a leading `...` stands for any axes,
-    the same everywhere too. Shapes and dtypes are known while tracing, so this costs nothing at run time.
-    Raises TypeError (dtype) or ValueError (shape), naming the function, the argument, what it is and what it should be.
+    A letter names one axis, which must have the same size wherever it appears; a leading `...` matches any axes, and
+    must also match everywhere. Shapes and dtypes are known while tracing, so this costs nothing at run time.
+    Raises TypeError (dtype) or ValueError (shape), naming the function, the argument, its type and the expected one.
     """
     sizes: dict[str, object] = {}
     origin: dict[str, str] = {}
@@ -40,9 +40,9 @@ def expect(**arguments: tuple[ArrayLike | None, str]) -> None:
 
 
 def expect_value(ok: ArrayLike, message: str, **values: ArrayLike) -> None:
-    """Demand that all of `ok` is True: at once where it is concrete, else under `checkify.checkify` (and only there).
+    """Require all of `ok` to be True: checked at once if concrete; if traced, only under `checkify.checkify`.
 
-    `message` may hold {names} of `values`. Raises ValueError(function: message).
+    `message` is a format string for `values`. Raises ValueError("function: message").
     """
     text = f"{_caller()}: {message}"
     if isinstance(ok, jax.core.Tracer):

@@ -1,12 +1,12 @@
 """KL divergence between policy pi and reference rho: estimators, standard errors, controllers. All in nats.
 
-Estimators (Schulman 2020, "Approximating KL divergence") of KL(pi || rho) from tokens sampled from pi, one value a
-token, with d = log pi - log rho. Where one is *placed* decides what it does (docs/maths.md shows it):
+Estimators (Schulman 2020, "Approximating KL divergence") of KL(pi || rho) from tokens sampled from pi, one value per
+token, with d = log pi - log rho. The gradient depends on where the estimator is used (docs/maths.md shows why):
 
     in the reward (no gradient)   k1: the gradient of KL(pi || rho).  k3: that minus the gradient of KL(rho || pi)
     as a loss (differentiated)    k1: none at all.  k2: the gradient of KL(pi || rho).  k3: that of KL(rho || pi)
 
-each for one token's distribution; a loss term leaves out the effect of a token on the states after it.
+This holds for a single token's distribution; a loss term ignores a token's effect on the states after it.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jax import Array
 from jaxgpt.losses.checks import expect
 from jaxgpt.losses.mean import sequence_sum
 
-LIMIT = 20.0  # k3 holds d in [-20, 20] where it is exponentiated
+LIMIT = 20.0  # k3 clips d to [-20, 20] before exponentiating
 
 
 def k1(logp: Array, ref_logp: Array) -> Array:
@@ -35,9 +35,9 @@ def k2(logp: Array, ref_logp: Array) -> Array:
 
 
 def k3(logp: Array, ref_logp: Array) -> Array:
-    """exp(-d) - 1 + d: unbiased and never negative. d is held in [-20, 20], without gradient beyond.
+    """exp(-d) - 1 + d: unbiased and never negative. d is clipped to [-20, 20], with no gradient beyond.
 
-    The value itself is not held (some stacks cap it at 10): one token with rho >> pi can outweigh a batch.
+    The value itself is not capped (some libraries cap it at 10): one token with rho >> pi can dominate a batch.
     """
     expect(logp=(logp, "float ..."), ref_logp=(ref_logp, "float ..."))
     d = jnp.clip(logp - ref_logp, -LIMIT, LIMIT)
@@ -47,7 +47,7 @@ def k3(logp: Array, ref_logp: Array) -> Array:
 def exact(logits: Array, ref_logits: Array) -> Array:
     """sum_v pi_v (log pi_v - log rho_v) for one prefix.  [..., V] twice -> [...].
 
-    Exact for each prefix; summed over sampled prefixes it is still an estimate of the sequence's KL.
+    Exact for each prefix; summed over sampled prefixes it is still only an estimate of the sequence's KL.
     """
     expect(logits=(logits, "float ... V"), ref_logits=(ref_logits, "float ... V"))
     logp = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -56,7 +56,7 @@ def exact(logits: Array, ref_logits: Array) -> Array:
 
 
 def sequence_kl(logp_BT: Array, ref_logp_BT: Array, mask_BT: Array) -> Array:
-    """k1 summed over an answer's tokens: nats a sequence, [B]."""
+    """k1 summed over an answer's tokens: nats per sequence, [B]."""
     return sequence_sum(k1(logp_BT, ref_logp_BT), mask_BT)
 
 
@@ -67,7 +67,7 @@ def sequence_kl(logp_BT: Array, ref_logp_BT: Array, mask_BT: Array) -> Array:
 )
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A KL with its standard error, in nats a sequence and in nats a token; a sequence is the independent sample.
+    """A KL with its standard error, in nats per sequence and nats per token; the sequences are independent samples.
 
     Holds sums over sequences, so that parts of a batch add up with `+` (and `jax.lax.psum`).
     """
@@ -75,26 +75,26 @@ class Estimate:
     sequences: Array
     tokens: Array
     total: Array  # nats
-    total_squares: Array  # of each sequence's nats
-    tokens_squares: Array
-    products: Array  # a sequence's nats times its tokens
+    total_squares: Array  # sum over sequences of nats squared
+    tokens_squares: Array  # sum over sequences of tokens squared
+    products: Array  # sum over sequences of nats times tokens
 
     def __add__(self, other: "Estimate") -> "Estimate":
         return jax.tree.map(jnp.add, self, other)
 
     @property
     def nats_a_sequence(self) -> Array:
-        """KL of whole answers, a mean over them."""
+        """Mean KL per sequence."""
         return self.total / jnp.maximum(self.sequences, 1)
 
     @property
     def nats_a_token(self) -> Array:
-        """KL of single tokens, a mean over them."""
+        """Mean KL per token."""
         return self.total / jnp.maximum(self.tokens, 1)
 
     @property
     def nats_a_sequence_error(self) -> Array:
-        """Standard error of the mean over sequences; 0 where there are fewer than two."""
+        """Standard error of the mean over sequences; 0 with fewer than two."""
         return self._spread(self.nats_a_sequence, 0.0) / jnp.maximum(self.sequences, 1)
 
     @property
@@ -117,7 +117,7 @@ class Estimate:
 def estimate(values_BT: Array, mask_BT: Array) -> Estimate:
     """The mean of an estimator's values over the masked tokens of B sequences, with standard errors.
 
-    values: k1, k2, k3 or `exact` (a token each). A row without tokens is no sequence.
+    values: k1, k2, k3 or `exact`, one per token. A row without masked tokens doesn't count as a sequence.
     """
     total_B = sequence_sum(values_BT, mask_BT)
     tokens_B = mask_BT.sum(axis=-1).astype(total_B.dtype)
@@ -128,18 +128,18 @@ def estimate(values_BT: Array, mask_BT: Array) -> Estimate:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["beta"], meta_fields=["target", "horizon", "unit"])
 @dataclasses.dataclass(frozen=True)
 class AdaptiveKL:
-    """Ziegler et al. 2020, section 2.2: beta follows the measured KL towards a target.
+    """Adaptive KL coefficient (Ziegler et al. 2020, section 2.2): adjusts beta to drive the measured KL to a target.
 
     e = clip(KL / target - 1, -0.2, 0.2);   beta <- beta (1 + e episodes / horizon)
     """
 
-    beta: Array  # reward units a nat
-    target: float = 6.0  # nats a `unit`
+    beta: Array  # reward units per nat
+    target: float = 6.0  # nats per `unit`
     horizon: float = 10_000.0  # episodes
-    unit: str = "sequence"  # or "token": some stacks mean nats a token when they say 6
+    unit: str = "sequence"  # or "token": in some libraries a target of 6 means nats per token
 
     def update(self, measured: Estimate) -> "AdaptiveKL":
-        """The controller after these episodes. Raises ValueError for a unit that isn't one."""
+        """The controller after these episodes. Raises ValueError for an unknown unit."""
         units = {"sequence": measured.nats_a_sequence, "token": measured.nats_a_token}
         if self.unit not in units:
             raise ValueError(f"AdaptiveKL: unit is {self.unit!r}; choose sequence or token")
@@ -150,7 +150,7 @@ class AdaptiveKL:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["beta"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class FixedKL:
-    """A constant beta, in reward units a nat."""
+    """A constant beta, in reward units per nat."""
 
     beta: Array
 

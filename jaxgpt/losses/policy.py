@@ -1,7 +1,7 @@
-"""Policy gradients: losses whose gradient raises the probability of what was better than expected.
+"""Policy gradients: losses whose gradient makes better-than-expected actions more likely.
 
-The ratio is a matter of its own, so that one clip serves all: `log_ratio` for a token (PPO, GRPO), or
-`sequence_log_ratio` for an answer (GSPO). Advantages come from `jaxgpt.losses.returns`; they carry no gradient.
+The ratio is computed separately, so that one clipped loss serves all algorithms: `log_ratio` per token (PPO, GRPO), or
+`sequence_log_ratio` per answer (GSPO). Advantages come from `jaxgpt.losses.returns`; they carry no gradient.
 """
 
 import jax
@@ -11,17 +11,17 @@ from jax import Array
 from jaxgpt.losses.checks import expect, expect_value
 from jaxgpt.losses.mean import Mean, reduce, sequence_mean
 
-LOG_RATIO_LIMIT = 20.0  # log-ratios are held in [-20, 20]: e^20 = 4.9e8 is finite with all that is multiplied to it
+LOG_RATIO_LIMIT = 20.0  # log-ratios are clipped to [-20, 20]: products with e^20 = 4.9e8 stay finite
 
 
 def log_ratio(logp: Array, old_logp: Array) -> Array:
-    """log( pi / pi_old ) of each element, held in [-20, 20] (no gradient beyond); `ratio_metrics` says how often."""
+    """log( pi / pi_old ) per element, clipped to [-20, 20] (no gradient beyond); `ratio_metrics` says how often."""
     expect(logp=(logp, "float ..."), old_logp=(old_logp, "float ..."))
     return jnp.clip(logp - jax.lax.stop_gradient(old_logp), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def sequence_log_ratio(logp_BT: Array, old_logp_BT: Array, mask_BT: Array) -> Array:
-    """1 / |y| log( pi(y) / pi_old(y) ) of each answer, [B], held in [-20, 20] (GSPO: Zheng et al. 2025).
+    """1 / |y| log( pi(y) / pi_old(y) ) per answer, [B], clipped to [-20, 20] (GSPO: Zheng et al. 2025).
 
     Use it with [B] advantages, and reduce over answers.
     """
@@ -31,11 +31,11 @@ def sequence_log_ratio(logp_BT: Array, old_logp_BT: Array, mask_BT: Array) -> Ar
 
 
 def ppo_clip(log_ratio: Array, advantage: Array, clip: float = 0.2, clip_high: float | None = None) -> Array:
-    """PPO's clipped surrogate as a loss, one value an element (Schulman et al. 2017, eq. 7).
+    """PPO's clipped surrogate as a loss, one value per element (Schulman et al. 2017, eq. 7).
 
     L = -min( r A, clip(r, 1 - clip, 1 + clip_high) A ),  r = exp(log_ratio)
 
-    `clip_high` is `clip` unless given (DAPO's "clip-higher": Yu et al. 2025).
+    `clip_high` defaults to `clip` (DAPO's "clip-higher" sets it: Yu et al. 2025).
     """
     expect(log_ratio=(log_ratio, "float ..."), advantage=(advantage, "float ..."))
     ratio = jnp.exp(log_ratio)
@@ -46,9 +46,9 @@ def ppo_clip(log_ratio: Array, advantage: Array, clip: float = 0.2, clip_high: f
 def dual_clip(
     log_ratio: Array, advantage: Array, clip: float = 0.2, clip_high: float | None = None, limit: float = 3.0
 ) -> Array:
-    """`ppo_clip` whose loss for A < 0 is held at limit * |A|, one value an element (Ye et al. 2020).
+    """`ppo_clip` with the loss for A < 0 capped at limit * |A|, one value per element (Ye et al. 2020).
 
-    L = -max( min( r A, clip(r) A ), limit A ) for A < 0: a huge ratio of a bad action can't take over the batch.
+    L = -max( min( r A, clip(r) A ), limit A ) for A < 0: a bad action with a huge ratio can't dominate the batch.
     """
     edge = 1 + (clip if clip_high is None else clip_high)
     expect_value(limit > edge, "limit is {limit}; it must be above the clip, {edge}", limit=limit, edge=edge)
@@ -57,7 +57,7 @@ def dual_clip(
 
 
 def reinforce(logp: Array, advantage: Array) -> Array:
-    """-A log pi, one value an element: its gradient is the policy gradient of on-policy samples (Williams 1992).
+    """-A log pi, one value per element: its gradient is the policy gradient for on-policy samples (Williams 1992).
 
     A is the return minus a baseline: a critic's value, a running mean, or the other answers' mean (`returns.rloo`).
     """
@@ -66,7 +66,7 @@ def reinforce(logp: Array, advantage: Array) -> Array:
 
 
 def value_clip(value: Array, old_value: Array, returns: Array, clip: float = 0.2) -> Array:
-    """Squared error of the critic, with predictions held near the old ones, one value an element.
+    """Squared error of the critic, with predictions clipped around the old ones, one value per element.
 
     L = 1/2 max( (V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2 )      clip = inf: the plain squared error
     """
@@ -78,11 +78,11 @@ def value_clip(value: Array, old_value: Array, returns: Array, clip: float = 0.2
 def ratio_metrics(
     log_ratio: Array, advantage: Array, mask: Array, clip: float = 0.2, clip_high: float | None = None
 ) -> dict[str, Mean | Array]:
-    """What to watch while the ratio moves: means over the masked elements, and maxima.
+    """Diagnostics of the ratio: means over the masked elements, and maxima.
 
-    approx_kl: d^2 / 2, nats an element; clip_fraction: where `ppo_clip` has stopped the gradient (a ratio too high with
-    A > 0, too low with A < 0); clamp_fraction: log-ratios at +-20 (any means that the policies have parted); ratio_max;
-    ratio_error_max: |r - 1|, which is 0 in a rollout's first step.
+    approx_kl: d^2 / 2, nats per element; clip_fraction: where `ppo_clip` cuts off the gradient (ratio too high with
+    A > 0, too low with A < 0); clamp_fraction: log-ratios at +-20 (any at all means the policies have diverged);
+    ratio_max; ratio_error_max: the largest |r - 1|, 0 in a rollout's first step.
     """
     expect(log_ratio=(log_ratio, "float ..."), advantage=(advantage, "float ..."), mask=(mask, "bool ..."))
     d = jnp.where(mask, log_ratio, 0.0)

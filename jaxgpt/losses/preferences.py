@@ -1,9 +1,9 @@
-"""One likelihood for every kind of preference: favourites out of B, pairs, rankings, ties.
+"""One likelihood for every kind of preference: a favourite of C, pairs, rankings, ties.
 
-The worth of answer j is exp(s_j), s_j its score: a reward model's h, or DPO's beta log(pi / rho). Everything below is
-`favourites_nll` (Luce 1959; ties after Davidson 1970 and Firth et al. 2019) or one stage of it after another.
+The worth of answer j is exp(s_j), where its score s_j is a reward model's h or DPO's beta log(pi / rho). Everything
+below is `favourites_nll` (Luce 1959; ties after Davidson 1970 and Firth et al. 2019) or a sequence of such choices.
 Scores are float [B, C]: B prompts, C candidates; `present` is False where a prompt has fewer. A prompt with no
-favourite or no candidate gives 0, and so does one with a single candidate.
+favourite, no candidate or a single candidate gives 0.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from jax import Array
 from jaxgpt.losses.checks import expect, expect_value
 from jaxgpt.losses.mean import Mean, reduce
 
-NEVER = -1e30  # a log-probability of nothing that keeps sums and gradients finite
+NEVER = -1e30  # log of 0, but finite: sums and gradients stay finite too
 
 
 def favourites_nll(
@@ -25,11 +25,11 @@ def favourites_nll(
 
         P(S | A) = delta_|S| g(S) / sum_t delta_t sum_{T in A, |T| = t} g(T),   g(T) = prod_{i in T} exp(s_i)^(1 / |T|)
 
-    favourite [..., C] bool marks S: one answer, or several that tie. `log_tie` = (log delta_2, log delta_3, ...) says
-    how often two, three, ... answers tie; delta_1 = 1, and without it nothing ties: P is then the plain softmax over
-    the candidates (Luce; Ziegler et al. 2020, eq. 1). With C = 2 and one log_tie this is Davidson's model of a pair.
-    Raises ValueError (concrete values; under checkify otherwise) where more answers tie than `log_tie` allows, or
-    where a favourite isn't present.
+    favourite [..., C] bool marks S: one answer, or several that tie. `log_tie` = (log delta_2, log delta_3, ...) sets
+    how often two, three, ... answers tie; delta_1 = 1. Without it nothing ties, and P is the plain softmax over the
+    candidates (Luce; Ziegler et al. 2020, eq. 1). With C = 2 and one log_tie this is Davidson's model of pairs.
+    Raises ValueError (concrete values; otherwise under checkify) if more answers tie than `log_tie` allows, or if a
+    favourite isn't present.
     """
     expect(
         scores=(scores_BC, "float ... C"), favourite=(favourite_BC, "bool ... C"), present=(present_BC, "bool ... C")
@@ -38,11 +38,11 @@ def favourites_nll(
         present_BC = jnp.ones_like(favourite_BC)
     size = favourite_BC.sum(axis=-1)
     log_delta = [jnp.zeros(()), *jnp.asarray(log_tie, scores_BC.dtype)]
-    expect_value(size <= len(log_delta), f"more than {len(log_delta)} answers tie; give log_tie one entry more each")
+    expect_value(size <= len(log_delta), f"more than {len(log_delta)} answers tie; extend log_tie to larger ties")
     expect_value(present_BC | ~favourite_BC, "a favourite is not present")
     any_favourite = size > 0
-    # A row without favourites still needs finite numbers behind its 0: give it equal scores. And only differences
-    # count: without the common part large scores lose no digits.
+    # Rows without favourites end as 0 but must stay finite until then: give them equal scores. Only differences
+    # matter, so subtracting the maximum keeps large scores precise.
     scores_BC = jnp.where(present_BC & any_favourite[..., None], scores_BC, 0.0)
     top_B1 = jnp.where(present_BC, scores_BC, NEVER).max(axis=-1, keepdims=True)
     scores_BC = scores_BC - jax.lax.stop_gradient(jnp.maximum(top_B1, NEVER / 2))
@@ -58,7 +58,7 @@ def _log_subsets(scores_BC: Array, present_BC: Array, t: int) -> Array:
     worth = jnp.where(present_BC, scores_BC, NEVER) / t
     if t == 1:
         return jax.nn.logsumexp(worth, axis=-1)
-    # Elementary symmetric polynomials, one answer after the other: e_k <- e_k + w e_{k-1}, in logarithms.
+    # Elementary symmetric polynomials, one answer at a time: e_k <- e_k + w e_{k-1}, in log space.
     sums = [jnp.zeros(worth.shape[:-1])] + [jnp.full(worth.shape[:-1], NEVER)] * t
     for c in range(worth.shape[-1]):
         sums = sums[:1] + [jnp.logaddexp(sums[k], sums[k - 1] + worth[..., c]) for k in range(1, t + 1)]
@@ -68,39 +68,39 @@ def _log_subsets(scores_BC: Array, present_BC: Array, t: int) -> Array:
 def preference_nll(
     scores_BC: Array, choice_B: Array, present_BC: Array | None = None, margin_B: Array | float = 0.0
 ) -> Array:
-    """-log P(the chosen answer is the favourite of the C), [B]: the reward model's loss.
+    """-log P(the chosen answer is the favourite of C candidates), [B]: the reward model's loss.
 
         J(phi) = -log( exp(h(x, y^b) - m) / (exp(h(x, y^b) - m) + sum_{j != b} exp(h(x, y^j))) )
 
-    Ziegler et al. 2020, eq. 1; Bradley-Terry with C = 2; a margin m asks for that much more score (Llama 2, eq. 2).
-    Raises ValueError (concrete values; under checkify otherwise) where a choice is outside 0..C-1.
+    Ziegler et al. 2020, eq. 1; Bradley-Terry for C = 2; a margin m demands a score that much higher (Llama 2, eq. 2).
+    Raises ValueError (concrete values; otherwise under checkify) if a choice is outside 0..C-1.
     """
     expect(scores=(scores_BC, "float B C"), choice=(choice_B, "int B"), present=(present_BC, "bool B C"))
     C = scores_BC.shape[1]
     expect_value((choice_B >= 0) & (choice_B < C), f"a choice is outside 0..{C - 1}, the {C} candidates")
     chosen_BC = choice_B[:, None] == jnp.arange(C)
     if present_BC is not None:
-        chosen_BC &= present_BC.any(axis=1)[:, None]  # padding of a batch has no favourite
+        chosen_BC &= present_BC.any(axis=1)[:, None]  # batch padding has no favourite
     expect(choice=(choice_B, "int B"), margin=(margin_B if jnp.ndim(margin_B) else None, "float B"))
     margin_B = jnp.broadcast_to(jnp.asarray(margin_B, scores_BC.dtype), choice_B.shape)
     return favourites_nll(scores_BC - jnp.where(chosen_BC, margin_B[:, None], 0.0), chosen_BC, present_BC)
 
 
 def bradley_terry_nll(chosen: Array, rejected: Array, margin: Array | float = 0.0) -> Array:
-    """-log sigmoid(s_chosen - s_rejected - margin), one value a pair (Bradley & Terry 1952; InstructGPT, eq. 1)."""
-    each = margin if jnp.ndim(margin) else None
-    expect(chosen=(chosen, "float ..."), rejected=(rejected, "float ..."), margin=(each, "float ..."))
+    """-log sigmoid(s_chosen - s_rejected - margin), one value per pair (Bradley & Terry 1952; InstructGPT, eq. 1)."""
+    array = margin if jnp.ndim(margin) else None
+    expect(chosen=(chosen, "float ..."), rejected=(rejected, "float ..."), margin=(array, "float ..."))
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
 
 def plackett_luce_nll(
     scores_BC: Array, rank_BC: Array, present_BC: Array | None = None, log_tie: Sequence[float] | Array = ()
 ) -> Array:
-    """-log P(ranking), [B]: the favourites of all, then of those that remain, and so on (Plackett 1975).
+    """-log P(ranking), [B]: the favourite of all, then of the remaining ones, and so on (Plackett 1975).
 
         -sum_i [ s_i - log sum_{j: rank_j >= rank_i} exp(s_j) ]
 
-    rank [B, C] int: 0 for the best; gaps don't matter; -1 for an answer known only to be behind all ranked ones, so
+    rank [B, C] int: 0 is the best; gaps don't matter; -1 is an answer known only to be worse than all ranked ones, so
     that (0, -1, -1) is a favourite of three. Equal ranks are ties and need `log_tie` (see `favourites_nll`).
     """
     expect(scores=(scores_BC, "float B C"), rank=(rank_BC, "int B C"), present=(present_BC, "bool B C"))
@@ -117,7 +117,7 @@ def plackett_luce_nll(
 def all_pairs_nll(scores_BC: Array, rank_BC: Array, present_BC: Array | None = None) -> Array:
     """The mean of -log sigmoid(s_i - s_j) over the pairs of a ranking with rank_i < rank_j, [B] (InstructGPT, eq. 1).
 
-    Ranks as in `plackett_luce_nll`; tied answers make no pair, and neither do two unranked ones.
+    Ranks as in `plackett_luce_nll`; tied answers form no pair, and neither do two unranked ones.
     """
     expect(scores=(scores_BC, "float B C"), rank=(rank_BC, "int B C"), present=(present_BC, "bool B C"))
     C = scores_BC.shape[1]
@@ -134,7 +134,7 @@ def all_pairs_nll(scores_BC: Array, rank_BC: Array, present_BC: Array | None = N
 def soft_preference_nll(scores_BC: Array, weight_BC: Array, present_BC: Array | None = None) -> Array:
     """-sum_c w_c log softmax(s)_c, [B]: the expected NLL of a favourite that is c with probability w_c.
 
-    For shares of several annotators' votes, exact preference probabilities, or doubt (`smooth_choice`).
+    For vote shares of several annotators, exact preference probabilities, or label noise (`smooth_choice`).
     """
     expect(scores=(scores_BC, "float B C"), weight=(weight_BC, "float B C"), present=(present_BC, "bool B C"))
     if present_BC is None:
@@ -144,8 +144,8 @@ def soft_preference_nll(scores_BC: Array, weight_BC: Array, present_BC: Array | 
 
 
 def smooth_choice(choice_B: Array, present_BC: Array, epsilon: float) -> Array:
-    """The favourite's probability when a label is wrong with probability eps: 1 - eps on the choice, eps shared by
-    the other candidates, [B, C] float32 (a lone candidate keeps 1; a row without candidates gets 0)."""
+    """Target probabilities if a label is wrong with probability eps: 1 - eps for the choice, eps shared by the other
+    candidates, [B, C] float32 (a lone candidate keeps 1; a row without candidates gets 0)."""
     expect(choice=(choice_B, "int B"), present=(present_BC, "bool B C"))
     C = present_BC.shape[1]
     expect_value((choice_B >= 0) & (choice_B < C), f"a choice is outside 0..{C - 1}, the {C} candidates")
@@ -159,14 +159,14 @@ def smooth_choice(choice_B: Array, present_BC: Array, epsilon: float) -> Array:
 
 
 def reward_centering(scores_BC: Array, present_BC: Array | None = None) -> Array:
-    """(sum_c s_c)^2, [B]: a term (weight ~0.01) that fixes the free constant of scores (Eisenstein et al. 2023)."""
+    """(sum_c s_c)^2, [B]: a term (weight ~0.01) that pins down the scores' free offset (Eisenstein et al. 2023)."""
     expect(scores=(scores_BC, "float B C"), present=(present_BC, "bool B C"))
     return jnp.square(jnp.where(True if present_BC is None else present_BC, scores_BC, 0.0).sum(axis=1))
 
 
 def preference_objective(scores_BC: Array, choice_B: Array, present_BC: Array) -> tuple[Mean, dict[str, Mean]]:
-    """The mean of `preference_nll`, and how often the favourite has the highest score (a tie of n counts 1 / n, so that
-    equal scores give chance). Prompts with no candidate at all (padding of a batch) count for nothing."""
+    """The mean of `preference_nll`, and how often the favourite has the highest score (an n-way tie counts 1 / n, so
+    that equal scores give chance level). Prompts without candidates (batch padding) are not counted."""
     real_B = present_BC.any(axis=1)
     nll_B = preference_nll(scores_BC, choice_B, present_BC)
     scores_BC = jnp.where(present_BC, scores_BC, -jnp.inf)

@@ -1,4 +1,4 @@
-"""From scores to advantages: on rows of tokens whose answer is marked by a mask, or on groups of answers."""
+"""From scores to advantages: on rows of tokens whose answer is marked by a mask, or on groups of answers per prompt."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ def last_token(mask_BT: Array) -> Array:
 
 
 def shaped_rewards(score_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | float) -> Array:
-    """r_t = -beta kl_t on every answer token, plus the score on its last one (Ziegler et al. 2020, eq. 2), [B, T]."""
-    expect_value(beta >= 0, "beta is {beta}; the price of a nat can't be negative", beta=beta)
+    """r_t = -beta kl_t on every answer token, plus the score on the last one (Ziegler et al. 2020, eq. 2), [B, T]."""
+    expect_value(beta >= 0, "beta is {beta}; it can't be negative", beta=beta)
     expect(score=(score_B, "float B"), kl=(kl_BT, "float B T"), mask=(mask_BT, "bool B T"))
     return jnp.where(mask_BT, -beta * kl_BT, 0.0) + jnp.where(last_token(mask_BT), score_B[:, None], 0.0)
 
@@ -29,7 +29,7 @@ def gae(
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   R_t = A_t + V_t
 
     `value_BT[t]` is the value of the state *before* token t. An answer is one episode: nothing is bootstrapped after
-    its last token, whether it ended by itself or was cut (a cut answer's score already says so).
+    its last token, whether it ended by itself or was truncated (its score already reflects that).
     """
     expect(reward=(reward_BT, "float B T"), value=(value_BT, "float B T"), mask=(mask_BT, "bool B T"))
 
@@ -48,15 +48,15 @@ def gae(
 
 
 def rewards_to_go(reward_BT: Array, mask_BT: Array, gamma: float = 1.0) -> Array:
-    """G_t = r_t + gamma G_{t+1} inside the mask, [B, T]: the return that REINFORCE weighs log pi_t with."""
+    """G_t = r_t + gamma G_{t+1} inside the mask, [B, T]: the return that weights log pi_t in REINFORCE."""
     return gae(reward_BT, jnp.zeros_like(reward_BT), mask_BT, gamma, 1.0)[0]
 
 
 def masked_moments(x: Array, mask: Array) -> tuple[Array, Array]:
-    """Mean and population variance over the True elements (0 and 0 when there are none)."""
+    """Mean and population variance over the True elements (both 0 if there are none)."""
     expect(x=(x, "float ..."), mask=(mask, "bool ..."))
     count = jnp.maximum(mask.sum(), 1).astype(x.dtype)
-    # From the largest on: the mean of equal numbers is that number, to the last bit.
+    # Relative to the largest, so that the mean of equal numbers is exactly that number.
     top = jax.lax.stop_gradient(jnp.where(mask, x, -jnp.inf).max())
     top = jnp.where(mask.any(), top, 0.0)
     mean = top + jnp.where(mask, x - top, 0.0).sum() / count
@@ -64,13 +64,13 @@ def masked_moments(x: Array, mask: Array) -> tuple[Array, Array]:
 
 
 def whiten(x: Array, mask: Array) -> Array:
-    """Mean 0, variance 1 over the True elements; 0 elsewhere. A statistic of the batch: take it before splitting."""
+    """Shift and scale to mean 0, variance 1 over the True elements; 0 elsewhere. Apply it before splitting a batch."""
     mean, variance = masked_moments(x, mask)
     return jnp.where(mask, (x - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
 
 
 def whiten_keep_mean(x: Array, mask: Array) -> Array:
-    """Variance 1 over the True elements with the mean left where it is; 0 elsewhere."""
+    """Scale to variance 1 over the True elements, keeping their mean; 0 elsewhere."""
     mean, variance = masked_moments(x, mask)
     return jnp.where(mask, (x - mean) * jax.lax.rsqrt(variance + 1e-8) + mean, 0.0)
 
@@ -78,8 +78,8 @@ def whiten_keep_mean(x: Array, mask: Array) -> Array:
 def normalisation(score_B: Array, mask_B: Array | None = None) -> tuple[Array, Array]:
     """(gain, bias) so that gain * score + bias has mean 0 and standard deviation 1 on these scores (Ziegler 2020, 2.2).
 
-    Take them from samples of the reference policy, and then apply them to every score. Scores that are all alike only
-    lose their mean.
+    Compute them from samples of the reference policy, then apply them to every score. Equal scores only lose their
+    mean.
     """
     expect(score=(score_B, "float ..."), mask=(mask_B, "bool ..."))
     mean, variance = masked_moments(score_B, jnp.ones(score_B.shape, bool) if mask_B is None else mask_B)
@@ -88,15 +88,15 @@ def normalisation(score_B: Array, mask_B: Array | None = None) -> tuple[Array, A
 
 
 def centred(score_BC: Array, present_BC: Array | None = None) -> Array:
-    """h_i - mean of the prompt's answers, [B, C]: GRPO without its bias towards small spreads (Liu et al. 2025).
+    """h_i - mean over the prompt's answers, [B, C]: GRPO without its bias towards small spreads (Liu et al. 2025).
 
-    B prompts with C sampled answers each; 0 where an answer isn't present or is alone.
+    B prompts with C sampled answers each; 0 where an answer is absent or the only one.
     """
     return _groups(score_BC, present_BC)[0]
 
 
 def rloo(score_BC: Array, present_BC: Array | None = None) -> Array:
-    """h_i - mean of the *other* answers of the prompt, [B, C]: unbiased (Kool et al. 2019; Ahmadian et al. 2024).
+    """h_i - mean over the prompt's *other* answers, [B, C]: unbiased (Kool et al. 2019; Ahmadian et al. 2024).
 
     Equal to C / (C - 1) times `centred`.
     """
@@ -107,8 +107,9 @@ def rloo(score_BC: Array, present_BC: Array | None = None) -> Array:
 def grpo(score_BC: Array, present_BC: Array | None = None, epsilon: float = 1e-4) -> Array:
     """(h_i - mean) / (std + eps) over the prompt's answers, [B, C] (Shao et al. 2024, section 4.1.2).
 
-    The sample deviation (C - 1 in the denominator). Dividing by it weighs prompts with alike scores more, and where the
-    KL is a loss beside it the optimum no longer knows the scores' scale (docs/maths.md): `centred` keeps both.
+    std is the sample standard deviation (C - 1 in the denominator). Dividing by it gives more weight to prompts with
+    similar scores, and if the KL is a separate loss, the optimum no longer depends on the scores' scale
+    (docs/maths.md): `centred` avoids both.
     """
     deviation_BC, count_B1 = _groups(score_BC, present_BC)
     variance_B1 = jnp.square(deviation_BC).sum(axis=1, keepdims=True) / jnp.maximum(count_B1 - 1, 1)
@@ -118,13 +119,13 @@ def grpo(score_BC: Array, present_BC: Array | None = None, epsilon: float = 1e-4
 
 
 def to_tokens(advantage_B: Array, mask_BT: Array) -> Array:
-    """An answer's advantage at each of its tokens, [B, T]; 0 outside the mask."""
+    """Give each token its answer's advantage, [B, T]; 0 outside the mask."""
     expect(advantage=(advantage_B, "float B"), mask=(mask_BT, "bool B T"))
     return jnp.where(mask_BT, advantage_B[:, None], 0.0)
 
 
 def _groups(score_BC: Array, present_BC: Array | None) -> tuple[Array, Array]:
-    """Deviations from each row's mean over the present answers, and their number."""
+    """Deviations from each row's mean over its present answers, and how many are present."""
     expect(score=(score_BC, "float B C"), present=(present_BC, "bool B C"))
     present_BC = jnp.ones(score_BC.shape, bool) if present_BC is None else present_BC
     count_B1 = present_BC.sum(axis=1, keepdims=True).astype(score_BC.dtype)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and what is made of them. `jaxgpt.losses.vocab_head` has them from hidden states."""
+"""Token log-probabilities, and losses made of them. `jaxgpt.losses.vocab_head` computes them from hidden states."""
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,23 @@ from jaxgpt.losses.checks import expect
 def log_prob(logits: Array, tokens: Array) -> Array:
     """log softmax(logits)[tokens], in nats, float32.  logits [..., V], tokens [...] integers -> [...].
 
-    The backward pass computes the softmax again instead of keeping it: less memory, and the forward pass is compiled
-    alike with and without a gradient, so that its numbers agree to the last bit (PPO's first ratio is exactly 1).
+    The backward pass recomputes the softmax instead of storing it: this saves memory, and the forward pass compiles the
+    same with and without a gradient, so its values are bit-identical (PPO's first ratio is exactly 1).
     A token outside the vocabulary gives NaN: check ids on the host.
     """
     expect(logits=(logits, "float ... V"), tokens=(tokens, "int ..."))
     logits = logits.astype(jnp.float32)
-    logits = logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))  # a common offset costs no digits
+    logits = logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))  # a common offset costs no precision
     return -jax.checkpoint(optax.softmax_cross_entropy_with_integer_labels)(logits, tokens)
 
 
 def nll(logits: Array, tokens: Array) -> Array:
-    """-log P(token), the loss of pretraining and finetuning (Radford et al. 2018, eq. 1).  -> [...], nats a token."""
+    """-log P(token), the loss of pretraining and finetuning (Radford et al. 2018, eq. 1).  -> [...], nats per token."""
     return -log_prob(logits, tokens)
 
 
 def label_smoothing(logits: Array, tokens: Array, epsilon: float) -> Array:
-    """Cross-entropy to a target that keeps 1 - eps and spreads eps evenly (Szegedy et al. 2016, section 7).
+    """Cross-entropy to a target with 1 - eps on the token and eps spread evenly (Szegedy et al. 2016, section 7).
 
     L = (1 - eps) (-log p_y) + eps / V sum_v (-log p_v)            [..., V], [...] -> [...]
     """
@@ -39,7 +39,7 @@ def label_smoothing(logits: Array, tokens: Array, epsilon: float) -> Array:
 def z_loss(logits: Array) -> Array:
     """(log sum_v e^logit_v)^2, which keeps the softmax's normaliser near 1 (PaLM, section 5; weight 1e-4).
 
-    [..., V] -> [...]. A term to add to an NLL, unweighted here.
+    [..., V] -> [...]. A term to add to an NLL, returned unweighted.
     """
     expect(logits=(logits, "float ... V"))
     return jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
@@ -48,7 +48,7 @@ def z_loss(logits: Array) -> Array:
 def entropy(logits: Array) -> Array:
     """H = -sum_v p_v log p_v of the full softmax, in nats.  [..., V] -> [...].
 
-    A bonus is subtracted from a loss: the term to add is -weight * entropy.
+    As a bonus it is subtracted from a loss: add -weight * entropy.
     """
     expect(logits=(logits, "float ... V"))
     logp = jax.nn.log_softmax(logits.astype(jnp.float32))

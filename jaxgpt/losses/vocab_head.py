@@ -1,9 +1,9 @@
-"""Log-probabilities straight from hidden states and head weights, a tile of tokens at a time.
+"""Log-probabilities straight from hidden states and head weights, one tile of tokens at a time.
 
-The logits of a batch, [B, T, V] in float32, are often its largest array by far, and their gradient is another. Here a
-tile of T goes through the head, gives its few numbers a token, and is forgotten; the backward pass makes it again. Peak
-memory falls from B T V to B tile V, for one more matrix product in the backward pass. Rows may be sharded: tiles run
-along T alone.
+A batch's logits, [B, T, V] in float32, are often its largest array by far, and their gradient is another. Here each
+tile of T goes through the head, is reduced to a few numbers per token and discarded; the backward pass recomputes it.
+Peak memory falls from B T V to B tile V, at the cost of one more matrix product in the backward pass. Rows may be
+sharded: tiles run along T only.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jaxgpt.losses.checks import expect, expect_value
 
 
 class HeadOutputs(NamedTuple):
-    """What losses need of each token's logits, float32 [..., T], in nats."""
+    """What losses need from each token's logits, float32 [..., T], in nats."""
 
     logp: Array  # log softmax(logits)[token]; the NLL is -logp
     log_z: Array  # log sum_v e^logit_v; the z-loss is its square
@@ -28,39 +28,39 @@ class HeadOutputs(NamedTuple):
 def outputs(hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: float = 1.0) -> HeadOutputs:
     """All of `HeadOutputs` for logits = hidden @ head^T / temperature.  [..., T, D], [V, D], [..., T] -> [..., T].
 
-    The product is taken in the inputs' dtype and accumulated in float32. Values and gradients are those of the losses
-    on whole logits; what isn't used is not computed under jit.
+    The product is computed in the inputs' dtype and accumulated in float32. Values and gradients equal those of the
+    losses on full logits; under jit, unused outputs are not computed.
     """
     expect(hidden=(hidden, "float ... T D"), tokens=(tokens, "int ... T"), head=(head_VD, "float V D"))
     expect_value(tile >= 1, "tile is {tile}; it must be at least 1", tile=tile)
     T = tokens.shape[-1]
     tile = min(tile, max(T, 1))
     tiles = -(-T // tile)
-    spare = tiles * tile - T
-    hidden = jnp.pad(hidden, [(0, 0)] * (hidden.ndim - 2) + [(0, spare), (0, 0)])
-    tokens = jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, spare)])
+    padding = tiles * tile - T
+    hidden = jnp.pad(hidden, [(0, 0)] * (hidden.ndim - 2) + [(0, padding), (0, 0)])
+    tokens = jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, padding)])
     hidden_tiles = jnp.moveaxis(hidden.reshape(*hidden.shape[:-2], tiles, tile, -1), -3, 0)
     tokens_tiles = jnp.moveaxis(tokens.reshape(*tokens.shape[:-1], tiles, tile), -2, 0)
-    one = jax.checkpoint(functools.partial(_tile, head_VD, temperature))
-    found = jax.lax.map(lambda x: one(*x), (hidden_tiles, tokens_tiles))
+    tile_outputs = jax.checkpoint(functools.partial(_tile_outputs, head_VD, temperature))
+    found = jax.lax.map(lambda x: tile_outputs(*x), (hidden_tiles, tokens_tiles))
     return HeadOutputs(*(jnp.moveaxis(x, 0, -2).reshape(*tokens.shape[:-1], -1)[..., :T] for x in found))
 
 
-def _tile(head_VD: Array, temperature: float, hidden: Array, tokens: Array) -> HeadOutputs:
-    """The outputs of one tile, from its whole logits."""
+def _tile_outputs(head_VD: Array, temperature: float, hidden: Array, tokens: Array) -> HeadOutputs:
+    """The outputs of one tile, from its full logits."""
     logits = jnp.einsum("...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
     logits = logits / temperature
-    logp = jax.nn.log_softmax(logits)  # before any sum: log z - E[logit] would cancel where logits are large
+    logp = jax.nn.log_softmax(logits)  # first: log z - E[logit] would lose precision for large logits
     chosen = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
     entropy = -(jnp.exp(logp) * logp).sum(axis=-1)
     return HeadOutputs(chosen, jax.nn.logsumexp(logits, axis=-1), logp.mean(axis=-1), entropy)
 
 
 def log_prob(hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: float = 1.0) -> Array:
-    """`losses.log_prob` of logits = hidden @ head^T / temperature, without holding them.  -> [..., T] float32."""
+    """`losses.log_prob` of logits = hidden @ head^T / temperature, without storing them.  -> [..., T] float32."""
     return outputs(hidden, head_VD, tokens, tile=tile, temperature=temperature).logp
 
 
 def nll(hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: float = 1.0) -> Array:
-    """`losses.nll` of logits = hidden @ head^T / temperature, without holding them.  -> [..., T], nats a token."""
+    """`losses.nll` of logits = hidden @ head^T / temperature, without storing them.  -> [..., T], nats per token."""
     return -log_prob(hidden, head_VD, tokens, tile=tile, temperature=temperature)

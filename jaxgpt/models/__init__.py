@@ -1,1 +1,1 @@
-"""The transformer as pure functions on nested dicts, and what its layers are made of."""
+"""The transformer as pure functions on nested dicts, and its layers."""

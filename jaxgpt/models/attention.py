@@ -1,8 +1,8 @@
-"""Causal attention: the formula, and kernels that never hold the scores [B, H, T, T].
+"""Causal attention: the formula, and kernels that never store the [B, H, T, T] attention matrix.
 
-cuDNN's flash attention serves an NVIDIA GPU, splash attention a TPU (Dao et al. 2022 for the idea). They have a
-reverse-mode gradient only, and leave to the formula what they can't do. Keys and values may have fewer heads than
-queries: each then serves as many neighbouring ones (Ainslie et al. 2023).
+NVIDIA GPUs use cuDNN's flash attention, TPUs splash attention (after Dao et al. 2022). Both support only reverse-mode
+gradients, and fall back to the formula for inputs they can't handle. Keys and values may have fewer heads than queries:
+each is then shared by a group of adjacent query heads (Ainslie et al. 2023).
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
 Implementation = Literal["xla", "cudnn"]
-SPLASH_TILES = (512, 256, 128)  # of queries and keys; the largest that divides T
+SPLASH_TILES = (512, 256, 128)  # tile sizes along queries and keys; the largest that divides T is used
 
 
 def attend(
     q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None, implementation: Implementation = "xla"
 ) -> Array:
-    """softmax(q k^T / sqrt(K)) v over a token and those before it, [B, T, H, K]; segments don't see each other."""
+    """softmax(q k^T / sqrt(K)) v over each token and those before it, [B, T, H, K], within its own segment."""
     same = None if segments_BT is None else segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
     return jax.nn.dot_product_attention(
         q_BTHK, k_BTHK, v_BTHK, mask=same, is_causal=True, implementation=implementation
@@ -34,20 +34,20 @@ def attend(
 
 
 def for_all_heads(x_BTGK: Array, heads: int) -> Array:
-    """Keys or values repeated for each of the heads that share them, [B, T, H, K]."""
+    """Repeat keys or values for each query head that shares them, [B, T, H, K]."""
     return jnp.repeat(x_BTGK, heads // x_BTGK.shape[2], axis=2) if x_BTGK.shape[2] < heads else x_BTGK
 
 
 def cudnn(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None) -> Array:
-    """cuDNN's flash attention: half precision, K a multiple of 8 up to 128, an even T, an Ampere GPU or newer."""
+    """cuDNN's flash attention: half precision, K a multiple of 8 up to 128, T even, an Ampere GPU or newer."""
     T, K = q_BTHK.shape[1], q_BTHK.shape[3]
-    suits = q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and K <= 128 and T % 2 == 0
-    suits = suits and float(jax.local_devices(backend="gpu")[0].compute_capability) >= 8.0
-    return attend(q_BTHK, k_BTHK, v_BTHK, segments_BT, "cudnn" if suits else "xla")
+    supported = q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and K <= 128 and T % 2 == 0
+    supported = supported and float(jax.local_devices(backend="gpu")[0].compute_capability) >= 8.0
+    return attend(q_BTHK, k_BTHK, v_BTHK, segments_BT, "cudnn" if supported else "xla")
 
 
 def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None, interpret: bool = False) -> Array:
-    """Splash attention (a Pallas kernel that skips the tiles above the diagonal): T a multiple of 128. XLA can't divide
+    """Splash attention (a Pallas kernel that skips tiles above the diagonal): T a multiple of 128. XLA can't partition
     a kernel by itself, so each device runs it on its own rows and heads. `interpret` runs it without a TPU, slowly."""
     _, T, H, _ = q_BTHK.shape
     tile = next((tile for tile in SPLASH_TILES if T % tile == 0), None)
@@ -56,22 +56,22 @@ def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | Non
     k_BTHK, v_BTHK = (for_all_heads(x, H) for x in (k_BTHK, v_BTHK))
     mesh = jax.sharding.get_abstract_mesh()
     heads = "tensor" if H % mesh.shape.get("tensor", 1) == 0 and "tensor" in mesh.shape else None
-    own_heads = H // mesh.shape[heads] if heads else H
+    local_heads = H // mesh.shape[heads] if heads else H
     rows = tuple(name for name in sharding.ROWS if name in mesh.shape)
     if q_BTHK.shape[0] % int(np.prod([mesh.shape[name] for name in rows], dtype=int)):
         rows = ()
 
-    def own(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None) -> Array:
-        one_row = _splash_kernel(T, own_heads, tile, interpret)
+    def local(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None) -> Array:
+        one_row = _splash_kernel(T, local_heads, tile, interpret)
         q, k, v = (x.swapaxes(1, 2) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BTHK, v_BTHK))
         segments = None if segments_BT is None else _segment_ids(segments_BT)
         return jax.vmap(one_row)(q, k, v, segments).swapaxes(1, 2)
 
     if not mesh.empty and mesh.size > 1:
-        where = P(rows or None, None, heads, None)
-        whose = None if segments_BT is None else P(rows or None, None)
-        own = jax.shard_map(own, mesh=mesh, in_specs=(where, where, where, whose), out_specs=where, check_vma=False)
-    return own(q_BTHK, k_BTHK, v_BTHK, segments_BT)
+        spec = P(rows or None, None, heads, None)
+        in_specs = (spec, spec, spec, None if segments_BT is None else P(rows or None, None))
+        local = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
+    return local(q_BTHK, k_BTHK, v_BTHK, segments_BT)
 
 
 def _splash_kernel(T: int, heads: int, tile: int, interpret: bool) -> Callable[..., Array]:

@@ -1,6 +1,6 @@
-"""The layers of the transformer as plain formulas, which JAX differentiates.
+"""The layers of the transformer as plain formulas, differentiated by JAX.
 
-Dense products are divided over a mesh: a weight is gathered along 'fsdp' where it is used, its gradient scattered.
+Weights are sharded over a mesh: each is gathered along 'fsdp' where it is used, and its gradient scattered.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from jaxgpt.models import attention, sharding
 from jaxgpt.structs import Array, Params
 
 Attend = Callable[[Array, Array, Array, Array | None], Array]
-COLUMNS, LINES = ("fsdp", "tensor"), ("tensor", "fsdp")  # how the weight of a dense layer [in, out] is divided
-NEVER = -1e30  # what softmax makes 0 of, without the NaN of a row of -inf
+COLUMNS, LINES = ("fsdp", "tensor"), ("tensor", "fsdp")  # how a dense layer's weight [in, out] is sharded
+NEVER = -1e30  # a masked logit: softmax gives 0 for it, but no NaN for a fully masked row as with -inf
 
 
 class Layers(NamedTuple):
-    """What `model.hidden` computes with."""
+    """The layer functions that `transformer.hidden` uses."""
 
     dense: Callable[[Params, Array, tuple[str, str]], Array]  # (layer, x, COLUMNS or LINES)
     norm: Callable[[Params, Array, float], Array]
@@ -29,19 +29,19 @@ class Layers(NamedTuple):
     product_VD: Callable[[Array, Array], Array]  # (h [..., D], table [V, D]) -> float32 [..., V]
 
 
-def _wide(x: Array) -> DTypeLike:
-    """The dtype of a dense product before it is rounded. On a CPU float32: XLA's bfloat16 product is up to 1.3 times as
-    fast so, and is rounded once, after the bias."""
+def _product_dtype(x: Array) -> DTypeLike:
+    """The dtype of a dense product before rounding. On a CPU float32: XLA's bfloat16 product is up to 1.3 times as fast
+    that way, and is rounded only once, after the bias."""
     return jnp.float32 if sharding.platform() == "cpu" else x.dtype
 
 
 def dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Array:
-    """x @ kernel + bias in x's dtype; a kernel of int8 has a scale for each column (see `int8_product`)."""
+    """x @ kernel + bias in x's dtype; an int8 kernel has one scale per column (see `int8_product`)."""
     if "scale" in layer:
-        product = int8_product(x, layer["kernel"], layer["scale"]).astype(_wide(x))
+        product = int8_product(x, layer["kernel"], layer["scale"]).astype(_product_dtype(x))
     else:
         kernel = sharding.gathered(layer["kernel"].astype(x.dtype), axes)
-        product = jnp.matmul(x, kernel, preferred_element_type=_wide(x))
+        product = jnp.matmul(x, kernel, preferred_element_type=_product_dtype(x))
     if "lora_a" in layer:
         product += low_rank(layer, x).astype(product.dtype)
     if "bias" in layer:
@@ -50,7 +50,7 @@ def dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Array:
 
 
 def low_rank(layer: Params, x: Array) -> Array:
-    """(x A) B of a layer with adapters (`jaxgpt.models.lora`)."""
+    """(x A) B for a layer with adapters (`jaxgpt.models.lora`)."""
     return (x @ layer["lora_a"].astype(x.dtype)) @ layer["lora_b"].astype(x.dtype)
 
 
@@ -61,13 +61,13 @@ def norm(norm: Params, x: Array, epsilon: float) -> Array:
 
 
 def norm_arrays(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
-    """`norm` of the arrays themselves."""
+    """`norm`, given arrays instead of a dict of parameters."""
     normal = normalise(x, epsilon, centre=bias is not None)[0] * scale
     return (normal if bias is None else normal + bias).astype(x.dtype)
 
 
 def normalise(x: Array, epsilon: float, centre: bool) -> tuple[Array, Array]:
-    """((x - mean) / deviation, 1 / deviation) in float32; without `centre` the mean counts as 0."""
+    """((x - mean) / std, 1 / std) in float32; without `centre` the mean is taken to be 0."""
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(-1, keepdims=True) if centre else x32
     inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
@@ -75,7 +75,7 @@ def normalise(x: Array, epsilon: float, centre: bool) -> tuple[Array, Array]:
 
 
 def gelu(x: Array) -> Array:
-    """x Phi(x) in the tanh form of GPT-2."""
+    """x Phi(x) in GPT-2's tanh approximation."""
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -85,32 +85,32 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 def product_VD(h: Array, table_VD: Array) -> Array:
-    """Float32 products of hidden states with each row of an embedding, taken in h's dtype."""
+    """Products of hidden states with each row of an embedding: operands in h's dtype, results in float32."""
     table_VD = sharding.gathered(table_VD.astype(h.dtype), LINES)
     return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=jnp.float32)
 
 
-INT8_LINES = 64  # of a matrix that are widened at a time
-INT8_WHOLE = 2**21  # numbers: a larger matrix is widened in parts even for one row
-INT8_LEVELS = 2047  # of an activation
+INT8_LINES = 64  # kernel rows converted to float32 at a time
+INT8_WHOLE = 2**21  # kernel elements; a larger kernel is converted in chunks even for a single row of x
+INT8_LEVELS = 2047  # quantisation levels of an activation
 
 
 def int8_product(x: Array, kernel: Array, scale: Array) -> Array:
-    """x @ (kernel * scale) in float32, for an int8 kernel [in, out] with a scale for each column.
+    """x @ (kernel * scale) in float32, for an int8 kernel [in, out] with one scale per column.
 
-    XLA:CPU has no fast product of int8 and float. One row is multiplied in integers there, its numbers rounded to
-    1/2047 of the largest (int32 holds the sums, exactly); for several rows, and large matrices, `INT8_LINES` lines of
-    the kernel are widened at a time. Elsewhere the kernel is widened on its way into the product."""
+    XLA:CPU has no fast product of int8 and float. There, a single row of x is rounded to multiples of 1/2047 of its
+    largest entry and multiplied in integers (int32 holds the sums exactly); for several rows, or a large kernel,
+    `INT8_LINES` kernel rows are converted to float32 at a time. Elsewhere the conversion is part of the product."""
     rows, (fan_in, fan_out) = x.size // x.shape[-1], kernel.shape
     if sharding.platform() != "cpu":
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale
     if rows == 1 and kernel.size <= INT8_WHOLE:
         levels = min(INT8_LEVELS, (2**31 - 1) // (127 * fan_in))
         x32 = x.reshape(-1).astype(jnp.float32)
-        unit = jnp.maximum(jnp.abs(x32).max(), 1e-30) / levels
-        whole = jnp.round(x32 / unit).astype(jnp.int32)
-        product = (whole[:, None] * kernel.astype(jnp.int32)).sum(axis=0)
-        return (product.astype(jnp.float32) * unit * scale).reshape(*x.shape[:-1], fan_out)
+        step = jnp.maximum(jnp.abs(x32).max(), 1e-30) / levels
+        quantised = jnp.round(x32 / step).astype(jnp.int32)
+        product = (quantised[:, None] * kernel.astype(jnp.int32)).sum(axis=0)
+        return (product.astype(jnp.float32) * step * scale).reshape(*x.shape[:-1], fan_out)
     lines = INT8_LINES if fan_in % INT8_LINES == 0 else fan_in
     flat = x.reshape(rows, fan_in).astype(jnp.float32)
 

@@ -1,10 +1,10 @@
-"""Low-rank adapters (Hu et al. 2022): train a small pytree beside frozen weights.
+"""Low-rank adapters (Hu et al. 2022): train a small pytree alongside frozen weights.
 
     y = x W + (x A) B        A [in, rank] normal(1/sqrt(in)), B [rank, out] 0: at first the model is unchanged
 
-(PEFT's lora_alpha is the rank here: a scale of 1.) Adapters lie beside the kernel they belong to, as `lora_a` and
-`lora_b`; `train.TrainState` merges the trained adapters with the frozen rest, and `layers.dense` adds their product.
-Without them, the same weights are the frozen reference of PPO and DPO: no second copy is needed.
+(In PEFT's terms lora_alpha equals the rank: a scale of 1.) Adapters are stored next to their kernel, as `lora_a` and
+`lora_b`; TrainState merges the trained adapters with the frozen weights, and `layers.dense` adds their product.
+Without adapters, the same weights are the reference policy of PPO and DPO: no second copy is needed.
 """
 
 import math
@@ -19,8 +19,7 @@ NAMES = ("lora_a", "lora_b")
 
 
 def init(key: Array, params: Params, rank: int) -> Params:
-    """Adapters for every dense layer: nested as the parameters, of nothing else; none for rank 0. UserError if the rank
-    is negative."""
+    """Adapters for every dense layer, nested like the parameters; none for rank 0. UserError if the rank is negative."""
     if rank < 0:
         raise UserError(f"lora is {rank}; a rank must be at least 1 (0 trains all weights)")
     if not rank:
@@ -42,7 +41,7 @@ def init(key: Array, params: Params, rank: int) -> Params:
 
 
 def start(key: Array, params: Params, rank: int) -> tuple[Params, Params]:
-    """(trainable, frozen): all and nothing for rank 0, else adapters and all."""
+    """(trainable, frozen): for rank 0 all parameters and nothing, otherwise adapters and all parameters."""
     return (init(key, params, rank), params) if rank else (params, {})
 
 
@@ -52,7 +51,7 @@ def base(params: Params) -> Params:
 
 
 def merge(params: Params) -> Params:
-    """One kernel W + A B for each with adapters: a plain model, to save, export or decode with."""
+    """Replace each kernel that has adapters by W + A B: a plain model, to save, export or decode with."""
     if "lora_a" in params:
         product = params["lora_a"].astype(jnp.float32) @ params["lora_b"].astype(jnp.float32)
         kernel = params["kernel"]
@@ -61,5 +60,5 @@ def merge(params: Params) -> Params:
 
 
 def reference(params: Params) -> Params:
-    """The frozen reference of {'policy', maybe 'reference'}: the policy without its adapters if there is no other."""
+    """The reference policy of {'policy', maybe 'reference'}: the policy without adapters if there is no other."""
     return params["reference"] if "reference" in params else base(params["policy"])

@@ -1,11 +1,11 @@
-"""Where arrays live: a mesh of devices, and which axis of each array is divided among which of its axes.
+"""Where arrays live: a mesh of devices, and which axes of each array are sharded over which axes of the mesh.
 
-    data    rows of a batch; parameters are whole on each device
-    fsdp    rows too; and parameters and optimiser state are divided, and gathered layer by layer where they are used
+    data    rows of a batch; parameters are replicated
+    fsdp    rows too; parameters and optimiser state are sharded, and gathered layer by layer where they are used
     tensor  heads, hidden units and vocabulary
 
 A step is traced `within` a mesh and jitted with these shardings on its inputs and outputs; XLA adds the collectives.
-Functions below it ask for a layout by the names of the axes (`constrain`), which means nothing outside a mesh.
+The functions it calls request a layout by axis names (`constrain`), which has no effect outside a mesh.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from jaxgpt.structs import Array
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-Tree = TypeVar("Tree")  # any pytree; what comes back is built alike
+Tree = TypeVar("Tree")  # any pytree; the result has the same structure
 Axes = str | tuple[str, ...] | None
-ROWS = ("data", "fsdp")  # what divides the rows of a batch
+ROWS = ("data", "fsdp")  # the mesh axes that shard the rows of a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class MeshConfig:
     """Devices along each axis of the mesh. Their product is the number of devices."""
 
     data: int = 0  # copies of the model; 0: all devices that the other axes leave
-    fsdp: int = 1  # parts of parameters and optimiser state, gathered where they are used
-    tensor: int = 1  # parts of every layer: heads, hidden units, vocabulary
+    fsdp: int = 1  # shards of parameters and optimiser state, gathered where they are used
+    tensor: int = 1  # shards of every layer: heads, hidden units, vocabulary
 
     def __post_init__(self) -> None:
         for name, least in (("data", 0), ("fsdp", 1), ("tensor", 1)):
@@ -44,7 +44,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices of all processes (or those given) as a mesh. UserError where they don't divide so."""
+    """All devices of all processes (or those given) as a mesh. UserError if the sizes don't fit the device count."""
     count = len(devices) if devices is not None else jax.device_count()
     inner = config.fsdp * config.tensor
     data = config.data or count // inner
@@ -65,7 +65,7 @@ def data_mesh() -> Mesh:
 
 
 def within(mesh: Mesh, f: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """f, traced with this mesh in mind: `constrain` and `platform` refer to it."""
+    """f, traced for this mesh: `constrain` and `platform` refer to it."""
 
     @functools.wraps(f)
     def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -75,74 +75,74 @@ def within(mesh: Mesh, f: Callable[Arguments, Result]) -> Callable[Arguments, Re
     return traced
 
 
-def _active() -> AbstractMesh | None:
-    """The mesh that is being traced for, where XLA divides the work and there is more than one device."""
+def _active_mesh() -> AbstractMesh | None:
+    """The mesh being traced for, if XLA partitions the work and there is more than one device; otherwise None."""
     mesh = jax.sharding.get_abstract_mesh()
     automatic = not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
     return mesh if automatic and mesh.size > 1 else None
 
 
 def divided() -> bool:
-    """Whether the program that is being traced is divided among several devices by XLA."""
-    return _active() is not None
+    """Whether XLA partitions the program being traced among several devices."""
+    return _active_mesh() is not None
 
 
 def platform() -> str:
-    """What is being compiled for: "cpu", "gpu" or "tpu". Not `jax.default_backend()` alone, which is the machine that
-    compiles: a program for a TPU slice may be made on a laptop."""
+    """The platform being compiled for: "cpu", "gpu" or "tpu". Not just `jax.default_backend()`, which is the compiling
+    machine's: a program for a TPU slice may be compiled on a laptop."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = device.platform if device is not None else jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
 
 
 def constrain(x: Array, *axes: Axes) -> Array:
-    """x with its dimensions divided along these axes of the mesh (None: whole). The identity outside a mesh; an axis
-    that the mesh doesn't have, or that doesn't divide its dimension, is left out."""
-    mesh = _active()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, _fitting(axes, x.shape, mesh))
+    """x with its dimensions sharded over these mesh axes (None: not sharded). The identity outside a mesh; an axis that
+    the mesh doesn't have, or that doesn't divide its dimension, is ignored."""
+    mesh = _active_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, _fitting_spec(axes, x.shape, mesh))
 
 
 def constrain_rows(x: Array) -> Array:
-    """x with its first dimension divided among the devices that divide rows."""
+    """x with its first dimension sharded as rows are."""
     return constrain(x, ROWS, *[None] * (x.ndim - 1))
 
 
 def gathered(w: Array, axes: Sequence[Axes], lookup: bool = False) -> Array:
-    """A parameter that is divided along `axes`, put together along 'fsdp' for its use; its gradient is scattered again.
-    `lookup`: it is used by row, not in a product. The identity outside a mesh."""
-    mesh = _active()
-    return w if mesh is None or mesh.shape.get("fsdp", 1) == 1 else _gathered(w, tuple(axes), lookup)
+    """A parameter sharded over `axes`, gathered along 'fsdp' for use; its gradient is scattered again. `lookup`: it is
+    used to look up rows, not in a product. The identity outside a mesh."""
+    mesh = _active_mesh()
+    return w if mesh is None or mesh.shape.get("fsdp", 1) == 1 else _gather(w, tuple(axes), lookup)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(w: Array, axes: tuple[Axes, ...], lookup: bool) -> Array:
+def _gather(w: Array, axes: tuple[Axes, ...], lookup: bool) -> Array:
     return constrain(w, *(None if axis == "fsdp" else axis for axis in axes))
 
 
 def _scatter(axes: tuple[Axes, ...], lookup: bool, _: None, g: Array) -> tuple[Array]:
-    # A product's gradient is summed straight into its parts. A lookup's is first made whole: XLA would else divide it
-    # by sending activations around.
-    return (constrain(_gathered(g, axes, lookup) if lookup else g, *axes),)
+    # A product's gradient is reduced straight into its shards. A lookup's is gathered first: otherwise XLA would shard
+    # it by sending activations around.
+    return (constrain(_gather(g, axes, lookup) if lookup else g, *axes),)
 
 
-_gathered.defvjp(lambda w, axes, lookup: (_gathered(w, axes, lookup), None), _scatter)
+_gather.defvjp(lambda w, axes, lookup: (_gather(w, axes, lookup), None), _scatter)
 
 
 def parts_of(size: int, axes: Axes) -> int:
-    """Into how many parts `constrain` divides a dimension of this size; 1 outside a mesh."""
-    mesh = _active()
-    fitting = None if mesh is None else _fitting((axes,), (size,), mesh)[0]
+    """Number of shards into which `constrain` splits a dimension of this size; 1 outside a mesh."""
+    mesh = _active_mesh()
+    fitting = None if mesh is None else _fitting_spec((axes,), (size,), mesh)[0]
     names = (fitting,) if isinstance(fitting, str) else fitting or ()
     return 1 if mesh is None else int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
 def rule_of(path: Sequence[object], rules: Mapping[str, P]) -> P:
-    """The rule for a leaf by the last two names of its path ("qkv/kernel") or the last one; P() without one."""
+    """The rule for a leaf, by the last two names of its path ("qkv/kernel") or the last one; P() if there is none."""
     names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
     return rules.get("/".join(names[-2:]), rules.get("".join(names[-1:]), P()))
 
 
-def _fitting(axes: Iterable[Axes], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+def _fitting_spec(axes: Iterable[Axes], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """The axes that exist in the mesh and divide their dimension."""
 
     def fit(axis: Axes, size: int) -> Axes:
@@ -154,7 +154,7 @@ def _fitting(axes: Iterable[Axes], shape: Sequence[int], mesh: Mesh | AbstractMe
     return P(*(fit(axis, size) for axis, size in zip(axes, shape, strict=False)))
 
 
-# ---- at its edge ----
+# ---- inputs and outputs of a step ----
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -163,38 +163,38 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """Axis 0 divided among the devices (those of one tensor group share their rows)."""
+    """Axis 0 sharded among the devices (those of one tensor group share their rows)."""
     return NamedSharding(mesh, P(tuple(name for name in ROWS if name in mesh.shape)))
 
 
 def row_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is divided."""
+    """Number of parts into which a batch's rows are split."""
     return int(np.prod([mesh.shape[name] for name in ROWS if name in mesh.shape], dtype=int))
 
 
 def by_path(tree: Tree, rules: Mapping[str, P], mesh: Mesh) -> Tree:
-    """A NamedSharding for each leaf (an array or its shape) by the end of its path, whatever it is nested in: an
-    optimiser's moments lie where their parameters do. Leaves without a rule are on every device."""
+    """A NamedSharding for each leaf (an array or its shape) by the end of its path, however deeply nested: an
+    optimiser's moments are sharded like their parameters. Leaves without a rule are replicated."""
 
     def place(path: tuple[object, ...], leaf: Array) -> NamedSharding:
-        return NamedSharding(mesh, _fitting(rule_of(path, rules), leaf.shape, mesh))
+        return NamedSharding(mesh, _fitting_spec(rule_of(path, rules), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def with_shardings(shapes: Tree, shardings: Tree) -> Tree:
-    """Shapes that also say where they live: what a step is compiled for."""
+    """Shapes annotated with shardings, to compile a step for."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def place(tree: Tree, shardings: Tree | NamedSharding) -> Tree:
-    """A copy of each leaf where `shardings` (a tree, or one for all) says, in new buffers: a step may donate them.
-    With several processes, each holds the same leaves."""
+    """Copy each leaf to its sharding in `shardings` (a tree, or one for all), in new buffers, which a step may donate.
+    With several processes, each passes the same leaves."""
 
     def one(x: Array | np.ndarray, where: NamedSharding) -> Array:
         if where.is_fully_addressable:
             return jax.numpy.copy(jax.device_put(x, where))
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):  # its numbers have one axis more, which stays whole
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):  # key data has one more axis, unsharded
             return jax.random.wrap_key_data(one(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
@@ -205,22 +205,22 @@ def place(tree: Tree, shardings: Tree | NamedSharding) -> Tree:
 
 
 def place_like(tree: Tree, shapes: Tree) -> Tree:
-    """`place`, where `with_shardings` shapes say."""
+    """`place`, with the shardings of shapes made by `with_shardings`."""
     return place(tree, jax.tree.map(lambda x: x.sharding, shapes))
 
 
 def place_rows(tree: Tree, mesh: Mesh) -> Tree:
-    """Host arrays, of which each process holds its share of rows, as global arrays divided among all devices."""
+    """Host arrays, of which each process holds its share of rows, as global arrays sharded over all devices."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows(mesh), np.asarray(x)), tree)
 
 
 def place_whole(tree: Tree, mesh: Mesh) -> Tree:
-    """Host arrays, of which every process holds all rows, as global arrays: the rows divided among all devices, or,
-    where that doesn't come out even, whole on each."""
+    """Host arrays, of which every process holds all rows, as global arrays: sharded by rows over all devices, or
+    replicated if they don't divide evenly."""
 
     def one(x: Array | np.ndarray) -> Array:
         x = np.asarray(x)
-        divided = NamedSharding(mesh, _fitting((ROWS,), x.shape, mesh))
+        divided = NamedSharding(mesh, _fitting_spec((ROWS,), x.shape, mesh))
         return jax.make_array_from_callback(x.shape, divided, lambda index: x[index])
 
     return jax.tree.map(one, tree)
@@ -228,15 +228,15 @@ def place_whole(tree: Tree, mesh: Mesh) -> Tree:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Which part of a batch's rows a process brings: part `index` of `count`."""
+    """Which part of a batch's rows a process supplies: part `index` of `count`."""
 
     index: int
     count: int
 
 
 def share_of_rows(mesh: Mesh) -> Share:
-    """The share of this process. Processes whose devices hold the same rows (a tensor axis across them) bring the same
-    part. UserError where processes hold rows in common and others not."""
+    """The share of this process. Processes whose devices hold the same rows (a tensor axis across them) supply the same
+    part. UserError if the rows of two processes overlap only partly."""
     held: dict[int, frozenset[int]] = {}
     parts = row_parts(mesh)
     for part, devices in enumerate(mesh.devices.reshape(parts, -1)):
@@ -247,7 +247,7 @@ def share_of_rows(mesh: Mesh) -> Share:
         sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
         raise UserError(
             f"a mesh of {sizes} doesn't divide rows evenly among {len(held)} processes; "
-            "let mesh.tensor divide a process's devices, or the other way round"
+            "make mesh.tensor a divisor or a multiple of the devices per process"
         )
     return Share(shares.index(held[jax.process_index()]), len(shares))
 
@@ -257,34 +257,34 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     return place(tree, replicated(mesh))
 
 
-# ---- what fits ----
+# ---- checks ----
 
 
 def check_model(config: ModelConfig, mesh: Mesh) -> None:
-    """Refuse a mesh whose tensor axis doesn't divide the model's heads, hidden units and vocabulary, or whose fsdp axis
-    doesn't divide its width: they would be kept whole in silence."""
+    """Reject a mesh whose tensor axis doesn't divide the model's heads, hidden units and vocabulary, or whose fsdp axis
+    doesn't divide its width: they would silently be replicated."""
     sizes = {
         "heads": ("tensor", config.heads),
-        "heads of keys": ("tensor", config.groups),
-        "hidden units": ("tensor", config.mlp_units),
+        "kv_heads": ("tensor", config.groups),
+        "mlp_width": ("tensor", config.mlp_units),
         "vocab": ("tensor", config.vocab),
         "width": ("fsdp", config.width),
     }
     for name, (axis, size) in sizes.items():
         parts = mesh.shape.get(axis, 1)
         if size % parts:
-            raise UserError(f"mesh.{axis} of {parts} doesn't divide the model's {name} of {size}; change one of them")
+            raise UserError(f"mesh.{axis} {parts} doesn't divide model.{name} {size}; change one of them")
 
 
 def check_batch(batch: int, parts: int, mesh: Mesh) -> None:
-    """Refuse a batch that doesn't divide into `parts` equal parts, each shared equally by the devices."""
+    """Reject a batch that doesn't split into `parts` equal parts, each divided equally among the devices."""
     if parts < 1 or batch % parts:
         raise UserError(f"a batch of {batch} rows doesn't divide into {parts} microbatches; change one of them")
     check_rows(batch // parts, mesh, "a batch" if parts == 1 else "a microbatch")
 
 
 def check_rows(count: int, mesh: Mesh, name: str) -> None:
-    """Refuse a batch that the devices can't share equally, or the processes can't bring equally."""
+    """Reject a batch that can't be divided equally among the devices, or supplied equally by the processes."""
     parts = row_parts(mesh)
     if count % parts:
         raise UserError(f"{name} of {count} rows doesn't divide among {parts} devices; use a multiple of {parts}")

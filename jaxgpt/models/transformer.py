@@ -1,12 +1,12 @@
 """A GPT as pure functions of a nested dict of parameters.
 
-    h_BTD = hidden(params, config, tokens_BT)     the transformer, final norm included
-    logits_BTV = unembed(params, config, h_BTD)   the tied head
+    h_BTD = hidden(params, config, tokens_BT)     the transformer, including the final norm
+    logits_BTV = unembed(params, h_BTD)           the vocabulary head
     logp_BT, h_BTD = score(params, config, batch) what every training stage uses
 
-One family: GPT (Radford et al. 2018), which normalises behind each sub-layer; GPT-2 (2019), before it; and the Llama
-type (Touvron et al. 2023) with rotary positions, RMSNorm, SwiGLU, keys and values shared by groups of heads, no biases.
-Which parameters a block has follows from the settings, and what is computed from the parameters.
+One family: GPT (Radford et al. 2018), which normalises after each sub-layer; GPT-2 (2019), before it; and Llama
+(Touvron et al. 2023), with rotary positions, RMSNorm, SwiGLU, keys and values shared by groups of heads, and no biases.
+The settings decide which parameters a block has, and the parameters decide what is computed.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ from jaxgpt.structs import Array, Batch, Params
 
 Kept = TypeVar("Kept")
 
-WHOLE_LOGITS = 512 * 2**20  # bytes on a device, from which on logits are made in tiles
+WHOLE_LOGITS = 512 * 2**20  # bytes per device; larger logits are computed in tiles
 
-# How parameters are divided over a mesh, by the end of their path; the others are whole on every device.
+# How parameters are sharded over a mesh, by the end of their path; all others are replicated.
 PARTITION = {
     "tokens_VD": P(*LINES),
     "positions_TD": P(None, "fsdp"),
@@ -87,19 +87,19 @@ def init(key: Array, config: ModelConfig) -> Params:
 
 
 def scalar_head(key: Array | None, width: int) -> Params:
-    """A linear head D -> 1 for rewards (std 1/sqrt(D+1), Ziegler 2020) or, with no key, exactly 0 for values."""
+    """A linear head D -> 1: random for rewards (std 1/sqrt(D+1), Ziegler 2020); exactly 0 for values, without a key."""
     kernel_D = jnp.zeros(width) if key is None else jax.random.normal(key, (width,)) / math.sqrt(width + 1)
     return {"kernel_D": kernel_D, "bias": jnp.zeros(())}
 
 
 def apply_scalar_head(head: Params, h_BTD: Array) -> Array:
-    """One float32 number a position, [B, T]."""
+    """One float32 number per position, [B, T]."""
     return jnp.einsum("...d,d->...", h_BTD.astype(jnp.float32), head["kernel_D"]) + head["bias"]
 
 
 def split_heads(qkv: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
-    """q [..., H, K], k and v [..., G, K] from [..., (H + 2G) K], in which a key, its value and the queries that see it
-    lie together: dividing the last axis divides the groups of heads."""
+    """q [..., H, K], k and v [..., G, K] from [..., (H + 2G) K], in which a key, its value and the queries that share
+    them are adjacent: sharding the last axis shards the groups of heads."""
     shared = config.heads // config.groups
     x = qkv.reshape(*qkv.shape[:-1], config.groups, shared + 2, config.head_dim)
     q = x[..., :shared, :].reshape(*qkv.shape[:-1], config.heads, config.head_dim)
@@ -108,21 +108,21 @@ def split_heads(qkv: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
 
 def angles(config: ModelConfig, positions_BT: Array) -> tuple[Array, Array] | None:
     """Cosine and sine of every position times every frequency, [B, T, 1, K/2] float32, for rotary positions (Su et al.
-    2021). Pair i turns by theta^(-2i/K) a token; with rope_factor, pairs that turn less than once in rope_block turn
-    that much slower, those of more than four turns as before, and the others something between (Llama 3.1)."""
+    2021). Pair i turns by theta^(-2i/K) per token; with rope_factor, pairs that turn less than once in rope_block turn
+    that much slower, those with more than four turns as before, and those between are interpolated (Llama 3.1)."""
     if config.positions != "rotary":
         return None
-    turn = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    frequency = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_factor > 1.0:
-        turns = config.rope_block * turn / (2 * np.pi)
-        share = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
-        turn = turn * (share + (1.0 - share) / config.rope_factor)
-    angle_BTK = positions_BT[..., None, None] * jnp.asarray(turn, jnp.float32)
+        turns = config.rope_block * frequency / (2 * np.pi)
+        kept = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+        frequency = frequency * (kept + (1.0 - kept) / config.rope_factor)
+    angle_BTK = positions_BT[..., None, None] * jnp.asarray(frequency, jnp.float32)
     return jnp.cos(angle_BTK), jnp.sin(angle_BTK)
 
 
 def rotate(x_BTHK: Array, angles: tuple[Array, Array] | None) -> Array:
-    """Each pair (i, i + K/2) turned by its angle; x itself without angles."""
+    """Rotate each pair (i, i + K/2) by its angle; without angles returns x itself."""
     if angles is None:
         return x_BTHK
     cos, sin = angles
@@ -131,7 +131,7 @@ def rotate(x_BTHK: Array, angles: tuple[Array, Array] | None) -> Array:
 
 
 def mlp(block: Params, x: Array, layers: Layers = PLAIN) -> Array:
-    """Two dense layers with a GELU (tanh form, as GPT-2) between them; or, where there is a gate, a SwiGLU."""
+    """Two dense layers with a GELU (tanh form, as in GPT-2) between them; or, if there is a gate, a SwiGLU."""
     up = layers.dense(block["up"], x, COLUMNS)
     inside = layers.swiglu(layers.dense(block["gate"], x, COLUMNS), up) if "gate" in block else layers.gelu(up)
     return layers.dense(block["down"], inside, LINES)
@@ -145,17 +145,17 @@ def dropout(key: Array | None, rate: float, x: Array) -> Array:
 
 
 def embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) -> Array:
-    """The tokens' embedding, plus the positions' where they are learned, in the activations' dtype."""
+    """Token embeddings, plus learned position embeddings if there are any, in the activations' dtype."""
     table = params["embed"]
     x = table["tokens_VD"][tokens]
     return (x + table["positions_TD"][positions] if "positions_TD" in table else x).astype(config.dtype)
 
 
 def embed_rows(params: Params, config: ModelConfig, tokens_BT: Array, positions_BT: Array) -> Array:
-    """`embed` for rows that are divided among devices, and tables that are divided along 'fsdp'.
+    """`embed` for rows sharded over devices, and tables sharded along 'fsdp'.
 
-    Each device looks its own columns up for all rows, and sends each row's to where it belongs; or, where the table is
-    smaller than that, the tables are put together first."""
+    Each device looks up its own columns for all rows, and sends each row's to the device it belongs to; or, if the
+    table is smaller than these activations, the tables are gathered first."""
     B, T = tokens_BT.shape
     if config.vocab * sharding.parts_of(B, ROWS) > B * T:
         ids = [constrain(x, "data", None) for x in (tokens_BT, positions_BT)]
@@ -178,13 +178,12 @@ def hidden(
     key: Array | None = None,
     attend: Attend | None = None,
 ) -> Array:
-    """The hidden states after the final norm, [B, T, D]; position t has read tokens 0…t.
+    """The hidden states after the final norm, [B, T, D]; position t has seen tokens 0…t.
 
-    Without `positions_BT` rows are counted from 0. `nudge_BTD` is added to the embeddings: through it one can
-    differentiate by the input, or read something that is no token. `key` turns dropout on. `attend` may be another
-    implementation.
-    Raises UserError when a row is longer than config.block (checked while tracing; the positions would clamp in
-    silence).
+    Without `positions_BT`, positions count from 0. `nudge_BTD` is added to the embeddings, to differentiate with
+    respect to the input or to feed something that isn't a token. `key` turns dropout on. `attend` replaces the
+    attention implementation.
+    Raises UserError if a row is longer than config.block (checked while tracing; positions would be clamped silently).
     """
     return hidden_and_kv(
         params,
@@ -209,7 +208,7 @@ def hidden_and_kv(
     key: Array | None = None,
     attend: Attend | None = None,
 ) -> tuple[Array, list[tuple[Array, Array]]]:
-    """`hidden`, and each layer's keys and values [B, T, G, K]: what a prefill stores."""
+    """`hidden`, and each layer's keys and values [B, T, G, K], which a prefill stores."""
     chex.assert_rank(tokens_BT, 2)
     T = tokens_BT.shape[1]
     if config.block < T:
@@ -251,7 +250,7 @@ def hidden_and_kv(
 
 
 def final_norm(params: Params, config: ModelConfig, x_BTD: Array, layers: Layers = PLAIN) -> Array:
-    """The norm behind the last block, if the model has one."""
+    """The norm after the last block, if the model has one."""
     return layers.norm(params["final_norm"], x_BTD, config.norm_epsilon) if "final_norm" in params else x_BTD
 
 
@@ -270,10 +269,10 @@ def transformer_block(
     attend: Callable[[Array, Array, Array], tuple[Array, Kept]],
     key: Array | None = None,
 ) -> tuple[Array, Kept]:
-    """One layer of attention and one of the MLP, each added to its input, with a norm before it or behind the sum.
+    """An attention and an MLP sub-layer, each added to its input, with a norm before it or after the sum.
 
-    attend(q [B, T, H, K], k, v [B, T, G, K]) -> (mixed [B, T, H, K], anything), which is returned too: keys and values
-    of a whole row, or the cache with the new ones in it.
+    attend(q [B, T, H, K], k, v [B, T, G, K]) -> (mixed [B, T, H, K], anything); the latter is returned too: the keys
+    and values of a whole row, or the updated cache.
     """
     attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
 
@@ -292,8 +291,8 @@ def transformer_block(
 
 
 def fastest_layers(gradients: str) -> Layers:
-    """PLAIN for "plain"; for "auto" what is fastest where the program will run: on a CPU FAST, elsewhere PLAIN with a
-    kernel for attention."""
+    """PLAIN for "plain"; for "auto" the fastest on the target platform: FAST on a CPU, elsewhere PLAIN with an
+    attention kernel."""
     if gradients == "plain":
         return PLAIN
     fast = {"cpu": FAST, "gpu": PLAIN._replace(attend=attention.cudnn), "tpu": PLAIN._replace(attend=attention.splash)}
@@ -301,7 +300,7 @@ def fastest_layers(gradients: str) -> Layers:
 
 
 def head_table(params: Params) -> Array:
-    """The weights of the vocabulary head, [V, D]: the embedding's, if they are tied."""
+    """The weights of the vocabulary head, [V, D]: the embedding's if they are tied."""
     return params["unembed" if "unembed" in params else "embed"]["tokens_VD"]
 
 
@@ -315,16 +314,16 @@ def predict(
 ) -> tuple[Array, Array]:
     """log P of the token that follows each hidden state, and the entropy of its distribution, [B, W] float32.
 
-    Logits of more than WHOLE_LOGITS bytes a device are made and forgotten a tile at a time (`vocab_head`).
+    Logits of more than WHOLE_LOGITS bytes per device are computed and discarded one tile at a time (`vocab_head`).
     """
     B, W, _ = h_BWD.shape
     parts, vocab_parts = sharding.parts_of(B, ROWS), sharding.parts_of(config.vocab, "tensor")
     position_bytes = 4 * B // parts * config.vocab // vocab_parts
     if W * position_bytes <= WHOLE_LOGITS:
-        # Behind a barrier, so that scoring and training round alike: PPO's first ratio is exactly 1.
+        # The barrier makes rounding the same with and without gradients: PPO's first ratio is exactly 1.
         logits = jax.lax.optimization_barrier(unembed(params, h_BWD, fastest_layers(config.gradients)) / temperature)
         return losses.log_prob(logits, tokens_BW), losses.entropy(logits)
-    # A copy of the table for each part of the rows, so that its gradient is added up once, not in every tile.
+    # One copy of the table per row shard, so that its gradient is summed across devices once, not in every tile.
     table_VD = sharding.gathered(head_table(params).astype(h_BWD.dtype), LINES)
     table_PVD = constrain(jnp.broadcast_to(table_VD, (parts, *table_VD.shape)), ROWS, "tensor", None)
     rows = [constrain_rows(x.reshape(parts, B // parts, *x.shape[1:])) for x in (h_BWD, tokens_BW)]
@@ -343,12 +342,11 @@ def score(
     key: Array | None = None,
     attend: Attend | None = None,
 ) -> tuple[Array, Array]:
-    """log P(token t | tokens before t) at `temperature`, [B, T] float32 with 0 at t = 0, and the hidden states [B,
-    T, D].
+    """log P(token t | tokens before t) at `temperature`, [B, T] float32 with 0 at t = 0, and hidden states [B, T, D].
 
-    With `window` only that many tokens of each row, from its first target on, go through the vocabulary head; the
-    others get 0. It must be at least the longest answer's length. Every stage goes through here: finetuning, reward,
-    DPO, PPO, the reference, the sampler's check.
+    With `window`, only that many tokens of each row, starting at its first target, go through the vocabulary head; the
+    others get 0. It must be at least the longest answer's length. Every stage uses this function: finetuning, the
+    reward model, DPO, PPO, the reference policy, and the check of the sampler's log-probabilities.
     """
     h_BTD = hidden(
         params,
@@ -374,9 +372,9 @@ def answer_logp(
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """W neighbouring targets of each row, seen from the positions before them.
+    """W consecutive targets of each row, predicted from the positions before them.
 
-    `take` gathers what was computed one position before each target, `put` sets values at the targets and 0 elsewhere.
+    `take` gathers what was computed one position before each target; `put` sets values at the targets and 0 elsewhere.
     """
 
     first_B: Array
@@ -388,7 +386,7 @@ class Window:
         return jnp.minimum(self.first_B[:, None] + jnp.arange(self.width), self.length - 1)
 
     def take(self, x_BTD: Array) -> Array:
-        """Of [B, T, ...] the window's columns, [B, W, ...]."""
+        """The window's columns of [B, T, ...], [B, W, ...]."""
         if self.width == self.length - 1:
             return x_BTD[:, :-1]
         return jnp.take_along_axis(x_BTD, self._target_BW[:, :, None] - 1, axis=1)
@@ -400,7 +398,7 @@ class Window:
         return jnp.take_along_axis(tokens_BT, self._target_BW, axis=1)
 
     def put(self, x_BW: Array) -> Array:
-        """[B, W] back to [B, T], 0 outside the window."""
+        """Scatter [B, W] back to [B, T], with 0 outside the window."""
         if self.width == self.length - 1:
             return jnp.pad(x_BW, ((0, 0), (1, 0)))
         offset_BT = jnp.arange(self.length) - self.first_B[:, None]
@@ -409,7 +407,7 @@ class Window:
 
 
 def window_before(mask_BT: Array, width: int | None) -> Window:
-    """The window of `width` targets from each row's first one on; all T - 1 without a width."""
+    """The window of `width` targets starting at each row's first one; all T - 1 without a width."""
     T = mask_BT.shape[1]
     if width is None or width >= T - 1:
         return Window(jnp.ones(mask_BT.shape[0], jnp.int32), T - 1, T)
@@ -417,12 +415,12 @@ def window_before(mask_BT: Array, width: int | None) -> Window:
 
 
 def at_last_token(x_BT: Array, mask_BT: Array) -> Array:
-    """x at each row's last True of the mask, [B]: where the reward model reads its score."""
+    """x at the last True of each row's mask, [B]: where the reward model reads its score."""
     T = mask_BT.shape[1]
     last_B = T - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
     return jnp.take_along_axis(x_BT, last_B[:, None], axis=1)[:, 0]
 
 
 def count_parameters(params: Params) -> int:
-    """How many numbers a nested dict of parameters holds."""
+    """Total number of elements in a nested dict of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

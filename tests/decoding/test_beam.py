@@ -1,4 +1,4 @@
-"""Beam search between its two ends: one beam is greedy decoding, a beam for every answer is exhaustive search."""
+"""Beam search between its two extremes: one beam is greedy decoding, a beam per answer is exhaustive search."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ search = jax.jit(beam.beam_search, static_argnums=1, static_argnames=("beams", "
 
 @functools.partial(jax.jit, static_argnums=1)
 def log_probs(params, config, tokens):
-    """Of the token after each, by the full forward."""
+    """Log-probabilities of the token after each position, by the full forward pass."""
     return jax.nn.log_softmax(transformer.unembed(params, transformer.hidden(params, config, tokens)))
 
 
@@ -38,7 +38,7 @@ def few_prompts(width: int = 4) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def after_each_answer(seed: int) -> list[dict[tuple[int, ...], np.ndarray]]:
-    """For each prompt the log-probabilities of the token after every answer of less than A tokens."""
+    """For each prompt, the log-probabilities of the token after every answer of fewer than A tokens."""
     prompts, lengths = few_prompts()
     answers = np.array(list(itertools.product(range(FEW.vocab), repeat=A)))
     found = []
@@ -67,7 +67,7 @@ def exhaustive(after: dict[tuple[int, ...], np.ndarray], stop: tuple[int, int]) 
 @pytest.mark.parametrize("stop", [NEVER, (1, 1), (2, 0)])
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0, 3.0])
 def test_beams_for_all_answers_are_exhaustive_search(stop, length_penalty):
-    """All answers, in the right order; places left over are marked."""
+    """All answers, in the right order; unused places are marked."""
     out = jax.device_get(
         search(
             few_params(0),
@@ -98,7 +98,7 @@ def test_beams_for_all_answers_are_exhaustive_search(stop, length_penalty):
 
 
 def by_the_rule(after, beams: int, stop: int) -> list[tuple[tuple[int, ...], float]]:
-    """Beam search again, in plain Python."""
+    """A reference implementation of beam search in plain Python."""
     done: dict[tuple[int, ...], float] = {}
     live: dict[tuple[int, ...], float] = {(): 0.0}
     for _ in range(A):
@@ -111,7 +111,7 @@ def by_the_rule(after, beams: int, stop: int) -> list[tuple[tuple[int, ...], flo
 
 @pytest.mark.parametrize(("beams", "width"), [(2, 4), (3, 7)])
 def test_a_finished_hypothesis_keeps_its_place(beams, width):
-    """The same answers as by the rule, over the full forward; whichever token stops, however wide the prompts."""
+    """The same answers as the reference with full forward passes, whichever token stops, however wide the prompts."""
     for stop in range(FEW.vocab):
         settings = {"beams": beams, "new_tokens": A, "stop": np.array((stop, stop))}
         out = jax.device_get(search(few_params(3), FEW, *few_prompts(width), **settings))
@@ -179,7 +179,7 @@ def test_one_beam_is_greedy_decoding(length_penalty, stop):
 
 
 def test_scores_are_those_of_the_full_forward():
-    """Each hypothesis keeps the cache of its own ancestors; none comes twice, the best comes first."""
+    """Each hypothesis keeps the cache of its own ancestors; there are no duplicates, and the best comes first."""
     out = found(5)
     assert out.ended_BC.any() and not out.ended_BC.all()
     assert (np.diff(out.score_BC, axis=1) <= 0).all()
@@ -192,7 +192,7 @@ def test_scores_are_those_of_the_full_forward():
 
 
 def test_more_beams_find_a_better_answer():
-    """With greedy's mistakes in reach: on these prompts never worse, and better somewhere."""
+    """Where greedy decoding makes mistakes: on these prompts never worse, and better for at least one."""
     one, five = (found(beams, NEVER, 0.0).score_BC[:, 0] for beams in (1, 5))
     assert (five >= one - 1e-5).all() and (five > one + 0.1).any()
 

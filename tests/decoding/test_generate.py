@@ -1,4 +1,4 @@
-"""Decoding with a cache is the full forward pass, token by token."""
+"""Decoding with a cache equals the full forward pass, token by token."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def prompts_of() -> tuple[np.ndarray, np.ndarray]:
 
 
 def settings_of(stops=(), temperature: float = 1.0, greedy=GREEDY, pad: int = 0) -> dict:
-    """What `answers_of` takes as data, so that all of it goes through one program."""
+    """Settings that `answers_of` takes as arrays, so that one program serves all of them."""
     stops = np.array([*stops, *[-1] * (64 - len(stops))], np.int32)
     return {"stop": stops, "temperature": np.float32(temperature), "greedy": greedy, "pad": np.int32(pad)}
 
@@ -51,7 +51,7 @@ def answers_of(
     program=decoding.generate,
     **settings,
 ) -> Answers:
-    """Some rows greedy, some drawn at a temperature; where `once`, no token comes twice. Each step calls `watch`."""
+    """Some rows greedy, some sampled at a temperature; with `once`, no token occurs twice. Each step calls `watch`."""
 
     def sample(key, logits):
         return jnp.where(greedy, sampling.greedy(key, logits), sampling.categorical(key, logits))
@@ -83,8 +83,7 @@ answer = jax.jit(answers_of, static_argnums=1, static_argnames=("new_tokens", "p
 
 @functools.partial(jax.jit, static_argnums=1)
 def read_back(params, config, prompts, lengths, answers, temperature):
-    """The joined rows, the sampler's log-probs there, and what a full forward pass makes of the rows: log-probs, logits
-    and hidden states."""
+    """The joined rows, the sampler's log-probs, and the log-probs, logits and hidden states of a full forward pass."""
     rows, sampler_logp = decoding.join(prompts, lengths, answers)
     logp, h = transformer.score(params, config, rows, temperature=temperature)
     return rows, sampler_logp, logp, transformer.unembed(params, h), h
@@ -97,14 +96,14 @@ def value_head() -> dict:
 
 @functools.cache
 def generated(name: str = "gpt2", seed: int = 3, once: bool = False, **changes) -> Answers:
-    """The answers of a model to all prompts; every call for the same model runs the same program."""
+    """A model's answers to all prompts; every call for the same model runs the same program."""
     config, settings = MODELS[name], settings_of(**changes) | {"once": once, "value_head": value_head()}
     return jax.device_get(answer(random_params(config), config, *prompts_of(), jax.random.key(seed), **settings))
 
 
 @functools.cache
 def alone(greedy: bool, pad_with: int = 17, name: str = "llama3") -> Answers:
-    """The answer to one short prompt by itself, with a lot of padding behind it."""
+    """The answer to one short prompt by itself, followed by a lot of padding."""
     (prompts, lengths), config = prompts_of(), MODELS[name]
     wide = np.pad(prompts[1:2], ((0, 0), (0, WIDE - P)))
     wide = np.where(np.arange(WIDE) < lengths[1], wide, pad_with).astype(np.int32)
@@ -176,11 +175,11 @@ def test_join_leaves_no_gap_between_prompt_and_answer():
         np.testing.assert_array_equal(np.flatnonzero(rows.mask_BT[b]), np.arange(p, p + a))
 
 
-# ---- what changes nothing ----
+# ---- invariances ----
 
 
 def test_padding_of_the_prompt_and_other_rows_change_nothing():
-    """One row by itself has a cache without the axes of rows and groups."""
+    """The cache of a single row has no axes for rows and groups."""
     expected = jax.tree.map(lambda x: x[1:2], generated("llama3", stops=SEVERAL))
     for pad_with in (0, 17):
         assert_same(alone(True, pad_with), expected, f"padded with {pad_with}")
@@ -201,7 +200,7 @@ def test_streaming_gives_the_tokens_of_generate():
 def test_a_vmapped_program_gives_each_keys_own_answers():
     config, (prompts, lengths) = MODELS["llama"], prompts_of()
     run = functools.partial(answers_of, config=config, prompts=prompts, lengths=lengths, **settings_of(SEVERAL))
-    with jax.debug_key_reuse(False):  # it refuses slices of a vmapped key array
+    with jax.debug_key_reuse(False):  # it rejects slices of a vmapped key array
         many = jax.jit(jax.vmap(lambda params, seed: run(params, key=jax.random.key(seed)), in_axes=(None, 0)))(
             random_params(config), np.arange(3)
         )
@@ -235,7 +234,7 @@ def test_the_cache_grows_by_segments_each_traced_once():
 
 
 def test_the_loop_that_stops_early_gives_the_same_and_takes_no_step_too_many():
-    """While its cache grows; what is not reached reads as padding."""
+    """While the cache grows; steps that are not reached read as padding."""
     counted = []
     config, (prompts, lengths) = MODELS["llama"], prompts_of()
     run = jax.jit(
@@ -265,7 +264,7 @@ def test_segments_of_one_token_and_of_all_change_nothing(segment, program):
     assert_same(run(jax.random.key(3), segment=segment, program=program), run(jax.random.key(3)))
 
 
-# ---- stops, and what was seen ----
+# ---- stop tokens, and seen tokens ----
 
 
 @pytest.mark.parametrize("stops", [(), SEVERAL[:1], SEVERAL, ALL], ids=["none", "one", "several", "all"])
@@ -279,7 +278,7 @@ def test_rows_stop_at_the_stop_token_and_stay_padded(stops):
 
 
 def test_a_repetition_penalty_sees_prompt_and_answer():
-    """A penalty so strong that nothing comes twice, nor anything of the prompt."""
+    """With a penalty so strong that no token occurs twice, nor any of the prompt's."""
     prompts, lengths = prompts_of()
     for row, prompt, n in zip(generated(once=True).tokens_BA.tolist(), prompts.tolist(), lengths, strict=True):
         assert len({*row, *prompt[:n]}) == A + len(set(prompt[:n]))
@@ -290,14 +289,14 @@ def test_what_does_not_fit_the_block_is_refused():
     prompts, lengths = np.zeros((2, 40), np.int32), np.full(2, 40)
     with pytest.raises(UserError, match="40 tokens and 9 new ones don't fit the model's block of 48"):
         decoding.generate({}, TINY, prompts, lengths, jax.random.key(0), new_tokens=9, stop=5)
-    assert alone(True).tokens_BA.shape == (1, TINY.block - WIDE)  # what fits exactly isn't
+    assert alone(True).tokens_BA.shape == (1, TINY.block - WIDE)  # an exact fit is accepted
 
 
 # ---- compiled programs ----
 
 
 def loop_bodies(compiled) -> str:
-    """HLO of the loop bodies and of everything that they call."""
+    """HLO of the loop bodies and of everything they call."""
     parts = re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", compiled.as_text())
     text = {re.match(r"(?:ENTRY )?%([\w.\-]+)", part)[1]: part for part in parts if re.match(r"(?:ENTRY )?%", part)}
     called = {name: set(re.findall(r"%([\w.\-]+)", part)) & text.keys() - {name} for name, part in text.items()}
@@ -368,7 +367,7 @@ def test_no_loop_body_copies_the_cache_sorts_the_vocabulary_or_converts_weights(
 
 
 def test_temporary_memory_does_not_grow_with_the_steps():
-    """Beyond the cache itself, for seven times the new tokens."""
+    """Apart from the cache itself, for seven times as many new tokens."""
 
     def beyond_cache(new: int) -> int:
         config, compiled = compile_for("llama", "float32", 1, 1, decoding.generate, new)
@@ -389,7 +388,7 @@ def prepared(params, config):
 
 @functools.partial(jax.jit, static_argnums=1)
 def two_tokens(params, config, prompts, lengths):
-    """The logits of the first new token, and after it was a 7 of the second."""
+    """The logits of the first new token, and those of the second if the first is 7."""
     cache, first = decoding.prefill(params, config, prompts, lengths, 4)
     token = jnp.full(len(lengths), 7)
     return first, decoding.decode_step(params, config, cache, token, lengths, prompts.shape[1], jnp.asarray(0))[1]
@@ -399,7 +398,7 @@ def two_tokens(params, config, prompts, lengths):
     ("name", "rows"), [("gpt", 1), ("llama", 1), pytest.param("llama3", 3, marks=pytest.mark.slow)]
 )
 def test_int8_weights_decode_nearly_the_same(name, rows):
-    """Within what rounding to 127 levels costs, and by far more than rounding to 15 levels would; int8 in memory."""
+    """Errors as expected from rounding to 127 levels, and far below those of 15 levels; int8 in memory."""
     config, (prompts, lengths) = MODELS[name], prompts_of()
     params = random_params(config, scale=2.0)
     whole, small = prepared(params, config)

@@ -1,4 +1,4 @@
-"""Filters of logits against exact distributions, and their edges."""
+"""Logit filters against exact distributions, and edge cases."""
 
 import functools
 
@@ -13,7 +13,7 @@ P = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
 LOGITS = np.log(P).astype(np.float32)
 IMPOSSIBLE = np.array([0, 0, 0, 0, -np.inf], np.float32)
 SEEN = np.array([1, 0, 0, 0, 1], bool)
-FILTERS = {  # what is filtered, and the distribution that it then has
+FILTERS = {  # the filter, the logits, and the resulting distribution
     "top-k 1": (lambda x: sampling.top_k(x, 1), LOGITS, [1, 0, 0, 0, 0]),
     "top-k 2": (lambda x: sampling.top_k(x, 2), LOGITS, [4 / 7, 3 / 7, 0, 0, 0]),
     "top-k 9": (lambda x: sampling.top_k(x, 9), LOGITS, P),
@@ -88,7 +88,7 @@ def test_the_nucleus_found_without_a_sort_is_that_of_a_sort(p):
         order = np.argsort(-row, kind="stable")
         probability = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
         before = np.cumsum(probability[order]) - probability[order]
-        unsure = np.abs(before - p) < 1e-6  # float32 may take the token that just reaches p, or not
+        unsure = np.abs(before - p) < 1e-6  # float32 may or may not keep the token that just reaches p
         for wanted in (row >= row[order][(before < p) & ~unsure].min(), row >= row[order][(before < p) | unsure].min()):
             if (found == wanted).all():
                 break
@@ -101,7 +101,7 @@ def test_a_repetition_penalty_lowers_what_was_seen():
     penalised = jax.jit(sampling.repetition_penalty, static_argnums=2)
     np.testing.assert_allclose(penalised(logits, seen, 2.0), [1.0, -4.0, 2.0, -2.0])
     np.testing.assert_array_equal(penalised(logits, seen, 1.0), logits)
-    with pytest.raises(UserError, match="repetition penalty 0"):
+    with pytest.raises(UserError, match="repetition penalty is 0"):
         sampling.repetition_penalty(logits, seen, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Speculative decoding changes how long an answer takes, and nothing else."""
+"""Speculative decoding changes how long an answer takes and nothing else."""
 
 import dataclasses
 import functools
@@ -36,13 +36,13 @@ def lively():
 
 
 def nearly(params, noise: float = 0.02):
-    """Parameters a little beside these: a draft that is right now and then."""
+    """Slightly perturbed parameters: a draft that is sometimes right."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda w: w + noise * rng.standard_normal(w.shape).astype(np.float32), params)
 
 
 def pruned(params):
-    """With half of the hidden units: a smaller model that is right now and then."""
+    """A smaller model, with half of the hidden units, that is sometimes right."""
     block = params["block_0"]
     up, down = {name: w[..., :64] for name, w in block["up"].items()}, block["down"]
     return {**params, "block_0": {**block, "up": up, "down": {**down, "kernel": down["kernel"][:64]}}}
@@ -99,7 +99,7 @@ def greedily(params, prompts, lengths, stop) -> decoding.Answers:
 
 @functools.cache
 def greedy_answers(stop: tuple[int, int]) -> decoding.Answers:
-    """What is to come out: plain greedy decoding."""
+    """The expected answers: plain greedy decoding."""
     return jax.device_get(greedily(lively(), *rows(), np.array(stop)))
 
 
@@ -115,8 +115,8 @@ def greedy_answers(stop: tuple[int, int]) -> decoding.Answers:
     ],
 )
 def test_greedy_gives_the_tokens_of_generate(kind, k):
-    """Whatever the draft, whatever lies behind the prompt, up to the block's last position; and with some accepted and
-    some rejected, the draft's cache stays in step."""
+    """Whatever the draft and the padding after the prompt, up to the block's last position; and the draft's cache stays
+    in sync when some tokens are accepted and some rejected."""
     saved = wasted = 0
     for stop in (NEVER, STOPS):
         expected = greedy_answers(stop)
@@ -137,7 +137,7 @@ def test_greedy_gives_the_tokens_of_generate(kind, k):
 
 @pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_perfect_draft_is_always_accepted(k):
-    """Every pass yields k + 1 tokens: the draft reads the last of its own too when all were accepted."""
+    """Every pass yields k + 1 tokens: if all were accepted, the draft also reads its own last token."""
     for b in range(6):
         out = answer(draft_of("itself", k), b, greedy=True)
         assert int(out.forwards) == -(-NEW // (k + 1))
@@ -159,7 +159,7 @@ def cool_logp(params, prompts, lengths, answers):
 @pytest.mark.parametrize("b", [0, 2])
 @pytest.mark.parametrize("kind", ["itself", "near"])
 def test_sampled_log_probs_equal_those_of_the_full_forward(kind, b):
-    """And a perfect draft, whose distribution the same filter shapes, is accepted while sampling too."""
+    """And a perfect draft, shaped by the same filter, is always accepted while sampling too."""
     out = answer(draft_of(kind, 3), b, filter_logits=cool)
     assert (int(out.forwards) == 10 and int(out.accepted) == 29) == (kind == "itself")
     prompts, lengths = rows()
@@ -176,7 +176,7 @@ def test_padding_of_the_prompt_changes_nothing():
 
 
 def test_ngrams_are_looked_up_in_prompt_and_answer():
-    """The last occurrence whose continuation is known; past the text's end its period; else the last token."""
+    """The last occurrence with a known continuation; repeated past the text's end; otherwise the last token."""
     text = np.array([7, 8, 9, 7, 8, 3, 1, 7, 8, 0, 9, 7, 8])
 
     @jax.jit
@@ -203,7 +203,7 @@ def test_ngrams_are_looked_up_in_prompt_and_answer():
 
 
 def chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
-    """Over the common outcomes, the rare ones taken together; and the degrees of freedom."""
+    """Chi-square over the common outcomes, with rare ones pooled; and the degrees of freedom."""
     common = expected >= 5
     pooled = [(counts[common], expected[common]), (counts[~common].sum(), expected[~common].sum())]
     chi2 = sum(np.sum((c - e) ** 2 / e) for c, e in pooled if np.all(e > 0))
@@ -211,7 +211,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
 
 
 def enumerated(params, prompt: list[int], answers: int, stop: int, filter_logits) -> dict[tuple[int, ...], float]:
-    """The probability of every answer of so many tokens, cut after the stop token, by the full forward."""
+    """The probability of every answer of that many tokens, cut after the stop token, by the full forward pass."""
     rows = np.array(list(itertools.product(range(FEW.vocab), repeat=answers)))
     tokens = np.concatenate([np.tile(prompt, (len(rows), 1)), rows], axis=1)
     read = jax.jit(
@@ -251,7 +251,7 @@ def as_they_are(logits):
     ],
 )
 def test_answers_follow_the_models_distribution(kind, filter_logits):
-    """Chi-square of many draws against all answers of three tokens, enumerated."""
+    """Chi-square of many samples against all answers of three tokens, enumerated."""
     params, prompt, draws = random_params(FEW, scale=5.0), [1, 2, 3, 1, 2, 3], 20_000
     expected = enumerated(params, prompt, 3, 5, filter_logits)
     draft = DISTRIBUTION_DRAFTS[kind]()
@@ -283,11 +283,11 @@ def test_answers_follow_the_models_distribution(kind, filter_logits):
     np.testing.assert_allclose(out.answers.logp_BA[:, 0].sum(axis=1), np.log(probability[drawn]), atol=1e-4)
 
 
-# ---- the kernel ---------------------------------------------------------------------------------------------------
+# ---- the core step ------------------------------------------------------------------------------------------------
 
 
 def distributions(rows: int = 200, V: int = 7) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (p, q) with flat, peaked, equal, disjoint and one-hot ones, with zeros."""
+    """Pairs (p, q): flat, peaked, equal, disjoint and one-hot ones, with zeros."""
     rng = np.random.default_rng(0)
     p, q = (np.exp(rng.normal(size=(rows, V)) * rng.choice([0.1, 2.0, 20.0], (rows, 1))) for _ in range(2))
     p[rng.random(p.shape) < 0.2] = 0.0
@@ -324,7 +324,7 @@ def verified(key, q, p):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_kernel_draws_from_p(deterministic):
-    """Three drafted tokens: the first result has the first row's p; each next, given acceptance, its own."""
+    """Three drafted tokens: the first result follows the first row of p; each later one, given acceptance, its own."""
     V, J = 7, 3
     p, q = (x[100:].astype(np.float32) for x in distributions())
     p = 0.5 * p[: J + 1] + np.float32(0.5 / V)
@@ -350,7 +350,7 @@ def extend(params, config, cache, tokens, start):
 
 
 def test_extend_equals_the_full_forward():
-    """Several tokens at once, over slots that hold others: logits of the full forward; bfloat16 within its rounding."""
+    """Several tokens at once, over slots that hold others: the full forward's logits, bfloat16 within its rounding."""
     rng = np.random.default_rng(1)
     tokens, params = rng.integers(6, 64, (2, 20)), random_params()
     expected = jax.jit(lambda p, x: transformer.unembed(p, transformer.hidden(p, TINY, x)))(params, tokens)
@@ -371,7 +371,7 @@ def test_extend_equals_the_full_forward():
         (lambda: speculative.model_draft({}, TINY, 0), "k is 0; it must be at least 1"),
         (lambda: speculative.ngram_draft(0), "k is 0; it must be at least 1"),
         (lambda: speculative.ngram_draft(2, 0), "n is 0; it must be at least 1"),
-        (lambda: run_with(draft=speculative.ngram_draft(2, 30)), "n is 30, more than prompt and answer"),
+        (lambda: run_with(draft=speculative.ngram_draft(2, 30)), "n is 30, more tokens than prompt and answer"),
         (lambda: run_with(draft_config=FEW_DRAFT), "a vocabulary of 6, the model one of 64"),
         (lambda: run_with(new_tokens=45), "don't fit the model's block of 48"),
         (lambda: run_with(new_tokens=0), "ask for at least 1"),

@@ -1,7 +1,7 @@
-"""Formula beside formula: each public function of the loss library, and the same thing said again in float64 NumPy.
+"""References: each public function of the loss library, and an independent implementation in float64 NumPy.
 
 The references are written from the papers, with plain loops where those read best, and share no code with the library.
-`tests/losses/test_proofs.py` holds every function to its reference, and to what must not change it.
+`tests/losses/test_proofs.py` compares every function with its reference, and checks its invariances.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ Inputs = dict[str, np.ndarray]
 
 
 class Sizes(NamedTuple):
-    """B rows, T tokens, C candidates, V words, D hidden units."""
+    """B rows, T tokens, C candidates, a vocabulary of V, D hidden units."""
 
     B: int = 8
     T: int = 6
@@ -30,18 +30,18 @@ class Sizes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """A function of keyword arrays, its reference, and what is true of it."""
+    """A function of keyword arrays, its reference, and its properties."""
 
     ours: Callable[..., Any]
     reference: Callable[..., Any]
     make: Callable[[np.random.Generator, Sizes], Inputs]
     wrt: tuple[str, ...] = ()  # arguments that carry a gradient
-    rows: bool = True  # each row of the output depends on that row of the inputs alone
-    elementwise: bool = False  # each leading element of the output depends on that element of the inputs alone
+    rows: bool = True  # each row of the output depends only on that row of the inputs
+    elementwise: bool = False  # each leading element of the output depends only on that element of the inputs
     time: bool = False  # axis 1 is time, and tokens outside `mask` don't count
-    shared: tuple[str, ...] = ()  # arguments without an axis of rows
+    shared: tuple[str, ...] = ()  # arguments without a row axis
     extreme: tuple[str, ...] = ()  # arguments that may be +-1e4
-    kink: bool = False  # no slope to compare with where those are all alike
+    kink: bool = False  # not differentiable where those are all equal
 
 
 # ---- inputs -------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def logps(*names: str) -> Callable[[np.random.Generator, Sizes], Inputs]:
 
 
 def without(make: Callable[[np.random.Generator, Sizes], Inputs], *names: str, **more: str) -> Any:
-    """Inputs less some of them; `more` renames."""
+    """Inputs without some of them; `more` renames."""
 
     def made(rng: np.random.Generator, s: Sizes) -> Inputs:
         return {more.get(name, name): x for name, x in make(rng, s).items() if name not in names}
@@ -93,13 +93,13 @@ def head(rng: np.random.Generator, s: Sizes) -> Inputs:
 
 
 def candidates(*names: str) -> Callable[[np.random.Generator, Sizes], Inputs]:
-    """Scores [B, C], who is present (one at least), and what is asked for: choice, rank, tied, favourite, weight."""
+    """Scores [B, C], presence (of at least one), and the requested labels: choice, rank, tied, favourite, weight."""
 
     def make(rng: np.random.Generator, s: Sizes) -> Inputs:
         present = np.arange(s.C) < rng.integers(1, s.C + 1, s.B)[:, None]
         present = rng.permuted(present, axis=1)
         order = np.where(present, rng.random((s.B, s.C)), 2.0).argsort(1).argsort(1)
-        kept = rng.integers(1, s.C + 1, s.B)[:, None]  # the first so many are ranked, the others only behind them
+        kept = rng.integers(1, s.C + 1, s.B)[:, None]  # this many are ranked, the others known only to be worse
         weight = np.where(present, rng.random((s.B, s.C)), 0)
         made = {
             "scores_BC": rng.normal(0, 2, (s.B, s.C)),
@@ -150,7 +150,7 @@ def masked(*names: str) -> Callable[[np.random.Generator, Sizes], Inputs]:
 
 
 def pooled(name: str, mean: float) -> Callable[[np.random.Generator, Sizes], Inputs]:
-    """One number a row, and which rows count (the first two at least)."""
+    """One number per row, and which rows count (at least the first two)."""
     return lambda rng, s: {
         name: rng.normal(mean, 2, max(s.B, 2)),
         "mask_B": np.arange(max(s.B, 2)) < rng.integers(2, s.B + 2),
@@ -316,7 +316,7 @@ def watched(log_ratio: np.ndarray, advantage: np.ndarray, mask: np.ndarray, clip
 
 
 def measured(values_BT: np.ndarray, mask_BT: np.ndarray) -> tuple[float, float, float, float]:
-    """Means and standard errors a sequence and a token (the latter by the linearised ratio)."""
+    """Means and standard errors per sequence and per token (the latter from the linearised ratio)."""
     x = np.array([v[m].sum() for v, m in zip(values_BT, mask_BT, strict=True) if m.any()])
     n = np.array([m.sum() for m in mask_BT if m.any()])
     if not n.size:
@@ -343,7 +343,7 @@ def shaped(score_B: np.ndarray, kl_BT: np.ndarray, mask_BT: np.ndarray, beta: fl
 
 
 def advantages(reward_BT: Any, value_BT: Any, mask_BT: Any, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
-    """GAE as the sum it abbreviates: A_t = sum_l (gamma lam)^l delta_{t+l}."""
+    """GAE as an explicit sum: A_t = sum_l (gamma lam)^l delta_{t+l}."""
     advantage, target = np.zeros(reward_BT.shape), np.zeros(reward_BT.shape)
     for b, mask in enumerate(mask_BT):
         steps = np.flatnonzero(mask)
@@ -649,10 +649,10 @@ PROOFS: dict[str, Proof] = {
 
 # Public names without an entry, and why.
 EXEMPT = {
-    "losses.Mean": "what `reduce` gives; its sum of parts is in test_proofs",
+    "losses.Mean": "result of `reduce`; test_proofs adds up its parts",
     "losses.LOG_RATIO_LIMIT": "a number",
     "kl.LIMIT": "a number",
-    "kl.Estimate": "what `estimate` gives",
+    "kl.Estimate": "result of `estimate`",
     "kl.FixedKL": "does nothing; test_kl",
-    "vocab_head.HeadOutputs": "what `outputs` gives",
+    "vocab_head.HeadOutputs": "result of `outputs`",
 }

@@ -1,4 +1,4 @@
-"""Bad input: messages that name the argument, what it is and what it should be, while tracing."""
+"""Bad input: errors while tracing that name the argument, its actual type and the expected one."""
 
 import itertools
 import re
@@ -20,14 +20,14 @@ def made(name: str) -> Inputs:
 
 
 def complaint(name: str, x) -> str:
-    """What it says while tracing (nothing runs)."""
+    """The error message while tracing (nothing runs)."""
     with pytest.raises((TypeError, ValueError)) as caught:
         jax.eval_shape(PROOFS[name].ours, **x)
     return str(caught.value)
 
 
 def named(argument: str) -> str:
-    """Without the axes, as messages say it."""
+    """The argument's name without axes, as in messages."""
     return argument.split("_B")[0].split("_V")[0].replace("tied", "rank")
 
 
@@ -42,7 +42,7 @@ def changed(kind: str, a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def mistakes(name: str):
-    """Each array of a function with each mistake. One alone may be of any shape, a vocabulary of any size."""
+    """Each array of a function with each mistake. A single array may have any shape, and a vocabulary any size."""
     x = made(name)
     for argument, kind in itertools.product(x, ("dtype", "rank", "size")):
         right = kind != "dtype" and (len(x) == 1 or (argument, kind) == ("head_VD", "size"))
@@ -52,9 +52,10 @@ def mistakes(name: str):
 
 @pytest.mark.parametrize("name", [name for name in PROOFS if any(mistakes(name))])
 def test_every_argument_of_every_function_is_checked(name):
-    """Wrong dtype, an axis too many, another size: the message names an argument, what it is and what is expected.
+    """Wrong dtype, an extra axis, another size: the message names an argument, its type and the expected one.
 
-    A wrong dtype is told of the argument itself; a wrong shape of the first argument that doesn't fit those before.
+    A wrong dtype is reported for the argument itself; a wrong shape for the first argument that doesn't fit the earlier
+    ones.
     """
     right = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays(made(name)).items()}
     for argument, kind in mistakes(name):
@@ -100,7 +101,7 @@ def whole(x):
     return jnp.asarray(x, jnp.int32)
 
 
-VALUES = {  # of x = 3, all wrong
+VALUES = {  # wrong for x = 3
     "preference_nll: a choice is outside 0..2": lambda x: losses.preference_nll(SCORES, whole(x) * jnp.arange(2)),
     "preference_nll: a choice is outside 0..2, the": lambda x: losses.preference_objective(
         SCORES, whole(x) - jnp.array([3, 4]), SCORES < 1
@@ -149,10 +150,10 @@ def test_right_values_pass_under_checkify():
 
 
 def test_checks_of_values_cost_nothing_without_checkify(monkeypatch):
-    """The compiled program is that of a library without them."""
+    """The compiled program is the same as without the checks."""
 
     def program() -> str:
-        def f(scores, choice, beta):  # a new function each time: nothing is remembered
+        def f(scores, choice, beta):  # a new function each time: nothing is cached
             return losses.dpo(scores, scores, choice, beta)
 
         text = jax.jit(f).lower(SCORES, jnp.array([0, 1]), jnp.float32(-1.0)).compile().as_text()

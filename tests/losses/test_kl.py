@@ -12,7 +12,7 @@ from jaxgpt.losses import kl
 
 
 def run(f, *args):
-    """What f returns, in NumPy. Jitted: called eagerly, each of its primitives would be a program to compile."""
+    """f's result in NumPy. Jitted, since an eager call would compile each primitive separately."""
     return jax.tree.map(np.asarray, jax.jit(f)(*args))
 
 
@@ -35,9 +35,9 @@ def test_estimators_by_hand():
         return *tokens, kl.exact(pi, rho), kl.exact(rho, pi)
 
     d = np.log(2)
-    pi, rho = np.log([0.5, 0.5]) + 3.0, np.log([0.75, 0.25]) - 5.0  # constants don't count
+    pi, rho = np.log([0.5, 0.5]) + 3.0, np.log([0.75, 0.25]) - 5.0  # constant offsets don't matter
     *tokens, one_way, other_way = run(f, np.log(0.5), np.log(0.25), pi, rho, -1e4)
-    expected = [d, d**2 / 2, 1 / 2 - 1 + d, 2 - 1 - d, 19.0]  # the last d is held at 20
+    expected = [d, d**2 / 2, 1 / 2 - 1 + d, 2 - 1 - d, 19.0]  # the last d is clipped to 20
     np.testing.assert_allclose(tokens, expected, rtol=1e-6)
     assert one_way == pytest.approx(np.log(2 / 3**0.5), rel=1e-5)
     assert other_way == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5), rel=1e-5)
@@ -49,7 +49,7 @@ def test_sequence_kl_sums_nats_over_the_answer():
 
 
 def updated(*nats_a_sequence, sequences: int = 100, tokens: int = 10, **settings):
-    """Beta of 0.1 after estimates of `sequences` answers of `tokens` tokens each, one for each number of nats."""
+    """Beta, starting at 0.1, after an estimate for each number of nats, from `sequences` answers of `tokens` tokens."""
 
     def update(nats):
         values = jnp.broadcast_to(nats / tokens, (sequences, tokens))
@@ -73,7 +73,7 @@ def test_the_unit_of_the_target_is_named():
 
 def test_controllers_are_pytrees_of_beta_alone():
     assert len(jax.tree.leaves(kl.AdaptiveKL(jnp.float32(0.1)))) == 1
-    measured = kl.Estimate(*np.float32([2, 20, 198, 19602, 200, 1980]))  # 99 nats a sequence
+    measured = kl.Estimate(*np.float32([2, 20, 198, 19602, 200, 1980]))  # 99 nats per sequence
     assert float(jax.jit(lambda c, m: c.update(m))(kl.FixedKL(np.float32(0.2)), measured).beta) == np.float32(0.2)
 
 
@@ -85,7 +85,7 @@ def test_standard_errors_by_hand():
     cases = {
         # nats of 1 and 3: mean 2, sample variance 2, standard error sqrt(2 / 2) = 1
         "a token each": ([[1.0, 9.0], [3.0, 9.0]], [1, 1], (2.0, 1.0, 2.0, 1.0)),
-        # a nat a token: only the lengths of 1 and 3 are uncertain
+        # one nat per token: only the lengths of 1 and 3 vary
         "lengths": ([[1.0, 9.0, 9.0], [1.0, 1.0, 1.0]], [1, 3], (2.0, 1.0, 1.0, 0.0)),
         "a lone sequence": ([[1.0, 2.0], [9.0, 9.0]], [2, 0], (3.0, 0.0, 1.5, 0.0)),
     }
@@ -95,7 +95,7 @@ def test_standard_errors_by_hand():
         assert tuple(found) == cases[name][2], name
 
 
-PLACEMENTS = {  # what the expected gradient is, as multiples of those of KL(pi || rho) and KL(rho || pi)
+PLACEMENTS = {  # the expected gradient, as multiples of those of KL(pi || rho) and KL(rho || pi)
     ("loss", kl.k1): (0, 0),
     ("loss", kl.k2): (1, 0),
     ("loss", kl.k3): (0, 1),
@@ -110,7 +110,7 @@ def two_policies(*shape: int, seed: int = 3):
 
 @functools.cache
 def expected_gradients():
-    """Of KL(pi || rho), of KL(rho || pi), and by placement; one token, its whole vocabulary enumerated."""
+    """Of KL(pi || rho), of KL(rho || pi), and by placement; for one token, enumerating the whole vocabulary."""
 
     def f(x, ref):
         pi, logp, ref_logp = jax.nn.softmax(x), jax.nn.log_softmax(x), jax.nn.log_softmax(ref)
@@ -172,7 +172,7 @@ def test_a_loss_term_leaves_out_later_states_and_the_reward_does_not():
 
 
 def test_standard_errors_are_the_spread_of_the_estimate():
-    """2,000 batches of 40 answers whose tokens hang together and whose lengths differ."""
+    """2,000 batches of 40 answers whose tokens are correlated and whose lengths differ."""
     rng = np.random.default_rng(0)
     length = rng.integers(1, 9, (2000, 40))
     mask = np.arange(8) < length[..., None]

@@ -1,4 +1,4 @@
-"""Losses against values computed by hand. tests/losses/test_proofs.py holds each of them to a float64 reference."""
+"""Losses against values computed by hand. tests/losses/test_proofs.py compares each with a float64 reference."""
 
 import itertools
 
@@ -15,12 +15,12 @@ LOG2 = np.log(2)
 
 
 def run(f, *args):
-    """What f returns, in NumPy. Jitted: called eagerly, each of its primitives would be a program to compile."""
+    """f's result in NumPy. Jitted, since an eager call would compile each primitive separately."""
     return jax.tree.map(np.asarray, jax.jit(f)(*args))
 
 
 def agree(found, expected, rtol=1e-6, atol=0.0):
-    """Two dicts: the first entry that differs is named."""
+    """Compare two dicts; the first entry that differs is named."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], np.broadcast_to(value, found[name].shape), rtol, atol, err_msg=name)
@@ -43,13 +43,13 @@ def test_reduce_counts_the_mask_and_gives_zero_for_an_empty_one(strict):
 
 
 def test_sums_do_not_stop_counting_in_bfloat16():
-    """1,001 tokens of one nat each are 1,001 nats; bfloat16 knows 1,000 and 1,008."""
+    """1,001 tokens of one nat each are 1,001 nats; bfloat16 can represent only 1,000 and 1,008."""
     found = run(
         lambda x, mask: (losses.sequence_sum(x, mask)[0], reduce(x, mask).sum, reduce(x).sum),
         np.ones((1, 1001), jnp.bfloat16),
         np.ones((1, 1001), bool),
     )
-    assert [float(x) for x in found] == [1001] * 3  # NumPy would round 1,001 to bfloat16 before it compared
+    assert [float(x) for x in found] == [1001] * 3  # NumPy would round 1,001 to bfloat16 before comparing
 
 
 def test_losses_add():
@@ -78,7 +78,7 @@ def test_three_ways_to_reduce_answers_of_different_length():
 
 
 def test_token_losses_by_hand():
-    """Probabilities of 1/2, 1/4 and 1/4, and the second token. A constant doesn't count, except in log Z."""
+    """Probabilities of 1/2, 1/4 and 1/4, and the second token. A constant offset matters only for log Z."""
 
     def f(logits, token):
         return {
@@ -151,7 +151,7 @@ def test_preferences_by_hand():
     of_pairs = [log(1 + 2 / 4), log(1 + 1 / 4), log(1 + 1 / 2)]
     expected = {
         "favourite": -log(2 / 7),
-        "with a margin": -log(1 / 6),  # log 2 off the second's score halves its worth: 1 of 4 + 1 + 1
+        "with a margin": -log(1 / 6),  # lowering the second's score by log 2 halves its worth: 1 of 4 + 1 + 1
         "two that tie": -log(0.5 * 8**0.5 / (7 + ties)),
         "rankings": -log([4 / 7 * 2 / 3, 1 / 7 * 2 / 6, 4 / 7]),
         "a ranking that ties": -log(0.5 * 8**0.5 / (7 + ties)),  # the third is alone then
@@ -229,7 +229,7 @@ def test_centering_doubt_and_agreement_by_hand():
     some = np.array([[True, True, True], [True, True, False], [False, True, False]])
     weight = run(lambda *x: losses.smooth_choice(*x, 0.2), np.array([0, 1, 1]), some)
     np.testing.assert_allclose(weight, [[0.8, 0.1, 0.1], [0.2, 0.8, 0], [0, 1, 0]], rtol=1e-6)
-    # right, wrong, one of three that tie, and a row of padding that doesn't count
+    # right, wrong, a three-way tie, and a row of padding that doesn't count
     scores = np.log([[1.0, 3.0, 1.0], [3.0, 1.0, 1.0], [5.0, 5.0, 5.0], [9.0, 9.0, 9.0]])
     present = np.array([[True, True, False]] * 2 + [[True] * 3, [False] * 3])
     mean, metrics = run(losses.preference_objective, scores, np.array([1, 1, 0, 0]), present)
@@ -239,7 +239,7 @@ def test_centering_doubt_and_agreement_by_hand():
 
 
 def test_probabilities_of_all_outcomes_sum_to_one():
-    """Every set of favourites, and every ranking, with the ties that log_tie allows; the others have none."""
+    """Over all sets of favourites, and all rankings. Those with more ties than log_tie allows have probability 0."""
     ties = np.array([[-np.inf] * 3, [0.3, -np.inf, -np.inf], [0.3, -0.5, -np.inf], [0.3, -0.5, 0.1]])
     sets = np.array([s for s in itertools.product([False, True], repeat=4) if any(s)])
     ranks = np.array([r for r in itertools.product(range(4), repeat=4) if set(r) == set(range(max(r) + 1))])
@@ -266,7 +266,7 @@ def test_a_partial_ranking_is_the_sum_over_the_whole_ones_it_leaves_open():
 
 
 def test_a_common_offset_costs_no_digits():
-    """Scores or logits of eighths, and 8,192 more: only differences count, and float32 holds both exactly."""
+    """Scores or logits in eighths, and 8,192 added: only differences matter, and float32 represents both exactly."""
 
     @jax.jit
     def f(x, choice, favourite, rank, votes):
@@ -313,7 +313,7 @@ def test_dpo_of_two_is_equation_7_of_the_paper():
 
     margin = 0.1 * ((-10 + 11) - (-12 + 11.5))
     right, wrong = np.log1p(np.exp([-margin, margin]))
-    # conservative: one label in five points the wrong way
+    # conservative: one label in five is wrong
     expected = {"reward": [[0.1, -0.05]], "dpo": right, "cdpo": 0.8 * right + 0.2 * wrong}
     agree(run(f, np.array([[-10.0, -12.0]]), np.array([[-11.0, -11.5]]), np.array([0])), expected)
 

@@ -1,7 +1,7 @@
-"""Every function of the loss library: equal to its float64 reference, and unmoved by what must not move it.
+"""Every loss function equals its float64 reference, and is invariant to what must not affect it.
 
-All cases of a function (seeds, extreme values, rubbish outside masks, nothing to count) have one shape, so that one
-program computes the values and gradients of all of them: jit(vmap(grad)). The tests read its results.
+All cases of a function (seeds, extreme values, garbage outside masks, nothing to count) have the same shape, so that
+one program computes the values and gradients of all of them: jit(vmap(grad)). The tests read its results.
 """
 
 import functools
@@ -33,7 +33,7 @@ def where(condition):
 
 
 def inputs(name: str, seed: int = 0, sizes: Sizes = SIZE) -> Inputs:
-    """What float32 can hold, in float64: the function and its reference compute with the same numbers."""
+    """Float32 values in float64, so that the function and its reference compute with the same numbers."""
     x = PROOFS[name].make(np.random.default_rng(seed), sizes)
     return {n: a.astype(np.float32).astype(np.float64) if a.dtype.kind == "f" else a for n, a in x.items()}
 
@@ -44,13 +44,13 @@ def arrays(x: Inputs) -> dict[str, jax.Array]:
 
 
 def weights_of(name: str, a: dict[str, jax.Array]) -> list[np.ndarray]:
-    """The weights of the sum that is differentiated: uneven, so that no two outputs could be exchanged."""
+    """The weights of the sum that is differentiated: all different, so that swapped outputs would be noticed."""
     leaves = jax.tree.leaves(jax.eval_shape(PROOFS[name].ours, **a))
     return [np.cos(np.arange(1.0, leaf.size + 1)).reshape(leaf.shape) for leaf in leaves]
 
 
 def with_gradient(name: str, a: dict[str, jax.Array]):
-    """(outputs, gradients by argument) of the weighted sum; no gradients where there is nothing to differentiate."""
+    """(outputs, gradients by argument) of the weighted sum; no gradients if there is nothing to differentiate."""
     proof, weights = PROOFS[name], [jnp.asarray(w, jnp.float32) for w in weights_of(name, a)]
     if not proof.wrt:
         return proof.ours(**a), {}
@@ -68,12 +68,12 @@ def with_gradient(name: str, a: dict[str, jax.Array]):
 
 
 class Case(NamedTuple):
-    given: Inputs  # to our function
-    meant: Inputs  # to the reference
+    given: Inputs  # passed to our function
+    meant: Inputs  # passed to the reference
 
 
 def polluted(x: Inputs, keep: np.ndarray, rubbish: float) -> Inputs:
-    """Rubbish wherever `keep` [B, T or C] is False."""
+    """Garbage wherever `keep` [B, T or C] is False."""
     fill = {"f": rubbish, "i": -1, "b": False}
     return {n: np.where(keep, a, fill[a.dtype.kind]) if a.ndim > 1 else a for n, a in x.items()}
 
@@ -107,7 +107,7 @@ def lone(name: str) -> Inputs:
 
 
 def exchanged(name: str, x: Inputs, y: Inputs, axes: int) -> Inputs:
-    """`y` in place of `x` in every other row (axes = 1) or element (axes = 2), as if they came in another batch."""
+    """`x` with every other row (axes = 1) or element (axes = 2) replaced by `y`'s, as if batched differently."""
     found = {}
     for n, a in x.items():
         if n in PROOFS[name].shared:
@@ -122,7 +122,7 @@ def exchanged(name: str, x: Inputs, y: Inputs, axes: int) -> Inputs:
 def cases(name: str) -> dict[str, Case]:
     proof = PROOFS[name]
     found = {f"seed {seed}": inputs(name, seed) for seed in SEEDS}
-    for n in proof.shared:  # so that seeds 0 and 1 can exchange their rows
+    for n in proof.shared:  # so that rows of seeds 0 and 1 can be swapped
         found["seed 1"][n] = found["seed 0"][n]
     for size in ("+1e4", "-1e4", "+-1e4") if proof.extreme else ():
         x, rng = inputs(name, 7), np.random.default_rng(7)
@@ -148,7 +148,7 @@ def cases(name: str) -> dict[str, Case]:
 
 @functools.cache
 def outcome(name: str) -> dict[str, tuple]:
-    """{case: (outputs, gradients)}, all by one program."""
+    """{case: (outputs, gradients)}, all computed by one program."""
     stacked = [arrays(case.given) for case in cases(name).values()]
     stacked = {n: np.stack([x[n] for x in stacked]) for n in stacked[0]}
     found = jax.device_get(jax.jit(jax.vmap(lambda x: with_gradient(name, x)))(stacked))
@@ -156,7 +156,7 @@ def outcome(name: str) -> dict[str, tuple]:
 
 
 def agree(found, expected, rtol=2e-5, atol=2e-5, least=0.0, case=""):
-    """Equal trees; `atol` is a share of the largest number of an array (1 at least), `least` comes on top."""
+    """Equal trees; `atol` is relative to the largest number of an array (at least 1), `least` is added to it."""
     found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
     assert len(found) == len(expected)
     for f, e in zip(found, expected, strict=True):
@@ -166,7 +166,7 @@ def agree(found, expected, rtol=2e-5, atol=2e-5, least=0.0, case=""):
 
 
 def slopes_agree(name: str, case: str, rel: float = 1e-3) -> None:
-    """Ours along random directions, against central differences of the float64 reference."""
+    """Our gradients along random directions, against central differences of the float64 reference."""
     rng, proof, x = np.random.default_rng(0), PROOFS[name], cases(name)[case].meant
     _, found = outcome(name)[case]
     weights = weights_of(name, arrays(x))
@@ -198,13 +198,13 @@ def test_its_gradient_is_that_of_the_formula(name):
         slopes_agree(name, case)
 
 
-ULP = 2.0**-10  # between neighbouring float32 numbers at 1e4: no answer can be known better than its inputs
+ULP = 2.0**-10  # spacing of float32 numbers near 1e4: no result can be more precise than its inputs
 
 
 @where(lambda name, proof: proof.extreme)
 @pytest.mark.parametrize("size", ["+1e4", "-1e4", "+-1e4"])
 def test_extreme_inputs_are_the_formula_too(name, size):
-    """All +1e4, all -1e4, or either at random, beside ordinary values of the other arguments."""
+    """All +1e4, all -1e4, or either at random, with ordinary values for the other arguments."""
     case, proof = f"extreme {size}", PROOFS[name]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome(name)[case]))
     agree(outcome(name)[case][0], proof.reference(**cases(name)[case].meant), least=ULP)
@@ -218,9 +218,9 @@ def test_extreme_inputs_are_the_formula_too(name, size):
     + [(name, "elements", 2) for name, proof in PROOFS.items() if proof.elementwise],
 )
 def test_rows_and_elements_depend_on_themselves_alone(name, what, axes):
-    """Of two batches, every other row (or token) is exchanged: its values and gradients move along, to the last bit.
+    """Swapping every other row (or token) of two batches swaps values and gradients too, bit for bit.
 
-    So a batch may be divided, joined and packed."""
+    So batches may be split, joined and packed."""
     found, here, there = (own(name, case) for case in (f"{what} exchanged", "seed 0", "seed 1"))
     for f, a, b in zip(*map(jax.tree.leaves, (found, here, there)), strict=True):
         own_axes = f.shape[:axes]
@@ -231,14 +231,14 @@ def test_rows_and_elements_depend_on_themselves_alone(name, what, axes):
 
 
 def own(name: str, case: str):
-    """Outputs and gradients of what has rows; the gradient of shared weights sums over all of them."""
+    """Outputs and gradients that have rows; the gradient of shared weights is summed over all rows."""
     found, slopes = outcome(name)[case]
     return found, {n: slope for n, slope in slopes.items() if n not in PROOFS[name].shared}
 
 
 @where(lambda name, proof: "clean" in cases(name))
 def test_what_does_not_count_changes_nothing(name):
-    """Rubbish outside the mask, or for absent candidates: the same values, and gradients of 0 there. NaN: the same
+    """Garbage outside the mask, or for absent candidates: the same values, and gradients of 0 there. With NaN: the same
     values."""
     clean, rubbish, nan = (outcome(name)[case] for case in ("clean", "rubbish 1000.0", "rubbish nan"))
     expected = PROOFS[name].reference(**cases(name)["clean"].meant)
@@ -249,8 +249,8 @@ def test_what_does_not_count_changes_nothing(name):
     assert all((slope[~keep] == 0).all() for slope in rubbish[1].values() if slope.ndim > 1)
 
 
-EMPTY = {  # what these give for nothing, instead of 0
-    "losses.ratio_metrics": (0, 0, 0, 1, 0),  # the largest ratio of none is 1
+EMPTY = {  # results other than 0 for empty input
+    "losses.ratio_metrics": (0, 0, 0, 1, 0),  # the largest ratio is 1 if there are none
     "returns.normalisation": (1, 0),
     "kl.AdaptiveKL": (np.float32(0.1),),  # beta stays
 }
@@ -268,13 +268,13 @@ def test_nothing_to_count_gives_zero(name):
 
 @where(lambda name, proof: "present_BC" in TAKES[name] and name not in NO_RIVAL)
 def test_a_lone_candidate_teaches_nothing(name):
-    """One present of several has no rival: 0 with gradients of 0."""
+    """A single present candidate has no rival: 0 with gradients of 0."""
     for leaf in jax.tree.leaves(outcome(name)["lone"]):
         np.testing.assert_allclose(leaf, 0, atol=1e-6)
 
 
 OPTIONAL = {"mask_B", "present_BC"}
-NEEDED = {"losses.smooth_choice", "losses.preference_objective"}  # these have no default
+NEEDED = {"losses.smooth_choice", "losses.preference_objective"}  # these require `present`
 
 
 @where(lambda name, proof: TAKES[name] & OPTIONAL and name.split(",")[0] not in NEEDED)
@@ -295,7 +295,7 @@ def test_without_jit_and_vmap_it_is_the_same(name):
 @every
 @pytest.mark.parametrize("sizes", OTHER_SIZES, ids=["smallest", "larger"])
 def test_other_sizes_are_the_formula_too(name, sizes):
-    """One row, one candidate, two words; and odd sizes."""
+    """One row, one candidate, a vocabulary of two; and odd sizes."""
     x = inputs(name, 0, sizes)
     found, slopes = jax.jit(lambda x: with_gradient(name, x))(arrays(x))
     agree(found, PROOFS[name].reference(**x))
@@ -315,7 +315,7 @@ def alone(proof: Proof) -> bool:
     "name", [name if not alone(proof) else pytest.param(name, marks=pytest.mark.slow) for name, proof in PROOFS.items()]
 )
 def test_rows_divided_among_eight_devices(name):
-    """The same numbers. Where rows don't concern each other no device talks to another; shared weights add up."""
+    """The same numbers. Where rows are independent, devices don't communicate; shared gradients are summed."""
     proof, x = PROOFS[name], arrays(inputs(name, 0))
     rows = NamedSharding(jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,)), P("rows"))
     placed = {n: jax.device_put(a, NamedSharding(rows.mesh, P()) if n in proof.shared else rows) for n, a in x.items()}
@@ -327,7 +327,7 @@ def test_rows_divided_among_eight_devices(name):
 
 @every
 def test_a_mesh_with_explicit_axes_is_taken_too(name):
-    """`jax.make_mesh`'s own default: shardings are a part of the types, and known while tracing."""
+    """`jax.make_mesh`'s default: shardings are part of the types, and known while tracing."""
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         placed = {
@@ -341,7 +341,7 @@ def test_a_mesh_with_explicit_axes_is_taken_too(name):
 
 
 def test_logits_of_ten_thousand_pass_through_a_whole_update():
-    """From logits of +-1e4 to PPO's and GSPO's loss with k3: finite; log-ratios held at 20 and counted."""
+    """From logits of +-1e4 to PPO's and GSPO's loss with k3: finite; log-ratios are clipped at 20 and counted."""
     rng = np.random.default_rng(0)
     now, before = (jnp.asarray(1e4 * rng.choice([-1.0, 1.0], (4, 6, 5)), jnp.float32) for _ in range(2))
     tokens, advantage = jnp.asarray(rng.integers(0, 5, (4, 6))), jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
@@ -368,7 +368,7 @@ def test_logits_of_ten_thousand_pass_through_a_whole_update():
 
 
 def test_every_public_name_is_proved_or_exempt():
-    """A new function without a proof fails here, and so does an entry that proves nothing any more."""
+    """A new function without a proof fails here, and so does an entry for a function that no longer exists."""
     public = {f"losses.{name}" for name in losses.__all__}
     for module in (kl, returns, vocab_head):
         short = module.__name__.removeprefix("jaxgpt.losses.")
@@ -379,7 +379,7 @@ def test_every_public_name_is_proved_or_exempt():
 
 
 def test_pooled_sums_are_those_of_the_whole_batch():
-    """Mean, combined terms and Estimate: parts added, and parts of eight devices under psum."""
+    """Mean, combined terms and Estimate: parts added with `+`, and parts on eight devices with psum."""
     x = arrays(inputs("kl.estimate", 3))
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
 

@@ -11,7 +11,7 @@ gaes = jax.jit(jax.vmap(returns.gae, in_axes=(None, None, None, 0, 0)))
 
 
 def run(f, *args):
-    """What f returns, in NumPy. Jitted: called eagerly, each of its primitives would be a program to compile."""
+    """f's result in NumPy. Jitted, since an eager call would compile each primitive separately."""
     return jax.tree.map(np.asarray, jax.jit(f)(*args))
 
 
@@ -72,7 +72,7 @@ def test_moments_and_whitening_by_hand():
 
 
 def test_numbers_that_are_all_alike_have_no_spread():
-    """Not even that of rounding: nothing is better than expected, and normalisation only takes the mean away."""
+    """Not even a rounding error: nothing is better than expected, and normalisation only removes the mean."""
 
     def f(x, mask):
         return returns.whiten(x, mask), returns.grpo(x, mask), returns.normalisation(x[0])
@@ -138,7 +138,7 @@ def test_rewards_to_go_by_hand():
 
 
 def test_group_baselines_by_hand():
-    """Two groups of three, one with an absent answer, and one that is alone and has no baseline."""
+    """Two groups of three, one with an absent answer, and one with a single answer and so no baseline."""
 
     def f(score, present):
         return returns.centred(score, present), returns.rloo(score, present), returns.grpo(score, present, epsilon=0.0)

@@ -1,14 +1,14 @@
-"""The losses against TRL's own code on identical tensors, in value and in gradient. Skipped where TRL is absent.
+"""The losses against TRL's own code on identical tensors, values and gradients. Skipped without TRL.
 
 TRL's trainers are built from its flags, and their loss methods are called with a stand-in for the language model that
-hands out given log-probabilities: these are the leaves that both gradients are taken for. Where TRL follows another
-convention, the test's right-hand side says which of our arguments make up for it.
+returns given log-probabilities: both gradients are taken with respect to these. Where TRL follows another convention,
+the test's right-hand side shows which of our arguments make up for it.
 """
 
 import os
 from types import SimpleNamespace
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: models are random, the tokenizer is made here
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: models are random, the tokenizer is made here
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import jax
@@ -28,7 +28,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed:FutureWarning")
 
 PROMPT, VOCAB = 3, 16
-BETA = 0.3  # the price of a nat wherever TRL's flag is called beta
+BETA = 0.3  # the KL coefficient wherever TRL's flag is called beta
 
 
 # ---- TRL's side
@@ -45,7 +45,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def trainer(tiny, tmp_path):
-    """A function that builds TRL's trainer NAME with these flags, around a random GPT-2 and rows of no importance."""
+    """A function that builds TRL's trainer NAME with these flags, around a random GPT-2 and dummy rows."""
 
     def build(name: str, **flags):
         torch.manual_seed(1)
@@ -96,7 +96,7 @@ def leaf(x):
 
 
 def model_that_gives(*logps, entropy=None):
-    """In place of a model with TRL's fused head: call i gives the i-th log-probabilities, 0 where no label is."""
+    """A stand-in for a model with TRL's fused head: call i returns the i-th log-probabilities, 0 without a label."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     queue = list(logps)
@@ -117,7 +117,7 @@ def model_that_gives(*logps, entropy=None):
 
 
 def agrees(trl_loss, trl_leaf, ours, x):
-    """TRL's loss and its gradient for the leaf are our function's value and gradient at x."""
+    """TRL's loss and its gradient for the leaf equal our function's value and gradient at x."""
     value, slope = jax.jit(jax.value_and_grad(ours))(jnp.asarray(x))
     trl_loss.backward()
     np.testing.assert_allclose(value, trl_loss.item(), rtol=1e-5)
@@ -167,7 +167,7 @@ DPO = {  # flags of TRL, and the loss of [N, 2] answers: log-probabilities summe
         {"label_smoothing": 0.1},
         lambda s: losses.soft_preference_nll(losses.implicit_reward(s.pi, s.rho, BETA), unbiased(len(s.pi))),
     ),
-    # KTO of both answers with its reference point held at 0.
+    # KTO of both answers with its reference point fixed at 0.
     "apo_zero": (
         {},
         lambda s: losses.kto(s.pi - s.rho, jnp.tile(jnp.array([True, False]), (len(s.pi), 1)), 0.0, BETA).sum(axis=1),
@@ -250,7 +250,7 @@ def test_dpo_metrics_are_trls(trainer):
 
 
 def test_dpo_from_a_models_logits_is_trls(trainer):
-    """Nothing stands in here: TRL's forward passes, shift and masks, against log-probabilities of the same logits."""
+    """No stand-in here: TRL's forward passes, shift and masks, against log-probabilities of the same logits."""
     p = pairs()
     made = trainer("DPO", beta=BETA)
     found = made.compute_loss(made.model.eval(), as_trl(p)).item()
@@ -266,7 +266,7 @@ def test_dpo_from_a_models_logits_is_trls(trainer):
 
 @pytest.mark.parametrize(("loss_type", "drift"), [("kto", 0.3), ("kto", -0.3), ("apo_zero_unpaired", 0.0)])
 def test_kto_is_trls(trainer, loss_type, drift):
-    """Weights, and the reference point from mismatched answers, never below 0; apo_zero_unpaired holds it at 0."""
+    """Weights, and the reference point from mismatched answers, never below 0; apo_zero_unpaired fixes it at 0."""
     p, other = pairs(), pairs(lengths=(3, 6, 5, 2, 7, 1), seed=1)
     other.logp = other.ref + np.float32(drift)
     made = trainer("KTO", loss_type=loss_type, beta=BETA, desirable_weight=1.2, undesirable_weight=0.7)
@@ -287,7 +287,7 @@ def test_kto_is_trls(trainer, loss_type, drift):
 
 
 def without_reference(p):
-    """The batch that TRL's CPO and ORPO take, and logits of a model that isn't there."""
+    """The batch that TRL's CPO and ORPO take, and logits in place of a model."""
     batch = {}
     for kind, rows in (("chosen", slice(0, 3)), ("rejected", slice(3, 6))):
         batch[f"{kind}_input_ids"] = torch.tensor(p.tokens[rows])
@@ -328,7 +328,7 @@ def test_simpo_and_cpo_are_trls(trainer, name):
 
 
 def test_orpo_is_trls_up_to_the_tokens_of_its_nll(trainer):
-    """The odds ratio is the same. TRL's NLL counts the prompt's tokens too, and weighs tokens alike, not answers."""
+    """The odds ratio is the same. TRL's NLL includes the prompt's tokens, and weights tokens equally, not answers."""
     p = pairs()
     batch, logits = without_reference(p)
     made = trainer("ORPO", beta=BETA)
@@ -350,7 +350,7 @@ def test_orpo_is_trls_up_to_the_tokens_of_its_nll(trainer):
 @pytest.mark.parametrize("margin", [False, True])
 @pytest.mark.parametrize("centering", [None, 0.01])
 def test_the_reward_models_loss_is_trls(trainer, margin, centering):
-    """Pairs, with a margin and with the term that centres scores; and the accuracy TRL logs."""
+    """Pairs, with a margin and with the reward-centring term; and the accuracy TRL logs."""
     scores = np.random.default_rng(0).normal(1.0, 2.0, (12, 1)).astype(np.float32)
     margin_B = np.array([0.5, 1.0, 0.0, 2.0, 0.1, 0.3], np.float32)
     made = trainer("Reward", center_rewards_coefficient=centering)
@@ -378,7 +378,7 @@ GROUP, LONGEST = 4, 6
 
 
 def rollout(lengths=(6, 1, 4, 3, 5, 2, 6, 4), seed=0):
-    """Answers of two prompts with log-probabilities of the policy, of the one that sampled, and of the reference."""
+    """Answers to two prompts, with log-probabilities of the policy, the sampling policy and the reference policy."""
     rng, shape = np.random.default_rng(seed), (len(lengths), LONGEST)
     logp = -rng.gamma(1.0, 1.0, shape)
     old, ref = logp + 0.4 * rng.normal(size=shape), logp + 0.5 * rng.normal(size=shape)
@@ -447,7 +447,7 @@ def a_length(values, r):
 
 
 def capped(x, r):
-    """The ratio held below an absolute cap (not below 1 + a margin), as a weight without gradient."""
+    """The ratio capped at an absolute value (not at 1 + a margin), as a weight without gradient."""
     return on_tokens(r) * jnp.minimum(ratio(x, r), 1.2)
 
 
@@ -474,7 +474,7 @@ GRPO = {  # flags of TRL, and the loss of log-probabilities x and rollout r
         {**PLAIN_KL, "loss_type": "grpo"},
         lambda x, r: an_answer(clipped(x, r) + priced(x, r), r),
     ),
-    # TRL's default: k3 weighed by the ratio, whose gradient is that of KL(pi || rho).
+    # TRL's default: k3 weighted by the ratio, whose gradient is that of KL(pi || rho).
     "KL weighed by the ratio": (
         {"beta": BETA},
         lambda x, r: a_token(clipped(x, r) + priced(x, r) * ratio(x, r), r),
@@ -488,7 +488,7 @@ GRPO = {  # flags of TRL, and the loss of log-probabilities x and rollout r
         ),
     ),
     "GSPO": ({**SEQUENCE, "loss_type": "grpo", "epsilon": 0.1}, lambda x, r: reduce(gspo(x, r, 0.1)).value),
-    # TRL's default loss_type with it: an answer counts as often as it has tokens.
+    # TRL's default loss_type with it: an answer is weighted by its number of tokens.
     "GSPO, tokens alike": (
         {**SEQUENCE, "epsilon": 0.1},
         lambda x, r: a_token(spread_out(gspo(x, r, 0.1), r), r),
@@ -531,7 +531,7 @@ def test_parts_of_a_batch_pool_as_trl_accumulates_them(trainer):
 
 
 def test_an_answer_without_tokens_still_counts_in_trls_mean_over_answers(trainer):
-    """TRL masks cut answers away but divides by all rows; a mask of rows leaves them out of our count."""
+    """TRL masks out truncated answers but divides by all rows; a mask of rows leaves them out of our count."""
     r = rollout(lengths=(6, 1, 4, 3, 0, 2, 6, 4))
     made = trainer("GRPO", num_generations=GROUP, max_completion_length=LONGEST, loss_type="grpo")
     found = trl_loss(made, r, torch.tensor(r.logp)).item()
@@ -552,7 +552,7 @@ def test_the_clip_fraction_counts_where_the_clip_holds(trainer):
 
 @pytest.mark.parametrize("clip_high", [0.2, 0.28])
 def test_rloo_is_trls(trainer, clip_high):
-    """TRL's ratio is that of the whole answer: the sum of its tokens' log-ratios, not GSPO's mean."""
+    """TRL's ratio is the whole answer's: the sum of its tokens' log-ratios, not the mean as in GSPO."""
     r = rollout()
     made = trainer("RLOO", num_generations=GROUP, max_completion_length=LONGEST, epsilon_high=clip_high)
     logp = leaf(r.logp)
@@ -564,11 +564,11 @@ def test_rloo_is_trls(trainer, clip_high):
     agrees(trl_loss(made, r, logp), logp, loss, r.logp)
 
 
-SCORES = np.array([0.3, -1.0, 2.0, 0.5, 1.0, 1.0, 1.0, 1.0], np.float32)  # of two prompts; the second's are all alike
+SCORES = np.array([0.3, -1.0, 2.0, 0.5, 1.0, 1.0, 1.0, 1.0], np.float32)  # of two prompts; the second's are all equal
 
 
 def scored(made, scores=SCORES):
-    """What TRL makes of sampled answers with these scores."""
+    """What TRL computes from sampled answers with these scores."""
     made.model.eval()
     rows = [{"prompt": "a b c", "score": float(s)} for s in scores]
     made.args.per_device_eval_batch_size, made.num_generations_eval = len(scores), GROUP
@@ -597,7 +597,7 @@ def test_grpo_advantages_are_trls(trainer, scale_rewards):
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_rloo_advantages_are_trls(trainer, normalize):
-    """k1 summed over the answer comes off its score. TRL normalises by the sample deviation and adds 1e-4 to it."""
+    """k1 summed over the answer is subtracted from its score. TRL normalises by the sample deviation plus 1e-4."""
     made = trainer(
         "RLOO", num_generations=GROUP, max_completion_length=LONGEST, beta=BETA, normalize_advantages=normalize
     )

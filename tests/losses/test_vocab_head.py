@@ -1,4 +1,4 @@
-"""The head in tiles: the numbers and gradients of whole logits, without whole logits."""
+"""The tiled head gives the values and gradients of full logits without computing them."""
 
 import functools
 import re
@@ -27,7 +27,7 @@ def whole(hidden, head, temperature=1.0):
 
 
 def test_outputs_by_hand():
-    """Probabilities of 1/2, 1/4 and 1/4 and a normaliser of e^7 for one token; the other is sure of nothing."""
+    """Probabilities of 1/2, 1/4 and 1/4 and a normaliser of e^7 for one token; uniform for the other."""
     head = np.log([[0.5], [0.25], [0.25]]) * [[1.0, 0.0]] + [[7.0, 0.0]]
     out = outputs(np.eye(2, dtype=np.float32), head.astype(np.float32), np.array([1, 2]), tile=1)
     log2, log3 = np.log(2), np.log(3)
@@ -39,7 +39,7 @@ def test_outputs_by_hand():
 
 @functools.partial(jax.jit, static_argnames="tile")
 def value_and_gradients(hidden, head, tokens, mask, tile):
-    """The masked mean's, in tiles or (None) of whole logits."""
+    """Values and gradients of the masked mean, in tiles or (None) from full logits."""
 
     def loss(hidden, head):
         if tile is None:
@@ -89,7 +89,7 @@ def test_a_common_offset_of_the_logits_costs_no_digits():
 
 
 def test_bfloat16_products_are_accumulated_in_float32():
-    """Against float64 of the same bfloat16 numbers: no rounding of the logits, nor of what is made of them."""
+    """Against float64 of the same bfloat16 numbers: neither the logits nor the results are rounded."""
     hidden, head, tokens = inputs(D=256)
     hidden, head = hidden.astype("bfloat16"), head.astype("bfloat16")
     logits = np.einsum("btd,vd->btv", *(np.asarray(x, np.float64) for x in (hidden, head)))
@@ -105,7 +105,7 @@ def test_bfloat16_products_are_accumulated_in_float32():
 
 
 def test_it_never_holds_the_logits():
-    """What the compiler sets aside for the gradient, against one float32 [B, T, V]; and no array of that size."""
+    """Memory the compiler allocates for the gradient, against one float32 [B, T, V]; and no array of that size."""
     shape = {"B": 4, "T": 512, "D": 32, "V": 4096}
     B, T, D, V = shape.values()
     args = [

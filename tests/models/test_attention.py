@@ -1,4 +1,4 @@
-"""Attention by kernels is the formula's: splash interpreted on a CPU, and which kernel is taken where."""
+"""Attention kernels agree with the formula: splash interpreted on a CPU, and which kernel is used where."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ SEGMENTS = np.tile(np.where(np.arange(T) < 50, 1, 2), (B, 1))
 
 
 def outcome(attend, segments, mesh=None):
-    """Output, and gradients of a random projection of it."""
+    """The output, and gradients of a random projection of it."""
     weights, *inputs = np.random.default_rng(0).standard_normal((4, B, T, H, K), np.float32)
 
     def loss(*qkv):
@@ -37,7 +37,7 @@ def splash(*args):
         ((2, 2, 2), SEGMENTS),
         pytest.param(None, SEGMENTS, marks=pytest.mark.slow),
         pytest.param((2, 2, 2), None, marks=pytest.mark.slow),
-        ((8, 1, 1), SEGMENTS),  # four rows don't divide among eight
+        ((8, 1, 1), SEGMENTS),  # four rows don't divide among eight devices
     ],
     ids=["one device", "2x2x2, segments", "one device, segments", "2x2x2", "8x1x1, segments"],
 )

@@ -1,4 +1,4 @@
-"""Gradients written by hand equal JAX's own; so do rematerialised and scanned layers."""
+"""Hand-written gradients equal JAX's own; so do those of rematerialised and scanned layers."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ def shared_keys(q, k, v):
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_those_of_the_plain_formula(name):
-    """float32 to 1e-5; bfloat16 as near to the float32 gradients as JAX's own are."""
+    """float32 to 1e-5; bfloat16 as close to the float32 gradients as JAX's own."""
 
     def outcome(of, dtype, x, y):
         out, back = jax.vjp(lambda x, y: CASES[name](of, x.astype(dtype), y).astype(jnp.float32), x, y)
@@ -117,7 +117,7 @@ def test_scanned_and_rematerialised_layers_drop_the_same():
 
 
 def test_rematerialised_layers_keep_less():
-    """What the forward pass leaves for the backward pass: less with "dots", least with "full"."""
+    """Memory kept for the backward pass: less with "dots", least with "full"."""
     params = jax.eval_shape(random_params)
 
     def kept(remat):

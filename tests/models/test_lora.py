@@ -1,4 +1,4 @@
-"""Adapters: the model is unchanged at first, the frozen rest stays, and merging computes the same."""
+"""Adapters: the model is unchanged at first, frozen weights stay, and merging leaves the output unchanged."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ init, merge = jax.jit(lora.init, static_argnums=2), jax.jit(lora.merge)
 
 
 def adapters_of(params, rank=3, seed=4):
-    """Trained ones: B is no longer 0."""
+    """Adapters as after training: B is no longer 0."""
     rng = np.random.default_rng(seed)
 
     def draw(like):
@@ -51,7 +51,7 @@ def test_new_adapters_change_nothing_and_sit_at_every_dense_layer(config):
     kernels = [path for path in leaves(params) if path.endswith("['kernel']")]
     assert len(leaves(adapters)) == 2 * len(kernels) > 0
     found, expected = log_probs(training.merged(params, adapters), config), log_probs(params, config)
-    np.testing.assert_allclose(found, expected, atol=2e-6)  # another program: other roundings
+    np.testing.assert_allclose(found, expected, atol=2e-6)  # another program rounds differently
     assert all(not x.any() for path, x in leaves(adapters).items() if "lora_b" in path)
     assert len({x.tobytes() for path, x in leaves(adapters).items() if "lora_a" in path}) == len(kernels)
 
@@ -66,7 +66,7 @@ def test_merging_computes_the_same(config):
     assert np.abs(log_probs(whole, config) - log_probs(params, config)).max() > 0.1
 
 
-@pytest.mark.slow  # that the sampler uses adapters follows from PPO's `sampler_gap_max` below
+@pytest.mark.slow  # PPO's `sampler_gap_max` below already shows that the sampler uses adapters
 def test_merging_computes_and_samples_the_same_with_plain_gradients():
     config = dataclasses.replace(LLAMA, gradients="plain")
     params = random_params(config)
@@ -138,7 +138,7 @@ def test_dpo_with_adapters_starts_at_log_b_and_equals_dpo_with_a_reference():
 
 
 def test_a_ppo_iteration_with_adapters():
-    """The first ratio is exactly 1, the first KL 0; afterwards only adapters and the value head have moved, and the
+    """The first ratio is exactly 1, the first KL 0; afterwards only adapters and the value head have changed, and the
     sampler uses the adapters."""
     params, tx = random_params(GPT2, scale=1.0), optim.adam_tf(optax.constant_schedule(1e-2))
     settings = PPOConfig(new_tokens=8, epochs=2, minibatches=2)

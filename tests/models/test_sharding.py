@@ -1,4 +1,4 @@
-"""Every mesh of eight devices gives one device's numbers, by the collectives that one would expect."""
+"""Every mesh of eight devices gives the same numbers as one device, with the expected collectives."""
 
 import dataclasses
 import functools
@@ -64,7 +64,7 @@ def preferences(prompts=8, candidates=3, length=16):
 
 
 def start(trainable, **frozen):
-    """On the host: a compiled program puts it where it should be."""
+    """The initial state, on the host: a compiled program shards it itself."""
     return jax.device_get(training.init_state(trainable, SGD, frozen))
 
 
@@ -90,7 +90,7 @@ STAGES = {  # loss, state, batch and options of the step
 
 @functools.cache
 def compiled(stage, shape=None, whole_logits=transformer.WHOLE_LOGITS):
-    """The step on a mesh of this shape, or on one device: for its numbers, its text and its memory."""
+    """The step on a mesh of this shape, or on one device: to run, or to inspect its text and memory use."""
     loss, state, batch, options = STAGES[stage]()
     if shape is None:
         step = jax.jit(training.make_train_step(loss, SGD, **options))
@@ -104,7 +104,7 @@ def compiled(stage, shape=None, whole_logits=transformer.WHOLE_LOGITS):
 
 @functools.cache
 def two_steps(stage, shape=None, **options):
-    """Parameters and metrics of two steps. The second takes the state where the first left it, else it would raise."""
+    """Parameters and metrics of two steps. The second raises unless the first leaves the state sharded as before."""
     step, (_, state, batch, _) = compiled(stage, shape, **options), STAGES[stage]()
     for _ in range(2):
         before = state
@@ -137,7 +137,7 @@ def test_every_stage_gives_the_step_of_one_device(stage, shape):
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), *slow((1, 4, 2))], ids=str)
 def test_microbatches_scanned_layers_and_remat_give_the_plain_step_of_one_device(shape):
-    """Of a llama. Each part of the batch is divided too."""
+    """For a Llama. Each microbatch is sharded too."""
     assert_same(two_steps("scanned llama", shape), two_steps("llama"))
 
 
@@ -154,7 +154,7 @@ def test_parameters_and_moments_are_really_divided():
 
 
 def test_what_is_placed_may_be_donated_and_leaves_the_original_alone():
-    """Even where the original lies in the same place already."""
+    """Even if the original already has the same sharding."""
     tree = {"up": {"kernel": np.ones((32, 128), np.float32)}}
     shapes = training.shapes_on(mesh_of((2, 2, 2)), lambda: tree)
     original = sharding.place_like(tree, shapes)
@@ -203,15 +203,15 @@ def test_data_parallelism_reduces_gradients_and_nothing_else():
     assert {kind for kind, _ in found} == {"all-reduce"}
     reduced = sum(int(np.prod(shape)) for _, shape in found)
     gradients = sum(x.size for x in jax.tree.leaves(params()))
-    tied = params()["embed"]["tokens_VD"].size  # its two gradients may be reduced apart
-    assert gradients <= reduced <= gradients + tied + 10  # and the sums that make the loss
+    tied = params()["embed"]["tokens_VD"].size  # its two gradients may be reduced separately
+    assert gradients <= reduced <= gradients + tied + 10  # and the sums for the loss
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
 def test_no_activation_is_gathered(shape):
-    """Rows have 20 tokens, a size that no weight has: what has it is an activation. Only embeddings that were looked up
-    by columns, where the vocabulary is larger than a device's tokens, go to their rows: token ids, and an all-to-all
-    there and back."""
+    """Rows have 20 tokens, a size that no weight has, which identifies activations. Only if the vocabulary is larger
+    than a device's tokens are embeddings looked up by column and sent to their rows: token ids, and an all-to-all there
+    and back."""
     found = collectives(compiled("nll", shape).as_text())
     gathered = [(kind, size) for kind, size in found if kind in ("all-gather", "all-to-all", "collective-permute")]
     activations = [(kind, size) for kind, size in gathered if LENGTH in size or LENGTH - 1 in size]
@@ -227,12 +227,12 @@ def test_no_activation_is_gathered(shape):
     weights = max(x.size for x in jax.tree.leaves(params()))
     assert all(np.prod(size) <= weights for size in gathered)
     if shape[1] > 1:
-        assert gathered, "a parameter that is divided along fsdp must be put together"
+        assert gathered, "a parameter sharded along fsdp must be gathered"
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), *slow((8, 1, 1))], ids=str)
 def test_logits_in_tiles_give_the_same_step_and_the_tables_gradient_is_summed_once(shape):
-    """Behind the loop over tiles: within it each device adds to its own."""
+    """After the loop over tiles: inside it each device accumulates its own."""
     assert_same(two_steps("nll", shape, whole_logits=4096), two_steps("nll"))
     text = compiled("nll", shape, whole_logits=4096).as_text()
     table = (CONFIG.vocab // shape[2], CONFIG.width)
@@ -283,7 +283,7 @@ def test_ppo_gives_the_iterations_of_one_device(shape):
     (trainable, metrics), (expected, expected_metrics) = two_iterations(shape), two_iterations()
     assert_same(trainable, expected)
     for found, other in zip(metrics, expected_metrics, strict=True):
-        assert found["sampler_gap_max"] < 1e-5 and found["ratio_error_first"] < 2e-6  # divided sums: another order
+        assert found["sampler_gap_max"] < 1e-5 and found["ratio_error_first"] < 2e-6  # sharded sums: another order
         noise = {"sampler_gap_max", "ratio_error_first"}
         for name in found.keys() - noise:
             assert found[name] == pytest.approx(other[name], rel=2e-5, abs=2e-6), name
@@ -313,11 +313,11 @@ def test_the_divided_sampler_believes_what_one_device_does(shape):
     program = program.lower(*arguments).compile()
     np.testing.assert_allclose(program(*arguments), jax.jit(forced)(*arguments), atol=1e-5)
     (loop,) = loops(program.as_text())
-    assert {kind for kind, _ in collectives(loop)} <= {"all-reduce"}, "weights are put together before the loop"
+    assert {kind for kind, _ in collectives(loop)} <= {"all-reduce"}, "weights must be gathered before the loop"
     assert bool(collectives(loop)) == (shape[2] > 1)
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -337,10 +337,10 @@ def test_a_mesh_that_does_not_fit_is_refused(shape, message):
 @pytest.mark.parametrize(
     ("change", "shape", "message"),
     [
-        ({"heads": 4}, (1, 1, 8), "mesh.tensor of 8 doesn't divide the model's heads of 4"),
-        ({"vocab": 68}, (1, 1, 8), "vocab of 68"),
+        ({"heads": 4}, (1, 1, 8), "mesh.tensor 8 doesn't divide model.heads 4"),
+        ({"vocab": 68}, (1, 1, 8), "model.vocab 68"),
         ({"width": 24, "heads": 8}, (1, 1, 8), None),
-        ({"width": 36, "heads": 4}, (1, 8, 1), "mesh.fsdp of 8 doesn't divide the model's width of 36"),
+        ({"width": 36, "heads": 4}, (1, 8, 1), "mesh.fsdp 8 doesn't divide model.width 36"),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused(change, shape, message):

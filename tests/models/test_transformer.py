@@ -1,4 +1,4 @@
-"""The forward pass: causal, indifferent to padding, packing and compilation."""
+"""The forward pass: causal, and invariant to padding, packing and compilation."""
 
 import dataclasses
 import functools
@@ -24,8 +24,8 @@ score = jax.jit(transformer.score, static_argnums=1, static_argnames="temperatur
 
 
 def batch() -> Batch:
-    """A row; that row with its token t changed, for each t; its start, padded; its start as two examples, and the
-    second one alone."""
+    """A row; that row with token t changed, for each t; its start, padded; its start as two examples; and the second
+    example alone."""
     row, t = np.random.default_rng(0).integers(6, TINY.vocab, T), np.arange(T)
     tokens = np.tile(row, (ALONE + 1, 1))
     tokens[CHANGED][t, t] = 6 + (row - 5) % (TINY.vocab - 6)
@@ -47,7 +47,7 @@ def _look(params, config, batch):
 
 @functools.cache
 def seen(config: ModelConfig, scale: float = 4.0, short: bool = False):
-    """(logp, hidden states, logits) of `batch()`, or of the first tokens of its first row, without segments."""
+    """(logp, hidden states, logits) of `batch()`, or of the first tokens of its first two rows, without segments."""
     rows = Batch(batch().tokens_BT[:2, :SHORT], batch().mask_BT[:2, :SHORT]) if short else batch()
     return jax.device_get(_look(random_params(config, scale=scale), config, rows))
 
@@ -207,20 +207,20 @@ def test_value_head_is_exactly_zero_and_reward_head_has_the_stated_scale():
 
 @pytest.mark.parametrize(("name", "millions"), [("gpt", 116.6), ("gpt2", 124.5), ("smollm2-135m", 134.5)])
 def test_presets_have_their_models_sizes(name, millions):
-    """GPT's and GPT-2's tables are padded to a multiple of 128 rows."""
+    """The embeddings of GPT and GPT-2 are padded to a multiple of 128 rows."""
     config = PRESETS[name]
     positions = config.block * config.width if config.positions == "learned" else 0
     assert (config.parameters + positions) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
 def _log_probs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Of each token but the first, given the logits at the one before it."""
+    """Log-probability of each token but the first, from the logits at the one before it."""
     logp = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     return np.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
 
 
 def _reference_logits(p: dict, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    """The same models in NumPy, float64, with explicit loops over heads and rotations as complex numbers."""
+    """The same models in float64 NumPy, with explicit loops over heads and rotations as complex numbers."""
     B, T = tokens.shape
     H, G, K = config.heads, config.groups, config.head_dim
 

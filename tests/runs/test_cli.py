@@ -266,7 +266,7 @@ def test_other_types():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": NaN}', "holds NaN"),
+        (b'{"a": NaN}', "contains NaN"),
         (b'{\n"a": }', ":2: not valid JSON"),
         (b"\xff", "not UTF-8 text (byte 0)"),
         (b"[" * 100_000, "nested too deeply"),
