@@ -4,7 +4,7 @@
     python -m experiments.align --preset gpu --run runs/align-gpu
 
 The model answers questions about everyday things in one sentence. A simulated annotator (word count plus noise) picks
-the shortest of four answers; the reward model, PPO and DPO train low-rank adapters on those choices alone. The result is
+the shortest of four answers; the reward model, PPO and DPO train low-rank adapters on those choices alone. Results are
 measured on held-out questions, about different things and worded differently: how many words, how often fewer than the
 starting model's, and whether an answer still names what it was asked about, which nobody asked for. Each stage is an
 experiment of this folder with other settings: a finished stage is not rerun, an interrupted one resumes.
@@ -45,7 +45,7 @@ from jaxgpt.training.step import jit_on
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: 55 minutes and 5.3 GB; answers shrink from 20 words to 8 with PPO, 2 with DPO (docs/pretrained.md)."""
+    """2 CPU cores: 55 minutes and 5.3 GB; 20 words shrink to 8 with PPO, 2 with DPO (docs/pretrained.md)."""
 
     run: Path = Path("runs/align")
     model: Path = Path("smollm2-135m")  # or a Hugging Face folder, a .gguf file, a run
