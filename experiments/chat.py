@@ -81,7 +81,7 @@ class Chat:
             self.history = [*ids, *seen, self.speaker.stop]
         self.stats = (
             f"prompt of {len(ids)} tokens in {(begun or ended) - started:.2f} s, then {len(seen)} tokens, "
-            f"{max(len(seen) - 1, 0) / max(ended - begun, 1e-9):.1f} tokens/s; a length's first answer includes compiling"
+            f"{max(len(seen) - 1, 0) / max(ended - begun, 1e-9):.1f} tokens/s; the first of each length compiles"
         )
 
 

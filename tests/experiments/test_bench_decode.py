@@ -292,7 +292,7 @@ def test_a_rival_that_fails_is_left_out_and_named(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"models": ("gpt3",)}, "models has 'gpt3'; choose among toy"),
+        ({"models": ("gpt3",)}, "models has 'gpt3'; choose from toy"),
         ({"dtypes": ("float16",)}, "dtypes has 'float16'"),
         ({"rivals": ("vllm",)}, "rivals has 'vllm'"),
         ({"batches": ()}, "batches is"),

@@ -149,8 +149,8 @@ def test_the_table_and_the_picture(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "changes", "complaint"),
     [
-        (Settings, {"models": ("gpt3",)}, "models has 'gpt3'; choose among toy"),
-        (Settings, {"rivals": ("jax",)}, "rivals has 'jax'; choose among module"),
+        (Settings, {"models": ("gpt3",)}, "models has 'gpt3'; choose from toy"),
+        (Settings, {"rivals": ("jax",)}, "rivals has 'jax'; choose from module"),
         (Settings, {"blocks": (1,)}, "blocks is"),
         (Settings, {"batches": ()}, "batches is"),
         (Settings, {"steps": 0}, "steps is 0"),
