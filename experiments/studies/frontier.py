@@ -125,13 +125,13 @@ def parts(s: Settings, rankings: int) -> frontier.Parts:
 def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
     rankings = methods.rankings_of(task, s.start / "preferences/train.jsonl")[: s.limit]
-    judge, every = learned_reward(task, s.start / "reward"), parts(s, len(rankings))
+    proxy, every = learned_reward(task, s.start / "reward"), parts(s, len(rankings))
     run.say(
         f"frontier: {s.seeds} seeds, {len(s.betas)} betas of PPO, {len(s.dpo_betas)} of DPO, best of "
         f"{s.best_of}, {s.prompts} held-out prompts"
     )
     with run.progress(frontier.steps(every), "frontier") as bar:
-        found = frontier.run(every, Start(task, judge, rankings, s.seeds, s.seed, s.how, bar), cells)
+        found = frontier.run(every, Start(task, proxy, rankings, s.seeds, s.seed, s.how, bar), cells)
     points = page.points(found)
     figures.frontier(s.run / "frontier.png", points)
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]

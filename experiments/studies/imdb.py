@@ -206,10 +206,10 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     every, steps = parts(s, len(few)), len(others) // s.pair_batch
     with run.progress(steps + frontier.steps(every), "imdb") as bar:
         params, config = cells.model("reward", functools.partial(reward_model, s, task, others, bar), steps, bar)
-        judge = sharding.replicate(params, task.mesh), config
-        accuracy = methods.accuracy(task, config, judge[0], held)
+        proxy = sharding.replicate(params, task.mesh), config
+        accuracy = methods.accuracy(task, config, proxy[0], held)
         run.say(f"imdb: {len(rankings):,} pairs; the reward model agrees with {accuracy:.1%} of {len(held)} held out")
-        found = frontier.run(every, Start(task, judge, few, s.seeds, s.seed, s.how, bar), cells)
+        found = frontier.run(every, Start(task, proxy, few, s.seeds, s.seed, s.how, bar), cells)
     points = page.points(found)
     measures = {"gold": "true reward, log-odds of positive", "judge": "VADER, which no method learnt from"}
     figures.frontier(s.run / "imdb.png", points, measures)

@@ -70,31 +70,31 @@ PRESETS = {
 }
 
 
-def controlled(s: Settings, task: Task, judge: Proxy, control: Controller, bar: Bar) -> dict[str, Any]:
+def controlled(s: Settings, task: Task, proxy: Proxy, control: Controller, bar: Bar) -> dict[str, Any]:
     """Run PPO under one controller, all seeds at once: curves [seeds, iterations], and the policies' answers."""
     program = many.ppo_on_reward_model(
-        task, judge[1], learning_rate=s.learning_rate, iterations=s.iterations, batch=s.batch, how=s.how
+        task, proxy[1], learning_rate=s.learning_rate, iterations=s.iterations, batch=s.batch, how=s.how
     )
     policies, curves = program.train(
         [control] * s.seeds,
         [s.seed + n for n in range(s.seeds)],
-        [{"reward": judge[0]}] * s.seeds,
+        [{"reward": proxy[0]}] * s.seeds,
         many.show(bar, "beta", "kl", "score"),
     )
     kept = {name: curves[name].T for name in ("kl", "beta", "score", "gold", "judge", "entropy", "length")}
-    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, judge, texts=s.prompts)}
+    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, proxy, texts=s.prompts)}
 
 
 def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
-    judge, beta = learned_reward(task, s.start / "reward"), jnp.float32(s.beta)
+    proxy, beta = learned_reward(task, s.start / "reward"), jnp.float32(s.beta)
     controls: dict[str, tuple[Controller, float | None]] = {
         f"target {target:g} nats": (kl.AdaptiveKL(beta, target, s.horizon), target) for target in s.targets
     }
     controls["no penalty"] = kl.FixedKL(jnp.float32(0.0)), None
     with run.progress(len(controls) * s.iterations, "kl_control") as bar:
         found = {
-            name: cells(name, functools.partial(controlled, s, task, judge, control, bar), s.iterations, bar)
+            name: cells(name, functools.partial(controlled, s, task, proxy, control, bar), s.iterations, bar)
             for name, (control, _) in controls.items()
         }
     figures.controlled(s.run / "kl_control.png", found, {name: target for name, (_, target) in controls.items()})

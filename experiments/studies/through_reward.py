@@ -87,27 +87,27 @@ def ways(s: Settings) -> dict[str, ThroughReward]:
     return {**found, "mixtures, tau 1": ThroughReward(straight_through=False)}
 
 
-def followed(s: Settings, task: Task, judge: Proxy, how: ThroughReward, bar: Bar) -> dict[str, Any]:
+def followed(s: Settings, task: Task, proxy: Proxy, how: ThroughReward, bar: Bar) -> dict[str, Any]:
     """Train one variant, all seeds at once: curves [seeds, iterations], and the policies' answers."""
     tx = optim.adam_tf(optim.linear_to_zero(s.learning_rate, s.iterations))
-    learn = many.learn_through_reward(task, tx, judge[1], how)
+    learn = many.learn_through_reward(task, tx, proxy[1], how)
     policies, curves = many.OnPolicy(task, learn, tx, s.iterations, s.batch, how=s.how).train(
         [kl.FixedKL(jnp.float32(s.beta))] * s.seeds,
         [s.seed + n for n in range(s.seeds)],
-        [{"reward": judge[0]}] * s.seeds,
+        [{"reward": proxy[0]}] * s.seeds,
         many.show(bar, "h", "h_seen", "kl"),
     )
     kept = {name: curves[name].T for name in ("h", "h_seen", "gold", "kl")}
-    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, judge)}
+    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, proxy)}
 
 
-def alignment(s: Settings, task: Task, judge: Proxy, bar: Bar) -> dict[str, float]:
+def alignment(s: Settings, task: Task, proxy: Proxy, bar: Bar) -> dict[str, float]:
     """Cosines at the start between gradients from independent halves of sampled answers: each variant's derivative
     with the policy gradient, and the policy gradient with itself (the most that its noise allows)."""
     rng = np.random.default_rng(s.seed)
     ids = [task.prompts[i] for i in rng.integers(len(task.prompts), size=s.compared)]
     rows = sample(task, task.start, ids, jax.random.key(s.seed)).rows
-    params, config = judge
+    params, config = proxy
     whole = {"reference": task.start, "reward": params}
 
     def by_policy(policy: Params, rows: Batch, key: Array) -> Array:
@@ -142,11 +142,11 @@ def alignment(s: Settings, task: Task, judge: Proxy, bar: Bar) -> dict[str, floa
 
 def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
-    judge = learned_reward(task, s.start / "reward")
+    proxy = learned_reward(task, s.start / "reward")
     with run.progress(len(ways(s)) * s.iterations + 1, "through_reward") as bar:
-        cosines = cells("alignment", functools.partial(alignment, s, task, judge, bar), 1, bar)
+        cosines = cells("alignment", functools.partial(alignment, s, task, proxy, bar), 1, bar)
         found = {
-            name: cells(name, functools.partial(followed, s, task, judge, how, bar), s.iterations, bar)
+            name: cells(name, functools.partial(followed, s, task, proxy, how, bar), s.iterations, bar)
             for name, how in ways(s).items()
         }
     figures.through_reward(s.run / "through_reward.png", found)
