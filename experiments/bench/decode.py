@@ -441,9 +441,7 @@ def complaints(result: Mapping[str, Any]) -> list[str]:
         enough = min(MUST_AGREE, result["new_tokens"])
         if result["dtype"] == "float32" and found["agreeing_tokens"] < enough:
             equal = found["agreeing_tokens"]
-            lines.append(
-                f"NOT COMPARABLE: greedy tokens of {RIVALS[kind]} differ from jaxgpt's after the first {equal}"
-            )
+            lines.append(f"NOT COMPARABLE: {RIVALS[kind]} differs from jaxgpt in greedy tokens after the first {equal}")
     return lines
 
 
