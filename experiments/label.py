@@ -52,7 +52,7 @@ class Settings:
     """Any machine: 2 CPU cores answer faster than a person reads."""
 
     votes: Path = Path("runs/label/votes.sqlite")
-    models: tuple[Path, ...] = ()  # they answer in turn; none: runs/assistant/sft if it exists, otherwise smollm2-135m
+    models: tuple[Path, ...] = ()  # that answer, in turn; none: runs/assistant/sft if it exists, otherwise smollm2-135m
     prompts: str = ""  # movie_reviews, questions, or files as for the other stages; '': what suits the first model
     answers: Path | None = None  # file of prompts with answers, shown before all others
     candidates: int = 4  # answers per prompt

@@ -84,7 +84,7 @@ PRESETS = {
 
 def random_graph(nodes: int, edge_probability: float, limit: int, rng: np.random.Generator) -> np.ndarray:
     """edges[i, j]: i -> j, [N, N] bool; redrawn until every node reaches the goal within half the limit. No edge leaves
-    the goal, the last node: walks end there."""
+    the goal, the last node: walks end there. Raises UserError if 10,000 draws find no such graph."""
     for _ in range(10_000):
         edges_NN = (rng.random((nodes, nodes)) < edge_probability) & ~np.eye(nodes, dtype=bool)
         edges_NN[-1] = False

@@ -186,7 +186,7 @@ def _take(answers: rollout.Sampled, index: np.ndarray) -> rollout.Sampled:
 
 
 def heldout_prompts(settings: Settings) -> list[Prompt]:
-    """The first `prompts` of the held-out ones."""
+    """The first `prompts` of the held-out ones. Raises UserError if there are too few."""
     prompts = sources.prompts(settings.data, "test", settings.cache)
     if len(prompts) < settings.prompts:
         raise UserError(

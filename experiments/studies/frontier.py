@@ -39,7 +39,7 @@ class Settings:
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
     run: Path = Path("runs/frontier")
-    start: Path = Path("runs/assistant")  # its sft, reward and preferences are used
+    start: Path = Path("runs/assistant")  # run folder whose sft, reward and preferences are used
     seeds: int = 2
     betas: tuple[float, ...] = (0.05, 0.15, 0.4, 1.0)  # of PPO, in reward units per nat
     iterations: int = 24

@@ -36,7 +36,7 @@ class Settings:
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
     run: Path = Path("runs/kl_control")
-    start: Path = Path("runs/assistant")  # its sft and reward are used
+    start: Path = Path("runs/assistant")  # run folder whose sft and reward are used
     targets: tuple[float, ...] = (3.0, 8.0)  # nats per sequence
     beta: float = 0.2  # initial value, in reward units per nat
     horizon: float = 200.0  # episodes; Ziegler et al. used 10,000, of 2 million in all

@@ -50,7 +50,7 @@ class Settings:
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
     run: Path = Path("runs/overoptimisation")
-    start: Path = Path("runs/assistant")  # its sft, reward and preferences are used
+    start: Path = Path("runs/assistant")  # run folder whose sft, reward and preferences are used
     sizes: tuple[tuple[int, int], ...] = ((1, 32), (2, 64))  # layers and width of smaller reward models
     labels: tuple[int, ...] = (160,)  # smaller numbers of preferences, for reward models of the policy's size
     steps: int = 400  # of pretraining a smaller model; finetuning takes half as many

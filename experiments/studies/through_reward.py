@@ -46,7 +46,7 @@ class Settings:
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
     run: Path = Path("runs/through_reward")
-    start: Path = Path("runs/assistant")  # its sft and reward are used
+    start: Path = Path("runs/assistant")  # run folder whose sft and reward are used
     taus: tuple[float, ...] = (0.3, 1.0, 3.0)  # temperatures of the relaxation
     beta: float = 0.05  # reward units per nat
     seeds: int = 2
