@@ -379,7 +379,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = "cpu") -> Any:
-    """A GPT2LMHeadModel with our weights, in config.dtype, that never stops by itself. Raises UserError if it isn't a GPT-2."""
+    """A GPT2LMHeadModel with our weights, in config.dtype, that never stops. Raises UserError if not a GPT-2."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
