@@ -1,8 +1,8 @@
-# `make` lists the targets. The first target that needs it sets up .venv, and again whenever pyproject.toml changes.
-#   make PYTHON=/path/to/python3.12 test     choose the Python (else the first suitable one on the PATH)
-#   make EXTRAS=tpu assistant                choose the hardware: cuda, cuda12, tpu, or none (else detected)
-#   make JOBS=4 test                         tests in so many processes (up to 4 GB each)
-#   make LABELS=votes.sqlite assistant       preferences of people (`make label`) instead of the simulated annotator's
+# `make` lists the targets. Targets create .venv on first use and update it whenever pyproject.toml changes.
+#   make PYTHON=/path/to/python3.12 test     choose the Python (default: the first suitable one on the PATH)
+#   make EXTRAS=tpu assistant                choose the hardware: cuda, cuda12, tpu, or none (default: detected)
+#   make JOBS=4 test                         run the tests in 4 processes (up to 4 GB each)
+#   make LABELS=votes.sqlite assistant       use people's preferences (`make label`), not the simulated annotator's
 
 VENV ?= .venv
 PYTHON ?=
@@ -15,7 +15,7 @@ PY := $(BIN)/python
 STAMP := $(VENV)/.set-up$(addprefix -,$(EXTRAS))
 CANDIDATES := python3 python3.12 python3.13 python3.11 python3.14 python
 SOURCES := jaxgpt tests docs $(wildcard experiments tpu)
-# What `make test-core` runs: what depends on the version of Python or jax rather than on our own mathematics.
+# What `make test-core` runs: the tests that depend on the Python or jax version rather than on our own maths.
 CORE := $(foreach name,test_golden test_attention test_sharding test_generate test_step test_ppo test_checkpoints test_saved_model \
           test_plan,$(wildcard tests/$(name).py tests/*/$(name).py))
 
@@ -26,51 +26,51 @@ help:  ## list the targets
 	@echo "usage: make TARGET [ARGS=\"--preset gpu\"]"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
-assistant: $(STAMP)  ## from raw text to an assistant: every stage, one after the other (ARGS: its flags)
+assistant: $(STAMP)  ## from raw text to an assistant: run every stage in order (ARGS: its flags)
 	@$(PY) -m experiments.assistant $(if $(LABELS),--labels $(LABELS)) $(ARGS)
 
-frontier: $(STAMP)  ## after `assistant`: reward against KL for every method, seed and beta (ARGS: its flags)
+frontier: $(STAMP)  ## run `assistant`, then plot reward against KL for every method, seed and beta (ARGS: its flags)
 	@$(PY) -m experiments.assistant
 	@$(PY) -m experiments.studies.frontier $(ARGS)
 
-label: $(STAMP)  ## a page on which people pick the best of several answers (ARGS: its flags)
+label: $(STAMP)  ## open a page where people pick the best of several answers (ARGS: its flags)
 	@$(PY) -m experiments.label $(ARGS)
 
 chat: $(STAMP)  ## talk to a trained model (ARGS: its flags)
 	@$(PY) -m experiments.chat $(ARGS)
 
-chat-web: $(STAMP)  ## a page on which models answer side by side, token by token (ARGS: its flags)
+chat-web: $(STAMP)  ## open a page where models answer side by side, token by token (ARGS: its flags)
 	@$(PY) -m experiments.chat_web $(ARGS)
 
-test: $(STAMP)  ## the quick tests
+test: $(STAMP)  ## run the quick tests
 	@$(PY) -m pytest $(WORKERS) -m "not slow" $(ARGS)
 
-test-all: $(STAMP)  ## all tests
+test-all: $(STAMP)  ## run all tests
 	@$(PY) -m pytest $(WORKERS) $(ARGS)
 
-coverage: $(STAMP)  ## the lines of jaxgpt/ that the quick tests run (ARGS="--show-missing")
+coverage: $(STAMP)  ## line coverage of jaxgpt/ by the quick tests (ARGS="--show-missing")
 	@$(PY) -m coverage erase
 	@$(PY) -m coverage run -m pytest $(WORKERS) -m "not slow"
 	@$(PY) -m coverage combine -q
 	@$(PY) -m coverage report $(ARGS)
 
-breaks: $(STAMP)  ## break the library in twelve places and see a quick test fail each time
+breaks: $(STAMP)  ## break the library in twelve places and check that a quick test fails each time
 	@$(PY) -m tests.breaks $(ARGS)
 
-soak: $(STAMP)  ## kill every stage 20 times and compare the bits (about an hour; ARGS: its flags)
+soak: $(STAMP)  ## kill every stage 20 times and check that the results are bit-identical (about an hour; ARGS: its flags)
 	@$(PY) -m tests.slow.soak $(ARGS)
 
-test-core: $(STAMP)  ## the quick tests of the core modules, as for a second version of Python
+test-core: $(STAMP)  ## run the quick tests of the core modules, e.g. for a second Python version
 	@$(PY) -m pytest $(WORKERS) -m "not slow" $(CORE) $(ARGS)
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP)  ## run ruff and mypy
 	@$(PY) -m ruff check $(SOURCES)
 	@$(PY) -m ruff format --check -q $(SOURCES) || { echo "error: not formatted; run $(PY) -m ruff format $(SOURCES)"; exit 1; }
 	@$(PY) -m mypy $(filter-out tests docs,$(SOURCES))
 
-set-up: $(STAMP)  ## only make the virtual environment
+set-up: $(STAMP)  ## only create the virtual environment
 
-clean:  ## remove the virtual environment and caches (runs stay)
+clean:  ## remove the virtual environment and caches (runs are kept)
 	rm -rf $(VENV) .venv-3.12 .venv-tpu build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -83,8 +83,8 @@ $(STAMP): pyproject.toml
 	  python="$(PYTHON)"; \
 	else \
 	  python=; for one in $(CANDIDATES); do if suits $$one; then python=$$one; break; fi; done; \
-	  [ -n "$$python" ] || { echo "error: jaxgpt needs Python 3.11 or later with venv (on Debian: apt install" \
-	    "python3-venv), and found none; install it, or name one: make PYTHON=/path/to/python3.12 ..."; exit 1; }; \
+	  [ -n "$$python" ] || { echo "error: found no Python 3.11 or later with venv (on Debian: apt install" \
+	    "python3-venv); install one, or name it: make PYTHON=/path/to/python3.12 ..."; exit 1; }; \
 	fi; \
 	extras="$(EXTRAS)"; hardware=; \
 	if [ -z "$$extras" ]; then \

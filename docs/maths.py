@@ -41,7 +41,7 @@ def surrogate(positive: Axes, negative: Axes) -> None:
 
 
 def estimators(shape: Axes, quality: Axes) -> None:
-    """k1, k2, k3 as functions of d; and their bias and spread over a whole vocabulary, enumerated."""
+    """k1, k2 and k3 as functions of d, and their bias and standard deviation, enumerated over a whole vocabulary."""
     d = jnp.linspace(-3, 3, 301)
     named = {"k1": (kl.k1, GREY), "k2": (kl.k2, ORANGE), "k3": (kl.k3, BLUE)}
     for name, (estimator, color) in named.items():
@@ -80,17 +80,17 @@ def pairs(value: Axes, slope: Axes) -> None:
     """Losses of one pair against the margin of its log-ratios, in nats, and their slopes."""
     beta = 0.5
     margin = jnp.linspace(-8, 8, 401)
-    none = jnp.zeros_like(margin)
+    zeros = jnp.zeros_like(margin)
 
-    def two(f: Callable[..., jax.Array], *more: float) -> Callable[[jax.Array], jax.Array]:
+    def of_pairs(f: Callable[..., jax.Array], *more: float) -> Callable[[jax.Array], jax.Array]:
         choice = jnp.zeros(margin.shape, jnp.int32)
-        return lambda m: f(jnp.stack([m, none], 1), jnp.stack([none, none], 1), choice, beta, *more)
+        return lambda m: f(jnp.stack([m, zeros], 1), jnp.stack([zeros, zeros], 1), choice, beta, *more)
 
     functions = {
-        "dpo": (two(losses.dpo), BLUE),
-        "cdpo, ε = 0.2": (two(losses.cdpo, 0.2), GREEN),
-        "ipo, τ = 0.1 (÷ 40)": (lambda m: losses.ipo(m, none, 0.1) / 40, ORANGE),
-        "simpo, γ = 1": (lambda m: losses.simpo(m, none, beta, 1.0), PURPLE),
+        "dpo": (of_pairs(losses.dpo), BLUE),
+        "cdpo, ε = 0.2": (of_pairs(losses.cdpo, 0.2), GREEN),
+        "ipo, τ = 0.1 (÷ 40)": (lambda m: losses.ipo(m, zeros, 0.1) / 40, ORANGE),
+        "simpo, γ = 1": (lambda m: losses.simpo(m, zeros, beta, 1.0), PURPLE),
         "kto, desirable": (lambda m: losses.kto(m, m == m, 0.0, beta), RED),
     }
     for name, (f, color) in functions.items():
@@ -103,7 +103,7 @@ def pairs(value: Axes, slope: Axes) -> None:
 
 
 def advantages(axis: Axes) -> None:
-    """The weight of a prompt against how often it is solved, relative to a half-solved one: 8 answers scored 0 or 1."""
+    """A prompt's weight against its solve rate, relative to a prompt solved half the time; 8 answers scored 0 or 1."""
     right = np.arange(0, 9)
     scores = jnp.asarray((np.arange(8) < right[:, None]).astype(np.float32))
     for name, f, color in (("rloo, centred", returns.rloo, BLUE), ("grpo", returns.grpo, RED)):
@@ -118,7 +118,7 @@ def advantages(axis: Axes) -> None:
 
 
 def adam(axis: Axes) -> None:
-    """Steps of Adam in both forms against the size of a steady gradient."""
+    """Step size of Adam in both forms against the magnitude of a constant gradient."""
     g = jnp.geomspace(1e-7, 1e-2, 121)
 
     def step(tx: optax.GradientTransformation, t: int) -> jax.Array:
@@ -132,7 +132,7 @@ def adam(axis: Axes) -> None:
 
 
 def placements() -> str:
-    """The expected gradient of each KL estimator by placement against the two enumerated gradients, as a table."""
+    """A table comparing each KL estimator's expected gradient, by placement, with the two enumerated gradients."""
     key, key_ref = jax.random.split(jax.random.key(1))
     logits, ref_logits = jax.random.normal(key, (8,)), jax.random.normal(key_ref, (8,))
     ref_logp = jax.nn.log_softmax(ref_logits)
@@ -151,7 +151,7 @@ def placements() -> str:
 
 
 def memory() -> str:
-    """Temporary memory of the NLL's gradient from hidden states, as the compiler counts it, as a table."""
+    """A table of the temporary memory of the NLL's gradient from hidden states, as counted by the compiler."""
     B, T, D, V = 8, 1024, 768, 50304
     shapes = [
         jax.ShapeDtypeStruct(shape, dtype)

@@ -1,15 +1,15 @@
 """Align a pretrained model to a measurable wish: SmolLM2 learns to be brief, by PPO and by DPO.
 
-    python -m experiments.align                          2 CPU cores, offline once the model's wheel is there
+    python -m experiments.align                          2 CPU cores, offline once the model's wheel is downloaded
     python -m experiments.align --preset gpu --run runs/align-gpu
 
-It answers questions about everyday things in a sentence; a simulated annotator (the number of words, noisily) picks the
-shortest of four; reward model, PPO and DPO train low-rank adapters on those choices alone. What came of it is measured
-on questions about other things, in other words, which no stage has seen: how many words, how often fewer than the
+The model answers questions about everyday things in one sentence. A simulated annotator (word count plus noise) picks
+the shortest of four answers; the reward model, PPO and DPO train low-rank adapters on those choices alone. Results are
+measured on held-out questions, about different things and worded differently: how many words, how often fewer than the
 starting model's, and whether an answer still names what it was asked about, which nobody asked for. Each stage is an
-experiment of this folder with other settings: one that is done is not run again, one that was interrupted goes on.
+experiment of this folder with other settings: a finished stage is not rerun, an interrupted one resumes.
 
-`--annotator.wish cheerful` asks for cheerful answers instead (VADER's sentiment): a harder thing to tell from so few
+`--annotator.wish cheerful` asks for cheerful answers instead (VADER's sentiment), which is harder to learn from so few
 labels.
 """
 
@@ -45,13 +45,13 @@ from jaxgpt.training.step import jit_on
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: 55 minutes and 5.3 GB; 20 words become 8 by PPO, 2 by DPO (docs/pretrained.md)."""
+    """2 CPU cores: 55 minutes and 5.3 GB; 20 words shrink to 8 with PPO, 2 with DPO (docs/pretrained.md)."""
 
     run: Path = Path("runs/align")
     model: Path = Path("smollm2-135m")  # or a Hugging Face folder, a .gguf file, a run
     lora: int = 8  # rank of the adapters
     temperature: float = 0.7  # of the policy, in every stage that samples or trains it
-    new_tokens: int = 48  # longest answer
+    new_tokens: int = 48  # longest answer, in tokens
     annotator: SimulatedAnnotator = SimulatedAnnotator(wish="short")
     preferences: experiments.preferences.Settings = experiments.preferences.Settings(prompts=160, heldout=40, batch=80)
     reward: experiments.reward.Settings = experiments.reward.Settings(
@@ -68,7 +68,7 @@ class Settings:
         sample_every=8,
     )
     dpo: experiments.dpo.Settings = experiments.dpo.Settings(batch=8, microbatches=4, learning_rate=1e-3, log_every=5)
-    answers: int = 2  # to each held-out question, of each model
+    answers: int = 2  # per held-out question and model
     seed: int = 0
     fresh: bool = False  # run every stage again
 
@@ -103,7 +103,7 @@ STAGES: dict[str, Any] = {
 
 
 def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
-    """(stage, its settings) in order, with folders below `run` that lead from one to the next."""
+    """(stage, settings) pairs in order; each stage's folder below `run` feeds the next."""
     root, questions = settings.run, str(settings.run / "questions.jsonl")
     files = {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
     sampling: dict[str, Any] = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
@@ -132,13 +132,13 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Each model's answers to the held-out questions, and what they are like: gold score, words, how often an answer is
-    better than the starting model's, nats from it (each with its 95 % interval over questions), how many name the
-    thing that was asked about, how many end, how varied they are."""
+    """Sample each model's answers to the held-out questions and measure them: gold reward, words, win rate against the
+    starting model, KL from it in nats, fraction naming the thing asked about (each with its 95 % interval over
+    questions), fraction that end, and distinct-2."""
     places = {"before": settings.model, "ppo": settings.run / "ppo", "dpo": settings.run / "dpo"}
     questions = questions_about_things(held_out=True)
     count, key, mesh = settings.answers, jax.random.key(1000 + settings.seed), sharding.data_mesh()
-    score = jit_on(mesh, transformer.answer_logp, static_argnums=1, static_argnames=("temperature", "window"))
+    answer_logp = jit_on(mesh, transformer.answer_logp, static_argnums=1, static_argnames=("temperature", "window"))
     start, config, tok, _ = load_language_model(settings.model)
     reference = sharding.replicate(start, mesh)
     ids = [prompt_ids(tok, question) for question in questions for _ in range(count)]
@@ -160,10 +160,10 @@ def measure(settings: Settings) -> dict[str, Any]:
         )
 
         def log_probs(params: Any, rows: Any = answers.rows) -> np.ndarray:
-            look = functools.partial(
-                score, params, config, temperature=settings.temperature, window=settings.new_tokens
+            of_rows = functools.partial(
+                answer_logp, params, config, temperature=settings.temperature, window=settings.new_tokens
             )
-            return np.asarray(rollout.in_batches(look, rows, 30, mesh))
+            return np.asarray(rollout.in_batches(of_rows, rows, 30, mesh))
 
         gold = settings.annotator.gold(answers.texts).reshape(-1, count)
         baseline = gold if name == "before" else baseline
@@ -189,7 +189,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> Table:
-    """What `measure` found, for the terminal."""
+    """The results of `measure` as a table for the terminal."""
     grid = Table(title="held-out questions about things that no stage has seen; 95 % intervals", box=None)
     for column in ("", "words", "better", "KL, nats", "names it", "ended", "distinct-2"):
         grid.add_column(column, no_wrap=True)
@@ -203,7 +203,7 @@ def table(found: dict[str, Any]) -> Table:
 
 def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
-    load_language_model(settings.model)  # what is wrong with it is said before anything is trained
+    load_language_model(settings.model)  # fail on a bad model before any training
     settings.run.mkdir(parents=True, exist_ok=True)
     questions = questions_about_things()
     if jax.process_index() == 0 and not (settings.run / "questions.jsonl").exists():

@@ -1,10 +1,10 @@
-"""From language model to assistant: all seven stages in order, each in its own folder.
+"""From raw text to an assistant: all seven stages in order, each in its own folder.
 
     python -m experiments.assistant                      what `make assistant` runs
     python -m experiments.assistant --run runs/other --preset gpu
-    python -m experiments.assistant --labels runs/label/votes.sqlite --run runs/ours      what people preferred
+    python -m experiments.assistant --labels runs/label/votes.sqlite --run runs/ours      people's votes
 
-A stage that is done is not run again; one that was interrupted goes on from its newest checkpoint.
+A finished stage is not rerun; an interrupted one resumes from its newest checkpoint.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from jaxgpt.runs.cli import cli
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: 8 minutes and 2.3 GB; scores in docs/results.md. Fields of a stage: --ppo.iterations 100."""
+    """2 CPU cores: 8 minutes and 2.3 GB; results in docs/results.md. Set a stage's field with --ppo.iterations 100."""
 
     run: Path = Path("runs/assistant")
     pretrain: experiments.pretrain.Settings = experiments.pretrain.PRESETS["laptop"]
@@ -39,7 +39,7 @@ class Settings:
     dpo: experiments.dpo.Settings = experiments.dpo.PRESETS["laptop"]
     report: experiments.report.Settings = experiments.report.PRESETS["laptop"]
     temperature: float = 0.7  # of the policy, in every stage that samples or trains it
-    new_tokens: int = 40  # longest answer, in every stage
+    new_tokens: int = 40  # longest answer in tokens, in every stage
     labels: Path | None = None  # a database of people's votes, in place of the simulated annotator's preferences
     seed: int = 0  # added to every stage's own seed
     fresh: bool = False  # run every stage again
@@ -63,8 +63,8 @@ PRESETS = {
 
 
 def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
-    """(stage, its settings) in order, with folders below `run` that lead from one stage to the next. People's labels
-    take the place of the stage that makes preferences."""
+    """(stage, settings) pairs in order; each stage's folder below `run` feeds the next. People's labels replace the
+    preferences stage."""
     root = settings.run
     preferences_files = {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
     if settings.labels:
@@ -105,11 +105,13 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
 def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     if settings.preferences.annotator.wish != "cheerful":
-        raise UserError("the report knows sentiment only: keep preferences.annotator.wish at cheerful, or use align")
-    experiments.report.heldout_prompts(settings.report)  # too few would be found out only at the end
+        raise UserError(
+            "the report measures sentiment only; set preferences.annotator.wish to cheerful, or use experiments.align"
+        )
+    experiments.report.heldout_prompts(settings.report)  # if there are too few, fail now rather than at the end
     if settings.labels:
         for part in votes.PARTS:
-            votes.read(votes.part(settings.labels, part))  # none at all would be found out half-way
+            votes.read(votes.part(settings.labels, part))  # if there are none, fail now rather than half-way
     results = {stage.__name__.rpartition(".")[2]: stage.main(own) for stage, own in stage_settings(settings)}
     minutes = (time.monotonic() - started) / 60
     if jax.process_index() == 0:

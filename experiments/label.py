@@ -1,15 +1,15 @@
-"""A page on which people pick the best of several answers, and a database of what they picked.
+"""A web page where people pick the best of several answers, and a database of their votes.
 
-    python -m experiments.label                                       `make label`: our SFT model, else SmolLM2, answers
-    python -m experiments.label --models runs/a/sft runs/a/ppo        a mixture, blind
-    python -m experiments.label --answers theirs.jsonl                answers from a file: {"prompt", "answers"} a line
-    python -m experiments.label --retrain 50                          a reward model after every 50 votes, and then the
-                                                                      prompts that it is least sure of
-    python -m experiments.label --serve.host 0.0.0.0                  for others on this network, by a secret address
+    python -m experiments.label                                       `make label`: our SFT model, or SmolLM2, answers
+    python -m experiments.label --models runs/a/sft runs/a/ppo        both answer; annotators are not told which
+    python -m experiments.label --answers theirs.jsonl                from a file: {"prompt", "answers"} on each line
+    python -m experiments.label --retrain 50                          train a reward model every 50 votes, and ask about
+                                                                      the prompts it is least sure of
+    python -m experiments.label --serve.host 0.0.0.0                  for others on this network, at a secret address
 
-Answers are made ahead in the background. Votes are on disk before the next prompt appears; the same command goes on
-where it was stopped, however that was. Then `python -m experiments.reward --preferences votes.sqlite:train --heldout
-votes.sqlite:heldout`, dpo alike, or `make assistant LABELS=votes.sqlite`; experiments/votes.py converts and counts.
+Answers are generated ahead of time in the background. Votes are on disk before the next prompt appears; however it was
+stopped, the same command resumes. Then `python -m experiments.reward --preferences votes.sqlite:train --heldout
+votes.sqlite:heldout`, likewise dpo, or `make assistant LABELS=votes.sqlite`; experiments/votes.py converts and counts.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ from jaxgpt.training.step import jit_on
 from jaxgpt.web import label, server
 from jaxgpt.web.label import LabelConfig
 
-ROUND = 4  # prompts that are answered together
-POOL = 3  # with a reward model: prompts that are answered for each one that is kept
+ROUND = 4  # prompts answered together
+POOL = 3  # with a reward model: prompts answered for each one kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Settings:
     """Any machine: 2 CPU cores answer faster than a person reads."""
 
     votes: Path = Path("runs/label/votes.sqlite")
-    models: tuple[Path, ...] = ()  # who answers, in turn; none: runs/assistant/sft if there, else smollm2-135m
+    models: tuple[Path, ...] = ()  # that answer, in turn; none: runs/assistant/sft if it exists, otherwise smollm2-135m
     prompts: str = ""  # movie_reviews, questions, or files as for the other stages; '': what suits the first model
-    answers: Path | None = None  # prompts with answers from a file, before all others
-    candidates: int = 4  # answers to a prompt
-    ahead: int = 12  # prompts whose answers wait for a person
+    answers: Path | None = None  # file of prompts with answers, shown before all others
+    candidates: int = 4  # answers per prompt
+    ahead: int = 12  # answered prompts kept ready
     new_tokens: int = 48
     temperature: float = 0.7
-    retrain: int = 0  # train a reward model after so many new votes; 0: never
+    retrain: int = 0  # train a reward model after this many new votes; 0: never
     who: LabelConfig = LabelConfig()
     serve: server.ServeConfig = server.ServeConfig()
     seed: int = 0
@@ -69,14 +69,14 @@ class Settings:
         if not 2 <= self.candidates <= 9:
             raise UserError(f"candidates is {self.candidates}; a page shows 2 to 9 answers")
         if not self.temperature > 0:
-            raise UserError(f"temperature is {self.temperature}; answers that shall differ need one above 0")
+            raise UserError(f"temperature is {self.temperature}; set it above 0, or all answers are the same")
 
 
 PRESETS: dict[str, Settings] = {}
 
 
 class Model:
-    """One that answers, on the devices."""
+    """A language model that answers prompts, on the devices."""
 
     def __init__(self, place: Path, mesh: jax.sharding.Mesh) -> None:
         params, self.config, self.tok, _ = load_language_model(place)
@@ -85,14 +85,14 @@ class Model:
 
 
 class Maker:
-    """Keeps `ahead` prompts with answers in the store, in a thread of its own."""
+    """Keeps `ahead` answered prompts in the store, from a thread of its own."""
 
     def __init__(self, settings: Settings, store: votes.Store) -> None:
         self.settings, self.store = settings, store
         self.models: list[Model] = []
         self.state, self.trained_at = "loading", store.count()
-        self.rng = np.random.default_rng([settings.seed, len(store.tasks())])  # others after a restart
-        self.doubt: Any = None  # from texts to how unsure the reward model is
+        self.rng = np.random.default_rng([settings.seed, len(store.tasks())])  # different after a restart
+        self.doubt: Any = None  # (prompt, answers) -> how unsure the reward model is, 0 to 1
         self.mesh = sharding.data_mesh()
         self.stop = threading.Event()
 
@@ -114,17 +114,17 @@ class Maker:
                 else:
                     self.state = ""
                     self.stop.wait(0.3)
-        except Exception as error:  # the page goes on with what is there, and says so
+        except Exception as error:  # the page keeps serving what is there, and says so
             traceback.print_exc()
-            self.state = f"no more answers are made ({error})"
+            self.state = f"no more answers will be generated ({error})"
 
     def fits(self, prompt: str) -> bool:
-        """Whether every model has room for it and an answer."""
+        """Whether the prompt and an answer fit into every model's block."""
         room = self.settings.new_tokens
         return all(len(prompt_ids(one.tok, prompt)) + room <= one.config.block for one in self.models)
 
     def make(self) -> None:
-        """Answers to a few more prompts; the most doubtful of them where a reward model can tell."""
+        """Answer a few more prompts; with a reward model, keep those it is least sure of."""
         count = ROUND * (POOL if self.doubt else 1)
         chosen, self.left = self.left[:count], self.left[count:]
         tasks = [self.task(prompt, answers) for prompt, answers in zip(chosen, self.answer(chosen), strict=True)]
@@ -133,7 +133,7 @@ class Maker:
             self.store.add_task(task)
 
     def answer(self, chosen: list[str]) -> list[list[votes.Answer]]:
-        """`candidates` answers to each prompt: number c is by model c, c - models, ..."""
+        """Sample `candidates` answers to each prompt, shared out among the models in turn."""
         settings = self.settings
         found: list[list[votes.Answer]] = [[] for _ in chosen]
         for m, one in enumerate(self.models):
@@ -168,7 +168,7 @@ class Maker:
         return found
 
     def task(self, prompt: str, answers: list[votes.Answer]) -> votes.Task | None:
-        """Answers in random order, equal ones once; None if fewer than two are left."""
+        """The answers in random order, without duplicates; None if fewer than two are left."""
         different = list({answer.text: answer for answer in answers if answer.text}.values())
         self.rng.shuffle(different)
         if len(different) < 2:
@@ -176,16 +176,16 @@ class Maker:
         return votes.Task(prompt, tuple(different), self.doubt(prompt, different) if self.doubt else 0.0)
 
     def resume(self) -> None:
-        """With the newest reward model of an earlier session."""
+        """Load the newest reward model of an earlier session."""
         if found := reward_runs(self.settings.votes):
             self.trained_at = max(found)
             self.doubt = doubt_by(found[self.trained_at], self.settings, self.mesh)
 
     def retrain(self) -> None:
-        """A new reward model on all votes; until then, and where there are too few, the old one stays."""
+        """Train a new reward model on all votes. The old one stays until then, or if there are too few votes."""
         self.trained_at, file = self.store.count(), self.settings.votes
         run = file.with_name(f"{file.stem}-reward-{self.trained_at}")
-        self.state = f"a reward model learns from {self.trained_at} votes"
+        self.state = f"training a reward model on {self.trained_at} votes"
         command = [
             "-m",
             "experiments.reward",
@@ -215,14 +215,14 @@ class Maker:
 
 
 def reward_runs(file: Path) -> dict[int, Path]:
-    """The finished reward models of this database, by how many votes each learnt from."""
+    """The finished reward models of this database, by the number of votes each was trained on."""
     name = re.compile(re.escape(file.stem) + r"-reward-(\d+)")
     runs = [done.parent for done in file.parent.glob("*/done.json")]
     return {int(found[1]): run for run in runs if (found := name.fullmatch(run.name))}
 
 
 def doubt_by(run: Path, settings: Settings, mesh: jax.sharding.Mesh) -> Any:
-    """The entropy of the reward model's choice, in nats over that of a blind one: 1 where it knows nothing."""
+    """A function (prompt, answers) -> entropy of the reward model's choice relative to a uniform one: 0 to 1."""
     params, config, tok, _ = load_model(run)
     params = sharding.replicate(params, mesh)
     program = jit_on(mesh, lambda params, batch: reward.candidate_scores(params, config, batch))
@@ -248,7 +248,7 @@ def places(settings: Settings) -> tuple[Path, ...]:
 
 
 def prompts(settings: Settings, model: Path) -> list[str]:
-    """What is asked: opening words for a model that was trained here, else questions."""
+    """The prompts to answer; by default opening words for a model trained here, and otherwise questions."""
     source = settings.prompts or (sources.EMBEDDED if (model / "done.json").exists() else "questions")
     if source == "questions":
         return questions()
@@ -256,7 +256,7 @@ def prompts(settings: Settings, model: Path) -> list[str]:
 
 
 def from_file(path: Path) -> list[votes.Task]:
-    """Tasks from {"prompt", "answers"} a line, or from any format of preferences, whose verdicts are not used."""
+    """Tasks from {"prompt", "answers"} on each line, or from any preference format, whose choices are ignored."""
     rows = list(read_rows(path)) if path.suffix != ".json" else []
     if rows and all({"prompt", "answers"} <= row.keys() for _, row in rows):
         texts = [(row["prompt"], row["answers"]) for _, row in rows]
@@ -271,7 +271,7 @@ def from_file(path: Path) -> list[votes.Task]:
 def main(settings: Settings) -> dict[str, Any]:
     waiting = from_file(settings.answers) if settings.answers else []
     for place in places(settings):
-        run_fingerprint(place)  # a model that isn't there is said now
+        run_fingerprint(place)  # fail now if a model is missing
     bound = server.Server(settings.serve, token := settings.serve.secret())
     store = votes.Store(settings.votes)
     new = sum(store.add_task(task) for task in waiting)
@@ -281,7 +281,7 @@ def main(settings: Settings) -> dict[str, Any]:
     else:
         maker.state = ""
     print(f"votes: {settings.votes} ({store.count()} so far{f', {new} new prompts' if waiting else ''})")
-    print(f"label at {bound.address} (Ctrl-C ends; every vote is saved at once)", flush=True)
+    print(f"label at {bound.address} (Ctrl-C to stop; every vote is saved at once)", flush=True)
     server.open_page(bound.address)
     bound.run(label.application(store, settings.who, settings.serve, token, lambda: maker.state))
     maker.stop.set()

@@ -2,18 +2,18 @@
 
     python -m experiments.oracle --run runs/oracle
 
-Answers are so short that all of them can be written down, and a policy is a table of logits, one row a prefix. With a
+Answers are so short that all of them can be enumerated, and a policy is a table of logits, one row per prefix. With a
 random reference rho and random scores r, the policy that maximises E[r] - beta KL(pi || rho) is known:
 
     pi*(y) = rho(y) exp(r(y) / beta) / Z
 
 The library's own losses and returns must find it: PPO and RLOO from samples, DPO from exact preferences. GRPO is
-taken apart: its gradient, expected over every group that can be drawn, shows where it comes to rest.
+analysed further: its gradient, in expectation over every group that can be drawn, shows where it converges.
 
-- KL in the score: pi* of a prompt stays the one resting point, since all its answers have the same h there. Prompts
-  that share parameters are weighed by 1 / deviation, and then it isn't.
-- KL as a loss: the deviation divides the scores but not the KL, so that the scale of the scores is lost; and k3 has
-  the gradient of KL(rho || pi), which moves the resting point even without a deviation (Vojnovic & Yun 2025).
+- KL in the score: for one prompt, pi* remains the only stationary point, since all answers have the same h there.
+  Prompts that share parameters are weighted by 1 / standard deviation, and then pi* is not stationary.
+- KL as a loss: the standard deviation divides the scores but not the KL, so the scale of the scores is lost; and k3 has
+  the gradient of KL(rho || pi), which moves the stationary point even without that division (Vojnovic & Yun 2025).
 """
 
 import dataclasses
@@ -44,14 +44,14 @@ class Settings:
     """2 CPU cores: about 35 s; KL(pi || pi*) ends below 0.001 nats for PPO, RLOO and DPO (docs/oracle.png)."""
 
     run: Path = Path("runs/oracle")
-    vocab: int = 3  # tokens; the last one stops
-    tokens: int = 3  # of the longest answer: 15 answers
-    beta: float = 0.5  # reward units a nat
+    vocab: int = 3  # tokens; the last one is the stop token
+    tokens: int = 3  # of the longest answer; 3 make 15 answers
+    beta: float = 0.5  # reward units per nat
     problems: int = 5  # each with its own reference, scores and random numbers
     updates: int = 1000
-    answers: int = 240  # sampled for an update
-    group: int = 3  # answers that are compared with each other
-    learning_rate: float = 0.03  # to 0, linearly
+    answers: int = 240  # sampled per update
+    group: int = 3  # answers compared with each other
+    learning_rate: float = 0.03  # decays linearly to 0
     seed: int = 0
     fresh: bool = False
 
@@ -67,9 +67,9 @@ PRESETS = {"laptop": Settings(), "toy": Settings(problems=2, updates=4, answers=
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """Every answer, [Y, T], and for each of its tokens the row of the policy's table that it was drawn from.
+    """Every answer, [Y, T], and for each of its tokens the row of the policy's table that it is drawn from.
 
-    S prefixes that go on, Y answers: they end with the stop token or at the last place, and are padded with 0.
+    S unfinished prefixes; Y answers, which end with the stop token or at the last position and are padded with 0.
     """
 
     tokens_YT: Leaf
@@ -91,7 +91,7 @@ class Space:
 
 
 def enumerate_answers(vocab: int, tokens: int) -> Space:
-    """All sequences over `vocab` tokens that end with the stop (the last token) or after `tokens` of them."""
+    """All sequences over `vocab` tokens that end with the stop token (the last one) or after `tokens` tokens."""
     prefixes = {
         prefix: s
         for s, prefix in enumerate(
@@ -107,9 +107,9 @@ def enumerate_answers(vocab: int, tokens: int) -> Space:
 
 
 class Task(NamedTuple):
-    """A problem: the reference's logits, what each answer is worth, and the price of a nat.
+    """A problem: the reference's logits, each answer's score, and beta.
 
-    score_Y may be [X, Y]: X prompts that the policy can't tell apart, so that only their mean can be optimised.
+    score_Y may be [X, Y]: X prompts that the policy can't tell apart, so only their mean can be optimised.
     """
 
     ref_SV: Array
@@ -124,14 +124,14 @@ def optimum(space: Space, task: Task) -> Array:
 
 
 # The methods. Each is loss(space, task, params, old, rows_BC) -> [B]: B groups of C answers, drawn from the policy
-# with parameters `old` where a method samples. Summed over an answer's tokens, so that no length is favoured.
+# with parameters `old` if the method samples. Losses are summed over an answer's tokens, so no length is favoured.
 
 Params = dict[str, Array]  # logits_SV, and the critic's value_S of each prefix
 Loss = Callable[[Space, Task, Params, Params, Array], Array]
 
 
 def ppo(space: Space, task: Task, params: Params, old: Params, rows_B1: Array) -> Array:
-    """The clipped surrogate and the clipped critic, -beta k1 in the reward, gamma = lambda = 1, nothing whitened."""
+    """Clipped surrogate and clipped critic loss, -beta k1 in the reward, gamma = lambda = 1, no whitening."""
     row_B = rows_B1[:, 0]
     mask_BT = jnp.asarray(space.mask_YT)[row_B]
     prefix_BT = jnp.asarray(space.prefix_YT)[row_B]
@@ -145,7 +145,7 @@ def ppo(space: Space, task: Task, params: Params, old: Params, rows_B1: Array) -
 
 
 def grouped(advantage: Callable[[Array], Array], penalty: str) -> Loss:
-    """REINFORCE with the advantage of `returns.rloo`, `centred` or `grpo`, and one of three ways to pay for the KL.
+    """REINFORCE with the advantage of `returns.rloo`, `centred` or `grpo`, and one of three KL penalties.
 
     score  in the score: h = r - beta log(pi / rho)(y)
     k2     as a loss, k2 of the answer's log-ratio: its gradient is that of KL(pi || rho)
@@ -171,14 +171,14 @@ def grouped(advantage: Callable[[Array], Array], penalty: str) -> Loss:
 
 
 def dpo(space: Space, task: Task, params: Params, old: Params, rows_BC: Array) -> Array:
-    """The expected DPO loss where each of C answers is the favourite with probability softmax(r)."""
+    """The expected DPO loss if each of C answers is the favourite with probability softmax(r)."""
     logp_Y, ref_logp_Y = space.answer_logp(params["logits_SV"]), space.answer_logp(task.ref_SV)
     h_BC = losses.implicit_reward(logp_Y[rows_BC], ref_logp_Y[rows_BC], task.beta)
     return losses.soft_preference_nll(h_BC, jax.nn.softmax(task.score_Y[rows_BC]))
 
 
 def shared(loss: Loss) -> Loss:
-    """The loss over several prompts that the policy can't tell apart: score_Y is [X, Y], a row a prompt."""
+    """The mean loss over several prompts that the policy can't tell apart: score_Y is [X, Y], one row per prompt."""
 
     def mean(space: Space, task: Task, params: Params, old: Params, rows_BC: Array) -> Array:
         each = [loss(space, task._replace(score_Y=score_Y), params, old, rows_BC) for score_Y in task.score_Y]
@@ -187,24 +187,24 @@ def shared(loss: Loss) -> Loss:
     return mean
 
 
-# Where the rows come from: draw(key, log pi(y)) -> rows [B, C] and the weight of each in the loss.
+# How rows are drawn: draw(key, log pi(y)) -> rows [B, C] and the weight of each group in the loss.
 
 Draw = Callable[[Array, Array], tuple[Array, Array]]
 
 
 def sampled(groups: int, size: int) -> Draw:
-    """Groups of independent answers of the policy."""
+    """Groups of independent samples from the policy."""
     return lambda key, logp_Y: (jax.random.categorical(key, logp_Y, shape=(groups, size)), jnp.full(groups, 1 / groups))
 
 
 def every_set(space: Space, size: int) -> Draw:
-    """All sets of `size` different answers, alike in weight: the candidates that preferences choose from."""
+    """All sets of `size` different answers, equally weighted: the candidates that preferences choose from."""
     sets = jnp.array(list(itertools.combinations(range(len(space.tokens_YT)), size)))
     return lambda key, logp_Y: (sets, jnp.full(len(sets), 1 / len(sets)))
 
 
 def every_group(space: Space, size: int) -> Draw:
-    """All groups that `sampled` may draw, with their probabilities: the loss is then the expected one."""
+    """All groups that `sampled` can draw, weighted by their probabilities, which gives the expected loss."""
     rows = list(itertools.combinations_with_replacement(range(len(space.tokens_YT)), size))
     orders = [math.factorial(size) / math.prod(math.factorial(row.count(y)) for y in set(row)) for row in rows]
     rows_BC, orders_B = jnp.array(rows), jnp.array(orders)
@@ -213,7 +213,7 @@ def every_group(space: Space, size: int) -> Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A loss, the rows it sees, and how many steps it takes on them."""
+    """A loss, how its rows are drawn, and the number of steps on them."""
 
     loss: Loss
     draw: Draw
@@ -221,8 +221,8 @@ class Method:
 
 
 def learn(settings: Settings, space: Space, method: Method, tasks: Task) -> tuple[Params, np.ndarray]:
-    """Adam, its rate falling to 0, from pi = rho, on P problems at once: parameters with a leading axis P, and
-    KL(pi || pi*) after each update, [P, U]."""
+    """Train on P problems at once, from pi = rho, by Adam with a rate that decays to 0. Returns parameters with a
+    leading axis P, and KL(pi || pi*) after each update, [P, U]."""
     P, S = tasks.ref_SV.shape[:2]
     tx = optax.adam(optim.linear_to_zero(settings.learning_rate, settings.updates * method.epochs))
 
@@ -251,7 +251,7 @@ def learn(settings: Settings, space: Space, method: Method, tasks: Task) -> tupl
 
 
 def make_tasks(settings: Settings, space: Space, spreads: Sequence[float] = ()) -> Task:
-    """The run's problems, stacked. With `spreads` each has several prompts, their scores that much spread."""
+    """The run's problems, stacked. With `spreads`, each has one prompt per spread, with scores of that spread."""
     answers = len(space.tokens_YT)
 
     def one(key: Array) -> Task:
@@ -265,7 +265,7 @@ def make_tasks(settings: Settings, space: Space, spreads: Sequence[float] = ()) 
 
 
 def measure(space: Space, task: Task, logits_SV: Array) -> dict[str, float]:
-    """A policy against the optimum, in float64 on the host and without the library."""
+    """Compare a policy with the optimum, in float64 on the host and without the library."""
 
     def answer_logp(logits_SV: Array) -> np.ndarray:
         x = np.asarray(logits_SV, np.float64)
@@ -287,7 +287,7 @@ def measure(space: Space, task: Task, logits_SV: Array) -> dict[str, float]:
 
 
 def methods(settings: Settings, space: Space) -> dict[str, Method]:
-    """What one would run: from samples, or from exact preferences."""
+    """The methods as one would run them: from samples, or from exact preferences."""
     groups = sampled(settings.answers // settings.group, settings.group)
     return {
         "PPO": Method(ppo, sampled(settings.answers, 1), epochs=2),
@@ -306,13 +306,13 @@ PENALTIES = {
     "k3": "k3 of each token\nas a loss",
     "shared": "KL in the score,\n3 prompts, 1 table",
 }
-# Of the scores of prompts that share one table. With two of them pi* would happen to be at rest for GRPO as well: there
-# h differs between the prompts by its sign alone, and both have the same deviation.
+# Standard deviations of the scores of prompts that share one table. With only two prompts, pi* would happen to be
+# stationary for GRPO too: h differs between them only in sign there, so both have the same standard deviation.
 SPREADS = (0.5, 1.0, 2.0)
 
 
 def resting_points(settings: Settings, space: Space) -> dict[str, dict[str, np.ndarray]]:
-    """KL(pi || pi*) where the expected update comes to rest, [problems], by advantage and penalty."""
+    """KL(pi || pi*) at the stationary point of the expected update, [problems], by advantage and penalty."""
     tasks, triple = make_tasks(settings, space), make_tasks(settings, space, SPREADS)
     groups = every_group(space, settings.group)
     found: dict[str, dict[str, np.ndarray]] = {}
@@ -325,7 +325,7 @@ def resting_points(settings: Settings, space: Space) -> dict[str, dict[str, np.n
 
 
 def figure(path: Path, space: Space, tasks: Task, learned: dict[str, Any], rest: dict[str, dict[str, Any]]) -> None:
-    """The way to pi*, where the expected update of groups rests, and the answers of one problem."""
+    """Convergence to pi*, stationary points of the expected group update, and the answers of one problem."""
     from matplotlib.figure import Figure
 
     floor = 1e-6
@@ -334,10 +334,10 @@ def figure(path: Path, space: Space, tasks: Task, learned: dict[str, Any], rest:
     way, places, answers = picture.subplots(1, 3, width_ratios=(1.15, 1.1, 1.1))
     for name, (_, kl_PU) in learned.items():
         x, y = np.arange(1, kl_PU.shape[1] + 1), np.maximum(kl_PU, floor)
-        dots = ":" if name == "centred" else "-"  # it lies on RLOO's: Adam's steps don't see a constant factor
+        dots = ":" if name == "centred" else "-"  # it coincides with RLOO: Adam ignores a constant factor
         way.plot(x, np.median(y, axis=0), color=colors[name], lw=1.6, ls=dots, label=name)
         way.fill_between(x, y.min(axis=0), y.max(axis=0), color=colors[name], alpha=0.07, lw=0)
-    way.set(xlabel="updates", ylabel="KL(π‖π*), nats", title="the way to the optimum: median and range of the problems")
+    way.set(xlabel="updates", ylabel="KL(π‖π*), nats", title="convergence to the optimum: median and range of problems")
     way.legend(frameon=False, fontsize=8, ncols=2, loc="center right", bbox_to_anchor=(1.0, 0.67))
 
     for name, color, shift in (("rloo", "C1", -0.12), ("grpo", "C3", 0.12)):
@@ -345,7 +345,7 @@ def figure(path: Path, space: Space, tasks: Task, learned: dict[str, Any], rest:
             y = np.maximum(rest[name][penalty], floor)
             label = None if at else f"returns.{name}"
             places.plot(np.full(len(y), at + shift), y, "o", color=color, alpha=0.7, ms=5, label=label)
-    places.set(xlim=(-0.5, len(PENALTIES) - 0.5), title="where the expected update rests, each problem")
+    places.set(xlim=(-0.5, len(PENALTIES) - 0.5), title="stationary points of the expected update, by problem")
     places.set_xticks(range(len(PENALTIES)), list(PENALTIES.values()), fontsize=8)
     places.legend(frameon=False, fontsize=8, loc="center left")
     for axis in (way, places):
@@ -401,7 +401,7 @@ def main(settings: Settings) -> dict[str, Any]:
         for i in range(0, settings.updates, 10):
             run.log(i + 1, {name: np.median(kl_PU[:, i]) for name, (_, kl_PU) in learned.items()})
         rest = resting_points(settings, space)
-        run.say("where the expected update of groups comes to rest: KL(pi||pi*), median and range of the problems")
+        run.say("stationary points of the expected group update: KL(pi||pi*), median and range of the problems")
         for name, found in rest.items():
             cells = (f"{key} {np.median(x):.4f} ({x.min():.4f}-{x.max():.4f})" for key, x in found.items())
             run.say(f"  {name}  {'  '.join(cells)}")

@@ -1,11 +1,11 @@
-"""Stage 3: B candidate answers to each prompt, and which one is preferred.
+"""Stage 3: C candidate answers per prompt, and which one is preferred.
 
     python -m experiments.preferences --model runs/mine/sft --run runs/mine/preferences
 
-The answers are sampled from the current model; --experts 1 replaces one of them by what a person wrote. The
-favourite is picked by a *simulated annotator*: VADER's sentiment through a softmax choice, noisy as people are. The
-files it writes (train.jsonl, heldout.jsonl: prompt, answers, choice) could as well have been written by a person, and
-stages 4 and 6 read such files from anywhere.
+The answers are sampled from the current model; --experts 1 replaces one of them with a human-written one. A *simulated
+annotator* picks the favourite: a softmax choice over VADER's sentiment, noisy as people are. The files it writes
+(train.jsonl, heldout.jsonl: prompt, answers, choice) could just as well hold people's choices, and stages 4 and 6 read
+such files from anywhere.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ from jaxgpt.structs import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about half a minute; the annotator's own ceiling is 70 to 72 %."""
+    """2 CPU cores: about half a minute; the annotator's noise limits accuracy to 70 to 72 %."""
 
-    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model",)  # what they hold counts, not where it is
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model",)  # their contents matter, not their paths
 
     run: Path = Path("runs/assistant/preferences")
     model: Path = Path("runs/assistant/sft")
     data: str = "movie_reviews"
-    prompts: int = 2200  # for training, with repetition when there are fewer
-    heldout: int = 300  # on prompts of which no training prompt has the opening
-    candidates: int = 4  # B answers to each prompt
-    experts: int = 0  # how many of them a person wrote: 0 or 1
+    prompts: int = 2200  # for training; repeated if there are fewer
+    heldout: int = 300  # prompts whose openings no training prompt has
+    candidates: int = 4  # C answers per prompt
+    experts: int = 0  # how many of them are human-written: 0 or 1
     new_tokens: int = 40
-    temperature: float = 0.7  # a part of the policy: the same in ppo, dpo and report
+    temperature: float = 0.7  # part of the policy: use the same in ppo, dpo and report
     annotator: SimulatedAnnotator = SimulatedAnnotator()
     batch: int = 256
     seed: int = 2
@@ -55,7 +55,7 @@ class Settings:
         if self.candidates < 2:
             raise UserError(f"candidates is {self.candidates}: nothing to choose from; set at least 2")
         if self.experts not in (0, 1):
-            raise UserError(f"experts is {self.experts}; each prompt has one answer by a person: set 0 or 1")
+            raise UserError(f"experts is {self.experts}; each prompt has one human-written answer: set 0 or 1")
 
 
 PRESETS = {
@@ -75,7 +75,7 @@ def candidates(
     mesh: jax.sharding.Mesh,
     bar: Any,
 ) -> tuple[list[list[str]], np.ndarray]:
-    """For each (prompt, expert answer): the candidates' texts, and which ended by themselves."""
+    """Sample candidates for each (prompt, expert answer): their texts, and which ended by themselves."""
     count = settings.candidates - settings.experts
     ids = [prompt_ids(tok, prompt) for prompt, _ in prompts for _ in range(count)]
     sampled = rollout.sample_answers(
@@ -145,7 +145,7 @@ def main(settings: Settings) -> dict[str, Any]:
 def choose_prompts(
     settings: Settings, split: sources.Split, count: int, rng: np.random.Generator
 ) -> list[tuple[str, str]]:
-    """`count` (prompt, expert answer) pairs in random order; a prompt comes twice only when there are too few."""
+    """`count` (prompt, expert answer) pairs in random order; a prompt repeats only if there are too few."""
     if settings.experts:
         unseen = {prompt.text for prompt in sources.prompts(settings.data, split, settings.cache)}
         found = [pair for pair in sources.examples(settings.data, split, settings.cache) if pair[0] in unseen]

@@ -3,11 +3,11 @@
     python -m experiments.random_walk --run runs/random_walk
 
 A GPT whose tokens are the nodes of a directed graph is pretrained on random walks and then aligned by PPO: from any
-start, reach the goal along edges, in as few steps as possible (the example of Chen et al. 2021, with a score as in
-trlX's). A walk that arrives with step t scores 1 - (t - 1) / limit, and any other one 0. Two optima are known:
+start, reach the goal along edges, in as few steps as possible (the example of Chen et al. 2021, scored as in trlX). A
+walk that reaches the goal at step t scores 1 - (t - 1) / limit, any other 0. Two optima are known:
 
 - the best score from each start, by breadth-first search; optimality is the policy's mean score divided by it;
-- the best score for its KL to the walks, by dynamic programming over the steps taken, t, and the node s:
+- the best score given its KL to the walks, by dynamic programming over the number of steps taken, t, and the node s:
       V_t(s) = beta log sum_a rho(a | s) exp( (r_t(a) + V_{t+1}(a)) / beta ),      V = 0 at the goal and at the limit
 """
 
@@ -38,7 +38,7 @@ from jaxgpt.training import optim
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about 50 s; optimality rises from 0.2 to 0.98, and the KL-regularised optimum has 0.99."""
+    """2 CPU cores: about 50 s; optimality rises from 0.2 to 0.98, and the KL-regularised optimum's is 0.99."""
 
     run: Path = Path("runs/random_walk")
     nodes: int = 21  # the last one is the goal
@@ -48,14 +48,14 @@ class Settings:
     width: int = 48
     pretrain_steps: int = 300
     pretrain_batch: int = 256  # walks
-    pretrain_learning_rate: float = 3e-3  # to 0, linearly
+    pretrain_learning_rate: float = 3e-3  # decays linearly to 0
     iterations: int = 40
-    answers: int = 16  # of an iteration, from each start
+    answers: int = 16  # walks per start and iteration
     epochs: int = 4
-    learning_rate: float = 5e-4  # to 0, linearly
-    beta: float = 0.05  # score a nat
+    learning_rate: float = 5e-4  # decays linearly to 0
+    beta: float = 0.05  # score units per nat
     eval_every: int = 2
-    eval_answers: int = 64  # from each start
+    eval_answers: int = 64  # walks per start
     seed: int = 0
     fresh: bool = False
 
@@ -85,18 +85,20 @@ PRESETS = {
 
 
 def random_graph(nodes: int, edge_probability: float, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """edges[i, j]: i -> j, [N, N] bool; drawn until every node reaches the goal within half the limit. No edge leaves
-    the goal, the last node: walks end there."""
+    """edges[i, j]: i -> j, [N, N] bool; redrawn until every node reaches the goal within half the limit. No edge leaves
+    the goal, the last node: walks end there. Raises UserError if 10,000 draws find no such graph."""
     for _ in range(10_000):
         edges_NN = (rng.random((nodes, nodes)) < edge_probability) & ~np.eye(nodes, dtype=bool)
         edges_NN[-1] = False
         if distances(edges_NN).max() <= limit / 2:
             return edges_NN
-    raise UserError(f"no graph of {nodes} nodes brings all within {limit / 2} steps; raise edge_probability or limit")
+    raise UserError(
+        f"found no graph of {nodes} nodes, all within {limit / 2} steps of the goal; raise edge_probability or limit"
+    )
 
 
 def distances(edges_NN: np.ndarray) -> np.ndarray:
-    """Steps from each node to the goal, by breadth-first search backwards; inf where there is no way."""
+    """Steps from each node to the goal, by breadth-first search backwards; inf where there is no path."""
     found_N = np.full(len(edges_NN), np.inf)
     found_N[-1] = 0
     queue = collections.deque([len(edges_NN) - 1])
@@ -121,7 +123,7 @@ def random_walks(rho_NN: np.ndarray, count: int, limit: int, rng: np.random.Gene
 
 
 def path_score(edges_NN: Array, limit: int, rows: Batch) -> Array:
-    """1 - (t - 1) / limit for a walk along edges that arrives with step t, 0 for any other, [B]."""
+    """1 - (t - 1) / limit for a walk along edges that reaches the goal at step t, 0 for any other, [B]."""
     legal_BT = edges_NN[rows.tokens_BT[:, :-1], rows.tokens_BT[:, 1:]] | ~rows.mask_BT[:, 1:]
     arrived_B = transformer.at_last_token(rows.tokens_BT, rows.mask_BT) == len(edges_NN) - 1
     return jnp.where(legal_BT.all(axis=1) & arrived_B, 1 - (rows.mask_BT.sum(axis=1) - 1) / limit, 0.0)
@@ -143,7 +145,7 @@ def soft_optimum(rho_NN: np.ndarray, beta: float, limit: int) -> tuple[np.ndarra
 
 
 def pretrain(settings: Settings, rho_NN: np.ndarray, key: Array, rng: np.random.Generator) -> tuple[Params, np.ndarray]:
-    """Next-node prediction on fresh walks: parameters, and the loss of each step in nats a token."""
+    """Train next-node prediction on fresh walks: parameters, and the loss of each step in nats per token."""
     tx = optim.adamw(optim.linear_to_zero(settings.pretrain_learning_rate, settings.pretrain_steps), weight_decay=0.0)
     step = jax.jit(training.make_train_step(training.make_nll(settings.model), tx), donate_argnums=0)
     state, nats = training.init_state(transformer.init(key, settings.model), tx), []
@@ -154,19 +156,20 @@ def pretrain(settings: Settings, rho_NN: np.ndarray, key: Array, rng: np.random.
 
 
 def from_every_start(settings: Settings, answers: int) -> Prompts:
-    """Each node but the goal, `answers` times in a row."""
+    """Each node except the goal, `answers` times in a row."""
     node_B = jnp.repeat(jnp.arange(settings.nodes - 1), answers)
     return Prompts(node_B[:, None], jnp.ones_like(node_B))
 
 
 def build(settings: Settings, edges_NN: Array) -> tuple[Policy, optax.GradientTransformation, Any, Any]:
-    """Policy, optimiser, and two jitted programs: PPO's iteration, and a look at a policy's walks from every start."""
+    """Policy, optimiser, and two jitted programs: the PPO iteration, and the evaluation of a policy from every
+    start."""
     config, stop = settings.model, settings.nodes - 1
     ppo_config = PPOConfig(new_tokens=settings.limit, epochs=settings.epochs, unfinished_score=0.0)
     policy = ppo.policy_of(config, ppo_config, stop)
     tx = optim.adam_tf(optim.linear_to_zero(settings.learning_rate, settings.iterations * settings.epochs))
 
-    def look(params: Params, reference: Params, key: Array) -> tuple[Array, kl.Estimate, Batch]:
+    def evaluate(params: Params, reference: Params, key: Array) -> tuple[Array, kl.Estimate, Batch]:
         prompts = from_every_start(settings, settings.eval_answers)
         found = policy.collect(params, prompts, key)
         ref_logp_BT, _ = transformer.score(reference, config, found.rows)
@@ -180,13 +183,13 @@ def build(settings: Settings, edges_NN: Array) -> tuple[Policy, optax.GradientTr
         tx=tx,
         reward_fn=lambda params, rows: path_score(edges_NN, settings.limit, rows),
     )
-    return policy, tx, jax.jit(iteration, donate_argnums=(0, 1)), jax.jit(look)
+    return policy, tx, jax.jit(iteration, donate_argnums=(0, 1)), jax.jit(evaluate)
 
 
 def figure(
     settings: Settings, edges_NN: np.ndarray, rho_NN: np.ndarray, best_N: np.ndarray, curve: list, rows: Batch
 ) -> None:
-    """Scores over iterations; score against KL with the frontier of all beta; the graph and where the policy goes."""
+    """Scores over iterations; score against KL with the frontier over beta; the graph and the policy's steps on it."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(15, 4.4), dpi=110, layout="constrained")
@@ -204,7 +207,7 @@ def figure(
     frontier.plot([x.mean() for _, x in ways], [y.mean() for y, _ in ways], color="0.6", label="best possible, every β")
     frontier.plot(nats, score.mean(axis=1), ".-", color="C0", lw=0.8, label="PPO, in training")
     frontier.plot(soft_kl_N.mean(), soft_N.mean(), "k*", ms=11, label=f"optimum for β = {settings.beta:g}")
-    frontier.set(xlabel="KL to the pretrained walks, nats a walk", ylabel="score", title="what a nat buys")
+    frontier.set(xlabel="KL to the pretrained walks, nats per walk", ylabel="score", title="score against KL")
 
     steps_N = distances(edges_NN)
     x_N, y_N = -steps_N, np.zeros(len(steps_N))
@@ -249,10 +252,10 @@ def main(settings: Settings) -> dict[str, Any]:
         init_key, eval_key, ppo_key = jax.random.split(jax.random.key(settings.seed), 3)
         walked, nats = pretrain(settings, rho_NN, init_key, rng)
         run.say(
-            f"random_walk: {settings.nodes} nodes, {edges_NN.sum()} edges; loss {nats[-20:].mean():.3f} nats a step"
+            f"random_walk: {settings.nodes} nodes, {edges_NN.sum()} edges; loss {nats[-20:].mean():.3f} nats per step"
         )
 
-        policy, tx, iteration, look = build(settings, jnp.asarray(edges_NN))
+        policy, tx, iteration, evaluate = build(settings, jnp.asarray(edges_NN))
         state, control = ppo.init(policy, walked, tx, {}), kl.FixedKL(jnp.float32(settings.beta))
         prompts = from_every_start(settings, settings.answers)
         curve = []
@@ -263,26 +266,26 @@ def main(settings: Settings) -> dict[str, Any]:
                     run.log(i, {f"train_{name}": x for name, x in training.to_floats(metrics).items()})
                     bar.update()
                 if i % settings.eval_every == 0 or i == settings.iterations:
-                    score_N, measured, rows = look(
+                    score_N, measured, rows = evaluate(
                         state.trainable["policy"], state.frozen["reference"], jax.random.fold_in(eval_key, i)
                     )
-                    nats_a_walk = round(float(measured.nats_a_sequence), 6) + 0.0
-                    curve.append((i, np.asarray(score_N), nats_a_walk))
-                    shown = {"score": score_N.mean(), "optimality": (score_N / best_N).mean(), "kl": nats_a_walk}
+                    walk_kl = round(float(measured.nats_a_sequence), 6) + 0.0
+                    curve.append((i, np.asarray(score_N), walk_kl))
+                    shown = {"score": score_N.mean(), "optimality": (score_N / best_N).mean(), "kl": walk_kl}
                     run.log(i, shown)
                     bar.update(0, **shown)
 
         before_N, after_N = curve[0][1], curve[-1][1]
         found = {
             "pretrained": (before_N, 0.0),
-            "after PPO": (after_N, nats_a_walk),
+            "after PPO": (after_N, walk_kl),
             f"optimum for beta {settings.beta:g}": (soft_N, soft_kl_N.mean()),
             "shortest paths": (best_N, None),
         }
-        run.say(f"{'mean over starts':<24} {'score':>6} {'optimality':>11} {'KL, nats a walk':>16}")
+        run.say(f"{'mean over starts':<24} {'score':>6} {'optimality':>11} {'KL, nats per walk':>18}")
         for name, (score_N, nats) in found.items():
             shown_kl = "" if nats is None else f"{nats:.2f}"
-            run.say(f"{name:<24} {score_N.mean():6.3f} {(score_N / best_N).mean():11.3f} {shown_kl:>16}")
+            run.say(f"{name:<24} {score_N.mean():6.3f} {(score_N / best_N).mean():11.3f} {shown_kl:>18}")
         for d in np.unique(steps_N):
             ratio = [(score_N / best_N)[steps_N == d].mean() for score_N, _ in found.values()]
             run.say(
@@ -294,7 +297,7 @@ def main(settings: Settings) -> dict[str, Any]:
             {
                 "starts": columns,
                 "optimality_before": (before_N / best_N).mean(),
-                "kl": nats_a_walk,
+                "kl": walk_kl,
                 "optimality": (after_N / best_N).mean(),
                 "optimality_for_beta": (soft_N / best_N).mean(),
                 "kl_for_beta": soft_kl_N.mean(),

@@ -1,10 +1,10 @@
-"""PPO whose reward is a person: what a learned reward model replaces, and why.
+"""PPO with a person as the reward function: what a learned reward model replaces, and why.
 
     python -m experiments.rate --model runs/assistant/sft --run runs/rated
 
-The loop stops at every batch until somebody has given each answer one to five stars on a page; the person is a host
-function `reward_fn(prompts, answers) -> scores` like any other. At the end it says how long the loop waited. Ratings
-are on disk at once: the same command goes through what is rated again without asking, and asks from there on.
+The loop waits at every batch until somebody has given each answer one to five stars on a web page; the person is a host
+function `reward_fn(prompts, answers) -> scores` like any other. At the end it reports how long the loop waited. Ratings
+are saved at once: the same command replays them without asking, and resumes from there.
 """
 
 import dataclasses
@@ -37,18 +37,18 @@ from jaxgpt.web.server import ServeConfig
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """40 ratings. 2 CPU cores: seconds a step; the person is what takes time."""
+    """40 ratings. 2 CPU cores: seconds per step; the person takes most of the time."""
 
-    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "serve")  # what they hold counts, not where it is
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "serve")  # their contents matter, not their location
 
     run: Path = Path("runs/rated")
     model: Path = Path("runs/assistant/sft")
     prompts: str = "movie_reviews"  # or "questions", or files as for the other stages
     iterations: int = 5
-    batch: int = 8  # answers that are rated before each update
+    batch: int = 8  # answers rated before each update
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=4)
     learning_rate: float = 1e-4
-    beta: float = 0.1  # stars a nat
+    beta: float = 0.1  # stars per nat
     seed: int = 0
     serve: ServeConfig = ServeConfig(port=8002)
     cache: Path = cache_root() / "data"
@@ -64,12 +64,12 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             return run.results
         start, config, tok, _ = load_language_model(settings.model)
-        asked = (
+        texts = (
             questions()
             if settings.prompts == "questions"
             else [one.text for one in sources.prompts(settings.prompts, "train", settings.cache)]
         )
-        ids = [prompt_ids(tok, text) for text in asked]
+        ids = [prompt_ids(tok, text) for text in texts]
         tokens_NP, lengths_N = rollout.pad_prompts(ids, max(map(len, ids)))
         ppo.check_batch(settings.batch, settings.ppo, config.block, tokens_NP.shape[1])
         order = np.random.default_rng(settings.seed).permutation(len(ids))
@@ -109,7 +109,7 @@ def main(settings: Settings) -> dict[str, Any]:
         )
         run.finish({"seconds": total, "seconds_waited": waited, "score": floats["score"], "kl": floats["kl"]})
         person.finished = True
-        time.sleep(1.5)  # the page says that it is done
+        time.sleep(1.5)  # time for the page to show that it is done
         bound.stop()
         return run.results
 

@@ -1,9 +1,9 @@
-"""Stage 7: what each stage is worth, on held-out prompts, with 95 % intervals.
+"""Stage 7: compare what the stages achieve on held-out prompts, with 95 % intervals.
 
     python -m experiments.report --stages runs/mine --run runs/mine/report
 
-Answers of the base model, the finetuned one, best-of-n by the reward model, DPO and PPO to the same prompts, seen by
-the simulated annotator (its gold score), the reward model, and a judge fitted on human labels that no stage trained on.
+The base model, the finetuned one, best-of-n by the reward model, DPO and PPO answer the same prompts. The simulated
+annotator (gold reward), the reward model, and a judge fitted on human labels that no stage trained on rate the answers.
 Writes report.html, PNG figures and report.json, and prints the table.
 """
 
@@ -41,18 +41,18 @@ from jaxgpt.structs import Array, Batch, Params
 class Settings:
     """2 CPU cores: about 50 s."""
 
-    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("stages",)  # what they hold counts, not where it is
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("stages",)  # their contents matter, not their paths
 
     run: Path = Path("runs/assistant/report")
     stages: Path = Path("runs/assistant")  # the folder that holds pretrain, sft, reward, ppo, dpo
     data: str = "movie_reviews"
     pretraining_data: str = "movie_reviews"
-    prompts: int = 500  # held out: no training prompt has their openings
+    prompts: int = 500  # held out: no training prompt has the same opening
     new_tokens: int = 40
     temperature: float = 0.7  # of all policies, as in training
     best_of: int = 4
-    unfinished_score: float = -1.0  # the reward model's score of an answer that never ended, as in ppo
-    eval_batches: int = 3  # of `batch` windows of held-out text
+    unfinished_score: float = -1.0  # score of an answer that never ended, in place of the reward model's; as in ppo
+    eval_batches: int = 3  # batches of held-out text, `batch` windows each
     batch: int = 256
     seed: int = 6
     cache: Path = cache_root() / "data"
@@ -72,7 +72,7 @@ PRESETS = {
 
 @dataclasses.dataclass
 class Bench:
-    """The models that look at answers, and how to sample."""
+    """The models that evaluate answers, and how to sample."""
 
     settings: Settings
     config: ModelConfig
@@ -81,7 +81,7 @@ class Bench:
     reference: Params
     reward: Params
     judge: Judge
-    mesh: Mesh  # on which the models lie
+    mesh: Mesh  # that holds the models
 
     def sample(self, params: Params, ids: list[list[int]], key: Array, raw: bool = False) -> rollout.Sampled:
         template = self.tok.template
@@ -100,7 +100,7 @@ class Bench:
         )
 
     def reward_scores(self, answers: rollout.Sampled) -> np.ndarray:
-        """h, and the fixed score of answers that never ended."""
+        """h, or the fixed score for answers that never ended."""
         h = self.in_batches(lambda rows: self._score(self.reward, self.config, rows), answers.rows)
         return np.where(answers.ended, h, self.settings.unfinished_score)
 
@@ -120,7 +120,7 @@ class Bench:
         return rollout.in_batches(f, rows, self.settings.batch, self.mesh)
 
     def pretrained_nll(self, texts: list[str]) -> np.ndarray:
-        """Nats a token of each text as a document, its end included, under the frozen pretrained model."""
+        """Nats per token of each text as a document, end token included, under the frozen pretrained model."""
         end = self.tok.template.separator
         ids = [[end, *self.tok.encode(text)[: self.config.block - 2], end] for text in texts]
         rows = padded(self, [(row, [1] * len(row)) for row in ids], all_tokens=True)
@@ -136,7 +136,7 @@ def padded(bench: Bench, rows: list[Row], all_tokens: bool = False) -> Batch:
 def policy(
     bench: Bench, name: str, params: Params | None, answers: rollout.Sampled, prompts: list[Prompt], **known: Any
 ) -> Policy:
-    """All that is measured of one policy's answers, one number a prompt. `params` None: its KL is not measured."""
+    """All measurements of one policy's answers, one number per prompt. With `params` None, KL is not measured."""
     kl = None
     if params is not None:
         temperature = bench.settings.temperature
@@ -160,8 +160,8 @@ def policy(
 
 
 def base_answers(bench: Bench, prompts: list[Prompt], key: Array) -> rollout.Sampled:
-    """The pretrained model knows no tags: it continues the opening words (or the prompt) as raw text. What it wrote is
-    then put behind the prompt as an answer, so that reward and length mean the same as for the others."""
+    """The pretrained model knows no tags: it continues the opening words (or the prompt) as raw text. Its text is then
+    appended to the prompt as an answer, so that reward and length are comparable with the others'."""
     starts = [prompt.opening or prompt.text for prompt in prompts]
     begun = [[bench.tok.template.separator, *bench.tok.encode(start)] for start in starts]
     sampled = bench.sample(bench.pretrained, begun, key, raw=True)
@@ -172,7 +172,7 @@ def base_answers(bench: Bench, prompts: list[Prompt], key: Array) -> rollout.Sam
 
 
 def best_of_n(bench: Bench, ids: list[list[int]], key: Array) -> dict[int, rollout.Sampled]:
-    """For n = 2, 4, … best_of: the answer of n from the finetuned model that the reward model likes most."""
+    """For n = 2, 4, … best_of: of n answers by the finetuned model, the one the reward model scores highest."""
     n = bench.settings.best_of
     pool = bench.sample(bench.reference, [row for row in ids for _ in range(n)], key)
     scores = bench.reward_scores(pool).reshape(-1, n)
@@ -186,7 +186,7 @@ def _take(answers: rollout.Sampled, index: np.ndarray) -> rollout.Sampled:
 
 
 def heldout_prompts(settings: Settings) -> list[Prompt]:
-    """The first `prompts` of the held-out ones."""
+    """The first `prompts` of the held-out ones. Raises UserError if there are too few."""
     prompts = sources.prompts(settings.data, "test", settings.cache)
     if len(prompts) < settings.prompts:
         raise UserError(

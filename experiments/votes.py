@@ -1,8 +1,8 @@
-"""Votes in and out of a database, and how far annotators agree.
+"""Import and export votes, and measure how far annotators agree.
 
-    python -m experiments.votes                                          what is in runs/label/votes.sqlite
-    python -m experiments.votes --read hh.jsonl                          add the verdicts of a file, of any format below
-    python -m experiments.votes --write out.jsonl --format trl           write them
+    python -m experiments.votes                                          summarise runs/label/votes.sqlite
+    python -m experiments.votes --read hh.jsonl                          add the verdicts of a file, in any format below
+    python -m experiments.votes --write out.jsonl --format trl           export all votes
 
 Formats: jaxgpt, trl, trl-implicit, trl-conversational, hh-rlhf, lm-human-preferences, arena (jaxgpt/data/formats.py).
 """
@@ -19,10 +19,10 @@ from jaxgpt.runs.cli import cli
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Seconds."""
+    """Takes seconds."""
 
     votes: Path = Path("runs/label/votes.sqlite")
-    read: Path | None = None  # a file of verdicts to add; the same file again adds nothing
+    read: Path | None = None  # a file of verdicts to add; adding it again changes nothing
     write: Path | None = None  # a file to write
     format: str = "jaxgpt"  # of the file to write
     annotator: str = "imported"  # for verdicts that name none
@@ -36,12 +36,12 @@ PRESETS: dict[str, Settings] = {}
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    judged, differ = formats.read(settings.read) if settings.read else ([], 0)  # before a database is made
+    verdicts, differ = formats.read(settings.read) if settings.read else ([], 0)  # before a database is created
     store = votes.Store(settings.votes, create=settings.read is not None)
     if settings.read:
-        new = formats.into_store(store, judged, settings.annotator)
+        new = formats.into_store(store, verdicts, settings.annotator)
         print(
-            f"{new} new verdicts of {len(judged)} from {settings.read}"
+            f"{new} new verdicts of {len(verdicts)} from {settings.read}"
             + (f"; {differ} left out: their answers are to different conversations" if differ else "")
         )
     everything = store.votes()
@@ -55,10 +55,10 @@ def main(settings: Settings) -> dict[str, Any]:
         steady = votes.agreement([vote for vote in everything if vote.annotator == annotator], within=True)
         print(f"  {annotator}: {count}" + (f", same favourite when asked again {steady}" if steady else ""))
     between = votes.agreement(everything)
-    print(f"agreement between annotators: {between or 'no prompt has votes of two yet'}")
+    print(f"agreement between annotators: {between or 'no prompt has votes by two annotators yet'}")
     if settings.write:
         rows, left_out = formats.write(settings.write, formats.judged_of(store), settings.format)
-        print(f"{rows} rows in {settings.write}; {left_out} votes say nothing that {settings.format} can hold")
+        print(f"{rows} rows in {settings.write}; {left_out} votes left out: {settings.format} can't express them")
     return {"votes": len(everything), "agreement": between}
 
 

@@ -1,18 +1,18 @@
-"""How fast `make chat` answers, beside transformers and llama.cpp with the same model on the same cores.
+"""How fast `make chat` answers, compared with transformers and llama.cpp on the same model and cores.
 
     python -m experiments.bench.chat --torch-python /path/to/python/with/torch
 
-SmolLM2-135M-Instruct out of its wheel reads a prompt of 50 tokens and says 64 more, the likeliest one each time. Each
-program has a process of its own, and they take turns. Reported is tokens/s of the whole call, prompt included: the
-median and the range over the turns.
+SmolLM2-135M-Instruct, from its wheel, reads a prompt of 50 tokens and generates 64 more, greedily. Each program has its
+own process, and they take turns. Reported are tokens per second of the whole call, prompt included: the median and the
+range over the turns.
 
-    jaxgpt             decode.stream, what chat uses, in float32
+    jaxgpt             decoding.stream, which chat uses, in float32
     jaxgpt int8        the same with --int8
     HF float32, bf16   transformers' generate, reading the same GGUF file (needs torch, transformers, gguf, accelerate)
     llama.cpp          the file's own 4-bit weights, which are an eighth of float32's bytes (needs llama-cpp-python)
 """
 
-# This file is its own kinds of worker: imports of jax and torch stay inside functions.
+# The workers run this same file: jax and torch are imported inside functions only.
 
 import contextlib
 import dataclasses
@@ -41,10 +41,10 @@ class Settings:
     """2 CPU cores: about five minutes."""
 
     run: Path = Path("runs/bench_chat")
-    torch_python: str = ""  # a Python with the others' libraries; "": this one
-    prompt: int = 50
+    torch_python: str = ""  # a Python that has the other libraries; "": this one
+    prompt: int = 50  # tokens
     new_tokens: int = 64
-    repeats: int = 7
+    repeats: int = 7  # turns of each program
 
     def __post_init__(self) -> None:
         if min(self.prompt, self.repeats) < 1 or self.new_tokens < 2:
@@ -160,7 +160,7 @@ class TorchWorker:
 
 
 class LlamaWorker:
-    """llama.cpp by llama-cpp-python."""
+    """llama.cpp through llama-cpp-python."""
 
     def __init__(self, kind: str) -> None:
         import llama_cpp
@@ -187,7 +187,7 @@ class LlamaWorker:
 
 
 def make(kind: str) -> Any:
-    """The worker of this kind."""
+    """Make a worker of this kind."""
     return (JaxWorker if kind in (OURS, "int8") else LlamaWorker if kind == "llama.cpp" else TorchWorker)(kind)
 
 
@@ -218,7 +218,7 @@ def main(settings: Settings) -> dict[str, Any]:
                     tokens[kind] = worker.ask("timed", prompt=prompt, new_tokens=settings.new_tokens)["tokens"]
 
             def turn(kind: str, worker: Any) -> None:
-                time.sleep(0.2)  # threads of the one before come to rest
+                time.sleep(0.2)  # let the previous worker's threads settle
                 seconds[kind].append(worker.ask("timed", prompt=prompt, new_tokens=settings.new_tokens)["seconds"])
 
             turns.each(ready)
@@ -238,7 +238,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 (i for i, (a, b) in enumerate(zip(tokens[OURS], tokens["float32"], strict=True)) if a != b),
                 settings.new_tokens,
             )
-            lines.append(f"the first {same} of {settings.new_tokens} tokens equal those of HF float32")
+            lines.append(f"the first {same} of {settings.new_tokens} tokens match HF float32")
         lines += [f"{NAMES[kind]} left out: {why}" for kind, why in turns.failed.items()]
         lines += disturbance(turns.others_share)
         for line in lines:

@@ -1,25 +1,25 @@
-"""How fast the jitted decoder is, beside Hugging Face `generate` on the same weights and beside the machine's memory.
+"""How fast the jitted decoder is, compared with Hugging Face `generate` on the same weights and with memory bandwidth.
 
     python -m experiments.bench.decode --run runs/bench_decode
     python -m experiments.bench.decode --preset gpt2 --torch-python /path/to/python/with/torch
 
-Each decoder has a process of its own: threads, allocators and peak memory don't mix. They take turns, one call each
-(ours, theirs, ours, theirs, ...), and the others wait idle. What is reported:
+Each decoder has its own process, so threads, allocators and peak memory don't mix. They take turns, one call each
+(ours, theirs, ours, theirs, ...), while the others wait idle. What is reported:
 
     tokens/s      batch x new tokens / time of a whole call, prompt included: median and range over the repeats
-    first         time of a call that asks for one token: the prompt is read and the first token chosen
-    ms a step     (whole call - first) / (new tokens - 1): a step adds one token to each row
-    MB a step     what a step must read at least: the weights of the matrix products and the filled cache, averaged
-    of roof       MB a step / ms a step / the fastest read of a large array, measured first in the same run
-    compile       what the two calls that warm up took, less two typical calls
-    peak          the largest resident memory of the decoder's process, libraries included; on a GPU, device memory
-    same          greedy tokens equal to ours from the first one on, in the row that differs first
+    first         time of a call for one token: reading the prompt and choosing the first token
+    ms per step   (whole call - first) / (new tokens - 1): a step adds one token to each row
+    MB per step   the least a step must read: the weights of the matrix products and the filled cache, averaged
+    of roof       MB per step / ms per step / the fastest read of a large array, measured first in the same run
+    compile       time of the two warm-up calls, less two typical calls
+    peak          peak resident memory of the decoder's process, libraries included; on a GPU, device memory
+    same          greedy tokens that match ours from the first one on, in the row that differs first
 
-The weights are random and large, so that greedy choices have a margin. Not for TPUs: one process alone can hold them.
+The weights are random and large, so that greedy choices have a margin. Not for TPUs, which only one process can hold.
 """
 
-# This file is its own two kinds of worker: imports of jax and torch stay inside functions, so that neither process has
-# the other's library (the Python that has torch need not have jax at all).
+# The workers run this same file: jax and torch are imported inside functions, so neither process loads the other's
+# library (the Python that has torch need not have jax at all).
 
 import contextlib
 import dataclasses
@@ -59,28 +59,28 @@ from jaxgpt.errors import UserError
 
 MODULE = "experiments.bench.decode"
 RIVALS = {"dynamic": "HF dynamic cache", "compiled": "HF static + compile"}
-MUST_AGREE = 20  # greedy tokens that every decoder must have in common in float32
+MUST_AGREE = 20  # leading greedy tokens on which all decoders must agree in float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about 4 min, mostly Hugging Face's; without torch about 1 min. Leave the machine alone meanwhile."""
+    """2 CPU cores: about 4 min, mostly Hugging Face's; without torch about 1 min. Keep the machine otherwise idle."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("torch_python",)
 
     run: Path = Path("runs/bench_decode")
     models: tuple[str, ...] = ("small",)  # presets of jaxgpt.config
-    block: int = 256  # longest sequence; at most the preset's own (0: that)
-    vocab: int = 0  # tokens of the vocabulary (0: the preset's own)
+    block: int = 256  # longest sequence; at most the preset's (0: the preset's)
+    vocab: int = 0  # size of the vocabulary (0: the preset's)
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     batches: tuple[int, ...] = (1, 16)
-    prompts: tuple[int, ...] = (16,)  # tokens of the prompt
+    prompts: tuple[int, ...] = (16,)  # tokens per prompt
     new_tokens: tuple[int, ...] = (200,)
     repeats: int = 5  # turns of each decoder
-    rivals: tuple[str, ...] = ("dynamic", "compiled")  # Hugging Face's caches; none: only ours
-    torch_python: str = ""  # the Python that has torch and transformers (else this one)
-    prepared: bool = False  # make our weights ready for decoding once, ahead, instead of in each call
-    roof_mb: int = 1024  # of the array that is read to measure the memory; much more than the caches
+    rivals: tuple[str, ...] = ("dynamic", "compiled")  # Hugging Face's caches to compare with; none: only ours
+    torch_python: str = ""  # a Python that has torch and transformers; "": this one
+    prepared: bool = False  # prepare our weights for decoding once, ahead of time, instead of in each call
+    roof_mb: int = 1024  # size of the array read to measure memory bandwidth; much larger than the CPU's caches
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,17 +88,18 @@ class Settings:
         for name, names in known.items():
             for value in getattr(self, name):
                 if value not in names:
-                    raise UserError(f"{name} has {value!r}; choose among {', '.join(names)}")
+                    raise UserError(f"{name} has {value!r}; choose from {', '.join(names)}")
         for name in ("batches", "prompts", "new_tokens", "repeats", "roof_mb"):
             least = 2 if name == "new_tokens" else 1
             values = getattr(self, name)
             if min(values if isinstance(values, tuple) else (values,), default=0) < least:
-                raise UserError(f"{name} is {values}; at least one of at least {least} is needed")
+                raise UserError(f"{name} is {values}; set values of at least {least}")
         longest = max(self.prompts) + max(self.new_tokens)
         for name in self.models:
             if longest > self.config(name).block:
                 raise UserError(
-                    f"{longest} tokens don't fit the block of {self.config(name).block} ({name}); set block"
+                    f"{longest} tokens don't fit the block of {self.config(name).block} ({name}); "
+                    "raise block, or lower prompts or new_tokens"
                 )
 
     def config(self, name: str, dtype: Literal["float32", "bfloat16"] = "float32") -> ModelConfig:
@@ -142,8 +143,8 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def bytes_a_step(config: ModelConfig, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:
-    """What one step (one token for each row) must read: the weights of the matrix products, once for all rows, and
-    the keys and values of the slots filled so far, the new one's included, averaged over the steps of a call."""
+    """Bytes that one step (one token per row) must read: the weights of the matrix products, once for all rows, and
+    the keys and values of the slots filled so far, the new one included, averaged over the steps of a call."""
     D, F, size = config.width, config.mlp_units, 4 if config.dtype == "float32" else 2
     GK, inner = config.groups * config.head_dim, 3 if config.mlp == "swiglu" else 2
     weights = config.layers * (D * (D + 2 * GK) + D * D + inner * D * F) + config.vocab * D
@@ -153,8 +154,8 @@ def bytes_a_step(config: ModelConfig, batch: int, prompt: int, new_tokens: int) 
 
 
 def random_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Parameters of `model.init`'s shapes by name ("block_0/qkv/kernel"). Every one matters, biases too, and logits
-    have a standard deviation of about 3."""
+    """Parameters with the shapes of `transformer.init`, by name ("block_0/qkv/kernel"). All of them matter, biases too,
+    and logits have a standard deviation of about 3."""
     import jax
 
     from jaxgpt.models import transformer
@@ -180,7 +181,7 @@ def random_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, n
 
 
 class Decoder:
-    """What both kinds answer."""
+    """The requests that both kinds of worker answer."""
 
     def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], prepared: bool) -> dict[str, Any]:
         with np.load(weights) as flat:
@@ -216,7 +217,7 @@ class JaxWorker(Decoder):
         return {"platform": device.platform, "device": device.device_kind, "versions": jax_versions()}
 
     def roof(self, megabytes: int) -> dict[str, float]:
-        """Bytes a second, float32: a maximum over an axis, and a matrix [R, 4096] times a vector."""
+        """Bytes per second, float32: a maximum over an axis, and a matrix [R, 4096] times a vector."""
         import jax
         import jax.numpy as jnp
 
@@ -347,16 +348,16 @@ class TorchWorker(Decoder):
 
 
 def agreeing(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:
-    """Tokens that are equal from the first on, in the row that differs first."""
+    """Number of leading tokens that match, in the row that differs first."""
     different_BA = np.asarray(ours) != np.asarray(theirs)
     return int(np.where(different_BA.any(axis=1), different_BA.argmax(axis=1), different_BA.shape[1]).min())
 
 
 def figures(seconds: Sequence[float], first: Sequence[float], warm_up: float, case: Case, must_read: float) -> dict:
-    """What one decoder's times say: medians and ranges."""
+    """One decoder's figures from its times: medians and ranges."""
     whole, prompt = statistics.median(seconds), statistics.median(first)
     tokens = case.batch * case.new_tokens
-    # Where noise made one token take longer than all of them, the whole time counts.
+    # If noise made one token take longer than all of them, the whole time counts.
     step = (whole - prompt if whole > prompt else whole) / (case.new_tokens - 1)
     return {
         "tokens_a_second": tokens / whole,
@@ -372,7 +373,7 @@ def figures(seconds: Sequence[float], first: Sequence[float], warm_up: float, ca
 
 
 def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weights: Path) -> dict[str, Any]:
-    """One point of the grid: {decoder: figures}, and what failed. The workers take turns."""
+    """Measure one point of the grid: {decoder: figures}, and failures. The workers take turns."""
     config = settings.config(case.model, case.dtype)
     rng = np.random.default_rng(settings.seed)
     prompts = rng.integers(0, config.vocab, (case.batch, case.prompt)).tolist()
@@ -400,7 +401,7 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
             call(worker, 1)
 
     def turn(kind: str, worker: Worker) -> None:
-        time.sleep(0.2)  # threads of the one before come to rest
+        time.sleep(0.2)  # let the previous worker's threads settle
         seconds[kind].append(call(worker, case.new_tokens))
         first[kind].append(call(worker, 1))
 
@@ -425,7 +426,7 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
 
 
 def with_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[str, Any]]:
-    """The results with each decoder's fraction of the roof (bytes a second)."""
+    """The results with each decoder's fraction of the roof (bytes per second)."""
     for result in results:
         for found in result["decoders"].values():
             found["fraction_of_roof"] = found["bytes_a_second"] / roof
@@ -433,21 +434,21 @@ def with_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[str,
 
 
 def complaints(result: Mapping[str, Any]) -> list[str]:
-    """What a reader must know about one point of the grid: lines of text."""
+    """Warnings about one point of the grid, as lines of text."""
     lines = [f"{RIVALS[kind]} left out: {error}" for kind, error in result["failed"].items()]
     lines += disturbance(result["others_share"])
     for kind, found in result["decoders"].items():
         enough = min(MUST_AGREE, result["new_tokens"])
         if result["dtype"] == "float32" and found["agreeing_tokens"] < enough:
             equal = found["agreeing_tokens"]
-            lines.append(f"NOT COMPARABLE: {RIVALS[kind]} has other greedy tokens than jaxgpt after the first {equal}")
+            lines.append(f"NOT COMPARABLE: {RIVALS[kind]} differs from jaxgpt in greedy tokens after the first {equal}")
     return lines
 
 
-# ---- what is shown ----
+# ---- output ----
 
 HEADER = (
-    f"{'decoder':<21}{'tokens/s':>10}  {'(range)':<17}{'first ms':>9}{'ms a step':>10}{'of roof':>9}"
+    f"{'decoder':<21}{'tokens/s':>10}  {'(range)':<17}{'first ms':>9}{'ms per step':>13}{'of roof':>9}"
     f"{'compile s':>11}{'peak MB':>9}{'same':>10}"
 )
 
@@ -458,13 +459,13 @@ def title_of(result: Mapping[str, Any]) -> str:
 
 
 def table(results: Sequence[Mapping[str, Any]], roof: float) -> list[str]:
-    """At most 120 columns."""
+    """The table's lines, at most 120 columns wide."""
     lines = [HEADER]
     for result in results:
         must_read = result["bytes_a_step"]["total"]
         lines += [
             "",
-            f"{title_of(result)}: {must_read / 1e6:,.1f} MB a step, so at most "
+            f"{title_of(result)}: {must_read / 1e6:,.1f} MB per step, so at most "
             f"{roof / must_read * result['batch']:,.0f} tokens/s",
         ]
         for kind, found in result["decoders"].items():
@@ -473,7 +474,7 @@ def table(results: Sequence[Mapping[str, Any]], roof: float) -> list[str]:
             same = "" if kind == OURS else f"{found['agreeing_tokens']}/{result['new_tokens']}"
             lines.append(
                 f"{RIVALS.get(kind, kind):<21}{found['tokens_a_second']:>10,.1f}  {f'({low:,.0f}-{high:,.0f})':<17}"
-                f"{found['first_token_seconds'] * 1e3:>9.2f}{found['step_seconds'] * 1e3:>10.3f}"
+                f"{found['first_token_seconds'] * 1e3:>9.2f}{found['step_seconds'] * 1e3:>13.3f}"
                 f"{found['fraction_of_roof']:>9.1%}{found['compile_seconds']:>11.1f}{peak / 1e6:>9,.0f}{same:>10}"
             )
         if result["speedup"] is not None:
@@ -507,7 +508,7 @@ def main(settings: Settings) -> dict[str, Any]:
     with Run(settings.run, settings, stage="bench_decode", fresh=True) as run:
         log = run.folder.absolute() / "workers.log"
         log.write_text("")
-        for left_behind in run.folder.glob("weights-*"):  # by a run that was killed
+        for left_behind in run.folder.glob("weights-*"):  # by a killed run
             shutil.rmtree(left_behind)
         if os.getloadavg()[0] > 0.5 * cores():
             run.say(f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: other programs disturb these timings")
@@ -538,7 +539,7 @@ def main(settings: Settings) -> dict[str, Any]:
         run.say(f"memory, again: {roofs_text(after)}")
         roofs = {name: max(before[name], after.get(name, 0.0)) for name in before}
         used = max(roofs, key=lambda name: roofs[name])
-        roof_text = f"{roofs[used] / 1e9:.1f} GB/s, {used}, the best of 24 over {settings.roof_mb} MB of float32"
+        roof_text = f"{roofs[used] / 1e9:.1f} GB/s, {used}, the best of 24 reads of {settings.roof_mb} MB of float32"
         lines = [f"roof: {roof_text}", "", *table(with_fractions(results, roofs[used]), roofs[used])]
         for line in lines:
             run.say(line)

@@ -1,8 +1,8 @@
-"""What the benchmark programs share: decoders or trainers in processes of their own, which take turns.
+"""Shared by the benchmarks: decoders or trainers in processes of their own, which take turns.
 
-Threads, allocators and peak memory don't mix then, and a disturbance of the machine hits all alike. A worker process
-reads requests, a JSON object a line, calls the method that each one names, and answers in a line. Imports of jax and
-torch stay inside functions: neither kind of process has the other's library.
+That way threads, allocators and peak memory don't mix, and a disturbance of the machine affects all alike. A worker
+process reads requests, one JSON object per line, calls the method that each one names, and answers in one line. jax and
+torch are imported inside functions: neither kind of process loads the other's library.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from jaxgpt.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 OURS = "jaxgpt"
-PATIENCE = 1800  # seconds that a worker may take for one answer
-NOTICEABLE = 0.05  # share of the cores' time with other programs
+PATIENCE = 1800  # seconds a worker may take for one answer
+NOTICEABLE = 0.05  # fraction of the cores' time spent on other programs
 
 
 # ---- the machine ----
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fast_malloc() -> None:
-    """`jaxgpt.runs.process.fast_malloc`, which a Python without jax can't import: the same favour for torch."""
+    """A copy of `jaxgpt.runs.process.fast_malloc`, which a Python without jax can't import, so torch has it too."""
     if os.environ.get("JAXGPT_MALLOC") != "0" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-4, 0), (-1, -1), (-8, 1)):
@@ -49,13 +49,13 @@ def fast_malloc() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes."""
+    """Peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def best_rate(read: Callable[[], Any], size: int, times: int = 12) -> float:
-    """Bytes a second of the fastest of several reads; the first one warms up."""
+    """`size` (bytes or FLOPs) per second in the fastest of several calls, after one to warm up."""
     read()
     seconds = []
     for _ in range(times):
@@ -66,16 +66,16 @@ def best_rate(read: Callable[[], Any], size: int, times: int = 12) -> float:
 
 
 def busy_seconds() -> float:
-    """Seconds that this machine's cores have been busy since it started, time stolen by a host's others included; 0
-    where the system does not say."""
+    """Seconds that this machine's cores have been busy since boot, steal time included; 0 if the system does not
+    say."""
     with contextlib.suppress(OSError):
         ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # less idle and waiting for disks
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # less idle and iowait
     return 0.0
 
 
 def processor() -> str:
-    """Its name, as the system gives it."""
+    """The processor's name, as the system reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -87,8 +87,8 @@ def processor() -> str:
 
 
 def serve(worker: Any, requests: IO[str], answer: Callable[[dict[str, Any]], None]) -> None:
-    """Answer each request, {"do": a method of the worker, its arguments}, until there are no more. What goes wrong is
-    answered too, in one line."""
+    """Answer each request, {"do": a method of the worker, its arguments}, until there are no more. Errors are answered
+    too, in one line."""
     own: dict[str, Callable[[], dict[str, Any]]] = {
         "cpu": lambda: {"seconds": time.process_time()},
         "peak": lambda: peak_of(worker),
@@ -104,12 +104,12 @@ def serve(worker: Any, requests: IO[str], answer: Callable[[dict[str, Any]], Non
 
 
 def peak_of(worker: Any) -> dict[str, int | None]:
-    """Bytes: the largest resident memory of this process, and the device's."""
+    """Peak resident memory of this process, and peak memory of the device, in bytes."""
     return {"process": peak_memory(), "device": worker.device_peak()}
 
 
 def worker_main(kind: str, make: Callable[[str], Any]) -> None:
-    """The process of one worker: stdout speaks JSON alone, whatever libraries print goes to stderr."""
+    """Run one worker process: stdout carries JSON only; whatever libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -126,12 +126,11 @@ def worker_main(kind: str, make: Callable[[str], Any]) -> None:
 
 
 class WorkerError(Exception):
-    """What a worker could not do, in one line."""
+    """A worker's failure, in one line."""
 
 
 class Worker:
-    """A worker process, `python -m MODULE --worker KIND`, seen from the one that asks; it ends with the `with`
-    block."""
+    """A worker process, `python -m MODULE --worker KIND`, from the caller's side; it ends with the `with` block."""
 
     def __init__(self, module: str, kind: str, python: str, log: Path) -> None:
         self.kind, self.log = kind, log
@@ -186,14 +185,14 @@ class Worker:
 
 
 class Turns:
-    """Workers that take turns. One that fails is left out and its reason kept; ours must not."""
+    """Workers that take turns. A rival that fails is left out and the reason kept; ours must not fail."""
 
     def __init__(self, workers: Mapping[str, Any]) -> None:
         self.alive, self.failed = dict(workers), {}  # type: dict[str, Any], dict[str, str]
-        self.others_share = 0.0  # of the cores' time, with other programs, in `watched`
+        self.others_share = 0.0  # fraction of the cores' time that other programs used in `watched`
 
     def each(self, do: Callable[[str, Any], None]) -> None:
-        """do(kind, worker) for each that is alive."""
+        """Call do(kind, worker) for each worker that is alive. Raises UserError if ours fails."""
         for kind, worker in list(self.alive.items()):
             try:
                 do(kind, worker)
@@ -205,26 +204,26 @@ class Turns:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Measures `others_share` meanwhile."""
-        busy, ours, started = busy_seconds(), self._seconds(), time.perf_counter()
+        """Measure `others_share` over the `with` block."""
+        busy, ours, started = busy_seconds(), self._cpu_seconds(), time.perf_counter()
         yield
-        busy, ours, elapsed = busy_seconds() - busy, self._seconds() - ours, time.perf_counter() - started
+        busy, ours, elapsed = busy_seconds() - busy, self._cpu_seconds() - ours, time.perf_counter() - started
         self.others_share = max(busy - ours, 0.0) / (elapsed * cores())
 
-    def _seconds(self) -> float:
-        """That the cores were busy for us."""
+    def _cpu_seconds(self) -> float:
+        """CPU time of this process and the workers."""
         return time.process_time() + sum(worker.ask("cpu")["seconds"] for worker in self.alive.values())
 
 
 def disturbance(others_share: float) -> list[str]:
-    """A line for the reader where other programs had a noticeable share of the machine."""
+    """A warning line if other programs used a noticeable share of the machine."""
     if others_share <= NOTICEABLE:
         return []
     return [f"DISTURBED: other programs used {others_share:.0%} of the machine meanwhile"]
 
 
 def speedup(seconds: Mapping[str, list[float]], other: str | None) -> dict[str, Any] | None:
-    """How many times as fast as another we are: of the medians, and the range over turns side by side."""
+    """How many times as fast as `other` ours is: the ratio of medians, and the range of ratios turn by turn."""
     if other is None:
         return None
     ratios = [theirs / ours for ours, theirs in zip(seconds[OURS], seconds[other], strict=True)]
@@ -235,9 +234,9 @@ def speedup(seconds: Mapping[str, list[float]], other: str | None) -> dict[str, 
 def survey(
     module: str, kinds: Sequence[str], python: Mapping[str, str], log: Path, rival: str, **roof: Any
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]], str]:
-    """What is measured on (processor, versions, devices); the answers to "roof" with the settings `roof`, where there
-    are any, ours and the first rival's; why the rivals are left out, if their library is not there. UserError where our
-    own process fails."""
+    """The machine (processor, versions, devices); the answers of ours and the first rival to "roof" with the arguments
+    `roof`, if there are any; and why the rivals are left out, if their library is missing. Raises UserError if our own
+    process fails."""
     about: dict[str, Any] = {"processor": processor(), "cores": cores(), "versions": {}}
     roofs: dict[str, dict[str, float]] = {}
     for kind in kinds[:2]:
@@ -250,13 +249,13 @@ def survey(
                     roofs[kind] = worker.ask("roof", **roof)
         except WorkerError as error:
             if kind == OURS:
-                raise UserError(f"our own process failed: {error}") from None
+                raise UserError(f"the {OURS} worker failed: {error}") from None
             return about, roofs, f"without {rival}: {python[kind]}: {error}"
     return about, roofs, ""
 
 
 def jax_versions() -> dict[str, str]:
-    """Of jax, jaxlib and Python."""
+    """Versions of jax, jaxlib and Python."""
     import jax
     import jaxlib
 
@@ -270,7 +269,7 @@ def machine_text(about: Mapping[str, Any]) -> str:
     return ", ".join([f"{device} ({about['cores']} cores)", *(f"{name} {about['versions'][name]}" for name in names)])
 
 
-# ---- the picture ----
+# ---- figure ----
 
 
 def draw_bars(
@@ -280,10 +279,10 @@ def draw_bars(
     path: Path,
     title: str,
 ) -> None:
-    """Tokens a second, each panel with its own scale; below it the fraction of the roof, all on one scale.
+    """Draw tokens per second, each panel on its own scale, and below it the fraction of the roof, all on one scale.
 
-    A panel is a list of (label, {kind: tokens_a_second, tokens_a_second_range, fraction_of_roof}); `names` are those of
-    the kinds, `lower` says what the roof is.
+    A panel is a list of (label, {kind: tokens_a_second, tokens_a_second_range, fraction_of_roof}); `names` maps kinds
+    to labels, `lower` is the lower axis label and says what the roof is.
     """
     from matplotlib.figure import Figure
 
@@ -337,7 +336,7 @@ def draw_bars(
         bottom.set_ylim(0, max(1.05, 1.1 * largest))
         bottom.axhline(1, color="0.5", ls=":", lw=1)
         top.margins(y=0.12)
-    tops[0].set_ylabel("tokens a second (bar: median, line: range)")
+    tops[0].set_ylabel("tokens per second (bar: median, line: range)")
     bottoms[0].set_ylabel(lower)
     handles, labels = tops[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside lower center", ncols=min(len(kinds), 3), frameon=False)
@@ -345,11 +344,11 @@ def draw_bars(
     picture.savefig(path)
 
 
-# ---- weights, and the same in Hugging Face's GPT-2 ----
+# ---- weights, also as Hugging Face's GPT-2 ----
 
 
 def initial_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """GPT-2's initialisation, as in `model.init`, by name ("block_0/qkv/kernel")."""
+    """GPT-2's initialisation, as in `transformer.init`, by name ("block_0/qkv/kernel")."""
     import jax
 
     from jaxgpt.models import transformer
@@ -380,14 +379,14 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = "cpu") -> Any:
-    """GPT2LMHeadModel with our weights, in config.dtype, that never ends by itself."""
+    """A GPT2LMHeadModel with our weights, in config.dtype, that never stops. Raises UserError if not a GPT-2."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from jaxgpt.pretrained.places import kind_of, to_tensors
 
     if kind_of(config) != "gpt2":
-        raise UserError("models of GPT-2's type are compared with transformers' GPT-2; choose another --models")
+        raise UserError("only GPT-2 models can be compared with transformers' GPT-2; choose another model")
 
     theirs = GPT2Config(
         vocab_size=config.vocab,
@@ -414,5 +413,6 @@ def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = 
         for name, w in to_tensors(flat, config).items():
             places.pop(name).copy_(torch.from_numpy(w))
     if places or model.lm_head.weight.data_ptr() != model.transformer.wte.weight.data_ptr():
-        raise UserError(f"this version of transformers has other parameters: {', '.join(places) or 'an untied head'}")
+        extra = ", ".join(places) or "an untied head"
+        raise UserError(f"this version of transformers has different parameters: {extra}; install another version")
     return model

@@ -1,12 +1,13 @@
-"""How long one PPO iteration takes, beside TRL's PPOTrainer on the same machine.
+"""How long one PPO iteration takes, compared with TRL's PPOTrainer on the same machine.
 
     python -m experiments.bench.ppo --run runs/bench_ppo --torch-python /path/to/python/with/torch/and/trl
 
-An iteration samples an answer to each prompt, scores it by a reward model and a frozen reference, and trains policy and
-critic for some epochs on the whole batch. Both sides have models of one shape with the same random weights, prompts of
-one length, no stop before `new_tokens`, and a process of their own; they take turns. Ours is the iteration of
-experiments/ppo.py, one jitted program. TRL's is `PPOTrainer.train` of trl 1.12 (later versions have none), timed from
-one `on_step_end` to the next. TRL's critic has a trunk of its own, as its authors built it; ours shares the policy's.
+An iteration samples an answer to each prompt, evaluates it with a reward model and a frozen reference, and trains
+policy and critic for several epochs on the whole batch. Both sides use models of the same shape with the same random
+weights, prompts of equal length, no stop before `new_tokens`, and their own process; they take turns. Ours is the
+iteration of experiments/ppo.py, one jitted program. TRL's is `PPOTrainer.train` of trl 1.12 (later versions have none),
+timed from one `on_step_end` to the next. TRL's critic has its own trunk, as its authors built it; ours shares the
+policy's.
 """
 
 import contextlib
@@ -49,23 +50,23 @@ RIVAL, RIVAL_NAME = "trl", "TRL PPOTrainer"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about 3 min, mostly TRL's. Leave the machine alone meanwhile."""
+    """2 CPU cores: about 3 min, mostly TRL's. Keep the machine otherwise idle."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("torch_python",)
 
     run: Path = Path("runs/bench_ppo")
     model: str = "small"  # a preset of jaxgpt.config
-    batch: int = 64  # prompts, and answers
-    prompt: int = 16  # tokens of each
+    batch: int = 64  # prompts, each with one answer
+    prompt: int = 16  # tokens per prompt
     new_tokens: int = 32
     epochs: int = 4
-    repeats: int = 5  # turns of each
-    torch_python: str = ""  # the Python that has torch and trl 1.12 (else this one)
+    repeats: int = 5  # turns of each trainer
+    torch_python: str = ""  # a Python that has torch and trl 1.12; "": this one
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
-            raise UserError(f"model is {self.model!r}; choose among {', '.join(MODELS)}")
+            raise UserError(f"model is {self.model!r}; choose from {', '.join(MODELS)}")
         for name in ("batch", "prompt", "new_tokens", "epochs", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -98,7 +99,7 @@ class JaxWorker:
         device = jax.devices()[0]
         return {"platform": device.platform, "device": device.device_kind, "versions": jax_versions()}
 
-    def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], **asked: int) -> dict[str, Any]:
+    def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], **options: int) -> dict[str, Any]:
         import jax
 
         from experiments import ppo as stage
@@ -109,7 +110,9 @@ class JaxWorker:
         from jaxgpt.structs import Prompts
 
         model_config = ModelConfig(**config)
-        algorithm = PPOConfig(new_tokens=asked["new_tokens"], temperature=0.7, epochs=asked["epochs"], minibatches=1)
+        algorithm = PPOConfig(
+            new_tokens=options["new_tokens"], temperature=0.7, epochs=options["epochs"], minibatches=1
+        )
         settings = stage.Settings(batch=len(prompts), iterations=1000, ppo=algorithm)
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         program = stage.build(settings, model_config, len(prompts[0]), mesh, ANSWER_END)
@@ -145,7 +148,7 @@ class JaxWorker:
 
 
 class TrlWorker:
-    """TRL's PPOTrainer in a thread, which waits for leave at the end of each iteration."""
+    """TRL's PPOTrainer in a thread that waits for permission before each iteration."""
 
     def __init__(self) -> None:
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -165,7 +168,7 @@ class TrlWorker:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         return {"platform": "cuda" if torch.cuda.is_available() else "cpu", "device": name, "versions": versions}
 
-    def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], **asked: int) -> dict[str, Any]:
+    def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], **options: int) -> dict[str, Any]:
         import torch
         from transformers import TrainerCallback
         from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -176,7 +179,7 @@ class TrlWorker:
         scorers = [scorer_like(policy) for _ in range(2)]
         worker = self
 
-        class Waits(TrainerCallback):
+        class Pause(TrainerCallback):
             def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
                 worker.may_go.acquire()
 
@@ -190,9 +193,9 @@ class TrlWorker:
             per_device_train_batch_size=len(prompts),
             gradient_accumulation_steps=1,
             num_mini_batches=1,
-            num_ppo_epochs=asked["epochs"],
+            num_ppo_epochs=options["epochs"],
             total_episodes=1000 * len(prompts),
-            response_length=asked["new_tokens"],
+            response_length=options["new_tokens"],
             temperature=0.7,
             local_rollout_forward_batch_size=len(prompts),
             num_sample_generations=0,
@@ -216,7 +219,7 @@ class TrlWorker:
             train_dataset=rows,
             eval_dataset=rows,
             data_collator=lambda rows: {"input_ids": torch.stack([row["input_ids"] for row in rows])},
-            callbacks=[Waits()],
+            callbacks=[Pause()],
         )
 
         def train() -> None:
@@ -244,7 +247,7 @@ class TrlWorker:
 
 
 def scorer_like(policy: Any) -> Any:
-    """A model with a scalar head over the policy's trunk's weights."""
+    """A model with a scalar head on a copy of the policy's trunk."""
     from transformers import GPT2ForSequenceClassification
 
     scorer = GPT2ForSequenceClassification(type(policy.config)(**{**policy.config.to_dict(), "num_labels": 1}))
@@ -253,7 +256,7 @@ def scorer_like(policy: Any) -> Any:
 
 
 def tokenizer_of(vocab: int) -> Any:
-    """As many words as ids: TRL asks its tokenizer for little more than the numbers of padding and end. Both are the
+    """A tokenizer with one word per id: TRL needs little more from it than the ids of padding and end. Both are the
     last id, which random weights hardly ever choose."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -266,7 +269,7 @@ def tokenizer_of(vocab: int) -> Any:
 
 
 def measure(settings: Settings, workers: Mapping[str, Worker], weights: Path) -> dict[str, Any]:
-    """{who: figures}, and what failed. The workers take turns."""
+    """Measure {trainer: figures}, and failures. The workers take turns."""
     rng = np.random.default_rng(settings.seed)
     load = {
         "config": dataclasses.asdict(settings.config),
@@ -285,7 +288,7 @@ def measure(settings: Settings, workers: Mapping[str, Worker], weights: Path) ->
         worker.ask("timed")
 
     def turn(kind: str, worker: Worker) -> None:
-        time.sleep(0.2)  # threads of the one before come to rest
+        time.sleep(0.2)  # let the previous worker's threads settle
         seconds[kind].append(worker.ask("timed")["seconds"])
 
     turns.each(get_ready)
@@ -312,17 +315,17 @@ def measure(settings: Settings, workers: Mapping[str, Worker], weights: Path) ->
 
 
 def table(result: Mapping[str, Any], settings: Settings) -> list[str]:
-    """At most 120 columns."""
+    """The table's lines, at most 120 columns wide."""
     lines = [
         f"{settings.model} float32: {settings.batch} prompts of {settings.prompt} tokens, {settings.new_tokens} new "
         f"ones each, {settings.epochs} epochs on the whole batch",
-        f"{'':<18}{'s an iteration':>15}  {'(range)':<15}{'first s':>9}{'peak MB':>9}",
+        f"{'':<18}{'s per iteration':>16}  {'(range)':<15}{'first s':>9}{'peak MB':>9}",
     ]
     for kind, found in result["trainers"].items():
         low, high = found["range"]
         peak = found["peak_bytes"]["device"] or found["peak_bytes"]["process"]
         lines.append(
-            f"{kind if kind == OURS else RIVAL_NAME:<18}{found['seconds']:>15.2f}  {f'({low:.2f}-{high:.2f})':<15}"
+            f"{kind if kind == OURS else RIVAL_NAME:<18}{found['seconds']:>16.2f}  {f'({low:.2f}-{high:.2f})':<15}"
             f"{found['first_seconds']:>9.1f}{peak / 1e6:>9,.0f}"
         )
     if result["speedup"] is not None:
@@ -341,7 +344,7 @@ def main(settings: Settings) -> dict[str, Any]:
     with Run(settings.run, settings, stage="bench_ppo", fresh=True) as run:
         log = run.folder.absolute() / "workers.log"
         log.write_text("")
-        for left_behind in run.folder.glob("weights-*"):  # by a run that was killed
+        for left_behind in run.folder.glob("weights-*"):  # by a killed run
             shutil.rmtree(left_behind)
         kinds = [OURS, RIVAL]
         about, _, note = survey(MODULE, kinds, python, log, "TRL")

@@ -4,8 +4,8 @@
     python -m experiments.bench.runs --preset gpu
 
 The three ways take turns in one process, on the same work; times are whole iterations, and the speed-up over separate
-runs is told turn by turn. A small program leaves most of a GPU idle, which vmap fills; on a CPU the products are the
-same work either way.
+runs is computed turn by turn. A small program leaves most of a GPU idle, which vmap fills; on a CPU the products are
+the same work either way.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ from jaxgpt.study.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """5 minutes on one CPU core; vmap of 4 runs 1.24 x separate ones (docs/results.md)."""
+    """5 minutes on one CPU core; vmap of 4 runs is 1.24 x as fast as separate ones (docs/results.md)."""
 
     run: Path = Path("runs/bench_runs")
     model: ModelConfig = MODELS["tiny"]
     runs: tuple[int, ...] = (4,)  # at once
-    batch: int = 64  # answers of each run's iteration
+    batch: int = 64  # answers per run and iteration
     prompt: int = 16  # tokens
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     turns: int = 3
@@ -66,12 +66,12 @@ SEPARATE = "separate"
 
 
 def even_tokens(params: Params, rows: Batch) -> Array:
-    """A reward that costs nothing: the share of even tokens."""
+    """A reward that costs nothing: the fraction of even tokens."""
     return jnp.where(rows.mask_BT, rows.tokens_BT % 2 == 0, False).sum(1) / jnp.maximum(rows.mask_BT.sum(1), 1)
 
 
 def iteration(s: Settings, task: Task, count: int, how: str) -> Callable[[], None]:
-    """One PPO iteration of `count` runs, again and again from where the last one ended."""
+    """A function that runs one PPO iteration of `count` runs, continuing from its last call."""
     tx = many.ppo_optimizer(task, 1e-4, 1000)
     learn = many.learn_by_ppo(task, tx, even_tokens)
     program = many.OnPolicy(task, learn, tx, 1, s.batch, how="map" if how == "map" else "vmap")
@@ -130,14 +130,14 @@ def main(settings: Settings) -> dict[str, Any]:
         size = f"{s.model.parameters / 1e6:.2g}M"
         lines = [
             f"{jax.device_count()} x {device}{cores}, jax {jax.__version__}: PPO of {size} parameters, "
-            f"{s.batch} answers of {s.ppo.new_tokens} tokens a run and iteration"
+            f"{s.batch} answers of {s.ppo.new_tokens} tokens per run and iteration"
         ]
-        lines += [f"{'runs':>5} {'way':<9} {'s an iteration of all':>22}   speed-up over separate runs (range)"]
+        lines += [f"{'runs':>5} {'way':<9} {'s per iteration of all':>24}   speed-up over separate runs (range)"]
         for runs_, ways_ in found.items():
             for how, times in ways_.items():
                 gain = [a / b for a, b in zip(ways_[SEPARATE], times, strict=True)]
                 shown = f"{statistics.median(gain):.2f} ({min(gain):.2f}-{max(gain):.2f})" if how != SEPARATE else ""
-                lines.append(f"{runs_:>5} {how:<9} {statistics.median(times):>22.3f}   {shown}")
+                lines.append(f"{runs_:>5} {how:<9} {statistics.median(times):>24.3f}   {shown}")
         for line in lines:
             run.say(line)
         (run.folder / "bench_runs.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,22 +1,22 @@
-"""How fast a training step is, beside PyTorch on the same weights and batches and beside the machine's matrix product.
+"""How fast a training step is, compared with PyTorch on the same weights and batches and with plain matrix products.
 
     python -m experiments.bench.train --run runs/bench_train
     python -m experiments.bench.train --preset gpt2 --torch-python /path/to/python/with/torch
 
 A step is forward, backward, clipping and AdamW (decay on matrices); bfloat16 means bfloat16 products over float32
-weights and moments (torch.autocast). PyTorch runs the GPT-2 of transformers and a plain module of the same
-mathematics, each as it is and compiled, with fused AdamW, its own fused attention, and the allocator that we have.
-Each trainer has a process of its own; they take turns, the others wait idle. What is reported:
+weights and moments (torch.autocast). PyTorch runs the GPT-2 of transformers and a plain module of the same maths, each
+eager and compiled, with fused AdamW, its own fused attention, and our allocator settings. Each trainer has its own
+process; they take turns, while the others wait idle. What is reported:
 
     tokens/s     batch x block x steps / time of a turn: median and range over the turns
-    of roof      tokens/s x (6 N + 12 layers width block) FLOPs (Karpathy's nanoGPT; N without positions) / the largest
-                 matrix product's rate in that dtype, measured first in the same run by every library at hand
-    compile      what the first step took, less a typical one
-    peak         the largest resident memory of the trainer's process, libraries included; on a GPU, device memory
-    loss         after the warm-up steps: in float32 all must have ours
+    of roof      tokens/s x (6 N + 12 layers width block) FLOPs (Karpathy's nanoGPT; N without positions) / the fastest
+                 matrix product in that dtype, measured first in the same run with every library available
+    compile      time of the first step, less a typical one
+    peak         peak resident memory of the trainer's process, libraries included; on a GPU, device memory
+    loss         after the warm-up steps: in float32 all must match ours
 """
 
-# This file is its own two kinds of worker: imports of jax and torch stay inside functions, as in decode.py.
+# The workers run this same file: jax and torch are imported inside functions, as in decode.py.
 
 import contextlib
 import dataclasses
@@ -67,7 +67,7 @@ RATE, B1, B2, DECAY, CLIP = 1e-3, 0.9, 0.95, 0.1, 1.0  # of AdamW
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: about 6 min, mostly PyTorch's; without torch about 1 min. Leave the machine alone meanwhile."""
+    """2 CPU cores: about 6 min, mostly PyTorch's; without torch about 1 min. Keep the machine otherwise idle."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("torch_python",)
 
@@ -75,14 +75,14 @@ class Settings:
     models: tuple[str, ...] = ("small",)  # presets of jaxgpt.config
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     batches: tuple[int, ...] = (12,)
-    blocks: tuple[int, ...] = (256,)  # tokens of a row
-    layers: tuple[int, ...] = (0,)  # 0: the preset's own
-    widths: tuple[int, ...] = (0,)  # 0: the preset's own; heads of 64
-    vocab: int = 0  # 0: the preset's own
-    steps: int = 3  # of a turn
+    blocks: tuple[int, ...] = (256,)  # tokens per row
+    layers: tuple[int, ...] = (0,)  # 0: the preset's
+    widths: tuple[int, ...] = (0,)  # 0: the preset's; others have heads of 64
+    vocab: int = 0  # 0: the preset's
+    steps: int = 3  # per turn
     repeats: int = 5  # turns of each trainer
     rivals: tuple[str, ...] = tuple(RIVALS)  # none: only ours
-    torch_python: str = ""  # the Python that has torch and transformers (else this one)
+    torch_python: str = ""  # a Python that has torch and transformers; "": this one
     roof_size: int = 2048  # rows and columns of the matrices whose product is the roof
     seed: int = 0
 
@@ -91,12 +91,12 @@ class Settings:
         for name, names in known.items():
             for value in getattr(self, name):
                 if value not in names:
-                    raise UserError(f"{name} has {value!r}; choose among {', '.join(names)}")
+                    raise UserError(f"{name} has {value!r}; choose from {', '.join(names)}")
         least = {"batches": 1, "blocks": 2, "layers": 0, "widths": 0, "steps": 1, "repeats": 1, "roof_size": 1}
         for name, smallest in least.items():
             values = getattr(self, name)
             if min(values if isinstance(values, tuple) else (values,), default=-1) < smallest:
-                raise UserError(f"{name} is {values}; at least one of at least {smallest} is needed")
+                raise UserError(f"{name} is {values}; set values of at least {smallest}")
 
 
 PRESETS = {
@@ -143,7 +143,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 class Trainer:
-    """What both kinds answer."""
+    """The requests that both kinds of worker answer."""
 
     def load(self, config: Mapping[str, Any], weights: str, batch: int, seed: int) -> dict[str, Any]:
         self.config = ModelConfig(**config)
@@ -165,7 +165,7 @@ class Trainer:
         raise NotImplementedError
 
     def train(self, batches: Sequence[np.ndarray]) -> float:
-        """A step with each batch, and the loss of the last one."""
+        """Take one step per batch; returns the last one's loss."""
         raise NotImplementedError
 
 
@@ -184,7 +184,7 @@ class JaxWorker(Trainer):
         return {"platform": device.platform, "device": device.device_kind, "versions": jax_versions()}
 
     def roof(self, size: int) -> dict[str, float]:
-        """FLOPs a second of one matrix product, in each dtype."""
+        """FLOPs per second of one matrix product, in each dtype."""
         import jax
         import jax.numpy as jnp
 
@@ -288,11 +288,11 @@ class TorchWorker(Trainer):
     def train(self, batches: Sequence[np.ndarray]) -> float:
         import torch
 
-        half = torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+        autocast = torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16")
         for batch in batches:
             tokens = torch.from_numpy(batch.astype(np.int64)).to(self.device)
             self.optimizer.zero_grad(set_to_none=True)
-            with half:
+            with autocast:
                 loss = self.loss(tokens)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
@@ -370,7 +370,7 @@ def torch_module(config: ModelConfig, flat: Mapping[str, np.ndarray]) -> Any:
 def measure(
     case: Case, settings: Settings, workers: Mapping[str, Worker], weights: Path, roofs: Mapping[str, float]
 ) -> dict[str, Any]:
-    """One point of the grid: {trainer: figures}, and what failed. The workers take turns."""
+    """Measure one point of the grid: {trainer: figures}, and failures. The workers take turns."""
     config = case.config(settings.vocab)
     load = {
         "config": dataclasses.asdict(config),
@@ -389,7 +389,7 @@ def measure(
         loss[kind] = worker.ask("timed", steps=settings.steps)["loss"]
 
     def turn(kind: str, worker: Worker) -> None:
-        time.sleep(0.2)  # threads of the one before come to rest
+        time.sleep(0.2)  # let the previous worker's threads settle
         seconds[kind].append(worker.ask("timed", steps=settings.steps)["seconds"] / settings.steps)
 
     turns.each(get_ready)
@@ -423,7 +423,7 @@ def measure(
 
 
 def complaints(result: Mapping[str, Any]) -> list[str]:
-    """What a reader must know about one point of the grid: lines of text."""
+    """Warnings about one point of the grid, as lines of text."""
     lines = [f"{RIVALS[kind]} left out: {error}" for kind, error in result["failed"].items()]
     lines += disturbance(result["others_share"])
     ours = result["trainers"][OURS]["loss"]
@@ -434,10 +434,10 @@ def complaints(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-# ---- what is shown ----
+# ---- output ----
 
 HEADER = (
-    f"{'trainer':<30}{'tokens/s':>10}  {'(range)':<17}{'ms a step':>10}{'of roof':>9}{'compile s':>11}"
+    f"{'trainer':<30}{'tokens/s':>10}  {'(range)':<17}{'ms per step':>13}{'of roof':>9}{'compile s':>11}"
     f"{'peak MB':>9}{'loss':>9}"
 )
 
@@ -450,18 +450,18 @@ def title_of(result: Mapping[str, Any]) -> str:
 
 
 def table(results: Sequence[Mapping[str, Any]], roofs: Mapping[str, float]) -> list[str]:
-    """At most 120 columns."""
+    """The table's lines, at most 120 columns wide."""
     lines = [HEADER]
     for result in results:
         flops = result["flops_a_token"]
         at_most = roofs[result["dtype"]] / flops
-        lines += ["", f"{title_of(result)}: {flops / 1e6:,.1f} MFLOPs a token, so at most {at_most:,.0f} tokens/s"]
+        lines += ["", f"{title_of(result)}: {flops / 1e6:,.1f} MFLOPs per token, so at most {at_most:,.0f} tokens/s"]
         for kind, found in result["trainers"].items():
             low, high = found["tokens_a_second_range"]
             peak = found["peak_bytes"]["device"] or found["peak_bytes"]["process"]
             lines.append(
                 f"{RIVALS.get(kind, kind):<30}{found['tokens_a_second']:>10,.0f}  {f'({low:,.0f}-{high:,.0f})':<17}"
-                f"{found['step_seconds'] * 1e3:>10.1f}{found['fraction_of_roof']:>9.1%}"
+                f"{found['step_seconds'] * 1e3:>13.1f}{found['fraction_of_roof']:>9.1%}"
                 f"{found['compile_seconds']:>11.1f}{peak / 1e6:>9,.0f}{found['loss']:>9.4f}"
             )
         if result["speedup"] is not None:
@@ -493,7 +493,7 @@ def main(settings: Settings) -> dict[str, Any]:
     with Run(settings.run, settings, stage="bench_train", fresh=True) as run:
         log = run.folder.absolute() / "workers.log"
         log.write_text("")
-        for left_behind in run.folder.glob("weights-*"):  # by a run that was killed
+        for left_behind in run.folder.glob("weights-*"):  # by a killed run
             shutil.rmtree(left_behind)
         if os.getloadavg()[0] > 0.5 * cores():
             run.say(f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: other programs disturb these timings")

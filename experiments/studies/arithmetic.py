@@ -2,15 +2,15 @@
 
     python -m experiments.studies.arithmetic                     self-contained: it trains its small model from scratch
 
-Prompts are sums such as "37+85". Demonstrations write some dots, as many as they like, and the number: "...122"; they
-are stopped while most sums still come out wrong. Then each method learns from sampled answers and a host function that
-reads the number behind the dots: 1 if it is right, else 0. No sum of the held-out ones is ever trained on.
+Prompts are sums such as "37+85". A demonstration is a random number of dots followed by the result: "...122". Training
+on them stops while most sums still come out wrong. Then each method learns from sampled answers and a host function
+that reads the number after the dots: 1 if it is right, otherwise 0. The held-out sums are never trained on.
 
-Dots mean nothing, so that what happens to their number is the method's own doing. GRPO (Shao et al. 2024) divides an
-answer's loss by its length and a group's advantages by their deviation. Liu et al. (2025) showed both to be biases:
-a long wrong answer is punished less a token than a short one, so that wrong answers grow; and groups in which nearly
-all answers are right, or wrong, weigh more than the reward alone would have them. `centred` is GRPO without both; RLOO
-is that times C / (C - 1), which Adam takes out but for clipping; PPO has a critic in place of a group.
+The dots mean nothing, so any change in their number is the method's doing. GRPO (Shao et al. 2024) divides an answer's
+loss by its length and a group's advantages by their standard deviation. Liu et al. (2025) showed both to be biases: a
+long wrong answer is penalised less per token than a short one, so wrong answers grow; and groups in which nearly all
+answers are right, or wrong, weigh more than the reward alone would make them. `centred` is GRPO without either; RLOO is
+that times C / (C - 1), which Adam cancels except for clipping; PPO has a critic in place of a group.
 """
 
 import collections
@@ -49,19 +49,19 @@ class Settings:
 
     run: Path = Path("runs/arithmetic")
     model: ModelConfig = ModelConfig(layers=2, width=96, heads=4, block=32, vocab=384)
-    largest: int = 99  # summand
-    dots: int = 6  # at most, in a demonstration
+    largest: int = 99  # largest summand
+    dots: int = 6  # per demonstration, at most
     heldout: int = 500  # sums that are never trained on
-    steps: int = 3000  # of learning from demonstrations, at most
-    enough: float = 0.48  # nats a token at which they end: about half of the sums come out right
-    demonstrations: int = 128  # a step
-    learning_rate: float = 1e-3  # constant: where it falls, RL's larger steps undo what was learnt last
+    steps: int = 3000  # of training on demonstrations, at most
+    enough: float = 0.48  # nats per token at which that training ends: about half of the sums come out right
+    demonstrations: int = 128  # per step
+    learning_rate: float = 1e-3  # constant: if it decayed, RL's larger steps would undo what was learnt last
     iterations: int = 300
-    prompts: int = 32  # an iteration
-    each: int = 8  # answers to each, of the methods with groups
+    prompts: int = 32  # per iteration
+    each: int = 8  # answers per prompt, for the methods with groups
     ppo: PPOConfig = PPOConfig(new_tokens=14, temperature=1.0, epochs=1, minibatches=2, unfinished_score=0.0)
     rl_learning_rate: float = 3e-4
-    methods: tuple[str, ...] = ()  # of `group_policy.METHODS` and "PPO"; none: all of them
+    methods: tuple[str, ...] = ()  # names from `group_policy.METHODS`, or "PPO"; none: all of them
     seeds: int = 2
     how: many.How = "vmap"
     seed: int = 31
@@ -69,9 +69,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.each < 2 or self.largest < 9 or self.heldout >= (self.largest + 1) ** 2 // 2:
-            raise UserError("each must be at least 2, largest 9, and heldout less than half of all sums")
+            raise UserError("each must be at least 2, largest at least 9, and heldout less than half of all sums")
         if unknown := set(self.methods) - {*group_policy.METHODS, "PPO"}:
-            raise UserError(f"no methods named {sorted(unknown)}; there are {[*group_policy.METHODS, 'PPO']}")
+            raise UserError(f"unknown methods {sorted(unknown)}; choose from {[*group_policy.METHODS, 'PPO']}")
 
 
 PRESETS = {
@@ -102,8 +102,8 @@ PRESETS = {
 
 
 def demonstrate(s: Settings, tok: Tokenizer, prompts: list[str], bar: Bar) -> Params:
-    """A model from scratch that has seen some demonstrations. How many it takes to the same loss varies: sums are
-    learnt all of a sudden."""
+    """Train a model from scratch on demonstrations, until its loss is `enough`. How many steps that takes varies: sums
+    are learnt all of a sudden."""
     nats: collections.deque[float] = collections.deque(maxlen=20)
 
     def watch(i: int, found: dict[str, np.ndarray]) -> None:
@@ -124,7 +124,7 @@ def demonstrate(s: Settings, tok: Tokenizer, prompts: list[str], bar: Bar) -> Pa
 
 
 def learn_by_ppo(task: Task, tx: Any) -> many.Learn:
-    """PPO with its critic, and the lengths beside it."""
+    """PPO with its critic, plus the lengths among its metrics."""
     inner = many.learn_by_ppo(task, tx)
 
     def learn(
@@ -137,7 +137,7 @@ def learn_by_ppo(task: Task, tx: Any) -> many.Learn:
 
 
 def trained(s: Settings, task: Task, name: str, bar: Bar) -> dict[str, Any]:
-    """One method, all seeds at once: curves [seeds, iterations], and how many held-out sums each policy solves."""
+    """Train one method, all seeds at once: curves [seeds, iterations], and which held-out sums each policy solves."""
     critic = name == "PPO"
     steps = s.iterations * (s.ppo.epochs * s.ppo.minibatches if critic else 1)
     tx = optim.adam_tf(optim.linear_to_zero(s.rl_learning_rate, steps, steps // 25))
@@ -163,7 +163,7 @@ def trained(s: Settings, task: Task, name: str, bar: Bar) -> dict[str, Any]:
 def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     tok, prompts = train_char([sums.CHARACTERS]), sums.split(s.largest, s.heldout, s.seed)
     if tok.vocab_size > s.model.vocab:
-        raise UserError(f"model.vocab is {s.model.vocab}, and the characters need {tok.vocab_size}")
+        raise UserError(f"model.vocab is {s.model.vocab}; set at least {tok.vocab_size}, which the characters need")
     methods = s.methods or (*group_policy.METHODS, "PPO")
     with run.progress(s.steps + len(methods) * s.iterations, "arithmetic") as bar:
         start, _ = cells.model("start", lambda: (demonstrate(s, tok, prompts[0], bar), s.model), s.steps, bar)
@@ -190,7 +190,7 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
             (
                 "At the end",
                 page.plain_table(
-                    ("method", "held-out sums solved, a seed each", "tokens, right", "tokens, wrong", "entropy, nats"),
+                    ("method", "held-out sums solved, by seed", "tokens, right", "tokens, wrong", "entropy, nats"),
                     rows,
                 ),
             ),

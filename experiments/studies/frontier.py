@@ -1,18 +1,17 @@
-"""The reward-KL frontier: what a nat of drift buys, by PPO, DPO, best-of-n and two other ways.
+"""The reward-KL frontier: how much reward PPO, DPO, best-of-n and two other methods gain per nat of KL.
 
-    make frontier                                        the start (`make assistant`, once), then this
+    make frontier                                        `make assistant` (once), then this
     python -m experiments.studies.frontier --start runs/mine --betas 0.05 0.2 0.8 --seeds 4
 
-All methods begin at the same finetuned model and know the same preferences. PPO maximises the learned reward minus
-beta KL, for each beta and seed; so does backpropagation through the reward model, by its derivative in place of a
-policy gradient (`jaxgpt/rlhf/through_reward.py`); DPO takes the preferences themselves, for each beta and seed;
+All methods start from the same finetuned model and use the same preferences. PPO maximises the learned reward minus
+beta KL, for each beta and seed; so does backpropagation through the reward model, by its derivative instead of a
+policy gradient (`jaxgpt/rlhf/through_reward.py`); DPO uses the preferences themselves, for each beta and seed;
 best-of-n picks by the learned reward; the last one finetunes on the favourites alone ("preferred-FT", Rafailov et al.
-2023). A run is a pure function of numbers, so that a whole grid is one compiled program: `jax.vmap`,
-divided among devices.
+2023). A run is a pure function of arrays, so a whole grid is one compiled program: `jax.vmap`, sharded over devices.
 
-Measured on held-out prompts against KL(pi || start) in nats a sequence: the annotator's gold score, which nothing
-but its noisy choices ever showed; the reward model; and a judge fitted on people's labels. Bands are 95 % intervals
-that draw seeds and prompts anew. A study that was stopped goes on behind its last finished part.
+Measured on held-out prompts against KL(pi || start) in nats per sequence: the annotator's gold reward, which training
+sees only through noisy choices; the reward model; and a judge fitted on people's labels. Bands are 95 % intervals that
+resample seeds and prompts. An interrupted study resumes after its last finished part.
 """
 
 import dataclasses
@@ -35,16 +34,16 @@ from jaxgpt.training import optim
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """30 minutes on one CPU core; best-of-n is cheapest a nat, PPO goes furthest (docs/results.md)."""
+    """30 minutes on one CPU core; best-of-n gains most per nat, PPO goes furthest (docs/results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
     run: Path = Path("runs/frontier")
-    start: Path = Path("runs/assistant")  # of which sft, reward and preferences are used
+    start: Path = Path("runs/assistant")  # run folder whose sft, reward and preferences are used
     seeds: int = 2
-    betas: tuple[float, ...] = (0.05, 0.15, 0.4, 1.0)  # PPO's, reward units a nat
+    betas: tuple[float, ...] = (0.05, 0.15, 0.4, 1.0)  # of PPO, in reward units per nat
     iterations: int = 24
-    batch: int = 64  # answers an iteration
+    batch: int = 64  # answers per iteration
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     learning_rate: float = 5e-4
     through_betas: tuple[float, ...] = (0.0, 0.05, 0.3)  # of backpropagation through the reward model
@@ -56,10 +55,10 @@ class Settings:
     limit: int = 640  # preferences for DPO and for finetuning on favourites, at most
     preference_batch: int = 16
     favourites_learning_rate: float = 2e-4
-    epochs: int = 2  # of finetuning on favourites: a point each
+    epochs: int = 2  # of finetuning on favourites: one point for each number of epochs up to this
     best_of: int = 64  # largest n
     prompts: int = 250  # held out
-    how: many.How = "vmap"  # or one run after another, in the same program
+    how: many.How = "vmap"  # map: one run after another, in the same program
     seed: int = 7
     cache: Path = cache_root() / "data"
     fresh: bool = False
@@ -99,7 +98,7 @@ PRESETS = {
 
 
 def through_reward(s: Settings, start: Start) -> frontier.Settings:
-    """Backpropagation through the reward model; one update where PPO makes a rollout."""
+    """Backpropagation through the reward model, with one update per rollout."""
     tx = optim.adam_tf(optim.linear_to_zero(s.through_learning_rate, s.through_iterations))
     learn = many.learn_through_reward(start.task, tx, start.judge[1], s.through)
     program = many.OnPolicy(start.task, learn, tx, s.through_iterations, s.batch, how=s.how)
@@ -107,7 +106,7 @@ def through_reward(s: Settings, start: Start) -> frontier.Settings:
 
 
 def parts(s: Settings, rankings: int) -> frontier.Parts:
-    """Every method with its settings, and the steps that it takes with so many preferences."""
+    """Every method with its settings, and the number of steps it takes with that many preferences."""
     epoch, epochs, batch = rankings // s.preference_batch, range(1, s.epochs + 1), s.preference_batch
     ppo: dict[str, Any] = {"learning_rate": s.learning_rate, "iterations": s.iterations, "batch": s.batch}
     return {
@@ -126,22 +125,22 @@ def parts(s: Settings, rankings: int) -> frontier.Parts:
 def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
     rankings = methods.rankings_of(task, s.start / "preferences/train.jsonl")[: s.limit]
-    judge, every = learned_reward(task, s.start / "reward"), parts(s, len(rankings))
+    proxy, every = learned_reward(task, s.start / "reward"), parts(s, len(rankings))
     run.say(
         f"frontier: {s.seeds} seeds, {len(s.betas)} betas of PPO, {len(s.dpo_betas)} of DPO, best of "
         f"{s.best_of}, {s.prompts} held-out prompts"
     )
     with run.progress(frontier.steps(every), "frontier") as bar:
-        found = frontier.run(every, Start(task, judge, rankings, s.seeds, s.seed, s.how, bar), cells)
+        found = frontier.run(every, Start(task, proxy, rankings, s.seeds, s.seed, s.how, bar), cells)
     points = page.points(found)
     figures.frontier(s.run / "frontier.png", points)
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
     page.write_page(
         s.run,
         "The reward-KL frontier",
-        f"{s.prompts} held-out prompts, {s.seeds} seeds; 95 % intervals draw seeds and prompts anew. Gold score and "
-        "preferences are a simulated annotator's (VADER). Best-of-n picks by the reward model; its KL is measured, "
-        "and nearly the bound log n - (n - 1) / n.",
+        f"{s.prompts} held-out prompts, {s.seeds} seeds; 95 % intervals resample seeds and prompts. Gold rewards and "
+        "preferences come from a simulated annotator (VADER). Best-of-n picks by the reward model; its measured KL is "
+        "close to the bound log n - (n - 1) / n.",
         [
             ("", s.run / "frontier.png"),
             ("All points", page.table(points)),

@@ -1,12 +1,12 @@
-"""How many labels, how noisy, and of how many answers? What PPO reaches, against what the annotator was asked.
+"""How many labels, how noisy, and among how many answers? What PPO achieves, by what the annotator was asked.
 
     python -m experiments.studies.how_many_labels                after `make assistant`
     python -m experiments.studies.how_many_labels --people runs/label/votes.sqlite:train --run runs/mine
 
-One pool of answers of the finetuned model; the simulated annotator is asked about parts of it. Each condition makes a
-reward model and then PPO, the same in everything else: more labels; labels with more noise; and 2, 4 or 8 answers to
-choose from, where the annotator reads the same number of answers in all, so that 8 answers to a prompt mean a quarter
-of the prompts of 2. `people` adds a condition: votes from `make label`, or preferences in any other format.
+The simulated annotator labels parts of one pool of the finetuned model's answers. Each condition trains a reward model
+and then PPO, all else being equal: more labels; noisier labels; and 2, 4 or 8 answers to choose from, where the
+annotator reads the same number of answers in total, so 8 answers per prompt leave a quarter of the prompts that 2 do.
+`people` adds a condition: votes from `make label`, or preferences in any other format.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from jaxgpt.study.task import Seen, Task, answered, look, looks, reviews, sample
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """24 minutes on one CPU core: gold score 0.20 from 40 labels, 0.41 from 640 (docs/results.md)."""
+    """24 minutes on one CPU core: gold reward 0.20 from 40 labels, 0.41 from 640 (docs/results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
@@ -46,9 +46,9 @@ class Settings:
     pool: int = 640  # prompts, with 8 answers each
     heldout: int = 100  # more such prompts, on which reward models are tested
     labels: tuple[int, ...] = (40, 160, 640)  # choices among 4 answers, at the annotator's usual noise
-    noises: tuple[float, ...] = (0.03, 0.6)  # temperatures of the annotator, beside the usual one
+    noises: tuple[float, ...] = (0.03, 0.6)  # temperatures of the annotator, besides the usual one
     noise_labels: int = 640
-    read: int = 1280  # answers that the annotator reads where the number of answers to a prompt varies
+    read: int = 1280  # answers the annotator reads in total where the number per prompt varies
     people: str = ""  # a file or database of people's preferences on these prompts
     annotator: SimulatedAnnotator = SimulatedAnnotator()
     learning_rate: float = 5e-4
@@ -69,8 +69,8 @@ class Settings:
         most = max(*self.labels, self.noise_labels)
         if most > 2 * self.pool or self.read > 2 * self.pool or self.read % 8:
             raise UserError(
-                f"a pool of {self.pool} prompts allows {2 * self.pool} labels, and as many answers read "
-                "(a multiple of 8)"
+                f"labels, noise_labels and read must be at most twice the pool of {self.pool} prompts, and read a "
+                "multiple of 8"
             )
         if min(*self.labels, self.noise_labels, self.read // 8) < self.label_batch:
             raise UserError(f"each condition needs at least label_batch = {self.label_batch} labels")
@@ -108,7 +108,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What the annotator is asked: so many choices among so many answers, with so much noise."""
+    """What the annotator is asked: how many choices, among how many answers, with how much noise."""
 
     group: str
     label: str
@@ -126,7 +126,7 @@ def conditions(s: Settings) -> list[Condition]:
 
 
 def make_pool(s: Settings, task: Task) -> dict[str, Any]:
-    """8 answers to each prompt of the pool and of the held-out one: rows of ids, and gold scores [prompts, 8]."""
+    """Sample 8 answers per prompt, in the pool and held out: rows of ids, and gold rewards [prompts, 8]."""
     chosen = np.random.default_rng(s.seed).permutation(len(task.prompts))[: s.pool + s.heldout]
     ids = [task.prompts[i] for i in chosen for _ in range(8)]
     answers = sample(task, task.start, ids, jax.random.key(s.seed))
@@ -148,7 +148,7 @@ def asked(s: Settings, pool: dict[str, Any], condition: Condition, seed: int) ->
 
 
 def agreement(s: Settings, task: Task, model: Params, pool: dict[str, Any]) -> float:
-    """How often the reward model's favourite of 4 held-out answers is the one with the highest gold score."""
+    """How often the reward model's favourite of 4 held-out answers is the one with the highest gold reward."""
     gold = np.array(pool["gold"])[s.pool :, :4]
     rows = [[tuple(pool["rows"][(s.pool + n) * 8 + i]) for i in range(4)] for n in range(len(gold))]
     best = [Ranking(tuple(four), int(own.argmax())) for four, own in zip(rows, gold, strict=True)]
@@ -164,7 +164,7 @@ def reached(
     reference: Batch,
     bar: Bar,
 ) -> dict[str, Any]:
-    """A reward model and then PPO from each seed's preferences."""
+    """Train a reward model and then PPO from each seed's preferences."""
     seeds = [s.seed + n for n in range(s.seeds)]
     models = methods.reward_models(
         task.config,
@@ -210,22 +210,22 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
         for one in plan:
             rankings = [people if one.group == "people" else asked(s, pool, one, n) for n in range(s.seeds)]
             make = functools.partial(reached, s, task, program, rankings, pool, reference, bar)
-            name = f"{one.choices} of {one.candidates} at {one.temperature:g}"  # the same in several groups
+            name = f"{one.choices} of {one.candidates} at {one.temperature:g}"  # shared by several groups
             found = cells(name if one.group != "people" else "people", make, steps[one], bar)
             point = Point(one.label, [Seen.from_json(seen) for seen in found["seen"]])
             groups.setdefault(one.group, []).append(point)
             agreements.setdefault(one.group, []).append(found["agreement"])
             run.say(
                 f"{one.group} {one.label}: gold {point['gold']}, KL {point['kl'].mean:.2f} nats, "
-                f"finds the best {np.mean(found['agreement']):.1%}"
+                f"picks the best {np.mean(found['agreement']):.1%}"
             )
     figures.how_many_labels(s.run / "how_many_labels.png", groups, agreements, start)
     page.write_page(
         s.run,
         "How many labels?",
-        f"Gold score of PPO on {s.prompts} held-out prompts, {s.seeds} seeds (95 % "
-        f"intervals draw seeds and prompts anew), beta {s.beta:g}. Labels are a simulated annotator's (VADER), at "
-        f"temperature {s.annotator.temperature:g} where nothing else is said.",
+        f"Gold reward of PPO on {s.prompts} held-out prompts, {s.seeds} seeds (95 % "
+        f"intervals resample seeds and prompts), beta {s.beta:g}. Labels come from a simulated annotator (VADER), at "
+        f"temperature {s.annotator.temperature:g} unless stated otherwise.",
         [("", s.run / "how_many_labels.png"), ("All conditions", page.table(groups))],
     )
     return {"conditions": page.summary(groups), "agreement": agreements}

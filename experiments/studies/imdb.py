@@ -1,12 +1,12 @@
-"""The comparison of the DPO paper: continue a film review so that it is positive (Rafailov et al. 2023, section 6.1).
+"""The DPO paper's comparison: continue film reviews positively (Rafailov et al. 2023, section 6.1).
 
     python -m experiments.studies.imdb                           after `make assistant` (its `pretrain` writes reviews)
 
-Prompts are the first 2 to 8 tokens of IMDb reviews. The true reward is a classifier of sentiment fitted on people's
-labels (the log-odds of "positive"); four continuations of each prefix give six pairs that it labels without noise. On
-one frontier of true reward against KL: PPO that is given the true reward, PPO on a reward model learnt from the pairs,
-DPO on the pairs, finetuning on the preferred ones, and best-of-n by the learned reward. VADER, which nobody learns
-from, is the judge.
+Prompts are the first 2 to 8 tokens of IMDb reviews. The true reward is a sentiment classifier fitted on people's labels
+(the log-odds of "positive"); four continuations of each prefix give six pairs, which it labels without noise. One
+frontier of true reward against KL compares PPO on the true reward, PPO on a reward model learnt from the pairs, DPO on
+the pairs, finetuning on the preferred ones, and best-of-n by the learned reward. VADER, which no method learns from, is
+the independent check.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Settings:
     start: Path = Path("runs/assistant/pretrain")
     prefixes: int = 500  # whose continuations are compared
     candidates: int = 4
-    betas: tuple[float, ...] = (0.05, 0.15, 0.5)  # PPO's, standard deviations of the reward a nat
+    betas: tuple[float, ...] = (0.05, 0.15, 0.5)  # of PPO, in standard deviations of the reward per nat
     dpo_betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     seeds: int = 2
     iterations: int = 24
@@ -99,13 +99,13 @@ PRESETS = {
 
 
 def log_odds(judge: Judge, texts: Any) -> np.ndarray:
-    """log P(positive) / P(negative), about one unit wide."""
+    """log P(positive) / P(negative), with a spread of about one."""
     p = np.clip(judge.scores(texts), 1e-6, 1 - 1e-6)
     return np.log(p / (1 - p))
 
 
 def make_task(s: Settings) -> Task:
-    """Prefixes of reviews, whose continuations the classifier reads whole."""
+    """Prefixes of reviews; the classifier reads prefix and continuation together."""
     start, config, tok, _ = load_language_model(s.start)
     labelled = (sources.labelled(sources.EMBEDDED, split, s.cache, ("imdb", "rt")) for split in ("train", "test"))
     judge = fit_judge(*labelled)
@@ -134,7 +134,7 @@ def make_task(s: Settings) -> Task:
 
 
 def pairs(s: Settings, task: Task) -> list[list[Any]]:
-    """All pairs of the continuations of each prefix, the better one first: [[tokens, roles], [tokens, roles]]."""
+    """All pairs of continuations of each prefix, the better one first: [[tokens, roles], [tokens, roles]]."""
     ids = [row for row in task.prompts[: s.prefixes] for _ in range(s.candidates)]
     answers = sample(task, task.start, ids, jax.random.key(s.seed))
     gold = task.gold(answers.texts)
@@ -148,7 +148,7 @@ def pairs(s: Settings, task: Task) -> list[list[Any]]:
 
 
 def reward_model(s: Settings, task: Task, rankings: list[Ranking], bar: Bar) -> Proxy:
-    """The reward model of these pairs."""
+    """Train the reward model on these pairs."""
     reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
     (params,) = methods.reward_models(
         task.config,
@@ -166,7 +166,7 @@ def reward_model(s: Settings, task: Task, rankings: list[Ranking], bar: Bar) -> 
 
 
 def on_true_reward(s: Settings, start: Start) -> frontier.Settings:
-    """PPO on the true reward, brought to the reward model's scale: mean 0 and deviation 1 at the start."""
+    """PPO on the true reward, on the reward model's scale: mean 0 and standard deviation 1 at the start."""
     gold = start.task.gold(sample(start.task, start.task.start, start.task.prompts[:256], jax.random.key(s.seed)).texts)
     tx = many.ppo_optimizer(start.task, s.learning_rate, s.iterations)
     program = many.OnPolicy(
@@ -182,7 +182,7 @@ def on_true_reward(s: Settings, start: Start) -> frontier.Settings:
 
 
 def parts(s: Settings, rankings: int) -> frontier.Parts:
-    """Every method with its settings, and the steps that it takes with so many pairs."""
+    """Every method with its settings, and the number of steps it takes with that many pairs."""
     steps = rankings // s.pair_batch
     fit: dict[str, Any] = {"learning_rate": s.dpo_learning_rate, "batch": s.pair_batch}
     ppo: dict[str, Any] = {"learning_rate": s.learning_rate, "iterations": s.iterations, "batch": s.batch}
@@ -206,19 +206,19 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     every, steps = parts(s, len(few)), len(others) // s.pair_batch
     with run.progress(steps + frontier.steps(every), "imdb") as bar:
         params, config = cells.model("reward", functools.partial(reward_model, s, task, others, bar), steps, bar)
-        judge = sharding.replicate(params, task.mesh), config
-        accuracy = methods.accuracy(task, config, judge[0], held)
-        run.say(f"imdb: {len(rankings):,} pairs; the reward model agrees with {accuracy:.1%} of {len(held)} others")
-        found = frontier.run(every, Start(task, judge, few, s.seeds, s.seed, s.how, bar), cells)
+        proxy = sharding.replicate(params, task.mesh), config
+        accuracy = methods.accuracy(task, config, proxy[0], held)
+        run.say(f"imdb: {len(rankings):,} pairs; the reward model agrees with {accuracy:.1%} of {len(held)} held out")
+        found = frontier.run(every, Start(task, proxy, few, s.seeds, s.seed, s.how, bar), cells)
     points = page.points(found)
-    measures = {"gold": "true reward, log-odds of positive", "judge": "VADER, which nobody learnt from"}
+    measures = {"gold": "true reward, log-odds of positive", "judge": "VADER, which no method learnt from"}
     figures.frontier(s.run / "imdb.png", points, measures)
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
     page.write_page(
         s.run,
         "Positive reviews",
         f"{s.prompts} held-out prefixes of 2 to 8 tokens, {s.seeds} seeds; 95 % "
-        "intervals draw seeds and prompts anew. The true reward is a classifier fitted on people's labels.",
+        "intervals resample seeds and prompts. The true reward is a classifier fitted on people's labels.",
         [
             ("", s.run / "imdb.png"),
             ("All points", page.table(points)),

@@ -1,11 +1,11 @@
-"""Ziegler's setting: the KL held at a target by an adaptive penalty, and what happens without one.
+"""Ziegler's setup: an adaptive penalty that holds the KL at a target, and what happens without one.
 
     python -m experiments.studies.kl_control                     after `make assistant`
 
-beta follows the measured KL (Ziegler et al. 2020, section 2.2): e = clip(KL / target - 1, -0.2, 0.2), beta grows by the
-factor 1 + e episodes / horizon. One PPO run for each target in nats a sequence, and one without any penalty, each with
-several seeds; then the same prompts answered by all. Without a penalty the learned reward keeps rising while the
-answers turn into whatever it overrates: the samples show it, and so do the judge and how varied the answers are.
+beta follows the measured KL (Ziegler et al. 2020, section 2.2): with e = clip(KL / target - 1, -0.2, 0.2), beta is
+multiplied by 1 + e episodes / horizon. There is one PPO run per target, in nats per sequence, and one without any
+penalty, each with several seeds; then all answer the same prompts. Without a penalty the learned reward keeps rising
+while the answers turn into whatever it overrates: the samples, the judge and the variety of the answers all show it.
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ from jaxgpt.study.task import Proxy, Task, learned_reward, looks, reviews
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """14 minutes on one CPU core: 3.1 and 7.6 nats for targets of 3 and 8, 95 without a price (docs/results.md)."""
+    """14 minutes on one CPU core: 3.1 and 7.6 nats for targets of 3 and 8, 95 without a penalty (docs/results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
     run: Path = Path("runs/kl_control")
-    start: Path = Path("runs/assistant")  # of which sft and reward are used
-    targets: tuple[float, ...] = (3.0, 8.0)  # nats a sequence
-    beta: float = 0.2  # reward units a nat, where the controller starts
-    horizon: float = 200.0  # episodes; Ziegler et al. had 10,000 of 2 million
+    start: Path = Path("runs/assistant")  # run folder whose sft and reward are used
+    targets: tuple[float, ...] = (3.0, 8.0)  # nats per sequence
+    beta: float = 0.2  # initial value, in reward units per nat
+    horizon: float = 200.0  # episodes; Ziegler et al. used 10,000, of 2 million in all
     seeds: int = 2
     iterations: int = 36
     batch: int = 64
@@ -70,31 +70,31 @@ PRESETS = {
 }
 
 
-def controlled(s: Settings, task: Task, judge: Proxy, control: Controller, bar: Bar) -> dict[str, Any]:
-    """PPO under one controller, all seeds at once: its curves [seeds, iterations], and the answers of its policies."""
+def controlled(s: Settings, task: Task, proxy: Proxy, control: Controller, bar: Bar) -> dict[str, Any]:
+    """Run PPO under one controller, all seeds at once: curves [seeds, iterations], and the policies' answers."""
     program = many.ppo_on_reward_model(
-        task, judge[1], learning_rate=s.learning_rate, iterations=s.iterations, batch=s.batch, how=s.how
+        task, proxy[1], learning_rate=s.learning_rate, iterations=s.iterations, batch=s.batch, how=s.how
     )
     policies, curves = program.train(
         [control] * s.seeds,
         [s.seed + n for n in range(s.seeds)],
-        [{"reward": judge[0]}] * s.seeds,
+        [{"reward": proxy[0]}] * s.seeds,
         many.show(bar, "beta", "kl", "score"),
     )
     kept = {name: curves[name].T for name in ("kl", "beta", "score", "gold", "judge", "entropy", "length")}
-    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, judge, texts=s.prompts)}
+    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, proxy, texts=s.prompts)}
 
 
 def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
-    judge, beta = learned_reward(task, s.start / "reward"), jnp.float32(s.beta)
+    proxy, beta = learned_reward(task, s.start / "reward"), jnp.float32(s.beta)
     controls: dict[str, tuple[Controller, float | None]] = {
         f"target {target:g} nats": (kl.AdaptiveKL(beta, target, s.horizon), target) for target in s.targets
     }
     controls["no penalty"] = kl.FixedKL(jnp.float32(0.0)), None
     with run.progress(len(controls) * s.iterations, "kl_control") as bar:
         found = {
-            name: cells(name, functools.partial(controlled, s, task, judge, control, bar), s.iterations, bar)
+            name: cells(name, functools.partial(controlled, s, task, proxy, control, bar), s.iterations, bar)
             for name, (control, _) in controls.items()
         }
     figures.controlled(s.run / "kl_control.png", found, {name: target for name, (_, target) in controls.items()})
@@ -107,13 +107,13 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     page.write_page(
         s.run,
         "KL under control",
-        "PPO whose price of a nat follows the measured KL towards a target (dotted), and PPO without a price. "
+        "PPO whose KL penalty follows the measured KL towards a target (dotted), and PPO without a penalty. "
         f"{s.seeds} seeds each; curves are running means over 5 iterations.",
         [
             ("", s.run / "kl_control.png"),
             ("Held-out prompts", page.table(points)),
             (
-                "KL of the last quarter's iterations, and distinct pairs of words, a column a seed",
+                "KL over the last quarter of the iterations, and distinct pairs of words, by seed",
                 page.plain_table(("run", "KL", *(f"distinct-2, seed {n}" for n in range(s.seeds))), rows),
             ),
             ("Answers", page.samples(prompts, page.first_answers(points))),

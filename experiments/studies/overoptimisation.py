@@ -1,16 +1,16 @@
-"""Overoptimisation: what happens to the true score when a learned reward is followed too far (Gao et al. 2022).
+"""Overoptimisation: what happens to the gold reward when a learned one is optimised too far (Gao et al. 2022).
 
     python -m experiments.studies.overoptimisation               after `make assistant`
 
-The simulated annotator's noisy choices train reward models of several sizes and from several numbers of labels. Each is
-then followed far past its usefulness: by best-of-n, and by PPO without any KL penalty. With d = sqrt(KL to the start),
-Gao et al. found, for the gold score R gained,
+Reward models of several sizes, and from several numbers of labels, are trained on the simulated annotator's noisy
+choices. Each is then optimised far past its usefulness: by best-of-n, and by PPO without any KL penalty. With
+d = sqrt(KL to the start), Gao et al. found for the gain R in gold reward
 
     best-of-n   R(d) = d (alpha - beta d)          RL   R(d) = d (alpha - beta log d)
 
-Both are fitted here by least squares, with 95 % intervals (best-of-n: prompts drawn anew; PPO: blocks of iterations
-drawn anew, each seed by itself). beta > 0 is overoptimisation: the gold score has a peak, at d = alpha / 2 beta and at
-log d = alpha / beta - 1. One more PPO run pays for its KL, to see whether that moves the frontier or only stops on it.
+Both are fitted here by least squares, with 95 % intervals (best-of-n: resampled prompts; PPO: resampled blocks of
+iterations, each seed separately). beta > 0 means overoptimisation: the gold reward peaks, at d = alpha / 2 beta and at
+log d = alpha / beta - 1. One more PPO run has a KL penalty, to see if that moves the frontier or only stops on it.
 """
 
 import dataclasses
@@ -45,25 +45,25 @@ from jaxgpt.training.step import make_nll
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """31 minutes on one CPU core, 19 on two; poor reward models lead PPO anywhere, good ones do not (results.md)."""
+    """31 minutes on one CPU core, 19 on two; poor reward models lead PPO astray, good ones do not (results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
     run: Path = Path("runs/overoptimisation")
-    start: Path = Path("runs/assistant")  # of which sft, reward and preferences are used
+    start: Path = Path("runs/assistant")  # run folder whose sft, reward and preferences are used
     sizes: tuple[tuple[int, int], ...] = ((1, 32), (2, 64))  # layers and width of smaller reward models
-    labels: tuple[int, ...] = (160,)  # fewer preferences for a reward model of the policy's size
-    steps: int = 400  # of pretraining a smaller model; half as many of finetuning
+    labels: tuple[int, ...] = (160,)  # smaller numbers of preferences, for reward models of the policy's size
+    steps: int = 400  # of pretraining a smaller model; finetuning takes half as many
     learning_rate: float = 5e-4  # of reward models
     label_batch: int = 16
-    best_of: int = 128  # answers to each held-out prompt
+    best_of: int = 128  # answers per held-out prompt
     prompts: int = 100  # held out
-    seeds: int = 2  # of PPO, with each reward model
+    seeds: int = 2  # of PPO, per reward model
     iterations: int = 36
     batch: int = 64
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     ppo_learning_rate: float = 1.1e-3
-    penalty: float = 0.3  # beta of the run that pays for its KL, with the largest reward model and all labels
+    penalty: float = 0.3  # beta of the run with a KL penalty, on the largest reward model and all labels
     how: many.How = "vmap"
     seed: int = 11
     cache: Path = cache_root() / "data"
@@ -71,7 +71,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.best_of < 4 or self.seeds < 1:
-            raise UserError(f"best_of is {self.best_of} and seeds {self.seeds}; at least 4 and 1 are needed")
+            raise UserError(f"best_of is {self.best_of} and seeds {self.seeds}; set at least 4 and 1")
 
 
 PRESETS = {
@@ -102,7 +102,7 @@ PRESETS = {
 
 
 def smaller_model(s: Settings, task: Task, config: ModelConfig, bar: Bar) -> Params:
-    """A language model of another size, pretrained and finetuned as the policy was, for as long as it takes."""
+    """Train a language model of another size: pretrained and finetuned as the policy was, for `steps` and half that."""
     stream = pipelines.tokenize_stream(sources.documents(sources.EMBEDDED, "train", s.cache), task.tok, s.cache)
     windows = pipelines.windows(stream, config.block, 16, seed=s.seed)
     pairs = [example_ids(task.tok, *pair) for pair in sources.examples(sources.EMBEDDED, "train", s.cache)]
@@ -117,7 +117,7 @@ def smaller_model(s: Settings, task: Task, config: ModelConfig, bar: Bar) -> Par
 
 
 def plans(s: Settings, config: ModelConfig, count: int) -> dict[str, tuple[ModelConfig, int]]:
-    """{name: (size, labels)} of reward models: every size with all labels, and the policy's own with fewer."""
+    """{name: (size, labels)} of the reward models: every size with all labels, and the policy's size with fewer."""
     small = [
         dataclasses.replace(config, layers=layers, width=width, heads=max(1, width // 32)) for layers, width in s.sizes
     ]
@@ -128,7 +128,7 @@ def plans(s: Settings, config: ModelConfig, count: int) -> dict[str, tuple[Model
 def reward_model(
     s: Settings, task: Task, rankings: list[Ranking], config: ModelConfig, reference: Batch, bar: Bar
 ) -> Proxy:
-    """A reward model of this size from these preferences."""
+    """Train a reward model of this size on these preferences."""
     start = task.start if config == task.config else smaller_model(s, task, config, bar)
     (params,) = methods.reward_models(
         config,
@@ -146,7 +146,7 @@ def reward_model(
 
 
 def by_ppo(s: Settings, program: many.OnPolicy, reward_params: Params, beta: float, bar: Bar) -> dict[str, Any]:
-    """PPO on one reward model, all seeds at once: curves [seeds, iterations] of the training answers."""
+    """Run PPO on one reward model, all seeds at once: curves [seeds, iterations] of the training answers."""
     _, curves = program.train(
         [kl.FixedKL(jnp.float32(beta))] * s.seeds,
         [s.seed + n for n in range(s.seeds)],
@@ -157,8 +157,8 @@ def by_ppo(s: Settings, program: many.OnPolicy, reward_params: Params, beta: flo
 
 
 def by_best_of(s: Settings, task: Task, proxies: dict[str, Proxy], bar: Bar) -> dict[str, Any]:
-    """One pool of answers for all reward models: "start", each prompt's mean gold score, and for each reward model its
-    KL with the bound and, a number a prompt, its scores at every n."""
+    """Best-of-n from one pool of answers for all reward models. "start" is each prompt's mean gold reward; each reward
+    model has every n, its KL, and its measures, one number per prompt."""
     ids = [row for row in task.heldout for _ in range(s.best_of)]
     answers = sample(task, task.start, ids, jax.random.key(s.seed))
     pool = seen(task, task.start, answers, each=s.best_of)
@@ -173,25 +173,29 @@ def by_best_of(s: Settings, task: Task, proxies: dict[str, Proxy], bar: Bar) -> 
     return found
 
 
-def report(s: Settings, best: dict[str, Any], free: dict[str, Any], paid: Any, accuracy: dict[str, float]) -> Any:
-    """overoptimisation.png and report.html; returns the fits."""
+def report(
+    s: Settings, best: dict[str, Any], unpenalised: dict[str, Any], penalised: Any, accuracy: dict[str, float]
+) -> Any:
+    """Write overoptimisation.png and report.html; returns fits, accuracies and peaks."""
     start = np.array(best.pop("start"))
     fits: dict[str, dict[laws.Law, laws.Fit]] = {
         name: {
             "best-of-n": laws.fit_best_of(np.array(best[name]["kl"]), np.array(best[name]["gold"]) - start),
-            "RL": laws.fit_rl(np.array(free[name]["kl"]), np.array(free[name]["gold"]) - start.mean()),
+            "RL": laws.fit_rl(np.array(unpenalised[name]["kl"]), np.array(unpenalised[name]["gold"]) - start.mean()),
         }
         for name in best
     }
-    figures.overoptimisation(s.run / "overoptimisation.png", best, free, paid, start.mean(), fits)
+    figures.overoptimisation(s.run / "overoptimisation.png", best, unpenalised, penalised, start.mean(), fits)
     rows, peaks = [], []
     for name, law in fits.items():
         numbers = ["{:.3f} [{:.3f}, {:.3f}]".format(*law[of][k]) for of in law for k in ("alpha", "beta")]
         rows.append([name, f"{accuracy[name]:.1%}", *numbers])
         by_n, n, nats = np.array(best[name]["gold"]).mean(1) - start.mean(), best[name]["n"], best[name]["kl"][-1]
-        gold, kls = (np.convolve(np.mean(free[name][x], axis=0), np.ones(5) / 5, "valid") for x in ("gold", "kl"))
+        gold, kls = (
+            np.convolve(np.mean(unpenalised[name][x], axis=0), np.ones(5) / 5, "valid") for x in ("gold", "kl")
+        )
         gold = gold - start.mean()
-        ends = ", ".join(f"{np.mean(own[-5:]) - start.mean():.3f}" for own in free[name]["gold"])
+        ends = ", ".join(f"{np.mean(own[-5:]) - start.mean():.3f}" for own in unpenalised[name]["gold"])
         peaks.append(
             [
                 name,
@@ -205,9 +209,9 @@ def report(s: Settings, best: dict[str, Any], free: dict[str, Any], paid: Any, a
     page.write_page(
         s.run,
         "Overoptimisation",
-        "Gold score gained over the finetuned model (VADER's, whose noisy choices are the labels) against the distance "
-        "sqrt(KL). Best-of-n: a pool of answers to held-out prompts; its KL is measured. PPO: the answers of each "
-        "iteration of training, without a KL penalty; crosses: with one.",
+        "Gold reward gained over the finetuned model (from VADER, whose noisy choices are the labels) against the "
+        "distance sqrt(KL). Best-of-n: a pool of answers to held-out prompts; its KL is measured. PPO: the answers of "
+        "each training iteration, without a KL penalty; crosses: with one.",
         [
             ("", s.run / "overoptimisation.png"),
             (
@@ -225,7 +229,7 @@ def report(s: Settings, best: dict[str, Any], free: dict[str, Any], paid: Any, a
                         f"BoN at n = {s.best_of}",
                         "its KL",
                         "PPO best, mean",
-                        "PPO at the end, each seed",
+                        "PPO at the end, by seed",
                     ),
                     peaks,
                 ),
@@ -241,7 +245,7 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
         methods.rankings_of(task, s.start / f"preferences/{split}.jsonl") for split in ("train", "heldout")
     )
     if len(rankings) <= max(s.labels):
-        raise UserError(f"{s.start} has {len(rankings)} preferences; labels must be fewer: {s.labels}")
+        raise UserError(f"{s.start} has {len(rankings)} preferences and labels is {s.labels}; set fewer labels")
     reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
     plan = plans(s, task.config, len(rankings))
     steps = {
@@ -269,13 +273,13 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
         ppo = {
             name: functools.partial(by_ppo, s, programs[config], params) for name, (params, config) in proxies.items()
         }
-        free = {
+        unpenalised = {
             name: cells(f"ppo {name}", functools.partial(one, 0.0, bar), s.iterations, bar) for name, one in ppo.items()
         }
         largest = list(ppo.values())[-1]
-        paid = cells("paid", functools.partial(largest, s.penalty, bar), s.iterations, bar)
+        penalised = cells("paid", functools.partial(largest, s.penalty, bar), s.iterations, bar)
     accuracy = {name: methods.accuracy(task, config, params, heldout) for name, (params, config) in proxies.items()}
-    return report(s, best, free, paid, accuracy)
+    return report(s, best, unpenalised, penalised, accuracy)
 
 
 def main(settings: Settings) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
     python -m experiments.studies.through_reward                 after `make assistant`
 
-Supervised, so to speak: the derivative of h by the policy's logits, through straight-through Gumbel-softmax samples
-(`jaxgpt/rlhf/through_reward.py`), minus beta KL; `experiments.studies.frontier` has it beside PPO. Here is one policy
-for each temperature tau of the relaxation, with the tokens' own embeddings and with the mixtures themselves as the
-reward model's input: the objective then sees inputs that no text has, and more reward than what is really sampled gets.
-For each tau the derivative is also compared, at the start, with the policy gradient of the same answers' rewards, which
-is unbiased: their cosine, between independent halves of the answers, beside the policy gradient's own.
+The policy follows the derivative of h with respect to its logits, through straight-through Gumbel-softmax samples
+(`jaxgpt/rlhf/through_reward.py`), minus beta KL; `experiments.studies.frontier` compares that with PPO. This study
+trains one policy per temperature tau of the relaxation with the tokens' own embeddings as the reward model's input, and
+one with the mixtures themselves: the objective then sees inputs that no text has, and more reward than real samples
+get. At the start, each derivative is also compared with the policy gradient of the same answers' rewards, which is
+unbiased: by their cosine, between independent halves of the answers, next to the policy gradient's with itself.
 """
 
 import dataclasses
@@ -41,14 +41,14 @@ from jaxgpt.training import optim
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """23 minutes on one CPU core: gold score 0.51 at tau 1, 0.76 with mixtures (docs/results.md)."""
+    """23 minutes on one CPU core: gold reward 0.51 at tau 1, 0.76 with mixtures (docs/results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
     run: Path = Path("runs/through_reward")
-    start: Path = Path("runs/assistant")  # of which sft and reward are used
+    start: Path = Path("runs/assistant")  # run folder whose sft and reward are used
     taus: tuple[float, ...] = (0.3, 1.0, 3.0)  # temperatures of the relaxation
-    beta: float = 0.05  # reward units a nat
+    beta: float = 0.05  # reward units per nat
     seeds: int = 2
     iterations: int = 40
     batch: int = 64
@@ -82,32 +82,32 @@ PRESETS = {
 
 
 def ways(s: Settings) -> dict[str, ThroughReward]:
-    """What is compared: every tau, and mixtures as the input."""
+    """The variants compared: every tau, and mixtures as the input."""
     found = {f"tau {tau:g}": ThroughReward(tau=tau) for tau in s.taus}
     return {**found, "mixtures, tau 1": ThroughReward(straight_through=False)}
 
 
-def followed(s: Settings, task: Task, judge: Proxy, how: ThroughReward, bar: Bar) -> dict[str, Any]:
-    """All seeds at once: curves [seeds, iterations], and the answers of the policies."""
+def followed(s: Settings, task: Task, proxy: Proxy, how: ThroughReward, bar: Bar) -> dict[str, Any]:
+    """Train one variant, all seeds at once: curves [seeds, iterations], and the policies' answers."""
     tx = optim.adam_tf(optim.linear_to_zero(s.learning_rate, s.iterations))
-    learn = many.learn_through_reward(task, tx, judge[1], how)
+    learn = many.learn_through_reward(task, tx, proxy[1], how)
     policies, curves = many.OnPolicy(task, learn, tx, s.iterations, s.batch, how=s.how).train(
         [kl.FixedKL(jnp.float32(s.beta))] * s.seeds,
         [s.seed + n for n in range(s.seeds)],
-        [{"reward": judge[0]}] * s.seeds,
+        [{"reward": proxy[0]}] * s.seeds,
         many.show(bar, "h", "h_seen", "kl"),
     )
     kept = {name: curves[name].T for name in ("h", "h_seen", "gold", "kl")}
-    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, judge)}
+    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, proxy)}
 
 
-def alignment(s: Settings, task: Task, judge: Proxy, bar: Bar) -> dict[str, float]:
-    """Cosines at the start, between gradients from independent halves of sampled answers: of each tau's derivative to
-    the policy gradient, and of the policy gradient to itself (what its noise leaves)."""
+def alignment(s: Settings, task: Task, proxy: Proxy, bar: Bar) -> dict[str, float]:
+    """Cosines at the start between gradients from independent halves of sampled answers: each variant's derivative
+    with the policy gradient, and the policy gradient with itself (the most that its noise allows)."""
     rng = np.random.default_rng(s.seed)
     ids = [task.prompts[i] for i in rng.integers(len(task.prompts), size=s.compared)]
     rows = sample(task, task.start, ids, jax.random.key(s.seed)).rows
-    params, config = judge
+    params, config = proxy
     whole = {"reference": task.start, "reward": params}
 
     def by_policy(policy: Params, rows: Batch, key: Array) -> Array:
@@ -142,11 +142,11 @@ def alignment(s: Settings, task: Task, judge: Proxy, bar: Bar) -> dict[str, floa
 
 def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
-    judge = learned_reward(task, s.start / "reward")
+    proxy = learned_reward(task, s.start / "reward")
     with run.progress(len(ways(s)) * s.iterations + 1, "through_reward") as bar:
-        cosines = cells("alignment", functools.partial(alignment, s, task, judge, bar), 1, bar)
+        cosines = cells("alignment", functools.partial(alignment, s, task, proxy, bar), 1, bar)
         found = {
-            name: cells(name, functools.partial(followed, s, task, judge, how, bar), s.iterations, bar)
+            name: cells(name, functools.partial(followed, s, task, proxy, how, bar), s.iterations, bar)
             for name, how in ways(s).items()
         }
     figures.through_reward(s.run / "through_reward.png", found)

@@ -56,9 +56,9 @@ def result(**changes):
 
 
 def test_bytes_a_step_by_hand():
-    """2 layers of width 4, 8 wide inside, 10 words: a layer has 4 x 12 + 4 x 4 + 4 x 8 + 8 x 4 = 128 weights, the head
-    40. After 3 prompt tokens, 4 new ones take 3 steps that see 4, 5 and 6 slots: 5 on average, each a key and a value
-    of 4 numbers in both layers, 80 a row."""
+    """2 layers of width 4, MLP width 8, vocabulary 10: a layer has 4 x 12 + 4 x 4 + 4 x 8 + 8 x 4 = 128 weights, the
+    head 40. After 3 prompt tokens, 4 new ones take 3 steps that see 4, 5 and 6 slots: 5 on average, each a key and a
+    value of 4 numbers in both layers, 80 per row."""
     config = ModelConfig(layers=2, width=4, heads=2, block=16, vocab=10, mlp_width=8)
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         found = bench_decode.bytes_a_step(dataclasses.replace(config, dtype=dtype), batch=3, prompt=3, new_tokens=4)
@@ -66,7 +66,7 @@ def test_bytes_a_step_by_hand():
 
 
 def test_weights_that_are_counted_are_those_of_the_matrix_products():
-    """All parameters but biases, norms and positions, for every preset (with three layers: tracing all takes long)."""
+    """All parameters except biases, norms and positions, for every preset (with three layers: tracing all is slow)."""
     for name, config in bench_decode.MODELS.items():
         config = dataclasses.replace(config, layers=3)
         shapes = jax.eval_shape(lambda config=config: transformer.init(jax.random.key(0), config))
@@ -79,7 +79,7 @@ def test_weights_that_are_counted_are_those_of_the_matrix_products():
 
 
 def test_figures_by_hand():
-    """3 rows of 16 tokens in a median of 2 s, of which the first token takes 0.5: 15 steps of 0.1 s."""
+    """3 rows of 16 tokens in a median of 2 s, of which the first token takes 0.5 s: 15 steps of 0.1 s."""
     found = figures()
     assert found["tokens_a_second"] == 24 and found["tokens_a_second_range"] == [12, 48]
     assert found["first_token_seconds"] == 0.5 and found["first_token_seconds_range"] == [0.25, 0.75]
@@ -98,7 +98,7 @@ def test_agreement_counts_to_the_first_difference_in_any_row():
     assert bench_decode.agreeing([[1, 2, 3], [4, 5, 6]], [[9, 2, 3], [4, 5, 6]]) == 0
 
 
-# ---- what is shown ----
+# ---- output ----
 
 
 def test_other_tokens_are_called_out_in_float32_and_failures_always():
@@ -130,7 +130,7 @@ def test_the_table_fits_120_columns():
     assert max(map(len, lines)) <= 120
     rows = [line for line in lines if line.startswith(("decoder", OURS, "HF"))]
     assert len({line.rstrip().rfind("123,456.7") for line in rows[1:]}) == 1
-    assert all("79,999" in row for row in rows[1:])  # the device's memory where there is one
+    assert all("79,999" in row for row in rows[1:])  # the device's memory, if there is one
 
 
 def test_a_figure_with_a_decoder_missing_at_one_point(tmp_path):
@@ -167,7 +167,7 @@ def test_hugging_face_computes_the_same_logits():
 
 
 def test_both_workers_choose_the_same_tokens():
-    """Through the functions that are timed; the greedy answers are varied, so that equality means something."""
+    """Through the functions that are timed; the greedy answers vary, so that equality means something."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     flat, prompts = flat_weights(), np.random.default_rng(2).integers(0, SMALL.vocab, (4, 5)).astype(np.int32)
@@ -232,7 +232,7 @@ class Scripted:
 
 
 def test_decoders_take_turns(monkeypatch):
-    """ours, theirs, ours, theirs: after the warm-ups, no decoder has two whole calls in a row."""
+    """Ours, theirs, ours, theirs: after the warm-ups, no decoder has two whole calls in a row."""
     order = []
 
     class Recorded(Scripted):
@@ -257,7 +257,7 @@ def test_decoders_take_turns(monkeypatch):
 
 @pytest.mark.parametrize(("theirs", "share"), [(0.0, 0.75), (2.0, 0.5), (9.0, 0.0)])
 def test_time_of_other_programs_is_what_is_busy_less_ours(monkeypatch, theirs, share):
-    """Two cores, 4 s by the clock, 6 s busy: without our own seconds, 6 of 8."""
+    """Two cores, 4 s of wall-clock time, 6 s busy: 6 of 8 s if none of them were ours."""
     busy, clock = iter([100.0, 106.0]), iter([0.0, 4.0])
     cpu = iter([1.0, 1.0 + theirs])
 
@@ -292,7 +292,7 @@ def test_a_rival_that_fails_is_left_out_and_named(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"models": ("gpt3",)}, "models has 'gpt3'; choose among toy"),
+        ({"models": ("gpt3",)}, "models has 'gpt3'; choose from toy"),
         ({"dtypes": ("float16",)}, "dtypes has 'float16'"),
         ({"rivals": ("vllm",)}, "rivals has 'vllm'"),
         ({"batches": ()}, "batches is"),
@@ -325,7 +325,7 @@ def finite_and_positive(value):
 
 @pytest.mark.slow
 def test_a_whole_run_without_torch(tmp_path, capsys):
-    """Table, JSON and picture; a Python without torch is one line, and ours is measured all the same."""
+    """Table, JSON and figure; a Python without torch is reported in one line, and ours is measured all the same."""
     empty = tmp_path / "python"
     empty.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # no site-packages: no torch
     empty.chmod(0o755)

@@ -63,7 +63,7 @@ def test_a_case_may_change_layers_and_width():
 
 
 def test_our_worker_trains_as_the_formula(tmp_path):
-    """Its first loss is that of the weights, and it falls on a batch that comes again."""
+    """Its first loss is that of the weights, and the loss falls when a batch is repeated."""
     config = dataclasses.replace(SMALL, layers=1)
     worker = load(bench_train.JaxWorker(), tmp_path, config)
     assert worker.batches.shape == (4, 3, SMALL.block)
@@ -149,8 +149,8 @@ def test_the_table_and_the_picture(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "changes", "complaint"),
     [
-        (Settings, {"models": ("gpt3",)}, "models has 'gpt3'; choose among toy"),
-        (Settings, {"rivals": ("jax",)}, "rivals has 'jax'; choose among module"),
+        (Settings, {"models": ("gpt3",)}, "models has 'gpt3'; choose from toy"),
+        (Settings, {"rivals": ("jax",)}, "rivals has 'jax'; choose from module"),
         (Settings, {"blocks": (1,)}, "blocks is"),
         (Settings, {"batches": ()}, "batches is"),
         (Settings, {"steps": 0}, "steps is 0"),
@@ -165,7 +165,7 @@ def test_settings_are_checked_before_any_work(settings, changes, complaint):
 
 @pytest.mark.slow
 def test_whole_runs_without_torch(tmp_path):
-    """Ours alone is measured, and why the others are missing is said."""
+    """Only ours is measured, and the report says why the others are missing."""
     empty = tmp_path / "python"
     empty.write_text("#!/bin/sh\necho no torch here >&2\nexit 3\n")
     empty.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The library's losses and returns against an optimum that is enumerated, in float64, answer by answer.
+"""The library's losses and returns against an enumerated optimum, in float64, answer by answer.
 
 pi*(y) = rho(y) exp(r(y) / beta) / Z over all 15 answers of up to three tokens, for five random problems.
 """
@@ -26,7 +26,7 @@ answer_logp = jax.jit(jax.vmap(SPACE.answer_logp))
 
 @functools.cache
 def problems():
-    """The five, and five of three prompts each that share a table."""
+    """The five problems, and five with three prompts each that share a table."""
     made = jax.jit(lambda: (make_tasks(SETTINGS, SPACE), make_tasks(SETTINGS, SPACE, oracle.SPREADS)))()
     return jax.tree.map(np.asarray, made)
 
@@ -43,7 +43,7 @@ def triple():
 
 @functools.cache
 def learned(name):
-    """That method's policy for each problem."""
+    """The method's policy for each problem."""
     params, _ = learn(SETTINGS, SPACE, oracle.methods(SETTINGS, SPACE)[name], problems()[0])
     return jax.tree.map(np.asarray, params)
 
@@ -62,7 +62,7 @@ def spelled():
 
 
 def probabilities(logits_SV):
-    """pi(y) in float64, walking down the prefixes: an enumeration of its own."""
+    """pi(y) in float64, from an independent enumeration along the prefixes."""
     row = dict(zip([p for n in range(3) for p in itertools.product(range(2), repeat=n)], range(7), strict=True))
     x = np.asarray(logits_SV, np.float64)
     table = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
@@ -70,7 +70,7 @@ def probabilities(logits_SV):
 
 
 def soft_values(task):
-    """beta log sum_y rho(y | s) exp(r(y) / beta) over the answers below each prefix s: what a perfect critic says."""
+    """beta log sum_y rho(y | s) exp(r(y) / beta) over the answers below each prefix s: a perfect critic's values."""
     rho_Y = probabilities(task.ref_SV)
     worth_Y = np.exp(np.asarray(task.score_Y, np.float64) / SETTINGS.beta)
     prefixes = [p for n in range(3) for p in itertools.product(range(2), repeat=n)]
@@ -96,7 +96,7 @@ def optima(tasks):
 
 
 def expected_gradients(losses):
-    """By name: the gradient, at a policy, of the loss expected over that policy's own groups of three answers."""
+    """By name: the gradient, at a policy, of the expected loss over that policy's own groups of three answers."""
     draw = every_group(SPACE, 3)
 
     def gradients(task, logits_SV):
@@ -116,7 +116,7 @@ def sizes(slopes):
 
 
 def test_every_answer_is_there_once(tasks):
-    """Lengths 1, 2 and 3: the stop ends an answer, or the last place does."""
+    """Lengths 1, 2 and 3: an answer ends with the stop token or at the last position."""
     answers = spelled()
     assert len(set(answers)) == len(answers) == 15
     assert Counter(map(len, answers)) == {1: 1, 2: 2, 3: 12}
@@ -128,7 +128,7 @@ def test_every_answer_is_there_once(tasks):
 
 
 def test_the_groups_are_all_that_can_be_drawn(tasks):
-    """Weights of the groups add up to 1, and their answers' shares to pi; sets hold different answers."""
+    """Weighted by group, the answers' frequencies are pi; the answers of a set all differ."""
     logp_Y = np.asarray(answer_logp(tasks.ref_SV))[0]
     draws = every_group(SPACE, 3), every_set(SPACE, 2)
     (rows_BC, weight_B), (sets_BC, _) = jax.tree.map(
@@ -142,7 +142,7 @@ def test_the_groups_are_all_that_can_be_drawn(tasks):
 
 
 def test_the_optimum_is_one(tasks):
-    """No other policy has a higher E[r] - beta KL, and pi* has beta log sum rho exp(r / beta)."""
+    """No other policy has a higher E[r] - beta KL, and that of pi* is beta log sum rho exp(r / beta)."""
     rng = np.random.default_rng(0)
     best_PY = np.exp(jax.jit(jax.vmap(functools.partial(oracle.optimum, SPACE)))(tasks))
     for i in range(SETTINGS.problems):
@@ -170,7 +170,7 @@ def test_the_method_converges_to_the_optimum(tasks, name):
 
 
 def test_ppo_s_critic_learns_the_soft_values(tasks):
-    """Where the policy goes: the root, and the prefixes it visits in at least one answer of twenty."""
+    """At the prefixes the policy visits: the root, and those in at least one answer of twenty."""
     for i in range(SETTINGS.problems):
         pi_Y = probabilities(learned("PPO")["logits_SV"][i])
         visits_S = np.zeros(SPACE.shape[0])
@@ -181,7 +181,7 @@ def test_ppo_s_critic_learns_the_soft_values(tasks):
 
 
 def test_the_kl_in_the_score_leaves_the_optimum_at_rest(tasks):
-    """At pi* all answers of a prompt have the same h = r - beta log(pi / rho): whatever compares them sees nothing."""
+    """At pi* all answers of a prompt have the same h = r - beta log(pi / rho), so every advantage is 0."""
     slopes = expected_gradients({name: grouped(f, "score") for name, f in ADVANTAGES.items()})
     at_rest, elsewhere = sizes(slopes(tasks, optima(tasks))), sizes(slopes(tasks, tasks.ref_SV))
     for name in ADVANTAGES:
@@ -189,8 +189,9 @@ def test_the_kl_in_the_score_leaves_the_optimum_at_rest(tasks):
 
 
 def test_the_kl_as_a_loss_moves_a_normalised_policy_off_the_optimum(tasks):
-    """k2 of the answer has the gradient of KL(pi || rho): with `rloo` pi* is at rest, with `grpo` it isn't, since the
-    deviation divides the scores and not the KL. k3 a token has another gradient altogether: neither is at rest."""
+    """k2 of the answer has the gradient of KL(pi || rho): pi* is stationary with `rloo`, but not with `grpo`, since the
+    standard deviation divides the scores and not the KL. k3 per token has a different gradient: neither is stationary.
+    """
     pairs = itertools.product(("rloo", "grpo"), ("k2", "k3"))
     slopes = expected_gradients({f"{name}, {penalty}": grouped(ADVANTAGES[name], penalty) for name, penalty in pairs})
     size = sizes(slopes(tasks, optima(tasks)))
@@ -200,8 +201,8 @@ def test_the_kl_as_a_loss_moves_a_normalised_policy_off_the_optimum(tasks):
 
 
 def test_normalised_grpo_with_k3_lands_elsewhere_and_exactly_where_its_expected_update_rests(tasks):
-    """More than 0.1 nats from pi*, at the same place from samples as from all groups; three times the scores have a
-    different pi* and the same landing place, for only their order and relative distances are left."""
+    """More than 0.1 nats from pi*, and the same policy from samples as from all groups. Tripling the scores changes pi*
+    but not that policy, since only the scores' order and relative distances remain."""
     sampled = learned("GRPO, k3 as a loss")["logits_SV"]
     lands = [found["kl_to_optimum"] for found in measured(sampled, tasks)]
     assert min(lands) > 0.1, lands
@@ -217,8 +218,9 @@ def test_normalised_grpo_with_k3_lands_elsewhere_and_exactly_where_its_expected_
 
 
 def test_prompts_that_share_parameters_are_weighed_by_their_spread(triple):
-    """Three prompts, one table, scores of different spread. pi* maximises their mean: `rloo` and `centred` rest there.
-    `grpo` divides each prompt by its own deviation and doesn't, even with the KL in the score."""
+    """Three prompts, one table, scores of different spread. pi* maximises their mean and is stationary for `rloo` and
+    `centred`, but not for `grpo`, which divides by each prompt's own standard deviation, even with the KL in the score.
+    """
     slopes = expected_gradients({name: oracle.shared(grouped(f, "score")) for name, f in ADVANTAGES.items()})
     size = sizes(slopes(triple, optima(triple)))
     assert size["rloo"].max() < 1e-4 and size["centred"].max() < 1e-4 and size["grpo"].min() > 0.01, size
@@ -235,7 +237,7 @@ def test_the_experiment_runs_at_toy_size(tmp_path):
 
 
 def test_scores_of_several_prompts_are_averaged(triple):
-    """The optimum of several prompts is that of their mean score."""
+    """The optimum for several prompts is the optimum for their mean score."""
     assert triple.score_Y.shape == (5, 3, 15)
     mean = Task(triple.ref_SV, triple.score_Y.mean(axis=1), triple.beta)
     found, expected = jax.jit(lambda *both: [jax.vmap(functools.partial(oracle.optimum, SPACE))(x) for x in both])(

@@ -1,4 +1,4 @@
-"""The random-walk task: its optima against brute force, its score by hand, and what PPO reaches."""
+"""The random-walk task: its optima against brute force, its score by hand, and what PPO achieves."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ from experiments.random_walk import distances, path_score, random_graph, random_
 from jaxgpt.errors import UserError
 from jaxgpt.structs import Batch
 
-# 0 -> 1 -> 2 -> 3, the goal; 0 -> 2 is a short cut, 1 -> 0 a way back.
+# 0 -> 1 -> 2 -> 3, the goal; 0 -> 2 is a short cut, 1 -> 0 leads back.
 EDGES = np.zeros((4, 4), bool)
 EDGES[[0, 0, 1, 1, 2], [1, 2, 2, 0, 3]] = True
 score_of = jax.jit(path_score)
@@ -30,7 +30,7 @@ def uniform(edges):
 
 
 def scores(paths, limit=10, width=8, edges=EDGES, pad=0, rows=11):
-    """path_score of lists of nodes, the first of each being the prompt; the batch has rows to spare."""
+    """path_score of lists of nodes, the first of each being the prompt; the batch has spare rows."""
     tokens, mask = np.full((rows, width), pad, np.int32), np.zeros((rows, width), bool)
     for i, path in enumerate(paths):
         tokens[i, : len(path)], mask[i, 1 : len(path)] = path, True
@@ -39,7 +39,7 @@ def scores(paths, limit=10, width=8, edges=EDGES, pad=0, rows=11):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_shortest_paths_are_those_of_brute_force(seed):
-    """Every sequence of different nodes is tried on graphs of up to six, unreachable ones among them."""
+    """Every sequence of different nodes is tried, on graphs of up to six nodes, some of them unreachable."""
     nodes = 3 + seed % 4
     edges = some_graph(seed, nodes, 0.15 + 0.02 * seed)
     expected = np.full(nodes, np.inf)
@@ -64,7 +64,7 @@ def test_the_graph_has_a_way_from_everywhere():
 
 
 def test_walks_follow_edges_alike_until_the_goal():
-    """Each step is an edge, each edge of a node as frequent as another; a walk stops at the goal or at the limit."""
+    """Each step is an edge, a node's edges are equally frequent, and a walk stops at the goal or at the limit."""
     walks = random_walks(uniform(EDGES), 4000, 6, np.random.default_rng(0))
     assert walks.tokens_BT.shape == (4000, 7) and not walks.mask_BT[:, 0].any()
     taken = np.zeros((4, 4))
@@ -82,7 +82,7 @@ ILLEGAL, NOWHERE = [[0, 3], [0, 2, 1, 2, 3], [1, 3], [0, 0, 2, 3]], [[0, 1, 0, 1
 
 
 def test_scores_of_paths_by_hand():
-    """1 - (t - 1) / 10 on arrival with step t."""
+    """1 - (t - 1) / 10 on reaching the goal at step t."""
     found = scores(LEGAL + ILLEGAL + NOWHERE)
     np.testing.assert_allclose(found[:4], [1.0, 0.9, 0.8, 0.7], rtol=1e-6)
     np.testing.assert_array_equal(found[4:], 0.0)
@@ -90,7 +90,7 @@ def test_scores_of_paths_by_hand():
 
 @pytest.mark.parametrize(("width", "pad"), [(5, 0), (8, 1), (8, 3)])
 def test_padding_does_not_count(width, pad):
-    """Neither how much of it there is, nor which node it looks like."""
+    """Neither the amount of padding nor the node whose id it has matters."""
     paths = LEGAL + ILLEGAL + NOWHERE
     np.testing.assert_array_equal(scores(paths, width=width, pad=pad), scores(paths))
 
@@ -165,7 +165,7 @@ def test_mistakes_are_named():
 
 
 def in_seconds(tmp_path, beta):
-    """The task on a smaller graph with a smaller model: a fifth of the time."""
+    """Results of the task on a smaller graph with a smaller model, in a fifth of the time."""
     return random_walk.main(
         random_walk.Settings(
             run=tmp_path / "run",
@@ -186,8 +186,8 @@ def in_seconds(tmp_path, beta):
 
 @pytest.mark.slow
 def test_ppo_takes_the_shortest_paths(tmp_path):
-    """The walks score less than two fifths of the best; after PPO at least four fifths, from each start, and on the
-    whole what the KL-regularised optimum does, at about its KL."""
+    """The walks score less than two fifths of the best. After PPO each start scores at least four fifths, and the mean
+    is that of the KL-regularised optimum, at about its KL."""
     found = in_seconds(tmp_path, beta=0.05)
     assert found["optimality_before"] < 0.4
     assert found["optimality"] > 0.95

@@ -1,5 +1,5 @@
-"""All seven stages at toy size on real text, in order; what a user may do wrong with them; and every study that starts
-from them. On one device, but for a slow test."""
+"""All seven stages at toy size on real text, in order; errors a user may make with them; and every study that starts
+from them. On one device, except for one slow test."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def on_one_device():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> assistant.Settings:
-    """A finished toy run of the whole pipeline, on a part of the reviews and with a model of one layer."""
+    """A finished toy run of the whole pipeline, on part of the reviews and with a one-layer model."""
     cache = few_reviews(tmp_path_factory.mktemp("data"))
     toy = assistant.PRESETS["toy"]
     small = dataclasses.replace(toy.pretrain, model=dataclasses.replace(toy.pretrain.model, layers=1))
@@ -115,7 +115,7 @@ def test_the_report_shows_every_policy(finished):
 
 
 def test_ppo_keeps_rollouts_token_by_token_and_its_critic(finished):
-    """At the first iteration policy and reference are one, and after an update the ratio is not 1."""
+    """At the first iteration policy and reference are the same, and after an update the ratio is not 1."""
     first, second = (json.loads((finished.run / f"ppo/rollouts/{i:06d}.json").read_text()) for i in (1, 2))
     assert first["beta"] == pytest.approx(finished.ppo.beta) and len(first["answers"]) == 8
     for one in first["answers"] + second["answers"]:
@@ -138,7 +138,7 @@ def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, t
     store = votes.Store(tmp_path / "votes.sqlite")
     for name in ("train", "heldout"):
         rows = list(read_preferences(finished.run / f"preferences/{name}.jsonl"))
-        judged = [  # three times, in other words: which part a prompt belongs to is drawn by its hash
+        judged = [  # three times, with different texts: a prompt's split depends on its hash
             formats.Judged(
                 f"{row.prompt} {k}",
                 row.answers,
@@ -165,7 +165,7 @@ def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, t
 
 @pytest.mark.slow
 def test_the_doctor_names_a_reward_model_that_learnt_from_a_coin(finished, tmp_path):
-    """The same answers, the favourite drawn by lot; and it says nothing of the kind about the real one."""
+    """The same answers with a random favourite; the real reward model gets no such warning."""
     rng = np.random.default_rng(0)
     for name in ("train", "heldout"):
         rows = list(read_preferences(finished.run / f"preferences/{name}.jsonl"))
@@ -300,7 +300,7 @@ def test_gpu_presets_fit_together():
 
 @pytest.mark.slow
 def test_the_gpu_preset_steps():
-    """One real step of one layer of the GPU preset's model in every stage, in bfloat16, with two rows and a small
+    """One real step of every stage, in bfloat16, with one layer of the GPU preset's model, two rows and a small
     vocabulary."""
     gpu = assistant.PRESETS["gpu"]
     config = dataclasses.replace(gpu.pretrain.model, layers=1, vocab=8192)
@@ -375,19 +375,19 @@ STUDIES = {
 
 @pytest.fixture
 def start_of(finished, tmp_path):
-    """The toy preset of a study, on what the finished run left and the same part of the reviews."""
+    """The toy preset of a study, on the finished run and the same part of the reviews."""
 
     def settings_of(study, place: str | None = "", **more):
         if place is not None:
             more |= {"start": finished.run / place, "cache": finished.preferences.cache}
         return dataclasses.replace(study.PRESETS["toy"], run=tmp_path / "run", **more)
 
-    with jax.debug_key_reuse(False):  # the check takes the vmapped keys of a scan for used ones
+    with jax.debug_key_reuse(False):  # the check mistakes a scan's vmapped keys for reused ones
         yield settings_of
 
 
 def assert_runs_once(study, settings, capsys) -> dict:
-    """Its figure and page are there, and a second start repeats nothing. Returns the results."""
+    """It writes its figure and page, and a second start repeats nothing. Returns the results."""
     found = study.main(settings)
     figure = settings.run / f"{study.__name__.rpartition('.')[2]}.png"
     assert figure.stat().st_size > 10_000
