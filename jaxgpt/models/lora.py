@@ -19,7 +19,7 @@ NAMES = ("lora_a", "lora_b")
 
 
 def init(key: Array, params: Params, rank: int) -> Params:
-    """Adapters for every dense layer, nested like the parameters; none for rank 0. UserError if the rank is negative."""
+    """Adapters for every dense layer, nested like the parameters; none for rank 0. UserError for a negative rank."""
     if rank < 0:
         raise UserError(f"lora is {rank}; a rank must be at least 1 (0 trains all weights)")
     if not rank:
