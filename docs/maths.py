@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "0.6"
 
 
-def surrogate(positive: Axes, negative: Axes) -> None:
+def plot_surrogate(positive: Axes, negative: Axes) -> None:
     """-L of one token against its ratio: PPO's clip, clip-higher and dual clip."""
     ratio = jnp.linspace(0.05, 5.0, 1000)
     for axis, advantage in ((positive, 1.0), (negative, -1.0)):
@@ -131,7 +131,7 @@ def adam(axis: Axes) -> None:
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def placements() -> str:
+def placements_table() -> str:
     """A table comparing each KL estimator's expected gradient, by placement, with the two enumerated gradients."""
     key, key_ref = jax.random.split(jax.random.key(1))
     logits, ref_logits = jax.random.normal(key, (8,)), jax.random.normal(key_ref, (8,))
@@ -150,7 +150,7 @@ def placements() -> str:
     return "\n".join(lines)
 
 
-def memory() -> str:
+def memory_table() -> str:
     """A table of the temporary memory of the NLL's gradient from hidden states, as counted by the compiler."""
     B, T, D, V = 8, 1024, 768, 50304
     shapes = [
@@ -186,9 +186,9 @@ def save(name: str, *draw: Callable[..., None], panels: int) -> None:
 
 
 if __name__ == "__main__":
-    save("surrogate.png", surrogate, panels=2)
+    save("surrogate.png", plot_surrogate, panels=2)
     save("kl.png", estimators, panels=2)
     save("pairs.png", pairs, panels=2)
     save("advantages_adam.png", advantages, adam, panels=2)
-    print(placements())
-    print(memory())
+    print(placements_table())
+    print(memory_table())

@@ -29,7 +29,7 @@ import experiments.ppo
 import experiments.preferences
 import experiments.reward
 from jaxgpt.data.jsonl import write_rows
-from jaxgpt.data.questions import names_its_thing
+from jaxgpt.data.questions import mentions_subject
 from jaxgpt.data.questions import questions as questions_about_things
 from jaxgpt.data.tokenizer import answer_text, prompt_ids
 from jaxgpt.models import sharding, transformer
@@ -167,7 +167,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
         gold = settings.annotator.gold(answers.texts).reshape(-1, count)
         baseline = gold if name == "before" else baseline
-        named = [names_its_thing(True, answers.texts[n::count]) for n in range(count)]
+        named = [mentions_subject(True, answers.texts[n::count]) for n in range(count)]
         words = np.array([len(text.split()) for text in answers.texts])
         per_question = {
             "gold": gold,

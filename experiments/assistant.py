@@ -69,8 +69,8 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     preferences_files = {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
     if settings.labels:
         preferences_files = {
-            "preferences": votes.part(settings.labels, "train"),
-            "heldout": votes.part(settings.labels, "heldout"),
+            "preferences": votes.part_path(settings.labels, "train"),
+            "heldout": votes.part_path(settings.labels, "heldout"),
         }
     places: dict[str, dict[str, Any]] = {
         "pretrain": {},
@@ -111,7 +111,7 @@ def main(settings: Settings) -> dict[str, Any]:
     experiments.report.heldout_prompts(settings.report)  # if there are too few, fail now rather than at the end
     if settings.labels:
         for part in votes.PARTS:
-            votes.read(votes.part(settings.labels, part))  # if there are none, fail now rather than half-way
+            votes.read(votes.part_path(settings.labels, part))  # if there are none, fail now rather than half-way
     results = {stage.__name__.rpartition(".")[2]: stage.main(own) for stage, own in stage_settings(settings)}
     minutes = (time.monotonic() - started) / 60
     if jax.process_index() == 0:

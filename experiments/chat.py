@@ -21,8 +21,8 @@ from jaxgpt.runs.cli import cli
 from jaxgpt.structs import Array
 from jaxgpt.web.speaker import SamplingConfig, Speaker
 
-HELP = "/new  /again  /model PATH  /stats  /help  /quit"
-MEANING = """/new         forget the conversation
+COMMANDS = "/new  /again  /model PATH  /stats  /help  /quit"
+HELP_TEXT = """/new         forget the conversation
 /again       answer the same prompt again
 /model PATH  switch to another model
 /stats       show the speed of the last answer
@@ -71,13 +71,13 @@ class Chat:
             self.history, ids = [], self.speaker.prompt(text)
         started, begun = time.monotonic(), 0.0
         seen: list[int] = []
-        for token, piece in self.speaker.say(ids, self.how, key):
+        for token, piece in self.speaker.generate(ids, self.how, key):
             begun = begun or time.monotonic()
             seen.append(token)
             if piece:
                 yield piece
         ended = time.monotonic()
-        if self.speaker.remembers:
+        if self.speaker.is_multi_turn:
             self.history = [*ids, *seen, self.speaker.stop]
         self.stats = (
             f"prompt of {len(ids)} tokens in {(begun or ended) - started:.2f} s, then {len(seen)} tokens, "
@@ -88,7 +88,7 @@ class Chat:
 def main(settings: Settings) -> None:
     chat = Chat(settings)
     config = chat.speaker.config
-    print(f"{settings.model}: {config.layers} layers, width {config.width} (compiles first). {HELP}")
+    print(f"{settings.model}: {config.layers} layers, width {config.width} (compiles first). {COMMANDS}")
     for count in range(sys.maxsize):
         try:
             line = input("> ").strip()
@@ -99,7 +99,7 @@ def main(settings: Settings) -> None:
             if line in ("/quit", "/exit"):
                 return
             if line == "/help":
-                print(MEANING)
+                print(HELP_TEXT)
             elif line == "/stats":
                 print(chat.stats)
             elif line == "/new":
@@ -110,7 +110,7 @@ def main(settings: Settings) -> None:
                 chat = Chat(dataclasses.replace(settings, model=place))
                 print("model changed")
             elif line.startswith("/") and line != "/again":
-                raise UserError(f"unknown command {line.split()[0]!r}; {HELP}")
+                raise UserError(f"unknown command {line.split()[0]!r}; {COMMANDS}")
             elif line == "/again" and not chat.last:
                 raise UserError("there is no earlier prompt to repeat; type one")
             elif line:

@@ -33,7 +33,7 @@ class Settings:
 PRESETS: dict[str, Settings] = {}
 
 
-def filled(settings: Settings, root: Path = Path("runs/assistant")) -> Settings:
+def fill_from_runs(settings: Settings, root: Path = Path("runs/assistant")) -> Settings:
     """The settings, filled in from the runs in `root` if no models are named."""
     if settings.models:
         return settings
@@ -49,11 +49,11 @@ def filled(settings: Settings, root: Path = Path("runs/assistant")) -> Settings:
 
 
 def main(settings: Settings) -> None:
-    settings = filled(settings)
+    settings = fill_from_runs(settings)
     if settings.ppo and not (settings.ppo / "settings.json").exists():
         raise UserError(f"{settings.ppo} is not a PPO run; give the folder of one")
-    bound = server.Server(settings.serve, token := settings.serve.secret())
-    models = chat.seats(settings.models, settings.reference, settings.reward)
+    bound = server.Server(settings.serve, token := settings.serve.required_token())
+    models = chat.load_models(settings.models, settings.reference, settings.reward)
     store = votes.Store(settings.votes)
     rollouts = settings.ppo / "rollouts" if settings.ppo else None
     print("models: " + ", ".join(f"{seat.name} ({seat.place})" for seat in models))

@@ -15,10 +15,10 @@ import optax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import fit_rankings, rank_ids, sizes
+from jaxgpt.data.comparisons import fit_preferences, max_sizes, tokenize_preferences
 from jaxgpt.models import lora, sharding
 from jaxgpt.rlhf.dpo import make_loss
-from jaxgpt.rlhf.policy import transformer_policy
+from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.runs.checkpoints import SaveConfig
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.loop import Loop, LoopSettings
@@ -87,16 +87,16 @@ def build(
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
-    share = sharding.share_of_rows(mesh)
+    share = sharding.process_row_shard(mesh)
     files = {name: formats.fingerprint(getattr(settings, name)) for name in ("preferences", "heldout")}
     with Run(settings.run, settings, "dpo", {"model": run_fingerprint(settings.model), **files}) as run:
         if run.finished:
             return run.results
         sft, config, tok, _ = load_language_model(settings.model)
-        rankings, dropped = fit_rankings(rank_ids(tok, formats.load(settings.preferences)), config.block)
-        heldout, _ = fit_rankings(rank_ids(tok, formats.load(settings.heldout)), config.block)
+        rankings, dropped = fit_preferences(tokenize_preferences(tok, formats.load(settings.preferences)), config.block)
+        heldout, _ = fit_preferences(tokenize_preferences(tok, formats.load(settings.heldout)), config.block)
         rankings = rankings[: settings.limit]
-        size = sizes(rankings + heldout)
+        size = max_sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
         form = {"seed": settings.seed, "epochs": settings.epochs, "part": share.index, "parts": share.count}
         batches = pipelines.preference_batches(rankings, size[1], settings.batch, **form)
@@ -107,7 +107,7 @@ def main(settings: Settings) -> dict[str, Any]:
         with Loop(run, settings, tok, steps, batches, config.vocab, tokens, NAMES) as loop:
             state = loop.restore(program.state, lambda: state)
             for i, arrays in loop:
-                state, metrics = program.step(state, sharding.place_rows(Preferences.of(arrays), mesh), None)
+                state, metrics = program.step(state, sharding.place_local_rows(Preferences.of(arrays), mesh), None)
                 loop.record(i, state, metrics)
         policy = transformer_policy(config, new_tokens=size[2], temperature=settings.temperature)
         loss = jit_on(mesh, make_loss(policy, settings.beta))

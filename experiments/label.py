@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxgpt.config import round_up
 from jaxgpt.data import formats, pipelines, sources, votes
-from jaxgpt.data.comparisons import Preference, rank_ids
+from jaxgpt.data.comparisons import Preference, tokenize_preferences
 from jaxgpt.data.jsonl import read_rows
 from jaxgpt.data.questions import questions
 from jaxgpt.data.tokenizer import answer_text, prompt_ids
@@ -43,8 +43,8 @@ from jaxgpt.training.step import jit_on
 from jaxgpt.web import label, server
 from jaxgpt.web.label import LabelConfig
 
-ROUND = 4  # prompts answered together
-POOL = 3  # with a reward model: prompts answered for each one kept
+PROMPTS_PER_ROUND = 4  # prompts answered together
+OVERSAMPLE = 3  # with a reward model: prompts answered for each one kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Settings:
     prompts: str = ""  # movie_reviews, questions, or files as for the other stages; '': what suits the first model
     answers: Path | None = None  # file of prompts with answers, shown before all others
     candidates: int = 4  # answers per prompt
-    ahead: int = 12  # answered prompts kept ready
+    prefetch: int = 12  # answered prompts kept ready
     new_tokens: int = 48
     temperature: float = 0.7
     retrain: int = 0  # train a reward model after this many new votes; 0: never
-    who: LabelConfig = LabelConfig()
+    assignment: LabelConfig = LabelConfig()
     serve: server.ServeConfig = server.ServeConfig()
     seed: int = 0
     cache: Path = cache_root() / "data"
@@ -84,7 +84,7 @@ class Model:
         self.params = sharding.replicate(params, mesh)
 
 
-class Maker:
+class AnswerGenerator:
     """Keeps `ahead` answered prompts in the store, from a thread of its own."""
 
     def __init__(self, settings: Settings, store: votes.Store) -> None:
@@ -100,7 +100,7 @@ class Maker:
         try:
             self.models = [Model(place, self.mesh) for place in places(self.settings)]
             known = self.store.prompts()
-            wanted = prompts(self.settings, self.models[0].place)
+            wanted = load_prompts(self.settings, self.models[0].place)
             self.left = [text for text in wanted if text not in known and self.fits(text)]
             self.rng.shuffle(self.left)
             if self.settings.retrain:
@@ -108,8 +108,8 @@ class Maker:
             while not self.stop.is_set():
                 if self.settings.retrain and self.store.count() - self.trained_at >= self.settings.retrain:
                     self.retrain()
-                if self.store.unseen() < self.settings.ahead and self.left:
-                    self.state = f"{self.store.unseen()} of {self.settings.ahead} prompts have answers"
+                if self.store.unseen() < self.settings.prefetch and self.left:
+                    self.state = f"{self.store.unseen()} of {self.settings.prefetch} prompts have answers"
                     self.make()
                 else:
                     self.state = ""
@@ -125,11 +125,11 @@ class Maker:
 
     def make(self) -> None:
         """Answer a few more prompts; with a reward model, keep those it is least sure of."""
-        count = ROUND * (POOL if self.doubt else 1)
+        count = PROMPTS_PER_ROUND * (OVERSAMPLE if self.doubt else 1)
         chosen, self.left = self.left[:count], self.left[count:]
         tasks = [self.task(prompt, answers) for prompt, answers in zip(chosen, self.answer(chosen), strict=True)]
         found = sorted((task for task in tasks if task), key=lambda task: -task.doubt)
-        for task in found[:ROUND]:
+        for task in found[:PROMPTS_PER_ROUND]:
             self.store.add_task(task)
 
     def answer(self, chosen: list[str]) -> list[list[votes.Answer]]:
@@ -152,7 +152,7 @@ class Maker:
                 self.mesh,
                 new_tokens=settings.new_tokens,
                 stop=one.tok.template.end,
-                batch=ROUND * share,
+                batch=PROMPTS_PER_ROUND * share,
                 temperature=settings.temperature,
                 width=max(width, *map(len, ids)),
             )
@@ -179,7 +179,7 @@ class Maker:
         """Load the newest reward model of an earlier session."""
         if found := reward_runs(self.settings.votes):
             self.trained_at = max(found)
-            self.doubt = doubt_by(found[self.trained_at], self.settings, self.mesh)
+            self.doubt = make_uncertainty(found[self.trained_at], self.settings, self.mesh)
 
     def retrain(self) -> None:
         """Train a new reward model on all votes. The old one stays until then, or if there are too few votes."""
@@ -211,7 +211,7 @@ class Maker:
         said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no message"]
         print(f"after {self.trained_at} votes: {said[-1]}", flush=True)
         if done.returncode == 0:
-            self.doubt = doubt_by(run, self.settings, self.mesh)
+            self.doubt = make_uncertainty(run, self.settings, self.mesh)
 
 
 def reward_runs(file: Path) -> dict[int, Path]:
@@ -221,7 +221,7 @@ def reward_runs(file: Path) -> dict[int, Path]:
     return {int(found[1]): run for run in runs if (found := name.fullmatch(run.name))}
 
 
-def doubt_by(run: Path, settings: Settings, mesh: jax.sharding.Mesh) -> Any:
+def make_uncertainty(run: Path, settings: Settings, mesh: jax.sharding.Mesh) -> Any:
     """A function (prompt, answers) -> entropy of the reward model's choice relative to a uniform one: 0 to 1."""
     params, config, tok, _ = load_model(run)
     params = sharding.replicate(params, mesh)
@@ -229,7 +229,7 @@ def doubt_by(run: Path, settings: Settings, mesh: jax.sharding.Mesh) -> Any:
 
     def doubt(prompt: str, answers: list[votes.Answer]) -> float:
         one = Preference(prompt, tuple(a.text for a in answers), 0, tuple(a.ended for a in answers))
-        ranking = rank_ids(tok, [one])
+        ranking = tokenize_preferences(tok, [one])
         longest = max(len(ids) for ids, _ in ranking[0].rows)
         if longest > config.block:
             return 0.0
@@ -247,7 +247,7 @@ def places(settings: Settings) -> tuple[Path, ...]:
     return settings.models or ((own,) if (own / "done.json").exists() else (Path("smollm2-135m"),))
 
 
-def prompts(settings: Settings, model: Path) -> list[str]:
+def load_prompts(settings: Settings, model: Path) -> list[str]:
     """The prompts to answer; by default opening words for a model trained here, and otherwise questions."""
     source = settings.prompts or (sources.EMBEDDED if (model / "done.json").exists() else "questions")
     if source == "questions":
@@ -255,7 +255,7 @@ def prompts(settings: Settings, model: Path) -> list[str]:
     return [prompt.text for prompt in sources.prompts(source, "train", settings.cache)]
 
 
-def from_file(path: Path) -> list[votes.Task]:
+def tasks_from_file(path: Path) -> list[votes.Task]:
     """Tasks from {"prompt", "answers"} on each line, or from any preference format, whose choices are ignored."""
     rows = list(read_rows(path)) if path.suffix != ".json" else []
     if rows and all({"prompt", "answers"} <= row.keys() for _, row in rows):
@@ -269,13 +269,13 @@ def from_file(path: Path) -> list[votes.Task]:
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    waiting = from_file(settings.answers) if settings.answers else []
+    waiting = tasks_from_file(settings.answers) if settings.answers else []
     for place in places(settings):
         run_fingerprint(place)  # fail now if a model is missing
-    bound = server.Server(settings.serve, token := settings.serve.secret())
+    bound = server.Server(settings.serve, token := settings.serve.required_token())
     store = votes.Store(settings.votes)
     new = sum(store.add_task(task) for task in waiting)
-    maker = Maker(settings, store)
+    maker = AnswerGenerator(settings, store)
     if not waiting or settings.models:
         threading.Thread(target=maker.run, daemon=True).start()
     else:
@@ -283,7 +283,7 @@ def main(settings: Settings) -> dict[str, Any]:
     print(f"votes: {settings.votes} ({store.count()} so far{f', {new} new prompts' if waiting else ''})")
     print(f"label at {bound.address} (Ctrl-C to stop; every vote is saved at once)", flush=True)
     server.open_page(bound.address)
-    bound.run(label.application(store, settings.who, settings.serve, token, lambda: maker.state))
+    bound.run(label.application(store, settings.assignment, settings.serve, token, lambda: maker.state))
     maker.stop.set()
     found = {"votes": store.count(), "agreement": votes.agreement(store.votes())}
     print(

@@ -144,7 +144,7 @@ def ppo(space: Space, task: Task, params: Params, old: Params, rows_B1: Array) -
     return losses.sequence_sum(policy_loss + losses.value_clip(value_BT, old_value_BT, return_BT), mask_BT)
 
 
-def grouped(advantage: Callable[[Array], Array], penalty: str) -> Loss:
+def make_group_loss(advantage: Callable[[Array], Array], penalty: str) -> Loss:
     """REINFORCE with the advantage of `returns.rloo`, `centred` or `grpo`, and one of three KL penalties.
 
     score  in the score: h = r - beta log(pi / rho)(y)
@@ -177,7 +177,7 @@ def dpo(space: Space, task: Task, params: Params, old: Params, rows_BC: Array) -
     return losses.soft_preference_nll(h_BC, jax.nn.softmax(task.score_Y[rows_BC]))
 
 
-def shared(loss: Loss) -> Loss:
+def average_over_prompts(loss: Loss) -> Loss:
     """The mean loss over several prompts that the policy can't tell apart: score_Y is [X, Y], one row per prompt."""
 
     def mean(space: Space, task: Task, params: Params, old: Params, rows_BC: Array) -> Array:
@@ -192,18 +192,18 @@ def shared(loss: Loss) -> Loss:
 Draw = Callable[[Array, Array], tuple[Array, Array]]
 
 
-def sampled(groups: int, size: int) -> Draw:
+def draw_groups(groups: int, size: int) -> Draw:
     """Groups of independent samples from the policy."""
     return lambda key, logp_Y: (jax.random.categorical(key, logp_Y, shape=(groups, size)), jnp.full(groups, 1 / groups))
 
 
-def every_set(space: Space, size: int) -> Draw:
+def all_sets(space: Space, size: int) -> Draw:
     """All sets of `size` different answers, equally weighted: the candidates that preferences choose from."""
     sets = jnp.array(list(itertools.combinations(range(len(space.tokens_YT)), size)))
     return lambda key, logp_Y: (sets, jnp.full(len(sets), 1 / len(sets)))
 
 
-def every_group(space: Space, size: int) -> Draw:
+def all_groups(space: Space, size: int) -> Draw:
     """All groups that `sampled` can draw, weighted by their probabilities, which gives the expected loss."""
     rows = list(itertools.combinations_with_replacement(range(len(space.tokens_YT)), size))
     orders = [math.factorial(size) / math.prod(math.factorial(row.count(y)) for y in set(row)) for row in rows]
@@ -288,15 +288,15 @@ def measure(space: Space, task: Task, logits_SV: Array) -> dict[str, float]:
 
 def methods(settings: Settings, space: Space) -> dict[str, Method]:
     """The methods as one would run them: from samples, or from exact preferences."""
-    groups = sampled(settings.answers // settings.group, settings.group)
+    groups = draw_groups(settings.answers // settings.group, settings.group)
     return {
-        "PPO": Method(ppo, sampled(settings.answers, 1), epochs=2),
-        "RLOO": Method(grouped(returns.rloo, "score"), groups),
-        "centred": Method(grouped(returns.centred, "score"), groups),
-        "DPO, pairs": Method(dpo, every_set(space, 2)),
-        "DPO, sets of 3": Method(dpo, every_set(space, 3)),
-        "GRPO, KL in the score": Method(grouped(returns.grpo, "score"), groups),
-        "GRPO, k3 as a loss": Method(grouped(returns.grpo, "k3"), groups),
+        "PPO": Method(ppo, draw_groups(settings.answers, 1), epochs=2),
+        "RLOO": Method(make_group_loss(returns.rloo, "score"), groups),
+        "centred": Method(make_group_loss(returns.centre_scores, "score"), groups),
+        "DPO, pairs": Method(dpo, all_sets(space, 2)),
+        "DPO, sets of 3": Method(dpo, all_sets(space, 3)),
+        "GRPO, KL in the score": Method(make_group_loss(returns.grpo, "score"), groups),
+        "GRPO, k3 as a loss": Method(make_group_loss(returns.grpo, "k3"), groups),
     }
 
 
@@ -308,18 +308,18 @@ PENALTIES = {
 }
 # Standard deviations of the scores of prompts that share one table. With only two prompts, pi* would happen to be
 # stationary for GRPO too: h differs between them only in sign there, so both have the same standard deviation.
-SPREADS = (0.5, 1.0, 2.0)
+SCORE_STDS = (0.5, 1.0, 2.0)
 
 
-def resting_points(settings: Settings, space: Space) -> dict[str, dict[str, np.ndarray]]:
+def stationary_points(settings: Settings, space: Space) -> dict[str, dict[str, np.ndarray]]:
     """KL(pi || pi*) at the stationary point of the expected update, [problems], by advantage and penalty."""
-    tasks, triple = make_tasks(settings, space), make_tasks(settings, space, SPREADS)
-    groups = every_group(space, settings.group)
+    tasks, triple = make_tasks(settings, space), make_tasks(settings, space, SCORE_STDS)
+    groups = all_groups(space, settings.group)
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, advantage in {"rloo": returns.rloo, "grpo": returns.grpo}.items():
-        loss = {penalty: grouped(advantage, penalty) for penalty in ("score", "k2", "k3")}
+        loss = {penalty: make_group_loss(advantage, penalty) for penalty in ("score", "k2", "k3")}
         runs = {key: learn(settings, space, Method(f, groups), tasks) for key, f in loss.items()}
-        runs["shared"] = learn(settings, space, Method(shared(loss["score"]), groups), triple)
+        runs["shared"] = learn(settings, space, Method(average_over_prompts(loss["score"]), groups), triple)
         found[name] = {key: np.maximum(kl_PU[:, -1], 0.0) for key, (_, kl_PU) in runs.items()}
     return found
 
@@ -372,7 +372,7 @@ def figure(path: Path, space: Space, tasks: Task, learned: dict[str, Any], rest:
     picture.savefig(path)
 
 
-def line(name: str, kl_to_optimum: Sequence[float], score: float, kl: float) -> str:
+def table_row(name: str, kl_to_optimum: Sequence[float], score: float, kl: float) -> str:
     """One row of the table."""
     return f"{name:<22} {' '.join(f'{x:8.5f}' for x in kl_to_optimum)}  {score:6.3f}  {kl:8.3f}"
 
@@ -395,12 +395,12 @@ def main(settings: Settings) -> dict[str, Any]:
             ]
             mean = {key: float(np.mean([found[key] for found in each])) for key in each[0]}
             if not results:
-                run.say(line("pi*", [0.0] * count, mean["optimal_score"], mean["optimal_kl"]))
+                run.say(table_row("pi*", [0.0] * count, mean["optimal_score"], mean["optimal_kl"]))
             results[name] = {**mean, "kl_to_optimum": [found["kl_to_optimum"] for found in each]}
-            run.say(line(name, results[name]["kl_to_optimum"], mean["score"], mean["kl"]))
+            run.say(table_row(name, results[name]["kl_to_optimum"], mean["score"], mean["kl"]))
         for i in range(0, settings.updates, 10):
             run.log(i + 1, {name: np.median(kl_PU[:, i]) for name, (_, kl_PU) in learned.items()})
-        rest = resting_points(settings, space)
+        rest = stationary_points(settings, space)
         run.say("stationary points of the expected group update: KL(pi||pi*), median and range of the problems")
         for name, found in rest.items():
             cells = (f"{key} {np.median(x):.4f} ({x.min():.4f}-{x.max():.4f})" for key, x in found.items())

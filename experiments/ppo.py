@@ -23,7 +23,7 @@ from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
 from jaxgpt.models import lora, sharding
 from jaxgpt.rlhf import ppo, reward, rollout
-from jaxgpt.rlhf.policy import Policy
+from jaxgpt.rlhf.policies import Policy
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.checkpoints import SaveConfig
 from jaxgpt.runs.cli import cli

@@ -65,7 +65,7 @@ PRESETS = {
 }
 
 
-def candidates(
+def sample_candidates(
     settings: Settings,
     params: Params,
     config: ModelConfig,
@@ -115,7 +115,7 @@ def main(settings: Settings) -> dict[str, Any]:
             prompts = choose_prompts(settings, split, count, rng)
             with run.progress(count * (settings.candidates - settings.experts), f"answers ({name})") as bar:
                 key = jax.random.fold_in(jax.random.key(settings.seed), n)
-                texts, ended = candidates(settings, params, config, tok, prompts, key, mesh, bar)
+                texts, ended = sample_candidates(settings, params, config, tok, prompts, key, mesh, bar)
             annotator = {"annotator": settings.annotator.name, "temperature": settings.annotator.temperature}
             gold_BC = settings.annotator.gold([text for row in texts for text in row]).reshape(count, -1)
             choices = settings.annotator.choose(gold_BC, rng)

@@ -22,7 +22,7 @@ from jaxgpt.data.tokenizer import Tokenizer, cached_tokenizer, gpt2_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding, transformer
-from jaxgpt.models.sharding import Share
+from jaxgpt.models.sharding import RowShard
 from jaxgpt.rlhf import rollout
 from jaxgpt.runs.checkpoints import SaveConfig
 from jaxgpt.runs.cli import cli
@@ -95,7 +95,7 @@ class Data:
     tokens_per_byte: float  # of the held-out text
 
 
-def prepare(settings: Settings, share: Share) -> Data:
+def prepare(settings: Settings, share: RowShard) -> Data:
     """Text, tokenizer and batches."""
     train, test = (sources.documents(settings.data, split, settings.cache) for split in ("train", "test"))
     if settings.tokenizer == "gpt2":
@@ -113,7 +113,7 @@ def prepare(settings: Settings, share: Share) -> Data:
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
-    program, share = build(settings, mesh), sharding.share_of_rows(mesh)
+    program, share = build(settings, mesh), sharding.process_row_shard(mesh)
     with Run(settings.run, settings, "pretrain", sources.fingerprint(settings.data)) as run:
         if run.finished:
             return run.results
@@ -132,7 +132,7 @@ def main(settings: Settings) -> dict[str, Any]:
             state, dropout_key = loop.restore((program.state, dropout_key), lambda: (begin(init_key), dropout_key))
             for i, arrays in loop:
                 key = jax.random.fold_in(dropout_key, i) if settings.model.dropout else None
-                state, metrics = program.step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
+                state, metrics = program.step(state, sharding.place_local_rows(Batch.of(arrays), mesh), key)
                 heldout = None
                 if loop.due(i, settings.eval_every):
                     nats = evaluate(loss, state.trainable, data.heldout, mesh)["loss"]

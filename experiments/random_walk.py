@@ -28,7 +28,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses import kl
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import ppo
-from jaxgpt.rlhf.policy import Policy
+from jaxgpt.rlhf.policies import Policy
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.run import Run
@@ -43,7 +43,7 @@ class Settings:
     run: Path = Path("runs/random_walk")
     nodes: int = 21  # the last one is the goal
     edge_probability: float = 0.1
-    limit: int = 10  # steps of the longest walk
+    max_steps: int = 10  # steps of the longest walk
     layers: int = 2
     width: int = 48
     pretrain_steps: int = 300
@@ -60,12 +60,12 @@ class Settings:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.nodes < 3 or self.limit < 2 or not self.beta > 0:
+        if self.nodes < 3 or self.max_steps < 2 or not self.beta > 0:
             raise UserError("nodes must be at least 3, limit at least 2, beta above 0")
 
     @property
     def model(self) -> ModelConfig:
-        return ModelConfig(self.layers, self.width, heads=4, block=1 + self.limit, vocab=self.nodes)
+        return ModelConfig(self.layers, self.width, heads=4, block=1 + self.max_steps, vocab=self.nodes)
 
 
 PRESETS = {
@@ -73,7 +73,7 @@ PRESETS = {
     "toy": Settings(
         nodes=6,
         edge_probability=0.3,
-        limit=4,
+        max_steps=4,
         layers=1,
         width=16,
         pretrain_steps=4,
@@ -150,12 +150,12 @@ def pretrain(settings: Settings, rho_NN: np.ndarray, key: Array, rng: np.random.
     step = jax.jit(training.make_train_step(training.make_nll(settings.model), tx), donate_argnums=0)
     state, nats = training.init_state(transformer.init(key, settings.model), tx), []
     for _ in range(settings.pretrain_steps):
-        state, metrics = step(state, random_walks(rho_NN, settings.pretrain_batch, settings.limit, rng), None)
+        state, metrics = step(state, random_walks(rho_NN, settings.pretrain_batch, settings.max_steps, rng), None)
         nats.append(metrics["loss"].value)
     return state.trainable, np.array(nats)
 
 
-def from_every_start(settings: Settings, answers: int) -> Prompts:
+def prompts_from_every_start(settings: Settings, answers: int) -> Prompts:
     """Each node except the goal, `answers` times in a row."""
     node_B = jnp.repeat(jnp.arange(settings.nodes - 1), answers)
     return Prompts(node_B[:, None], jnp.ones_like(node_B))
@@ -165,15 +165,15 @@ def build(settings: Settings, edges_NN: Array) -> tuple[Policy, optax.GradientTr
     """Policy, optimiser, and two jitted programs: the PPO iteration, and the evaluation of a policy from every
     start."""
     config, stop = settings.model, settings.nodes - 1
-    ppo_config = PPOConfig(new_tokens=settings.limit, epochs=settings.epochs, unfinished_score=0.0)
+    ppo_config = PPOConfig(new_tokens=settings.max_steps, epochs=settings.epochs, unfinished_score=0.0)
     policy = ppo.policy_of(config, ppo_config, stop)
     tx = optim.adam_tf(optim.linear_to_zero(settings.learning_rate, settings.iterations * settings.epochs))
 
     def evaluate(params: Params, reference: Params, key: Array) -> tuple[Array, kl.Estimate, Batch]:
-        prompts = from_every_start(settings, settings.eval_answers)
+        prompts = prompts_from_every_start(settings, settings.eval_answers)
         found = policy.collect(params, prompts, key)
-        ref_logp_BT, _ = transformer.score(reference, config, found.rows)
-        score_N = path_score(edges_NN, settings.limit, found.rows).reshape(stop, -1).mean(axis=1)
+        ref_logp_BT, _ = transformer.token_log_probs(reference, config, found.rows)
+        score_N = path_score(edges_NN, settings.max_steps, found.rows).reshape(stop, -1).mean(axis=1)
         return score_N, kl.estimate(kl.k1(found.logp_BT, ref_logp_BT), found.rows.mask_BT), found.rows
 
     iteration = functools.partial(
@@ -181,7 +181,7 @@ def build(settings: Settings, edges_NN: Array) -> tuple[Policy, optax.GradientTr
         policy=policy,
         ppo=ppo_config,
         tx=tx,
-        reward_fn=lambda params, rows: path_score(edges_NN, settings.limit, rows),
+        reward_fn=lambda params, rows: path_score(edges_NN, settings.max_steps, rows),
     )
     return policy, tx, jax.jit(iteration, donate_argnums=(0, 1)), jax.jit(evaluate)
 
@@ -196,14 +196,14 @@ def figure(
     way, frontier, graph = picture.subplots(1, 3, width_ratios=(1, 1, 1.3))
     step, nats = [i for i, _, _ in curve], [x for _, _, x in curve]
     score = np.array([score_N for _, score_N, _ in curve])
-    soft_N, soft_kl_N = soft_optimum(rho_NN, settings.beta, settings.limit)
+    soft_N, soft_kl_N = soft_optimum(rho_NN, settings.beta, settings.max_steps)
     named = (("optimality", score / best_N, soft_N / best_N, 1.0, "C2"), ("score", score, soft_N, best_N.mean(), "C0"))
     for name, y_IN, soft, best, color in named:
         way.plot(step, y_IN.mean(axis=1), color=color, label=name)
         way.axhline(best, color=color, ls=":", lw=1.2, label="shortest paths")
         way.axhline(soft.mean(), color=color, ls="--", lw=1.2, label=f"optimum for β = {settings.beta:g}")
     way.set(xlabel="PPO iterations", ylim=(0, 1.05), title="mean over starts")
-    ways = [soft_optimum(rho_NN, beta, settings.limit) for beta in np.geomspace(3e-3, 30, 60)]
+    ways = [soft_optimum(rho_NN, beta, settings.max_steps) for beta in np.geomspace(3e-3, 30, 60)]
     frontier.plot([x.mean() for _, x in ways], [y.mean() for y, _ in ways], color="0.6", label="best possible, every β")
     frontier.plot(nats, score.mean(axis=1), ".-", color="C0", lw=0.8, label="PPO, in training")
     frontier.plot(soft_kl_N.mean(), soft_N.mean(), "k*", ms=11, label=f"optimum for β = {settings.beta:g}")
@@ -243,11 +243,11 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             return run.results
         rng = np.random.default_rng(settings.seed)
-        edges_NN = random_graph(settings.nodes, settings.edge_probability, settings.limit, rng)
+        edges_NN = random_graph(settings.nodes, settings.edge_probability, settings.max_steps, rng)
         steps_N = distances(edges_NN)[:-1]
-        best_N = 1 - (steps_N - 1) / settings.limit
+        best_N = 1 - (steps_N - 1) / settings.max_steps
         rho_NN = edges_NN / np.maximum(edges_NN.sum(axis=1, keepdims=True), 1)
-        soft_N, soft_kl_N = soft_optimum(rho_NN, settings.beta, settings.limit)
+        soft_N, soft_kl_N = soft_optimum(rho_NN, settings.beta, settings.max_steps)
 
         init_key, eval_key, ppo_key = jax.random.split(jax.random.key(settings.seed), 3)
         walked, nats = pretrain(settings, rho_NN, init_key, rng)
@@ -257,7 +257,7 @@ def main(settings: Settings) -> dict[str, Any]:
 
         policy, tx, iteration, evaluate = build(settings, jnp.asarray(edges_NN))
         state, control = ppo.init(policy, walked, tx, {}), kl.FixedKL(jnp.float32(settings.beta))
-        prompts = from_every_start(settings, settings.answers)
+        prompts = prompts_from_every_start(settings, settings.answers)
         curve = []
         with run.progress(settings.iterations, "ppo") as bar:
             for i in range(1 + settings.iterations):

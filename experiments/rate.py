@@ -20,7 +20,7 @@ import optax
 
 from jaxgpt.data import sources, votes
 from jaxgpt.data.questions import questions
-from jaxgpt.data.tokenizer import on_texts, prompt_ids
+from jaxgpt.data.tokenizer import prompt_ids, text_reward
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
 from jaxgpt.rlhf import ppo, rollout
@@ -74,8 +74,8 @@ def main(settings: Settings) -> dict[str, Any]:
         ppo.check_batch(settings.batch, settings.ppo, config.block, tokens_NP.shape[1])
         order = np.random.default_rng(settings.seed).permutation(len(ids))
 
-        bound = server.Server(settings.serve, token := settings.serve.secret())
-        person = rate.Person(votes.Store(settings.run / "ratings.sqlite"))
+        bound = server.Server(settings.serve, token := settings.serve.required_token())
+        person = rate.HumanReward(votes.Store(settings.run / "ratings.sqlite"))
         app = rate.application(person, settings.serve, token)
         threading.Thread(target=bound.run, args=(app,), daemon=True).start()
         run.say(f"rate at {bound.address} ({settings.iterations} rounds of {settings.batch} answers)")
@@ -85,7 +85,7 @@ def main(settings: Settings) -> dict[str, Any]:
         policy = ppo.policy_of(config, settings.ppo, tok.template.end)
         state = ppo.init(policy, start, tx, {})
         control: ppo.Controller = kl.FixedKL(jnp.float32(settings.beta))
-        reward_fn = on_texts(person, tok)
+        reward_fn = text_reward(person, tok)
         iteration = ppo.host_iteration(policy=policy, ppo=settings.ppo, tx=tx, reward_fn=reward_fn)
         began, waited = time.monotonic(), 0.0
         for i in range(1, settings.iterations + 1):

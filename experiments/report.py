@@ -30,7 +30,7 @@ from jaxgpt.rlhf.annotator import gold_scores
 from jaxgpt.rlhf.intervals import best_of_n_kl_bound, distinct_2
 from jaxgpt.rlhf.judge import Judge, fit_judge
 from jaxgpt.runs.cli import cli
-from jaxgpt.runs.process import from_first_process
+from jaxgpt.runs.process import broadcast_from_first
 from jaxgpt.runs.report import Policy, write_report
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_model
@@ -71,7 +71,7 @@ PRESETS = {
 
 
 @dataclasses.dataclass
-class Bench:
+class Evaluator:
     """The models that evaluate answers, and how to sample."""
 
     settings: Settings
@@ -123,18 +123,18 @@ class Bench:
         """Nats per token of each text as a document, end token included, under the frozen pretrained model."""
         end = self.tok.template.separator
         ids = [[end, *self.tok.encode(text)[: self.config.block - 2], end] for text in texts]
-        rows = padded(self, [(row, [1] * len(row)) for row in ids], all_tokens=True)
+        rows = pad_rows(self, [(row, [1] * len(row)) for row in ids], all_tokens=True)
         return -self.log_probs(self.pretrained, rows, 1.0) / rows.mask_BT.sum(1)
 
 
-def padded(bench: Bench, rows: list[Row], all_tokens: bool = False) -> Batch:
+def pad_rows(bench: Evaluator, rows: list[Row], all_tokens: bool = False) -> Batch:
     """Rows of ids and roles as one batch on the host."""
     arrays = pipelines.padded_examples(rows, bench.config.block, len(rows), all_tokens=all_tokens)[0]
     return Batch(arrays["tokens"], arrays["mask"])
 
 
-def policy(
-    bench: Bench, name: str, params: Params | None, answers: rollout.Sampled, prompts: list[Prompt], **known: Any
+def evaluate_policy(
+    bench: Evaluator, name: str, params: Params | None, answers: rollout.Sampled, prompts: list[Prompt], **known: Any
 ) -> Policy:
     """All measurements of one policy's answers, one number per prompt. With `params` None, KL is not measured."""
     kl = None
@@ -159,7 +159,7 @@ def policy(
     )
 
 
-def base_answers(bench: Bench, prompts: list[Prompt], key: Array) -> rollout.Sampled:
+def sample_base_answers(bench: Evaluator, prompts: list[Prompt], key: Array) -> rollout.Sampled:
     """The pretrained model knows no tags: it continues the opening words (or the prompt) as raw text. Its text is then
     appended to the prompt as an answer, so that reward and length are comparable with the others'."""
     starts = [prompt.opening or prompt.text for prompt in prompts]
@@ -168,10 +168,12 @@ def base_answers(bench: Bench, prompts: list[Prompt], key: Array) -> rollout.Sam
     texts = [start + text for start, text in zip(starts, sampled.texts, strict=True)]
     pairs = [example_ids(bench.tok, prompt.text, text) for prompt, text in zip(prompts, texts, strict=True)]
     limit = bench.config.block
-    return rollout.Sampled(texts, padded(bench, [(ids[:limit], roles[:limit]) for ids, roles in pairs]), sampled.ended)
+    return rollout.Sampled(
+        texts, pad_rows(bench, [(ids[:limit], roles[:limit]) for ids, roles in pairs]), sampled.ended
+    )
 
 
-def best_of_n(bench: Bench, ids: list[list[int]], key: Array) -> dict[int, rollout.Sampled]:
+def best_of_n(bench: Evaluator, ids: list[list[int]], key: Array) -> dict[int, rollout.Sampled]:
     """For n = 2, 4, … best_of: of n answers by the finetuned model, the one the reward model scores highest."""
     n = bench.settings.best_of
     pool = bench.sample(bench.reference, [row for row in ids for _ in range(n)], key)
@@ -207,14 +209,14 @@ def main(settings: Settings) -> dict[str, Any]:
         params = {name: sharding.replicate(one.params, mesh) for name, one in loaded.items()}
         prompts = heldout_prompts(settings)
         judge = fit_judge(
-            sources.labelled(sources.EMBEDDED, "train", settings.cache),
-            sources.labelled(sources.EMBEDDED, "test", settings.cache),
+            sources.labelled_reviews(sources.EMBEDDED, "train", settings.cache),
+            sources.labelled_reviews(sources.EMBEDDED, "test", settings.cache),
         )
         run.say(
             f"report: {len(prompts)} held-out prompts · "
             f"judge fitted on human labels: {judge.accuracy:.1%} held-out accuracy"
         )
-        bench = Bench(settings, config, tok, params["pretrain"], params["sft"], params["reward"], judge, mesh)
+        bench = Evaluator(settings, config, tok, params["pretrain"], params["sft"], params["reward"], judge, mesh)
         ids = [prompt_ids(tok, prompt.text) for prompt in prompts]
         nll = training.jit_on(mesh, training.make_nll(config))
         stream = pipelines.tokenize_stream(
@@ -229,25 +231,29 @@ def main(settings: Settings) -> dict[str, Any]:
         }
         keys = iter(jax.random.split(jax.random.key(settings.seed), 5))
         with run.progress(5, "answers") as bar:
-            answers = base_answers(bench, prompts, next(keys))
-            policies = [policy(bench, "base", None, answers, prompts, text_nats=text_nats["pretrain"])]
+            answers = sample_base_answers(bench, prompts, next(keys))
+            policies = [evaluate_policy(bench, "base", None, answers, prompts, text_nats=text_nats["pretrain"])]
             bar.update()
             answers = bench.sample(bench.reference, ids, next(keys))
-            policies.append(policy(bench, "SFT", bench.reference, answers, prompts, text_nats=text_nats["sft"]))
+            policies.append(
+                evaluate_policy(bench, "SFT", bench.reference, answers, prompts, text_nats=text_nats["sft"])
+            )
             bar.update()
             for n, answers in best_of_n(bench, ids, next(keys)).items():
                 bound = best_of_n_kl_bound(n)
                 known = {"text_nats": text_nats["sft"], "kl_bound": bound}
-                policies.append(policy(bench, f"best of {n}", None, answers, prompts, **known))
+                policies.append(evaluate_policy(bench, f"best of {n}", None, answers, prompts, **known))
             bar.update()
             for name in ("dpo", "ppo"):
                 answers = bench.sample(params[name], ids, next(keys))
-                policies.append(policy(bench, name.upper(), params[name], answers, prompts, text_nats=text_nats[name]))
+                policies.append(
+                    evaluate_policy(bench, name.upper(), params[name], answers, prompts, text_nats=text_nats[name])
+                )
                 bar.update()
         results: dict[str, Any] = {}
         if jax.process_index() == 0:
             results = write_report(run.folder, settings.stages, prompts, policies, judge.accuracy, run.console)
-        results = from_first_process(results)
+        results = broadcast_from_first(results)
         run.say(f"report: {settings.run / 'report.html'}")
         run.finish(results)
         return run.results

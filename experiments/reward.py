@@ -19,7 +19,7 @@ import optax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import Ranking, fit_rankings, rank_ids, sizes
+from jaxgpt.data.comparisons import TokenizedPreference, fit_preferences, max_sizes, tokenize_preferences
 from jaxgpt.models import lora, sharding
 from jaxgpt.rlhf import reward
 from jaxgpt.rlhf.annotator import simulated_ceiling
@@ -72,7 +72,7 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
 def first_state(settings: Settings, params: Params, tx: optax.GradientTransformation) -> TrainState:
     """Model and head to train, or adapters and head; gain and bias never."""
     trainable, frozen = optim.split(params, reward.trainable_names())
-    adapters, weights = lora.start(jax.random.key(settings.seed), params["model"], settings.lora)
+    adapters, weights = lora.split_trainable(jax.random.key(settings.seed), params["model"], settings.lora)
     return init_state({**trainable, "model": adapters}, tx, {**frozen, "model": weights} if weights else frozen)
 
 
@@ -91,7 +91,12 @@ def build(
 
 
 def measure(
-    params: Params, config: ModelConfig, heldout: list[Ranking], length: int, batch: int, mesh: jax.sharding.Mesh
+    params: Params,
+    config: ModelConfig,
+    heldout: list[TokenizedPreference],
+    length: int,
+    batch: int,
+    mesh: jax.sharding.Mesh,
 ) -> reward.Heldout:
     """The held-out preferences, in batches of one shape."""
     program = jit_on(mesh, lambda params, batch: reward.candidate_scores(params, config, batch))
@@ -105,17 +110,17 @@ def measure(
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
-    share = sharding.share_of_rows(mesh)
+    share = sharding.process_row_shard(mesh)
     files = {name: formats.fingerprint(getattr(settings, name)) for name in ("preferences", "heldout")}
     with Run(settings.run, settings, "reward", {"model": run_fingerprint(settings.model), **files}) as run:
         if run.finished:
             return run.results
         sft, config, tok, _ = load_language_model(settings.model)
-        rankings, dropped = fit_rankings(rank_ids(tok, formats.load(settings.preferences)), config.block)
+        rankings, dropped = fit_preferences(tokenize_preferences(tok, formats.load(settings.preferences)), config.block)
         kept = formats.load(settings.heldout)
-        heldout, _ = fit_rankings(rank_ids(tok, kept), config.block)
+        heldout, _ = fit_preferences(tokenize_preferences(tok, kept), config.block)
         rankings = rankings[: settings.limit]
-        size = sizes(rankings + heldout)
+        size = max_sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
         form = {"seed": settings.seed, "epochs": settings.epochs, "part": share.index, "parts": share.count}
         batches = pipelines.preference_batches(rankings, size[1], settings.batch, **form)
@@ -130,7 +135,7 @@ def main(settings: Settings) -> dict[str, Any]:
         with Loop(run, settings, tok, steps, batches, config.vocab, tokens, NAMES) as loop:
             state = loop.restore(program.state, lambda: state)
             for i, arrays in loop:
-                state, metrics = program.step(state, sharding.place_rows(Preferences.of(arrays), mesh), None)
+                state, metrics = program.step(state, sharding.place_local_rows(Preferences.of(arrays), mesh), None)
                 loop.record(i, state, metrics)
         found = measure(state.params, config, heldout, size[1], settings.batch, mesh)
         ceiling = simulated_ceiling(preference.meta for preference in kept)
@@ -147,7 +152,7 @@ def main(settings: Settings) -> dict[str, Any]:
         return run.finish({**found._asdict(), **counts})
 
 
-def reference_rows(rankings: list[Ranking], length: int, count: int) -> Batch:
+def reference_rows(rankings: list[TokenizedPreference], length: int, count: int) -> Batch:
     """The first candidate answers of the held-out preferences: they fix the scale of h."""
     rows = [row for ranking in rankings for row in ranking.rows][:count]
     arrays = pipelines.padded_examples(rows, length, len(rows))[0]

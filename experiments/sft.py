@@ -20,7 +20,7 @@ from jaxgpt.data import pipelines, sources
 from jaxgpt.data.tokenizer import Tokenizer, example_ids
 from jaxgpt.files import cache_root
 from jaxgpt.models import lora, sharding
-from jaxgpt.models.sharding import Share
+from jaxgpt.models.sharding import RowShard
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.loop import Loop, LoopSettings
 from jaxgpt.runs.run import Run, run_fingerprint
@@ -72,7 +72,7 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 
 def start(settings: Settings, params: Params, tx: optax.GradientTransformation) -> TrainState:
     """The first state: all weights to train, or adapters beside them."""
-    trainable, frozen = lora.start(jax.random.key(settings.seed), params, settings.lora)
+    trainable, frozen = lora.split_trainable(jax.random.key(settings.seed), params, settings.lora)
     return init_state(trainable, tx, frozen)
 
 
@@ -96,7 +96,7 @@ class Data:
     raw: list[Batch]  # pretraining's held-out text
 
 
-def prepare(settings: Settings, tok: Tokenizer, length: int, share: Share) -> Data:
+def prepare(settings: Settings, tok: Tokenizer, length: int, share: RowShard) -> Data:
     """Examples as rows of `length` tokens."""
     found = {}
     for split in ("train", "test"):
@@ -123,7 +123,7 @@ def main(settings: Settings) -> dict[str, Any]:
         params, config, tok, _ = load_language_model(settings.model, settings.tags)
         length = min(settings.length, config.block)
         program = build(settings, config, mesh)
-        data = prepare(settings, tok, length, sharding.share_of_rows(mesh))
+        data = prepare(settings, tok, length, sharding.process_row_shard(mesh))
         state = sharding.place_like(start(settings, params, optimizer(settings)), program.state)
         dropout_key = sharding.replicate(jax.random.key(settings.seed), mesh)
         loss = jit_on(mesh, make_nll(config))
@@ -137,7 +137,7 @@ def main(settings: Settings) -> dict[str, Any]:
             state, dropout_key = loop.restore((program.state, dropout_key), lambda: (state, dropout_key))
             for i, arrays in loop:
                 key = jax.random.fold_in(dropout_key, i) if config.dropout else None
-                state, metrics = program.step(state, sharding.place_rows(Batch.of(arrays), mesh), key)
+                state, metrics = program.step(state, sharding.place_local_rows(Batch.of(arrays), mesh), key)
                 heldout = None
                 if loop.due(i, settings.eval_every):
                     answers, after = (evaluate(loss, state.params, x, mesh)["loss"] for x in (data.answers, data.raw))

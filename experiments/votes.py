@@ -39,7 +39,7 @@ def main(settings: Settings) -> dict[str, Any]:
     verdicts, differ = formats.read(settings.read) if settings.read else ([], 0)  # before a database is created
     store = votes.Store(settings.votes, create=settings.read is not None)
     if settings.read:
-        new = formats.into_store(store, verdicts, settings.annotator)
+        new = formats.import_verdicts(store, verdicts, settings.annotator)
         print(
             f"{new} new verdicts of {len(verdicts)} from {settings.read}"
             + (f"; {differ} left out: their answers are to different conversations" if differ else "")
@@ -57,7 +57,7 @@ def main(settings: Settings) -> dict[str, Any]:
     between = votes.agreement(everything)
     print(f"agreement between annotators: {between or 'no prompt has votes by two annotators yet'}")
     if settings.write:
-        rows, left_out = formats.write(settings.write, formats.judged_of(store), settings.format)
+        rows, left_out = formats.write(settings.write, formats.verdicts_in(store), settings.format)
         print(f"{rows} rows in {settings.write}; {left_out} votes left out: {settings.format} can't express them")
     return {"votes": len(everything), "agreement": between}
 

@@ -19,7 +19,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("JAXGPT_CACHE") or Path.home() / ".cache" / "jaxgpt").expanduser()
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """The text "; did you mean X?" for the known name closest to a mistyped one, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
@@ -29,7 +29,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
+def replace_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that atomically replaces `path` at the end: readers see either the old file or the new one, even
     if the program is killed midway. Its folder must exist: a run whose folder was deleted must not write to a new one.
     """
@@ -47,7 +47,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def create_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that atomically becomes `path` at the end. If another process was faster, its folder stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -71,7 +71,7 @@ def _umask() -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file with this text, atomically."""
-    with new_file(path) as file:
+    with replace_file(path) as file:
         file.write(text.encode())
 
 

@@ -19,10 +19,11 @@ from jaxgpt.models import sharding, transformer
 from jaxgpt.structs import Array, Batch, Params
 
 generate, generate_until = (
-    jax.jit(f, static_argnums=1, static_argnames=decoding.STATIC) for f in (decoding.generate, decoding.generate_until)
+    jax.jit(f, static_argnums=1, static_argnames=decoding.STATIC_ARGNAMES)
+    for f in (decoding.generate, decoding.generate_until)
 )
 hidden = jax.jit(transformer.hidden, static_argnums=1)
-score = jax.jit(transformer.score, static_argnums=1, static_argnames=("temperature", "window"))
+score = jax.jit(transformer.token_log_probs, static_argnums=1, static_argnames=("temperature", "window"))
 AS_USERS_RUN_IT = {"xla_backend_optimization_level": 3}  # for what holds to the last bit: see conftest.py
 if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
     AS_USERS_RUN_IT["xla_cpu_use_fusion_emitters"] = True

@@ -20,7 +20,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import read_json
 from jaxgpt.runs import checkpoints, doctor
 from jaxgpt.runs.saved_model import load_model
-from jaxgpt.runs.settings import flat_json, settings_from_json, settings_to_json
+from jaxgpt.runs.settings import flatten_json, settings_from_json, settings_to_json
 
 FUZZ = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
@@ -75,7 +75,7 @@ def test_lines_are_read_as_they_are_or_refused(tmp_path: Path, data: bytes) -> N
     with refusal("rows.jsonl"):
         found = [row for _, row in read_rows(path)]
         assert found == strictly(data)
-        assert all(math.isfinite(x) for row in found for x in flat_json(row).values() if isinstance(x, float))
+        assert all(math.isfinite(x) for row in found for x in flatten_json(row).values() if isinstance(x, float))
 
 
 @FUZZ
@@ -138,8 +138,8 @@ def test_settings_are_taken_as_they_are_or_refused(tmp_path: Path, altered: tupl
         found = settings_from_json(kind, read_json(path), where=str(path))
     except UserError:
         return
-    complete = flat_json(settings_to_json(found))
-    for name, value in flat_json(data).items():
+    complete = flatten_json(settings_to_json(found))
+    for name, value in flatten_json(data).items():
         if value == {}:
             continue  # a group of settings without any: the defaults
         same_path = isinstance(value, str) and value != "" and complete[name] == str(Path(value))  # a//b is a/b
@@ -157,7 +157,7 @@ def test_records_of_runs_models_and_checkpoints_are_refused_by_name(tmp_path: Pa
     with refusal("model.json"):
         load_model(tmp_path)
     with refusal("settings.json"):
-        doctor.read(tmp_path)
+        doctor.read_run_record(tmp_path)
 
 
 TOK = train_bpe(["the quick brown fox </answer> <prompt> " * 3], 300)

@@ -17,7 +17,7 @@ from jaxgpt import training
 from jaxgpt.config import ModelConfig
 from jaxgpt.losses import kl
 from jaxgpt.rlhf import dpo, ppo, reward
-from jaxgpt.rlhf.policy import transformer_policy
+from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.structs import Batch, Preferences, Rollout
 from jaxgpt.training import optim

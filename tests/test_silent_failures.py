@@ -19,7 +19,7 @@ from jaxgpt.data import pipelines
 from jaxgpt.errors import UserError
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import ppo
-from jaxgpt.rlhf.policy import transformer_policy
+from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.runs.run import Run
 from jaxgpt.structs import Batch
 from jaxgpt.training import optim

@@ -121,7 +121,7 @@ class Built:
 
 
 def build(settings: Settings, step: Step, mesh: jax.sharding.Mesh) -> Built:
-    everywhere, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    everywhere, rows = sharding.replicated_sharding(mesh), sharding.row_sharding(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
 
@@ -142,9 +142,9 @@ def build(settings: Settings, step: Step, mesh: jax.sharding.Mesh) -> Built:
         return Built(program.iteration, arguments, {}, {**_memory_of_state(state), "batch": prompts})
     sharding.check_model(settings.model, mesh)
     sharding.check_rows(settings.prompts, mesh, "a batch of prompts")
-    decoding.check_room(settings.model, settings.prompt_tokens, settings.ppo.new_tokens)
+    decoding.check_fits_block(settings.model, settings.prompt_tokens, settings.ppo.new_tokens)
     params = shapes_on(mesh, lambda: transformer.init(jax.random.key(0), settings.model))
-    jitted = jit_on(mesh, decoding.generate, static_argnums=1, static_argnames=decoding.STATIC)
+    jitted = jit_on(mesh, decoding.generate, static_argnums=1, static_argnames=decoding.STATIC_ARGNAMES)
     tokens = with_sharding(jax.ShapeDtypeStruct((settings.prompts, settings.prompt_tokens), jnp.int32), rows)
     lengths = with_sharding(jax.ShapeDtypeStruct((settings.prompts,), jnp.int32), rows)
     keywords = {"new_tokens": settings.ppo.new_tokens, "stop": ANSWER_END}
@@ -160,7 +160,7 @@ def _memory_of_state(state: Any) -> dict[str, Any]:
     return {"parameters": state.trainable, "optimizer": state.opt_state, "frozen": state.frozen}
 
 
-def bytes_on_a_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Bytes that these arrays take on one device, given their shardings."""
     sizes = [
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -173,7 +173,7 @@ def bytes_on_a_device(tree: Any) -> int:
 # ---- in a child process: the compiler can crash ----
 
 
-def devices_of(topology: str) -> Sequence[Any]:
+def slice_devices(topology: str) -> Sequence[Any]:
     from jax.experimental import topologies
 
     try:
@@ -183,12 +183,12 @@ def devices_of(topology: str) -> Sequence[Any]:
         raise UserError(f"there is no slice {topology} ({lines[0] if lines else type(error).__name__})") from None
 
 
-def look(topology: str) -> dict[str, Any]:
+def inspect_slice(topology: str) -> dict[str, Any]:
     """A slice's number and kind of devices, and the bytes a program may use on each, from the compiler's error for one
     that is too large."""
-    devices = devices_of(topology)
+    devices = slice_devices(topology)
     mesh = sharding.make_mesh(MeshConfig(), devices[:1])
-    huge = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32, sharding=sharding.replicated(mesh))
+    huge = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32, sharding=sharding.replicated_sharding(mesh))
     try:
         jax.jit(lambda x: x @ x.T).lower(huge).compile()
         raise RuntimeError("the compiler accepted a program of several terabytes")
@@ -212,13 +212,13 @@ def refusal(message: str) -> tuple[float, float] | None:
 
 def compile_step(settings: Settings, step: Step) -> dict[str, Any]:
     """Trace and compile one step for settings.mesh: its memory, collectives and FLOPs."""
-    devices = devices_of(settings.topology)
+    devices = slice_devices(settings.topology)
     mesh = sharding.make_mesh(settings.mesh, devices)
     built = build(settings, step, mesh)
     start = time.perf_counter()
     traced = built.step.trace(*built.arguments, **built.static)
     flops, exact = hlo.product_flops(traced.jaxpr)
-    memory: dict[str, float] = {name: bytes_on_a_device(tree) for name, tree in built.memory.items()}
+    memory: dict[str, float] = {name: bytes_per_device(tree) for name, tree in built.memory.items()}
     about = {"flops": flops, "flops_exact": exact, "arguments": memory}
     try:
         compiled = traced.lower().compile()
@@ -255,16 +255,16 @@ def compile_step(settings: Settings, step: Step) -> dict[str, Any]:
     }
 
 
-def child(request: Mapping[str, Any]) -> dict[str, Any]:
+def run_request(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if request["do"] == "look":
-            return look(request["topology"])
+            return inspect_slice(request["topology"])
         return compile_step(settings_from_json(Settings, request["settings"]), request["step"])
     except UserError as error:
         return {"mistake": str(error)}
 
 
-QUIET = {  # use the compiler without a TPU
+COMPILER_ENVIRONMENT = {  # use the compiler without a TPU
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -274,7 +274,7 @@ QUIET = {  # use the compiler without a TPU
 }
 
 
-def in_a_child(request: Mapping[str, Any], patience: int) -> dict[str, Any]:
+def run_in_child(request: Mapping[str, Any], patience: int) -> dict[str, Any]:
     """Run `child` in its own process; {"failed": reason} if it crashes, raises or takes too long."""
     try:
         done = subprocess.run(
@@ -283,7 +283,7 @@ def in_a_child(request: Mapping[str, Any], patience: int) -> dict[str, Any]:
             text=True,
             timeout=patience,
             cwd=Path(__file__).parents[1],
-            env=os.environ | QUIET,
+            env=os.environ | COMPILER_ENVIRONMENT,
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"not compiled within {patience} s (--patience)"}
@@ -298,7 +298,7 @@ def in_a_child(request: Mapping[str, Any], patience: int) -> dict[str, Any]:
 # ---- estimates ----
 
 
-def closed_form(settings: Settings, step: Step) -> float:
+def closed_form_flops(settings: Settings, step: Step) -> float:
     """FLOPs of a step over all devices: 6 N + 12 layers width T per token to train, a third of that for a forward pass.
     PPO samples (one forward pass), evaluates the rollouts (policy, reference policy and reward model: three), and
     trains for `epochs`."""
@@ -318,7 +318,9 @@ def cache_bytes(settings: Settings, mesh: MeshConfig) -> float:
     return 2 * c.layers * rows * slots * c.width * width / mesh.tensor
 
 
-def seconds(settings: Settings, step: Step, mesh: MeshConfig, sent: float, flops: float) -> dict[str, float]:
+def lower_bound_seconds(
+    settings: Settings, step: Step, mesh: MeshConfig, sent: float, flops: float
+) -> dict[str, float]:
     """Lower bounds in seconds for the parts of a step: FLOPs at the chip's peak, bytes that must be read from HBM, and
     bytes sent in both directions of one ring."""
     chip, count = settings.chip, mesh.data * mesh.fsdp * mesh.tensor
@@ -339,7 +341,7 @@ def seconds(settings: Settings, step: Step, mesh: MeshConfig, sent: float, flops
     }
 
 
-def guess(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[float, float]:
+def estimate_mesh(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[float, float]:
     """Estimated (bytes per device, seconds), to choose which meshes to compile."""
     c, width = settings.model, 2 if settings.model.dtype == "bfloat16" else 4
     parts = mesh.fsdp * mesh.tensor
@@ -362,7 +364,7 @@ def guess(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[float, floa
     if mesh.tensor > 1:
         new = settings.ppo.new_tokens if step != "train" else 0
         sent += passes * 8 * c.layers * tokens * c.width * width + new * 4 * c.layers * rows * c.width * width
-    return memory, sum(seconds(settings, step, mesh, sent, closed_form(settings, step)).values())
+    return memory, sum(lower_bound_seconds(settings, step, mesh, sent, closed_form_flops(settings, step)).values())
 
 
 def candidates(settings: Settings, step: Step, devices: int, capacity: float) -> list[MeshConfig]:
@@ -390,7 +392,7 @@ def candidates(settings: Settings, step: Step, devices: int, capacity: float) ->
             f"{step}: no mesh of {devices} devices divides {rows} rows and a model of width {c.width} and {c.heads} "
             "heads; use a batch that is a multiple of the devices, or a smaller slice"
         )
-    guesses = {mesh: guess(settings, step, mesh) for mesh in found}
+    guesses = {mesh: estimate_mesh(settings, step, mesh) for mesh in found}
 
     def order(mesh: MeshConfig) -> tuple[bool, float]:
         memory, duration = guesses[mesh]
@@ -421,11 +423,11 @@ def time_text(duration: float) -> str:
 def estimate(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str, Any]) -> dict[str, Any]:
     """Bounds for step time and MFU: all three parts overlapped, and one after another."""
     sent = sum(one["sent"] for one in found["collectives"].values())
-    parts = seconds(settings, step, mesh, sent, found["flops"])
+    parts = lower_bound_seconds(settings, step, mesh, sent, found["flops"])
     times = max(parts.values()), sum(parts.values())
     chips = mesh.data * mesh.fsdp * mesh.tensor / settings.chip.devices
     peak = chips * settings.chip.tflops * 1e12
-    mfu = tuple(min(closed_form(settings, step), found["flops"]) / (peak * t) for t in times)
+    mfu = tuple(min(closed_form_flops(settings, step), found["flops"]) / (peak * t) for t in times)
     return {"parts": parts, "seconds": times, "mfu": mfu}
 
 
@@ -459,7 +461,7 @@ def report(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str,
     ]
     if found["unknown_loops"]:
         lines.append(f"      (plus loops of unknown length, counted once: {', '.join(found['unknown_loops'])})")
-    closed = closed_form(settings, step)
+    closed = closed_form_flops(settings, step)
     note = "" if found["flops_exact"] else ", loops of unknown length counted once"
     lines.append(
         f"    matrix products   {found['flops']:.3g} FLOPs, {found['flops'] / closed:.2f} x the closed form{note}"
@@ -485,7 +487,7 @@ def main(settings: Settings) -> dict[str, Any]:
             "the TPU compiler is not installed; run make VENV=.venv-tpu EXTRAS=tpu set-up, "
             "then .venv-tpu/bin/python -m tpu.plan"
         )
-    slice_ = in_a_child({"do": "look", "topology": settings.topology}, settings.patience)
+    slice_ = run_in_child({"do": "look", "topology": settings.topology}, settings.patience)
     if "mistake" in slice_ or "failed" in slice_:
         raise UserError(slice_.get("mistake") or slice_["failed"])
     devices, capacity, chip = slice_["devices"], slice_["capacity"], settings.chip
@@ -513,7 +515,9 @@ def main(settings: Settings) -> dict[str, Any]:
         compiled: dict[MeshConfig, dict[str, Any]] = {}
         for mesh in chosen:
             trial = dataclasses.replace(settings, mesh=mesh)
-            found = in_a_child({"do": "compile", "settings": settings_to_json(trial), "step": step}, settings.patience)
+            found = run_in_child(
+                {"do": "compile", "settings": settings_to_json(trial), "step": step}, settings.patience
+            )
             if "mistake" in found:
                 raise UserError(f"{step}, {mesh_text(mesh)}: {found['mistake']}")
             compiled[mesh] = found
@@ -548,7 +552,7 @@ def main(settings: Settings) -> dict[str, Any]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(json.loads(sys.argv[2]))))
+        print(json.dumps(run_request(json.loads(sys.argv[2]))))
     else:
         jax.config.update("jax_platforms", "cpu")  # with the TPU compiler installed, jax would look for a TPU
         cli(main, Settings, PRESETS)

@@ -22,7 +22,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.harness import OURS, Turns, Worker, disturbance, machine_text, speedup, survey, worker_main
+from experiments.bench.harness import (
+    OURS,
+    Rotation,
+    Worker,
+    disturbance_warning,
+    machine_text,
+    speedup,
+    survey_machine,
+    worker_main,
+)
 from jaxgpt.data import wheels
 from jaxgpt.errors import UserError
 
@@ -79,7 +88,7 @@ class JaxWorker:
 
         found = loading.load(Path(file))
         params = jax.jit(decoding.prepare, static_argnums=1)(found.params, found.config)
-        self.params, self.config = jax.jit(decoding.int8)(params) if self.int8 else params, found.config
+        self.params, self.config = jax.jit(decoding.quantise_int8)(params) if self.int8 else params, found.config
         return {}
 
     def timed(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
@@ -100,7 +109,7 @@ class JaxWorker:
                 new_tokens=new_tokens,
                 stop=-1,
                 sample=sampling.greedy,
-                filter_logits=likeliest,
+                filter_logits=no_filter,
             )
         )
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
@@ -109,7 +118,7 @@ class JaxWorker:
         return None
 
 
-def likeliest(logits: Any) -> Any:
+def no_filter(logits: Any) -> Any:
     """No filter."""
     return logits
 
@@ -204,13 +213,13 @@ def main(settings: Settings) -> dict[str, Any]:
     }
     with Run(settings.run, settings, stage="bench_chat", fresh=True) as run:
         log = run.folder.absolute() / "workers.log"
-        about, _, note = survey(MODULE, [OURS, "bfloat16"], python, log, "transformers")
+        about, _, note = survey_machine(MODULE, [OURS, "bfloat16"], python, log, "transformers")
         run.say(note or machine_text(about))
         prompt = np.random.default_rng(0).integers(100, 20_000, settings.prompt).tolist()
         seconds: dict[str, list[float]] = {kind: [] for kind in NAMES}
         tokens: dict[str, list[int]] = {}
         with contextlib.ExitStack() as stack:
-            turns = Turns({kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in NAMES})
+            turns = Rotation({kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in NAMES})
 
             def ready(kind: str, worker: Any) -> None:
                 worker.ask("load", file=file)
@@ -240,7 +249,7 @@ def main(settings: Settings) -> dict[str, Any]:
             )
             lines.append(f"the first {same} of {settings.new_tokens} tokens match HF float32")
         lines += [f"{NAMES[kind]} left out: {why}" for kind, why in turns.failed.items()]
-        lines += disturbance(turns.others_share)
+        lines += disturbance_warning(turns.others_share)
         for line in lines:
             run.say(line)
         report = {"machine": about, "tokens_a_second": found, "others_share": turns.others_share}

@@ -39,18 +39,18 @@ import numpy as np
 
 from experiments.bench.harness import (
     OURS,
-    Turns,
+    Rotation,
     Worker,
     best_rate,
     cores,
-    disturbance,
+    disturbance_warning,
     draw_bars,
     hf_model,
     jax_versions,
     machine_text,
-    nested,
     speedup,
-    survey,
+    survey_machine,
+    unflatten_names,
     worker_main,
 )
 from jaxgpt.config import PRESETS as MODELS
@@ -59,7 +59,7 @@ from jaxgpt.errors import UserError
 
 MODULE = "experiments.bench.decode"
 RIVALS = {"dynamic": "HF dynamic cache", "compiled": "HF static + compile"}
-MUST_AGREE = 20  # leading greedy tokens on which all decoders must agree in float32
+MIN_AGREEING_TOKENS = 20  # leading greedy tokens on which all decoders must agree in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Settings:
     repeats: int = 5  # turns of each decoder
     rivals: tuple[str, ...] = ("dynamic", "compiled")  # Hugging Face's caches to compare with; none: only ours
     torch_python: str = ""  # a Python that has torch and transformers; "": this one
-    prepared: bool = False  # prepare our weights for decoding once, ahead of time, instead of in each call
+    prepare_once: bool = False  # prepare our weights for decoding once, ahead of time, instead of in each call
     roof_mb: int = 1024  # size of the array read to measure memory bandwidth; much larger than the CPU's caches
     seed: int = 0
 
@@ -243,7 +243,7 @@ class JaxWorker(Decoder):
             jax.config.update("jax_default_matmul_precision", "highest")  # torch's default: no TF32
         self.config, self.prompts = config, jnp.asarray(prompts)
         self.lengths = jnp.full(prompts.shape[0], prompts.shape[1])
-        self.params = nested({name: jnp.asarray(flat[name]) for name in flat})
+        self.params = unflatten_names({name: jnp.asarray(flat[name]) for name in flat})
         if prepared:
             self.params = jax.jit(decoding.prepare, static_argnums=1)(self.params, config)
 
@@ -347,13 +347,15 @@ class TorchWorker(Decoder):
 # ---- measuring ----
 
 
-def agreeing(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:
+def count_agreeing_tokens(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:
     """Number of leading tokens that match, in the row that differs first."""
     different_BA = np.asarray(ours) != np.asarray(theirs)
     return int(np.where(different_BA.any(axis=1), different_BA.argmax(axis=1), different_BA.shape[1]).min())
 
 
-def figures(seconds: Sequence[float], first: Sequence[float], warm_up: float, case: Case, must_read: float) -> dict:
+def summarise_times(
+    seconds: Sequence[float], first: Sequence[float], warm_up: float, case: Case, must_read: float
+) -> dict:
     """One decoder's figures from its times: medians and ranges."""
     whole, prompt = statistics.median(seconds), statistics.median(first)
     tokens = case.batch * case.new_tokens
@@ -381,10 +383,10 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
         "config": dataclasses.asdict(config),
         "weights": str(weights),
         "prompts": prompts,
-        "prepared": settings.prepared,
+        "prepared": settings.prepare_once,
     }
     must_read = bytes_a_step(config, case.batch, case.prompt, case.new_tokens)
-    turns = Turns(workers)
+    turns = Rotation(workers)
     warm_up: dict[str, float] = {}
     tokens: dict[str, list[list[int]]] = {}
     seconds: dict[str, list[float]] = {kind: [] for kind in workers}
@@ -411,8 +413,11 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
             turns.each(turn)
     found: dict[str, Any] = {}
     for kind, worker in turns.alive.items():
-        found[kind] = figures(seconds[kind], first[kind], warm_up[kind], case, must_read["total"])
-        found[kind] |= {"peak_bytes": worker.ask("peak"), "agreeing_tokens": agreeing(tokens[OURS], tokens[kind])}
+        found[kind] = summarise_times(seconds[kind], first[kind], warm_up[kind], case, must_read["total"])
+        found[kind] |= {
+            "peak_bytes": worker.ask("peak"),
+            "agreeing_tokens": count_agreeing_tokens(tokens[OURS], tokens[kind]),
+        }
     others = [kind for kind in found if kind != OURS]
     fastest = max(others, key=lambda kind: found[kind]["tokens_a_second"], default=None)
     return {
@@ -425,7 +430,7 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
     }
 
 
-def with_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[str, Any]]:
+def add_roof_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[str, Any]]:
     """The results with each decoder's fraction of the roof (bytes per second)."""
     for result in results:
         for found in result["decoders"].values():
@@ -433,12 +438,12 @@ def with_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[str,
     return results
 
 
-def complaints(result: Mapping[str, Any]) -> list[str]:
+def warning_lines(result: Mapping[str, Any]) -> list[str]:
     """Warnings about one point of the grid, as lines of text."""
     lines = [f"{RIVALS[kind]} left out: {error}" for kind, error in result["failed"].items()]
-    lines += disturbance(result["others_share"])
+    lines += disturbance_warning(result["others_share"])
     for kind, found in result["decoders"].items():
-        enough = min(MUST_AGREE, result["new_tokens"])
+        enough = min(MIN_AGREEING_TOKENS, result["new_tokens"])
         if result["dtype"] == "float32" and found["agreeing_tokens"] < enough:
             equal = found["agreeing_tokens"]
             lines.append(f"NOT COMPARABLE: {RIVALS[kind]} differs from jaxgpt in greedy tokens after the first {equal}")
@@ -453,7 +458,7 @@ HEADER = (
 )
 
 
-def title_of(result: Mapping[str, Any]) -> str:
+def case_title(result: Mapping[str, Any]) -> str:
     model, dtype = result["model"], result["dtype"]
     return f"{model} {dtype}, batch {result['batch']}, prompt {result['prompt']} + {result['new_tokens']}"
 
@@ -465,7 +470,7 @@ def table(results: Sequence[Mapping[str, Any]], roof: float) -> list[str]:
         must_read = result["bytes_a_step"]["total"]
         lines += [
             "",
-            f"{title_of(result)}: {must_read / 1e6:,.1f} MB per step, so at most "
+            f"{case_title(result)}: {must_read / 1e6:,.1f} MB per step, so at most "
             f"{roof / must_read * result['batch']:,.0f} tokens/s",
         ]
         for kind, found in result["decoders"].items():
@@ -481,7 +486,7 @@ def table(results: Sequence[Mapping[str, Any]], roof: float) -> list[str]:
             low, high = result["speedup"]["range"]
             over = RIVALS[result["speedup"]["over"]]
             lines.append(f"= {result['speedup']['median']:.2f} x {over} ({low:.2f}-{high:.2f} turn by turn)")
-        lines += complaints(result)
+        lines += warning_lines(result)
     return lines
 
 
@@ -513,9 +518,9 @@ def main(settings: Settings) -> dict[str, Any]:
         if os.getloadavg()[0] > 0.5 * cores():
             run.say(f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: other programs disturb these timings")
         kinds = [OURS, *settings.rivals]
-        about, read, note = survey(MODULE, kinds, python, log, "Hugging Face", megabytes=settings.roof_mb)
+        about, read, note = survey_machine(MODULE, kinds, python, log, "Hugging Face", megabytes=settings.roof_mb)
         before = {name: rate for rates in read.values() for name, rate in rates.items()}
-        run.say(f"memory: {roofs_text(before)}")
+        run.say(f"memory: {format_roofs(before)}")
         if note:
             run.say(note)
             kinds = [OURS]
@@ -532,15 +537,15 @@ def main(settings: Settings) -> dict[str, Any]:
                         results.append(measure(case, settings, workers, weights))
                     speeds = {kind: found["tokens_a_second"] for kind, found in results[-1]["decoders"].items()}
                     shown = ", ".join(f"{RIVALS.get(kind, kind)} {speed:,.1f}" for kind, speed in speeds.items())
-                    run.say(f"{title_of(results[-1])}: {shown} tokens/s")
+                    run.say(f"{case_title(results[-1])}: {shown} tokens/s")
                     run.log(len(results), {f"tokens_a_second/{kind}": speed for kind, speed in speeds.items()})
-        _, read, _ = survey(MODULE, kinds, python, log, "Hugging Face", megabytes=settings.roof_mb)
+        _, read, _ = survey_machine(MODULE, kinds, python, log, "Hugging Face", megabytes=settings.roof_mb)
         after = {name: rate for rates in read.values() for name, rate in rates.items()}
-        run.say(f"memory, again: {roofs_text(after)}")
+        run.say(f"memory, again: {format_roofs(after)}")
         roofs = {name: max(before[name], after.get(name, 0.0)) for name in before}
         used = max(roofs, key=lambda name: roofs[name])
         roof_text = f"{roofs[used] / 1e9:.1f} GB/s, {used}, the best of 24 reads of {settings.roof_mb} MB of float32"
-        lines = [f"roof: {roof_text}", "", *table(with_fractions(results, roofs[used]), roofs[used])]
+        lines = [f"roof: {roof_text}", "", *table(add_roof_fractions(results, roofs[used]), roofs[used])]
         for line in lines:
             run.say(line)
         report = {
@@ -560,7 +565,7 @@ def main(settings: Settings) -> dict[str, Any]:
         return run.results
 
 
-def roofs_text(roofs: Mapping[str, float]) -> str:
+def format_roofs(roofs: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in roofs.items())
 
 

@@ -28,8 +28,8 @@ from jaxgpt.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 OURS = "jaxgpt"
-PATIENCE = 1800  # seconds a worker may take for one answer
-NOTICEABLE = 0.05  # fraction of the cores' time spent on other programs
+ANSWER_TIMEOUT = 1800  # seconds a worker may take for one answer
+DISTURBANCE_THRESHOLD = 0.05  # fraction of the cores' time spent on other programs
 
 
 # ---- the machine ----
@@ -171,9 +171,9 @@ class Worker:
             stdin.flush()
         except OSError:
             pass  # it has ended: its last answer, or its log, says why
-        if not select.select([stdout], [], [], PATIENCE)[0]:
+        if not select.select([stdout], [], [], ANSWER_TIMEOUT)[0]:
             self.process.kill()
-            raise WorkerError(f"no answer in {PATIENCE} s")
+            raise WorkerError(f"no answer in {ANSWER_TIMEOUT} s")
         line = stdout.readline()
         if not line:
             last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
@@ -184,7 +184,7 @@ class Worker:
         return found
 
 
-class Turns:
+class Rotation:
     """Workers that take turns. A rival that fails is left out and the reason kept; ours must not fail."""
 
     def __init__(self, workers: Mapping[str, Any]) -> None:
@@ -215,9 +215,9 @@ class Turns:
         return time.process_time() + sum(worker.ask("cpu")["seconds"] for worker in self.alive.values())
 
 
-def disturbance(others_share: float) -> list[str]:
+def disturbance_warning(others_share: float) -> list[str]:
     """A warning line if other programs used a noticeable share of the machine."""
-    if others_share <= NOTICEABLE:
+    if others_share <= DISTURBANCE_THRESHOLD:
         return []
     return [f"DISTURBED: other programs used {others_share:.0%} of the machine meanwhile"]
 
@@ -231,7 +231,7 @@ def speedup(seconds: Mapping[str, list[float]], other: str | None) -> dict[str, 
     return {"over": other, "median": median, "range": [min(ratios), max(ratios)]}
 
 
-def survey(
+def survey_machine(
     module: str, kinds: Sequence[str], python: Mapping[str, str], log: Path, rival: str, **roof: Any
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]], str]:
     """The machine (processor, versions, devices); the answers of ours and the first rival to "roof" with the arguments
@@ -366,7 +366,7 @@ def initial_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, 
     return {name: draw(name, shape) for name, shape in named}
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten_names(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"a/b": x} -> {"a": {"b": x}}."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
@@ -383,9 +383,9 @@ def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = 
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from jaxgpt.pretrained.places import kind_of, to_tensors
+    from jaxgpt.pretrained.places import architecture_of, to_tensors
 
-    if kind_of(config) != "gpt2":
+    if architecture_of(config) != "gpt2":
         raise UserError("only GPT-2 models can be compared with transformers' GPT-2; choose another model")
 
     theirs = GPT2Config(

@@ -27,17 +27,17 @@ import numpy as np
 
 from experiments.bench.harness import (
     OURS,
-    Turns,
+    Rotation,
     Worker,
     cores,
-    disturbance,
+    disturbance_warning,
     hf_model,
     initial_weights,
     jax_versions,
     machine_text,
-    nested,
     speedup,
-    survey,
+    survey_machine,
+    unflatten_names,
     worker_main,
 )
 from jaxgpt.config import PRESETS as MODELS
@@ -118,7 +118,7 @@ class JaxWorker:
         program = stage.build(settings, model_config, len(prompts[0]), mesh, ANSWER_END)
         self.iteration = program.iteration
         with np.load(weights) as flat:
-            params = nested({name: np.asarray(flat[name]) for name in flat})
+            params = unflatten_names({name: np.asarray(flat[name]) for name in flat})
         reward_params = reward.init(jax.random.key(1), params, model_config.width)
         policy = ppo.policy_of(model_config, algorithm, ANSWER_END)
         state = ppo.init(policy, params, stage.optimizer(settings), {"reward": reward_params})
@@ -176,7 +176,7 @@ class TrlWorker:
         model_config = ModelConfig(**config)
         with np.load(weights) as flat:
             policy, reference = (hf_model(model_config, flat) for _ in range(2))
-        scorers = [scorer_like(policy) for _ in range(2)]
+        scorers = [make_scorer(policy) for _ in range(2)]
         worker = self
 
         class Pause(TrainerCallback):
@@ -211,7 +211,7 @@ class TrlWorker:
         rows = [{"input_ids": torch.tensor(row)} for row in prompts]
         trainer = PPOTrainer(
             args=arguments,
-            processing_class=tokenizer_of(model_config.vocab),
+            processing_class=make_tokenizer(model_config.vocab),
             model=policy,
             ref_model=reference,
             reward_model=scorers[0],
@@ -246,7 +246,7 @@ class TrlWorker:
         return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
-def scorer_like(policy: Any) -> Any:
+def make_scorer(policy: Any) -> Any:
     """A model with a scalar head on a copy of the policy's trunk."""
     from transformers import GPT2ForSequenceClassification
 
@@ -255,7 +255,7 @@ def scorer_like(policy: Any) -> Any:
     return scorer
 
 
-def tokenizer_of(vocab: int) -> Any:
+def make_tokenizer(vocab: int) -> Any:
     """A tokenizer with one word per id: TRL needs little more from it than the ids of padding and end. Both are the
     last id, which random weights hardly ever choose."""
     from tokenizers import Tokenizer, models
@@ -278,7 +278,7 @@ def measure(settings: Settings, workers: Mapping[str, Worker], weights: Path) ->
         "prompts": rng.integers(6, settings.config.vocab - 1, (settings.batch, settings.prompt)).tolist(),
         "new_tokens": settings.new_tokens,
     }
-    turns = Turns(workers)
+    turns = Rotation(workers)
     first: dict[str, float] = {}
     seconds: dict[str, list[float]] = {kind: [] for kind in workers}
 
@@ -332,7 +332,7 @@ def table(result: Mapping[str, Any], settings: Settings) -> list[str]:
         low, high = result["speedup"]["range"]
         lines.append(f"= {result['speedup']['median']:.2f} x {RIVAL_NAME} ({low:.2f}-{high:.2f} turn by turn)")
     lines += [f"{RIVAL_NAME} left out: {error}" for error in result["failed"].values()]
-    return lines + disturbance(result["others_share"])
+    return lines + disturbance_warning(result["others_share"])
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -347,7 +347,7 @@ def main(settings: Settings) -> dict[str, Any]:
         for left_behind in run.folder.glob("weights-*"):  # by a killed run
             shutil.rmtree(left_behind)
         kinds = [OURS, RIVAL]
-        about, _, note = survey(MODULE, kinds, python, log, "TRL")
+        about, _, note = survey_machine(MODULE, kinds, python, log, "TRL")
         if note:
             run.say(note)
             kinds = [OURS]

@@ -46,40 +46,40 @@ class Settings:
     batch: int = 64  # answers per run and iteration
     prompt: int = 16  # tokens
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
-    turns: int = 3
+    repeats: int = 3
     seed: int = 0
     fresh: bool = True
 
     def __post_init__(self) -> None:
-        if self.turns < 1 or min(self.runs) < 1 or self.prompt < 1:
+        if self.repeats < 1 or min(self.runs) < 1 or self.prompt < 1:
             raise UserError("turns, runs and prompt must be at least 1")
 
 
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(
-        model=MODELS["toy"], runs=(2,), batch=8, turns=2, ppo=PPOConfig(new_tokens=8, epochs=1, minibatches=1)
+        model=MODELS["toy"], runs=(2,), batch=8, repeats=2, ppo=PPOConfig(new_tokens=8, epochs=1, minibatches=1)
     ),
-    "gpu": Settings(runs=(1, 4, 16, 64), turns=9),
+    "gpu": Settings(runs=(1, 4, 16, 64), repeats=9),
 }
 SEPARATE = "separate"
 
 
-def even_tokens(params: Params, rows: Batch) -> Array:
+def even_token_fraction(params: Params, rows: Batch) -> Array:
     """A reward that costs nothing: the fraction of even tokens."""
     return jnp.where(rows.mask_BT, rows.tokens_BT % 2 == 0, False).sum(1) / jnp.maximum(rows.mask_BT.sum(1), 1)
 
 
 def iteration(s: Settings, task: Task, count: int, how: str) -> Callable[[], None]:
     """A function that runs one PPO iteration of `count` runs, continuing from its last call."""
-    tx = many.ppo_optimizer(task, 1e-4, 1000)
-    learn = many.learn_by_ppo(task, tx, even_tokens)
-    program = many.OnPolicy(task, learn, tx, 1, s.batch, how="map" if how == "map" else "vmap")
+    tx = many.make_ppo_optimizer(task, 1e-4, 1000)
+    learn = many.make_ppo_learner(task, tx, even_token_fraction)
+    program = many.OnPolicyTrainer(task, learn, tx, 1, s.batch, how="map" if how == "map" else "vmap")
     sample, update = program.programs
     groups, size = (count, 1) if how == SEPARATE else (1, count)
     start = ppo.init(task.policy, task.start, tx, {}).replace(frozen={})  # type: ignore[attr-defined]
-    states = [many.spread(many.stack([start] * size), task.mesh) for _ in range(groups)]
-    controls = [many.stack([kl.FixedKL(jnp.float32(0.1))] * size) for _ in range(groups)]
+    states = [many.shard_runs(many.stack_trees([start] * size), task.mesh) for _ in range(groups)]
+    controls = [many.stack_trees([kl.FixedKL(jnp.float32(0.1))] * size) for _ in range(groups)]
     tokens = jnp.asarray(np.broadcast_to(task.prompts[0], (size, s.batch, s.prompt)), jnp.int32)
     prompts = Prompts(tokens, jnp.full((size, s.batch), s.prompt, jnp.int32))
     keys = jax.random.split(jax.random.key(s.seed), size)
@@ -114,11 +114,11 @@ def main(settings: Settings) -> dict[str, Any]:
             sharding.data_mesh(),
         )
         found: dict[str, Any] = {}
-        with run.progress(len(s.runs) * (s.turns + 1), "turns") as bar:
+        with run.progress(len(s.runs) * (s.repeats + 1), "turns") as bar:
             for count in s.runs:
                 ways = {how: iteration(s, task, count, how) for how in (SEPARATE, "map", "vmap")}
                 seconds: dict[str, list[float]] = {how: [] for how in ways}
-                for _ in range(1 + s.turns):  # the first one compiles
+                for _ in range(1 + s.repeats):  # the first one compiles
                     for how, once in ways.items():
                         began = time.perf_counter()
                         once()

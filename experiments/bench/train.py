@@ -36,19 +36,19 @@ import numpy as np
 
 from experiments.bench.harness import (
     OURS,
-    Turns,
+    Rotation,
     Worker,
     best_rate,
     cores,
-    disturbance,
+    disturbance_warning,
     draw_bars,
     hf_model,
     initial_weights,
     jax_versions,
     machine_text,
-    nested,
     speedup,
-    survey,
+    survey_machine,
+    unflatten_names,
     worker_main,
 )
 from jaxgpt.config import PRESETS as MODELS
@@ -62,7 +62,7 @@ RIVALS = {
     "hf": "transformers GPT-2",
     "hf-compiled": "transformers GPT-2, compiled",
 }
-RATE, B1, B2, DECAY, CLIP = 1e-3, 0.9, 0.95, 0.1, 1.0  # of AdamW
+LEARNING_RATE, B1, B2, DECAY, CLIP = 1e-3, 0.9, 0.95, 0.1, 1.0  # of AdamW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,8 +206,8 @@ class JaxWorker(Trainer):
         if self.config.dtype == "float32" and jax.default_backend() == "gpu":
             jax.config.update("jax_default_matmul_precision", "highest")  # torch's default: no TF32
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        tx = optim.adamw(optax.constant_schedule(RATE), weight_decay=DECAY, b2=B2, clip=CLIP)
-        state = training.init_state(nested({name: np.asarray(flat[name]) for name in flat}), tx)
+        tx = optim.adamw(optax.constant_schedule(LEARNING_RATE), weight_decay=DECAY, b2=B2, clip=CLIP)
+        state = training.init_state(unflatten_names({name: np.asarray(flat[name]) for name in flat}), tx)
         self.state = sharding.replicate(state, self.mesh)
         self.step = training.jit_step(training.make_nll(self.config), tx, self.mesh)
 
@@ -219,7 +219,7 @@ class JaxWorker(Trainer):
         mask = np.ones(batches[0].shape, bool)
         mask[:, 0] = False
         for tokens in batches:
-            self.state, metrics = self.step(self.state, sharding.place_rows(Batch(tokens, mask), self.mesh), None)
+            self.state, metrics = self.step(self.state, sharding.place_local_rows(Batch(tokens, mask), self.mesh), None)
         return to_floats(metrics)["loss"]
 
     def device_peak(self) -> int | None:
@@ -283,7 +283,7 @@ class TorchWorker(Trainer):
             (decayed if w.ndim >= 2 and "wpe" not in name and "positions" not in name else others).append(w)
         groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
         self.weights = decayed + others
-        self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(B1, B2), eps=1e-8, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(B1, B2), eps=1e-8, fused=True)
 
     def train(self, batches: Sequence[np.ndarray]) -> float:
         import torch
@@ -378,7 +378,7 @@ def measure(
         "batch": case.batch,
         "seed": settings.seed,
     }
-    turns = Turns(workers)
+    turns = Rotation(workers)
     first: dict[str, float] = {}
     loss: dict[str, float] = {}
     seconds: dict[str, list[float]] = {kind: [] for kind in workers}
@@ -425,7 +425,7 @@ def measure(
 def complaints(result: Mapping[str, Any]) -> list[str]:
     """Warnings about one point of the grid, as lines of text."""
     lines = [f"{RIVALS[kind]} left out: {error}" for kind, error in result["failed"].items()]
-    lines += disturbance(result["others_share"])
+    lines += disturbance_warning(result["others_share"])
     ours = result["trainers"][OURS]["loss"]
     tolerance = 1e-4 if result["dtype"] == "float32" else 1e-2
     for kind, found in result["trainers"].items():
@@ -498,7 +498,7 @@ def main(settings: Settings) -> dict[str, Any]:
         if os.getloadavg()[0] > 0.5 * cores():
             run.say(f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: other programs disturb these timings")
         kinds = [OURS, *settings.rivals]
-        about, answers, note = survey(MODULE, kinds, python, log, "PyTorch", size=settings.roof_size)
+        about, answers, note = survey_machine(MODULE, kinds, python, log, "PyTorch", size=settings.roof_size)
         measured = {"jax" if kind == OURS else "torch": rates for kind, rates in answers.items()}
         if note:
             run.say(note)
@@ -506,8 +506,8 @@ def main(settings: Settings) -> dict[str, Any]:
         roofs = {dtype: max(rates[dtype] for rates in measured.values()) for dtype in ("float32", "bfloat16")}
         size = settings.roof_size
         lines = [
-            f"roof: {rates_text(roofs)}, the best of 12 products of {size} x {size}"
-            f" ({'; '.join(f'{library} {rates_text(rates)}' for library, rates in measured.items())})"
+            f"roof: {format_rates(roofs)}, the best of 12 products of {size} x {size}"
+            f" ({'; '.join(f'{library} {format_rates(rates)}' for library, rates in measured.items())})"
         ]
         run.say(lines[0])
         results: list[dict[str, Any]] = []
@@ -536,12 +536,12 @@ def main(settings: Settings) -> dict[str, Any]:
         }
         write_json(run.folder / "bench_train.json", report)
         (run.folder / "bench_train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        figure(results, run.folder / "bench_train.png", f"{machine_text(about)}; roof {rates_text(roofs)}")
+        figure(results, run.folder / "bench_train.png", f"{machine_text(about)}; roof {format_rates(roofs)}")
         run.finish(report)
         return run.results
 
 
-def rates_text(rates: Mapping[str, float]) -> str:
+def format_rates(rates: Mapping[str, float]) -> str:
     return ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items())
 
 

@@ -37,8 +37,8 @@ from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
 from jaxgpt.structs import Array, Batch, Experience, Params
 from jaxgpt.study import figures, many, page, sums
-from jaxgpt.study.cells import Cells, conduct
-from jaxgpt.study.task import Task, sample
+from jaxgpt.study.cells import ResultCache, run_study
+from jaxgpt.study.task import Task, sample_task_answers
 from jaxgpt.training import optim
 from jaxgpt.training.step import Metrics, TrainState, make_nll
 
@@ -49,26 +49,26 @@ class Settings:
 
     run: Path = Path("runs/arithmetic")
     model: ModelConfig = ModelConfig(layers=2, width=96, heads=4, block=32, vocab=384)
-    largest: int = 99  # largest summand
-    dots: int = 6  # per demonstration, at most
+    largest_summand: int = 99  # largest summand
+    max_dots: int = 6  # per demonstration, at most
     heldout: int = 500  # sums that are never trained on
     steps: int = 3000  # of training on demonstrations, at most
-    enough: float = 0.48  # nats per token at which that training ends: about half of the sums come out right
+    target_loss: float = 0.48  # nats per token at which that training ends: about half of the sums come out right
     demonstrations: int = 128  # per step
     learning_rate: float = 1e-3  # constant: if it decayed, RL's larger steps would undo what was learnt last
     iterations: int = 300
     prompts: int = 32  # per iteration
-    each: int = 8  # answers per prompt, for the methods with groups
+    group_size: int = 8  # answers per prompt, for the methods with groups
     ppo: PPOConfig = PPOConfig(new_tokens=14, temperature=1.0, epochs=1, minibatches=2, unfinished_score=0.0)
     rl_learning_rate: float = 3e-4
     methods: tuple[str, ...] = ()  # names from `group_policy.METHODS`, or "PPO"; none: all of them
     seeds: int = 2
-    how: many.How = "vmap"
+    how: many.RunMapping = "vmap"
     seed: int = 31
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.each < 2 or self.largest < 9 or self.heldout >= (self.largest + 1) ** 2 // 2:
+        if self.group_size < 2 or self.largest_summand < 9 or self.heldout >= (self.largest_summand + 1) ** 2 // 2:
             raise UserError("each must be at least 2, largest at least 9, and heldout less than half of all sums")
         if unknown := set(self.methods) - {*group_policy.METHODS, "PPO"}:
             raise UserError(f"unknown methods {sorted(unknown)}; choose from {[*group_policy.METHODS, 'PPO']}")
@@ -78,20 +78,20 @@ PRESETS = {
     "laptop": Settings(),
     "toy": Settings(
         model=ModelConfig(layers=1, width=32, heads=2, block=32, vocab=384),
-        largest=9,
+        largest_summand=9,
         heldout=20,
         steps=8,
         demonstrations=16,
         iterations=3,
         prompts=4,
-        each=2,
+        group_size=2,
         seeds=1,
         methods=("GRPO", "PPO"),
     ),
     "gpu": Settings(
         model=ModelConfig(layers=4, width=256, heads=8, block=32, vocab=384),
-        largest=999,
-        dots=6,
+        largest_summand=999,
+        max_dots=6,
         heldout=2000,
         steps=3000,
         iterations=400,
@@ -101,7 +101,7 @@ PRESETS = {
 }
 
 
-def demonstrate(s: Settings, tok: Tokenizer, prompts: list[str], bar: Bar) -> Params:
+def train_on_demonstrations(s: Settings, tok: Tokenizer, prompts: list[str], bar: Bar) -> Params:
     """Train a model from scratch on demonstrations, until its loss is `enough`. How many steps that takes varies: sums
     are learnt all of a sudden."""
     nats: collections.deque[float] = collections.deque(maxlen=20)
@@ -111,21 +111,21 @@ def demonstrate(s: Settings, tok: Tokenizer, prompts: list[str], bar: Bar) -> Pa
         bar.update(nats=nats[-1])
 
     def batches() -> Iterator[Batch]:
-        endless = sums.demonstrations(prompts, tok, s.dots, s.demonstrations, s.seed)
+        endless = sums.demonstration_batches(prompts, tok, s.max_dots, s.demonstrations, s.seed)
         for left in range(s.steps, 0, -1):
-            if len(nats) == nats.maxlen and np.mean(nats) < s.enough:
+            if len(nats) == nats.maxlen and np.mean(nats) < s.target_loss:
                 return bar.update(left)
             yield jax.tree.map(lambda x: x[None], next(endless))
 
     params = transformer.init(jax.random.key(s.seed), s.model)
     tx = optim.adamw(optim.warmup_cosine(s.learning_rate, s.steps, s.steps // 10, final=1.0), weight_decay=0.0)
-    (params,) = many.fit(make_nll(s.model), tx, [params], {}, batches(), sharding.data_mesh(), watch)
+    (params,) = many.train_runs(make_nll(s.model), tx, [params], {}, batches(), sharding.data_mesh(), watch)
     return params
 
 
-def learn_by_ppo(task: Task, tx: Any) -> many.Learn:
+def learn_by_ppo(task: Task, tx: Any) -> many.LearnFn:
     """PPO with its critic, plus the lengths among its metrics."""
-    inner = many.learn_by_ppo(task, tx)
+    inner = many.make_ppo_learner(task, tx)
 
     def learn(
         state: TrainState, control: Controller, experience: Experience, score_B: Array, key: Array
@@ -136,44 +136,63 @@ def learn_by_ppo(task: Task, tx: Any) -> many.Learn:
     return learn
 
 
-def trained(s: Settings, task: Task, name: str, bar: Bar) -> dict[str, Any]:
+def train_method(s: Settings, task: Task, name: str, bar: Bar) -> dict[str, Any]:
     """Train one method, all seeds at once: curves [seeds, iterations], and which held-out sums each policy solves."""
     critic = name == "PPO"
     steps = s.iterations * (s.ppo.epochs * s.ppo.minibatches if critic else 1)
     tx = optim.adam_tf(optim.linear_to_zero(s.rl_learning_rate, steps, steps // 25))
     method = group_policy.METHODS.get(name)
-    learn = learn_by_ppo(task, tx) if method is None else group_policy.learn(task.policy, tx, method, s.each)
-    program = many.OnPolicy(
-        task, learn, tx, s.iterations, s.prompts * s.each, 1 if critic else s.each, sums.verify, s.how
+    learn = learn_by_ppo(task, tx) if method is None else group_policy.learn(task.policy, tx, method, s.group_size)
+    program = many.OnPolicyTrainer(
+        task,
+        learn,
+        tx,
+        s.iterations,
+        s.prompts * s.group_size,
+        1 if critic else s.group_size,
+        sums.correctness_rewards,
+        s.how,
     )
     policies, curves = program.train(
         [kl.FixedKL(jnp.float32(0.0))] * s.seeds,
         [s.seed + n for n in range(s.seeds)],
-        watch=many.show(bar, solved="gold", tokens_="length"),
+        watch=many.make_progress_watch(bar, solved="gold", tokens_="length"),
     )
-    heldout = [sample(task, policy, task.heldout, jax.random.key(s.seed)) for policy in policies]
-    kept = ("gold", "entropy", "length", "length_right", "length_wrong", *(f"weight_{n}" for n in range(1, s.each)))
+    heldout = [sample_task_answers(task, policy, task.heldout, jax.random.key(s.seed)) for policy in policies]
+    kept = (
+        "gold",
+        "entropy",
+        "length",
+        "length_right",
+        "length_wrong",
+        *(f"weight_{n}" for n in range(1, s.group_size)),
+    )
     return {
         "curves": {name: curves[name].T for name in kept if name in curves},
-        "solved": [sums.verify(one.texts) for one in heldout],
+        "solved": [sums.correctness_rewards(one.texts) for one in heldout],
         "texts": heldout[0].texts[:8],
     }
 
 
-def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
-    tok, prompts = train_char([sums.CHARACTERS]), sums.split(s.largest, s.heldout, s.seed)
+def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
+    tok, prompts = train_char([sums.CHARACTERS]), sums.split_sums(s.largest_summand, s.heldout, s.seed)
     if tok.vocab_size > s.model.vocab:
         raise UserError(f"model.vocab is {s.model.vocab}; set at least {tok.vocab_size}, which the characters need")
     methods = s.methods or (*group_policy.METHODS, "PPO")
     with run.progress(s.steps + len(methods) * s.iterations, "arithmetic") as bar:
-        start, _ = cells.model("start", lambda: (demonstrate(s, tok, prompts[0], bar), s.model), s.steps, bar)
-        task = sums.make_task(s.model, start, tok, prompts, s.ppo)
-        before = interval(sums.verify(sample(task, task.start, task.heldout, jax.random.key(s.seed)).texts))
+        start, _ = cells.model(
+            "start", lambda: (train_on_demonstrations(s, tok, prompts[0], bar), s.model), s.steps, bar
+        )
+        task = sums.make_sums_task(s.model, start, tok, prompts, s.ppo)
+        before = interval(
+            sums.correctness_rewards(sample_task_answers(task, task.start, task.heldout, jax.random.key(s.seed)).texts)
+        )
         run.say(f"arithmetic: {before.mean:.1%} of the held-out sums solved after demonstrations")
         found = {
-            name: cells(name, functools.partial(trained, s, task, name, bar), s.iterations, bar) for name in methods
+            name: cells(name, functools.partial(train_method, s, task, name, bar), s.iterations, bar)
+            for name in methods
         }
-    figures.arithmetic(s.run / "arithmetic.png", found, s.each)
+    figures.plot_arithmetic(s.run / "arithmetic.png", found, s.group_size)
     rows = [["demonstrations alone", str(before), "", "", ""]]
     for name, one in found.items():
         end = [figures.running_mean(one["curves"][k], 9)[-1] for k in ("length_right", "length_wrong", "entropy")]
@@ -184,24 +203,24 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     page.write_page(
         s.run,
         "Sums that a program checks",
-        f"{s.heldout} held-out sums, {s.seeds} seeds; every method learns from {s.prompts * s.each} answers at a time.",
+        f"{s.heldout} held-out sums, {s.seeds} seeds; every method learns from {s.prompts * s.group_size} answers at a time.",
         [
             ("", s.run / "arithmetic.png"),
             (
                 "At the end",
-                page.plain_table(
+                page.text_table(
                     ("method", "held-out sums solved, by seed", "tokens, right", "tokens, wrong", "entropy, nats"),
                     rows,
                 ),
             ),
-            ("Answers", page.plain_table(tuple(found), list(answers))),
+            ("Answers", page.text_table(tuple(found), list(answers))),
         ],
     )
     return {"before": before.mean, "solved": {name: np.mean(one["solved"], axis=1) for name, one in found.items()}}
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    return conduct("arithmetic", settings, {}, study)
+    return run_study("arithmetic", settings, {}, study)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ from jaxgpt.rlhf.through_reward import ThroughReward
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.run import Run
 from jaxgpt.study import figures, frontier, many, methods, page
-from jaxgpt.study.cells import Cells, conduct, stages
-from jaxgpt.study.frontier import Start
-from jaxgpt.study.task import learned_reward, reviews
+from jaxgpt.study.cells import ResultCache, run_study, stage_fingerprints
+from jaxgpt.study.frontier import FrontierSetup
+from jaxgpt.study.task import load_reward_model, make_reviews_task
 from jaxgpt.training import optim
 
 
@@ -58,7 +58,7 @@ class Settings:
     epochs: int = 2  # of finetuning on favourites: one point for each number of epochs up to this
     best_of: int = 64  # largest n
     prompts: int = 250  # held out
-    how: many.How = "vmap"  # map: one run after another, in the same program
+    how: many.RunMapping = "vmap"  # map: one run after another, in the same program
     seed: int = 7
     cache: Path = cache_root() / "data"
     fresh: bool = False
@@ -97,15 +97,15 @@ PRESETS = {
 }
 
 
-def through_reward(s: Settings, start: Start) -> frontier.Settings:
+def through_reward(s: Settings, start: FrontierSetup) -> frontier.Settings:
     """Backpropagation through the reward model, with one update per rollout."""
     tx = optim.adam_tf(optim.linear_to_zero(s.through_learning_rate, s.through_iterations))
-    learn = many.learn_through_reward(start.task, tx, start.judge[1], s.through)
-    program = many.OnPolicy(start.task, learn, tx, s.through_iterations, s.batch, how=s.how)
+    learn = many.make_through_reward_learner(start.task, tx, start.judge[1], s.through)
+    program = many.OnPolicyTrainer(start.task, learn, tx, s.through_iterations, s.batch, how=s.how)
     return start.on_policy(program, s.through_betas)
 
 
-def parts(s: Settings, rankings: int) -> frontier.Parts:
+def study_parts(s: Settings, rankings: int) -> frontier.MethodRuns:
     """Every method with its settings, and the number of steps it takes with that many preferences."""
     epoch, epochs, batch = rankings // s.preference_batch, range(1, s.epochs + 1), s.preference_batch
     ppo: dict[str, Any] = {"learning_rate": s.learning_rate, "iterations": s.iterations, "batch": s.batch}
@@ -118,22 +118,22 @@ def parts(s: Settings, rankings: int) -> frontier.Parts:
             lambda start: start.favourites(epochs, learning_rate=s.favourites_learning_rate, batch=batch),
             epoch * sum(epochs),
         ),
-        "start": (Start.itself, 0),
+        "start": (FrontierSetup.itself, 0),
     }
 
 
-def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
-    task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
-    rankings = methods.rankings_of(task, s.start / "preferences/train.jsonl")[: s.limit]
-    proxy, every = learned_reward(task, s.start / "reward"), parts(s, len(rankings))
+def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
+    task = make_reviews_task(s.start / "sft", s.cache, s.prompts, s.ppo)
+    rankings = methods.load_rankings(task, s.start / "preferences/train.jsonl")[: s.limit]
+    proxy, every = load_reward_model(task, s.start / "reward"), study_parts(s, len(rankings))
     run.say(
         f"frontier: {s.seeds} seeds, {len(s.betas)} betas of PPO, {len(s.dpo_betas)} of DPO, best of "
         f"{s.best_of}, {s.prompts} held-out prompts"
     )
-    with run.progress(frontier.steps(every), "frontier") as bar:
-        found = frontier.run(every, Start(task, proxy, rankings, s.seeds, s.seed, s.how, bar), cells)
-    points = page.points(found)
-    figures.frontier(s.run / "frontier.png", points)
+    with run.progress(frontier.total_steps(every), "frontier") as bar:
+        found = frontier.run_methods(every, FrontierSetup(task, proxy, rankings, s.seeds, s.seed, s.how, bar), cells)
+    points = page.read_points(found)
+    figures.plot_frontier(s.run / "frontier.png", points)
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
     page.write_page(
         s.run,
@@ -143,15 +143,15 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
         "close to the bound log n - (n - 1) / n.",
         [
             ("", s.run / "frontier.png"),
-            ("All points", page.table(points)),
-            ("Answers", page.samples(prompts, page.first_answers(points))),
+            ("All points", page.points_table(points)),
+            ("Answers", page.answers_html(prompts, page.collect_first_answers(points))),
         ],
     )
-    return page.summary(points)
+    return page.summarise_points(points)
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    return conduct("frontier", settings, stages(settings.start, "sft", "reward", "preferences"), study)
+    return run_study("frontier", settings, stage_fingerprints(settings.start, "sft", "reward", "preferences"), study)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.data import formats
-from jaxgpt.data.comparisons import Ranking
+from jaxgpt.data.comparisons import TokenizedPreference
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
@@ -30,9 +30,17 @@ from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.structs import Batch, Params
 from jaxgpt.study import figures, many, methods, page
-from jaxgpt.study.cells import Cells, conduct
+from jaxgpt.study.cells import ResultCache, run_study
 from jaxgpt.study.page import Point
-from jaxgpt.study.task import Seen, Task, answered, look, looks, reviews, sample
+from jaxgpt.study.task import (
+    Evaluation,
+    Task,
+    answer_examples,
+    evaluate_policies,
+    evaluate_policy,
+    make_reviews_task,
+    sample_task_answers,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +54,9 @@ class Settings:
     pool: int = 640  # prompts, with 8 answers each
     heldout: int = 100  # more such prompts, on which reward models are tested
     labels: tuple[int, ...] = (40, 160, 640)  # choices among 4 answers, at the annotator's usual noise
-    noises: tuple[float, ...] = (0.03, 0.6)  # temperatures of the annotator, besides the usual one
+    noise_temperatures: tuple[float, ...] = (0.03, 0.6)  # temperatures of the annotator, besides the usual one
     noise_labels: int = 640
-    read: int = 1280  # answers the annotator reads in total where the number per prompt varies
+    answers_read: int = 1280  # answers the annotator reads in total where the number per prompt varies
     people: str = ""  # a file or database of people's preferences on these prompts
     annotator: SimulatedAnnotator = SimulatedAnnotator()
     learning_rate: float = 5e-4
@@ -60,19 +68,19 @@ class Settings:
     ppo_learning_rate: float = 5e-4
     seeds: int = 2
     prompts: int = 300  # held out, on which policies are measured
-    how: many.How = "vmap"
+    how: many.RunMapping = "vmap"
     seed: int = 51
     cache: Path = cache_root() / "data"
     fresh: bool = False
 
     def __post_init__(self) -> None:
         most = max(*self.labels, self.noise_labels)
-        if most > 2 * self.pool or self.read > 2 * self.pool or self.read % 8:
+        if most > 2 * self.pool or self.answers_read > 2 * self.pool or self.answers_read % 8:
             raise UserError(
                 f"labels, noise_labels and read must be at most twice the pool of {self.pool} prompts, and read a "
                 "multiple of 8"
             )
-        if min(*self.labels, self.noise_labels, self.read // 8) < self.label_batch:
+        if min(*self.labels, self.noise_labels, self.answers_read // 8) < self.label_batch:
             raise UserError(f"each condition needs at least label_batch = {self.label_batch} labels")
 
 
@@ -82,9 +90,9 @@ PRESETS = {
         pool=16,
         heldout=8,
         labels=(8,),
-        noises=(0.6,),
+        noise_temperatures=(0.6,),
         noise_labels=8,
-        read=32,
+        answers_read=32,
         iterations=2,
         batch=8,
         label_batch=4,
@@ -95,9 +103,9 @@ PRESETS = {
     "gpu": Settings(
         pool=2500,
         labels=(40, 160, 640, 2500, 5000),
-        noises=(0.03, 0.3, 0.6, 1.2),
+        noise_temperatures=(0.03, 0.3, 0.6, 1.2),
         noise_labels=2500,
-        read=4800,
+        answers_read=4800,
         iterations=60,
         batch=256,
         seeds=6,
@@ -117,23 +125,23 @@ class Condition:
     temperature: float
 
 
-def conditions(s: Settings) -> list[Condition]:
+def make_conditions(s: Settings) -> list[Condition]:
     usual = s.annotator.temperature
     found = [Condition("labels", f"{n}", n, 4, usual) for n in s.labels]
-    temperatures = sorted({*s.noises, usual})
+    temperatures = sorted({*s.noise_temperatures, usual})
     found += [Condition("noise", f"{t:g}", s.noise_labels, 4, t) for t in temperatures]
-    return found + [Condition("answers to choose from", f"{b}", s.read // b, b, usual) for b in (2, 4, 8)]
+    return found + [Condition("answers to choose from", f"{b}", s.answers_read // b, b, usual) for b in (2, 4, 8)]
 
 
 def make_pool(s: Settings, task: Task) -> dict[str, Any]:
     """Sample 8 answers per prompt, in the pool and held out: rows of ids, and gold rewards [prompts, 8]."""
     chosen = np.random.default_rng(s.seed).permutation(len(task.prompts))[: s.pool + s.heldout]
     ids = [task.prompts[i] for i in chosen for _ in range(8)]
-    answers = sample(task, task.start, ids, jax.random.key(s.seed))
-    return {"rows": answered(answers), "gold": task.gold(answers.texts).reshape(-1, 8)}
+    answers = sample_task_answers(task, task.start, ids, jax.random.key(s.seed))
+    return {"rows": answer_examples(answers), "gold": task.gold(answers.texts).reshape(-1, 8)}
 
 
-def asked(s: Settings, pool: dict[str, Any], condition: Condition, seed: int) -> list[Ranking]:
+def label_pool(s: Settings, pool: dict[str, Any], condition: Condition, seed: int) -> list[TokenizedPreference]:
     """The simulated annotator's choices under a condition: the first answers of every prompt, then (for more choices
     than prompts) the next ones."""
     rng, gold, b = np.random.default_rng([s.seed, seed]), np.array(pool["gold"]), condition.candidates
@@ -143,7 +151,7 @@ def asked(s: Settings, pool: dict[str, Any], condition: Condition, seed: int) ->
     for prompt, part in places:
         index = range(part * b, (part + 1) * b)
         choice = int(annotator.choose(gold[prompt, index][None], rng)[0])
-        found.append(Ranking(tuple(tuple(pool["rows"][prompt * 8 + i]) for i in index), choice))
+        found.append(TokenizedPreference(tuple(tuple(pool["rows"][prompt * 8 + i]) for i in index), choice))
     return found
 
 
@@ -151,22 +159,22 @@ def agreement(s: Settings, task: Task, model: Params, pool: dict[str, Any]) -> f
     """How often the reward model's favourite of 4 held-out answers is the one with the highest gold reward."""
     gold = np.array(pool["gold"])[s.pool :, :4]
     rows = [[tuple(pool["rows"][(s.pool + n) * 8 + i]) for i in range(4)] for n in range(len(gold))]
-    best = [Ranking(tuple(four), int(own.argmax())) for four, own in zip(rows, gold, strict=True)]
-    return methods.accuracy(task, task.config, model, best)
+    best = [TokenizedPreference(tuple(four), int(own.argmax())) for four, own in zip(rows, gold, strict=True)]
+    return methods.favourite_accuracy(task, task.config, model, best)
 
 
-def reached(
+def train_condition(
     s: Settings,
     task: Task,
-    program: many.OnPolicy,
-    rankings: list[list[Ranking]],
+    program: many.OnPolicyTrainer,
+    rankings: list[list[TokenizedPreference]],
     pool: dict[str, Any],
     reference: Batch,
     bar: Bar,
 ) -> dict[str, Any]:
     """Train a reward model and then PPO from each seed's preferences."""
     seeds = [s.seed + n for n in range(s.seeds)]
-    models = methods.reward_models(
+    models = methods.train_reward_models(
         task.config,
         task.start,
         rankings,
@@ -177,27 +185,30 @@ def reached(
         batch=s.label_batch,
         first_spread=0.2,
         how=s.how,
-        watch=many.show(bar, reward_loss="loss"),
+        watch=many.make_progress_watch(bar, reward_loss="loss"),
     )
     policies, _ = program.train(
         [kl.FixedKL(jnp.float32(s.beta))] * s.seeds,
         seeds,
         [{"reward": model} for model in models],
-        many.show(bar, "gold", "kl"),
+        many.make_progress_watch(bar, "gold", "kl"),
     )
     each = zip(policies, models, strict=True)
-    seen = [looks(task, [policy], [n], s.seed, (model, task.config))[0] for n, (policy, model) in enumerate(each)]
+    seen = [
+        evaluate_policies(task, [policy], [n], s.seed, (model, task.config))[0]
+        for n, (policy, model) in enumerate(each)
+    ]
     return {"agreement": [agreement(s, task, model, pool) for model in models], "seen": seen}
 
 
-def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
-    task, plan = reviews(s.start, s.cache, s.prompts, s.ppo), conditions(s)
-    people: list[Ranking] = []
+def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
+    task, plan = make_reviews_task(s.start, s.cache, s.prompts, s.ppo), make_conditions(s)
+    people: list[TokenizedPreference] = []
     if s.people:
-        people = methods.rankings_of(task, Path(s.people))
+        people = methods.load_rankings(task, Path(s.people))
         plan.append(Condition("people", f"{len(people)} votes", len(people), 0, 0.0))
-    reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
-    program = many.ppo_on_reward_model(
+    reference = sample_task_answers(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
+    program = many.make_ppo_trainer(
         task, task.config, learning_rate=s.ppo_learning_rate, iterations=s.iterations, batch=s.batch, how=s.how
     )
     run.say(f"how_many_labels: {len(plan)} conditions, {s.seeds} seeds each")
@@ -206,36 +217,36 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
     agreements: dict[str, list[list[float]]] = {}
     with run.progress(sum(steps.values()) + 1, "how_many_labels") as bar:
         pool = cells("pool", functools.partial(make_pool, s, task), 1, bar)
-        start = Point("start", [look(task, task.start, jax.random.key(s.seed))])
+        start = Point("start", [evaluate_policy(task, task.start, jax.random.key(s.seed))])
         for one in plan:
-            rankings = [people if one.group == "people" else asked(s, pool, one, n) for n in range(s.seeds)]
-            make = functools.partial(reached, s, task, program, rankings, pool, reference, bar)
+            rankings = [people if one.group == "people" else label_pool(s, pool, one, n) for n in range(s.seeds)]
+            make = functools.partial(train_condition, s, task, program, rankings, pool, reference, bar)
             name = f"{one.choices} of {one.candidates} at {one.temperature:g}"  # shared by several groups
             found = cells(name if one.group != "people" else "people", make, steps[one], bar)
-            point = Point(one.label, [Seen.from_json(seen) for seen in found["seen"]])
+            point = Point(one.label, [Evaluation.from_json(seen) for seen in found["seen"]])
             groups.setdefault(one.group, []).append(point)
             agreements.setdefault(one.group, []).append(found["agreement"])
             run.say(
                 f"{one.group} {one.label}: gold {point['gold']}, KL {point['kl'].mean:.2f} nats, "
                 f"picks the best {np.mean(found['agreement']):.1%}"
             )
-    figures.how_many_labels(s.run / "how_many_labels.png", groups, agreements, start)
+    figures.plot_label_counts(s.run / "how_many_labels.png", groups, agreements, start)
     page.write_page(
         s.run,
         "How many labels?",
         f"Gold reward of PPO on {s.prompts} held-out prompts, {s.seeds} seeds (95 % "
         f"intervals resample seeds and prompts), beta {s.beta:g}. Labels come from a simulated annotator (VADER), at "
         f"temperature {s.annotator.temperature:g} unless stated otherwise.",
-        [("", s.run / "how_many_labels.png"), ("All conditions", page.table(groups))],
+        [("", s.run / "how_many_labels.png"), ("All conditions", page.points_table(groups))],
     )
-    return {"conditions": page.summary(groups), "agreement": agreements}
+    return {"conditions": page.summarise_points(groups), "agreement": agreements}
 
 
 def main(settings: Settings) -> dict[str, Any]:
     inputs = {"start": run_fingerprint(settings.start, "sft")}
     if settings.people:
         inputs["people"] = formats.fingerprint(Path(settings.people))
-    return conduct("how_many_labels", settings, inputs, study)
+    return run_study("how_many_labels", settings, inputs, study)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxgpt.data import sources
-from jaxgpt.data.comparisons import Ranking
+from jaxgpt.data.comparisons import TokenizedPreference
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding
@@ -31,9 +31,9 @@ from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model
 from jaxgpt.study import figures, frontier, many, methods, page
-from jaxgpt.study.cells import Cells, conduct
-from jaxgpt.study.frontier import Start
-from jaxgpt.study.task import Proxy, Task, answered, sample
+from jaxgpt.study.cells import ResultCache, run_study
+from jaxgpt.study.frontier import FrontierSetup
+from jaxgpt.study.task import RewardModel, Task, answer_examples, sample_task_answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Settings:
     dpo_learning_rate: float = 2e-4
     best_of: int = 32
     prompts: int = 300  # held out
-    how: many.How = "vmap"
+    how: many.RunMapping = "vmap"
     seed: int = 41
     cache: Path = cache_root() / "data"
     fresh: bool = False
@@ -107,7 +107,9 @@ def log_odds(judge: Judge, texts: Any) -> np.ndarray:
 def make_task(s: Settings) -> Task:
     """Prefixes of reviews; the classifier reads prefix and continuation together."""
     start, config, tok, _ = load_language_model(s.start)
-    labelled = (sources.labelled(sources.EMBEDDED, split, s.cache, ("imdb", "rt")) for split in ("train", "test"))
+    labelled = (
+        sources.labelled_reviews(sources.EMBEDDED, split, s.cache, ("imdb", "rt")) for split in ("train", "test")
+    )
     judge = fit_judge(*labelled)
     rng = np.random.default_rng(s.seed)
 
@@ -133,12 +135,12 @@ def make_task(s: Settings) -> Task:
     )
 
 
-def pairs(s: Settings, task: Task) -> list[list[Any]]:
+def make_pairs(s: Settings, task: Task) -> list[list[Any]]:
     """All pairs of continuations of each prefix, the better one first: [[tokens, roles], [tokens, roles]]."""
     ids = [row for row in task.prompts[: s.prefixes] for _ in range(s.candidates)]
-    answers = sample(task, task.start, ids, jax.random.key(s.seed))
+    answers = sample_task_answers(task, task.start, ids, jax.random.key(s.seed))
     gold = task.gold(answers.texts)
-    rows = answered(answers)
+    rows = answer_examples(answers)
     found = []
     for first in range(0, len(rows), s.candidates):
         for i, j in itertools.combinations(range(first, first + s.candidates), 2):
@@ -147,10 +149,10 @@ def pairs(s: Settings, task: Task) -> list[list[Any]]:
     return [found[i] for i in np.random.default_rng(s.seed).permutation(len(found))]
 
 
-def reward_model(s: Settings, task: Task, rankings: list[Ranking], bar: Bar) -> Proxy:
+def train_reward_model(s: Settings, task: Task, rankings: list[TokenizedPreference], bar: Bar) -> RewardModel:
     """Train the reward model on these pairs."""
-    reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
-    (params,) = methods.reward_models(
+    reference = sample_task_answers(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
+    (params,) = methods.train_reward_models(
         task.config,
         task.start,
         [rankings],
@@ -160,18 +162,20 @@ def reward_model(s: Settings, task: Task, rankings: list[Ranking], bar: Bar) -> 
         batch=s.pair_batch,
         learning_rate=s.reward_learning_rate,
         first_spread=0.2,
-        watch=many.show(bar, reward_loss="loss"),
+        watch=many.make_progress_watch(bar, reward_loss="loss"),
     )
     return params, task.config
 
 
-def on_true_reward(s: Settings, start: Start) -> frontier.Settings:
+def ppo_on_true_reward(s: Settings, start: FrontierSetup) -> frontier.Settings:
     """PPO on the true reward, on the reward model's scale: mean 0 and standard deviation 1 at the start."""
-    gold = start.task.gold(sample(start.task, start.task.start, start.task.prompts[:256], jax.random.key(s.seed)).texts)
-    tx = many.ppo_optimizer(start.task, s.learning_rate, s.iterations)
-    program = many.OnPolicy(
+    gold = start.task.gold(
+        sample_task_answers(start.task, start.task.start, start.task.prompts[:256], jax.random.key(s.seed)).texts
+    )
+    tx = many.make_ppo_optimizer(start.task, s.learning_rate, s.iterations)
+    program = many.OnPolicyTrainer(
         start.task,
-        many.learn_by_ppo(start.task, tx),
+        many.make_ppo_learner(start.task, tx),
         tx,
         s.iterations,
         s.batch,
@@ -181,38 +185,38 @@ def on_true_reward(s: Settings, start: Start) -> frontier.Settings:
     return start.on_policy(program, s.betas)
 
 
-def parts(s: Settings, rankings: int) -> frontier.Parts:
+def parts(s: Settings, rankings: int) -> frontier.MethodRuns:
     """Every method with its settings, and the number of steps it takes with that many pairs."""
     steps = rankings // s.pair_batch
     fit: dict[str, Any] = {"learning_rate": s.dpo_learning_rate, "batch": s.pair_batch}
     ppo: dict[str, Any] = {"learning_rate": s.learning_rate, "iterations": s.iterations, "batch": s.batch}
     return {
-        "PPO, true reward": (functools.partial(on_true_reward, s), s.iterations),
+        "PPO, true reward": (functools.partial(ppo_on_true_reward, s), s.iterations),
         "PPO, learned reward": (lambda start: start.ppo(s.betas, **ppo), s.iterations),
         "DPO": (lambda start: start.dpo(s.dpo_betas, **fit), steps),
         "finetuned on preferred": (lambda start: start.favourites([1], **fit), steps),
         "best of n, learned reward": (lambda start: start.best_of(s.best_of), 1),
-        "start": (Start.itself, 0),
+        "start": (FrontierSetup.itself, 0),
     }
 
 
-def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
+def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     task = make_task(s)
     with run.progress(1, "imdb, pairs") as bar:
-        made = cells("pairs", functools.partial(pairs, s, task), 1, bar)
-    rankings = [Ranking(tuple((ids, roles) for ids, roles in pair), 0) for pair in made]
+        made = cells("pairs", functools.partial(make_pairs, s, task), 1, bar)
+    rankings = [TokenizedPreference(tuple((ids, roles) for ids, roles in pair), 0) for pair in made]
     held = rankings[-min(64, len(rankings) // 4) :]
     others, few = rankings[: -len(held)], rankings[: s.pairs]
     every, steps = parts(s, len(few)), len(others) // s.pair_batch
-    with run.progress(steps + frontier.steps(every), "imdb") as bar:
-        params, config = cells.model("reward", functools.partial(reward_model, s, task, others, bar), steps, bar)
+    with run.progress(steps + frontier.total_steps(every), "imdb") as bar:
+        params, config = cells.model("reward", functools.partial(train_reward_model, s, task, others, bar), steps, bar)
         proxy = sharding.replicate(params, task.mesh), config
-        accuracy = methods.accuracy(task, config, proxy[0], held)
+        accuracy = methods.favourite_accuracy(task, config, proxy[0], held)
         run.say(f"imdb: {len(rankings):,} pairs; the reward model agrees with {accuracy:.1%} of {len(held)} held out")
-        found = frontier.run(every, Start(task, proxy, few, s.seeds, s.seed, s.how, bar), cells)
-    points = page.points(found)
+        found = frontier.run_methods(every, FrontierSetup(task, proxy, few, s.seeds, s.seed, s.how, bar), cells)
+    points = page.read_points(found)
     measures = {"gold": "true reward, log-odds of positive", "judge": "VADER, which no method learnt from"}
-    figures.frontier(s.run / "imdb.png", points, measures)
+    figures.plot_frontier(s.run / "imdb.png", points, measures)
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
     page.write_page(
         s.run,
@@ -221,15 +225,15 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
         "intervals resample seeds and prompts. The true reward is a classifier fitted on people's labels.",
         [
             ("", s.run / "imdb.png"),
-            ("All points", page.table(points)),
-            ("Continuations", page.samples(prompts, page.first_answers(points))),
+            ("All points", page.points_table(points)),
+            ("Continuations", page.answers_html(prompts, page.collect_first_answers(points))),
         ],
     )
-    return {"accuracy": accuracy, "points": page.summary(points)}
+    return {"accuracy": accuracy, "points": page.summarise_points(points)}
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    return conduct("imdb", settings, {"start": run_fingerprint(settings.start, "pretrain")}, study)
+    return run_study("imdb", settings, {"start": run_fingerprint(settings.start, "pretrain")}, study)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from jaxgpt.runs.cli import cli
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
 from jaxgpt.study import figures, many, page
-from jaxgpt.study.cells import Cells, conduct, stages
-from jaxgpt.study.task import Proxy, Task, learned_reward, looks, reviews
+from jaxgpt.study.cells import ResultCache, run_study, stage_fingerprints
+from jaxgpt.study.task import RewardModel, Task, evaluate_policies, load_reward_model, make_reviews_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Settings:
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     learning_rate: float = 5e-4
     prompts: int = 300  # held out
-    how: many.How = "vmap"
+    how: many.RunMapping = "vmap"
     seed: int = 21
     cache: Path = cache_root() / "data"
     fresh: bool = False
@@ -70,35 +70,35 @@ PRESETS = {
 }
 
 
-def controlled(s: Settings, task: Task, proxy: Proxy, control: Controller, bar: Bar) -> dict[str, Any]:
+def train_controlled(s: Settings, task: Task, proxy: RewardModel, control: Controller, bar: Bar) -> dict[str, Any]:
     """Run PPO under one controller, all seeds at once: curves [seeds, iterations], and the policies' answers."""
-    program = many.ppo_on_reward_model(
+    program = many.make_ppo_trainer(
         task, proxy[1], learning_rate=s.learning_rate, iterations=s.iterations, batch=s.batch, how=s.how
     )
     policies, curves = program.train(
         [control] * s.seeds,
         [s.seed + n for n in range(s.seeds)],
         [{"reward": proxy[0]}] * s.seeds,
-        many.show(bar, "beta", "kl", "score"),
+        many.make_progress_watch(bar, "beta", "kl", "score"),
     )
     kept = {name: curves[name].T for name in ("kl", "beta", "score", "gold", "judge", "entropy", "length")}
-    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, proxy, texts=s.prompts)}
+    return {"curves": kept, "seen": evaluate_policies(task, policies, range(s.seeds), s.seed, proxy, texts=s.prompts)}
 
 
-def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
-    task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
-    proxy, beta = learned_reward(task, s.start / "reward"), jnp.float32(s.beta)
+def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
+    task = make_reviews_task(s.start / "sft", s.cache, s.prompts, s.ppo)
+    proxy, beta = load_reward_model(task, s.start / "reward"), jnp.float32(s.beta)
     controls: dict[str, tuple[Controller, float | None]] = {
         f"target {target:g} nats": (kl.AdaptiveKL(beta, target, s.horizon), target) for target in s.targets
     }
     controls["no penalty"] = kl.FixedKL(jnp.float32(0.0)), None
     with run.progress(len(controls) * s.iterations, "kl_control") as bar:
         found = {
-            name: cells(name, functools.partial(controlled, s, task, proxy, control, bar), s.iterations, bar)
+            name: cells(name, functools.partial(train_controlled, s, task, proxy, control, bar), s.iterations, bar)
             for name, (control, _) in controls.items()
         }
-    figures.controlled(s.run / "kl_control.png", found, {name: target for name, (_, target) in controls.items()})
-    points = page.points({name: {"": one["seen"]} for name, one in found.items()})
+    figures.plot_kl_control(s.run / "kl_control.png", found, {name: target for name, (_, target) in controls.items()})
+    points = page.read_points({name: {"": one["seen"]} for name, one in found.items()})
     last = {name: np.array(one["curves"]["kl"])[:, -max(s.iterations // 4, 2) :] for name, one in found.items()}
     held = {name: crossed_interval(kl) for name, kl in last.items()}
     variety = {name: [distinct_2(one["texts"]) for one in found[name]["seen"]] for name in found}
@@ -111,22 +111,22 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
         f"{s.seeds} seeds each; curves are running means over 5 iterations.",
         [
             ("", s.run / "kl_control.png"),
-            ("Held-out prompts", page.table(points)),
+            ("Held-out prompts", page.points_table(points)),
             (
                 "KL over the last quarter of the iterations, and distinct pairs of words, by seed",
-                page.plain_table(("run", "KL", *(f"distinct-2, seed {n}" for n in range(s.seeds))), rows),
+                page.text_table(("run", "KL", *(f"distinct-2, seed {n}" for n in range(s.seeds))), rows),
             ),
-            ("Answers", page.samples(prompts, page.first_answers(points))),
+            ("Answers", page.answers_html(prompts, page.collect_first_answers(points))),
         ],
     )
     for name, one in held.items():
         run.say(f"{name}: KL {one.mean:.2f} in the last quarter")
     kept = {name: {"target": controls[name][1], "last_quarter": dataclasses.asdict(one)} for name, one in held.items()}
-    return {"held": kept, "policies": page.summary(points), "distinct_2": variety}
+    return {"held": kept, "policies": page.summarise_points(points), "distinct_2": variety}
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    return conduct("kl_control", settings, stages(settings.start, "sft", "reward"), study)
+    return run_study("kl_control", settings, stage_fingerprints(settings.start, "sft", "reward"), study)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines, sources
-from jaxgpt.data.comparisons import Ranking
+from jaxgpt.data.comparisons import TokenizedPreference
 from jaxgpt.data.tokenizer import example_ids
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
@@ -37,8 +37,16 @@ from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
 from jaxgpt.structs import Batch, Params
 from jaxgpt.study import figures, laws, many, methods, page
-from jaxgpt.study.cells import Cells, conduct, stages
-from jaxgpt.study.task import Proxy, Task, best_of_powers, reviews, reward_scores, sample, seen
+from jaxgpt.study.cells import ResultCache, run_study, stage_fingerprints
+from jaxgpt.study.task import (
+    RewardModel,
+    Task,
+    best_of_n_sweep,
+    evaluate_answers,
+    make_reviews_task,
+    reward_scores,
+    sample_task_answers,
+)
 from jaxgpt.training import optim
 from jaxgpt.training.step import make_nll
 
@@ -63,8 +71,8 @@ class Settings:
     batch: int = 64
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     ppo_learning_rate: float = 1.1e-3
-    penalty: float = 0.3  # beta of the run with a KL penalty, on the largest reward model and all labels
-    how: many.How = "vmap"
+    penalty_beta: float = 0.3  # beta of the run with a KL penalty, on the largest reward model and all labels
+    how: many.RunMapping = "vmap"
     seed: int = 11
     cache: Path = cache_root() / "data"
     fresh: bool = False
@@ -101,7 +109,7 @@ PRESETS = {
 }
 
 
-def smaller_model(s: Settings, task: Task, config: ModelConfig, bar: Bar) -> Params:
+def train_smaller_model(s: Settings, task: Task, config: ModelConfig, bar: Bar) -> Params:
     """Train a language model of another size: pretrained and finetuned as the policy was, for `steps` and half that."""
     stream = pipelines.tokenize_stream(sources.documents(sources.EMBEDDED, "train", s.cache), task.tok, s.cache)
     windows = pipelines.windows(stream, config.block, 16, seed=s.seed)
@@ -111,12 +119,12 @@ def smaller_model(s: Settings, task: Task, config: ModelConfig, bar: Bar) -> Par
     for batches, steps, rate in ((windows, s.steps, 3e-3), (packed, s.steps // 2, 8e-4)):
         first = (jax.tree.map(lambda x: x[None], Batch.of(next(batches))) for _ in range(steps))
         tx = optim.adamw(optim.warmup_cosine(rate, steps, steps // 10))
-        show = many.show(bar, smaller_model_nats="loss")
-        (params,) = many.fit(make_nll(config), tx, [params], {}, first, task.mesh, show)
+        show = many.make_progress_watch(bar, smaller_model_nats="loss")
+        (params,) = many.train_runs(make_nll(config), tx, [params], {}, first, task.mesh, show)
     return params
 
 
-def plans(s: Settings, config: ModelConfig, count: int) -> dict[str, tuple[ModelConfig, int]]:
+def plan_reward_models(s: Settings, config: ModelConfig, count: int) -> dict[str, tuple[ModelConfig, int]]:
     """{name: (size, labels)} of the reward models: every size with all labels, and the policy's size with fewer."""
     small = [
         dataclasses.replace(config, layers=layers, width=width, heads=max(1, width // 32)) for layers, width in s.sizes
@@ -126,11 +134,11 @@ def plans(s: Settings, config: ModelConfig, count: int) -> dict[str, tuple[Model
 
 
 def reward_model(
-    s: Settings, task: Task, rankings: list[Ranking], config: ModelConfig, reference: Batch, bar: Bar
-) -> Proxy:
+    s: Settings, task: Task, rankings: list[TokenizedPreference], config: ModelConfig, reference: Batch, bar: Bar
+) -> RewardModel:
     """Train a reward model of this size on these preferences."""
-    start = task.start if config == task.config else smaller_model(s, task, config, bar)
-    (params,) = methods.reward_models(
+    start = task.start if config == task.config else train_smaller_model(s, task, config, bar)
+    (params,) = methods.train_reward_models(
         config,
         start,
         [rankings],
@@ -140,32 +148,34 @@ def reward_model(
         learning_rate=s.learning_rate,
         batch=s.label_batch,
         first_spread=0.2,
-        watch=many.show(bar, reward_loss="loss"),
+        watch=many.make_progress_watch(bar, reward_loss="loss"),
     )
     return params, config
 
 
-def by_ppo(s: Settings, program: many.OnPolicy, reward_params: Params, beta: float, bar: Bar) -> dict[str, Any]:
+def train_by_ppo(
+    s: Settings, program: many.OnPolicyTrainer, reward_params: Params, beta: float, bar: Bar
+) -> dict[str, Any]:
     """Run PPO on one reward model, all seeds at once: curves [seeds, iterations] of the training answers."""
     _, curves = program.train(
         [kl.FixedKL(jnp.float32(beta))] * s.seeds,
         [s.seed + n for n in range(s.seeds)],
         [{"reward": reward_params}] * s.seeds,
-        many.show(bar, "gold", "kl"),
+        many.make_progress_watch(bar, "gold", "kl"),
     )
     return {name: curves[name].T for name in ("gold", "judge", "score", "kl", "length", "ended")}
 
 
-def by_best_of(s: Settings, task: Task, proxies: dict[str, Proxy], bar: Bar) -> dict[str, Any]:
+def measure_best_of(s: Settings, task: Task, proxies: dict[str, RewardModel], bar: Bar) -> dict[str, Any]:
     """Best-of-n from one pool of answers for all reward models. "start" is each prompt's mean gold reward; each reward
     model has every n, its KL, and its measures, one number per prompt."""
     ids = [row for row in task.heldout for _ in range(s.best_of)]
-    answers = sample(task, task.start, ids, jax.random.key(s.seed))
-    pool = seen(task, task.start, answers, each=s.best_of)
+    answers = sample_task_answers(task, task.start, ids, jax.random.key(s.seed))
+    pool = evaluate_answers(task, task.start, answers, each=s.best_of)
     found: dict[str, Any] = {"start": pool.gold.mean(1)}
     for name, proxy in proxies.items():
-        h = task.finished(reward_scores(task, *proxy, answers.rows), answers.ended)
-        best = best_of_powers(dataclasses.replace(pool, proxy=h.reshape(pool.gold.shape)))
+        h = task.replace_unfinished(reward_scores(task, *proxy, answers.rows), answers.ended)
+        best = best_of_n_sweep(dataclasses.replace(pool, proxy=h.reshape(pool.gold.shape)))
         sizes = [2 ** (k + 1) for k in range(len(best))]
         found[name] = {measure: [one[measure] for one in best.values()] for measure in ("gold", "judge", "proxy")}
         found[name] |= {"n": sizes, "kl": [one["kl"].mean() for one in best.values()]}
@@ -178,14 +188,16 @@ def report(
 ) -> Any:
     """Write overoptimisation.png and report.html; returns fits, accuracies and peaks."""
     start = np.array(best.pop("start"))
-    fits: dict[str, dict[laws.Law, laws.Fit]] = {
+    fits: dict[str, dict[laws.Law, laws.LawFit]] = {
         name: {
-            "best-of-n": laws.fit_best_of(np.array(best[name]["kl"]), np.array(best[name]["gold"]) - start),
-            "RL": laws.fit_rl(np.array(unpenalised[name]["kl"]), np.array(unpenalised[name]["gold"]) - start.mean()),
+            "best-of-n": laws.fit_best_of_n_law(np.array(best[name]["kl"]), np.array(best[name]["gold"]) - start),
+            "RL": laws.fit_rl_law(
+                np.array(unpenalised[name]["kl"]), np.array(unpenalised[name]["gold"]) - start.mean()
+            ),
         }
         for name in best
     }
-    figures.overoptimisation(s.run / "overoptimisation.png", best, unpenalised, penalised, start.mean(), fits)
+    figures.plot_overoptimisation(s.run / "overoptimisation.png", best, unpenalised, penalised, start.mean(), fits)
     rows, peaks = [], []
     for name, law in fits.items():
         numbers = ["{:.3f} [{:.3f}, {:.3f}]".format(*law[of][k]) for of in law for k in ("alpha", "beta")]
@@ -216,13 +228,13 @@ def report(
             ("", s.run / "overoptimisation.png"),
             (
                 "Fits: best-of-n d (alpha - beta d), RL d (alpha - beta log d)",
-                page.plain_table(
+                page.text_table(
                     ("reward model", "held-out accuracy", "BoN alpha", "BoN beta", "RL alpha", "RL beta"), rows
                 ),
             ),
             (
                 "Peaks",
-                page.plain_table(
+                page.text_table(
                     (
                         "reward model",
                         "BoN best",
@@ -239,15 +251,15 @@ def report(
     return {"fits": fits, "accuracy": accuracy, "peaks": peaks}
 
 
-def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
-    task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
+def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
+    task = make_reviews_task(s.start / "sft", s.cache, s.prompts, s.ppo)
     rankings, heldout = (
-        methods.rankings_of(task, s.start / f"preferences/{split}.jsonl") for split in ("train", "heldout")
+        methods.load_rankings(task, s.start / f"preferences/{split}.jsonl") for split in ("train", "heldout")
     )
     if len(rankings) <= max(s.labels):
         raise UserError(f"{s.start} has {len(rankings)} preferences and labels is {s.labels}; set fewer labels")
-    reference = sample(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
-    plan = plans(s, task.config, len(rankings))
+    reference = sample_task_answers(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
+    plan = plan_reward_models(s, task.config, len(rankings))
     steps = {
         name: labels // s.label_batch + (config != task.config) * (s.steps + s.steps // 2)
         for name, (config, labels) in plan.items()
@@ -263,27 +275,32 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
             )
             for name, (config, labels) in plan.items()
         }
-        best = cells("best-of", functools.partial(by_best_of, s, task, proxies, bar), 1, bar)
+        best = cells("best-of", functools.partial(measure_best_of, s, task, proxies, bar), 1, bar)
         programs = {  # one for each size of reward model
-            config: many.ppo_on_reward_model(
+            config: many.make_ppo_trainer(
                 task, config, learning_rate=s.ppo_learning_rate, iterations=s.iterations, batch=s.batch, how=s.how
             )
             for _, config in proxies.values()
         }
         ppo = {
-            name: functools.partial(by_ppo, s, programs[config], params) for name, (params, config) in proxies.items()
+            name: functools.partial(train_by_ppo, s, programs[config], params)
+            for name, (params, config) in proxies.items()
         }
         unpenalised = {
             name: cells(f"ppo {name}", functools.partial(one, 0.0, bar), s.iterations, bar) for name, one in ppo.items()
         }
         largest = list(ppo.values())[-1]
-        penalised = cells("paid", functools.partial(largest, s.penalty, bar), s.iterations, bar)
-    accuracy = {name: methods.accuracy(task, config, params, heldout) for name, (params, config) in proxies.items()}
+        penalised = cells("paid", functools.partial(largest, s.penalty_beta, bar), s.iterations, bar)
+    accuracy = {
+        name: methods.favourite_accuracy(task, config, params, heldout) for name, (params, config) in proxies.items()
+    }
     return report(s, best, unpenalised, penalised, accuracy)
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    return conduct("overoptimisation", settings, stages(settings.start, "sft", "reward", "preferences"), study)
+    return run_study(
+        "overoptimisation", settings, stage_fingerprints(settings.start, "sft", "reward", "preferences"), study
+    )
 
 
 if __name__ == "__main__":

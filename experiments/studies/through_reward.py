@@ -34,8 +34,15 @@ from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.study import figures, many, page
-from jaxgpt.study.cells import Cells, conduct, stages
-from jaxgpt.study.task import Proxy, Task, learned_reward, looks, reviews, sample
+from jaxgpt.study.cells import ResultCache, run_study, stage_fingerprints
+from jaxgpt.study.task import (
+    RewardModel,
+    Task,
+    evaluate_policies,
+    load_reward_model,
+    make_reviews_task,
+    sample_task_answers,
+)
 from jaxgpt.training import optim
 
 
@@ -54,15 +61,15 @@ class Settings:
     batch: int = 64
     learning_rate: float = 3e-4
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7)  # how answers are sampled
-    compared: int = 512  # answers whose gradients are compared
+    compared_answers: int = 512  # answers whose gradients are compared
     prompts: int = 300  # held out
-    how: many.How = "vmap"
+    how: many.RunMapping = "vmap"
     seed: int = 61
     cache: Path = cache_root() / "data"
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if not self.taus or min(self.taus) <= 0 or self.seeds < 1 or self.compared % (2 * self.batch):
+        if not self.taus or min(self.taus) <= 0 or self.seeds < 1 or self.compared_answers % (2 * self.batch):
             raise UserError("taus and seeds must be above 0, and compared a multiple of twice the batch")
 
 
@@ -73,40 +80,42 @@ PRESETS = {
         seeds=1,
         iterations=3,
         batch=8,
-        compared=16,
+        compared_answers=16,
         prompts=12,
         ppo=PPOConfig(new_tokens=12, temperature=0.7),
     ),
-    "gpu": Settings(taus=(0.1, 0.3, 1.0, 3.0, 10.0), seeds=8, iterations=300, batch=256, compared=8192, prompts=900),
+    "gpu": Settings(
+        taus=(0.1, 0.3, 1.0, 3.0, 10.0), seeds=8, iterations=300, batch=256, compared_answers=8192, prompts=900
+    ),
 }
 
 
-def ways(s: Settings) -> dict[str, ThroughReward]:
+def variants(s: Settings) -> dict[str, ThroughReward]:
     """The variants compared: every tau, and mixtures as the input."""
     found = {f"tau {tau:g}": ThroughReward(tau=tau) for tau in s.taus}
     return {**found, "mixtures, tau 1": ThroughReward(straight_through=False)}
 
 
-def followed(s: Settings, task: Task, proxy: Proxy, how: ThroughReward, bar: Bar) -> dict[str, Any]:
+def train_variant(s: Settings, task: Task, proxy: RewardModel, how: ThroughReward, bar: Bar) -> dict[str, Any]:
     """Train one variant, all seeds at once: curves [seeds, iterations], and the policies' answers."""
     tx = optim.adam_tf(optim.linear_to_zero(s.learning_rate, s.iterations))
-    learn = many.learn_through_reward(task, tx, proxy[1], how)
-    policies, curves = many.OnPolicy(task, learn, tx, s.iterations, s.batch, how=s.how).train(
+    learn = many.make_through_reward_learner(task, tx, proxy[1], how)
+    policies, curves = many.OnPolicyTrainer(task, learn, tx, s.iterations, s.batch, how=s.how).train(
         [kl.FixedKL(jnp.float32(s.beta))] * s.seeds,
         [s.seed + n for n in range(s.seeds)],
         [{"reward": proxy[0]}] * s.seeds,
-        many.show(bar, "h", "h_seen", "kl"),
+        many.make_progress_watch(bar, "h", "h_seen", "kl"),
     )
     kept = {name: curves[name].T for name in ("h", "h_seen", "gold", "kl")}
-    return {"curves": kept, "seen": looks(task, policies, range(s.seeds), s.seed, proxy)}
+    return {"curves": kept, "seen": evaluate_policies(task, policies, range(s.seeds), s.seed, proxy)}
 
 
-def alignment(s: Settings, task: Task, proxy: Proxy, bar: Bar) -> dict[str, float]:
+def gradient_cosines(s: Settings, task: Task, proxy: RewardModel, bar: Bar) -> dict[str, float]:
     """Cosines at the start between gradients from independent halves of sampled answers: each variant's derivative
     with the policy gradient, and the policy gradient with itself (the most that its noise allows)."""
     rng = np.random.default_rng(s.seed)
-    ids = [task.prompts[i] for i in rng.integers(len(task.prompts), size=s.compared)]
-    rows = sample(task, task.start, ids, jax.random.key(s.seed)).rows
+    ids = [task.prompts[i] for i in rng.integers(len(task.prompts), size=s.compared_answers)]
+    rows = sample_task_answers(task, task.start, ids, jax.random.key(s.seed)).rows
     params, config = proxy
     whole = {"reference": task.start, "reward": params}
 
@@ -122,7 +131,7 @@ def alignment(s: Settings, task: Task, proxy: Proxy, bar: Bar) -> dict[str, floa
     def halves(objective: Any) -> list[Array]:
         slope = jax.jit(jax.grad(objective))
         parts: list[list[Array]] = [[], []]
-        for n, at in enumerate(range(0, s.compared, s.batch)):
+        for n, at in enumerate(range(0, s.compared_answers, s.batch)):
             part = jax.tree.map(lambda x, at=at: jnp.asarray(x[at : at + s.batch]), rows)
             gradient = slope(task.start, part, jax.random.fold_in(jax.random.key(s.seed), n))
             parts[n % 2].append(ravel_pytree(gradient)[0])
@@ -133,24 +142,24 @@ def alignment(s: Settings, task: Task, proxy: Proxy, bar: Bar) -> dict[str, floa
 
     exact = halves(by_policy)
     found = {"policy gradient": cosine(exact[0], exact[1])}
-    for name, how in ways(s).items():
+    for name, how in variants(s).items():
         own = halves(functools.partial(through, how))
         found[name] = (cosine(own[0], exact[1]) + cosine(own[1], exact[0])) / 2
     bar.update()
     return found
 
 
-def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
-    task = reviews(s.start / "sft", s.cache, s.prompts, s.ppo)
-    proxy = learned_reward(task, s.start / "reward")
-    with run.progress(len(ways(s)) * s.iterations + 1, "through_reward") as bar:
-        cosines = cells("alignment", functools.partial(alignment, s, task, proxy, bar), 1, bar)
+def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
+    task = make_reviews_task(s.start / "sft", s.cache, s.prompts, s.ppo)
+    proxy = load_reward_model(task, s.start / "reward")
+    with run.progress(len(variants(s)) * s.iterations + 1, "through_reward") as bar:
+        cosines = cells("alignment", functools.partial(gradient_cosines, s, task, proxy, bar), 1, bar)
         found = {
-            name: cells(name, functools.partial(followed, s, task, proxy, how, bar), s.iterations, bar)
-            for name, how in ways(s).items()
+            name: cells(name, functools.partial(train_variant, s, task, proxy, how, bar), s.iterations, bar)
+            for name, how in variants(s).items()
         }
-    figures.through_reward(s.run / "through_reward.png", found)
-    points = page.points({name: {"": one["seen"]} for name, one in found.items()})
+    figures.plot_through_reward(s.run / "through_reward.png", found)
+    points = page.read_points({name: {"": one["seen"]} for name, one in found.items()})
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
     rows = [[name, f"{value:.3f}"] for name, value in cosines.items()]
     page.write_page(
@@ -160,18 +169,18 @@ def study(s: Settings, run: Run, cells: Cells) -> dict[str, Any]:
         "objective sees the sampled tokens' embeddings, or (mixtures) weighted means of all tokens' embeddings.",
         [
             ("", s.run / "through_reward.png"),
-            ("Held-out prompts", page.table(points)),
-            ("Cosine to the policy gradient at the start", page.plain_table(("derivative", "cosine"), rows)),
-            ("Answers", page.samples(prompts, page.first_answers(points))),
+            ("Held-out prompts", page.points_table(points)),
+            ("Cosine to the policy gradient at the start", page.text_table(("derivative", "cosine"), rows)),
+            ("Answers", page.answers_html(prompts, page.collect_first_answers(points))),
         ],
     )
     for name, value in cosines.items():
         run.say(f"{name}: cosine to the policy gradient {value:.3f}")
-    return {"cosines": cosines, "policies": page.summary(points)}
+    return {"cosines": cosines, "policies": page.summarise_points(points)}
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    return conduct("through_reward", settings, stages(settings.start, "sft", "reward"), study)
+    return run_study("through_reward", settings, stage_fingerprints(settings.start, "sft", "reward"), study)
 
 
 if __name__ == "__main__":

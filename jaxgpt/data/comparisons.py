@@ -79,14 +79,14 @@ def from_tiers(
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranking:
+class TokenizedPreference:
     """A preference as token ids: one row (prompt and answer) per candidate, and the index of the favourite."""
 
     rows: tuple[Row, ...]
     choice: int
 
 
-def rank_ids(tok: Tokenizer, preferences: Iterable[Preference]) -> list[Ranking]:
+def tokenize_preferences(tok: Tokenizer, preferences: Iterable[Preference]) -> list[TokenizedPreference]:
     """Tokenize preferences. An answer that did not end has no closing </answer>."""
     rankings = []
     for preference in preferences:
@@ -95,18 +95,18 @@ def rank_ids(tok: Tokenizer, preferences: Iterable[Preference]) -> list[Ranking]
             ids, roles = example_ids(tok, preference.prompt, answer)
             cut = not ended and sum(roles) > 1  # an empty answer keeps its end tag: at least one token
             rows.append((ids[:-1], roles[:-1]) if cut else (ids, roles))
-        rankings.append(Ranking(tuple(rows), preference.choice))
+        rankings.append(TokenizedPreference(tuple(rows), preference.choice))
     return rankings
 
 
-def sizes(rankings: Sequence[Ranking]) -> tuple[int, int, int]:
+def max_sizes(rankings: Sequence[TokenizedPreference]) -> tuple[int, int, int]:
     """The maximum number of candidates per prompt, of tokens per row and of tokens per answer."""
     rows = [row for ranking in rankings for row in ranking.rows]
     candidates = max(len(ranking.rows) for ranking in rankings)
     return candidates, max(len(ids) for ids, _ in rows), max(sum(roles) for _, roles in rows)
 
 
-def fit_rankings(rankings: Sequence[Ranking], length: int) -> tuple[list[Ranking], int]:
+def fit_preferences(rankings: Sequence[TokenizedPreference], length: int) -> tuple[list[TokenizedPreference], int]:
     """The rankings whose candidates all have at most `length` tokens, and how many were dropped."""
     kept = [ranking for ranking in rankings if max(len(ids) for ids, _ in ranking.rows) <= length]
     if not kept:

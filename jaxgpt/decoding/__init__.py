@@ -5,37 +5,37 @@
 """
 
 from jaxgpt.decoding.generate import (
-    STATIC,
+    STATIC_ARGNAMES,
     Sampler,
-    check_room,
+    check_fits_block,
     decode_step,
     feed,
     generate,
     generate_until,
-    int8,
-    join,
+    join_prompt_and_answer,
     prefill,
     prepare,
+    quantise_int8,
+    scan_until_all_ended,
     unembed,
-    until_all_ended,
 )
 from jaxgpt.decoding.stream import stream
 from jaxgpt.structs import Answers
 
 __all__ = [
-    "STATIC",
+    "STATIC_ARGNAMES",
     "Answers",
     "Sampler",
-    "check_room",
+    "check_fits_block",
     "decode_step",
     "feed",
     "generate",
     "generate_until",
-    "int8",
-    "join",
+    "join_prompt_and_answer",
     "prefill",
     "prepare",
+    "quantise_int8",
+    "scan_until_all_ended",
     "stream",
     "unembed",
-    "until_all_ended",
 ]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.decoding.generate import check_room, decode_step, prefill, prepare
+from jaxgpt.decoding.generate import check_fits_block, decode_step, prefill, prepare
 from jaxgpt.errors import UserError
 from jaxgpt.structs import Array, KVCache, Params
 
@@ -49,7 +49,7 @@ def beam_search(
     (B, P), C, A = prompt_BP.shape, beams, new_tokens
     if C < 1:
         raise UserError(f"beams is {C}; ask for at least 1")
-    check_room(config, P, A)
+    check_fits_block(config, P, A)
     params = prepare(params, config)
     stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
     cache, logits_BV = prefill(params, config, prompt_BP, length_B, A - 1, copies=C)

@@ -30,7 +30,7 @@ Carry = tuple[KVCache, Array, Array, Array | None]  # cache, token_B, ended_B, s
 Loop = Callable[..., tuple[Carry, tuple[Array, ...]]]  # like jax.lax.scan: (step, carry, xs) -> (carry, collected)
 SeenFilter = Callable[[Array, Array], Array]  # (logits [B, V], seen [B, V] bool) -> logits
 SEGMENT = 128  # slots by which the cache grows; each segment is compiled separately
-STATIC = (  # for jax.jit(generate, static_argnums=1, static_argnames=STATIC)
+STATIC_ARGNAMES = (  # for jax.jit(generate, static_argnums=1, static_argnames=STATIC)
     "new_tokens",
     "stop",
     "pad",
@@ -53,14 +53,14 @@ def prepare(params: Params, config: ModelConfig) -> Params:
 
     def ready(path: tuple[object, ...], w: Array) -> Array:
         w = w.astype(config.dtype) if w.ndim >= 2 else w
-        return sharding.gathered(w, tuple(sharding.rule_of(path, transformer.PARTITION)))
+        return sharding.gather_fsdp(w, tuple(sharding.find_rule(path, transformer.PARTITION)))
 
     cast = jax.tree_util.tree_map_with_path(ready, params)
-    head_DV = jax.lax.optimization_barrier(transformer.head_table(cast).T)
+    head_DV = jax.lax.optimization_barrier(transformer.head_weights(cast).T)
     return {**{name: part for name, part in cast.items() if name != "unembed"}, "head_DV": head_DV}
 
 
-def int8(params: Params) -> Params:
+def quantise_int8(params: Params) -> Params:
     """Quantise every matrix of `prepare`'s parameters to int8, with one scale per column: w ~ round(w / s) s with
     s = max|w| / 127. Norms, biases and the embedding (a token reads one row of it) stay. For decoding only."""
 
@@ -93,7 +93,7 @@ def unembed(params: Params, h: Array) -> Array:
     return jnp.matmul(h, params["head_DV"], preferred_element_type=jnp.float32)
 
 
-def read(
+def prefill_hidden(
     params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, copies: int = 1
 ) -> tuple[KVCache, Array]:
     """The cache after the prompts, with room for `slots` new tokens, and each prompt's last hidden state [B, D].
@@ -106,23 +106,23 @@ def read(
 
     def layout(x_BPGK: Array) -> Array:
         x_BGPK = jnp.repeat(x_BPGK.swapaxes(1, 2).astype(dtype), copies, axis=0)
-        x_BGPK = sharding.constrain(x_BGPK, sharding.ROWS, "tensor", None, None)
+        x_BGPK = sharding.constrain(x_BGPK, sharding.ROW_AXES, "tensor", None, None)
         return x_BGPK.reshape(*(n for n in x_BGPK.shape[:2] if n > 1), *x_BGPK.shape[2:])
 
     keys, values = (tuple(layout(layer[i]) for layer in kv) for i in (0, 1))
     h_BD = jnp.take_along_axis(h_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    return grow(KVCache(keys, values), slots), h_BD
+    return grow_cache(KVCache(keys, values), slots), h_BD
 
 
 def prefill(
     params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, copies: int = 1
 ) -> tuple[KVCache, Array]:
     """`read`, and the logits of the first new token [B, V]."""
-    cache, h_BD = read(params, config, prompt_BP, length_B, slots, copies)
+    cache, h_BD = prefill_hidden(params, config, prompt_BP, length_B, slots, copies)
     return cache, unembed(params, h_BD)
 
 
-def grow(cache: KVCache, slots: int) -> KVCache:
+def grow_cache(cache: KVCache, slots: int) -> KVCache:
     """The cache with `slots` more slots at its end."""
     return jax.tree.map(lambda x: jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, slots), (0, 0))), cache)
 
@@ -162,7 +162,7 @@ def feed(
         return mixed.reshape(B, H, E, K).swapaxes(1, 2), (k, v)
 
     x_BED = transformer.embed(params, config, tokens_BE, position_BE)
-    turned = transformer.angles(config, position_BE)
+    turned = transformer.rotary_angles(config, position_BE)
     stored = []
     for n in range(config.layers):
         one = functools.partial(attend, n)
@@ -172,7 +172,7 @@ def feed(
     return KVCache(keys, values), transformer.final_norm(params, config, x_BED)
 
 
-def advance(
+def feed_next_token(
     params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
 ) -> tuple[KVCache, Array]:
     """Feed the t-th new token: the updated cache, and the token's hidden state after the final norm [B, D]."""
@@ -190,7 +190,7 @@ def decode_step(
     params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
 ) -> tuple[KVCache, Array]:
     """`advance`, and the logits of the next token [B, V]."""
-    cache, h_BD = advance(params, config, cache, token_B, length_B, prompt_slots, t)
+    cache, h_BD = feed_next_token(params, config, cache, token_B, length_B, prompt_slots, t)
     return cache, unembed(params, h_BD)
 
 
@@ -223,12 +223,12 @@ def generate(
     yield `pad`. Raises UserError while tracing if prompt and answer don't fit the model's block.
     """
     P = prompt_BP.shape[1]
-    check_room(config, P, new_tokens)
+    check_fits_block(config, P, new_tokens)
     if samples < 1 or segment < 1:
         raise UserError(f"samples is {samples} and segment {segment}; both must be at least 1")
     params = prepare(params, config)
     ends = [*range(segment, new_tokens - 1, segment), new_tokens - 1]  # tokens fed by the end of each segment
-    cache, h_BD = read(params, config, prompt_BP, length_B, ends[0], copies=samples)
+    cache, h_BD = prefill_hidden(params, config, prompt_BP, length_B, ends[0], copies=samples)
     h_BD, prompt_BP, length_B = (jnp.repeat(x, samples, axis=0) for x in (h_BD, prompt_BP, length_B))
     B = length_B.shape[0]
     stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
@@ -257,7 +257,7 @@ def generate(
     def step(carry: Carry, x: tuple[Array, Array]) -> tuple[Carry, tuple[Array, ...]]:
         cache, token_B, ended_B, seen_BV = carry
         t, key = x
-        cache, h_BD = advance(params, config, cache, token_B, length_B, P, t)
+        cache, h_BD = feed_next_token(params, config, cache, token_B, length_B, P, t)
         ended_B, seen_BV, out = emit(key, h_BD, ended_B, seen_BV)
         return (cache, out[0], ended_B, seen_BV), out
 
@@ -268,7 +268,7 @@ def generate(
         if begin == end:
             continue
         if begin:
-            carry = (grow(carry[0], end - begin), *carry[1:])
+            carry = (grow_cache(carry[0], end - begin), *carry[1:])
         carry, out = loop(step, carry, (jnp.arange(begin, end), keys[1 + begin : 1 + end]))
         collected.append(out)
     tokens_AB, logp_AB, before_AB, *values = (jnp.concatenate(part) for part in zip(*collected, strict=True))
@@ -278,7 +278,7 @@ def generate(
     )
 
 
-def until_all_ended(step: Callable[[Carry, X], tuple[Carry, Y]], carry: Carry, xs: X) -> tuple[Carry, Y]:
+def scan_until_all_ended(step: Callable[[Carry, X], tuple[Carry, Y]], carry: Carry, xs: X) -> tuple[Carry, Y]:
     """`jax.lax.scan` that stops early when every row has ended; the steps left out read as ended."""
     steps = jax.tree.leaves(xs)[0].shape[0]
     # Keys are passed as raw data: each is used only once, but JAX's key-reuse check can't tell.
@@ -305,10 +305,10 @@ def until_all_ended(step: Callable[[Carry, X], tuple[Carry, Y]], carry: Carry, x
 
 def generate_until(*args: object, **settings: object) -> Answers:
     """The same tokens as `generate` with the same arguments, in a loop that stops when every row has ended."""
-    return generate(*args, loop=until_all_ended, **settings)  # type: ignore[arg-type]
+    return generate(*args, loop=scan_until_all_ended, **settings)  # type: ignore[arg-type]
 
 
-def check_room(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None:
+def check_fits_block(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None:
     """Reject lengths that exceed the model's block: positions and cache slots would be clamped silently."""
     if new_tokens < 1:
         raise UserError(f"new_tokens is {new_tokens}; ask for at least 1")
@@ -319,7 +319,7 @@ def check_room(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None
         )
 
 
-def join(prompt_BP: Array, length_B: Array, answers: Answers, pad: int = 0) -> tuple[Batch, Array]:
+def join_prompt_and_answer(prompt_BP: Array, length_B: Array, answers: Answers, pad: int = 0) -> tuple[Batch, Array]:
     """Rows of prompt + answer without gaps, [B, P + A], with the answers' mask; and the sampler's log-probabilities."""
     P, A = prompt_BP.shape[1], answers.tokens_BA.shape[1]
     t_T = jnp.arange(P + A)

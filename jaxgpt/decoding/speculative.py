@@ -22,11 +22,11 @@ from flax import struct
 from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.decoding import sampling
-from jaxgpt.decoding.generate import check_room, feed, prefill, prepare, unembed
+from jaxgpt.decoding.generate import check_fits_block, feed, prefill, prepare, unembed
 from jaxgpt.errors import UserError
 from jaxgpt.structs import Answers, Array, KVCache, Params
 
-Shape = Callable[[Array], Array]  # logits [..., V] -> the probabilities to draw from [..., V]
+ToProbabilities = Callable[[Array], Array]  # logits [..., V] -> the probabilities to draw from [..., V]
 State = TypeVar("State")
 # key, cache, the draft's state, text_T, logp, n, ended, forwards, accepted
 Carry = tuple[Array, KVCache, State, Array, Array, Array, Array, Array, Array]
@@ -43,14 +43,14 @@ class Draft(Protocol[State]):
         ...
 
     def start(
-        self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: Shape
+        self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: ToProbabilities
     ) -> tuple[State, Propose[State]]:
         """Read the prompt: the initial state, and the function that proposes tokens."""
         ...
 
 
 @struct.dataclass
-class Speculated:
+class SpeculativeAnswer:
     """The answer, and what it cost: J * forwards tokens were drafted, and `accepted` of them are in the answer."""
 
     answers: Answers
@@ -71,7 +71,7 @@ def generate(
     pad: int = 0,
     filter_logits: sampling.Filter = lambda logits: logits,
     greedy: bool = False,
-) -> Speculated:
+) -> SpeculativeAnswer:
     """`generate` for one prompt [1, P] in fewer passes: the same distribution, or the same tokens if `greedy`.
 
     `filter_logits` shapes both the model's and the draft's distribution; log-probabilities are the shaped model's.
@@ -81,7 +81,7 @@ def generate(
     (B, P), A, J = prompt_BP.shape, new_tokens, draft.k
     if B != 1:
         raise UserError(f"speculative decoding takes one prompt at a time, not {B}; use decoding.generate for a batch")
-    check_room(config, P, A)
+    check_fits_block(config, P, A)
     stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
     length = length_B[0]
 
@@ -99,7 +99,7 @@ def generate(
         key, draft_key, verify_key = jax.random.split(key, 3)
         state, draft_J, q_JV = propose(draft_key, state, text_T, length + n)
         last = jax.lax.dynamic_slice(text_T, (length + n - 1,), (1,))
-        cache, logits_BEV = extend(params, config, cache, jnp.concatenate([last, draft_J])[None], length + n - 1)
+        cache, logits_BEV = feed_sequence(params, config, cache, jnp.concatenate([last, draft_J])[None], length + n - 1)
         tokens_E, good = verify(verify_key, draft_J, q_JV, shape(logits_BEV[0]))
         stop_E = (tokens_E[:, None] == stops).any(axis=1)
         first_stop = jnp.where(stop_E.any(), jnp.argmax(stop_E), J + 1)
@@ -117,10 +117,10 @@ def generate(
     inside_A = jnp.arange(A) < n
     tokens_A = jnp.where(inside_A, jax.lax.dynamic_slice(text_T, (length,), (A,)), pad)
     answers = Answers(tokens_A[None], jnp.where(inside_A, logp[:A], 0.0)[None], n[None], ended[None])
-    return Speculated(answers, forwards, accepted)
+    return SpeculativeAnswer(answers, forwards, accepted)
 
 
-def extend(
+def feed_sequence(
     params: Params, config: ModelConfig, cache: KVCache, tokens_BE: Array, start: Array
 ) -> tuple[KVCache, Array]:
     """Feed E tokens at once into slots and positions start ... start + E - 1: the cache, and the logits after each.
@@ -136,12 +136,12 @@ def extend(
     return cache, unembed(params, h_BED)
 
 
-def acceptance(p: Array, q: Array) -> Array:
+def acceptance_probability(p: Array, q: Array) -> Array:
     """Probability of accepting each token if it was drafted: min(1, p / q), [..., V]."""
     return jnp.where(p < q, p / jnp.where(p < q, q, 1.0), 1.0)
 
 
-def residual(p: Array, q: Array) -> Array:
+def residual_distribution(p: Array, q: Array) -> Array:
     """The distribution to draw from after a rejection: max(p - q, 0) normalised, [..., V]; p itself if that is 0."""
     rest = jnp.maximum(p - q, 0.0)
     total = rest.sum(axis=-1, keepdims=True)
@@ -156,10 +156,10 @@ def verify(key: Array, draft_J: Array, q_JV: Array, p_EV: Array) -> tuple[Array,
     """
     J = draft_J.shape[0]
     accept_key, draw_key = jax.random.split(key)
-    keep_J = jnp.take_along_axis(acceptance(p_EV[:J], q_JV), draft_J[:, None], axis=1)[:, 0]
+    keep_J = jnp.take_along_axis(acceptance_probability(p_EV[:J], q_JV), draft_J[:, None], axis=1)[:, 0]
     accepted = jnp.cumprod(jax.random.uniform(accept_key, (J,)) < keep_J, dtype=jnp.int32).sum()
     q_EV = jnp.pad(q_JV, ((0, 1), (0, 0)))  # no draft for the last position: its residual is p
-    log_rest_V = jnp.log(residual(p_EV[accepted], q_EV[accepted]))
+    log_rest_V = jnp.log(residual_distribution(p_EV[accepted], q_EV[accepted]))
     drawn = sampling.categorical(draw_key, log_rest_V[None])
     return jnp.where(jnp.arange(J + 1) == accepted, drawn, jnp.pad(draft_J, (0, 1))), accepted
 
@@ -173,7 +173,7 @@ class ModelDraft:
     k: int = struct.field(pytree_node=False)
 
     def start(
-        self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: Shape
+        self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: ToProbabilities
     ) -> tuple[KVCache, Propose[KVCache]]:
         """See `Draft.start`."""
         if self.config.vocab != config.vocab:
@@ -181,14 +181,14 @@ class ModelDraft:
                 f"the draft has a vocabulary of {self.config.vocab}, the model one of {config.vocab}; "
                 "choose a draft with the same tokenizer"
             )
-        check_room(self.config, prompt_BP.shape[1], new_tokens)
+        check_fits_block(self.config, prompt_BP.shape[1], new_tokens)
         params = prepare(self.params, self.config)
 
         def propose(key: Array, cache: KVCache, text_T: Array, n: Array) -> tuple[KVCache, Array, Array]:
             # Read the last two tokens of the text: if all drafts were accepted, the last one has not been read yet.
             begin = jnp.maximum(n - 2, 0)
             two = jax.lax.dynamic_slice(text_T, (begin,), (2,))
-            cache, logits_BEV = extend(params, self.config, cache, two[None], begin)
+            cache, logits_BEV = feed_sequence(params, self.config, cache, two[None], begin)
             q_V = shape(logits_BEV[0, n - 1 - begin])
             first_key, key = jax.random.split(key)
 
@@ -197,7 +197,7 @@ class ModelDraft:
             ) -> tuple[tuple[KVCache, Array, Array], tuple[Array, Array]]:
                 cache, token, key = carry
                 draw_key, key = jax.random.split(key)
-                cache, logits_BEV = extend(params, self.config, cache, token[None], position)
+                cache, logits_BEV = feed_sequence(params, self.config, cache, token[None], position)
                 q_V = shape(logits_BEV[0, 0])
                 token = sampling.categorical(draw_key, jnp.log(q_V)[None])
                 return (cache, token, key), (token[0], q_V)
@@ -217,7 +217,7 @@ class NgramDraft:
     n: int = struct.field(pytree_node=False)
 
     def start(
-        self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: Shape
+        self, config: ModelConfig, prompt_BP: Array, length_B: Array, new_tokens: int, shape: ToProbabilities
     ) -> tuple[None, Propose[None]]:
         """See `Draft.start`."""
         if self.n > prompt_BP.shape[1] + new_tokens:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.decoding import sampling
-from jaxgpt.decoding.generate import SEGMENT, Sampler, check_room, decode_step, grow, prefill, prepare
+from jaxgpt.decoding.generate import SEGMENT, Sampler, check_fits_block, decode_step, grow_cache, prefill, prepare
 from jaxgpt.structs import Array, KVCache, Params
 
 
@@ -31,7 +31,7 @@ def stream(
     `sample` or `filter_logits` is compiled again, so pass the same functions each time; the numbers held by a
     `jax.tree_util.Partial` may change without recompiling."""
     P = prompt_BP.shape[1]
-    check_room(config, P, new_tokens)
+    check_fits_block(config, P, new_tokens)
     stops = {stop} if isinstance(stop, int) else set(stop)
     if "head_DV" not in params:
         params = jax.jit(prepare, static_argnums=1)(params, config)
@@ -48,7 +48,7 @@ def stream(
             return
         if t == room:
             more = min(room, new_tokens - room)
-            cache, room = grow(cache, more), room + more
+            cache, room = grow_cache(cache, more), room + more
         cache, token_B = _next_token(params, config, cache, token_B, length_B, P, jnp.asarray(t), step_key, **chosen)
 
 

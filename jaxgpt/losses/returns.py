@@ -7,7 +7,7 @@ from jax import Array
 from jaxgpt.losses.checks import expect, expect_value
 
 
-def last_token(mask_BT: Array) -> Array:
+def last_token_mask(mask_BT: Array) -> Array:
     """True at the last masked token of each row, [B, T]."""
     expect(mask=(mask_BT, "bool B T"))
     after_BT = jnp.cumsum(mask_BT[:, ::-1], axis=1)[:, ::-1]
@@ -18,7 +18,7 @@ def shaped_rewards(score_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | f
     """r_t = -beta kl_t on every answer token, plus the score on the last one (Ziegler et al. 2020, eq. 2), [B, T]."""
     expect_value(beta >= 0, "beta is {beta}; it can't be negative", beta=beta)
     expect(score=(score_B, "float B"), kl=(kl_BT, "float B T"), mask=(mask_BT, "bool B T"))
-    return jnp.where(mask_BT, -beta * kl_BT, 0.0) + jnp.where(last_token(mask_BT), score_B[:, None], 0.0)
+    return jnp.where(mask_BT, -beta * kl_BT, 0.0) + jnp.where(last_token_mask(mask_BT), score_B[:, None], 0.0)
 
 
 def gae(
@@ -75,7 +75,7 @@ def whiten_keep_mean(x: Array, mask: Array) -> Array:
     return jnp.where(mask, (x - mean) * jax.lax.rsqrt(variance + 1e-8) + mean, 0.0)
 
 
-def normalisation(score_B: Array, mask_B: Array | None = None) -> tuple[Array, Array]:
+def fit_normalisation(score_B: Array, mask_B: Array | None = None) -> tuple[Array, Array]:
     """(gain, bias) so that gain * score + bias has mean 0 and standard deviation 1 on these scores (Ziegler 2020, 2.2).
 
     Compute them from samples of the reference policy, then apply them to every score. Equal scores only lose their
@@ -87,7 +87,7 @@ def normalisation(score_B: Array, mask_B: Array | None = None) -> tuple[Array, A
     return gain, -gain * mean
 
 
-def centred(score_BC: Array, present_BC: Array | None = None) -> Array:
+def centre_scores(score_BC: Array, present_BC: Array | None = None) -> Array:
     """h_i - mean over the prompt's answers, [B, C]: GRPO without its bias towards small spreads (Liu et al. 2025).
 
     B prompts with C sampled answers each; 0 where an answer is absent or the only one.
@@ -118,7 +118,7 @@ def grpo(score_BC: Array, present_BC: Array | None = None, epsilon: float = 1e-4
     return deviation_BC / (std_B1 + epsilon)
 
 
-def to_tokens(advantage_B: Array, mask_BT: Array) -> Array:
+def broadcast_to_tokens(advantage_B: Array, mask_BT: Array) -> Array:
     """Give each token its answer's advantage, [B, T]; 0 outside the mask."""
     expect(advantage=(advantage_B, "float B"), mask=(mask_BT, "bool B T"))
     return jnp.where(mask_BT, advantage_B[:, None], 0.0)

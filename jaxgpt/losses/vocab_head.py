@@ -25,7 +25,9 @@ class HeadOutputs(NamedTuple):
     entropy: Array  # -sum_v p_v log p_v
 
 
-def outputs(hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: float = 1.0) -> HeadOutputs:
+def tiled_head_outputs(
+    hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: float = 1.0
+) -> HeadOutputs:
     """All of `HeadOutputs` for logits = hidden @ head^T / temperature.  [..., T, D], [V, D], [..., T] -> [..., T].
 
     The product is computed in the inputs' dtype and accumulated in float32. Values and gradients equal those of the
@@ -58,7 +60,7 @@ def _tile_outputs(head_VD: Array, temperature: float, hidden: Array, tokens: Arr
 
 def log_prob(hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: float = 1.0) -> Array:
     """`losses.log_prob` of logits = hidden @ head^T / temperature, without storing them.  -> [..., T] float32."""
-    return outputs(hidden, head_VD, tokens, tile=tile, temperature=temperature).logp
+    return tiled_head_outputs(hidden, head_VD, tokens, tile=tile, temperature=temperature).logp
 
 
 def nll(hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: float = 1.0) -> Array:

@@ -33,7 +33,7 @@ def attend(
     )
 
 
-def for_all_heads(x_BTGK: Array, heads: int) -> Array:
+def repeat_for_heads(x_BTGK: Array, heads: int) -> Array:
     """Repeat keys or values for each query head that shares them, [B, T, H, K]."""
     return jnp.repeat(x_BTGK, heads // x_BTGK.shape[2], axis=2) if x_BTGK.shape[2] < heads else x_BTGK
 
@@ -53,11 +53,11 @@ def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | Non
     tile = next((tile for tile in SPLASH_TILES if T % tile == 0), None)
     if tile is None:
         return attend(q_BTHK, k_BTHK, v_BTHK, segments_BT)
-    k_BTHK, v_BTHK = (for_all_heads(x, H) for x in (k_BTHK, v_BTHK))
+    k_BTHK, v_BTHK = (repeat_for_heads(x, H) for x in (k_BTHK, v_BTHK))
     mesh = jax.sharding.get_abstract_mesh()
     heads = "tensor" if H % mesh.shape.get("tensor", 1) == 0 and "tensor" in mesh.shape else None
     local_heads = H // mesh.shape[heads] if heads else H
-    rows = tuple(name for name in sharding.ROWS if name in mesh.shape)
+    rows = tuple(name for name in sharding.ROW_AXES if name in mesh.shape)
     if q_BTHK.shape[0] % int(np.prod([mesh.shape[name] for name in rows], dtype=int)):
         rows = ()
 

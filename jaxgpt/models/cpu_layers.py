@@ -14,11 +14,21 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxgpt.models import attention, sharding
-from jaxgpt.models.layers import COLUMNS, LINES, NEVER, Layers, dense, gelu, norm_arrays, normalise, swiglu
+from jaxgpt.models.layers import (
+    COLUMN_PARALLEL,
+    MASKED_LOGIT,
+    ROW_PARALLEL,
+    Layers,
+    dense,
+    gelu,
+    norm_arrays,
+    normalise,
+    swiglu,
+)
 from jaxgpt.structs import Array, Params
 
 Saved = tuple[Any, ...]  # what a forward pass saves for its backward pass
-COPIES = 4  # chunks in which a matrix is transposed
+TRANSPOSE_CHUNKS = 4  # chunks in which a matrix is transposed
 _materialise = jax.lax.optimization_barrier
 
 
@@ -30,15 +40,15 @@ def _copy_transposed(x: Array) -> Array:
     """x^T of a matrix, copied: XLA:CPU's fast bfloat16 product takes no transposed operand, and a plain transpose only
     changes the layout, even behind a barrier. A loop's result has the standard layout."""
     x = _flatten(x)
-    rows = x.shape[0] // COPIES
-    if x.dtype == jnp.float32 or x.shape[0] % COPIES or sharding.divided():
+    rows = x.shape[0] // TRANSPOSE_CHUNKS
+    if x.dtype == jnp.float32 or x.shape[0] % TRANSPOSE_CHUNKS or sharding.is_partitioned():
         return x.T
 
     def copy(i: Array, out: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(x, i * rows, rows)
         return jax.lax.dynamic_update_slice_in_dim(out, part.T, i * rows, axis=1)
 
-    return jax.lax.fori_loop(0, COPIES, copy, jnp.zeros(x.shape[::-1], x.dtype))
+    return jax.lax.fori_loop(0, TRANSPOSE_CHUNKS, copy, jnp.zeros(x.shape[::-1], x.dtype))
 
 
 def _dot(x: Array, w: Array, dtype: DTypeLike) -> Array:
@@ -52,7 +62,7 @@ def _linear(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str]) 
 
 
 def _linear_forward(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str]) -> tuple[Array, Saved]:
-    x, ready = _materialise((x, sharding.gathered(kernel.astype(x.dtype), axes)))
+    x, ready = _materialise((x, sharding.gather_fsdp(kernel.astype(x.dtype), axes)))
     product = jnp.matmul(x, ready, preferred_element_type=jnp.float32)
     likes = jnp.zeros((), kernel.dtype), None if bias is None else jnp.zeros((), bias.dtype)
     return (product if bias is None else product + bias).astype(x.dtype), (x, ready, *likes)
@@ -69,7 +79,7 @@ def _linear_backward(axes: tuple[str, str], saved: Saved, dy: Array) -> tuple[Ar
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _fast_dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Array:
+def _fast_dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMN_PARALLEL) -> Array:
     if "scale" in layer:
         return dense(layer, x, axes)
     bias = layer["bias"].astype(jnp.float32) if "bias" in layer else None
@@ -179,7 +189,7 @@ def _attention_forward(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, seen_TT: Arr
     for begin, end in _split_rows(q_BHTK.shape[2]):
         q, k, v, seen = q_BHTK[:, :, begin:end], k_BHTK[:, :, :end], v_BHTK[:, :, :end], seen_TT[..., begin:end, :end]
         scores = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32)
-        p = jax.nn.softmax(jnp.where(seen, scores * q.shape[-1] ** -0.5, NEVER)).astype(q.dtype)
+        p = jax.nn.softmax(jnp.where(seen, scores * q.shape[-1] ** -0.5, MASKED_LOGIT)).astype(q.dtype)
         weights.append(_materialise(p))
         outs.append(jnp.einsum("bhqs,bhsk->bhqk", weights[-1], v, preferred_element_type=jnp.float32).astype(q.dtype))
     out = jnp.concatenate(outs, axis=2)
@@ -216,7 +226,7 @@ def _fast_attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array
     seen = jnp.tril(jnp.ones((T, T), bool))
     if segments_BT is not None:
         seen = seen & (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
-    k_BTHK, v_BTHK = (attention.for_all_heads(x, q_BTHK.shape[2]) for x in (k_BTHK, v_BTHK))
+    k_BTHK, v_BTHK = (attention.repeat_for_heads(x, q_BTHK.shape[2]) for x in (k_BTHK, v_BTHK))
     q, k, v = _materialise(tuple(x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK)))
     return _attention(q, k, v, seen).swapaxes(1, 2)
 
@@ -227,7 +237,7 @@ def _fast_product_VD(h: Array, table_VD: Array) -> Array:
 
 
 def _product_forward(h: Array, table_VD: Array) -> tuple[Array, Saved]:
-    h, ready = _materialise((h, sharding.gathered(table_VD.astype(h.dtype), LINES)))
+    h, ready = _materialise((h, sharding.gather_fsdp(table_VD.astype(h.dtype), ROW_PARALLEL)))
     logits = jnp.matmul(h, _copy_transposed(ready), preferred_element_type=jnp.float32)
     return logits, (h, ready, jnp.zeros((), table_VD.dtype))
 
@@ -236,9 +246,9 @@ def _product_backward(saved: Saved, dy: Array) -> tuple[Array, Array]:
     h, table_VD, like = saved
     dy = _materialise(dy.astype(h.dtype))
     dtable = _materialise(jnp.matmul(_copy_transposed(h), _flatten(dy), preferred_element_type=jnp.float32)).T
-    return _dot(dy, table_VD, h.dtype), sharding.constrain(dtable, *LINES).astype(like.dtype)
+    return _dot(dy, table_VD, h.dtype), sharding.constrain(dtable, *ROW_PARALLEL).astype(like.dtype)
 
 
 _fast_product_VD.defvjp(_product_forward, _product_backward)
 
-FAST = Layers(_fast_dense, _fast_norm, _fast_gelu, _fast_swiglu, _fast_attend, _fast_product_VD)
+CPU_LAYERS = Layers(_fast_dense, _fast_norm, _fast_gelu, _fast_swiglu, _fast_attend, _fast_product_VD)

@@ -14,8 +14,11 @@ from jaxgpt.models import attention, sharding
 from jaxgpt.structs import Array, Params
 
 Attend = Callable[[Array, Array, Array, Array | None], Array]
-COLUMNS, LINES = ("fsdp", "tensor"), ("tensor", "fsdp")  # how a dense layer's weight [in, out] is sharded
-NEVER = -1e30  # a masked logit: softmax gives 0 for it, but no NaN for a fully masked row as with -inf
+COLUMN_PARALLEL, ROW_PARALLEL = (
+    ("fsdp", "tensor"),
+    ("tensor", "fsdp"),
+)  # how a dense layer's weight [in, out] is sharded
+MASKED_LOGIT = -1e30  # a masked logit: softmax gives 0 for it, but no NaN for a fully masked row as with -inf
 
 
 class Layers(NamedTuple):
@@ -35,21 +38,21 @@ def _product_dtype(x: Array) -> DTypeLike:
     return jnp.float32 if sharding.platform() == "cpu" else x.dtype
 
 
-def dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMNS) -> Array:
+def dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMN_PARALLEL) -> Array:
     """x @ kernel + bias in x's dtype; an int8 kernel has one scale per column (see `int8_product`)."""
     if "scale" in layer:
         product = int8_product(x, layer["kernel"], layer["scale"]).astype(_product_dtype(x))
     else:
-        kernel = sharding.gathered(layer["kernel"].astype(x.dtype), axes)
+        kernel = sharding.gather_fsdp(layer["kernel"].astype(x.dtype), axes)
         product = jnp.matmul(x, kernel, preferred_element_type=_product_dtype(x))
     if "lora_a" in layer:
-        product += low_rank(layer, x).astype(product.dtype)
+        product += lora_product(layer, x).astype(product.dtype)
     if "bias" in layer:
         product += layer["bias"].astype(product.dtype)
     return product.astype(x.dtype)
 
 
-def low_rank(layer: Params, x: Array) -> Array:
+def lora_product(layer: Params, x: Array) -> Array:
     """(x A) B for a layer with adapters (`jaxgpt.models.lora`)."""
     return (x @ layer["lora_a"].astype(x.dtype)) @ layer["lora_b"].astype(x.dtype)
 
@@ -84,14 +87,14 @@ def swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
-def product_VD(h: Array, table_VD: Array) -> Array:
+def vocab_logits(h: Array, table_VD: Array) -> Array:
     """Products of hidden states with each row of an embedding: operands in h's dtype, results in float32."""
-    table_VD = sharding.gathered(table_VD.astype(h.dtype), LINES)
+    table_VD = sharding.gather_fsdp(table_VD.astype(h.dtype), ROW_PARALLEL)
     return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=jnp.float32)
 
 
-INT8_LINES = 64  # kernel rows converted to float32 at a time
-INT8_WHOLE = 2**21  # kernel elements; a larger kernel is converted in chunks even for a single row of x
+INT8_CHUNK_ROWS = 64  # kernel rows converted to float32 at a time
+INT8_MAX_UNCHUNKED = 2**21  # kernel elements; a larger kernel is converted in chunks even for a single row of x
 INT8_LEVELS = 2047  # quantisation levels of an activation
 
 
@@ -104,14 +107,14 @@ def int8_product(x: Array, kernel: Array, scale: Array) -> Array:
     rows, (fan_in, fan_out) = x.size // x.shape[-1], kernel.shape
     if sharding.platform() != "cpu":
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale
-    if rows == 1 and kernel.size <= INT8_WHOLE:
+    if rows == 1 and kernel.size <= INT8_MAX_UNCHUNKED:
         levels = min(INT8_LEVELS, (2**31 - 1) // (127 * fan_in))
         x32 = x.reshape(-1).astype(jnp.float32)
         step = jnp.maximum(jnp.abs(x32).max(), 1e-30) / levels
         quantised = jnp.round(x32 / step).astype(jnp.int32)
         product = (quantised[:, None] * kernel.astype(jnp.int32)).sum(axis=0)
         return (product.astype(jnp.float32) * step * scale).reshape(*x.shape[:-1], fan_out)
-    lines = INT8_LINES if fan_in % INT8_LINES == 0 else fan_in
+    lines = INT8_CHUNK_ROWS if fan_in % INT8_CHUNK_ROWS == 0 else fan_in
     flat = x.reshape(rows, fan_in).astype(jnp.float32)
 
     def add(i: Array, total: Array) -> Array:
@@ -122,4 +125,4 @@ def int8_product(x: Array, kernel: Array, scale: Array) -> Array:
     return (product * scale).reshape(*x.shape[:-1], fan_out)
 
 
-PLAIN = Layers(dense, norm, gelu, swiglu, attention.attend, product_VD)
+PLAIN = Layers(dense, norm, gelu, swiglu, attention.attend, vocab_logits)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxgpt.errors import UserError
 from jaxgpt.structs import Array, Params
 
-NAMES = ("lora_a", "lora_b")
+ADAPTER_NAMES = ("lora_a", "lora_b")
 
 
 def init(key: Array, params: Params, rank: int) -> Params:
@@ -40,14 +40,18 @@ def init(key: Array, params: Params, rank: int) -> Params:
     return below(params, key)
 
 
-def start(key: Array, params: Params, rank: int) -> tuple[Params, Params]:
+def split_trainable(key: Array, params: Params, rank: int) -> tuple[Params, Params]:
     """(trainable, frozen): for rank 0 all parameters and nothing, otherwise adapters and all parameters."""
     return (init(key, params, rank), params) if rank else (params, {})
 
 
-def base(params: Params) -> Params:
+def without_adapters(params: Params) -> Params:
     """The weights without adapters: the model before training."""
-    return {name: base(part) if isinstance(part, dict) else part for name, part in params.items() if name not in NAMES}
+    return {
+        name: without_adapters(part) if isinstance(part, dict) else part
+        for name, part in params.items()
+        if name not in ADAPTER_NAMES
+    }
 
 
 def merge(params: Params) -> Params:
@@ -55,10 +59,10 @@ def merge(params: Params) -> Params:
     if "lora_a" in params:
         product = params["lora_a"].astype(jnp.float32) @ params["lora_b"].astype(jnp.float32)
         kernel = params["kernel"]
-        return {**base(params), "kernel": (kernel.astype(jnp.float32) + product).astype(kernel.dtype)}
+        return {**without_adapters(params), "kernel": (kernel.astype(jnp.float32) + product).astype(kernel.dtype)}
     return {name: merge(part) if isinstance(part, dict) else part for name, part in params.items()}
 
 
-def reference(params: Params) -> Params:
+def reference_params(params: Params) -> Params:
     """The reference policy of {'policy', maybe 'reference'}: the policy without adapters if there is no other."""
-    return params["reference"] if "reference" in params else base(params["policy"])
+    return params["reference"] if "reference" in params else without_adapters(params["policy"])

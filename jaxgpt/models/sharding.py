@@ -26,7 +26,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Tree = TypeVar("Tree")  # any pytree; the result has the same structure
 Axes = str | tuple[str, ...] | None
-ROWS = ("data", "fsdp")  # the mesh axes that shard the rows of a batch
+ROW_AXES = ("data", "fsdp")  # the mesh axes that shard the rows of a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _active_mesh() -> AbstractMesh | None:
     return mesh if automatic and mesh.size > 1 else None
 
 
-def divided() -> bool:
+def is_partitioned() -> bool:
     """Whether XLA partitions the program being traced among several devices."""
     return _active_mesh() is not None
 
@@ -104,10 +104,10 @@ def constrain(x: Array, *axes: Axes) -> Array:
 
 def constrain_rows(x: Array) -> Array:
     """x with its first dimension sharded as rows are."""
-    return constrain(x, ROWS, *[None] * (x.ndim - 1))
+    return constrain(x, ROW_AXES, *[None] * (x.ndim - 1))
 
 
-def gathered(w: Array, axes: Sequence[Axes], lookup: bool = False) -> Array:
+def gather_fsdp(w: Array, axes: Sequence[Axes], lookup: bool = False) -> Array:
     """A parameter sharded over `axes`, gathered along 'fsdp' for use; its gradient is scattered again. `lookup`: it is
     used to look up rows, not in a product. The identity outside a mesh."""
     mesh = _active_mesh()
@@ -128,7 +128,7 @@ def _scatter(axes: tuple[Axes, ...], lookup: bool, _: None, g: Array) -> tuple[A
 _gather.defvjp(lambda w, axes, lookup: (_gather(w, axes, lookup), None), _scatter)
 
 
-def parts_of(size: int, axes: Axes) -> int:
+def count_shards(size: int, axes: Axes) -> int:
     """Number of shards into which `constrain` splits a dimension of this size; 1 outside a mesh."""
     mesh = _active_mesh()
     fitting = None if mesh is None else _fitting_spec((axes,), (size,), mesh)[0]
@@ -136,7 +136,7 @@ def parts_of(size: int, axes: Axes) -> int:
     return 1 if mesh is None else int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
-def rule_of(path: Sequence[object], rules: Mapping[str, P]) -> P:
+def find_rule(path: Sequence[object], rules: Mapping[str, P]) -> P:
     """The rule for a leaf, by the last two names of its path ("qkv/kernel") or the last one; P() if there is none."""
     names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
     return rules.get("/".join(names[-2:]), rules.get("".join(names[-1:]), P()))
@@ -157,27 +157,27 @@ def _fitting_spec(axes: Iterable[Axes], shape: Sequence[int], mesh: Mesh | Abstr
 # ---- inputs and outputs of a step ----
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, P())
 
 
-def rows(mesh: Mesh) -> NamedSharding:
+def row_sharding(mesh: Mesh) -> NamedSharding:
     """Axis 0 sharded among the devices (those of one tensor group share their rows)."""
-    return NamedSharding(mesh, P(tuple(name for name in ROWS if name in mesh.shape)))
+    return NamedSharding(mesh, P(tuple(name for name in ROW_AXES if name in mesh.shape)))
 
 
-def row_parts(mesh: Mesh) -> int:
+def count_row_shards(mesh: Mesh) -> int:
     """Number of parts into which a batch's rows are split."""
-    return int(np.prod([mesh.shape[name] for name in ROWS if name in mesh.shape], dtype=int))
+    return int(np.prod([mesh.shape[name] for name in ROW_AXES if name in mesh.shape], dtype=int))
 
 
-def by_path(tree: Tree, rules: Mapping[str, P], mesh: Mesh) -> Tree:
+def shardings_by_path(tree: Tree, rules: Mapping[str, P], mesh: Mesh) -> Tree:
     """A NamedSharding for each leaf (an array or its shape) by the end of its path, however deeply nested: an
     optimiser's moments are sharded like their parameters. Leaves without a rule are replicated."""
 
     def place(path: tuple[object, ...], leaf: Array) -> NamedSharding:
-        return NamedSharding(mesh, _fitting_spec(rule_of(path, rules), leaf.shape, mesh))
+        return NamedSharding(mesh, _fitting_spec(find_rule(path, rules), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -209,9 +209,9 @@ def place_like(tree: Tree, shapes: Tree) -> Tree:
     return place(tree, jax.tree.map(lambda x: x.sharding, shapes))
 
 
-def place_rows(tree: Tree, mesh: Mesh) -> Tree:
+def place_local_rows(tree: Tree, mesh: Mesh) -> Tree:
     """Host arrays, of which each process holds its share of rows, as global arrays sharded over all devices."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows(mesh), np.asarray(x)), tree)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(row_sharding(mesh), np.asarray(x)), tree)
 
 
 def place_whole(tree: Tree, mesh: Mesh) -> Tree:
@@ -220,25 +220,25 @@ def place_whole(tree: Tree, mesh: Mesh) -> Tree:
 
     def one(x: Array | np.ndarray) -> Array:
         x = np.asarray(x)
-        divided = NamedSharding(mesh, _fitting_spec((ROWS,), x.shape, mesh))
+        divided = NamedSharding(mesh, _fitting_spec((ROW_AXES,), x.shape, mesh))
         return jax.make_array_from_callback(x.shape, divided, lambda index: x[index])
 
     return jax.tree.map(one, tree)
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class RowShard:
     """Which part of a batch's rows a process supplies: part `index` of `count`."""
 
     index: int
     count: int
 
 
-def share_of_rows(mesh: Mesh) -> Share:
+def process_row_shard(mesh: Mesh) -> RowShard:
     """The share of this process. Processes whose devices hold the same rows (a tensor axis across them) supply the same
     part. UserError if the rows of two processes overlap only partly."""
     held: dict[int, frozenset[int]] = {}
-    parts = row_parts(mesh)
+    parts = count_row_shards(mesh)
     for part, devices in enumerate(mesh.devices.reshape(parts, -1)):
         for device in devices:
             held[device.process_index] = held.get(device.process_index, frozenset()) | {part}
@@ -249,12 +249,12 @@ def share_of_rows(mesh: Mesh) -> Share:
             f"a mesh of {sizes} doesn't divide rows evenly among {len(held)} processes; "
             "make mesh.tensor a divisor or a multiple of the devices per process"
         )
-    return Share(shares.index(held[jax.process_index()]), len(shares))
+    return RowShard(shares.index(held[jax.process_index()]), len(shares))
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """A copy of each leaf on every device, in new buffers."""
-    return place(tree, replicated(mesh))
+    return place(tree, replicated_sharding(mesh))
 
 
 # ---- checks ----
@@ -285,6 +285,6 @@ def check_batch(batch: int, parts: int, mesh: Mesh) -> None:
 
 def check_rows(count: int, mesh: Mesh, name: str) -> None:
     """Reject a batch that can't be divided equally among the devices, or supplied equally by the processes."""
-    parts = row_parts(mesh)
+    parts = count_row_shards(mesh)
     if count % parts:
         raise UserError(f"{name} of {count} rows doesn't divide among {parts} devices; use a multiple of {parts}")

@@ -26,27 +26,27 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.losses import vocab_head
 from jaxgpt.models import attention, sharding
-from jaxgpt.models.cpu_layers import FAST
-from jaxgpt.models.layers import COLUMNS, LINES, PLAIN, Attend, Layers
-from jaxgpt.models.sharding import ROWS, constrain, constrain_rows
+from jaxgpt.models.cpu_layers import CPU_LAYERS
+from jaxgpt.models.layers import COLUMN_PARALLEL, PLAIN, ROW_PARALLEL, Attend, Layers
+from jaxgpt.models.sharding import ROW_AXES, constrain, constrain_rows
 from jaxgpt.structs import Array, Batch, Params
 
-Kept = TypeVar("Kept")
+Extra = TypeVar("Extra")
 
-WHOLE_LOGITS = 512 * 2**20  # bytes per device; larger logits are computed in tiles
+MAX_LOGITS_BYTES = 512 * 2**20  # bytes per device; larger logits are computed in tiles
 
 # How parameters are sharded over a mesh, by the end of their path; all others are replicated.
 PARTITION = {
-    "tokens_VD": P(*LINES),
+    "tokens_VD": P(*ROW_PARALLEL),
     "positions_TD": P(None, "fsdp"),
-    "qkv/kernel": P(*COLUMNS),
+    "qkv/kernel": P(*COLUMN_PARALLEL),
     "qkv/bias": P("tensor"),
-    "gate/kernel": P(*COLUMNS),
+    "gate/kernel": P(*COLUMN_PARALLEL),
     "gate/bias": P("tensor"),
-    "out/kernel": P(*LINES),
-    "up/kernel": P(*COLUMNS),
+    "out/kernel": P(*ROW_PARALLEL),
+    "up/kernel": P(*COLUMN_PARALLEL),
     "up/bias": P("tensor"),
-    "down/kernel": P(*LINES),
+    "down/kernel": P(*ROW_PARALLEL),
 }
 
 
@@ -86,7 +86,7 @@ def init(key: Array, config: ModelConfig) -> Params:
     return params
 
 
-def scalar_head(key: Array | None, width: int) -> Params:
+def init_scalar_head(key: Array | None, width: int) -> Params:
     """A linear head D -> 1: random for rewards (std 1/sqrt(D+1), Ziegler 2020); exactly 0 for values, without a key."""
     kernel_D = jnp.zeros(width) if key is None else jax.random.normal(key, (width,)) / math.sqrt(width + 1)
     return {"kernel_D": kernel_D, "bias": jnp.zeros(())}
@@ -106,7 +106,7 @@ def split_heads(qkv: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
     return q, x[..., shared, :], x[..., shared + 1, :]
 
 
-def angles(config: ModelConfig, positions_BT: Array) -> tuple[Array, Array] | None:
+def rotary_angles(config: ModelConfig, positions_BT: Array) -> tuple[Array, Array] | None:
     """Cosine and sine of every position times every frequency, [B, T, 1, K/2] float32, for rotary positions (Su et al.
     2021). Pair i turns by theta^(-2i/K) per token; with rope_factor, pairs that turn less than once in rope_block turn
     that much slower, those with more than four turns as before, and those between are interpolated (Llama 3.1)."""
@@ -132,9 +132,9 @@ def rotate(x_BTHK: Array, angles: tuple[Array, Array] | None) -> Array:
 
 def mlp(block: Params, x: Array, layers: Layers = PLAIN) -> Array:
     """Two dense layers with a GELU (tanh form, as in GPT-2) between them; or, if there is a gate, a SwiGLU."""
-    up = layers.dense(block["up"], x, COLUMNS)
-    inside = layers.swiglu(layers.dense(block["gate"], x, COLUMNS), up) if "gate" in block else layers.gelu(up)
-    return layers.dense(block["down"], inside, LINES)
+    up = layers.dense(block["up"], x, COLUMN_PARALLEL)
+    inside = layers.swiglu(layers.dense(block["gate"], x, COLUMN_PARALLEL), up) if "gate" in block else layers.gelu(up)
+    return layers.dense(block["down"], inside, ROW_PARALLEL)
 
 
 def dropout(key: Array | None, rate: float, x: Array) -> Array:
@@ -157,14 +157,14 @@ def embed_rows(params: Params, config: ModelConfig, tokens_BT: Array, positions_
     Each device looks up its own columns for all rows, and sends each row's to the device it belongs to; or, if the
     table is smaller than these activations, the tables are gathered first."""
     B, T = tokens_BT.shape
-    if config.vocab * sharding.parts_of(B, ROWS) > B * T:
+    if config.vocab * sharding.count_shards(B, ROW_AXES) > B * T:
         ids = [constrain(x, "data", None) for x in (tokens_BT, positions_BT)]
         x_BTD = constrain(embed(params, config, *ids), "data", None, "fsdp")
     else:
-        axes = {"tokens_VD": LINES, "positions_TD": (None, "fsdp")}
-        whole = {name: sharding.gathered(x, axes[name], lookup=True) for name, x in params["embed"].items()}
+        axes = {"tokens_VD": ROW_PARALLEL, "positions_TD": (None, "fsdp")}
+        whole = {name: sharding.gather_fsdp(x, axes[name], lookup=True) for name, x in params["embed"].items()}
         x_BTD = embed({"embed": whole}, config, tokens_BT, positions_BT)
-    return constrain(x_BTD, ROWS, None, None)
+    return constrain(x_BTD, ROW_AXES, None, None)
 
 
 def hidden(
@@ -217,7 +217,7 @@ def hidden_and_kv(
         )
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
-    layers = fastest_layers(config.gradients)
+    layers = select_layers(config.gradients)
     layers = layers._replace(attend=attend or layers.attend)
     embed_key, keys = (None, None) if key is None else _split_for(key, config.layers)
     x_BTD = embed_rows(params, config, tokens_BT, positions_BT)
@@ -225,7 +225,7 @@ def hidden_and_kv(
         x_BTD += nudge_BTD.astype(x_BTD.dtype)
     x_BTD = dropout(embed_key, config.dropout, x_BTD)
 
-    turned = angles(config, positions_BT)
+    turned = rotary_angles(config, positions_BT)
 
     def with_kv(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
         return layers.attend(q, k, v, segments_BT), (k, v)
@@ -266,9 +266,9 @@ def transformer_block(
     layers: Layers,
     x_BTD: Array,
     angles: tuple[Array, Array] | None,
-    attend: Callable[[Array, Array, Array], tuple[Array, Kept]],
+    attend: Callable[[Array, Array, Array], tuple[Array, Extra]],
     key: Array | None = None,
-) -> tuple[Array, Kept]:
+) -> tuple[Array, Extra]:
     """An attention and an MLP sub-layer, each added to its input, with a norm before it or after the sum.
 
     attend(q [B, T, H, K], k, v [B, T, G, K]) -> (mixed [B, T, H, K], anything); the latter is returned too: the keys
@@ -280,33 +280,37 @@ def transformer_block(
         return layers.norm(block[name], x, config.norm_epsilon) if config.norm_at == at else x
 
     normed = norm("attention_norm", x_BTD, "input")
-    q, k, v = split_heads(layers.dense(block["qkv"], normed, COLUMNS), config)
-    qkv = (constrain(x, ROWS, None, "tensor", None) for x in (rotate(q, angles), rotate(k, angles), v))
+    q, k, v = split_heads(layers.dense(block["qkv"], normed, COLUMN_PARALLEL), config)
+    qkv = (constrain(x, ROW_AXES, None, "tensor", None) for x in (rotate(q, angles), rotate(k, angles), v))
     mixed_BTHK, kept = attend(*qkv)
     mixed_BTD = mixed_BTHK.reshape(x_BTD.shape)
-    x_BTD += dropout(attention_key, config.dropout, layers.dense(block["out"], mixed_BTD, LINES))
+    x_BTD += dropout(attention_key, config.dropout, layers.dense(block["out"], mixed_BTD, ROW_PARALLEL))
     x_BTD = norm("attention_norm", x_BTD, "output")
     x_BTD += dropout(mlp_key, config.dropout, mlp(block, norm("mlp_norm", x_BTD, "input"), layers))
-    return constrain(norm("mlp_norm", x_BTD, "output"), ROWS, None, None), kept
+    return constrain(norm("mlp_norm", x_BTD, "output"), ROW_AXES, None, None), kept
 
 
-def fastest_layers(gradients: str) -> Layers:
+def select_layers(gradients: str) -> Layers:
     """PLAIN for "plain"; for "auto" the fastest on the target platform: FAST on a CPU, elsewhere PLAIN with an
     attention kernel."""
     if gradients == "plain":
         return PLAIN
-    fast = {"cpu": FAST, "gpu": PLAIN._replace(attend=attention.cudnn), "tpu": PLAIN._replace(attend=attention.splash)}
+    fast = {
+        "cpu": CPU_LAYERS,
+        "gpu": PLAIN._replace(attend=attention.cudnn),
+        "tpu": PLAIN._replace(attend=attention.splash),
+    }
     return fast.get(sharding.platform(), PLAIN)
 
 
-def head_table(params: Params) -> Array:
+def head_weights(params: Params) -> Array:
     """The weights of the vocabulary head, [V, D]: the embedding's if they are tied."""
     return params["unembed" if "unembed" in params else "embed"]["tokens_VD"]
 
 
 def unembed(params: Params, h: Array, layers: Layers = PLAIN) -> Array:
     """Float32 logits from hidden states."""
-    return layers.product_VD(h, head_table(params))
+    return layers.product_VD(h, head_weights(params))
 
 
 def predict(
@@ -317,22 +321,24 @@ def predict(
     Logits of more than WHOLE_LOGITS bytes per device are computed and discarded one tile at a time (`vocab_head`).
     """
     B, W, _ = h_BWD.shape
-    parts, vocab_parts = sharding.parts_of(B, ROWS), sharding.parts_of(config.vocab, "tensor")
+    parts, vocab_parts = sharding.count_shards(B, ROW_AXES), sharding.count_shards(config.vocab, "tensor")
     position_bytes = 4 * B // parts * config.vocab // vocab_parts
-    if W * position_bytes <= WHOLE_LOGITS:
+    if W * position_bytes <= MAX_LOGITS_BYTES:
         # The barrier makes rounding the same with and without gradients: PPO's first ratio is exactly 1.
-        logits = jax.lax.optimization_barrier(unembed(params, h_BWD, fastest_layers(config.gradients)) / temperature)
+        logits = jax.lax.optimization_barrier(unembed(params, h_BWD, select_layers(config.gradients)) / temperature)
         return losses.log_prob(logits, tokens_BW), losses.entropy(logits)
     # One copy of the table per row shard, so that its gradient is summed across devices once, not in every tile.
-    table_VD = sharding.gathered(head_table(params).astype(h_BWD.dtype), LINES)
-    table_PVD = constrain(jnp.broadcast_to(table_VD, (parts, *table_VD.shape)), ROWS, "tensor", None)
+    table_VD = sharding.gather_fsdp(head_weights(params).astype(h_BWD.dtype), ROW_PARALLEL)
+    table_PVD = constrain(jnp.broadcast_to(table_VD, (parts, *table_VD.shape)), ROW_AXES, "tensor", None)
     rows = [constrain_rows(x.reshape(parts, B // parts, *x.shape[1:])) for x in (h_BWD, tokens_BW)]
-    tiles = functools.partial(vocab_head.outputs, tile=max(1, WHOLE_LOGITS // position_bytes), temperature=temperature)
+    tiles = functools.partial(
+        vocab_head.tiled_head_outputs, tile=max(1, MAX_LOGITS_BYTES // position_bytes), temperature=temperature
+    )
     found = jax.vmap(tiles)(rows[0], table_PVD, rows[1])
     return found.logp.reshape(B, W), found.entropy.reshape(B, W)
 
 
-def score(
+def token_log_probs(
     params: Params,
     config: ModelConfig,
     batch: Batch,
@@ -357,7 +363,7 @@ def score(
         key=key,
         attend=attend,
     )
-    before = window_before(batch.mask_BT, window)
+    before = target_window(batch.mask_BT, window)
     logp_BW, _ = predict(params, config, before.take(h_BTD), before.targets(batch.tokens_BT), temperature)
     return before.put(logp_BW), h_BTD
 
@@ -366,7 +372,7 @@ def answer_logp(
     params: Params, config: ModelConfig, batch: Batch, *, temperature: float = 1.0, window: int | None = None
 ) -> Array:
     """log P(y | x) of each row: the sum of `score` over the masked tokens, [B]."""
-    logp_BT, _ = score(params, config, batch, temperature=temperature, window=window)
+    logp_BT, _ = token_log_probs(params, config, batch, temperature=temperature, window=window)
     return jnp.where(batch.mask_BT, logp_BT, 0.0).sum(axis=1)
 
 
@@ -406,7 +412,7 @@ class Window:
         return jnp.where(inside_BT, jnp.take_along_axis(x_BW, jnp.clip(offset_BT, 0, self.width - 1), axis=1), 0.0)
 
 
-def window_before(mask_BT: Array, width: int | None) -> Window:
+def target_window(mask_BT: Array, width: int | None) -> Window:
     """The window of `width` targets starting at each row's first one; all T - 1 without a width."""
     T = mask_BT.shape[1]
     if width is None or width >= T - 1:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.data.tokenizer import Tokenizer, tags
+from jaxgpt.data.tokenizer import Tokenizer, append_tags
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.pretrained import chat_template, places
 from jaxgpt.pretrained.huggingface import separator_of
@@ -76,7 +76,7 @@ def read(path: Path, use_tags: bool = False) -> tuple[dict[str, Any], ModelConfi
     file = File(path)
     config = _config(file)
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in file.tensors.items()}
-    texts = places.differences(config, shapes)
+    texts = places.tensor_errors(config, shapes)
     if texts:
         raise UserError("\n  ".join([f"{path} does not hold the tensors of its architecture:", *texts]))
 
@@ -153,5 +153,5 @@ def _tokenizer(file: File, use_tags: bool) -> Tokenizer:
             names[f"{ {'unknown': 'unk', 'padding': 'pad'}.get(name, name) }_token"] = tokens[i]
     separator, source = separator_of(core, names.get("eos_token")), file.get("tokenizer.chat_template")
     if use_tags or source is None:
-        return Tokenizer(core, tags(core, separator))
+        return Tokenizer(core, append_tags(core, separator))
     return Tokenizer(core, chat_template.read(core, source, names, separator, str(file.path)))

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.data.tokenizer import Template, Tokenizer, gpt2_core, read_merges, tags
+from jaxgpt.data.tokenizer import Template, Tokenizer, append_tags, gpt2_core, read_merges
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import read_json, write_json
 from jaxgpt.pretrained import chat_template, places
@@ -45,7 +45,7 @@ def read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     shapes = {name: shape for name, shape in shapes.items() if not _BUFFERS.search(name)}
     if config.tied:
         shapes.pop("lm_head.weight", None)
-    texts = places.differences(config, shapes)
+    texts = places.tensor_errors(config, shapes)
     if texts:
         raise UserError("\n  ".join([f"{folder} does not hold the tensors that its config.json implies:", *texts]))
     return places.to_params(lambda name: where[name][0].get_tensor(where[name][1]), config), config
@@ -159,9 +159,9 @@ def _llama(record: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def config_to(config: ModelConfig) -> dict[str, Any]:
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """The config.json for our settings. Raises UserError if no Hugging Face architecture fits."""
-    kind = places.kind_of(config)
+    kind = places.architecture_of(config)
     common = {"model_type": kind, "vocab_size": config.vocab, "tie_word_embeddings": config.tied, "dtype": "float32"}
     if kind != "llama":
         architecture, activation = ("GPT2", "activation_function") if kind == "gpt2" else ("OpenAIGPT", "afn")
@@ -221,7 +221,7 @@ def read_tokenizer(folder: Path, use_tags: bool = False) -> Tokenizer:
     separator = separator_of(core, names.get("eos_token"))
     source = None if use_tags else chat_template.of_folder(folder, settings)
     if source is None:
-        return Tokenizer(core, tags(core, separator))
+        return Tokenizer(core, append_tags(core, separator))
     return Tokenizer(core, chat_template.read(core, source, names, separator, str(folder)))
 
 
@@ -256,7 +256,7 @@ def write(folder: Path, params: Any, config: ModelConfig, tok: Tokenizer | None 
     with needs_extra("pretrained"):
         from safetensors.numpy import save_file
 
-    record = config_to(config)
+    record = config_to_json(config)
     if folder.exists():
         raise UserError(f"{folder} exists; choose another folder")
     flat = {
@@ -285,12 +285,12 @@ def write(folder: Path, params: Any, config: ModelConfig, tok: Tokenizer | None 
                 "model_max_length": config.block,
             },
         )
-        (new / "chat_template.jinja").write_text(jinja_of(tok), encoding="utf-8")
+        (new / "chat_template.jinja").write_text(jinja_template(tok), encoding="utf-8")
     write_json(new / "config.json", record)
     os.replace(new, folder)
 
 
-def jinja_of(tok: Tokenizer) -> str:
+def jinja_template(tok: Tokenizer) -> str:
     """Our template as a Jinja chat template, for other programs."""
     template: Template = tok.template
     before, between, end, turn = (

@@ -20,7 +20,7 @@ from jaxgpt.config import ModelConfig, round_up
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.wheels import Wheel, fetch
 from jaxgpt.errors import UserError
-from jaxgpt.files import did_you_mean, sha256_of_file
+from jaxgpt.files import sha256_of_file, suggest_name
 from jaxgpt.pretrained import gguf_file, huggingface
 from jaxgpt.structs import Params
 
@@ -68,14 +68,14 @@ def load(source: Path | str, *, use_tags: bool = False, cache: Path | None = Non
         flat, config = huggingface.read(place)
         tok = huggingface.read_tokenizer(place, use_tags)
     else:
-        near = did_you_mean(str(source), KNOWN)
+        near = suggest_name(str(source), KNOWN)
         raise UserError(f"{source} is neither {', '.join(KNOWN)}, nor a GGUF file, nor a folder with config.json{near}")
     chats = tok.template.end < config.vocab
-    flat, config = with_room(flat, config, tok.vocab_size)
+    flat, config = grow_vocabulary(flat, config, tok.vocab_size)
     return Pretrained(_on_device(flat), config, tok, chats)
 
 
-def with_room(params: Params, config: ModelConfig, vocab: int) -> tuple[Params, ModelConfig]:
+def grow_vocabulary(params: Params, config: ModelConfig, vocab: int) -> tuple[Params, ModelConfig]:
     """Grow the embedding tables to at least `vocab` rows; new rows are the mean row plus a little noise."""
     more = round_up(vocab) - config.vocab
     if vocab <= config.vocab:

@@ -20,7 +20,7 @@ _CONV = {
 }
 
 
-class Place(NamedTuple):
+class TensorMapping(NamedTuple):
     """One of our parameters, the checkpoint tensors it is made of, and the conversions both ways."""
 
     path: str  # "block_0/qkv/kernel"
@@ -29,7 +29,7 @@ class Place(NamedTuple):
     split: Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
-def kind_of(config: ModelConfig) -> str:
+def architecture_of(config: ModelConfig) -> str:
     """The Hugging Face architecture that computes what our model does. Raises UserError if there is none."""
     rope = config.positions == "rotary"
     gpt = config.mlp == "gelu" and config.norm == "layer" and not rope and config.groups == config.heads
@@ -42,9 +42,9 @@ def kind_of(config: ModelConfig) -> str:
     )
 
 
-def places(config: ModelConfig) -> list[Place]:
+def places(config: ModelConfig) -> list[TensorMapping]:
     """The places of all our parameters."""
-    return _llama(config) if kind_of(config) == "llama" else _gpt(config)
+    return _llama(config) if architecture_of(config) == "llama" else _gpt(config)
 
 
 def to_tensors(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
@@ -66,7 +66,7 @@ def to_params(read: Callable[[str], np.ndarray], config: ModelConfig) -> dict[st
     return params
 
 
-def differences(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
+def tensor_errors(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """One message for each tensor that is missing, unexpected, or of the wrong shape."""
     wanted = {name: shape for place in places(config) for name, shape in place.shapes.items()}
     texts = [f"{name} is missing" for name in wanted if name not in found]
@@ -84,12 +84,12 @@ def _one(x: np.ndarray) -> list[np.ndarray]:
     return [x]
 
 
-def _same(path: str, name: str, *shape: int) -> Place:
-    return Place(path, {name: shape}, lambda x: x, _one)
+def _same(path: str, name: str, *shape: int) -> TensorMapping:
+    return TensorMapping(path, {name: shape}, lambda x: x, _one)
 
 
-def _transposed(path: str, name: str, fan_in: int, fan_out: int) -> Place:
-    return Place(path, {name: (fan_out, fan_in)}, lambda x: x.T, lambda x: [x.T])
+def _transposed(path: str, name: str, fan_in: int, fan_out: int) -> TensorMapping:
+    return TensorMapping(path, {name: (fan_out, fan_in)}, lambda x: x.T, lambda x: [x.T])
 
 
 def _grouped(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ def _ungrouped(x: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
     return [part.reshape(-1, *rest) for part in parts]
 
 
-def _llama(config: ModelConfig) -> list[Place]:
+def _llama(config: ModelConfig) -> list[TensorMapping]:
     D, F, HK, GK = config.width, config.mlp_units, config.width, config.groups * config.head_dim
     found = [_same("embed/tokens_VD", "model.embed_tokens.weight", config.vocab, D)]
     found += [_same("final_norm/scale", "model.norm.weight", D)]
@@ -117,7 +117,7 @@ def _llama(config: ModelConfig) -> list[Place]:
         found += [
             _same(f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight", D),
             _same(f"{ours}/mlp_norm/scale", f"{theirs}.post_attention_layernorm.weight", D),
-            Place(
+            TensorMapping(
                 f"{ours}/qkv/kernel",
                 {f"{name}.weight": (size, D) for name, size in zip(names, (HK, GK, GK), strict=True)},
                 lambda *qkv: _grouped(config, *qkv).T,
@@ -130,7 +130,7 @@ def _llama(config: ModelConfig) -> list[Place]:
         ]
         if config.biases:
             found += [
-                Place(
+                TensorMapping(
                     f"{ours}/qkv/bias",
                     {f"{name}.bias": (size,) for name, size in zip(names, (HK, GK, GK), strict=True)},
                     lambda *qkv: _grouped(config, *qkv),
@@ -144,12 +144,12 @@ def _llama(config: ModelConfig) -> list[Place]:
     return found
 
 
-def _gpt(config: ModelConfig) -> list[Place]:
+def _gpt(config: ModelConfig) -> list[TensorMapping]:
     D, F = config.width, config.mlp_units
-    tokens, positions, blocks = _CONV[kind_of(config)]
+    tokens, positions, blocks = _CONV[architecture_of(config)]
     found = [_same("embed/tokens_VD", tokens, config.vocab, D), _same("embed/positions_TD", positions, config.block, D)]
 
-    def both(ours: str, theirs: str) -> list[Place]:
+    def both(ours: str, theirs: str) -> list[TensorMapping]:
         return [_same(f"{ours}/scale", f"{theirs}.weight", D), _same(f"{ours}/bias", f"{theirs}.bias", D)]
 
     if config.norm_at == "input":
@@ -158,13 +158,13 @@ def _gpt(config: ModelConfig) -> list[Place]:
         ours, theirs = f"block_{n}", f"{blocks}.{n}"
         found += both(f"{ours}/attention_norm", f"{theirs}.ln_1") + both(f"{ours}/mlp_norm", f"{theirs}.ln_2")
         found += [
-            Place(
+            TensorMapping(
                 f"{ours}/qkv/kernel",
                 {f"{theirs}.attn.c_attn.weight": (D, 3 * D)},
                 lambda x: _grouped(config, *np.split(x.T, 3)).T,
                 lambda x: [np.concatenate(_ungrouped(x.T, config)).T],
             ),
-            Place(
+            TensorMapping(
                 f"{ours}/qkv/bias",
                 {f"{theirs}.attn.c_attn.bias": (3 * D,)},
                 lambda x: _grouped(config, *np.split(x, 3)),

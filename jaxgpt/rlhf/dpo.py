@@ -10,7 +10,7 @@ import jax
 from jaxgpt import losses
 from jaxgpt.losses import Mean
 from jaxgpt.models import lora
-from jaxgpt.rlhf.policy import Policy
+from jaxgpt.rlhf.policies import Policy
 from jaxgpt.structs import Array, Params, Preferences
 from jaxgpt.training.step import LossFn, Metrics
 
@@ -23,7 +23,7 @@ def make_loss(policy: Policy, beta: float | Array) -> LossFn[Preferences]:
         def answer_logp_BC(params: Params) -> Array:
             return policy.answer_logp(params, batch.rows).reshape(batch.present_BC.shape)
 
-        ref_logp_BC = jax.lax.stop_gradient(answer_logp_BC(lora.reference(params)))
+        ref_logp_BC = jax.lax.stop_gradient(answer_logp_BC(lora.reference_params(params)))
         h_BC = losses.implicit_reward(answer_logp_BC(params["policy"]), ref_logp_BC, beta)
         return losses.preference_objective(h_BC, batch.choice_B, batch.present_BC)
 

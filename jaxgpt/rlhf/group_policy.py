@@ -9,7 +9,7 @@ import optax
 
 from jaxgpt import losses
 from jaxgpt.losses import Mean, returns
-from jaxgpt.rlhf.policy import Policy
+from jaxgpt.rlhf.policies import Policy
 from jaxgpt.rlhf.ppo import Controller
 from jaxgpt.structs import Array, Batch, Experience, Params
 from jaxgpt.training.step import Metrics, TrainState, make_train_step
@@ -27,9 +27,9 @@ class Method:
 METHODS = {
     "RLOO": Method(returns.rloo, mean=False),
     "GRPO": Method(returns.grpo, mean=True),
-    "GRPO, no deviation": Method(returns.centred, mean=True),
+    "GRPO, no deviation": Method(returns.centre_scores, mean=True),
     "GRPO, no length": Method(returns.grpo, mean=False),
-    "GRPO, neither (Dr. GRPO)": Method(returns.centred, mean=False),
+    "GRPO, neither (Dr. GRPO)": Method(returns.centre_scores, mean=False),
 }
 
 
@@ -46,7 +46,7 @@ def learn(
         rows, advantage_B = batch
         found = policy.outputs(params["policy"], params["value_head"], rows)
         log_ratio_BT = losses.log_ratio(found.logp_BT, jax.lax.stop_gradient(found.logp_BT))
-        loss_BT = losses.ppo_clip(log_ratio_BT, returns.to_tokens(advantage_B, rows.mask_BT))
+        loss_BT = losses.ppo_clip(log_ratio_BT, returns.broadcast_to_tokens(advantage_B, rows.mask_BT))
         objective = losses.reduce(over(loss_BT, rows.mask_BT) * scale)
         return objective, {"entropy": losses.reduce(found.entropy_BT, rows.mask_BT)}
 

@@ -8,7 +8,7 @@ summed over the answer this is r = h - beta log(pi(y|x) / rho(y|x)) (Ziegler et 
     state, controller, targets, metrics = update(state, controller, scored, key, policy=policy, ppo=ppo, tx=tx)
 
 `ppo_iteration` is these three with a reward that is a JAX function, for one jit; `host_iteration` with any other. The
-`Policy` says what model it is (`jaxgpt.rlhf.policy`): our transformer, or one of another library.
+`Policy` says what model it is (`jaxgpt.rlhf.policies`): our transformer, or one of another library.
 State parameters: trainable 'policy' and 'value_head', frozen 'reference' and whatever the reward needs (usually
 'reward').
 """
@@ -32,7 +32,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses import Mean, kl, returns
 from jaxgpt.models import lora, sharding, transformer
 from jaxgpt.rlhf import rollout
-from jaxgpt.rlhf.policy import Outputs, Policy, transformer_policy
+from jaxgpt.rlhf.policies import Outputs, Policy, transformer_policy
 from jaxgpt.structs import Array, Batch, Experience, Params, Prompts, Rollout
 from jaxgpt.training.step import LossFn, Metrics, TrainState, init_state, make_train_step, split_rows
 
@@ -97,7 +97,7 @@ def init(
 ) -> TrainState:
     """Policy and a critic head of exactly 0 to train; a copy of the policy as the frozen reference. With `adapters`
     only they and the head are trained, and the policy's own weights are the reference."""
-    head = transformer.scalar_head(None, policy.width)
+    head = transformer.init_scalar_head(None, policy.width)
     if adapters:
         return init_state({"policy": adapters, "value_head": head}, tx, {"policy": params, **frozen})
     trainable = {"policy": params, "value_head": head}
@@ -114,7 +114,7 @@ def score(
 ) -> tuple[Rollout, Metrics]:
     """Add the policy's and the reference's log-probabilities, the values, and the score of answers that never ended."""
     params, rows, ended_B = state.params, experience.rows, experience.ended_B
-    reference = lora.reference(params)
+    reference = lora.reference_params(params)
 
     def look(rows: Batch) -> tuple[Outputs, Array]:
         return policy.outputs(params["policy"], params["value_head"], rows), policy.logp(reference, rows)
@@ -267,12 +267,12 @@ def jit_iteration(
 ) -> Iterate:
     """`ppo_iteration`, jitted for a mesh: the prompts' rows divided, state and controller donated. `state` holds shapes
     with shardings (see `training.shapes_on`)."""
-    places, everywhere = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
+    places, everywhere = jax.tree.map(lambda x: x.sharding, state), sharding.replicated_sharding(mesh)
     bound = functools.partial(ppo_iteration, policy=policy, ppo=ppo, tx=tx, reward_fn=reward_fn)
     return jax.jit(
         sharding.within(mesh, bound),
         donate_argnums=(0, 1),
-        in_shardings=(places, everywhere, sharding.rows(mesh), everywhere),
+        in_shardings=(places, everywhere, sharding.row_sharding(mesh), everywhere),
         out_shardings=Iteration(places, everywhere, everywhere, everywhere),  # type: ignore[arg-type]
     )
 

@@ -25,7 +25,7 @@ def init(key: Array, params: Params, width: int) -> Params:
     """A reward model that starts from a language model, with a fresh head and no normalisation yet."""
     return {
         "model": params,
-        "head": transformer.scalar_head(key, width),
+        "head": transformer.init_scalar_head(key, width),
         "gain": jnp.ones(()),
         "bias": jnp.zeros(()),
     }
@@ -66,7 +66,7 @@ def trainable_names() -> tuple[str, ...]:
 
 def normalise_on(params: Params, config: ModelConfig, batch: Batch) -> Params:
     """Change gain and bias so that the scores of these rows get mean 0 and standard deviation 1."""
-    gain, bias = returns.normalisation(jax.jit(score, static_argnums=1)(params, config, batch))
+    gain, bias = returns.fit_normalisation(jax.jit(score, static_argnums=1)(params, config, batch))
     return {**params, "gain": params["gain"] * gain, "bias": params["bias"] * gain + bias}
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.decoding.generate import check_room
+from jaxgpt.decoding.generate import check_fits_block
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding
-from jaxgpt.rlhf.policy import Policy, transformer_policy
+from jaxgpt.rlhf.policies import Policy, transformer_policy
 from jaxgpt.structs import Array, Batch, Experience, Params, Prompts
 from jaxgpt.training.step import jit_on, join_rows, split_rows
 
@@ -72,7 +72,7 @@ def sample_answers(
     the mesh, on which `params` lie; `label` hears how many are done. Prompts are padded to `width` tokens, or to the
     longest one's: each is compiled for."""
     longest = width or max(map(len, prompts))
-    check_room(config, longest, new_tokens)
+    check_fits_block(config, longest, new_tokens)
     policy = transformer_policy(config, new_tokens=new_tokens, stop=stop, temperature=temperature)
     program = _collector(mesh, policy)
     parts = []

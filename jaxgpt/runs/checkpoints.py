@@ -18,9 +18,9 @@ import jax
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import check_files, read_json, sha256_of_folder, write_json
-from jaxgpt.runs.process import barrier, from_first_process
+from jaxgpt.runs.process import barrier, broadcast_from_first
 from jaxgpt.runs.run import Run
-from jaxgpt.runs.saved_model import describe, refuse_differences
+from jaxgpt.runs.saved_model import check_params_match, describe_params
 
 with needs_extra("train"):
     from orbax.checkpoint import v1 as ocp
@@ -69,7 +69,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             record = self._newest_good()
             answer = {"record": record, "error": self._objection(record, shapes, force)}
-        answer = from_first_process(answer)
+        answer = broadcast_from_first(answer)
         if answer["error"]:
             raise UserError(answer["error"])
         found: dict[str, Any] | None = answer["record"]
@@ -102,7 +102,7 @@ class Checkpoints:
             return None
         folder = self.folder / str(record["step"])
         try:
-            refuse_differences(folder, describe(shapes), record["arrays"], "of this run")
+            check_params_match(folder, describe_params(shapes), record["arrays"], "of this run")
         except UserError as error:
             return str(error)
         pairs = {
@@ -129,7 +129,7 @@ class Checkpoints:
             "step": step,
             "run": self.run.fingerprint,
             "tokenizer": self.tok.fingerprint,
-            "arrays": describe(state),
+            "arrays": describe_params(state),
             "data": self.batches.get_state(),
             "position": self.run.position(),
             "devices": _devices(),

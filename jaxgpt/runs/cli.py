@@ -21,9 +21,9 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 from jaxgpt.config import Range
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import did_you_mean, read_json
+from jaxgpt.files import read_json, suggest_name
 from jaxgpt.runs.process import Stopped, join_processes, prepare_process, print_device
-from jaxgpt.runs.settings import flat_json, settings_from_json, settings_to_json
+from jaxgpt.runs.settings import flatten_json, settings_from_json, settings_to_json
 
 with needs_extra("train"):
     import tyro
@@ -167,7 +167,7 @@ def _starting_values(settings_type: type[Settings], presets: Mapping[str, Settin
     if preset is not None:
         if preset not in presets:
             names = ", ".join(presets) or "none exist"
-            raise UserError(f"unknown preset {preset!r} (presets: {names}){did_you_mean(preset, presets)}")
+            raise UserError(f"unknown preset {preset!r} (presets: {names}){suggest_name(preset, presets)}")
         return presets[preset]
     if file is not None:
         return _read_settings(settings_type, Path(file))
@@ -231,11 +231,11 @@ def _description(main: Callable[..., Any], settings_type: type) -> str:
 
 def _presets_text(settings_type: type, presets: Mapping[str, Any]) -> str:
     """One paragraph per preset: the flags that differ from the defaults."""
-    default = flat_json(settings_to_json(settings_type()))
+    default = flatten_json(settings_to_json(settings_type()))
     lines = []
     for name, settings in presets.items():
         changed = [
-            (key, value) for key, value in flat_json(settings_to_json(settings)).items() if value != default.get(key)
+            (key, value) for key, value in flatten_json(settings_to_json(settings)).items() if value != default.get(key)
         ]
         words = " ".join(f"--{key.replace('_', '-')} {_flag_value(value)}" for key, value in changed)
         lines += textwrap.wrap(f"  {name:<10} {words or 'the defaults'}", width=96, subsequent_indent=" " * 13)
@@ -269,6 +269,6 @@ def _unknown_message(unknown: Sequence[str], flags: Sequence[str]) -> str:
             flag = word.split("=")[0].replace("_", "-")
             by_last_part = {f"--{known.removeprefix('--').rpartition('.')[2]}": known for known in flags}
             nested = f"; did you mean {by_last_part[flag]}?" if flag in by_last_part else ""
-            hint = nested or did_you_mean(flag, flags) or "; --help lists the options"
+            hint = nested or suggest_name(flag, flags) or "; --help lists the options"
             return f"unknown option {word.split('=')[0]}{hint}"
     return f"unexpected argument {unknown[0]!r}; options start with --, and --help lists them"

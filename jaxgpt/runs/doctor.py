@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class RunRecord:
     """The contents of a run folder: its stage, its settings, one row per log line, and the results once finished."""
 
     folder: Path
@@ -51,7 +51,7 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def quarters(curve: Sequence[float]) -> tuple[float, float]:
+def quarter_means(curve: Sequence[float]) -> tuple[float, float]:
     """The means of a curve's first and last quarter."""
     size = max(1, len(curve) // 4)
     return mean(curve[:size]), mean(curve[-size:])
@@ -59,10 +59,10 @@ def quarters(curve: Sequence[float]) -> tuple[float, float]:
 
 # ---- checks ----
 
-ENOUGH = 8  # iterations or log lines that a curve needs before it is checked
+MIN_CURVE_POINTS = 8  # iterations or log lines that a curve needs before it is checked
 
 
-def not_finite(run: Record) -> Iterator[Finding]:
+def check_finite(run: RunRecord) -> Iterator[Finding]:
     """Losses or gradients that are NaN or infinite."""
     skipped = run.curve("skipped")
     names = sorted({name for row in run.rows for name in row.get("nonfinite", ())})
@@ -76,16 +76,16 @@ def not_finite(run: Record) -> Iterator[Finding]:
         )
 
 
-STARVED = 0.5  # fraction of the time spent waiting for data
+MAX_DATA_WAIT = 0.5  # fraction of the time spent waiting for data
 
 
-def starved(run: Record) -> Iterator[Finding]:
+def check_data_wait(run: RunRecord) -> Iterator[Finding]:
     """A device that idles while the loop waits for data. If the loop waits for the device too, data isn't the limit."""
     data, device = run.curve("seconds_data"), run.curve("seconds_device")
     times = run.curve("time")
     if len(data) >= 2 and times[-1] > times[0]:
         waited, worked, elapsed = math.fsum(data[1:]), math.fsum(device[1:]), times[-1] - times[0]
-        if waited > STARVED * elapsed and worked < 0.1 * waited:
+        if waited > MAX_DATA_WAIT * elapsed and worked < 0.1 * waited:
             yield Finding(
                 "the device waits for data",
                 f"{waited:.1f} of {elapsed:.1f} s were spent waiting for batches, {worked:.1f} s for the device",
@@ -93,23 +93,23 @@ def starved(run: Record) -> Iterator[Finding]:
             )
 
 
-def learns_nothing(run: Record) -> Iterator[Finding]:
+def check_loss_falls(run: RunRecord) -> Iterator[Finding]:
     """A training loss that doesn't fall."""
     curve = run.curve("train_nats_a_token")
-    if len(curve) >= ENOUGH:
-        first, last = quarters(curve)
+    if len(curve) >= MIN_CURVE_POINTS:
+        first, last = quarter_means(curve)
         if last >= first:
             evidence = f"{first:.3f} nats per token in the first quarter of the steps, {last:.3f} in the last"
             yield Finding("the training loss does not fall", evidence, "the learning rate, the warm-up and the data")
 
 
-FORGOTTEN = 2.0  # nats per token that finetuning loses on pretraining text (half of that is only the new format)
+MAX_FORGETTING = 2.0  # nats per token that finetuning loses on pretraining text (half of that is only the new format)
 
 
-def forgets(run: Record) -> Iterator[Finding]:
+def check_forgetting(run: RunRecord) -> Iterator[Finding]:
     """Finetuning that forgets what pretraining learned."""
     before, after = run.results.get("pretraining_nats_before"), run.results.get("pretraining_nats_after")
-    if before is not None and after is not None and after - before > FORGOTTEN:
+    if before is not None and after is not None and after - before > MAX_FORGETTING:
         yield Finding(
             "finetuning wiped out what pretraining learned",
             f"held-out pretraining text: {before:.2f} -> {after:.2f} nats per token",
@@ -117,7 +117,7 @@ def forgets(run: Record) -> Iterator[Finding]:
         )
 
 
-def dead_reward(run: Record) -> Iterator[Finding]:
+def check_reward_accuracy(run: RunRecord) -> Iterator[Finding]:
     """A reward model no better than guessing: the held-out likelihood of the choices is at chance level, or below."""
     nll, chance = run.results.get("nll"), run.results.get("chance")
     if nll is not None and chance and nll > -0.99 * math.log(chance):
@@ -129,12 +129,12 @@ def dead_reward(run: Record) -> Iterator[Finding]:
         )
 
 
-def end_collapse(run: Record) -> Iterator[Finding]:
+def check_answer_lengths(run: RunRecord) -> Iterator[Finding]:
     """Answers that never end, or that end at once."""
     lengths, ended = run.curve("length"), run.curve("ended")
-    if len(lengths) < ENOUGH:
+    if len(lengths) < MIN_CURVE_POINTS:
         return
-    (first, last), (_, ends) = quarters(lengths), quarters(ended)
+    (first, last), (_, ends) = quarter_means(lengths), quarter_means(ended)
     limit = run.settings.get("ppo", {}).get("new_tokens", math.inf)
     if last < 0.25 * first and last < 5:
         yield Finding(
@@ -150,13 +150,15 @@ def end_collapse(run: Record) -> Iterator[Finding]:
         )
 
 
-GAP = {"float32": 1e-3, "bfloat16": 0.5}  # nats per token
+MAX_SAMPLER_GAP = {"float32": 1e-3, "bfloat16": 0.5}  # nats per token
 
 
-def sampler_differs(run: Record) -> Iterator[Finding]:
+def check_sampler_agrees(run: RunRecord) -> Iterator[Finding]:
     """A sampler and a trainer whose log-probabilities of the same tokens, under the same parameters, differ."""
     gaps, errors = run.curve("sampler_gap_max"), run.curve("ratio_error_first")
-    if gaps and max(gaps) > (limit := GAP.get(str(run.settings.get("dtype", "float32")), GAP["float32"])):
+    if gaps and max(gaps) > (
+        limit := MAX_SAMPLER_GAP.get(str(run.settings.get("dtype", "float32")), MAX_SAMPLER_GAP["float32"])
+    ):
         yield Finding(
             "the sampler's policy is not the trainer's",
             f"log-probabilities of the same tokens differ by up to {max(gaps):.2g} nats (limit {limit:.0e})",
@@ -170,15 +172,15 @@ def sampler_differs(run: Record) -> Iterator[Finding]:
         )
 
 
-UNDERFIT = 0.03
+MIN_EXPLAINED_VARIANCE = 0.03
 
 
-def value_underfits(run: Record) -> Iterator[Finding]:
+def check_value_function(run: RunRecord) -> Iterator[Finding]:
     """A critic that explains none of the variance of the returns."""
     curve = run.curve("explained_variance")
-    if len(curve) >= 2 * ENOUGH:
-        _, last = quarters(curve)
-        if last < UNDERFIT:
+    if len(curve) >= 2 * MIN_CURVE_POINTS:
+        _, last = quarter_means(curve)
+        if last < MIN_EXPLAINED_VARIANCE:
             yield Finding(
                 "the value function explains nothing",
                 f"explained variance {last:.3f} in the last quarter of {len(curve)} iterations",
@@ -186,12 +188,12 @@ def value_underfits(run: Record) -> Iterator[Finding]:
             )
 
 
-def kl_blows_up(run: Record) -> Iterator[Finding]:
+def check_kl_to_reference(run: RunRecord) -> Iterator[Finding]:
     """A policy that drifts too far from its reference."""
     curve, lengths = run.curve("kl"), run.curve("length")
-    if len(curve) < ENOUGH:
+    if len(curve) < MIN_CURVE_POINTS:
         return
-    _, last = quarters(curve)
+    _, last = quarter_means(curve)
     fixed, target = run.settings.get("fixed_beta", True), run.settings.get("target_kl")
     limit = mean(lengths[-len(lengths) // 4 :]) if fixed or not target else 3 * target
     if last > limit:
@@ -203,7 +205,7 @@ def kl_blows_up(run: Record) -> Iterator[Finding]:
         )
 
 
-def hacked(run: Record) -> Iterator[Finding]:
+def check_reward_hacking(run: RunRecord) -> Iterator[Finding]:
     """The proxy reward rose while a measure that was not trained on fell, both beyond their 95 % intervals."""
     policies = run.results.get("policies", {})
     start = policies.get("SFT")
@@ -222,7 +224,7 @@ def hacked(run: Record) -> Iterator[Finding]:
                 break
 
 
-def overfits(run: Record) -> Iterator[Finding]:
+def check_overfitting(run: RunRecord) -> Iterator[Finding]:
     """A held-out loss above the loss at the start of training."""
     nll = run.results.get("heldout_nll")
     curve = run.curve("train_loss")
@@ -234,21 +236,21 @@ def overfits(run: Record) -> Iterator[Finding]:
         )
 
 
-Check = Callable[[Record], Iterator[Finding]]
+Check = Callable[[RunRecord], Iterator[Finding]]
 CHECKS: dict[str, tuple[Check, ...]] = {
-    "pretrain": (not_finite, starved, learns_nothing),
-    "sft": (not_finite, starved, learns_nothing, forgets),
-    "reward": (not_finite, starved, dead_reward),
-    "ppo": (not_finite, end_collapse, sampler_differs, value_underfits, kl_blows_up),
-    "dpo": (not_finite, starved, overfits),
-    "report": (hacked,),
+    "pretrain": (check_finite, check_data_wait, check_loss_falls),
+    "sft": (check_finite, check_data_wait, check_loss_falls, check_forgetting),
+    "reward": (check_finite, check_data_wait, check_reward_accuracy),
+    "ppo": (check_finite, check_answer_lengths, check_sampler_agrees, check_value_function, check_kl_to_reference),
+    "dpo": (check_finite, check_data_wait, check_overfitting),
+    "report": (check_reward_hacking,),
 }
 
 
 # ---- reading ----
 
 
-def read(folder: Path) -> Record:
+def read_run_record(folder: Path) -> RunRecord:
     """Read a run folder. A killed run's last line may be cut short; any other unreadable line is a UserError."""
     about = read_json(folder / "settings.json")
     if not isinstance(about, dict) or not isinstance(about.get("settings"), dict) or "stage" not in about:
@@ -265,15 +267,15 @@ def read(folder: Path) -> Record:
             raise UserError(f"{path}:{number} is not a line of metrics; the file was edited or damaged after the run")
         rows += [row] if row else []
     done = read_json(folder / "done.json") if (folder / "done.json").exists() else {}
-    return Record(folder, str(about["stage"]), about["settings"], rows, done.get("results", {}))
+    return RunRecord(folder, str(about["stage"]), about["settings"], rows, done.get("results", {}))
 
 
-def examine(run: Record) -> list[Finding]:
+def run_checks(run: RunRecord) -> list[Finding]:
     """Everything that the checks of the run's stage find."""
     return [finding for check in CHECKS.get(run.stage, ()) for finding in check(run)]
 
 
-def folders(root: Path) -> list[Path]:
+def find_run_folders(root: Path) -> list[Path]:
     """`root` if it is a run folder, otherwise the run folders in it, in pipeline order."""
     if (root / "settings.json").exists():
         return [root]
@@ -290,10 +292,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="a run folder, or one that holds several")
     found_any = False
     try:
-        for folder in folders(parser.parse_args(argv).folder):
-            run = read(folder)
+        for folder in find_run_folders(parser.parse_args(argv).folder):
+            run = read_run_record(folder)
             state = "" if (folder / "done.json").exists() else ", not finished"
-            findings = examine(run)
+            findings = run_checks(run)
             found_any = found_any or bool(findings)
             print(f"{run.stage}: {'nothing wrong found' if not findings else ''}".rstrip() + f" ({folder}{state})")
             for finding in findings:

@@ -29,13 +29,13 @@ class Stopped(Exception):  # noqa: N818  not an error
 
 def prepare_process() -> None:
     """Set up the allocator and the on-disk cache of compiled programs. Call once, before any array exists."""
-    fast_malloc()
+    configure_malloc()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax also logs each error it raises, with a traceback
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
 
 
-def fast_malloc() -> bool:
+def configure_malloc() -> bool:
     """Make glibc keep freed memory instead of returning each large array to the kernel: training on a CPU gets 1.4
     times faster. True if it was set; without glibc, or with JAXGPT_MALLOC=0, nothing changes."""
     if os.environ.get("JAXGPT_MALLOC") == "0" or platform.libc_ver()[0] != "glibc":
@@ -45,7 +45,7 @@ def fast_malloc() -> bool:
     return all([mallopt(mmap_max, 0), mallopt(trim_threshold, -1), mallopt(arena_max, 1)])  # -1: never
 
 
-def device_line() -> str:
+def describe_devices() -> str:
     """For example "device: cpu (2 cores), jax 0.10.2" or "device: 8 x NVIDIA H100, jax 0.12.0"."""
     devices = jax.devices()
     name = devices[0].device_kind
@@ -60,10 +60,10 @@ def device_line() -> str:
 def print_device() -> None:
     """One line on stdout, from the first process only."""
     if jax.process_index() == 0:
-        print(device_line(), flush=True)
+        print(describe_devices(), flush=True)
 
 
-def from_first_process(value: Any) -> Any:
+def broadcast_from_first(value: Any) -> Any:
     """Broadcast the first process's JSON value to every process."""
     if jax.process_count() == 1:
         return value

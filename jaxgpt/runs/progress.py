@@ -14,8 +14,8 @@ with needs_extra("train"):
     from rich.table import Column
 
 
-PLAIN_SECONDS = 10.0  # between lines when the output is not a terminal
-WINDOW = 50  # updates over which the speed is averaged
+PLAIN_LINE_SECONDS = 10.0  # between lines when the output is not a terminal
+SPEED_WINDOW = 50  # updates over which the speed is averaged
 
 
 class Bar:
@@ -26,7 +26,7 @@ class Bar:
         self.fields: dict[str, Any] = {}
         self.started = time.monotonic()
         self._tokens = 0
-        self._marks: deque[tuple[float, int, int]] = deque(maxlen=WINDOW)  # (time, steps, tokens) after an update
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=SPEED_WINDOW)  # (time, steps, tokens) after an update
 
     def update(self, n: int = 1, *, tokens: int = 0, **fields: Any) -> None:
         """Advance by n steps and `tokens` tokens. A field is shown until it is passed again; a jax array is waited
@@ -61,11 +61,11 @@ class Bar:
 class _PlainBar(Bar):
     def __init__(self, total: int, label: str, done: int = 0) -> None:
         super().__init__(total, label, done)
-        self._next_line = self.started + PLAIN_SECONDS
+        self._next_line = self.started + PLAIN_LINE_SECONDS
 
     def _render(self) -> None:
         if time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + PLAIN_SECONDS
+            self._next_line = time.monotonic() + PLAIN_LINE_SECONDS
             self.line()
 
     def line(self, finished: bool = False) -> None:

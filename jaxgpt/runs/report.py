@@ -19,7 +19,7 @@ with needs_extra("train"):
     from rich.console import Console
     from rich.table import Table
 
-SHOWN = 12  # prompts shown with every policy's answer
+SHOWN_PROMPTS = 12  # prompts shown with every policy's answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Policy:
         return self.kl_bound if self.kl is None else float(self.kl.mean())
 
 
-def summary(policy: Policy, baseline: Policy) -> dict[str, Any]:
+def summarise_policy(policy: Policy, baseline: Policy) -> dict[str, Any]:
     """Means with intervals over prompts, and differences from the baseline on the same prompts."""
     spread = baseline.gold.std()  # 0 if a model too small to say anything gets the same reward everywhere
     return {
@@ -61,10 +61,10 @@ def summary(policy: Policy, baseline: Policy) -> dict[str, Any]:
         "kl_bound": policy.kl_bound,
         "length": interval(policy.length),
         "ended": interval(policy.ended),
-        "opens_as_asked": interval(policy.opens),
+        "opens": interval(policy.opens),
         "pretrained_nll": interval(policy.pretrained_nll),
         "distinct_2": policy.distinct_2,
-        "heldout_text_nats": policy.text_nats,
+        "text_nats": policy.text_nats,
     }
 
 
@@ -79,14 +79,14 @@ COLUMNS = (
     ("KL, nats", "kl"),
     ("tokens", "length"),
     ("ended", "ended"),
-    ("opens as asked", "opens_as_asked"),
+    ("opens as asked", "opens"),
     ("pretrained NLL", "pretrained_nll"),
     ("distinct-2", "distinct_2"),
-    ("text loss", "heldout_text_nats"),
+    ("text loss", "text_nats"),
 )
 
 
-def cell(row: dict[str, Any], name: str) -> str:
+def format_value(row: dict[str, Any], name: str) -> str:
     """A value as the tables show it: mean ± half its interval, ≤ before a bound, – if there is none."""
     value = row[name]
     if value is None:
@@ -97,7 +97,7 @@ def cell(row: dict[str, Any], name: str) -> str:
     return f"{value:.3f}"
 
 
-def terminal_table(rows: dict[str, dict[str, Any]]) -> Table:
+def make_terminal_table(rows: dict[str, dict[str, Any]]) -> Table:
     """The measures that fit 80 columns; the report has the rest, with their intervals."""
     table = Table(
         title="Held-out prompts: mean ± 95 % interval; gain, judge gain and wins against SFT",
@@ -109,7 +109,7 @@ def terminal_table(rows: dict[str, dict[str, Any]]) -> Table:
         table.add_column(title, justify="left" if title == "policy" else "right", no_wrap=True)
     for name, row in rows.items():
         keys = ("gold", "gold_gain_in_baseline_sd", "judge_gain", "kl")
-        intervals = [cell(row, key).replace(" ± ", "±") for key in keys]
+        intervals = [format_value(row, key).replace(" ± ", "±") for key in keys]
         means = (f"{row['win_rate_gold'].mean:.0%}", f"{row['ended'].mean:.0%}", f"{row['length'].mean:.0f}")
         table.add_row(name, *intervals, *means)
     return table
@@ -126,23 +126,23 @@ def write_report(
     """Write report.html, report.json and the figures into `folder` and print the table; returns what report.json
     holds."""
     baseline = next(policy for policy in policies if policy.name == "SFT")
-    rows = {policy.name: summary(policy, baseline) for policy in policies}
+    rows = {policy.name: summarise_policy(policy, baseline) for policy in policies}
     results = {"judge_accuracy": judge_accuracy, "prompts": len(prompts), "policies": _to_json(rows)}
     figures = {
-        "frontier.png": ("Gold reward against KL", lambda path: frontier_figure(path, policies, stages)),
-        "scores.png": ("Distribution of gold rewards", lambda path: scores_figure(path, policies)),
-        "training.png": ("Training", lambda path: training_figure(path, stages)),
+        "frontier.png": ("Gold reward against KL", lambda path: save_frontier_figure(path, policies, stages)),
+        "scores.png": ("Distribution of gold rewards", lambda path: save_gold_histograms(path, policies)),
+        "training.png": ("Training", lambda path: save_training_curves(path, stages)),
         "calibration.png": (
             "Reward model: calibration on held-out choices",
-            lambda path: calibration_figure(path, stages),
+            lambda path: save_calibration_figure(path, stages),
         ),
     }
     for name, (_, draw) in figures.items():
         draw(folder / name)
     write_json(folder / "report.json", results)
     titles = {name: title for name, (title, _) in figures.items()}
-    write_text(folder / "report.html", page(folder, titles, rows, prompts, policies, judge_accuracy, stages))
-    console.print(terminal_table(rows))
+    write_text(folder / "report.html", render_report(folder, titles, rows, prompts, policies, judge_accuracy, stages))
+    console.print(make_terminal_table(rows))
     return results
 
 
@@ -154,7 +154,7 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def page(
+def render_report(
     folder: Path,
     figures: dict[str, str],
     rows: dict[str, dict[str, Any]],
@@ -166,7 +166,7 @@ def page(
     """The HTML of the report, with texts escaped and pictures embedded."""
     head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in COLUMNS)
     body = "".join(
-        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{cell(row, key)}</td>' for _, key in COLUMNS)}</tr>"
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{format_value(row, key)}</td>' for _, key in COLUMNS)}</tr>"
         for name, row in rows.items()
     )
     pictures = "".join(
@@ -175,7 +175,7 @@ def page(
         f"<figcaption>{html.escape(title)}</figcaption></figure>"
         for name, title in figures.items()
     )
-    answers = "".join(_answers(i, prompt, policies) for i, prompt in enumerate(prompts[:SHOWN]))
+    answers = "".join(_answers(i, prompt, policies) for i, prompt in enumerate(prompts[:SHOWN_PROMPTS]))
     annotator = _results(stages / "preferences").get("annotator", "simulated annotator")
     return TEMPLATE.format(
         css=CSS,
@@ -224,7 +224,7 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> Any:
     return figure, axes
 
 
-def frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> None:
+def save_frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> None:
     """Gold reward, judge and reward model against sequence KL, with intervals, and PPO's path during training."""
     figure, axes = new_figure(1, 3, 13, 4)
     panels = (("gold", "gold reward"), ("judge", "judge, P(positive)"), ("reward", "reward model, h"))
@@ -251,7 +251,7 @@ def frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> Non
     figure.savefig(path)
 
 
-def scores_figure(path: Path, policies: Sequence[Policy]) -> None:
+def save_gold_histograms(path: Path, policies: Sequence[Policy]) -> None:
     """Histograms of gold rewards, one panel per policy."""
     figure, axes = new_figure(1, len(policies), 2.3 * len(policies), 2.6)
     for axis, policy in zip(axes[0], policies, strict=True):
@@ -263,7 +263,7 @@ def scores_figure(path: Path, policies: Sequence[Policy]) -> None:
     figure.savefig(path)
 
 
-def training_figure(path: Path, stages: Path) -> None:
+def save_training_curves(path: Path, stages: Path) -> None:
     """The training curves of every stage."""
     panels = (
         ("pretrain", "nats per token", {"train_nats_a_token": "training", "heldout_nats_a_token": "held out"}),
@@ -290,7 +290,7 @@ def training_figure(path: Path, stages: Path) -> None:
     figure.savefig(path)
 
 
-def calibration_figure(path: Path, stages: Path) -> None:
+def save_calibration_figure(path: Path, stages: Path) -> None:
     """Predicted probability of a candidate against how often it was chosen."""
     figure, axes = new_figure(1, 1, 4, 3.6)
     table = _results(stages / "reward").get("calibration", [])

@@ -31,9 +31,9 @@ import numpy as np
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import read_json, write_json
 from jaxgpt.pretrained import loading
-from jaxgpt.runs.process import barrier, from_first_process, prepare_process, print_device
+from jaxgpt.runs.process import barrier, broadcast_from_first, prepare_process, print_device
 from jaxgpt.runs.progress import Bar, progress_bar
-from jaxgpt.runs.settings import flat_json, settings_to_json
+from jaxgpt.runs.settings import flatten_json, settings_to_json
 
 with needs_extra("train"):
     from rich.console import Console
@@ -132,7 +132,7 @@ class Run:
                 answer = {"results": self._claim()}
             except UserError as error:
                 answer = {"error": str(error)}
-        answer = from_first_process(answer)
+        answer = broadcast_from_first(answer)
         if "error" in answer:
             self._files.close()
             raise UserError(answer["error"])
@@ -177,7 +177,7 @@ class Run:
         except OSError as error:
             raise UserError(f"can't write to the run folder {self.folder}: {error.strerror or error}") from None
         if wandb is not None:
-            config = flat_json(self._record)
+            config = flatten_json(self._record)
             self._wandb = wandb.init(project=project, name=self.folder.name, dir=str(self.folder), config=config)
             self._files.callback(self._wandb.finish)
         return None
@@ -352,7 +352,7 @@ def _identity(record: Mapping[str, Any], places: frozenset[str] | set[str]) -> d
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Such as "lr: 0.001 there, 0.003 now", or an empty string."""
-    old, new = flat_json(there["settings"]), flat_json(now["settings"])
+    old, new = flatten_json(there["settings"]), flatten_json(now["settings"])
     absent = "absent"
     changed = [
         f"{name}: {old.get(name, absent)} there, {new.get(name, absent)} now"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import check_files, did_you_mean, read_json, sha256_of_folder, write_json
+from jaxgpt.files import check_files, read_json, sha256_of_folder, suggest_name, write_json
 from jaxgpt.pretrained import loading
 from jaxgpt.runs.process import barrier
 from jaxgpt.runs.settings import settings_from_json, settings_to_json
@@ -25,7 +25,7 @@ with needs_extra("train"):
 FORMAT = 2  # 2: each head's q, k and v are stored together in qkv
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """What `load_model` returns; `tokenizer` is None if none was saved."""
 
     params: Any  # nested dicts of jax arrays on the default device
@@ -60,7 +60,7 @@ def save_model(
         record = {
             "format": FORMAT,
             "config": settings_to_json(config),
-            "params": describe(params),
+            "params": describe_params(params),
             "extra": dict(extra or {}),
             "files": sha256_of_folder(new),
         }
@@ -73,7 +73,7 @@ def save_model(
     barrier("save: done")
 
 
-def load_model(folder: Path, expected: Any = None) -> Loaded:
+def load_model(folder: Path, expected: Any = None) -> LoadedModel:
     """Load the model saved in `folder` or `folder`/model. `expected` may be a tree of arrays or `jax.ShapeDtypeStruct`s
     (such as `jax.eval_shape(init, key, config)`) that the parameters must match.
 
@@ -82,14 +82,14 @@ def load_model(folder: Path, expected: Any = None) -> Loaded:
     record = check_model(folder)
     config = settings_from_json(ModelConfig, record["config"], where=str(folder / "model.json"))
     if expected is not None:
-        refuse_differences(folder, describe(expected), record["params"], "the program expects")
+        check_params_match(folder, describe_params(expected), record["params"], "the program expects")
     params = _load_params(folder, record["params"])
     tokenizer = None
     if (folder / "tokenizer.json").exists():
         from jaxgpt.data.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(folder)
-    return Loaded(params, config, tokenizer, record["extra"])
+    return LoadedModel(params, config, tokenizer, record["extra"])
 
 
 def check_model(folder: Path) -> dict[str, Any]:
@@ -103,19 +103,19 @@ def check_model(folder: Path) -> dict[str, Any]:
     return record
 
 
-def load_language_model(folder: Path, use_tags: bool = False) -> Loaded:
+def load_language_model(folder: Path, use_tags: bool = False) -> LoadedModel:
     """`load_model`, or a model trained elsewhere (`pretrained.loading.load`). UserError if the folder holds anything
     but a language model with its tokenizer."""
     if loading.is_pretrained(folder):
         found = loading.load(folder, use_tags=use_tags)
-        return Loaded(found.params, found.config, found.tokenizer, {} if found.chats else {"raw": True})
+        return LoadedModel(found.params, found.config, found.tokenizer, {} if found.chats else {"raw": True})
     loaded = load_model(folder)
     if "embed" not in loaded.params or loaded.tokenizer is None:
         raise UserError(f"{folder} holds no language model with a tokenizer; give a run of pretrain, sft, dpo or ppo")
     return loaded
 
 
-def describe(params: Any) -> dict[str, str]:
+def describe_params(params: Any) -> dict[str, str]:
     """{"embed/tokens_VD": "float32[512,32]", …}: a name, dtype and shape for every leaf."""
     texts = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
@@ -124,7 +124,7 @@ def describe(params: Any) -> dict[str, str]:
     return texts
 
 
-def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+def param_differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """One line per parameter that is missing, unknown, or of another shape or dtype (arguments from `describe`)."""
     texts = [f"{name} is missing" for name in expected if name not in found]
     texts += [f"{name} is unknown" for name in found if name not in expected]
@@ -134,9 +134,9 @@ def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[s
     ]
 
 
-def refuse_differences(folder: Path, expected: Mapping[str, str], found: Mapping[str, str], who: str) -> None:
+def check_params_match(folder: Path, expected: Mapping[str, str], found: Mapping[str, str], who: str) -> None:
     """Raise a UserError naming each parameter whose shape or dtype is unexpected, or that one side lacks."""
-    texts = differences(expected, found)
+    texts = param_differences(expected, found)
     if texts:
         raise UserError("\n  ".join([f"{folder} does not hold the parameters {who}:", *texts]))
 
@@ -146,7 +146,7 @@ def _load_params(folder: Path, described: Mapping[str, str]) -> Any:
     device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
     try:
         stored = ocp.metadata(folder / "params").metadata
-        refuse_differences(folder, described, describe(stored), "its model.json names")
+        check_params_match(folder, described, describe_params(stored), "its model.json names")
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
         return ocp.load(folder / "params", target)
     except UserError:
@@ -166,7 +166,7 @@ def _find(folder: Path) -> Path:
         if (place / "settings.json").exists():
             stage = read_json(place / "settings.json").get("stage")
             experiment = (str(stage), "--run", str(place))
-    near = did_you_mean(folder.name, loading.KNOWN)
+    near = suggest_name(folder.name, loading.KNOWN)
     raise UserError(f"{folder} holds no model; run the experiment that trains it first{near}", experiment=experiment)
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import did_you_mean
+from jaxgpt.files import suggest_name
 
 with needs_extra("train"):
     import msgspec
 
 T = TypeVar("T")
-WORDS = {
+TYPE_NAMES = {
     "bool": "true or false",
     "int": "a whole number",
     "float": "a number",
@@ -53,13 +53,13 @@ def settings_from_json(kind: type[T], data: Any, where: str = "settings") -> T:
         raise UserError(f"{where}: {_explain(kind, data, str(error))}") from None
 
 
-def flat_json(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten_json(value: Any, prefix: str = "") -> dict[str, Any]:
     """{"model": {"width": 8}} -> {"model.width": 8}: one entry per setting, to compare and name them."""
     if not isinstance(value, Mapping):
         return {prefix: value}
     flat = {}
     for key, inner in value.items():
-        flat.update(flat_json(inner, f"{prefix}.{key}" if prefix else str(key)))
+        flat.update(flatten_json(inner, f"{prefix}.{key}" if prefix else str(key)))
     return flat
 
 
@@ -97,7 +97,7 @@ def _refuse_unknown(kind: Any, data: Any, prefix: str, where: str) -> None:
     fields = {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
     for key, value in data.items():
         if key not in fields:
-            raise UserError(f"{where}: unknown setting {prefix}{key}{did_you_mean(key, fields)}")
+            raise UserError(f"{where}: unknown setting {prefix}{key}{suggest_name(key, fields)}")
         _refuse_unknown(fields[key], value, f"{prefix}{key}.", where)
 
 
@@ -113,9 +113,9 @@ def _explain(kind: Any, data: Any, message: str) -> str:
         data = data[int(key) if key.isdecimal() else key]
     if typing.get_origin(kind) is typing.Literal:
         choices = [str(choice) for choice in typing.get_args(kind)]
-        return f"{name} is {data!r}; choose one of {', '.join(choices)}{did_you_mean(str(data), choices)}"
+        return f"{name} is {data!r}; choose one of {', '.join(choices)}{suggest_name(str(data), choices)}"
     wanted = re.search(r"Expected `([^`|]+)[^`]*`(?: of length (\d+))?", what)
     shown = repr(data) if len(repr(data)) <= 60 else f"{repr(data)[:57]}..."
-    words = what if wanted is None else WORDS.get(wanted[1].strip(), wanted[1].strip())
+    words = what if wanted is None else TYPE_NAMES.get(wanted[1].strip(), wanted[1].strip())
     length = f" of {wanted[2]}" if wanted and wanted[2] else ""
     return f"{name or 'the top level'} must be {words}{length}, not {shown}"

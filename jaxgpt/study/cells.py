@@ -14,7 +14,7 @@ from jaxgpt.runs.saved_model import load_model, save_model
 from jaxgpt.structs import Params
 
 
-class Cells:
+class ResultCache:
     """Results cached as cells/NAME.json in a run folder. A cell of a study with other settings or inputs is remade."""
 
     def __init__(self, run: Run) -> None:
@@ -50,8 +50,8 @@ class Cells:
         return params, config
 
 
-def conduct(
-    name: str, settings: Any, inputs: Mapping[str, str], study: Callable[[Any, Run, Cells], dict[str, Any]]
+def run_study(
+    name: str, settings: Any, inputs: Mapping[str, str], study: Callable[[Any, Run, ResultCache], dict[str, Any]]
 ) -> dict[str, Any]:
     """Run a study, unless an earlier run with these settings finished; returns its results. `study` writes
     report.html."""
@@ -60,13 +60,13 @@ def conduct(
         if run.finished:
             run.say(f"{name}: already done, see {page}")
         else:
-            results = study(settings, run, Cells(run))
+            results = study(settings, run, ResultCache(run))
             run.say(f"{name}: {page}")
             run.finish(results)
         return run.results
 
 
-def stages(start: Path, *names: str) -> dict[str, str]:
+def stage_fingerprints(start: Path, *names: str) -> dict[str, str]:
     """A study's inputs: the fingerprints of finished stages in the folder `start`. UserError if one is missing."""
     return {name: run_fingerprint(start / name, name) for name in names}
 

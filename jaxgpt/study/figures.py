@@ -8,9 +8,9 @@ import numpy as np
 
 from jaxgpt.runs.report import new_figure
 from jaxgpt.study import laws
-from jaxgpt.study.page import MEASURES, Methods, Point
+from jaxgpt.study.page import MEASURES, Point, PointsByMethod
 
-Found = Mapping[str, Mapping[str, Any]]  # by run, method or reward model: the contents of its cell of the study
+StudyResults = Mapping[str, Mapping[str, Any]]  # by run, method or reward model: the contents of its cell of the study
 
 
 def running_mean(curves_SI: Any, width: int) -> np.ndarray:
@@ -22,7 +22,9 @@ def running_mean(curves_SI: Any, width: int) -> np.ndarray:
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
-def _over_iterations(axes: Any, panels: Mapping[str, str], found: Found, width: int, each_seed: bool = False) -> None:
+def _over_iterations(
+    axes: Any, panels: Mapping[str, str], found: StudyResults, width: int, each_seed: bool = False
+) -> None:
     """One panel per measure, one line per run (the mean of its seeds, or one line per seed) over the iterations."""
     for axis, (measure, label) in zip(axes, panels.items(), strict=False):
         axis.set(xlabel="iterations", ylabel=label)
@@ -33,7 +35,7 @@ def _over_iterations(axes: Any, panels: Mapping[str, str], found: Found, width: 
             axis.plot([], [], color=f"C{n}", label=name)
 
 
-def frontier(path: Path, methods: Methods, measures: Mapping[str, str] = MEASURES) -> None:
+def plot_frontier(path: Path, methods: PointsByMethod, measures: Mapping[str, str] = MEASURES) -> None:
     """Each measure against the KL (on a square-root scale, as in Gao et al. 2022): one line per method through its
     settings with a band of 95 % intervals, and a small dot per run."""
     picture, axes = new_figure(1, len(measures), 4.6 * len(measures), 4.2)
@@ -48,38 +50,38 @@ def frontier(path: Path, methods: Methods, measures: Mapping[str, str] = MEASURE
             )
             for _, _, point in found:
                 if len(point.runs) > 1:
-                    axis.plot(point.of_runs("kl"), point.of_runs(measure), ".", ms=3, color=color, alpha=0.6)
+                    axis.plot(point.run_means("kl"), point.run_means(measure), ".", ms=3, color=color, alpha=0.6)
         axis.set(xlabel="KL to the starting model, nats per sequence", ylabel=label)
-        axis.set_xscale("function", functions=(laws.distance, np.square))
+        axis.set_xscale("function", functions=(laws.kl_distance, np.square))
         far = axis.get_xlim()[1]
         axis.set_xticks([x for x in (0, 1, 3, 10, 30, 100, 300) if x <= far])
     axes[0, 0].legend(frameon=False, fontsize=8)
     picture.savefig(path)
 
 
-def overoptimisation(
+def plot_overoptimisation(
     path: Path,
-    best: Found,
-    free: Found,
+    best: StudyResults,
+    free: StudyResults,
     paid: Mapping[str, Any],
     start: float,
-    fits: Mapping[str, Mapping[laws.Law, laws.Fit]],
+    fits: Mapping[str, Mapping[laws.Law, laws.LawFit]],
 ) -> None:
     """Gain in gold reward (lines: fits), reward model and judge against the distance d, for best-of-n and for PPO."""
     picture, axes = new_figure(2, 3, 15, 8)
     for n, name in enumerate(best):
-        color, far = f"C{n}", laws.distance(np.array(best[name]["kl"]))
+        color, far = f"C{n}", laws.kl_distance(np.array(best[name]["kl"]))
         for axis, measure in zip(axes[0], ("gold", "proxy", "judge"), strict=True):
             value = np.array(best[name][measure]).mean(1) - start * (measure == "gold")
             axis.plot(far, value, "o" if measure == "gold" else "o-", ms=4, lw=1, color=color, label=name)
-        d = laws.distance(np.array(free[name]["kl"]))
+        d = laws.kl_distance(np.array(free[name]["kl"]))
         for axis, measure in zip(axes[1], ("gold", "score", "judge"), strict=True):
             value = np.array(free[name][measure]) - start * (measure == "gold")
             axis.plot(d.ravel(), value.ravel(), ".", ms=3, color=color, alpha=0.5)
         for axis, (law, fit), end in zip(axes[:, 0], fits[name].items(), (far.max(), d.max()), strict=True):
             x = np.linspace(0.1, end, 60)
-            axis.plot(x, laws.gain(law, x, fit["alpha"][0], fit["beta"][0]), color=color, lw=1.3)
-    d = laws.distance(np.array(paid["kl"]))
+            axis.plot(x, laws.gold_gain(law, x, fit["alpha"][0], fit["beta"][0]), color=color, lw=1.3)
+    d = laws.kl_distance(np.array(paid["kl"]))
     axes[1, 0].plot(d.ravel(), np.ravel(paid["gold"]) - start, "x", ms=3, color="k", label="with KL penalty")
     for column, title in enumerate(("gain in gold reward", "the reward model's own score", "judge, P(positive)")):
         for row, method in enumerate(("best-of-n", "PPO")):
@@ -89,7 +91,7 @@ def overoptimisation(
     picture.savefig(path)
 
 
-def controlled(path: Path, found: Found, targets: Mapping[str, float | None]) -> None:
+def plot_kl_control(path: Path, found: StudyResults, targets: Mapping[str, float | None]) -> None:
     """KL with its targets, beta, the learned reward, and the gold reward, over the iterations; one line per seed."""
     picture, axes = new_figure(1, 4, 17, 3.8)
     panels = {
@@ -108,7 +110,7 @@ def controlled(path: Path, found: Found, targets: Mapping[str, float | None]) ->
     picture.savefig(path)
 
 
-def through_reward(path: Path, found: Found) -> None:
+def plot_through_reward(path: Path, found: StudyResults) -> None:
     """The reward that the objective sees, the reward of sampled answers, gold reward, KL."""
     picture, axes = new_figure(1, 4, 17, 3.8)
     panels = {
@@ -122,7 +124,7 @@ def through_reward(path: Path, found: Found) -> None:
     picture.savefig(path)
 
 
-def arithmetic(path: Path, found: Found, each: int) -> None:
+def plot_arithmetic(path: Path, found: StudyResults, each: int) -> None:
     """Sums solved, lengths of wrong and right answers, and a group's weight by its number of right answers."""
     picture, axes = new_figure(1, 4, 18, 3.9)
     panels = {
@@ -141,7 +143,9 @@ def arithmetic(path: Path, found: Found, each: int) -> None:
     picture.savefig(path)
 
 
-def how_many_labels(path: Path, groups: Methods, agreements: Mapping[str, Sequence[Any]], start: Point) -> None:
+def plot_label_counts(
+    path: Path, groups: PointsByMethod, agreements: Mapping[str, Sequence[Any]], start: Point
+) -> None:
     """Gold reward after PPO, and the reward model's agreement with the annotator, against the labels collected."""
     picture, axes = new_figure(2, len(groups), 4.2 * len(groups), 6.6)
     for n, (group, points) in enumerate(groups.items()):

@@ -13,33 +13,33 @@ from typing import Literal
 import numpy as np
 
 Law = Literal["best-of-n", "RL"]
-Fit = dict[str, list[float]]  # alpha and beta: [estimate, low, high] of a 95 % percentile interval
-BENDS: dict[Law, Callable[[np.ndarray], np.ndarray]] = {"best-of-n": lambda d: d, "RL": np.log}
+LawFit = dict[str, list[float]]  # alpha and beta: [estimate, low, high] of a 95 % percentile interval
+BEND_TERMS: dict[Law, Callable[[np.ndarray], np.ndarray]] = {"best-of-n": lambda d: d, "RL": np.log}
 
 
-def gain(law: Law, d: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+def gold_gain(law: Law, d: np.ndarray, alpha: float, beta: float) -> np.ndarray:
     """R(d) under a law; d > 0."""
-    return d * (alpha - beta * BENDS[law](d))
+    return d * (alpha - beta * BEND_TERMS[law](d))
 
 
 def least_squares(law: Law, d_N: np.ndarray, gain_N: np.ndarray) -> np.ndarray:
     """(alpha, beta) fitted to points; NaN for fewer than two."""
     if len(d_N) < 2:
         return np.full(2, np.nan)
-    return np.linalg.lstsq(np.stack([d_N, -d_N * BENDS[law](d_N)], 1), gain_N, rcond=None)[0]
+    return np.linalg.lstsq(np.stack([d_N, -d_N * BEND_TERMS[law](d_N)], 1), gain_N, rcond=None)[0]
 
 
-def fit_best_of(kl_n: np.ndarray, gain_nP: np.ndarray, draws: int = 500) -> Fit:
+def fit_best_of_n_law(kl_n: np.ndarray, gain_nP: np.ndarray, draws: int = 500) -> LawFit:
     """Fit the best-of-n law over every n, from each prompt's gain; prompts are resampled for the intervals."""
-    rng, d, P = np.random.default_rng(0), distance(kl_n), gain_nP.shape[1]
+    rng, d, P = np.random.default_rng(0), kl_distance(kl_n), gain_nP.shape[1]
     resampled = [least_squares("best-of-n", d, gain_nP[:, rng.integers(P, size=P)].mean(1)) for _ in range(draws)]
     return _with_interval(least_squares("best-of-n", d, gain_nP.mean(1)), resampled)
 
 
-def fit_rl(kl_SI: np.ndarray, gain_SI: np.ndarray, block: int = 5, least: float = 0.1, draws: int = 500) -> Fit:
+def fit_rl_law(kl_SI: np.ndarray, gain_SI: np.ndarray, block: int = 5, least: float = 0.1, draws: int = 500) -> LawFit:
     """Fit the RL law to all iterations of all seeds whose KL is above `least` nats (a measured KL may be below 0);
     blocks of neighbouring iterations are resampled for the intervals."""
-    rng, d_SI = np.random.default_rng(0), distance(kl_SI)
+    rng, d_SI = np.random.default_rng(0), kl_distance(kl_SI)
 
     def one(index: np.ndarray) -> np.ndarray:
         d, own = d_SI[:, index].ravel(), gain_SI[:, index].ravel()
@@ -51,11 +51,11 @@ def fit_rl(kl_SI: np.ndarray, gain_SI: np.ndarray, block: int = 5, least: float 
     return _with_interval(one(every), resampled)
 
 
-def distance(kl: np.ndarray) -> np.ndarray:
+def kl_distance(kl: np.ndarray) -> np.ndarray:
     """d from KL estimates, some of which may be slightly below 0."""
     return np.sqrt(np.maximum(kl, 0.0))
 
 
-def _with_interval(estimate: np.ndarray, resampled: Sequence[np.ndarray]) -> Fit:
+def _with_interval(estimate: np.ndarray, resampled: Sequence[np.ndarray]) -> LawFit:
     low, high = np.quantile(np.array(resampled), [0.025, 0.975], axis=0)
     return {name: [estimate[i], low[i], high[i]] for i, name in enumerate(("alpha", "beta"))}

@@ -30,11 +30,11 @@ from jaxgpt.study.task import Task
 from jaxgpt.training import optim
 from jaxgpt.training.step import LossFn, Metrics, TrainState, init_state, make_train_step
 
-How = Literal["vmap", "map"]
-Watch = Callable[[int, dict[str, np.ndarray]], None]
+RunMapping = Literal["vmap", "map"]
+MetricsCallback = Callable[[int, dict[str, np.ndarray]], None]
 
 
-def over_runs(f: Callable[..., Any], axes: tuple[int | None, ...], how: How) -> Callable[..., Any]:
+def map_over_runs(f: Callable[..., Any], axes: tuple[int | None, ...], how: RunMapping) -> Callable[..., Any]:
     """f for R runs at once: arguments with axis 0 have one entry per run, those with None are shared."""
     if how == "vmap":
         return jax.vmap(f, in_axes=axes)
@@ -49,42 +49,42 @@ def over_runs(f: Callable[..., Any], axes: tuple[int | None, ...], how: How) -> 
     return mapped
 
 
-def stack(trees: Sequence[Any]) -> Any:
+def stack_trees(trees: Sequence[Any]) -> Any:
     """One tree whose leaves have a leading axis over the trees."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def unstack(tree: Any) -> list[Any]:
+def unstack_trees(tree: Any) -> list[Any]:
     """The inverse of `stack`."""
     count = jax.tree.leaves(tree)[0].shape[0]
     return [jax.tree.map(lambda x, r=r: x[r], tree) for r in range(count)]
 
 
-def spread(tree: Any, mesh: Mesh) -> Any:
+def shard_runs(tree: Any, mesh: Mesh) -> Any:
     """Divide the runs among the devices if that comes out even; otherwise put all of them on each."""
 
     def place(x: Any) -> Any:
-        axes = P(sharding.ROWS) if x.shape[0] % sharding.row_parts(mesh) == 0 else P()
+        axes = P(sharding.ROW_AXES) if x.shape[0] % sharding.count_row_shards(mesh) == 0 else P()
         return jax.device_put(x, NamedSharding(mesh, axes))
 
     return jax.tree.map(place, tree)
 
 
-def values(metrics: Any) -> dict[str, np.ndarray]:
+def metrics_to_host(metrics: Any) -> dict[str, np.ndarray]:
     """Metrics of R runs on the host, [R] each."""
     means = {name: x.value if isinstance(x, Mean) else x for name, x in metrics.items()}
     return {name: np.asarray(x, np.float64) for name, x in jax.device_get(means).items()}
 
 
-def fit(
+def train_runs(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     trainable: Sequence[Params],
     frozen: Params,
     batches: Iterable[Any],
     mesh: Mesh,
-    watch: Watch = lambda i, found: None,
-    how: How = "vmap",
+    watch: MetricsCallback = lambda i, found: None,
+    how: RunMapping = "vmap",
 ) -> list[Params]:
     """Train R runs of one loss and return each one's trained parameters. `frozen` is shared; each batch has a leading
     axis R, and may hold a run's own numbers (such as beta). `watch` gets the metrics, [R] each, of every step."""
@@ -94,40 +94,40 @@ def fit(
         state, metrics = step(state.replace(frozen=frozen), batch, None)  # type: ignore[attr-defined]
         return state.replace(frozen={}), metrics  # type: ignore[attr-defined]
 
-    program = jax.jit(over_runs(one, (0, None, 0), how), donate_argnums=0)
-    state = spread(stack([init_state(optim.copy(params), tx) for params in trainable]), mesh)
+    program = jax.jit(map_over_runs(one, (0, None, 0), how), donate_argnums=0)
+    state = shard_runs(stack_trees([init_state(optim.copy(params), tx) for params in trainable]), mesh)
     frozen = sharding.replicate(frozen, mesh)
     for i, batch in enumerate(batches, 1):
-        state, metrics = program(state, frozen, spread(jax.tree.map(np.asarray, batch), mesh))
-        found = values(metrics)
-        refuse_nan(found, i)
+        state, metrics = program(state, frozen, shard_runs(jax.tree.map(np.asarray, batch), mesh))
+        found = metrics_to_host(metrics)
+        check_updates_finite(found, i)
         watch(i, found)
-    return unstack(state.trainable)
+    return unstack_trees(state.trainable)
 
 
-def refuse_nan(found: dict[str, np.ndarray], i: int) -> None:
+def check_updates_finite(found: dict[str, np.ndarray], i: int) -> None:
     """UserError if a run's update was not finite: it is skipped, so the study's curves would be wrong."""
     if found["skipped"].any():
         which = np.flatnonzero(found["skipped"]).tolist()
         raise UserError(f"loss or gradient of run {which} was not finite in step {i}; lower the learning rate")
 
 
-def show(bar: Bar, *same: str, **named: str) -> Watch:
+def make_progress_watch(bar: Bar, *same: str, **named: str) -> MetricsCallback:
     """A `Watch` that shows metrics on the bar as means over the runs, under their own names or others."""
     shown = {**{name: name for name in same}, **named}
     return lambda i, found: bar.update(**{title: found[name].mean() for title, name in shown.items()})
 
 
-def together(batches: Sequence[Iterable[Any]]) -> Iterator[Any]:
+def zip_batches(batches: Sequence[Iterable[Any]]) -> Iterator[Any]:
     """Zip the batches of R runs into batches with a leading axis R."""
     for parts in zip(*batches, strict=False):
         yield jax.tree.map(lambda *xs: np.stack(xs), *parts)
 
 
-Learn = Callable[[TrainState, Controller, Experience, Array, Array], tuple[TrainState, Controller, Metrics]]
+LearnFn = Callable[[TrainState, Controller, Experience, Array, Array], tuple[TrainState, Controller, Metrics]]
 
 
-def learn_by_ppo(task: Task, tx: optax.GradientTransformation, reward_fn: RewardFn | None = None) -> Learn:
+def make_ppo_learner(task: Task, tx: optax.GradientTransformation, reward_fn: RewardFn | None = None) -> LearnFn:
     """PPO's update in the form that `OnPolicy` takes, with a reward in JAX or the scores passed to it."""
 
     def learn(
@@ -141,9 +141,9 @@ def learn_by_ppo(task: Task, tx: optax.GradientTransformation, reward_fn: Reward
     return learn
 
 
-def learn_through_reward(
+def make_through_reward_learner(
     task: Task, tx: optax.GradientTransformation, reward_config: ModelConfig, how: ThroughReward
-) -> Learn:
+) -> LearnFn:
     """One step of `through_reward` per rollout; beta is the controller's, the reward model is frozen['reward']."""
 
     def learn(
@@ -168,26 +168,26 @@ def learn_through_reward(
     return learn
 
 
-def ppo_optimizer(task: Task, learning_rate: float, iterations: int) -> optax.GradientTransformation:
+def make_ppo_optimizer(task: Task, learning_rate: float, iterations: int) -> optax.GradientTransformation:
     """Adam in TensorFlow's form, its learning rate falling linearly to 0 over all updates of the iterations."""
     steps = iterations * task.algorithm.epochs * task.algorithm.minibatches
     return optim.adam_tf(optim.linear_to_zero(learning_rate, steps))
 
 
-def ppo_on_reward_model(
-    task: Task, config: ModelConfig, *, learning_rate: float, iterations: int, batch: int, how: How
-) -> "OnPolicy":
+def make_ppo_trainer(
+    task: Task, config: ModelConfig, *, learning_rate: float, iterations: int, batch: int, how: RunMapping
+) -> "OnPolicyTrainer":
     """PPO on a learned reward whose parameters each run has of its own, as frozen['reward']."""
 
     def reward_fn(params: Params, rows: Batch) -> Array:
         return reward.score(params["reward"], config, rows)
 
-    tx = ppo_optimizer(task, learning_rate, iterations)
-    return OnPolicy(task, learn_by_ppo(task, tx, reward_fn), tx, iterations, batch, how=how)
+    tx = make_ppo_optimizer(task, learning_rate, iterations)
+    return OnPolicyTrainer(task, make_ppo_learner(task, tx, reward_fn), tx, iterations, batch, how=how)
 
 
 @dataclasses.dataclass(frozen=True)
-class OnPolicy:
+class OnPolicyTrainer:
     """Training on the policy's own answers, R runs at once.
 
     learn(state, control, experience, score_B, key) -> (state, control, metrics) is the method: it gets what
@@ -195,13 +195,13 @@ class OnPolicy:
     """
 
     task: Task
-    learn: Learn
+    learn: LearnFn
     tx: optax.GradientTransformation
     iterations: int
     batch: int  # answers per iteration
     each: int = 1  # answers per prompt, adjacent in the batch
     host: Callable[[Sequence[str]], np.ndarray] | None = None
-    how: How = "vmap"
+    how: RunMapping = "vmap"
 
     @functools.cached_property
     def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -210,7 +210,7 @@ class OnPolicy:
         task = self.task
 
         def collect(state: TrainState, start: Params, prompts: Prompts, key: Array) -> Experience:
-            return ppo.collect(with_frozen(state, start, {}), prompts, key, policy=task.policy)
+            return ppo.collect(add_frozen(state, start, {}), prompts, key, policy=task.policy)
 
         def learn(
             state: TrainState,
@@ -221,12 +221,12 @@ class OnPolicy:
             score_B: Array,
             key: Array,
         ) -> tuple[TrainState, Controller, Metrics]:
-            state, control, metrics = self.learn(with_frozen(state, start, frozen), control, experience, score_B, key)
+            state, control, metrics = self.learn(add_frozen(state, start, frozen), control, experience, score_B, key)
             return state.replace(frozen={}), control, metrics  # type: ignore[attr-defined]
 
         return (
-            jax.jit(over_runs(collect, (0, None, 0, 0), self.how)),
-            jax.jit(over_runs(learn, (0, None, 0, 0, 0, 0, 0), self.how), donate_argnums=(0, 3)),
+            jax.jit(map_over_runs(collect, (0, None, 0, 0), self.how)),
+            jax.jit(map_over_runs(learn, (0, None, 0, 0, 0, 0, 0), self.how), donate_argnums=(0, 3)),
         )
 
     def train(
@@ -234,7 +234,7 @@ class OnPolicy:
         controls: Sequence[Controller],
         seeds: Sequence[int],
         frozen: Sequence[Params] | None = None,
-        watch: Watch = lambda i, found: None,
+        watch: MetricsCallback = lambda i, found: None,
     ) -> tuple[list[Params], dict[str, np.ndarray]]:
         """Train; returns the policies and curves [iterations, R]: the method's metrics, and the gold reward and judge
         of each iteration's answers. `controls` and `frozen` (what the reward needs) have one entry per run. Runs with
@@ -249,15 +249,18 @@ class OnPolicy:
             )
         collect, learn = self.programs
         whole = ppo.init(task.policy, task.start, self.tx, {})
-        state = spread(stack([whole.replace(frozen={})] * R), task.mesh)  # type: ignore[attr-defined]
-        control, own = spread(stack(list(controls)), task.mesh), spread(stack(list(frozen)), task.mesh)
+        state = shard_runs(stack_trees([whole.replace(frozen={})] * R), task.mesh)  # type: ignore[attr-defined]
+        control, own = (
+            shard_runs(stack_trees(list(controls)), task.mesh),
+            shard_runs(stack_trees(list(frozen)), task.mesh),
+        )
         tokens_NP, lengths_N = rollout.pad_prompts(task.prompts, task.prompt_tokens)
         order_RN = np.stack([self._prompt_order(seed) for seed in seeds])
         key_R = jnp.stack([jax.random.key(seed) for seed in seeds])
         curves: list[dict[str, np.ndarray]] = []
         for i in range(self.iterations):
             index_RB = order_RN[:, i * self.batch : (i + 1) * self.batch]
-            prompts = spread(Prompts(tokens_NP[index_RB], lengths_N[index_RB]), task.mesh)
+            prompts = shard_runs(Prompts(tokens_NP[index_RB], lengths_N[index_RB]), task.mesh)
             keys = jax.vmap(lambda key, i=i: jax.random.split(jax.random.fold_in(key, i)))(key_R)
             experience = collect(state, task.start, prompts, keys[:, 0])
             score_RB = np.zeros((R, self.batch), np.float32)
@@ -266,11 +269,13 @@ class OnPolicy:
             state, control, metrics = learn(state, task.start, own, control, experience, score_RB, keys[:, 1])
             texts = task.texts(experience.rows)  # while the devices learn
             gold_RB, judge_RB = (look(texts).reshape(R, -1) for look in (task.gold, task.judge))
-            found = values(metrics) | {"gold": gold_RB.mean(1), "judge": judge_RB.mean(1)}
-            refuse_nan(found, i + 1)
+            found = metrics_to_host(metrics) | {"gold": gold_RB.mean(1), "judge": judge_RB.mean(1)}
+            check_updates_finite(found, i + 1)
             curves.append(found)
             watch(i + 1, found)
-        return unstack(state.trainable["policy"]), {name: np.stack([c[name] for c in curves]) for name in curves[0]}
+        return unstack_trees(state.trainable["policy"]), {
+            name: np.stack([c[name] for c in curves]) for name in curves[0]
+        }
 
     def _prompt_order(self, seed: int) -> np.ndarray:
         """Prompt indices in the order a run sees them: pass after pass, each shuffled, each prompt `each` times."""
@@ -279,6 +284,6 @@ class OnPolicy:
         return np.repeat(np.concatenate([rng.permutation(count) for _ in range(passes)]), self.each)
 
 
-def with_frozen(state: TrainState, start: Params, frozen: Params) -> TrainState:
+def add_frozen(state: TrainState, start: Params, frozen: Params) -> TrainState:
     """A run's state together with what it doesn't train: the reference, and what the reward needs."""
     return state.replace(frozen={"reference": start, **frozen})  # type: ignore[attr-defined]

@@ -12,40 +12,42 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import Ranking, fit_rankings, rank_ids, sizes
+from jaxgpt.data.comparisons import TokenizedPreference, fit_preferences, max_sizes, tokenize_preferences
 from jaxgpt.losses import Mean
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import dpo, reward
-from jaxgpt.rlhf.policy import transformer_policy
+from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.structs import Array, Batch, Params, Preferences
 from jaxgpt.study import many
-from jaxgpt.study.many import How, Watch
+from jaxgpt.study.many import MetricsCallback, RunMapping
 from jaxgpt.study.task import Task
 from jaxgpt.training import optim
 from jaxgpt.training.step import Metrics, make_nll
 
 
-def rankings_of(task: Task, path: Path) -> list[Ranking]:
+def load_rankings(task: Task, path: Path) -> list[TokenizedPreference]:
     """The preferences of a file or a database, in the task's tokens; those that are too long are dropped."""
-    return fit_rankings(rank_ids(task.tok, formats.load(path)), task.config.block)[0]
+    return fit_preferences(tokenize_preferences(task.tok, formats.load(path)), task.config.block)[0]
 
 
-def preference_batches(rankings: Sequence[Ranking], length: int, batch: int, seed: int) -> Iterator[Preferences]:
+def preference_batches(
+    rankings: Sequence[TokenizedPreference], length: int, batch: int, seed: int
+) -> Iterator[Preferences]:
     """One shuffled pass over the preferences."""
     for arrays in pipelines.preference_batches(rankings, length, batch, seed=seed, epochs=1):
         yield Preferences.of(arrays)
 
 
-def longest(rankings: Sequence[Sequence[Ranking]]) -> tuple[int, int]:
+def max_lengths(rankings: Sequence[Sequence[TokenizedPreference]]) -> tuple[int, int]:
     """The length in tokens of the longest row and of the longest answer."""
-    found = [sizes(own) for own in rankings]
+    found = [max_sizes(own) for own in rankings]
     return max(length for _, length, _ in found), max(answer for _, _, answer in found)
 
 
-def reward_models(
+def train_reward_models(
     config: ModelConfig,
     start: Params,
-    rankings: Sequence[Sequence[Ranking]],
+    rankings: Sequence[Sequence[TokenizedPreference]],
     seeds: Sequence[int],
     reference: Batch,
     task: Task,
@@ -53,12 +55,12 @@ def reward_models(
     learning_rate: float,
     batch: int,
     first_spread: float = 1.0,
-    watch: Watch = lambda i, found: None,
-    how: How = "vmap",
+    watch: MetricsCallback = lambda i, found: None,
+    how: RunMapping = "vmap",
 ) -> list[Params]:
     """One reward model per run, from a language model; its scores have mean 0 and standard deviation 1 on the
     `reference` rows. `first_spread`: their standard deviation before training, small where labels are few."""
-    length, _ = longest(rankings)
+    length, _ = max_lengths(rankings)
     steps = min(map(len, rankings)) // batch
     tx = optim.adamw(optim.linear_to_zero(learning_rate, steps, steps // 10), weight_decay=0.01, b2=0.999)
     normalise = jax.jit(lambda params: reward.normalise_on(params, config, reference))
@@ -77,15 +79,17 @@ def reward_models(
         for preferences in preference_batches(rankings[n], length, batch, seeds[n]):
             yield scale, preferences
 
-    each = many.together([batches(n) for n in range(len(seeds))])
-    trained = many.fit(loss_fn, tx, [trainable for trainable, _ in own], {}, each, task.mesh, watch, how)
+    each = many.zip_batches([batches(n) for n in range(len(seeds))])
+    trained = many.train_runs(loss_fn, tx, [trainable for trainable, _ in own], {}, each, task.mesh, watch, how)
     whole = zip(trained, own, strict=True)
     return [sharding.replicate(normalise({**frozen, **params}), task.mesh) for params, (_, frozen) in whole]
 
 
-def accuracy(task: Task, config: ModelConfig, params: Params, rankings: Sequence[Ranking]) -> float:
+def favourite_accuracy(
+    task: Task, config: ModelConfig, params: Params, rankings: Sequence[TokenizedPreference]
+) -> float:
     """The fraction of preferences whose favourite gets the highest score."""
-    length, hits = sizes(rankings)[1], []
+    length, hits = max_sizes(rankings)[1], []
     program = jax.jit(lambda batch: reward.candidate_scores(params, config, batch))
     for arrays in pipelines.preference_eval(rankings, length, min(64, len(rankings))):
         present = arrays["present"]
@@ -94,20 +98,20 @@ def accuracy(task: Task, config: ModelConfig, params: Params, rankings: Sequence
     return float(np.concatenate(hits).mean())
 
 
-def dpo_policies(
+def train_dpo_policies(
     task: Task,
-    rankings: Sequence[Sequence[Ranking]],
+    rankings: Sequence[Sequence[TokenizedPreference]],
     betas: Sequence[float],
     seeds: Sequence[int],
     *,
     learning_rate: float,
     batch: int,
-    watch: Watch = lambda i, found: None,
-    how: How = "vmap",
+    watch: MetricsCallback = lambda i, found: None,
+    how: RunMapping = "vmap",
 ) -> list[Params]:
     """One policy per run by DPO, each with its own beta. Runs with the same seed and preferences see the same
     batches."""
-    length, window = longest(rankings)
+    length, window = max_lengths(rankings)
     policy = transformer_policy(task.config, new_tokens=window, temperature=task.algorithm.temperature)
     steps = min(map(len, rankings)) // batch
     tx = optim.adamw(optim.linear_to_zero(learning_rate, steps, steps // 10), weight_decay=0.0, b2=0.999)
@@ -120,24 +124,24 @@ def dpo_policies(
         beta, preferences = both
         return dpo.make_loss(policy, beta)(params, preferences, key)
 
-    each = many.together([batches(n) for n in range(len(seeds))])
+    each = many.zip_batches([batches(n) for n in range(len(seeds))])
     frozen, first = {"reference": task.start}, [{"policy": task.start}] * len(seeds)
-    return [params["policy"] for params in many.fit(loss_fn, tx, first, frozen, each, task.mesh, watch, how)]
+    return [params["policy"] for params in many.train_runs(loss_fn, tx, first, frozen, each, task.mesh, watch, how)]
 
 
-def finetuned_on_favourites(
+def finetune_on_favourites(
     task: Task,
-    rankings: Sequence[Sequence[Ranking]],
+    rankings: Sequence[Sequence[TokenizedPreference]],
     seeds: Sequence[int],
     *,
     epochs: int,
     learning_rate: float,
     batch: int,
-    watch: Watch = lambda i, found: None,
-    how: How = "vmap",
+    watch: MetricsCallback = lambda i, found: None,
+    how: RunMapping = "vmap",
 ) -> list[Params]:
     """One policy per run by next-token prediction on the favourites alone (preferred-FT, Rafailov et al. 2023)."""
-    length, _ = longest(rankings)
+    length, _ = max_lengths(rankings)
     passes = min(map(len, rankings)) // batch
     tx = optim.adamw(optim.linear_to_zero(learning_rate, epochs * passes, passes // 10), weight_decay=0.0)
 
@@ -149,5 +153,5 @@ def finetuned_on_favourites(
             arrays = pipelines.padded_examples([rows[i] for i in index], length, batch)[0]
             yield Batch(arrays["tokens"], arrays["mask"])
 
-    each = many.together([batches(n) for n in range(len(seeds))])
-    return many.fit(make_nll(task.config), tx, [task.start] * len(seeds), {}, each, task.mesh, watch, how)
+    each = many.zip_batches([batches(n) for n in range(len(seeds))])
+    return many.train_runs(make_nll(task.config), tx, [task.start] * len(seeds), {}, each, task.mesh, watch, how)

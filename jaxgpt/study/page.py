@@ -12,7 +12,7 @@ import numpy as np
 from jaxgpt.files import write_text
 from jaxgpt.rlhf.intervals import Interval, crossed_interval
 from jaxgpt.runs.report import CSS
-from jaxgpt.study.task import Seen
+from jaxgpt.study.task import Evaluation
 
 MEASURES = {"gold": "gold reward", "proxy": "reward model h", "judge": "judge, P(positive)"}
 
@@ -22,35 +22,37 @@ class Point:
     """One setting of a method: its name ("beta 0.1"), and its runs, which differ only in their seed."""
 
     name: str
-    runs: Sequence[Seen]
+    runs: Sequence[Evaluation]
 
     def __getitem__(self, measure: str) -> Interval:
         """The mean over runs and prompts, with its 95 % interval."""
         return crossed_interval(np.stack([getattr(run, measure) for run in self.runs]))
 
-    def of_runs(self, measure: str) -> np.ndarray:
+    def run_means(self, measure: str) -> np.ndarray:
         """Each run's own mean, [R]."""
         return np.array([getattr(run, measure).mean() for run in self.runs])
 
 
-Methods = Mapping[str, Sequence[Point]]
+PointsByMethod = Mapping[str, Sequence[Point]]
 
 
-def points(found: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[Point]]:
+def read_points(found: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[Point]]:
     """The points of {method: {setting: [`Seen` as JSON, one per run]}}."""
     return {
-        method: [Point(setting, [Seen.from_json(one) for one in row]) for setting, row in settings.items()]
+        method: [Point(setting, [Evaluation.from_json(one) for one in row]) for setting, row in settings.items()]
         for method, settings in found.items()
     }
 
 
-def first_answers(methods: Methods) -> dict[str, list[str]]:
+def collect_first_answers(methods: PointsByMethod) -> dict[str, list[str]]:
     """The answers of each point's first run, for `samples`; best-of-n has no texts of its own."""
     shown = {f"{name} {point.name}".strip(): point.runs[0].texts for name, row in methods.items() for point in row}
     return {name: texts for name, texts in shown.items() if texts}
 
 
-def table(methods: Methods, measures: Sequence[str] = ("kl", "gold", "proxy", "judge", "length", "ended")) -> str:
+def points_table(
+    methods: PointsByMethod, measures: Sequence[str] = ("kl", "gold", "proxy", "judge", "length", "ended")
+) -> str:
     """All points with their intervals, as HTML."""
     titles = {**MEASURES, "kl": "KL, nats", "length": "tokens", "ended": "ended"}
     rows = "".join(
@@ -73,14 +75,14 @@ def _cell(point: Point, name: str) -> str:
     return f"{one.mean:.{digits}f}{spread}"
 
 
-def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of texts, as HTML."""
     cells = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in rows)
     titles = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table>"
 
 
-def samples(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> str:
+def answers_html(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> str:
     """The same prompts answered by each policy, as HTML; every text is escaped."""
     parts = []
     for i, prompt in enumerate(prompts):
@@ -107,13 +109,16 @@ def write_page(folder: Path, title: str, said: str, parts: Sequence[tuple[str, s
     return path
 
 
-def summary(methods: Methods, measures: Sequence[str] = ("kl", "gold", "proxy", "judge", "length", "ended")) -> Any:
+def summarise_points(
+    methods: PointsByMethod, measures: Sequence[str] = ("kl", "gold", "proxy", "judge", "length", "ended")
+) -> Any:
     """All points as JSON: {method: [{"name", measure: {mean, low, high}}]}."""
     return {
         method: [
-            {"name": point.name, **{name: dataclasses.asdict(point[name]) for name in measures}} for point in points
+            {"name": point.name, **{name: dataclasses.asdict(point[name]) for name in measures}}
+            for point in read_points
         ]
-        for method, points in methods.items()
+        for method, read_points in methods.items()
     }
 
 

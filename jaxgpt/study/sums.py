@@ -15,26 +15,26 @@ from jaxgpt.study.task import Task
 CHARACTERS = "0123456789+.="
 
 
-def solved(text: str) -> bool:
+def is_correct_sum(text: str) -> bool:
     """Whether "37+85=...122" is right: any number of dots, then the sum, and nothing else."""
     question, _, answer = text.partition("=")
     a, _, b = question.partition("+")
     return answer.lstrip(".") == str(int(a) + int(b))
 
 
-def verify(texts: Sequence[str]) -> np.ndarray:
+def correctness_rewards(texts: Sequence[str]) -> np.ndarray:
     """1 for each right text, otherwise 0."""
-    return np.array([solved(text) for text in texts], float)
+    return np.array([is_correct_sum(text) for text in texts], float)
 
 
-def split(largest: int, heldout: int, seed: int) -> tuple[list[str], list[str]]:
+def split_sums(largest: int, heldout: int, seed: int) -> tuple[list[str], list[str]]:
     """All sums of two numbers up to `largest` as shuffled prompts: those to train on, and `heldout` others."""
     every = [f"{a}+{b}" for a in range(largest + 1) for b in range(largest + 1)]
     order = np.random.default_rng(seed).permutation(len(every))
     return [every[i] for i in order[heldout:]], [every[i] for i in order[:heldout]]
 
 
-def make_task(
+def make_sums_task(
     config: ModelConfig, start: Params, tok: Tokenizer, prompts: tuple[list[str], list[str]], algorithm: PPOConfig
 ) -> Task:
     """The task of a model that was trained on demonstrations; `prompts` are from `split`."""
@@ -52,8 +52,8 @@ def make_task(
         sharding.replicate(start, mesh),
         train,
         heldout,
-        verify,
-        verify,
+        correctness_rewards,
+        correctness_rewards,
         text,
         tok.template.end,
         algorithm,
@@ -61,7 +61,7 @@ def make_task(
     )
 
 
-def demonstrations(prompts: list[str], tok: Tokenizer, dots: int, batch: int, seed: int) -> Iterator[Batch]:
+def demonstration_batches(prompts: list[str], tok: Tokenizer, dots: int, batch: int, seed: int) -> Iterator[Batch]:
     """Endless batches of right answers, each after 0 to `dots` dots, to randomly drawn prompts."""
     rng = np.random.default_rng(seed)
     most = max(prompts, key=len)

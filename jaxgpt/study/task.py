@@ -18,14 +18,14 @@ from jaxgpt.models import sharding, transformer
 from jaxgpt.rlhf import reward, rollout
 from jaxgpt.rlhf.annotator import gold_scores
 from jaxgpt.rlhf.judge import fit_judge
-from jaxgpt.rlhf.policy import Policy
+from jaxgpt.rlhf.policies import Policy
 from jaxgpt.rlhf.ppo import PPOConfig, policy_of
 from jaxgpt.runs.saved_model import load_language_model, load_model
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.training.step import jit_on
 
 Ids = list[int]
-Look = Callable[[Sequence[str]], np.ndarray]
+TextMeasure = Callable[[Sequence[str]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Task:
     start: Params  # what every run starts from, and the reference of its KL
     prompts: list[Ids]  # to train on
     heldout: list[Ids]  # to measure on
-    gold: Look
-    judge: Look
+    gold: TextMeasure
+    judge: TextMeasure
     text: Callable[[np.ndarray, np.ndarray], str]
     stop: int
     algorithm: PPOConfig  # its new_tokens, temperature and unfinished_score apply to every method
@@ -61,19 +61,20 @@ class Task:
         T = tokens.shape[-1]
         return [self.text(ids, own) for ids, own in zip(tokens.reshape(-1, T), mask.reshape(-1, T), strict=True)]
 
-    def finished(self, score: np.ndarray, ended: np.ndarray) -> np.ndarray:
+    def replace_unfinished(self, score: np.ndarray, ended: np.ndarray) -> np.ndarray:
         """The scores, but `unfinished_score` (if set) where an answer never ended."""
         fixed = self.algorithm.unfinished_score
         return score if fixed is None else np.where(ended, score, fixed)
 
 
-def reviews(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig) -> Task:
+def make_reviews_task(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig) -> Task:
     """The pipeline's own task: one-line reviews whose sentiment by VADER is the gold reward; the judge is fitted on
     human labels. `model_folder`: a finetuned model."""
     start, config, tok, _ = load_language_model(model_folder)
     mesh = sharding.data_mesh()
     judge = fit_judge(
-        sources.labelled(sources.EMBEDDED, "train", cache), sources.labelled(sources.EMBEDDED, "test", cache)
+        sources.labelled_reviews(sources.EMBEDDED, "train", cache),
+        sources.labelled_reviews(sources.EMBEDDED, "test", cache),
     )
     ids = {
         split: [prompt_ids(tok, prompt.text) for prompt in sources.prompts(sources.EMBEDDED, split, cache)]
@@ -97,7 +98,7 @@ def reviews(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig)
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class Evaluation:
     """One policy's answers to the held-out prompts: each measure's value per prompt (or [N, n] for n answers each)."""
 
     texts: list[str]
@@ -115,9 +116,11 @@ class Seen:
         return {**numbers, "texts": self.texts[:texts]}
 
     @staticmethod
-    def from_json(record: dict[str, Any]) -> "Seen":
+    def from_json(record: dict[str, Any]) -> "Evaluation":
         """The inverse of `to_json`, except for the texts that it dropped."""
-        return Seen(record["texts"], **{name: np.array(x, float) for name, x in record.items() if name != "texts"})
+        return Evaluation(
+            record["texts"], **{name: np.array(x, float) for name, x in record.items() if name != "texts"}
+        )
 
 
 @functools.lru_cache(maxsize=8)
@@ -132,7 +135,9 @@ def _scores(mesh: Mesh, config: ModelConfig) -> Callable[..., Any]:
     return jit_on(mesh, lambda params, rows: reward.score(params, config, rows))
 
 
-def sample(task: Task, params: Params, ids: Sequence[Ids], key: Array, batch: int = 250) -> rollout.Sampled:
+def sample_task_answers(
+    task: Task, params: Params, ids: Sequence[Ids], key: Array, batch: int = 250
+) -> rollout.Sampled:
     """Sample one answer of a policy to each prompt."""
     found = rollout.sample_answers(
         params,
@@ -150,7 +155,7 @@ def sample(task: Task, params: Params, ids: Sequence[Ids], key: Array, batch: in
     return dataclasses.replace(found, texts=task.texts(found.rows))
 
 
-def answered(answers: rollout.Sampled) -> list[tuple[list[int], list[int]]]:
+def answer_examples(answers: rollout.Sampled) -> list[tuple[list[int], list[int]]]:
     """Each answer with its prompt, in the form that rewards and policies learn from: ids, and 1 on the answer's."""
     tokens, mask = np.asarray(answers.rows.tokens_BT), np.asarray(answers.rows.mask_BT)
     ends = [int(np.flatnonzero(row)[-1]) + 1 for row in mask]
@@ -172,16 +177,18 @@ def reward_scores(task: Task, params: Params, config: ModelConfig, rows: Batch, 
     return rollout.in_batches(lambda rows: program(params, rows), rows, count, task.mesh)
 
 
-Proxy = tuple[Params, ModelConfig]  # a reward model, which may differ in size from the policy
+RewardModel = tuple[Params, ModelConfig]  # a reward model, which may differ in size from the policy
 
 
-def seen(task: Task, params: Params, answers: rollout.Sampled, proxy: Proxy | None = None, each: int = 1) -> Seen:
+def evaluate_answers(
+    task: Task, params: Params, answers: rollout.Sampled, proxy: RewardModel | None = None, each: int = 1
+) -> Evaluation:
     """Measure a policy's answers to the held-out prompts; `each` > 1 answers per prompt get a last axis."""
     logp = log_probs(task, params, answers.rows)
     start_logp = logp if params is task.start else log_probs(task, task.start, answers.rows)
     h = np.full(len(logp), np.nan)
     if proxy is not None:
-        h = task.finished(reward_scores(task, *proxy, answers.rows), answers.ended)
+        h = task.replace_unfinished(reward_scores(task, *proxy, answers.rows), answers.ended)
     numbers = {
         "gold": task.gold(answers.texts),
         "judge": task.judge(answers.texts),
@@ -193,36 +200,41 @@ def seen(task: Task, params: Params, answers: rollout.Sampled, proxy: Proxy | No
     }
     if each > 1:
         numbers = {name: x.reshape(-1, each) for name, x in numbers.items()}
-    return Seen(answers.texts, **numbers)
+    return Evaluation(answers.texts, **numbers)
 
 
-def look(task: Task, params: Params, key: Array, proxy: Proxy | None = None, each: int = 1) -> Seen:
+def evaluate_policy(
+    task: Task, params: Params, key: Array, proxy: RewardModel | None = None, each: int = 1
+) -> Evaluation:
     """Sample answers and measure them (`seen`)."""
     ids = [row for row in task.heldout for _ in range(each)]
-    return seen(task, params, sample(task, params, ids, key), proxy, each)
+    return evaluate_answers(task, params, sample_task_answers(task, params, ids, key), proxy, each)
 
 
-def looks(
+def evaluate_policies(
     task: Task,
     policies: Sequence[Params],
     numbers: Sequence[int],
     seed: int,
-    proxy: Proxy | None = None,
+    proxy: RewardModel | None = None,
     texts: int = 6,
 ) -> list[dict[str, Any]]:
     """`look` at every policy, as JSON; policies with the same number sample with the same random key."""
     key = jax.random.key(seed)
-    found = [look(task, policy, jax.random.fold_in(key, n), proxy) for policy, n in zip(policies, numbers, strict=True)]
+    found = [
+        evaluate_policy(task, policy, jax.random.fold_in(key, n), proxy)
+        for policy, n in zip(policies, numbers, strict=True)
+    ]
     return [one.to_json(texts) for one in found]
 
 
-def learned_reward(task: Task, folder: Path) -> Proxy:
+def load_reward_model(task: Task, folder: Path) -> RewardModel:
     """The reward model of a run folder, on the task's devices."""
     params, config, _, _ = load_model(folder)
     return sharding.replicate(params, task.mesh), config
 
 
-def best_of_weights(score_N: np.ndarray, n: int) -> np.ndarray:
+def best_of_n_weights(score_N: np.ndarray, n: int) -> np.ndarray:
     """The probability that each of N answers is the best of n drawn from them without replacement, [N]: the weights
     of an unbiased estimate of best-of-n from N >= n samples (Nakano et al. 2021, appendix I). Among equal scores the
     later one wins."""
@@ -236,21 +248,24 @@ def best_of_weights(score_N: np.ndarray, n: int) -> np.ndarray:
     return (below * n / N)[rank]
 
 
-def best_of(pool: Seen, n: int) -> dict[str, np.ndarray]:
+def expected_best_of_n(pool: Evaluation, n: int) -> dict[str, np.ndarray]:
     """Each measure's expected value per prompt under best-of-n by the proxy reward, from a pool [prompts, N]; the KL is
     from `best_of_kl`."""
-    weight_PN = np.stack([best_of_weights(score_N, n) for score_N in pool.proxy])
+    weight_PN = np.stack([best_of_n_weights(score_N, n) for score_N in pool.proxy])
     names = ("gold", "judge", "proxy", "logp", "length", "ended")
-    nats_P = [best_of_kl(logp_N, score_N, n) for logp_N, score_N in zip(pool.logp, pool.proxy, strict=True)]
+    nats_P = [best_of_n_kl(logp_N, score_N, n) for logp_N, score_N in zip(pool.logp, pool.proxy, strict=True)]
     return {**{name: (weight_PN * getattr(pool, name)).sum(1) for name in names}, "kl": np.array(nats_P)}
 
 
-def best_of_powers(pool: Seen) -> dict[str, dict[str, Any]]:
+def best_of_n_sweep(pool: Evaluation) -> dict[str, dict[str, Any]]:
     """`best_of` for n = 2, 4, 8, ... up to the size of the pool."""
-    return {f"n = {2**k}": {**best_of(pool, 2**k), "texts": []} for k in range(1, pool.gold.shape[1].bit_length())}
+    return {
+        f"n = {2**k}": {**expected_best_of_n(pool, 2**k), "texts": []}
+        for k in range(1, pool.gold.shape[1].bit_length())
+    }
 
 
-def best_of_kl(logp_N: np.ndarray, score_N: np.ndarray, n: int) -> float:
+def best_of_n_kl(logp_N: np.ndarray, score_N: np.ndarray, n: int) -> float:
     """KL of best-of-n to the policy that the N answers come from, in nats, estimated from their log-probabilities.
 
     With F = P(score <= s) and p = P(score = s), best-of-n gives that score the probability F^n - (F - p)^n, divided
@@ -271,4 +286,4 @@ def best_of_kl(logp_N: np.ndarray, score_N: np.ndarray, n: int) -> float:
     log_p = np.where(count_N > 1, np.log(count_N / N), logp_N)
     share = np.clip(np.exp(log_p - log_f), 1e-300, 1 - 1e-12)
     gain = np.log(-np.expm1(n * np.log1p(-share))) - np.log(share)
-    return float(best_of_weights(score_N, n) @ ((n - 1) * log_f + gain))
+    return float(best_of_n_weights(score_N, n) @ ((n - 1) * log_f + gain))

@@ -168,7 +168,7 @@ def make_nll(config: ModelConfig) -> LossFn[Batch]:
     """The loss of pretraining and finetuning: -log P of the masked tokens, a mean over tokens."""
 
     def loss_fn(params: Params, batch: Batch, key: Array | None = None) -> tuple[Mean, Metrics]:
-        logp_BT, _ = transformer.score(params, config, batch, key=key)
+        logp_BT, _ = transformer.token_log_probs(params, config, batch, key=key)
         return losses.reduce(-logp_BT, batch.mask_BT), {}
 
     return loss_fn
@@ -188,12 +188,12 @@ def jit_step(
     `state` holds shapes with the shardings that it has before and after (see `shapes_on`); without it the state is
     whole on every device.
     """
-    everywhere = sharding.replicated(mesh)
+    everywhere = sharding.replicated_sharding(mesh)
     places = everywhere if state is None else jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
         sharding.within(mesh, make_train_step(loss_fn, tx, microbatches=microbatches, spike=spike)),
         donate_argnums=0,
-        in_shardings=(places, sharding.rows(mesh), everywhere),
+        in_shardings=(places, sharding.row_sharding(mesh), everywhere),
         out_shardings=(places, everywhere),
     )
 
@@ -230,7 +230,7 @@ def jit_on(
     """`jax.jit` of f traced for a mesh; its arguments stay where they are, its results are whole on every device."""
     return jax.jit(
         sharding.within(mesh, f),
-        out_shardings=sharding.replicated(mesh),
+        out_shardings=sharding.replicated_sharding(mesh),
         static_argnums=static_argnums,
         static_argnames=static_argnames,
         donate_argnums=donate_argnums,
@@ -252,7 +252,7 @@ def shapes_on(
 ) -> Result:
     """Shapes and dtypes of make(*args), each with its sharding by `model.PARTITION`, without making anything."""
     shapes = jax.eval_shape(make, *args)
-    return sharding.with_shardings(shapes, sharding.by_path(shapes, transformer.PARTITION, mesh))
+    return sharding.with_shardings(shapes, sharding.shardings_by_path(shapes, transformer.PARTITION, mesh))
 
 
 def evaluate(

@@ -30,8 +30,8 @@ from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import read_json
 from jaxgpt.runs.run import run_fingerprint
 from jaxgpt.web import server
-from jaxgpt.web.server import Refused, ServeConfig, field
-from jaxgpt.web.speaker import Microscope, SamplingConfig, Speaker
+from jaxgpt.web.server import RequestRefused, ServeConfig, require_field
+from jaxgpt.web.speaker import SamplingConfig, Speaker, TokenInspector
 
 with needs_extra("web"):
     from starlette.concurrency import run_in_threadpool
@@ -40,17 +40,17 @@ with needs_extra("web"):
     from starlette.routing import Route
 
 TOP_K = (0, 10, 50)  # each compiles a program of its own, so the page offers only a few
-LONGEST = 512  # maximum tokens of an answer
-WAITING = 8  # requests that may wait for one model
+MAX_ANSWER_TOKENS = 512  # maximum tokens of an answer
+MAX_QUEUED = 8  # requests that may wait for one model
 
 
 @dataclasses.dataclass
-class Seat:
+class ChatModel:
     """A model on the page."""
 
     name: str
     place: Path
-    scope: Microscope
+    scope: TokenInspector
     fingerprint: str
     turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     waiting: int = 0
@@ -69,30 +69,30 @@ class Seat:
             "width": config.width,
             "block": config.block,
             "raw": self.speaker.raw,
-            "remembers": self.speaker.remembers,
+            "remembers": self.speaker.is_multi_turn,
             "reference": self.scope.reference is not None,
             "critic": self.scope.critic is not None,
             "judge": self.scope.judge is not None,
         }
 
 
-def seats(places: Sequence[Path], reference: Path | None, judge: Path | None) -> list[Seat]:
+def load_models(places: Sequence[Path], reference: Path | None, judge: Path | None) -> list[ChatModel]:
     """Load the models. The KL of each is to `reference` if that has the same tokenizer and config; the reward model
     `judge` scores the answers of the models that share its tokenizer."""
     compared = Speaker(reference) if reference else None
-    found: list[Seat] = []
+    found: list[ChatModel] = []
     for place in places:
         speaker = compared if compared and place == reference else Speaker(place)
         alike = compared and (speaker.config, speaker.tok.fingerprint) == (compared.config, compared.tok.fingerprint)
         critic = place / "critic" if (place / "critic" / "model.json").exists() else None
-        scope = Microscope(speaker, compared.params if compared and alike else None, critic, judge)
+        scope = TokenInspector(speaker, compared.params if compared and alike else None, critic, judge)
         name = place.name if place.name not in {seat.name for seat in found} else str(place)
-        found.append(Seat(name, place, scope, run_fingerprint(place)[:16]))
+        found.append(ChatModel(name, place, scope, run_fingerprint(place)[:16]))
     return found
 
 
 def application(
-    models: Sequence[Seat], store: votes.Store, serve: ServeConfig, token: str, rollouts: Path | None = None
+    models: Sequence[ChatModel], store: votes.Store, serve: ServeConfig, token: str, rollouts: Path | None = None
 ) -> server.Guard:
     """The chat page and its calls."""
     kept = {path.stem: path for path in sorted(rollouts.glob("*.json"))} if rollouts else {}
@@ -101,37 +101,37 @@ def application(
         return {
             "models": [seat.described() for seat in models],
             "top_k": TOP_K,
-            "longest": LONGEST,
+            "longest": MAX_ANSWER_TOKENS,
             "rollouts": sorted(kept),
         }
 
     async def rollout(data: dict[str, Any]) -> Any:
-        name = field(data, "name", str)
+        name = require_field(data, "name", str)
         if name not in kept:
-            raise Refused(404, "no such rollout")
+            raise RequestRefused(404, "no such rollout")
         return await run_in_threadpool(read_json, kept[name])
 
     async def say(request: Request) -> Response:
         try:
             data = await server.read_json(request)
-            number = field(data, "model", int)
+            number = require_field(data, "model", int)
             if not 0 <= number < len(models):
-                raise Refused(404, "no such model")
+                raise RequestRefused(404, "no such model")
             seat = models[number]
             how = SamplingConfig(
-                temperature=float(field(data, "temperature", (int, float))),
-                top_p=float(field(data, "top_p", (int, float))),
-                top_k=field(data, "top_k", int),
-                new_tokens=min(field(data, "new_tokens", int), LONGEST),
+                temperature=float(require_field(data, "temperature", (int, float))),
+                top_p=float(require_field(data, "top_p", (int, float))),
+                top_k=require_field(data, "top_k", int),
+                new_tokens=min(require_field(data, "new_tokens", int), MAX_ANSWER_TOKENS),
             )
             if how.top_k not in TOP_K:
-                raise Refused(400, f"top_k must be one of {', '.join(map(str, TOP_K))}")
-            ids = prompt_of(seat.speaker, turns(data))
+                raise RequestRefused(400, f"top_k must be one of {', '.join(map(str, TOP_K))}")
+            ids = encode_conversation(seat.speaker, parse_turns(data))
             seat.speaker.room(ids, how.new_tokens)
-            if seat.waiting >= WAITING:
-                raise Refused(429, f"{seat.name} already has {WAITING} answers waiting; try again later")
-            seed = field(data, "seed", int, random.randrange(2**31)) % 2**31
-        except Refused as refusal:
+            if seat.waiting >= MAX_QUEUED:
+                raise RequestRefused(429, f"{seat.name} already has {MAX_QUEUED} answers waiting; try again later")
+            seed = require_field(data, "seed", int, random.randrange(2**31)) % 2**31
+        except RequestRefused as refusal:
             return JSONResponse({"error": str(refusal)}, refusal.status)
         except UserError as error:
             return JSONResponse({"error": str(error)}, 400)
@@ -143,7 +143,7 @@ def application(
             lines.put_nowait(line)
 
         def sample_answer() -> None:
-            for line in draw(seat, ids, how, seed, gone):
+            for line in stream_answer(seat, ids, how, seed, gone):
                 loop.call_soon_threadsafe(put, line)
             loop.call_soon_threadsafe(put, None)
 
@@ -160,35 +160,37 @@ def application(
         return StreamingResponse(stream_lines(), media_type="application/x-ndjson")
 
     def rate(data: dict[str, Any]) -> dict[str, Any]:
-        annotator = checked_text(field(data, "annotator", str), "annotator").strip()
+        annotator = checked_text(require_field(data, "annotator", str), "annotator").strip()
         answers = []
-        for one in field(data, "answers", list):
+        for one in require_field(data, "answers", list):
             if not isinstance(one, dict):
-                raise Refused(400, "answers must be objects")
-            number, how = field(one, "model", int), field(one, "how", dict)
+                raise RequestRefused(400, "answers must be objects")
+            number, how = require_field(one, "model", int), require_field(one, "how", dict)
             if not 0 <= number < len(models):
-                raise Refused(404, "no such model")
+                raise RequestRefused(404, "no such model")
             figures = {
                 name: how[name]
                 for name in ("temperature", "top_p", "top_k", "new_tokens", "seed")
                 if isinstance(how.get(name), (int, float))
             }
             origin = {"model": str(models[number].place), "checkpoint": models[number].fingerprint, **figures}
-            answers.append(votes.Answer(field(one, "text", str).strip(), field(one, "ended", bool), origin))
-        best = field(data, "best", (int, type(None)))
-        task = votes.Task(dialogue(turns(data)), tuple(answers))
+            answers.append(
+                votes.Answer(require_field(one, "text", str).strip(), require_field(one, "ended", bool), origin)
+            )
+        best = require_field(data, "best", (int, type(None)))
+        task = votes.Task(format_dialogue(parse_turns(data)), tuple(answers))
         shown = tuple(range(len(answers)))
         if best is not None and best not in shown:
-            raise Refused(400, "the best answer is not one of the answers")
+            raise RequestRefused(400, "the best answer is not one of the answers")
         tiers = (shown,) if best is None else ((best,), tuple(i for i in shown if i != best))
         kind: Any = "bad" if best is None else "favourite"
-        vote = votes.Vote(field(data, "id", str), task.id, annotator, kind, tiers, shown)
+        vote = votes.Vote(require_field(data, "id", str), task.id, annotator, kind, tiers, shown)
         store.add_task(task)
         return {"new": store.vote(vote), "votes": store.count(annotator)}
 
     def unrate(data: dict[str, Any]) -> dict[str, Any]:
-        annotator = checked_text(field(data, "annotator", str), "annotator").strip()
-        store.undo(annotator, field(data, "id", str), field(data, "vote", str))
+        annotator = checked_text(require_field(data, "annotator", str), "annotator").strip()
+        store.undo(annotator, require_field(data, "id", str), require_field(data, "vote", str))
         return {"votes": store.count(annotator)}
 
     async def rate_in_thread(data: dict[str, Any]) -> Any:
@@ -201,22 +203,24 @@ def application(
     return server.application("chat", calls, serve, token, (Route("/api/say", say, methods=["POST"]),))
 
 
-def turns(data: dict[str, Any]) -> list[tuple[str, str]]:
+def parse_turns(data: dict[str, Any]) -> list[tuple[str, str]]:
     """(prompt, answer) of each turn; the last turn has no answer yet."""
     found = []
-    for turn in field(data, "turns", list):
+    for turn in require_field(data, "turns", list):
         if not isinstance(turn, dict):
-            raise Refused(400, "turns must be objects")
-        found.append((checked_text(field(turn, "prompt", str), "a prompt"), str(field(turn, "answer", str, ""))))
+            raise RequestRefused(400, "turns must be objects")
+        found.append(
+            (checked_text(require_field(turn, "prompt", str), "a prompt"), str(require_field(turn, "answer", str, "")))
+        )
     if not found:
-        raise Refused(400, "there are no turns; send at least a prompt")
+        raise RequestRefused(400, "there are no turns; send at least a prompt")
     return found
 
 
-def prompt_of(speaker: Speaker, conversation: list[tuple[str, str]]) -> list[int]:
+def encode_conversation(speaker: Speaker, conversation: list[tuple[str, str]]) -> list[int]:
     """The conversation as ids; a model not trained on conversations sees only the last prompt."""
     ids: list[int] = []
-    if speaker.remembers:
+    if speaker.is_multi_turn:
         for prompt, answer in conversation[:-1]:
             ids = [*speaker.prompt(prompt, ids), *speaker.tok.encode(answer), speaker.stop]
             if len(ids) > speaker.config.block // 2:
@@ -224,7 +228,7 @@ def prompt_of(speaker: Speaker, conversation: list[tuple[str, str]]) -> list[int
     return speaker.prompt(conversation[-1][0], ids)
 
 
-def dialogue(conversation: list[tuple[str, str]]) -> str:
+def format_dialogue(conversation: list[tuple[str, str]]) -> str:
     """The conversation as one prompt: its text, or several turns in hh-rlhf's format (`data.formats`)."""
     if len(conversation) == 1:
         return conversation[0][0]
@@ -232,34 +236,36 @@ def dialogue(conversation: list[tuple[str, str]]) -> str:
     return re.sub(r"\n\nAssistant: $", "", words)
 
 
-def draw(seat: Seat, ids: list[int], how: SamplingConfig, seed: int, gone: threading.Event) -> Iterator[str]:
+def stream_answer(
+    seat: ChatModel, ids: list[int], how: SamplingConfig, seed: int, gone: threading.Event
+) -> Iterator[str]:
     """Sample one answer and yield its lines of JSON; stops early when the reader is gone."""
     try:
         with seat.turn:
             started = time.monotonic()
             answer: list[int] = []
-            for token, text in seat.speaker.say(ids, how, jax.random.key(seed)):
+            for token, text in seat.speaker.generate(ids, how, jax.random.key(seed)):
                 if gone.is_set():
                     return
                 answer.append(token)
                 if text:
                     yield json.dumps({"text": text}) + "\n"
             seconds = time.monotonic() - started
-            ended = len(answer) < seat.speaker.room(ids, how.new_tokens)
+            ended = len(answer) < seat.speaker.answer_budget(ids, how.new_tokens)
             if ended:
                 answer.append(seat.speaker.stop)
-            yield json.dumps({"done": report(seat, ids, answer, how, ended, seconds, seed)}) + "\n"
+            yield json.dumps({"done": answer_report(seat, ids, answer, how, ended, seconds, seed)}) + "\n"
     except Exception as error:  # shown on the page: nothing else sees this thread's errors
         traceback.print_exc()
         yield json.dumps({"error": f"this answer failed ({type(error).__name__})"}) + "\n"
 
 
-def report(
-    seat: Seat, ids: list[int], answer: list[int], how: SamplingConfig, ended: bool, seconds: float, seed: int
+def answer_report(
+    seat: ChatModel, ids: list[int], answer: list[int], how: SamplingConfig, ended: bool, seconds: float, seed: int
 ) -> dict[str, Any]:
     """Everything the page shows about an answer, token by token."""
     seen = seat.scope.look(ids, answer, how.temperature)
-    tokens = texts(seat.speaker, answer)
+    tokens = token_texts(seat.speaker, answer)
 
     def listed(x: np.ndarray | None) -> list[float] | None:
         return None if x is None else [round(float(v), 5) for v in x]
@@ -279,7 +285,7 @@ def report(
     }
 
 
-def texts(speaker: Speaker, ids: list[int]) -> list[str]:
+def token_texts(speaker: Speaker, ids: list[int]) -> list[str]:
     """One text per token, which together make up the answer: a character of several tokens belongs to the last of
     them, and one that was cut off is left out."""
     found, said = [], ""

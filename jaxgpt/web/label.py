@@ -19,7 +19,7 @@ from jaxgpt.data import votes
 from jaxgpt.data.jsonl import checked_text
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.web import server
-from jaxgpt.web.server import ServeConfig, field
+from jaxgpt.web.server import ServeConfig, require_field
 
 with needs_extra("web"):
     from starlette.concurrency import run_in_threadpool
@@ -46,12 +46,12 @@ def application(
     preparing: Callable[[], str] = lambda: "",
 ) -> server.Guard:
     """The label page and its calls. `preparing` says what is being prepared in the background, '' for nothing."""
-    progress = Statistics(store, config.overlap)
+    progress = LabelStatistics(store, config.overlap)
 
     def show(task: votes.Task | None, annotator: str) -> dict[str, Any]:
         shown = None
         if task:
-            order = shuffled(len(task.answers), f"{task.id} {annotator} {store.judged(task.id, annotator)}")
+            order = insertion_shuffle(len(task.answers), f"{task.id} {annotator} {store.judged(task.id, annotator)}")
             answers = [{"index": i, "text": task.answers[i].text, "ended": task.answers[i].ended} for i in order]
             shown = {"id": task.id, "prompt": task.prompt, "answers": answers}
         return {"task": shown, "preparing": preparing(), "stats": progress.of(annotator)}
@@ -61,41 +61,43 @@ def application(
         return show(task, annotator)
 
     def vote(data: dict[str, Any], annotator: str) -> dict[str, Any]:
-        tiers = field(data, "tiers", list)
-        shown = field(data, "shown", list)
+        tiers = require_field(data, "tiers", list)
+        shown = require_field(data, "shown", list)
         if not all(isinstance(tier, list) for tier in tiers):
-            raise server.Refused(400, "tiers must be lists of answers")
+            raise server.RequestRefused(400, "tiers must be lists of answers")
         if not all(type(i) is int for i in [*shown, *(i for tier in tiers for i in tier)]):
-            raise server.Refused(400, "answers must be given as whole numbers, their indices")
+            raise server.RequestRefused(400, "answers must be given as whole numbers, their indices")
         store.vote(
             votes.Vote(
-                id=field(data, "id", str),
-                task=field(data, "task", str),
+                id=require_field(data, "id", str),
+                task=require_field(data, "task", str),
                 annotator=annotator,
-                kind=field(data, "kind", str),
+                kind=require_field(data, "kind", str),
                 tiers=tuple(map(tuple, tiers)),
                 shown=tuple(shown),
-                seconds=field(data, "seconds", (int, float), None),
+                seconds=require_field(data, "seconds", (int, float), None),
             )
         )
         return next_task(annotator)
 
     def undo(data: dict[str, Any], annotator: str) -> dict[str, Any]:
-        task = store.undo(annotator, field(data, "id", str))
+        task = store.undo(annotator, require_field(data, "id", str))
         if task is None:
-            raise server.Refused(409, "you have no vote to take back")
+            raise server.RequestRefused(409, "you have no vote to take back")
         return show(task, annotator)
 
     def answer(data: dict[str, Any], annotator: str) -> dict[str, Any]:
-        origin = {"by": annotator, "edited": field(data, "edited", int, None)}
-        written = votes.Answer(field(data, "text", str).strip(), origin=origin)
-        return show(store.add_answer(field(data, "task", str), written, field(data, "id", str)), annotator)
+        origin = {"by": annotator, "edited": require_field(data, "edited", int, None)}
+        written = votes.Answer(require_field(data, "text", str).strip(), origin=origin)
+        return show(
+            store.add_answer(require_field(data, "task", str), written, require_field(data, "id", str)), annotator
+        )
 
     def call(function: Callable[[dict[str, Any], str], dict[str, Any]]) -> server.Call:
         async def handle(data: dict[str, Any]) -> dict[str, Any]:
-            name = checked_text(field(data, "annotator", str), "annotator", blank=True).strip()
+            name = checked_text(require_field(data, "annotator", str), "annotator", blank=True).strip()
             if not 1 <= len(name) <= 64:
-                raise server.Refused(400, "give your name: 1 to 64 characters")
+                raise server.RequestRefused(400, "give your name: 1 to 64 characters")
             return await run_in_threadpool(function, data, name)
 
         return handle
@@ -109,7 +111,7 @@ def application(
     return server.application("label", calls, serve, token)
 
 
-def shuffled(count: int, seed: str) -> list[int]:
+def insertion_shuffle(count: int, seed: str) -> list[int]:
     """A random order made by inserting each number among those before it: one more leaves the others in order."""
     rng, order = random.Random(seed), list[int]()
     for number in range(count):
@@ -117,7 +119,7 @@ def shuffled(count: int, seed: str) -> list[int]:
     return order
 
 
-class Statistics:
+class LabelStatistics:
     """Progress, speed and agreement, as the page shows them. Agreement is recomputed at most every `every` seconds,
     because it reads all votes."""
 

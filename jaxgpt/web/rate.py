@@ -20,14 +20,14 @@ import numpy as np
 from jaxgpt.data import votes
 from jaxgpt.errors import needs_extra
 from jaxgpt.web import server
-from jaxgpt.web.server import Refused, ServeConfig, field
+from jaxgpt.web.server import RequestRefused, ServeConfig, require_field
 
 with needs_extra("web"):
     from starlette.concurrency import run_in_threadpool
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
+class RatingItem:
     """An answer that waits for its rating."""
 
     id: str
@@ -35,13 +35,13 @@ class Item:
     answer: str
 
 
-class Person:
+class HumanReward:
     """reward_fn(prompts, answers) -> stars - 3, [B] float32, -2 to 2. `waited`: total seconds spent in calls."""
 
     def __init__(self, store: votes.Store, annotator: str = "person") -> None:
         self.store, self.annotator = store, annotator
         self.waited, self.calls, self.about, self.finished = 0.0, 0, "", False
-        self._items: list[Item] = []
+        self._items: list[RatingItem] = []
         self._change = threading.Condition()
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
@@ -49,7 +49,9 @@ class Person:
         started = time.monotonic()
         self.calls += 1
         items = [
-            Item(hashlib.sha256(f"{self.calls}\0{i}\0{prompt}\0{answer}".encode()).hexdigest()[:32], prompt, answer)
+            RatingItem(
+                hashlib.sha256(f"{self.calls}\0{i}\0{prompt}\0{answer}".encode()).hexdigest()[:32], prompt, answer
+            )
             for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
         with self._change:
@@ -77,20 +79,20 @@ class Person:
         with self._change:
             item = next((item for item in self._items if item.id == id_), None)
             if item is None:
-                raise Refused(409, "this answer is no longer waiting for a rating")
+                raise RequestRefused(409, "this answer is no longer waiting for a rating")
             self.store.rate(item.id, item.prompt, item.answer, self.annotator, stars, seconds)
             self._change.notify_all()
         return self.state()
 
 
-def application(person: Person, serve: ServeConfig, token: str) -> server.Guard:
+def application(person: HumanReward, serve: ServeConfig, token: str) -> server.Guard:
     """The rating page and its calls."""
 
     async def state(data: dict[str, Any]) -> Any:
         return await run_in_threadpool(person.state)
 
     async def rate(data: dict[str, Any]) -> Any:
-        id_, stars = field(data, "id", str), field(data, "stars", int)
-        return await run_in_threadpool(person.rate, id_, stars, field(data, "seconds", (int, float), None))
+        id_, stars = require_field(data, "id", str), require_field(data, "stars", int)
+        return await run_in_threadpool(person.rate, id_, stars, require_field(data, "seconds", (int, float), None))
 
     return server.application("rate", {"state": state, "rate": rate}, serve, token)

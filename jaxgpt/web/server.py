@@ -40,9 +40,9 @@ with needs_extra("web"):
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-BODY = 64 * 1024  # maximum bytes of a request
-PATIENCE = 10.0  # seconds for a request's body; twice that for a connection's first request
-RATE, BURST = 100.0, 300.0  # calls per second from one address, and how many at once
+MAX_BODY_BYTES = 64 * 1024  # maximum bytes of a request
+BODY_TIMEOUT = 10.0  # seconds for a request's body; twice that for a connection's first request
+CALLS_PER_SECOND, BURST = 100.0, 300.0  # calls per second from one address, and how many at once
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -72,12 +72,12 @@ class ServeConfig:
         if not 0 <= self.port < 65536:
             raise UserError(f"serve.port is {self.port}; it must be 0 to 65535")
 
-    def secret(self) -> str:
+    def required_token(self) -> str:
         """The token that calls must carry, or '' for none."""
         return self.token or ("" if self.host in LOCAL else secrets.token_urlsafe(24))
 
 
-class Refused(Exception):  # noqa: N818  a response, not an error of ours
+class RequestRefused(Exception):  # noqa: N818  a response, not an error of ours
     """A request that is answered with a status and a message instead of a result."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -118,8 +118,8 @@ class Guard:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._check(scope)
-            body = await asyncio.wait_for(_read(receive), PATIENCE)
-        except Refused as refusal:
+            body = await asyncio.wait_for(_read(receive), BODY_TIMEOUT)
+        except RequestRefused as refusal:
             response = JSONResponse({"error": str(refusal)}, refusal.status)
             await response(scope, receive, _with_headers(send))
             return
@@ -140,31 +140,31 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if not self._allow(scope["client"][0] if scope.get("client") else ""):
-            raise Refused(429, "too many calls; wait a second")
+            raise RequestRefused(429, "too many calls; wait a second")
         if not scope["path"].startswith("/api/"):
             if scope["method"] not in ("GET", "HEAD"):
-                raise Refused(405, "only GET is allowed here")
+                raise RequestRefused(405, "only GET is allowed here")
             return
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            raise Refused(403, "calls must come from this page")
+            raise RequestRefused(403, "calls must come from this page")
         if scope["method"] != "GET":
             origin = headers.get("origin", "")
             if urlsplit(origin).netloc != headers.get("host") or urlsplit(origin).scheme not in ("http", "https"):
-                raise Refused(403, "calls must come from this page")
+                raise RequestRefused(403, "calls must come from this page")
             if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                raise Refused(415, "send application/json")
+                raise RequestRefused(415, "send application/json")
         given = headers.get("authorization", "").removeprefix("Bearer ")
         if self.token and not hmac.compare_digest(given.encode(), self.token.encode()):
-            raise Refused(401, "open the page at the full address that was printed, token included")
+            raise RequestRefused(401, "open the page at the full address that was printed, token included")
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > BODY:
-            raise Refused(413, f"a request may have at most {BODY // 1024} KiB")
+        if not length.isdecimal() or int(length[:20]) > MAX_BODY_BYTES:
+            raise RequestRefused(413, f"a request may have at most {MAX_BODY_BYTES // 1024} KiB")
 
     def _allow(self, address: str) -> bool:
         """Whether this address may make another call: a token bucket of BURST, refilled at RATE."""
         now = time.monotonic()
         left, when = self._calls.get(address, (BURST, now))
-        left = min(BURST, left + (now - when) * RATE)
+        left = min(BURST, left + (now - when) * CALLS_PER_SECOND)
         if len(self._calls) > 10_000:
             self._calls.clear()
         self._calls[address] = (max(left - 1, 0.0), now)
@@ -176,11 +176,11 @@ async def _read(receive: Receive) -> bytes:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Refused(400, "the client disconnected")
+            raise RequestRefused(400, "the client disconnected")
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > BODY:
-            raise Refused(413, f"a request may have at most {BODY // 1024} KiB")
+        if size > MAX_BODY_BYTES:
+            raise RequestRefused(413, f"a request may have at most {MAX_BODY_BYTES // 1024} KiB")
         if not message.get("more_body"):
             return b"".join(parts)
 
@@ -215,7 +215,7 @@ def application(
     names = {config.host, *config.names}
     names |= {*LOCAL} if config.host in (*LOCAL, "0.0.0.0", "::") else set()
     if config.host in ("0.0.0.0", "::"):
-        names |= {socket.gethostname().lower(), address_outside()}
+        names |= {socket.gethostname().lower(), network_address()}
     return Guard(Starlette(routes=routes), frozenset(name.lower() for name in names), token)
 
 
@@ -235,9 +235,9 @@ async def read_json(request: Request) -> dict[str, Any]:
     try:
         data = json.loads(await request.body(), parse_constant=no)
     except (ValueError, RecursionError):
-        raise Refused(400, "the request isn't JSON") from None
+        raise RequestRefused(400, "the request isn't JSON") from None
     if not isinstance(data, dict):
-        raise Refused(400, "send a JSON object")
+        raise RequestRefused(400, "send a JSON object")
     return data
 
 
@@ -245,7 +245,7 @@ def _handle_call(function: Call) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         try:
             return JSONResponse(await function(await read_json(request)))
-        except Refused as refusal:
+        except RequestRefused as refusal:
             return JSONResponse({"error": str(refusal)}, refusal.status)
         except UserError as error:
             return JSONResponse({"error": str(error)}, 400)
@@ -253,15 +253,15 @@ def _handle_call(function: Call) -> Callable[[Request], Awaitable[Response]]:
     return answer
 
 
-def field(data: Mapping[str, Any], name: str, kind: Any, default: Any = ...) -> Any:
+def require_field(data: Mapping[str, Any], name: str, kind: Any, default: Any = ...) -> Any:
     """data[name], or Refused if it lacks this type (a bool is not a number) or is missing without a default."""
     value = data.get(name, default)
     if value is ...:
-        raise Refused(400, f"field {name!r} is missing")
+        raise RequestRefused(400, f"field {name!r} is missing")
     if value is default and name not in data:
         return value
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise Refused(400, f"field {name!r} has the wrong type")
+        raise RequestRefused(400, f"field {name!r} has the wrong type")
     return value
 
 
@@ -273,7 +273,7 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(2 * PATIENCE, self._close_if_silent)
+        self.loop.call_later(2 * BODY_TIMEOUT, self._close_if_silent)
 
     def _close_if_silent(self) -> None:
         silent: Any = self.cycle is None
@@ -297,7 +297,7 @@ class Server:
                 f"can't serve on {config.host}:{config.port} ({error.strerror}); choose another --serve.port, or 0"
             ) from error
         self.port = self._socket.getsockname()[1]
-        host = config.host if config.host not in ("0.0.0.0", "::") else address_outside()
+        host = config.host if config.host not in ("0.0.0.0", "::") else network_address()
         host = f"[{host}]" if ":" in host else host
         self.address = f"http://{host}:{self.port}/" + (f"#token={token}" if token else "")
         settings = uvicorn.Config(  # not in `run`: its thread must not add loggers while another iterates over them
@@ -325,7 +325,7 @@ class Server:
         self._server.should_exit = True
 
 
-def address_outside() -> str:
+def network_address() -> str:
     """The address of this machine as others on its network see it. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -28,7 +28,7 @@ from jaxgpt.rlhf import reward, rollout
 from jaxgpt.runs.saved_model import load_language_model, load_model
 from jaxgpt.structs import Array, Batch, Params
 
-SHORTEST = 32  # prompts are padded to this or the next power of two: few shapes, so few compilations
+MIN_PROMPT_WIDTH = 32  # prompts are padded to this or the next power of two: few shapes, so few compilations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SamplingConfig:
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; give how many tokens to sample from, or 0 for all")
 
-    def functions(self) -> tuple[decoding.Sampler, sampling.Filter]:
+    def sampler_and_filter(self) -> tuple[decoding.Sampler, sampling.Filter]:
         """The sampler and filter for `decoding.stream`. A new top-k compiles again; a new temperature or top-p
         doesn't."""
         if self.temperature == 0:
@@ -71,7 +71,7 @@ def _make_filter(top_k: int) -> Callable[..., Array]:
     return shape
 
 
-class Piece(NamedTuple):
+class StreamedToken(NamedTuple):
     """One token as it is sampled, and the text that it completes: '' while a character is incomplete."""
 
     token: int
@@ -86,10 +86,10 @@ class Speaker:
         self.place, self.config, self.tok, self.params = place, loaded.config, loaded.tokenizer, loaded.params
         self.raw = raw or bool(loaded.extra.get("raw", False))
         prepared = jax.jit(decoding.prepare, static_argnums=1)(loaded.params, loaded.config)
-        self._weights = jax.jit(decoding.int8)(prepared) if int8 else prepared
+        self._weights = jax.jit(decoding.quantise_int8)(prepared) if int8 else prepared
 
     @property
-    def remembers(self) -> bool:
+    def is_multi_turn(self) -> bool:
         """Whether it was trained on conversations of several turns."""
         return bool(self.tok.template.turn) and not self.raw
 
@@ -104,7 +104,7 @@ class Speaker:
             return [self.tok.template.separator, *self.tok.encode(text)]
         return prompt_ids(self.tok, text, history)
 
-    def room(self, ids: Sequence[int], new_tokens: int) -> int:
+    def answer_budget(self, ids: Sequence[int], new_tokens: int) -> int:
         """How many tokens may follow. UserError if the prompt is too long for the model."""
         room = min(new_tokens, self.config.block // 2)
         if len(ids) + room > self.config.block:
@@ -113,12 +113,12 @@ class Speaker:
             )
         return room
 
-    def say(self, ids: Sequence[int], how: SamplingConfig, key: Array) -> Iterator[Piece]:
+    def generate(self, ids: Sequence[int], how: SamplingConfig, key: Array) -> Iterator[StreamedToken]:
         """Sample an answer, yielding its tokens as they come."""
-        room = self.room(ids, how.new_tokens)
-        width = min(max(SHORTEST, 1 << (len(ids) - 1).bit_length()), self.config.block - room)
+        room = self.answer_budget(ids, how.new_tokens)
+        width = min(max(MIN_PROMPT_WIDTH, 1 << (len(ids) - 1).bit_length()), self.config.block - room)
         tokens, length = rollout.pad_prompts([ids], width)
-        sample, filter_logits = how.functions()
+        sample, filter_logits = how.sampler_and_filter()
         stream = decoding.stream(
             self._weights,
             self.config,
@@ -137,10 +137,10 @@ class Speaker:
             whole = self.tok.decode(seen)
             more = "" if whole.endswith("\ufffd") else whole[len(said) :]
             said += more
-            yield Piece(token, more)
+            yield StreamedToken(token, more)
 
 
-class Seen(NamedTuple):
+class TokenFigures(NamedTuple):
     """Measures of an answer's tokens, [A] each; None where there is no reference, critic or reward model."""
 
     logp: np.ndarray  # of the token, under the model at the sampling temperature (before top-k and top-p)
@@ -151,7 +151,7 @@ class Seen(NamedTuple):
     score: float | None  # the reward model's, of the whole answer
 
 
-class Microscope:
+class TokenInspector:
     """A speaker and what it is compared with. A reward model with another tokenizer is left out."""
 
     def __init__(
@@ -165,15 +165,15 @@ class Microscope:
             if loaded.tokenizer.fingerprint == speaker.tok.fingerprint:
                 self.judge = loaded.params, loaded.config
 
-    def look(self, ids: Sequence[int], answer: Sequence[int], temperature: float = 1.0) -> Seen:
+    def look(self, ids: Sequence[int], answer: Sequence[int], temperature: float = 1.0) -> TokenFigures:
         """Measure an answer. `ids`: the prompt; `answer`: its tokens, including the end token if it was sampled."""
         config = self.speaker.config
         length = len(ids) + len(answer)
-        width = min(max(2 * SHORTEST, 1 << (length - 1).bit_length()), config.block)
+        width = min(max(2 * MIN_PROMPT_WIDTH, 1 << (length - 1).bit_length()), config.block)
         tokens, _ = rollout.pad_prompts([[*ids, *answer]], width)
         mask = (np.arange(width) >= len(ids)) & (np.arange(width) < length)
         rows = Batch(jnp.asarray(tokens), jnp.asarray(mask[None]))
-        window = min(max(SHORTEST, 1 << (len(answer) - 1).bit_length()), width)
+        window = min(max(MIN_PROMPT_WIDTH, 1 << (len(answer) - 1).bit_length()), width)
         found = _look(
             self.speaker.params, self.reference, self.critic, config, rows, window, jnp.float32(temperature or 1.0)
         )
@@ -181,7 +181,7 @@ class Microscope:
         logp, entropy, *rest = (None if x is None else np.asarray(x)[0][mask] for x in found)
         assert logp is not None and entropy is not None
         ref_logp, kl, value = rest
-        return Seen(logp, entropy, ref_logp, kl, value, score)
+        return TokenFigures(logp, entropy, ref_logp, kl, value, score)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 5))
@@ -195,7 +195,7 @@ def _look(
     temperature: Array,
 ) -> tuple[Array | None, ...]:
     """(logp, entropy, ref_logp, kl, value), each [B, T] and 0 outside the answer, or None."""
-    before = transformer.window_before(rows.mask_BT, window)
+    before = transformer.target_window(rows.mask_BT, window)
     targets_BW1 = before.targets(rows.tokens_BT)[..., None]
 
     def log_probs(params: Params) -> tuple[Array, Array]:

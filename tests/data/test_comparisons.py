@@ -8,7 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.data import jsonl
-from jaxgpt.data.comparisons import Preference, fit_rankings, rank_ids, read_preferences, write_preferences
+from jaxgpt.data.comparisons import (
+    Preference,
+    fit_preferences,
+    read_preferences,
+    tokenize_preferences,
+    write_preferences,
+)
 from jaxgpt.data.tokenizer import ANSWER_END, parse, train_char
 from jaxgpt.errors import UserError
 
@@ -124,7 +130,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
 def test_rankings_in_ids() -> None:
     tok = train_char(["abcdefgh "])
     preference = Preference("ab", ("cd", "", "cdefgh"), 1, (True, True, False))
-    (ranking,) = rank_ids(tok, [preference])
+    (ranking,) = tokenize_preferences(tok, [preference])
     parsed = [parse(tok, ids) for ids, _ in ranking.rows]
     assert [(p.prompt, p.answer, p.ended) for p in parsed] == [
         ("ab", "cd", True),
@@ -134,9 +140,9 @@ def test_rankings_in_ids() -> None:
     assert ranking.choice == 1
     assert [sum(roles) for _, roles in ranking.rows] == [3, 1, 6]
     assert [ids[-1] == ANSWER_END for ids, _ in ranking.rows] == [True, True, False]
-    short = rank_ids(tok, [Preference("ab", ("c", "d"), 0)])
+    short = tokenize_preferences(tok, [Preference("ab", ("c", "d"), 0)])
     longest = max(len(ids) for ids, _ in ranking.rows)
-    assert fit_rankings([ranking, *short], longest) == ([ranking, *short], 0)
-    assert fit_rankings([ranking, *short], longest - 1) == (short, 1)
+    assert fit_preferences([ranking, *short], longest) == ([ranking, *short], 0)
+    assert fit_preferences([ranking, *short], longest - 1) == (short, 1)
     with pytest.raises(UserError, match="none of 1 preferences fits 3"):
-        fit_rankings([ranking], 3)
+        fit_preferences([ranking], 3)

@@ -16,7 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jaxgpt.data import builders, openings, pipelines, sources
-from jaxgpt.data.comparisons import Preference, Ranking, rank_ids
+from jaxgpt.data.comparisons import Preference, TokenizedPreference, tokenize_preferences
 from jaxgpt.data.tokenizer import ANSWER, BOS, Tokenizer, example_ids, parse, train_bpe, train_char
 from jaxgpt.errors import UserError
 
@@ -191,16 +191,16 @@ def test_held_out_prompts_start_no_earlier_review(cache: Path, splits: dict[str,
 
 
 def test_labels_belong_to_their_texts(cache: Path, splits: dict[str, tuple[list[str], list[int]]]) -> None:
-    texts, labels = sources.labelled(REVIEWS, "train", cache)
+    texts, labels = sources.labelled_reviews(REVIEWS, "train", cache)
     assert (texts, labels) == splits["rt_train"]
     by_text = dict(zip(texts, labels, strict=True))
     assert by_text["interminably bleak , to say nothing of boring ."] == 0
-    both, both_labels = sources.labelled(REVIEWS, "test", cache, ("rt", "imdb"))
+    both, both_labels = sources.labelled_reviews(REVIEWS, "test", cache, ("rt", "imdb"))
     assert len(both) == len(both_labels) == len(splits["rt_test"][0]) + len(splits["imdb_test"][0])
     with pytest.raises(UserError, match="human labels"):
-        sources.labelled("tfds:imdb_reviews", "train", cache)
+        sources.labelled_reviews("tfds:imdb_reviews", "train", cache)
     with pytest.raises(UserError, match="no split 'valid'"):
-        sources.labelled(REVIEWS, "valid", cache, ("imdb",))
+        sources.labelled_reviews(REVIEWS, "valid", cache, ("imdb",))
 
 
 # --- other sources
@@ -459,14 +459,14 @@ def test_fit_rows_counts_what_it_drops(tok: Tokenizer) -> None:
 # --- preferences
 
 
-def _rankings(tok: Tokenizer, count: int = 20) -> list[Ranking]:
+def _rankings(tok: Tokenizer, count: int = 20) -> list[TokenizedPreference]:
     answers = ["a film", "the plot of it all", "sings", ""]
-    return rank_ids(tok, [Preference(f"{i}", tuple(answers[: 2 + i % 3]), i % 2) for i in range(count)])
+    return tokenize_preferences(tok, [Preference(f"{i}", tuple(answers[: 2 + i % 3]), i % 2) for i in range(count)])
 
 
 def test_preference_batches_hold_every_candidate(tok: Tokenizer) -> None:
     rankings = _rankings(tok)
-    rankings += rank_ids(tok, [Preference("20", ("a film", "sings"), 1, (True, False))])
+    rankings += tokenize_preferences(tok, [Preference("20", ("a film", "sings"), 1, (True, False))])
     batches = list(pipelines.preference_batches(rankings, 48, 4, seed=0, epochs=3))
     assert len(batches) == 21 * 3 // 4
     seen: Counter[int] = Counter()

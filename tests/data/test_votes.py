@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jaxgpt import losses
 from jaxgpt.data import formats, votes
 from jaxgpt.data.comparisons import from_tiers, write_preferences
-from jaxgpt.data.formats import Judged
+from jaxgpt.data.formats import Verdict
 from jaxgpt.data.tokenizer import train_char
 from jaxgpt.data.votes import Answer, Store, Task, Vote
 from jaxgpt.errors import UserError
@@ -83,7 +83,7 @@ def test_every_task_goes_to_one_annotator_and_the_shared_ones_to_all(store):
             if found:
                 seen[who].append(found[0].id)
                 store.vote(vote_of(found[0], annotator=who))
-    shared = {task.id for task in store.tasks().values() if votes.share(task.id) < 0.5}
+    shared = {task.id for task in store.tasks().values() if votes.hash_fraction(task.id) < 0.5}
     assert 0 < len(shared) < 20
     assert set(seen["ada"]) & set(seen["bob"]) == shared
     assert set(seen["ada"]) | set(seen["bob"]) == set(store.tasks())
@@ -368,7 +368,7 @@ verdicts = st.sampled_from([("favourite", ((0,), (1,))), ("favourite", ((1,), (0
 arena = st.one_of(verdicts, st.sampled_from([("tie", ((0, 1),)), ("bad", ((0, 1),))]))
 
 
-def back(tmp_path: Path, judged: list[Judged], format_: str, suffix: str) -> list[tuple]:
+def back(tmp_path: Path, judged: list[Verdict], format_: str, suffix: str) -> list[tuple]:
     path = tmp_path / f"{format_}{suffix}"
     formats.write(path, judged, format_)
     found, differ = formats.read(path)
@@ -387,7 +387,7 @@ def test_pairs_come_back_as_they_went(tmp_path_factory, format_, suffix):
     def check(prompt: str, first: str, second: str, verdict: tuple) -> None:
         if format_ == "trl-implicit" and first[0] == second[0]:
             second = ("a" if first[0] != "a" else "b") + second  # a common prefix would join the prompt
-        one = Judged(prompt, (first, second), *verdict)
+        one = Verdict(prompt, (first, second), *verdict)
         (found,) = back(tmp_path_factory.getbasetemp(), [one], format_, suffix)
         kind, tiers = verdict
         if format_ == "arena":
@@ -399,14 +399,14 @@ def test_pairs_come_back_as_they_went(tmp_path_factory, format_, suffix):
 
 
 def test_four_answers_come_back_from_zieglers_format_and_are_three_pairs_elsewhere(tmp_path):
-    one = Judged("p", ("a", "b", "c", "d"), "favourite", ((2,), (0, 1, 3)))
+    one = Verdict("p", ("a", "b", "c", "d"), "favourite", ((2,), (0, 1, 3)))
     ranked = dataclasses.replace(one, kind="ranking", tiers=((2,), (0,), (3,), (1,)))
     assert back(tmp_path, [one], "lm-human-preferences", ".json") == [("p", one.answers, "favourite", one.tiers)]
     assert back(tmp_path, [one], "jaxgpt", ".jsonl") == [("p", one.answers, "favourite", one.tiers)]
     pairs = [answers for _, answers, _, _ in back(tmp_path, [one], "trl", ".jsonl")]
     assert pairs == [("c", "a"), ("c", "b"), ("c", "d")]
     assert len(back(tmp_path, [ranked], "trl", ".jsonl")) == 6
-    tie = Judged("p", ("a", "b", "c"), "tie", ((0, 1, 2),))
+    tie = Verdict("p", ("a", "b", "c"), "tie", ((0, 1, 2),))
     assert formats.write(tmp_path / "x.jsonl", [one, tie], "hh-rlhf") == (3, 1)
     assert formats.write(tmp_path / "y.json", [tie, one], "arena") == (0, 2)
 
@@ -482,19 +482,19 @@ def test_what_is_wrong_with_a_row_is_said_with_its_place(tmp_path, row, says):
 def test_what_goes_out_is_each_first_vote_in_the_order_of_the_candidates(store):
     store.vote(vote_of(task_of(0), best=2, shown=(2, 0, 1)))
     store.vote(vote_of(task_of(0), best=1, id_="again"))
-    (one,) = formats.judged_of(store)
+    (one,) = formats.verdicts_in(store)
     assert one.answers == ("answer 0.0", "answer 0.1", "answer 0.2") and one.tiers == ((2,), (0, 1))
 
 
 def test_verdicts_go_into_a_database_and_out_again_and_twice_is_once(tmp_path):
     judged = [
-        Judged("p", ("a", "b", "c", "d"), "favourite", ((2,), (0, 1, 3))),
-        Judged("q", ("a", "b"), "tie", ((0, 1),), ("x", "y")),
-        Judged("p", ("a", "b", "c", "d"), "ranking", ((2,), (0,), (1,), (3,)), meta={"annotator": "bob"}),
+        Verdict("p", ("a", "b", "c", "d"), "favourite", ((2,), (0, 1, 3))),
+        Verdict("q", ("a", "b"), "tie", ((0, 1),), ("x", "y")),
+        Verdict("p", ("a", "b", "c", "d"), "ranking", ((2,), (0,), (1,), (3,)), meta={"annotator": "bob"}),
     ]
     store = Store(tmp_path / "v.sqlite")
-    assert formats.into_store(store, judged, "ada") == 3 and formats.into_store(store, judged, "ada") == 0
-    found = formats.judged_of(store)
+    assert formats.import_verdicts(store, judged, "ada") == 3 and formats.import_verdicts(store, judged, "ada") == 0
+    found = formats.verdicts_in(store)
     assert [(one.prompt, one.answers, one.kind, one.tiers, one.meta["annotator"]) for one in found] == [
         (one.prompt, one.answers, one.kind, one.tiers, one.meta.get("annotator", "ada")) for one in judged
     ]
@@ -522,9 +522,9 @@ def test_our_own_rows_bring_back_who_said_it_and_which_answers_were_cut_off(tmp_
     store.add_task(task)
     for who in ("ada", "bob"):
         store.vote(vote_of(task, best=1, annotator=who))
-    formats.write(tmp_path / "out.jsonl", formats.judged_of(store), "jaxgpt")
+    formats.write(tmp_path / "out.jsonl", formats.verdicts_in(store), "jaxgpt")
     again, (found, _) = Store(tmp_path / "again.sqlite"), formats.read(tmp_path / "out.jsonl")
-    assert formats.into_store(again, found, "imported") == 2
+    assert formats.import_verdicts(again, found, "imported") == 2
     assert [vote.annotator for vote in again.votes()] == ["ada", "bob"] and votes.agreement(again.votes()).pairs == 1
     assert [one.ended for one in votes.read(again.path)] == [(True, False, True)] * 2
 
@@ -532,7 +532,7 @@ def test_our_own_rows_bring_back_who_said_it_and_which_answers_were_cut_off(tmp_
 def test_a_reward_model_s_input_may_be_any_of_them(tmp_path):
     rows = from_tiers("p", ["a", "b", "c"], ((1,), (0, 2)))
     write_preferences(tmp_path / "ours.jsonl", rows)
-    formats.write(tmp_path / "trl.jsonl", [Judged("p", ("a", "b"), "favourite", ((1,), (0,)))], "trl")
+    formats.write(tmp_path / "trl.jsonl", [Verdict("p", ("a", "b"), "favourite", ((1,), (0,)))], "trl")
     assert formats.load(tmp_path / "ours.jsonl")[0].answers == ("a", "b", "c")
     assert formats.load(tmp_path / "trl.jsonl")[0].answers == ("b", "a")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "answers": ["a"], "choice": 0}\n')

@@ -84,8 +84,8 @@ answer = jax.jit(answers_of, static_argnums=1, static_argnames=("new_tokens", "p
 @functools.partial(jax.jit, static_argnums=1)
 def read_back(params, config, prompts, lengths, answers, temperature):
     """The joined rows, the sampler's log-probs, and the log-probs, logits and hidden states of a full forward pass."""
-    rows, sampler_logp = decoding.join(prompts, lengths, answers)
-    logp, h = transformer.score(params, config, rows, temperature=temperature)
+    rows, sampler_logp = decoding.join_prompt_and_answer(prompts, lengths, answers)
+    logp, h = transformer.token_log_probs(params, config, rows, temperature=temperature)
     return rows, sampler_logp, logp, transformer.unembed(params, h), h
 
 
@@ -383,7 +383,7 @@ def test_temporary_memory_does_not_grow_with_the_steps():
 @functools.partial(jax.jit, static_argnums=1)
 def prepared(params, config):
     whole = decoding.prepare(params, config)
-    return whole, decoding.int8(whole)
+    return whole, decoding.quantise_int8(whole)
 
 
 @functools.partial(jax.jit, static_argnums=1)

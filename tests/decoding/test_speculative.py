@@ -71,7 +71,7 @@ def rows(pad_with: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def answer(
     draft: speculative.Draft, b: int = 0, stop: tuple[int, int] = NEVER, pad_with: int = 17, **settings
-) -> speculative.Speculated:
+) -> speculative.SpeculativeAnswer:
     prompts, lengths = rows(pad_with)
     return jax.device_get(
         speculate(
@@ -150,8 +150,8 @@ def test_a_perfect_draft_is_always_accepted(k):
 
 @jax.jit
 def cool_logp(params, prompts, lengths, answers):
-    batch, ours = decoding.join(prompts, lengths, answers)
-    _, h = transformer.score(params, ONE, batch)
+    batch, ours = decoding.join_prompt_and_answer(prompts, lengths, answers)
+    _, h = transformer.token_log_probs(params, ONE, batch)
     logp_V = jax.nn.log_softmax(cool(transformer.unembed(params, h)))
     return batch.mask_BT, ours, jnp.take_along_axis(logp_V[:, :-1], batch.tokens_BT[:, 1:, None], axis=2)[..., 0]
 
@@ -304,7 +304,7 @@ def test_acceptance_and_residual_add_up_to_p():
     """q(x) a(x) + P(rejected) r(x) = p(x), in float64: the theorem of both papers."""
     p, q = distributions()
     with jax.enable_x64(True):
-        both = jax.jit(lambda p, q: (speculative.acceptance(p, q), speculative.residual(p, q)))
+        both = jax.jit(lambda p, q: (speculative.acceptance_probability(p, q), speculative.residual_distribution(p, q)))
         a, r = map(np.asarray, both(p, q))
     assert a.dtype == r.dtype == np.float64
     np.testing.assert_allclose(q * a + (1 - (q * a).sum(axis=1, keepdims=True)) * r, p, atol=1e-15)
@@ -346,7 +346,7 @@ def test_the_kernel_draws_from_p(deterministic):
 
 @functools.partial(jax.jit, static_argnums=1)
 def extend(params, config, cache, tokens, start):
-    return speculative.extend(params, config, cache, tokens, start)
+    return speculative.feed_sequence(params, config, cache, tokens, start)
 
 
 def test_extend_equals_the_full_forward():
@@ -391,7 +391,7 @@ def shapes_of(config: ModelConfig):
     return jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
 
 
-def run_with(prompts: int = 1, new_tokens: int = 5, draft=None, draft_config=None) -> speculative.Speculated:
+def run_with(prompts: int = 1, new_tokens: int = 5, draft=None, draft_config=None) -> speculative.SpeculativeAnswer:
     draft = speculative.model_draft(shapes_of(draft_config), draft_config, 2) if draft_config else draft
     run = functools.partial(speculative.generate, config=ONE, new_tokens=new_tokens, stop=5)
     return jax.eval_shape(

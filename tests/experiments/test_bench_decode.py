@@ -29,7 +29,9 @@ def flat_weights(config=SMALL, seed=0):
 
 def figures(**changes):
     """A decoder's figures as `measure` gives them."""
-    found = bench_decode.figures([2.0, 1.0, 4.0], [0.5, 0.25, 0.75], 9.0, Case("toy", "float32", 3, 4, 16), 600.0)
+    found = bench_decode.summarise_times(
+        [2.0, 1.0, 4.0], [0.5, 0.25, 0.75], 9.0, Case("toy", "float32", 3, 4, 16), 600.0
+    )
     return (
         found | {"fraction_of_roof": 0.5, "agreeing_tokens": 16, "peak_bytes": {"process": 7, "device": None}} | changes
     )
@@ -88,14 +90,14 @@ def test_figures_by_hand():
 
 
 def test_noise_gives_no_negative_time():
-    found = bench_decode.figures([1.0], [3.0], 1.5, Case("toy", "float32", 1, 4, 5), 8.0)
+    found = bench_decode.summarise_times([1.0], [3.0], 1.5, Case("toy", "float32", 1, 4, 5), 8.0)
     assert found["step_seconds"] == 0.25 and found["compile_seconds"] == 0
 
 
 def test_agreement_counts_to_the_first_difference_in_any_row():
-    assert bench_decode.agreeing([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]]) == 3
-    assert bench_decode.agreeing([[1, 2, 3], [4, 5, 6]], [[1, 2, 9], [4, 9, 6]]) == 1
-    assert bench_decode.agreeing([[1, 2, 3], [4, 5, 6]], [[9, 2, 3], [4, 5, 6]]) == 0
+    assert bench_decode.count_agreeing_tokens([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]]) == 3
+    assert bench_decode.count_agreeing_tokens([[1, 2, 3], [4, 5, 6]], [[1, 2, 9], [4, 9, 6]]) == 1
+    assert bench_decode.count_agreeing_tokens([[1, 2, 3], [4, 5, 6]], [[9, 2, 3], [4, 5, 6]]) == 0
 
 
 # ---- output ----
@@ -103,17 +105,17 @@ def test_agreement_counts_to_the_first_difference_in_any_row():
 
 def test_other_tokens_are_called_out_in_float32_and_failures_always():
     other = {OURS: figures(), "compiled": figures(agreeing_tokens=15)}
-    (line,) = bench_decode.complaints(result(decoders=other))
+    (line,) = bench_decode.warning_lines(result(decoders=other))
     assert line.startswith("NOT COMPARABLE: HF static + compile") and line.endswith("first 15")
     assert line in bench_decode.table([result(decoders=other)], 1e9)
-    assert bench_decode.complaints(result(decoders=other, dtype="bfloat16")) == []
-    assert bench_decode.complaints(result()) == []
+    assert bench_decode.warning_lines(result(decoders=other, dtype="bfloat16")) == []
+    assert bench_decode.warning_lines(result()) == []
     long = {OURS: figures(agreeing_tokens=200), "dynamic": figures(agreeing_tokens=20)}
-    assert bench_decode.complaints(result(decoders=long, new_tokens=200)) == []
-    (line,) = bench_decode.complaints(result(others_share=0.31))
+    assert bench_decode.warning_lines(result(decoders=long, new_tokens=200)) == []
+    (line,) = bench_decode.warning_lines(result(others_share=0.31))
     assert line == "DISTURBED: other programs used 31% of the machine meanwhile"
     failed = result(failed={"dynamic": "ImportError: no torch"})
-    assert bench_decode.complaints(failed) == ["HF dynamic cache left out: ImportError: no torch"]
+    assert bench_decode.warning_lines(failed) == ["HF dynamic cache left out: ImportError: no torch"]
 
 
 def test_the_table_fits_120_columns():
@@ -144,11 +146,11 @@ def test_a_figure_with_a_decoder_missing_at_one_point(tmp_path):
 def test_weights_have_the_models_shapes_and_all_matter():
     flat = flat_weights()
     shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), SMALL))
-    params = harness.nested(flat)
+    params = harness.unflatten_names(flat)
     assert jax.tree.structure(params) == jax.tree.structure(shapes)
     jax.tree.map(lambda w, shape: np.testing.assert_array_equal(w.shape, shape.shape), params, shapes)
     assert all(w.dtype == np.float32 and w.std() > 0.02 for w in flat.values())
-    logits = np.asarray(hidden(params, SMALL, np.arange(20)[None])) @ transformer.head_table(params).T
+    logits = np.asarray(hidden(params, SMALL, np.arange(20)[None])) @ transformer.head_weights(params).T
     assert 2 < logits.std() < 5
 
 
@@ -160,7 +162,7 @@ def test_hugging_face_computes_the_same_logits():
     tokens = np.random.default_rng(1).integers(0, SMALL.vocab, (3, 20))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-    params = harness.nested(flat)
+    params = harness.unflatten_names(flat)
     np.testing.assert_allclose(
         transformer.unembed(params, hidden(params, SMALL, jnp.asarray(tokens))), expected, atol=2e-5
     )
@@ -176,7 +178,7 @@ def test_both_workers_choose_the_same_tokens():
         worker.prepare(SMALL, flat, prompts, prepared=False)
         answers.append(worker.generate(15))
     assert answers[0].shape == (4, 15) and len(np.unique(answers[0])) > 10
-    assert bench_decode.agreeing(*answers) == 15
+    assert bench_decode.count_agreeing_tokens(*answers) == 15
 
 
 # ---- workers ----
@@ -190,7 +192,7 @@ class Fake:
         return {"tokens": list(range(new_tokens))}
 
 
-def test_a_worker_answers_every_request_mistakes_too():
+def test_a_worker_answers_every_request_and_reports_errors():
     requests = [
         {"do": "about"},
         {"do": "timed", "new_tokens": 3},

@@ -44,7 +44,7 @@ def test_the_flops_are_six_a_parameter_and_the_attention(config):
 
 def test_the_weights_are_gpt2s_and_all_of_them():
     ours = jax.device_get(jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), SMALL))
-    theirs = harness.nested(harness.initial_weights(SMALL, np.random.default_rng(0)))
+    theirs = harness.unflatten_names(harness.initial_weights(SMALL, np.random.default_rng(0)))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.shape == b.shape and b.dtype == np.float32
@@ -67,7 +67,7 @@ def test_our_worker_trains_as_the_formula(tmp_path):
     config = dataclasses.replace(SMALL, layers=1)
     worker = load(bench_train.JaxWorker(), tmp_path, config)
     assert worker.batches.shape == (4, 3, SMALL.block)
-    params = harness.nested(dict(np.load(tmp_path / "weights.npz")))
+    params = harness.unflatten_names(dict(np.load(tmp_path / "weights.npz")))
     tokens = worker.batches[0]
     logp_BT, _ = score(params, config, Batch(tokens, np.ones(tokens.shape, bool)))
     first = worker.timed(1)

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 
 from experiments import oracle
-from experiments.oracle import Method, Task, enumerate_answers, every_group, every_set, grouped, learn, make_tasks
+from experiments.oracle import Method, Task, all_groups, all_sets, enumerate_answers, learn, make_group_loss, make_tasks
 from jaxgpt.losses import returns
 
 SETTINGS = oracle.Settings(updates=150, learning_rate=0.1)
 SPACE = enumerate_answers(SETTINGS.vocab, SETTINGS.tokens)
-FIND_IT = ("PPO", "RLOO", "centred", "DPO, pairs", "DPO, sets of 3", "GRPO, KL in the score")
-ADVANTAGES = {"rloo": returns.rloo, "centred": returns.centred, "grpo": returns.grpo}
+CONVERGENT = ("PPO", "RLOO", "centred", "DPO, pairs", "DPO, sets of 3", "GRPO, KL in the score")
+ADVANTAGES = {"rloo": returns.rloo, "centred": returns.centre_scores, "grpo": returns.grpo}
 answer_logp = jax.jit(jax.vmap(SPACE.answer_logp))
 
 
 @functools.cache
 def problems():
     """The five problems, and five with three prompts each that share a table."""
-    made = jax.jit(lambda: (make_tasks(SETTINGS, SPACE), make_tasks(SETTINGS, SPACE, oracle.SPREADS)))()
+    made = jax.jit(lambda: (make_tasks(SETTINGS, SPACE), make_tasks(SETTINGS, SPACE, oracle.SCORE_STDS)))()
     return jax.tree.map(np.asarray, made)
 
 
@@ -56,7 +56,7 @@ def measured(logits_PSV, tasks):
     return [oracle.measure(SPACE, problem(i, tasks), logits_PSV[i]) for i in range(SETTINGS.problems)]
 
 
-def spelled():
+def answer_tuples():
     """Each answer as a tuple of its tokens."""
     return [tuple(row[mask].tolist()) for row, mask in zip(SPACE.tokens_YT, SPACE.mask_YT, strict=True)]
 
@@ -66,7 +66,7 @@ def probabilities(logits_SV):
     row = dict(zip([p for n in range(3) for p in itertools.product(range(2), repeat=n)], range(7), strict=True))
     x = np.asarray(logits_SV, np.float64)
     table = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
-    return np.array([np.prod([table[row[y[:t]], y[t]] for t in range(len(y))]) for y in spelled()])
+    return np.array([np.prod([table[row[y[:t]], y[t]] for t in range(len(y))]) for y in answer_tuples()])
 
 
 def soft_values(task):
@@ -74,7 +74,7 @@ def soft_values(task):
     rho_Y = probabilities(task.ref_SV)
     worth_Y = np.exp(np.asarray(task.score_Y, np.float64) / SETTINGS.beta)
     prefixes = [p for n in range(3) for p in itertools.product(range(2), repeat=n)]
-    below = [[i for i, y in enumerate(spelled()) if y[: len(p)] == p] for p in prefixes]
+    below = [[i for i, y in enumerate(answer_tuples()) if y[: len(p)] == p] for p in prefixes]
     return np.array([SETTINGS.beta * np.log((rho_Y * worth_Y)[i].sum() / rho_Y[i].sum()) for i in below])
 
 
@@ -97,7 +97,7 @@ def optima(tasks):
 
 def expected_gradients(losses):
     """By name: the gradient, at a policy, of the expected loss over that policy's own groups of three answers."""
-    draw = every_group(SPACE, 3)
+    draw = all_groups(SPACE, 3)
 
     def gradients(task, logits_SV):
         params = {"logits_SV": logits_SV, "value_S": jnp.zeros(len(logits_SV))}
@@ -117,7 +117,7 @@ def sizes(slopes):
 
 def test_every_answer_is_there_once(tasks):
     """Lengths 1, 2 and 3: an answer ends with the stop token or at the last position."""
-    answers = spelled()
+    answers = answer_tuples()
     assert len(set(answers)) == len(answers) == 15
     assert Counter(map(len, answers)) == {1: 1, 2: 2, 3: 12}
     assert all(2 not in y[:-1] and (len(y) == 3 or y[-1] == 2) for y in answers)
@@ -130,7 +130,7 @@ def test_every_answer_is_there_once(tasks):
 def test_the_groups_are_all_that_can_be_drawn(tasks):
     """Weighted by group, the answers' frequencies are pi; the answers of a set all differ."""
     logp_Y = np.asarray(answer_logp(tasks.ref_SV))[0]
-    draws = every_group(SPACE, 3), every_set(SPACE, 2)
+    draws = all_groups(SPACE, 3), all_sets(SPACE, 2)
     (rows_BC, weight_B), (sets_BC, _) = jax.tree.map(
         np.asarray, jax.jit(lambda logp_Y: [draw(None, logp_Y) for draw in draws])(logp_Y)
     )
@@ -141,7 +141,7 @@ def test_the_groups_are_all_that_can_be_drawn(tasks):
     assert len(sets_BC) == 15 * 14 // 2 and (sets_BC[:, 0] != sets_BC[:, 1]).all()
 
 
-def test_the_optimum_is_one(tasks):
+def test_pi_star_is_optimal(tasks):
     """No other policy has a higher E[r] - beta KL, and that of pi* is beta log sum rho exp(r / beta)."""
     rng = np.random.default_rng(0)
     best_PY = np.exp(jax.jit(jax.vmap(functools.partial(oracle.optimum, SPACE)))(tasks))
@@ -160,7 +160,7 @@ def test_the_optimum_is_one(tasks):
             assert loss > 0
 
 
-@pytest.mark.parametrize("name", [n if n == "PPO" else pytest.param(n, marks=pytest.mark.slow) for n in FIND_IT])
+@pytest.mark.parametrize("name", [n if n == "PPO" else pytest.param(n, marks=pytest.mark.slow) for n in CONVERGENT])
 def test_the_method_converges_to_the_optimum(tasks, name):
     """KL(pi || pi*) below 0.01 nats in all five problems, from at least 0.1 at the start."""
     before = [found["kl_to_optimum"] for found in measured(tasks.ref_SV, tasks)]
@@ -180,9 +180,9 @@ def test_ppo_s_critic_learns_the_soft_values(tasks):
         np.testing.assert_allclose(found_S, soft_values(problem(i, tasks))[often_S], atol=0.1)
 
 
-def test_the_kl_in_the_score_leaves_the_optimum_at_rest(tasks):
+def test_the_kl_in_the_score_keeps_the_optimum_stationary(tasks):
     """At pi* all answers of a prompt have the same h = r - beta log(pi / rho), so every advantage is 0."""
-    slopes = expected_gradients({name: grouped(f, "score") for name, f in ADVANTAGES.items()})
+    slopes = expected_gradients({name: make_group_loss(f, "score") for name, f in ADVANTAGES.items()})
     at_rest, elsewhere = sizes(slopes(tasks, optima(tasks))), sizes(slopes(tasks, tasks.ref_SV))
     for name in ADVANTAGES:
         assert at_rest[name].max() < 1e-3 < 0.05 < elsewhere[name].min(), (name, at_rest, elsewhere)
@@ -193,21 +193,23 @@ def test_the_kl_as_a_loss_moves_a_normalised_policy_off_the_optimum(tasks):
     standard deviation divides the scores and not the KL. k3 per token has a different gradient: neither is stationary.
     """
     pairs = itertools.product(("rloo", "grpo"), ("k2", "k3"))
-    slopes = expected_gradients({f"{name}, {penalty}": grouped(ADVANTAGES[name], penalty) for name, penalty in pairs})
+    slopes = expected_gradients(
+        {f"{name}, {penalty}": make_group_loss(ADVANTAGES[name], penalty) for name, penalty in pairs}
+    )
     size = sizes(slopes(tasks, optima(tasks)))
     assert size.pop("rloo, k2").max() < 1e-4
     for name, least in size.items():
         assert least.min() > 0.01, (name, least)
 
 
-def test_normalised_grpo_with_k3_lands_elsewhere_and_exactly_where_its_expected_update_rests(tasks):
+def test_normalised_grpo_with_k3_converges_to_its_own_stationary_point(tasks):
     """More than 0.1 nats from pi*, and the same policy from samples as from all groups. Tripling the scores changes pi*
     but not that policy, since only the scores' order and relative distances remain."""
     sampled = learned("GRPO, k3 as a loss")["logits_SV"]
     lands = [found["kl_to_optimum"] for found in measured(sampled, tasks)]
     assert min(lands) > 0.1, lands
     both = jax.tree.map(lambda *x: np.concatenate(x), tasks, tasks._replace(score_Y=3 * tasks.score_Y))
-    method = Method(grouped(returns.grpo, "k3"), every_group(SPACE, 3))
+    method = Method(make_group_loss(returns.grpo, "k3"), all_groups(SPACE, 3))
     rests = np.asarray(learn(SETTINGS, SPACE, method, both)[0]["logits_SV"])
     for i in range(SETTINGS.problems):
         here, there, by_samples = (probabilities(x) for x in (rests[i], rests[i + 5], sampled[i]))
@@ -221,7 +223,9 @@ def test_prompts_that_share_parameters_are_weighed_by_their_spread(triple):
     """Three prompts, one table, scores of different spread. pi* maximises their mean and is stationary for `rloo` and
     `centred`, but not for `grpo`, which divides by each prompt's own standard deviation, even with the KL in the score.
     """
-    slopes = expected_gradients({name: oracle.shared(grouped(f, "score")) for name, f in ADVANTAGES.items()})
+    slopes = expected_gradients(
+        {name: oracle.average_over_prompts(make_group_loss(f, "score")) for name, f in ADVANTAGES.items()}
+    )
     size = sizes(slopes(triple, optima(triple)))
     assert size["rloo"].max() < 1e-4 and size["centred"].max() < 1e-4 and size["grpo"].min() > 0.01, size
 

@@ -138,8 +138,8 @@ def test_the_soft_optimum_lies_between_walks_and_shortest_paths():
     assert (np.diff(by_beta) < 0).all()
 
 
-def test_every_start_is_asked_alike():
-    prompts = jax.jit(lambda: random_walk.from_every_start(random_walk.Settings(nodes=4), 3))()
+def test_prompts_repeat_every_start_equally():
+    prompts = jax.jit(lambda: random_walk.prompts_from_every_start(random_walk.Settings(nodes=4), 3))()
     assert prompts.tokens_BP.tolist() == [[node] for node in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
     assert prompts.length_B.tolist() == [1] * 9
 
@@ -157,14 +157,14 @@ def test_the_experiment_runs_at_toy_size(tmp_path):
     assert random_walk.main(settings) == found
 
 
-def test_mistakes_are_named():
+def test_invalid_settings_are_refused():
     with pytest.raises(UserError, match="beta above 0"):
         random_walk.Settings(beta=0.0)
     with pytest.raises(UserError, match="nodes"):
         random_walk.Settings(nodes=2)
 
 
-def in_seconds(tmp_path, beta):
+def run_small(tmp_path, beta):
     """Results of the task on a smaller graph with a smaller model, in a fifth of the time."""
     return random_walk.main(
         random_walk.Settings(
@@ -188,7 +188,7 @@ def in_seconds(tmp_path, beta):
 def test_ppo_takes_the_shortest_paths(tmp_path):
     """The walks score less than two fifths of the best. After PPO each start scores at least four fifths, and the mean
     is that of the KL-regularised optimum, at about its KL."""
-    found = in_seconds(tmp_path, beta=0.05)
+    found = run_small(tmp_path, beta=0.05)
     assert found["optimality_before"] < 0.4
     assert found["optimality"] > 0.95
     after, best = np.array(found["starts"]["after"]), np.array(found["starts"]["best"])
@@ -198,9 +198,9 @@ def test_ppo_takes_the_shortest_paths(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dearer_nat_is_bought_less_often(tmp_path):
+def test_a_larger_beta_buys_less_kl(tmp_path):
     """At beta 0.35 the optimum gives up a fifth of the score for two thirds of the KL, and so does PPO."""
-    found = in_seconds(tmp_path, beta=0.35)
+    found = run_small(tmp_path, beta=0.35)
     assert found["kl_for_beta"] < 0.5 and found["optimality_for_beta"] < 0.85
     assert found["kl"] == pytest.approx(found["kl_for_beta"], rel=0.25)
     assert found["optimality"] == pytest.approx(found["optimality_for_beta"], abs=0.1)

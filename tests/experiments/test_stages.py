@@ -23,7 +23,7 @@ from experiments.studies import (
 from jaxgpt import training
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, sources, votes
-from jaxgpt.data.comparisons import fit_rankings, rank_ids, read_preferences, write_preferences
+from jaxgpt.data.comparisons import fit_preferences, read_preferences, tokenize_preferences, write_preferences
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import make_mesh
@@ -32,9 +32,9 @@ from jaxgpt.rlhf import reward as reward_model
 from jaxgpt.runs import doctor
 from jaxgpt.runs.saved_model import load_model
 from jaxgpt.structs import Prompts
-from jaxgpt.study.frontier import Start
+from jaxgpt.study.frontier import FrontierSetup
 from jaxgpt.training import optim
-from jaxgpt.web.speaker import Microscope, Speaker
+from jaxgpt.web.speaker import Speaker, TokenInspector
 from tests.helpers import AS_USERS_RUN_IT, WALL_CLOCK, few_reviews, one_device
 
 
@@ -128,7 +128,7 @@ def test_ppo_keeps_rollouts_token_by_token_and_its_critic(finished):
     for one in first["answers"]:
         np.testing.assert_allclose(one["logp"], one["ref_logp"], atol=1e-5)
         np.testing.assert_allclose(one["value"], 0, atol=1e-7)
-    scope = Microscope(Speaker(finished.run / "ppo"), critic=finished.run / "ppo/critic")
+    scope = TokenInspector(Speaker(finished.run / "ppo"), critic=finished.run / "ppo/critic")
     seen = scope.look(scope.speaker.prompt("Finish"), [7, 8, 9])
     assert seen.value.shape == (3,) and np.abs(seen.value).max() > 0
 
@@ -139,7 +139,7 @@ def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, t
     for name in ("train", "heldout"):
         rows = list(read_preferences(finished.run / f"preferences/{name}.jsonl"))
         judged = [  # three times, with different texts: a prompt's split depends on its hash
-            formats.Judged(
+            formats.Verdict(
                 f"{row.prompt} {k}",
                 row.answers,
                 "favourite",
@@ -148,7 +148,7 @@ def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, t
             for row in rows
             for k in range(3)
         ]
-        formats.into_store(store, judged, "ada")
+        formats.import_verdicts(store, judged, "ada")
     settings = dataclasses.replace(finished, labels=tmp_path / "votes.sqlite", run=tmp_path / "run")
     stages = {stage.__name__.rpartition(".")[2]: own for stage, own in assistant.stage_settings(settings)}
     assert "preferences" not in stages and len(stages) == 6
@@ -164,7 +164,7 @@ def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, t
 
 
 @pytest.mark.slow
-def test_the_doctor_names_a_reward_model_that_learnt_from_a_coin(finished, tmp_path):
+def test_the_doctor_reports_a_reward_model_trained_on_random_labels(finished, tmp_path):
     """The same answers with a random favourite; the real reward model gets no such warning."""
     rng = np.random.default_rng(0)
     for name in ("train", "heldout"):
@@ -184,7 +184,9 @@ def test_the_doctor_names_a_reward_model_that_learnt_from_a_coin(finished, tmp_p
         learning_rate=3e-3,
     )
     reward.main(settings)
-    assert [one.what for one in doctor.examine(doctor.read(settings.run))] == ["the reward model is guessing"]
+    assert [one.what for one in doctor.run_checks(doctor.read_run_record(settings.run))] == [
+        "the reward model is guessing"
+    ]
 
 
 @pytest.mark.slow
@@ -354,7 +356,7 @@ def test_settings_files_and_folders_are_as_the_readme_says(finished):
 def test_the_saved_reward_model_is_normalised(finished):
     saved = load_model(finished.run / "reward")
     preferences = formats.load(finished.run / "preferences/heldout.jsonl")
-    rankings, _ = fit_rankings(rank_ids(saved.tokenizer, preferences), saved.config.block)
+    rankings, _ = fit_preferences(tokenize_preferences(saved.tokenizer, preferences), saved.config.block)
     rows = reward.reference_rows(rankings, saved.config.block, finished.reward.reference_samples)
     score = np.asarray(jax.jit(reward_model.score, static_argnums=1)(saved.params, saved.config, rows))
     assert score.mean() == pytest.approx(0, abs=1e-3) and score.std() == pytest.approx(1, abs=1e-2)
@@ -410,10 +412,10 @@ def test_a_study_runs_and_is_not_repeated(study, start_of, finished, capsys):
 
 
 @pytest.mark.slow
-def test_a_study_that_was_stopped_goes_on_behind_its_last_part(start_of, monkeypatch, capsys):
+def test_an_interrupted_study_resumes_after_its_last_part(start_of, monkeypatch, capsys):
     settings = start_of(frontier)
     with monkeypatch.context() as patched:
-        patched.setattr(Start, "dpo", lambda *args, **settings: 1 / 0)
+        patched.setattr(FrontierSetup, "dpo", lambda *args, **settings: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             frontier.main(settings)
     cells = settings.run / "cells"

@@ -598,7 +598,7 @@ PROOFS: dict[str, Proof] = {
         lambda beta, **x: beta * (1 + np.clip(measured(**x)[0] / 7 - 1, -0.2, 0.2) * x["mask_BT"].any(1).sum() / 50),
         spent, rows=False, time=True, shared=("beta",),
     ),
-    "returns.last_token": Proof(returns.last_token, last, without(logps(), "x"), time=True),
+    "returns.last_token": Proof(returns.last_token_mask, last, without(logps(), "x"), time=True),
     "returns.shaped_rewards": Proof(
         lambda **x: returns.shaped_rewards(**x, beta=0.3), lambda **x: shaped(**x, beta=0.3), scored,
         ("score_B", "kl_BT"), time=True, extreme=("score_B",),
@@ -617,12 +617,12 @@ PROOFS: dict[str, Proof] = {
         returns.whiten_keep_mean, lambda **x: whitened(**x, keep=True), masked("x"), ("x",), rows=False, time=True
     ),
     "returns.normalisation": Proof(
-        returns.normalisation,
+        returns.fit_normalisation,
         lambda score_B, mask_B: (lambda x: (1 / x.std(), -x.mean() / x.std()))(score_B[mask_B]),
         pooled("score_B", 3.0), ("score_B",), rows=False,
     ),
     "returns.centred": Proof(
-        returns.centred, groups(lambda x: x - x.mean()), SCORES, ("score_BC",), extreme=("score_BC",)
+        returns.centre_scores, groups(lambda x: x - x.mean()), SCORES, ("score_BC",), extreme=("score_BC",)
     ),
     "returns.rloo": Proof(returns.rloo, groups(leave_one_out), SCORES, ("score_BC",), extreme=("score_BC",)),
     "returns.grpo": Proof(
@@ -630,7 +630,7 @@ PROOFS: dict[str, Proof] = {
         extreme=("score_BC",), kink=True,
     ),
     "returns.to_tokens": Proof(
-        returns.to_tokens, lambda advantage_B, mask_BT: advantage_B[:, None] * mask_BT,
+        returns.broadcast_to_tokens, lambda advantage_B, mask_BT: advantage_B[:, None] * mask_BT,
         without(scored, "kl_BT", score_B="advantage_B"), ("advantage_B",), time=True,
     ),
     "vocab_head.log_prob": Proof(
@@ -642,7 +642,7 @@ PROOFS: dict[str, Proof] = {
         ("hidden", "head_VD"), elementwise=True, shared=("head_VD",), extreme=("hidden",),
     ),
     "vocab_head.outputs": Proof(
-        lambda **x: tuple(vocab_head.outputs(**x, tile=4, temperature=0.7)), lambda **x: head_outputs(**x, t=0.7),
+        lambda **x: tuple(vocab_head.tiled_head_outputs(**x, tile=4, temperature=0.7)), lambda **x: head_outputs(**x, t=0.7),
         head, ("hidden", "head_VD"), elementwise=True, shared=("head_VD",), extreme=("hidden",),
     ),
 }  # fmt: skip

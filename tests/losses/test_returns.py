@@ -49,7 +49,7 @@ def test_rewards_and_advantages_by_hand():
 
     def f(mask, score, kl, reward, value):
         shaped = returns.shaped_rewards(score, kl, mask, 0.5)
-        return returns.last_token(mask), shaped, *returns.gae(reward, value, mask, gamma=0.5, lam=0.5)
+        return returns.last_token_mask(mask), shaped, *returns.gae(reward, value, mask, gamma=0.5, lam=0.5)
 
     mask, kl = np.array([[False, True, True]]), np.array([[9.0, 1.0, 2.0]])
     # values of 2: delta_2 = 4 - 2, delta_1 = 0 + 2 / 2 - 2; A_2 = 2, A_1 = -1 + 2 / 4
@@ -75,7 +75,7 @@ def test_numbers_that_are_all_alike_have_no_spread():
     """Not even a rounding error: nothing is better than expected, and normalisation only removes the mean."""
 
     def f(x, mask):
-        return returns.whiten(x, mask), returns.grpo(x, mask), returns.normalisation(x[0])
+        return returns.whiten(x, mask), returns.grpo(x, mask), returns.fit_normalisation(x[0])
 
     white, group, (gain, bias) = run(f, np.full((1, 7), 1000.1), np.ones((1, 7), bool))
     np.testing.assert_allclose(white, 0.0, atol=1e-3)
@@ -141,7 +141,11 @@ def test_group_baselines_by_hand():
     """Two groups of three, one with an absent answer, and one with a single answer and so no baseline."""
 
     def f(score, present):
-        return returns.centred(score, present), returns.rloo(score, present), returns.grpo(score, present, epsilon=0.0)
+        return (
+            returns.centre_scores(score, present),
+            returns.rloo(score, present),
+            returns.grpo(score, present, epsilon=0.0),
+        )
 
     score = np.array([[0.0, 0.0, 3.0], [5.0, 5.0, 5.0], [1.0, 3.0, 99.0], [7.0, 99.0, 99.0]])
     present = np.array([[True] * 3, [True] * 3, [True, True, False], [True, False, False]])
@@ -154,7 +158,7 @@ def test_group_baselines_by_hand():
 
 def test_equal_and_lone_scores_have_no_advantage():
     def f(*scores):
-        return {f.__name__: [f(x) for x in scores] for f in (returns.rloo, returns.grpo, returns.centred)}
+        return {f.__name__: [f(x) for x in scores] for f in (returns.rloo, returns.grpo, returns.centre_scores)}
 
     for name, found in run(f, np.full((1, 3), 5.0), np.array([[7.0]])).items():
         assert all((advantage == 0).all() for advantage in found), name
@@ -162,10 +166,12 @@ def test_equal_and_lone_scores_have_no_advantage():
 
 def test_normalisation_on_reference_samples():
     score = np.array([1.0, 3.0, 1.0, 3.0, 50.0])
-    gain, bias = run(returns.normalisation, score, np.array([True, True, True, True, False]))
+    gain, bias = run(returns.fit_normalisation, score, np.array([True, True, True, True, False]))
     np.testing.assert_allclose(gain * score + bias, [-1, 1, -1, 1, 48], rtol=1e-5)
 
 
 def test_an_advantage_lies_on_each_token_of_its_answer():
     mask = np.array([[False, True, True], [True, False, False]])
-    np.testing.assert_array_equal(run(returns.to_tokens, np.array([2.0, -1.0]), mask), [[0, 2, 2], [-1, 0, 0]])
+    np.testing.assert_array_equal(
+        run(returns.broadcast_to_tokens, np.array([2.0, -1.0]), mask), [[0, 2, 2], [-1, 0, 0]]
+    )

@@ -545,7 +545,7 @@ def test_the_clip_fraction_counts_where_the_clip_holds(trainer):
     made = trainer("GRPO", num_generations=GROUP, max_completion_length=LONGEST, epsilon=0.2, epsilon_high=0.28)
     trl_loss(made, r, torch.tensor(r.logp))
     x, mask = losses.log_ratio(jnp.asarray(r.logp), jnp.asarray(r.old)), jnp.asarray(r.mask)
-    advantage = returns.to_tokens(jnp.asarray(r.advantage, jnp.float32), mask)
+    advantage = returns.broadcast_to_tokens(jnp.asarray(r.advantage, jnp.float32), mask)
     found = losses.ratio_metrics(x, advantage, mask, 0.2, 0.28)["clip_fraction"].value
     assert 0 < float(found) == pytest.approx(made._metrics["train"]["clip_ratio/region_mean"][0], rel=1e-5)
 
@@ -581,8 +581,8 @@ def two_groups(x):
 
 ADVANTAGES = {
     "group": lambda h: returns.grpo(h),  # the sample deviation and 1e-4, both
-    "none": lambda h: returns.centred(h),
-    "batch": lambda h: returns.centred(h) / (np.std(SCORES, ddof=1) + 1e-4),
+    "none": lambda h: returns.centre_scores(h),
+    "batch": lambda h: returns.centre_scores(h) / (np.std(SCORES, ddof=1) + 1e-4),
 }
 
 
@@ -637,7 +637,7 @@ def test_the_tiled_head_is_trls(temperature):
     (torch.tensor(weigh) * torch.stack([logp, entropy])).sum().backward()
 
     def loss(hidden, head):
-        out = vocab_head.outputs(hidden, head, jnp.asarray(tokens), tile=4, temperature=temperature)
+        out = vocab_head.tiled_head_outputs(hidden, head, jnp.asarray(tokens), tile=4, temperature=temperature)
         return (weigh * jnp.stack([out.logp, out.entropy])).sum(), out
 
     slopes, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)

@@ -12,7 +12,7 @@ from jaxgpt import losses
 from jaxgpt.losses import vocab_head
 
 B, T, D, V = 2, 11, 8, 37
-outputs = jax.jit(vocab_head.outputs, static_argnames="tile")
+outputs = jax.jit(vocab_head.tiled_head_outputs, static_argnames="tile")
 
 
 def inputs(D: int = D):

@@ -84,5 +84,5 @@ def test_cudnn_is_asked_only_for_what_it_can_do(kind, used, capability, monkeypa
 )
 def test_each_platform_has_its_kernel(platform, attend, monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: platform)
-    assert transformer.fastest_layers("auto").attend is attend
-    assert transformer.fastest_layers("plain") is layers.PLAIN
+    assert transformer.select_layers("auto").attend is attend
+    assert transformer.select_layers("plain") is layers.PLAIN

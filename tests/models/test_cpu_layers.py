@@ -27,10 +27,10 @@ def draw(seed, *shape):
 
 
 CASES = {
-    "dense": lambda of, x, y: of.dense({"kernel": y, "bias": y[0]}, x, layers.COLUMNS),
-    "dense, no bias": lambda of, x, y: of.dense({"kernel": y}, x, layers.COLUMNS),
+    "dense": lambda of, x, y: of.dense({"kernel": y, "bias": y[0]}, x, layers.COLUMN_PARALLEL),
+    "dense, no bias": lambda of, x, y: of.dense({"kernel": y}, x, layers.COLUMN_PARALLEL),
     "dense, adapters": lambda of, x, y: of.dense(
-        {"kernel": y, "bias": y[0], "lora_a": jnp.tanh(y[:, :4]), "lora_b": jnp.sin(y[:4])}, x, layers.COLUMNS
+        {"kernel": y, "bias": y[0], "lora_a": jnp.tanh(y[:, :4]), "lora_b": jnp.sin(y[:4])}, x, layers.COLUMN_PARALLEL
     ),
     "rms norm": lambda of, x, y: of.norm({"scale": y[0, :D]}, 3.0 * x + 1.0, 1e-5),
     "swiglu": lambda of, x, y: of.swiglu(x, jnp.flip(x, axis=0) * 2),
@@ -61,7 +61,11 @@ def test_values_and_gradients_are_those_of_the_plain_formula(name):
 
     @jax.jit
     def outcomes(x, y):
-        return [outcome(of, dtype, x, y) for dtype in ("float32", "bfloat16") for of in (layers.PLAIN, cpu_layers.FAST)]
+        return [
+            outcome(of, dtype, x, y)
+            for dtype in ("float32", "bfloat16")
+            for of in (layers.PLAIN, cpu_layers.CPU_LAYERS)
+        ]
 
     found = jax.device_get(outcomes(draw(0, B, T, D), draw(1, D, F) / 4))
     for part, exact, fast, rough, fast_rough in zip(("value", "dx", "dy"), *found, strict=True):
@@ -87,7 +91,7 @@ def outcome(config: ModelConfig, *, packed: bool, key: int | None = None) -> dic
     rows = batch(packed=packed)
 
     def loss(params, key):
-        logp_BT, _ = transformer.score(params, config, rows, key=key)
+        logp_BT, _ = transformer.token_log_probs(params, config, rows, key=key)
         return losses.reduce(-logp_BT, rows.mask_BT).value
 
     key = None if key is None else jax.random.key(key)
@@ -135,7 +139,7 @@ def test_plain_gradients_allow_forward_mode():
     @jax.jit
     def slopes(params):
         def total(params):
-            return transformer.score(params, config, Batch(tokens_of(1, 6), np.ones((1, 6), bool)))[0].sum()
+            return transformer.token_log_probs(params, config, Batch(tokens_of(1, 6), np.ones((1, 6), bool)))[0].sum()
 
         return jax.jvp(total, (params,), (params,))[1], jax.grad(total)(params)
 

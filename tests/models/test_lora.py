@@ -14,7 +14,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses.kl import FixedKL
 from jaxgpt.models import lora, transformer
 from jaxgpt.rlhf import dpo, ppo
-from jaxgpt.rlhf.policy import transformer_policy
+from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.structs import Batch, Preferences, Prompts
 from jaxgpt.training import optim
@@ -61,7 +61,7 @@ def test_merging_computes_the_same(config):
     params = random_params(config)
     both = training.merged(params, adapters_of(params))
     whole = merge(both)
-    assert leaves(whole).keys() == leaves(params).keys() == leaves(lora.base(both)).keys()
+    assert leaves(whole).keys() == leaves(params).keys() == leaves(lora.without_adapters(both)).keys()
     np.testing.assert_allclose(log_probs(both, config), log_probs(whole, config), atol=2e-4)
     assert np.abs(log_probs(whole, config) - log_probs(params, config)).max() > 0.1
 
@@ -86,7 +86,7 @@ def test_only_adapters_are_trained_and_their_gradient_is_that_of_the_merged_kern
     @jax.jit
     def slopes(params, adapters):
         def loss(tree):
-            logp_BT, _ = transformer.score(tree, LLAMA, batch)
+            logp_BT, _ = transformer.token_log_probs(tree, LLAMA, batch)
             return losses.reduce(-logp_BT, batch.mask_BT).value
 
         both = training.merged(params, adapters)
@@ -105,7 +105,7 @@ def test_sft_with_adapters_learns_and_leaves_the_rest():
 
     @jax.jit
     def start(key, params):
-        trainable, frozen = lora.start(key, params, 4)
+        trainable, frozen = lora.split_trainable(key, params, 4)
         return training.init_state(trainable, tx, frozen)
 
     state = start(jax.random.key(0), params)

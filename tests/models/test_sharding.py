@@ -17,7 +17,7 @@ from jaxgpt.losses import kl
 from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import MeshConfig, make_mesh
 from jaxgpt.rlhf import dpo, ppo, reward
-from jaxgpt.rlhf.policy import transformer_policy
+from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.structs import Batch, Preferences, Prompts
 from tests.helpers import FAMILY
@@ -89,7 +89,7 @@ STAGES = {  # loss, state, batch and options of the step
 
 
 @functools.cache
-def compiled(stage, shape=None, whole_logits=transformer.WHOLE_LOGITS):
+def compiled(stage, shape=None, whole_logits=transformer.MAX_LOGITS_BYTES):
     """The step on a mesh of this shape, or on one device: to run, or to inspect its text and memory use."""
     loss, state, batch, options = STAGES[stage]()
     if shape is None:
@@ -308,8 +308,8 @@ def forced(params, prompt_BP, length_B, tokens_BA):
 def test_the_divided_sampler_believes_what_one_device_does(shape):
     mesh = mesh_of(shape)
     arguments = params(), tokens(ROWS, 6), np.arange(ROWS, dtype=np.int32) % 5 + 2, tokens(ROWS, 10, seed=4)
-    places = sharding.by_path(params(), transformer.PARTITION, mesh)
-    program = jax.jit(sharding.within(mesh, forced), in_shardings=(places, *[sharding.rows(mesh)] * 3))
+    places = sharding.shardings_by_path(params(), transformer.PARTITION, mesh)
+    program = jax.jit(sharding.within(mesh, forced), in_shardings=(places, *[sharding.row_sharding(mesh)] * 3))
     program = program.lower(*arguments).compile()
     np.testing.assert_allclose(program(*arguments), jax.jit(forced)(*arguments), atol=1e-5)
     (loop,) = loops(program.as_text())

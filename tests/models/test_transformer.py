@@ -20,7 +20,7 @@ CHANGED = slice(1, 1 + T)
 PADDED, PACKED, ALONE = 1 + T, 2 + T, 3 + T  # rows
 
 family = pytest.mark.parametrize("name", FAMILY)
-score = jax.jit(transformer.score, static_argnums=1, static_argnames="temperature")
+score = jax.jit(transformer.token_log_probs, static_argnums=1, static_argnames="temperature")
 
 
 def batch() -> Batch:
@@ -41,7 +41,7 @@ def batch() -> Batch:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _look(params, config, batch):
-    logp, h = transformer.score(params, config, batch)
+    logp, h = transformer.token_log_probs(params, config, batch)
     return logp, h, transformer.unembed(params, h)
 
 
@@ -110,7 +110,7 @@ def test_a_window_around_the_answer_gives_the_same_log_probs_and_gradients():
     @jax.jit
     def outcomes(params):
         def total(params, window):
-            logp, _ = transformer.score(params, config, batch, window=window)
+            logp, _ = transformer.token_log_probs(params, config, batch, window=window)
             return jnp.where(batch.mask_BT, jnp.sin(logp), 0.0).sum(), logp
 
         return [jax.grad(total, has_aux=True)(params, window) for window in (None, 7, 9)]
@@ -125,7 +125,7 @@ def test_a_window_around_the_answer_gives_the_same_log_probs_and_gradients():
 
 @pytest.mark.parametrize("width", [None, 15, 40])
 def test_a_window_as_wide_as_the_rows_is_none(width):
-    window = transformer.window_before(np.arange(16)[None] >= 3, width)
+    window = transformer.target_window(np.arange(16)[None] >= 3, width)
     assert window.width == 15 and (window.first_B == 1).all()
 
 
@@ -196,7 +196,7 @@ def test_at_last_token_reads_the_last_masked_position():
 def test_value_head_is_exactly_zero_and_reward_head_has_the_stated_scale():
     @jax.jit
     def outcomes(key, h):
-        return transformer.apply_scalar_head(transformer.scalar_head(None, 2000), h), transformer.scalar_head(
+        return transformer.apply_scalar_head(transformer.init_scalar_head(None, 2000), h), transformer.init_scalar_head(
             key, 2000
         )["kernel_D"]
 

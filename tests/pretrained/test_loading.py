@@ -24,11 +24,11 @@ from jaxgpt.data.tokenizer import (
     GPT2_VOCABULARY,
     Tokenizer,
     answer_text,
+    append_tags,
     example_ids,
     gpt2_tokenizer,
     parse,
     prompt_ids,
-    tags,
     train_bpe,
 )
 from jaxgpt.decoding import sampling
@@ -184,7 +184,7 @@ def test_half_precision_files_and_old_names_are_read(tmp_path):
     }
     tensors = {name.removeprefix("transformer."): x for name, x in places.to_tensors(flat, TINY).items()}
     tensors |= {"h.0.attn.bias": np.ones((1, 1, 48, 48), np.float32), "lm_head.weight": tensors["wte.weight"]}
-    tmp_path.joinpath("config.json").write_text(json.dumps(huggingface.config_to(TINY)))
+    tmp_path.joinpath("config.json").write_text(json.dumps(huggingface.config_to_json(TINY)))
     save_file(tensors, tmp_path / "model.safetensors")
     found, _ = huggingface.read(tmp_path)
     assert_equal(found, jax.tree.map(lambda w: np.asarray(w, np.float32), params))
@@ -324,7 +324,7 @@ def test_a_tokenizer_keeps_its_template(tmp_path):
 def test_our_tags_behind_a_vocabulary():
     core = chat_core("<|im_end|>")
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1, "<|endoftext|>": 2}, merges=[]))
-    tok = Tokenizer(core, tags(core, 2))
+    tok = Tokenizer(core, append_tags(core, 2))
     assert prompt_ids(tok, "ab") == [3, 0, 1, 4, 5] and tok.template.end == 6 and tok.vocab_size == 7
 
 

@@ -10,7 +10,7 @@ from jaxgpt import losses, training
 from jaxgpt.config import ModelConfig
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import dpo
-from jaxgpt.rlhf.policy import transformer_policy
+from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.structs import Batch, Preferences
 from jaxgpt.training import optim
 from tests.helpers import random_params

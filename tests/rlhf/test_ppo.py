@@ -149,7 +149,7 @@ def test_the_first_step_follows_the_policy_gradient_of_the_whitened_advantages()
 
         def policy_gradient(policy):
             rows = Batch(experience.tokens_BT, experience.mask_BT)
-            logp_BT, _ = transformer.score(policy, MODEL, rows, temperature=setting.temperature)
+            logp_BT, _ = transformer.token_log_probs(policy, MODEL, rows, temperature=setting.temperature)
             return losses.reduce(-logp_BT * batch.advantage_BT, rows.mask_BT).value
 
         return batch.advantage_BT, jax.grad(surrogate)(params["policy"]), jax.grad(policy_gradient)(params["policy"])

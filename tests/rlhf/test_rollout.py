@@ -27,7 +27,7 @@ def sampled(devices: int = 1) -> rollout.Sampled:
     rng, mesh = np.random.default_rng(0), mesh_of(devices)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), training.shapes_of(MODEL))
     return rollout.sample_answers(
-        jax.device_put(params, sharding.replicated(mesh)),
+        jax.device_put(params, sharding.replicated_sharding(mesh)),
         MODEL,
         PROMPTS,
         jax.random.key(0),

@@ -61,7 +61,7 @@ def write(folder: Path, stage: str, rows, results=None, settings=None) -> Path:
 
 
 def found(folder: Path) -> list[str]:
-    return [finding.what for finding in doctor.examine(doctor.read(folder))]
+    return [finding.what for finding in doctor.run_checks(doctor.read_run_record(folder))]
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_the_torn_line_of_a_killed_run_is_left_out_and_another_is_refused(tmp_pa
     assert found(folder) == []
     (folder / "metrics.jsonl").write_text('{"step": 1, "sco\n' + text)
     with pytest.raises(UserError, match=r"metrics.jsonl:1 is not a line of metrics"):
-        doctor.read(folder)
+        doctor.read_run_record(folder)
 
 
 def test_the_command(tmp_path, capsys):

@@ -104,7 +104,7 @@ def test_a_port_in_use_is_named():
 
 
 def test_one_process_alone_hears_itself():
-    assert process.from_first_process({"a": [1, None]}) == {"a": [1, None]}
+    assert process.broadcast_from_first({"a": [1, None]}) == {"a": [1, None]}
     process.barrier("alone")
     process._gather(free_port(), 1, 1.0)
 

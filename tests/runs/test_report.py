@@ -59,9 +59,11 @@ def test_figures_and_numbers_are_all_there(written):
 
 
 def test_a_bound_is_shown_as_one():
-    row = report.summary(dataclasses.replace(policy("best of 4", 0.2), kl=None, kl_bound=0.64), policy("SFT", 0.0))
-    assert report.cell(row, "kl") == "≤ 0.64"
-    assert report.cell({"kl": None, "kl_bound": None}, "kl") == "–"
+    row = report.summarise_policy(
+        dataclasses.replace(policy("best of 4", 0.2), kl=None, kl_bound=0.64), policy("SFT", 0.0)
+    )
+    assert report.format_value(row, "kl") == "≤ 0.64"
+    assert report.format_value({"kl": None, "kl_bound": None}, "kl") == "–"
 
 
 def test_a_baseline_that_always_scores_the_same_leaves_the_gain_open(tmp_path):

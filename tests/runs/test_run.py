@@ -262,7 +262,7 @@ def test_device_and_cache(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("JAXGPT_CACHE")
     assert cache_root() == Path.home() / ".cache" / "jaxgpt"
     monkeypatch.setenv("JAXGPT_MALLOC", "0")
-    assert process.fast_malloc() is False
+    assert process.configure_malloc() is False
 
 
 def python(code: str, **environment: str) -> subprocess.Popen[str]:

@@ -16,7 +16,7 @@ from jaxgpt.data.tokenizer import train_char
 from jaxgpt.errors import UserError
 from jaxgpt.models import transformer
 from jaxgpt.runs import saved_model
-from jaxgpt.runs.saved_model import describe, differences, load_model, save_model
+from jaxgpt.runs.saved_model import describe_params, load_model, param_differences, save_model
 
 CONFIG = ModelConfig(layers=2, width=8, heads=2, block=16, vocab=32, dtype="bfloat16")
 
@@ -49,7 +49,7 @@ def copy(saved, tmp_path) -> Path:
 
 def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    assert describe(a) == describe(b)
+    assert describe_params(a) == describe_params(b)
     chex.assert_trees_all_equal(a, b)
 
 
@@ -192,10 +192,10 @@ def test_expected_shapes_name_each_parameter_that_differs(copy):
 
 
 def test_describe_and_differences():
-    a = describe({"x": jnp.zeros((2, 3), jnp.bfloat16), "y": {"z": np.zeros((), np.int32)}})
+    a = describe_params({"x": jnp.zeros((2, 3), jnp.bfloat16), "y": {"z": np.zeros((), np.int32)}})
     assert a == {"x": "bfloat16[2,3]", "y/z": "int32[]"}
-    assert differences(a, a) == []
-    assert differences(a, {"x": "float32[2,3]", "w": "int32[]"}) == [
+    assert param_differences(a, a) == []
+    assert param_differences(a, {"x": "float32[2,3]", "w": "int32[]"}) == [
         "y/z is missing",
         "w is unknown",
         "x is float32[2,3], not bfloat16[2,3]",

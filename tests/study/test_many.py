@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.studies import arithmetic, how_many_labels
-from jaxgpt.data.comparisons import Ranking
+from jaxgpt.data.comparisons import TokenizedPreference
 from jaxgpt.data.tokenizer import train_char
 from jaxgpt.errors import UserError
 from jaxgpt.losses import kl, reduce
@@ -26,8 +26,16 @@ from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.run import Run
 from jaxgpt.structs import Batch
 from jaxgpt.study import figures, laws, many, methods, sums
-from jaxgpt.study.cells import Cells
-from jaxgpt.study.task import Seen, Task, best_of_kl, best_of_weights, log_probs, sample, seen
+from jaxgpt.study.cells import ResultCache
+from jaxgpt.study.task import (
+    Evaluation,
+    Task,
+    best_of_n_kl,
+    best_of_n_weights,
+    evaluate_answers,
+    log_probs,
+    sample_task_answers,
+)
 from jaxgpt.training import optim
 from tests.helpers import TINY, batch_of, hidden, params_of
 
@@ -76,11 +84,11 @@ BETAS, SCALES = (0.0, 0.5), (1.0, 2.0)  # of two runs
 
 
 @functools.cache
-def program(how: str, devices: int, on_host: bool) -> many.OnPolicy:
+def program(how: str, devices: int, on_host: bool) -> many.OnPolicyTrainer:
     task = dataclasses.replace(tiny_task(), mesh=sharding.make_mesh(devices=jax.devices()[:devices]))
-    tx = many.ppo_optimizer(task, 1e-3, 2)
-    learn = many.learn_by_ppo(task, tx, None if on_host else likes_seven)
-    return many.OnPolicy(task, learn, tx, 2, 8, host=task.gold if on_host else None, how=how)
+    tx = many.make_ppo_optimizer(task, 1e-3, 2)
+    learn = many.make_ppo_learner(task, tx, None if on_host else likes_seven)
+    return many.OnPolicyTrainer(task, learn, tx, 2, 8, host=task.gold if on_host else None, how=how)
 
 
 @functools.cache
@@ -147,9 +155,9 @@ def test_fitting_together_is_fitting_alone():
     tx, mesh = optim.adamw(1e-2), sharding.make_mesh(devices=jax.devices()[:1])
     batches = [[some_points(10 * n + i) for i in range(3)] for n in range(2)]
     start = [{"w": np.full(3, n, np.float32)} for n in range(2)]
-    both = many.fit(squares, tx, start, {}, many.together(batches), mesh)
+    both = many.train_runs(squares, tx, start, {}, many.zip_batches(batches), mesh)
     for n in range(2):
-        (alone,) = many.fit(squares, tx, start[n : n + 1], {}, many.together(batches[n : n + 1]), mesh)
+        (alone,) = many.train_runs(squares, tx, start[n : n + 1], {}, many.zip_batches(batches[n : n + 1]), mesh)
         close(both[n], alone)
         assert apart(both[n], start[n])
 
@@ -158,17 +166,17 @@ def test_a_run_whose_loss_is_not_finite_is_named():
     good, bad = some_points(0), {**some_points(0), "y": np.full(5, np.nan, np.float32)}
     start, mesh = [{"w": np.ones(3, np.float32)}] * 2, sharding.make_mesh(devices=jax.devices()[:1])
     with pytest.raises(UserError, match=r"run \[1\] was not finite in step 2"):
-        many.fit(squares, optim.adamw(1e-2), start, {}, many.together([[good, good], [good, bad]]), mesh)
+        many.train_runs(squares, optim.adamw(1e-2), start, {}, many.zip_batches([[good, good], [good, bad]]), mesh)
 
 
 def test_dpo_with_several_betas_is_dpo_with_each():
     task = tiny_task()
     rng = np.random.default_rng(0)
     rows = [([1, 5, *map(int, rng.integers(4, 60, 4))], [0, 0, 1, 1, 1, 1]) for _ in range(16)]
-    rankings = [Ranking((rows[i], rows[i + 1]), i % 2) for i in range(0, 16, 2)]
+    rankings = [TokenizedPreference((rows[i], rows[i + 1]), i % 2) for i in range(0, 16, 2)]
     options = {"learning_rate": 1e-3, "batch": 4}
-    both = methods.dpo_policies(task, [rankings] * 2, [0.1, 2.0], [0, 0], **options)
-    close(both[1], methods.dpo_policies(task, [rankings], [2.0], [0], **options)[0])
+    both = methods.train_dpo_policies(task, [rankings] * 2, [0.1, 2.0], [0, 0], **options)
+    close(both[1], methods.train_dpo_policies(task, [rankings], [2.0], [0], **options)[0])
     assert apart(*both)
 
 
@@ -181,13 +189,13 @@ def test_best_of_weights_are_those_of_all_subsets(n):
     count = np.zeros(6)
     for subset in itertools.combinations(range(6), n):
         count[max(subset, key=lambda i: (score[i], i))] += 1
-    np.testing.assert_allclose(best_of_weights(score, n), count / count.sum(), atol=1e-12)
+    np.testing.assert_allclose(best_of_n_weights(score, n), count / count.sum(), atol=1e-12)
 
 
 def test_best_of_kl_is_the_bound_where_no_answer_has_much_probability():
     rng = np.random.default_rng(0)
     for n in (1, 2, 8, 32):
-        estimate = best_of_kl(np.full(64, -40.0), rng.normal(size=64), n)
+        estimate = best_of_n_kl(np.full(64, -40.0), rng.normal(size=64), n)
         assert estimate == pytest.approx(best_of_n_kl_bound(n), abs=1e-9)
 
 
@@ -199,7 +207,7 @@ def test_best_of_kl_is_that_of_the_enumerated_distribution():
     best = upto**n - (upto - p) ** n
     exact = best @ np.log(best / p)
     draws = rng.choice(6, size=(200, 400), p=p)
-    found = np.mean([best_of_kl(np.log(p[row]), score[row], n) for row in draws])
+    found = np.mean([best_of_n_kl(np.log(p[row]), score[row], n) for row in draws])
     assert exact < best_of_n_kl_bound(n) - 0.2
     assert found == pytest.approx(exact, abs=0.03)
 
@@ -274,8 +282,8 @@ def test_the_derivative_through_the_reward_model_raises_the_reward():
 def test_the_kl_of_a_policy_is_measured_on_its_own_answers():
     task, other = tiny_task(), one_layer(seed=1, scale=1.0)
     for policy in (task.start, other):
-        answers = sample(task, policy, task.heldout, jax.random.key(0))
-        found = seen(task, policy, answers)
+        answers = sample_task_answers(task, policy, task.heldout, jax.random.key(0))
+        found = evaluate_answers(task, policy, answers)
         expected = log_probs(task, policy, answers.rows) - log_probs(task, task.start, answers.rows)
         np.testing.assert_allclose(found.kl, expected, atol=1e-6)
         assert (np.abs(found.kl) > 1e-2).any() == (policy is other)
@@ -290,11 +298,11 @@ def test_a_running_mean_passes_over_what_is_missing():
 def test_the_intervals_of_a_fit_hold_what_made_the_data():
     """Prompts, or iterations, differ only by noise; a KL estimate may be below 0."""
     rng, kl_n = np.random.default_rng(0), np.array([0.2, 0.6, 1.2, 1.8, 2.5])
-    gain_nP = laws.gain("best-of-n", np.sqrt(kl_n), 0.5, 0.1)[:, None] + 0.05 * rng.normal(size=(5, 80))
+    gain_nP = laws.gold_gain("best-of-n", np.sqrt(kl_n), 0.5, 0.1)[:, None] + 0.05 * rng.normal(size=(5, 80))
     kl_SI = np.stack([np.linspace(-0.01, 40, 60)] * 2)
     with np.errstate(divide="ignore", invalid="ignore"):
-        clean_SI = np.where(kl_SI > 0.1, laws.gain("RL", laws.distance(kl_SI), 0.7, 0.2), 0.0)
-    fits = laws.fit_best_of(kl_n, gain_nP), laws.fit_rl(kl_SI, clean_SI + 0.05 * rng.normal(size=kl_SI.shape))
+        clean_SI = np.where(kl_SI > 0.1, laws.gold_gain("RL", laws.kl_distance(kl_SI), 0.7, 0.2), 0.0)
+    fits = laws.fit_best_of_n_law(kl_n, gain_nP), laws.fit_rl_law(kl_SI, clean_SI + 0.05 * rng.normal(size=kl_SI.shape))
     for fit, made in zip(fits, ({"alpha": 0.5, "beta": 0.1}, {"alpha": 0.7, "beta": 0.2}), strict=True):
         for name, value in made.items():
             estimate, low, high = fit[name]
@@ -306,7 +314,7 @@ def test_cells_are_made_once_a_study(tmp_path):
 
     def start(value):
         with Run(tmp_path, arithmetic.Settings(seed=value), stage="arithmetic") as run, run.progress(3, "x") as bar:
-            cells = Cells(run)
+            cells = ResultCache(run)
             found = cells("a part", lambda: made.append(value) or {"x": np.arange(3) + value}, 2, bar)
             weights = cells.model("m", lambda: made.append(-value) or (one_layer(seed=value), ONE), 1, bar)[0]
             return found, weights
@@ -338,18 +346,18 @@ def test_fits_of_overoptimisation_find_what_made_the_data():
     ],
 )
 def test_a_sum_is_right_or_wrong(text, right):
-    assert sums.solved(text) is right
+    assert sums.is_correct_sum(text) is right
 
 
 def test_sums_are_held_out():
-    train, heldout = sums.split(99, 500, seed=31)
+    train, heldout = sums.split_sums(99, 500, seed=31)
     assert len(heldout) == 500 and len(train) == 9500 and not set(train) & set(heldout)
 
 
 def test_demonstrations_are_right_whatever_their_dots():
     tok = train_char([sums.CHARACTERS])
     prompts = ["9+9", "99+99", "0+7"]
-    batch = next(sums.demonstrations(prompts, tok, 3, 64, seed=0))
+    batch = next(sums.demonstration_batches(prompts, tok, 3, 64, seed=0))
     texts = [tok.decode([i for i in ids if not tok.is_special(int(i))]) for ids in batch.tokens_BT]
     answers = {prompt: {text.removeprefix(prompt) for text in texts if text.startswith(prompt)} for prompt in prompts}
     assert answers["99+99"] == {"198", ".198", "..198", "...198"} and answers["0+7"] == {"7", ".7", "..7", "...7"}
@@ -377,15 +385,15 @@ def test_labels_are_asked_for_with_equal_effort():
     rng = np.random.default_rng(0)
     rows = [[[1, n], [0, 1]] for n in range((s.pool + s.heldout) * 8)]
     pool = {"rows": rows, "gold": rng.normal(size=(s.pool + s.heldout, 8)).tolist()}
-    for one in how_many_labels.conditions(s):
-        found = how_many_labels.asked(s, pool, one, 0)
+    for one in how_many_labels.make_conditions(s):
+        found = how_many_labels.label_pool(s, pool, one, 0)
         ids = [row[0][1] for ranking in found for row in ranking.rows]
         assert len(found) == one.choices and {len(ranking.rows) for ranking in found} == {one.candidates}
         assert len(set(ids)) == len(ids) and max(ids) < s.pool * 8
         if one.group.startswith("answers"):
             assert len(ids) == s.read
-    certain = dataclasses.replace(how_many_labels.conditions(s)[0], temperature=1e-6)
-    for ranking in how_many_labels.asked(s, pool, certain, 0):
+    certain = dataclasses.replace(how_many_labels.make_conditions(s)[0], temperature=1e-6)
+    for ranking in how_many_labels.label_pool(s, pool, certain, 0):
         gold = [pool["gold"][row[0][1] // 8][row[0][1] % 8] for row in ranking.rows]
         assert ranking.choice == int(np.argmax(gold))
 
@@ -400,7 +408,7 @@ def test_an_annotator_who_likes_it_short():
 
 
 def test_what_was_seen_comes_back_from_a_file():
-    seen = Seen(["a", "b"], *(np.arange(2.0) + n for n in range(6)), np.array([np.nan, 1.0]))
-    back = Seen.from_json(json.loads(json.dumps({**seen.to_json(), "proxy": [None, 1.0]})))
+    seen = Evaluation(["a", "b"], *(np.arange(2.0) + n for n in range(6)), np.array([np.nan, 1.0]))
+    back = Evaluation.from_json(json.loads(json.dumps({**seen.to_json(), "proxy": [None, 1.0]})))
     for name in ("gold", "kl", "ended", "proxy"):
         np.testing.assert_array_equal(getattr(back, name), getattr(seen, name))

@@ -154,7 +154,7 @@ def test_a_training_step_multiplies_what_the_closed_form_says(scan):
     built = plan.build(settings, "train", sharding.make_mesh())
     flops, exact = hlo.product_flops(built.step.trace(*built.arguments).jaxpr)
     # 6 N also counts norms and biases, which are not products, and each row's last position, which predicts nothing
-    assert exact and 0.93 < flops / plan.closed_form(settings, "train") <= 1.0
+    assert exact and 0.93 < flops / plan.closed_form_flops(settings, "train") <= 1.0
 
 
 # ---- errors, and the choice of meshes ----
@@ -177,7 +177,7 @@ def test_meshes_divide_everything_and_come_in_order():
         for mesh in found:
             assert mesh.data * mesh.fsdp * mesh.tensor == 16
             assert settings.model.heads % mesh.tensor == 0 and settings.batch % (mesh.data * mesh.fsdp) == 0
-    times = [plan.guess(settings, "train", mesh)[1] for mesh in plan.candidates(settings, "train", 16, 1e12)]
+    times = [plan.estimate_mesh(settings, "train", mesh)[1] for mesh in plan.candidates(settings, "train", 16, 1e12)]
     assert times == sorted(times)
     # a model that does not fit on one device is sharded
     large = dataclasses.replace(plan.PRESETS["gpt2-xl"], batch=256)
@@ -205,7 +205,7 @@ def test_a_crash_of_the_compiler_is_reported(tmp_path, monkeypatch):
         python.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(python))
         patience = 0.2 if "sleep" in text else 60
-        assert says in plan.in_a_child({}, patience)["failed"]
+        assert says in plan.run_in_child({}, patience)["failed"]
 
 
 def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):

@@ -120,7 +120,7 @@ def test_rows_divided_among_eight_devices_give_the_same_step():
     state = training.init_state({"w": np.ones(256, np.float32)}, SGD)
     alone, metrics = jax.jit(training.make_train_step(distance, SGD))(state, points(), None)
     step = training.jit_step(distance, SGD, mesh)
-    together, pooled = step(sharding.replicate(state, mesh), sharding.place_rows(points(), mesh), None)
+    together, pooled = step(sharding.replicate(state, mesh), sharding.place_local_rows(points(), mesh), None)
     np.testing.assert_allclose(together.trainable["w"], alone.trainable["w"], rtol=1e-5, atol=1e-6)
     assert training.to_floats(pooled) == pytest.approx(training.to_floats(metrics), rel=1e-5)
     with pytest.raises(UserError, match="16 rows doesn't divide into 3 microbatches"):

@@ -96,7 +96,7 @@ def labelling(questions: Path, file: Path, port: int = 0, token: str = "", **who
     """Serve the label page from a thread of this process; yields its port."""
     config = server.ServeConfig(port=port, token=token)
     bound, store = server.Server(config, token), votes.Store(file)
-    for task in label.from_file(questions):
+    for task in label.tasks_from_file(questions):
         store.add_task(task)
     app = label_page.application(store, label_page.LabelConfig(**who), config, token)
     thread = threading.Thread(target=bound.run, args=(app,), daemon=True)
@@ -233,7 +233,7 @@ def test_two_people_label_the_server_is_killed_and_a_reward_model_learns(browser
     assert [vote.kind for vote in store.votes("bob")] == ["tie", "skip", "bad"]
     assert store.task(mine[own].task).answers[3].origin == {"by": "ada", "edited": None}
 
-    count, _ = formats.write(tmp_path / "out.jsonl", formats.judged_of(store), "trl")
+    count, _ = formats.write(tmp_path / "out.jsonl", formats.verdicts_in(store), "trl")
     assert count > 30
     store.close()
     settings = reward.Settings(
@@ -387,7 +387,7 @@ def models(tmp_path_factory, tiny_run) -> dict[str, Path]:
     ppo_run = root / "ppo"
     with Run(ppo_run, ppo.Settings(run=ppo_run), stage="ppo") as run:
         save_model(ppo_run / "model", params_of(loaded.config, 1, scale=1.5), loaded.config, loaded.tokenizer)
-        head = transformer.scalar_head(jax.random.key(2), loaded.config.width)
+        head = transformer.init_scalar_head(jax.random.key(2), loaded.config.width)
         save_model(ppo_run / "critic", {"value_head": head}, loaded.config)
         figures = {name: [0.5, -1.0, 0.25] for name in ("logp", "ref_logp", "ratio", "advantage", "value", "return")}
         one = {
@@ -576,7 +576,7 @@ def test_answers_are_made_ahead_and_a_reward_model_picks_what_it_is_least_sure_o
         retrain=20,
     )
     store = votes.Store(settings.votes)
-    maker = label.Maker(settings, store)
+    maker = label.AnswerGenerator(settings, store)
     worker = threading.Thread(target=maker.run, daemon=True)
     worker.start()
     while store.unseen() < 40:

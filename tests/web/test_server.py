@@ -110,7 +110,7 @@ def test_every_answer_carries_the_policy(site):
         ("POST", "/api/next", ME, {}),
         ("POST", "/api/next", ME, {"Origin": "http://evil.example"}),
         ("POST", "/api/next", ME, {"Host": "evil.example"}),
-        ("POST", "/api/next", b"x" * (server.BODY + 1), {}),
+        ("POST", "/api/next", b"x" * (server.MAX_BODY_BYTES + 1), {}),
     ):
         _, headers, _ = site.send(method, path, body, **changed)
         assert set(headers["content-security-policy"].split("; ")) == policy, (path, changed)
@@ -198,7 +198,7 @@ def test_what_is_wrong_with_a_vote_is_said(site, body, says):
 
 
 def test_a_body_is_small_however_it_is_sent(site):
-    assert site.send("POST", "/api/next", b"x" * (server.BODY + 1))[0] == 413
+    assert site.send("POST", "/api/next", b"x" * (server.MAX_BODY_BYTES + 1))[0] == 413
     with socket.create_connection(("127.0.0.1", site.bound.port), timeout=20) as raw:  # chunked: no length is declared
         raw.sendall(
             f"POST /api/next HTTP/1.1\r\nHost: {site.host}\r\nOrigin: http://{site.host}\r\n"
@@ -261,13 +261,13 @@ def test_one_address_does_not_use_up_the_calls_of_another(monkeypatch):
     for address in ("10.0.0.1", "10.0.0.2"):
         for _ in range(2):
             guard._check({**scope, "client": (address, 1)})
-        with pytest.raises(server.Refused, match="too many calls"):
+        with pytest.raises(server.RequestRefused, match="too many calls"):
             guard._check({**scope, "client": (address, 2)})
 
 
 def test_elsewhere_than_here_a_token_is_demanded(tmp_path):
-    assert server.ServeConfig().secret() == "" and len(server.ServeConfig(host="0.0.0.0").secret()) > 30
-    assert server.ServeConfig(host="0.0.0.0").secret() != server.ServeConfig(host="0.0.0.0").secret()
+    assert server.ServeConfig().required_token() == "" and len(server.ServeConfig(host="0.0.0.0").required_token()) > 30
+    assert server.ServeConfig(host="0.0.0.0").required_token() != server.ServeConfig(host="0.0.0.0").required_token()
     open_site = Site(tmp_path, token="secret-word", host="0.0.0.0", names=("lab.local",))
     send = open_site.send
     assert open_site.bound.address.endswith("/#token=secret-word")
@@ -361,7 +361,7 @@ def test_a_written_answer_moves_no_other_when_asked_again_and_the_vote_holds_the
 
 
 def test_every_order_of_answers_is_as_likely():
-    orders = [tuple(label.shuffled(3, str(seed))) for seed in range(6000)]
+    orders = [tuple(label.insertion_shuffle(3, str(seed))) for seed in range(6000)]
     assert all(abs(orders.count(order) - 1000) < 150 for order in itertools.permutations(range(3)))
 
 
@@ -372,12 +372,12 @@ def test_the_page_counts_progress_speed_and_agreement(tmp_path):
     for number, seconds in enumerate((1.0, 3.0, 100.0)):
         store.vote(vote_of(task_of(number), seconds=seconds))
     store.vote(vote_of(task_of(0), annotator="bob", seconds=9.0))
-    found = label.Statistics(store, every=0).of("ada")
+    found = label.LabelStatistics(store, every=0).of("ada")
     assert [found[name] for name in ("mine", "all", "waiting", "seconds", "with_myself")] == [3, 4, 1, 3.0, None]
     assert (found["with_others"]["pairs"], found["with_others"]["same"]) == (1, 1)
     store.vote(vote_of(task_of(1), best=2, id_="again"))
-    assert label.Statistics(store, every=0).of("ada")["with_myself"]["same"] == 0
-    assert [label.Statistics(store, overlap=1).of(who)["waiting"] for who in ("ada", "bob", "eve")] == [1, 3, 4]
+    assert label.LabelStatistics(store, every=0).of("ada")["with_myself"]["same"] == 0
+    assert [label.LabelStatistics(store, overlap=1).of(who)["waiting"] for who in ("ada", "bob", "eve")] == [1, 3, 4]
 
 
 def test_scripts_make_no_html_and_load_nothing_from_elsewhere():

@@ -18,7 +18,7 @@ from jaxgpt.models import transformer
 from jaxgpt.rlhf import reward
 from jaxgpt.runs.saved_model import save_model
 from jaxgpt.web import chat, server
-from jaxgpt.web.speaker import Microscope, SamplingConfig
+from jaxgpt.web.speaker import SamplingConfig, TokenInspector
 
 TOK = train_bpe(["first second third prompt number answer own"] * 20, 300)
 CONFIG = ModelConfig(layers=1, width=32, heads=2, block=128, vocab=round_up(TOK.vocab_size))
@@ -56,7 +56,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
     for name, seed in (("a", 0), ("b", 1)):
         save_model(root / name / "model", model_of(seed), CONFIG, TOK)
         (root / name / "done.json").write_text(json.dumps({"stage": "sft", "fingerprint": name * 20, "results": {}}))
-    critic = weights(lambda: {"value_head": transformer.scalar_head(jax.random.key(0), CONFIG.width)}, 3)
+    critic = weights(lambda: {"value_head": transformer.init_scalar_head(jax.random.key(0), CONFIG.width)}, 3)
     save_model(root / "b" / "critic", critic, CONFIG)
     judge = weights(lambda: reward.init(jax.random.key(0), model_of(4), CONFIG.width), 5)
     save_model(root / "reward" / "model", judge, CONFIG, TOK)
@@ -64,12 +64,12 @@ def places(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def seats(places) -> list[chat.Seat]:
-    return chat.seats([places["a"], places["b"]], places["a"], places["reward"])
+def seats(places) -> list[chat.ChatModel]:
+    return chat.load_models([places["a"], places["b"]], places["a"], places["reward"])
 
 
 @pytest.fixture(scope="module")
-def scope(seats) -> Microscope:
+def scope(seats) -> TokenInspector:
     return seats[1].scope
 
 
@@ -99,7 +99,7 @@ def test_every_figure_of_a_token_is_what_its_definition_gives(scope, places):
 
 def test_a_model_beside_itself_has_no_kl(seats):
     speaker = seats[0].speaker
-    seen = Microscope(speaker, speaker.params).look(speaker.prompt("first"), TOK.encode("second third"))
+    seen = TokenInspector(speaker, speaker.params).look(speaker.prompt("first"), TOK.encode("second third"))
     np.testing.assert_allclose(seen.kl, 0, atol=1e-6)
     np.testing.assert_array_equal(seen.logp, seen.ref_logp)
     assert seen.value is None and seen.score is None
@@ -130,9 +130,9 @@ def test_sampling_settings_mean_what_they_say(scope):
 
 def test_the_texts_of_tokens_are_together_the_answer(scope):
     ids = TOK.encode("naïve 日本 first")
-    assert "".join(chat.texts(scope.speaker, ids)) == "naïve 日本 first"
-    assert chat.texts(scope.speaker, [*ids, TOK.template.end])[-1] == "</answer>"
-    assert "".join(chat.texts(scope.speaker, TOK.encode(HOSTILE))) == HOSTILE
+    assert "".join(chat.token_texts(scope.speaker, ids)) == "naïve 日本 first"
+    assert chat.token_texts(scope.speaker, [*ids, TOK.template.end])[-1] == "</answer>"
+    assert "".join(chat.token_texts(scope.speaker, TOK.encode(HOSTILE))) == HOSTILE
 
 
 # ---- the page's calls ----
@@ -141,7 +141,7 @@ HOW = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "new_tokens": NEW}
 
 
 class Page:
-    def __init__(self, folder: Path, seats: list[chat.Seat], rollouts: Path) -> None:
+    def __init__(self, folder: Path, seats: list[chat.ChatModel], rollouts: Path) -> None:
         self.store = votes.Store(folder / "votes.sqlite")
         config = server.ServeConfig(port=0)
         self.bound = server.Server(config, "")
@@ -264,7 +264,9 @@ def test_whoever_does_not_read_holds_nobody_up_and_whoever_goes_stops_the_model(
 
 def test_only_so_many_wait_for_one_model(page):
     with page.seats[1].turn:
-        waiting = [page.open("say", {"model": 1, "turns": [{"prompt": "first"}], **HOW}) for _ in range(chat.WAITING)]
+        waiting = [
+            page.open("say", {"model": 1, "turns": [{"prompt": "first"}], **HOW}) for _ in range(chat.MAX_QUEUED)
+        ]
         status, found = page.call("say", {"model": 1, "turns": [{"prompt": "first"}], **HOW})
         assert status == 429 and "answers waiting" in found["error"]
     assert all(b"done" in answer.read() for answer in waiting)
@@ -273,5 +275,5 @@ def test_only_so_many_wait_for_one_model(page):
 def test_conversations_are_remembered_only_by_models_that_learnt_to(page):
     speaker = page.seats[0].speaker
     turns = [("first", "second"), ("third", "")]
-    assert chat.prompt_of(speaker, turns) == speaker.prompt("third")
-    assert chat.dialogue(turns[:1]) == "first"
+    assert chat.encode_conversation(speaker, turns) == speaker.prompt("third")
+    assert chat.format_dialogue(turns[:1]) == "first"

@@ -42,12 +42,12 @@ class Policy:
     def collect(self, params: Params, prompts: Prompts, key: Array) -> Experience:
         """One answer to each prompt, from the whole distribution (top-k or top-p would bias PPO's ratio)."""
         answers = self.generate(params, prompts.tokens_BP, prompts.length_B, key)
-        rows, logp_BT = decoding.join(prompts.tokens_BP, prompts.length_B, answers)
+        rows, logp_BT = decoding.join_prompt_and_answer(prompts.tokens_BP, prompts.length_B, answers)
         return Experience(rows, logp_BT, answers)
 
     def logp(self, params: Params, rows: Batch) -> Array:
         """log P(token t | tokens before t), [B, T]; 0 outside the `new_tokens` tokens from the answer's first."""
-        before = transformer.window_before(rows.mask_BT, self.new_tokens)
+        before = transformer.target_window(rows.mask_BT, self.new_tokens)
         h_BWD = before.take(self.hidden(params, rows.tokens_BT))
         return before.put(self.predict(params, h_BWD, before.targets(rows.tokens_BT))[0])
 
@@ -60,7 +60,7 @@ class Policy:
 
         PPO's old log-probabilities and its loss both come from here: at the same shapes the first ratio is exactly 1.
         All are 0 outside the window of `logp`."""
-        before = transformer.window_before(rows.mask_BT, self.new_tokens)
+        before = transformer.target_window(rows.mask_BT, self.new_tokens)
         h_BWD = before.take(self.hidden(params, rows.tokens_BT))
         logp_BW, entropy_BW = self.predict(params, h_BWD, before.targets(rows.tokens_BT))
         value_BW = transformer.apply_scalar_head(value_head, h_BWD)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxgpt import training
 from jaxgpt.losses import kl
 from jaxgpt.models import transformer
-from jaxgpt.rlhf import dpo, policy, ppo
+from jaxgpt.rlhf import dpo, policies, ppo
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.structs import Preferences, Prompts
 from tests.helpers import TINY, prompts_of, random_params
@@ -24,8 +24,8 @@ PPO = PPOConfig(new_tokens=6, epochs=2, minibatches=2, temperature=0.8)
 
 def test_our_transformer_as_plain_functions_is_the_policy_that_we_bind():
     """Scores, entropies, values and gradients, and the log-probabilities that the sampler reports."""
-    ours = policy.transformer_policy(MODEL, new_tokens=6, stop=5, temperature=0.8)
-    plain = policy.from_functions(
+    ours = policies.transformer_policy(MODEL, new_tokens=6, stop=5, temperature=0.8)
+    plain = policies.from_functions(
         lambda params, tokens: transformer.hidden(params, MODEL, tokens),
         lambda params, h: transformer.unembed(params, h),
         width=MODEL.width,
@@ -43,7 +43,7 @@ def test_our_transformer_as_plain_functions_is_the_policy_that_we_bind():
         jax.jit(jax.grad(lambda p, one=one: one.answer_logp(p, found.rows).sum()))(params) for one in (ours, plain)
     ]
     chex.assert_trees_all_close(*slopes, atol=5e-4)
-    assert policy.transformer_policy(MODEL, new_tokens=6, stop=5, temperature=0.8) is ours
+    assert policies.transformer_policy(MODEL, new_tokens=6, stop=5, temperature=0.8) is ours
 
 
 class Convolution(nnx.Module):
@@ -67,7 +67,7 @@ def convolution():
         nnx.replace_by_pure_dict(pure, params)
         return nnx.merge(graph, pure)
 
-    found = policy.from_functions(
+    found = policies.from_functions(
         lambda params, tokens_BT: model(params)(tokens_BT),
         lambda params, h: model(params).head(h),
         width=WIDTH,
