@@ -173,7 +173,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             "gold": gold,
             "words": words,
             "better_than_before": wins(gold, baseline),
-            "kl_nats_a_sequence": log_probs(params) - log_probs(reference),
+            "kl_nats_per_sequence": log_probs(params) - log_probs(reference),
             "names_the_thing": np.array(named).T,
         }
         found[name] = {
@@ -193,7 +193,7 @@ def table(found: dict[str, Any]) -> Table:
     grid = Table(title="held-out questions about things that no stage has seen; 95 % intervals", box=None)
     for column in ("", "words", "better", "KL, nats", "names it", "ended", "distinct-2"):
         grid.add_column(column, no_wrap=True)
-    measures = {"words": 1, "better_than_before": 2, "kl_nats_a_sequence": 1, "names_the_thing": 2}
+    measures = {"words": 1, "better_than_before": 2, "kl_nats_per_sequence": 1, "names_the_thing": 2}
     for name, row in found["models"].items():
         shown = {k: Interval(**row[k]) for k in measures}
         cells = [f"{x.mean:.{measures[k]}f} ± {x.high - x.mean:.{measures[k]}f}" for k, x in shown.items()]

@@ -85,7 +85,7 @@ class Model:
 
 
 class AnswerGenerator:
-    """Keeps `ahead` answered prompts in the store, from a thread of its own."""
+    """Keeps `prefetch` answered prompts in the store, from a thread of its own."""
 
     def __init__(self, settings: Settings, store: votes.Store) -> None:
         self.settings, self.store = settings, store

@@ -145,7 +145,7 @@ def ppo(space: Space, task: Task, params: Params, old: Params, rows_B1: Array) -
 
 
 def make_group_loss(advantage: Callable[[Array], Array], penalty: str) -> Loss:
-    """REINFORCE with the advantage of `returns.rloo`, `centred` or `grpo`, and one of three KL penalties.
+    """REINFORCE with the advantage of `returns.rloo`, `centre_scores` or `grpo`, and one of three KL penalties.
 
     score  in the score: h = r - beta log(pi / rho)(y)
     k2     as a loss, k2 of the answer's log-ratio: its gradient is that of KL(pi || rho)
@@ -204,7 +204,7 @@ def all_sets(space: Space, size: int) -> Draw:
 
 
 def all_groups(space: Space, size: int) -> Draw:
-    """All groups that `sampled` can draw, weighted by their probabilities, which gives the expected loss."""
+    """All groups that `draw_groups` can draw, weighted by their probabilities, which gives the expected loss."""
     rows = list(itertools.combinations_with_replacement(range(len(space.tokens_YT)), size))
     orders = [math.factorial(size) / math.prod(math.factorial(row.count(y)) for y in set(row)) for row in rows]
     rows_BC, orders_B = jnp.array(rows), jnp.array(orders)

@@ -269,7 +269,7 @@ def main(settings: Settings) -> dict[str, Any]:
                     score_N, measured, rows = evaluate(
                         state.trainable["policy"], state.frozen["reference"], jax.random.fold_in(eval_key, i)
                     )
-                    walk_kl = round(float(measured.nats_a_sequence), 6) + 0.0
+                    walk_kl = round(float(measured.nats_per_sequence), 6) + 0.0
                     curve.append((i, np.asarray(score_N), walk_kl))
                     shown = {"score": score_N.mean(), "optimality": (score_N / best_N).mean(), "kl": walk_kl}
                     run.log(i, shown)

@@ -94,14 +94,14 @@ class ModelConfig:
         return self.kv_heads or self.heads
 
     @property
-    def mlp_units(self) -> int:
+    def mlp_hidden(self) -> int:
         """Hidden units of the MLP, F."""
         return self.mlp_width or 4 * self.width
 
     @property
     def parameters(self) -> int:
         """Number of weights, without learned positions, which take part in no matrix product."""
-        D, F, GK = self.width, self.mlp_units, self.groups * self.head_dim
+        D, F, GK = self.width, self.mlp_hidden, self.groups * self.head_dim
         gates = 2 if self.mlp == "swiglu" else 1
         norm = 2 * D if self.norm == "layer" else D
         layer = D * (D + 2 * GK) + D * D + (gates + 1) * D * F + 2 * norm
@@ -111,7 +111,7 @@ class ModelConfig:
         return self.layers * layer + tables + (norm if self.norm_at == "input" else 0)
 
     @property
-    def flops_a_token(self) -> int:
+    def flops_per_token(self) -> int:
         """FLOPs per token, forward and backward, over a full block: 6 N + 12 layers width block (the forward pass is a
         third). An untied embedding is only looked up, and costs nothing."""
         products = self.parameters - (0 if self.tied else self.vocab * self.width)

@@ -275,7 +275,7 @@ COMPILER_ENVIRONMENT = {  # use the compiler without a TPU
 
 
 def run_in_child(request: Mapping[str, Any], patience: int) -> dict[str, Any]:
-    """Run `child` in its own process; {"failed": reason} if it crashes, raises or takes too long."""
+    """Run `run_request` in its own process; {"failed": reason} if it crashes, raises or takes too long."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "tpu.plan", "--child", json.dumps(request)],
@@ -302,12 +302,12 @@ def closed_form_flops(settings: Settings, step: Step) -> float:
     """FLOPs of a step over all devices: 6 N + 12 layers width T per token to train, a third of that for a forward pass.
     PPO samples (one forward pass), evaluates the rollouts (policy, reference policy and reward model: three), and
     trains for `epochs`."""
-    tokens_a_row = settings.prompt_tokens + settings.ppo.new_tokens
+    tokens_per_row = settings.prompt_tokens + settings.ppo.new_tokens
     if step == "train":
-        return settings.batch * settings.model.block * settings.model.flops_a_token
-    row = dataclasses.replace(settings.model, block=tokens_a_row)
+        return settings.batch * settings.model.block * settings.model.flops_per_token
+    row = dataclasses.replace(settings.model, block=tokens_per_row)
     passes = 1 / 3 if step == "decode" else 4 / 3 + settings.ppo.epochs
-    return settings.prompts * tokens_a_row * row.flops_a_token * passes
+    return settings.prompts * tokens_per_row * row.flops_per_token * passes
 
 
 def cache_bytes(settings: Settings, mesh: MeshConfig) -> float:
@@ -346,9 +346,9 @@ def estimate_mesh(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[flo
     c, width = settings.model, 2 if settings.model.dtype == "bfloat16" else 4
     parts = mesh.fsdp * mesh.tensor
     copies = {"train": 4, "ppo": 6, "decode": 1}[step]  # float32: weights, two moments, gradients; two frozen models
-    tokens_a_row = c.block if step == "train" else settings.prompt_tokens + settings.ppo.new_tokens
+    tokens_per_row = c.block if step == "train" else settings.prompt_tokens + settings.ppo.new_tokens
     rows = settings.batch / settings.microbatches if step == "train" else settings.prompts / settings.ppo.minibatches
-    tokens = rows * tokens_a_row / (mesh.data * mesh.fsdp)
+    tokens = rows * tokens_per_row / (mesh.data * mesh.fsdp)
     a_layer = {"none": 17, "dots": 9, "full": 1}[c.remat] * c.width * width
     kept = 0.0 if step == "decode" else tokens * (c.layers * a_layer + 6 * c.vocab) / mesh.tensor
     memory = copies * 4 * c.parameters / parts + kept + cache_bytes(settings, mesh)

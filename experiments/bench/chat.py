@@ -252,7 +252,7 @@ def main(settings: Settings) -> dict[str, Any]:
         lines += disturbance_warning(turns.others_share)
         for line in lines:
             run.say(line)
-        report = {"machine": about, "tokens_a_second": found, "others_share": turns.others_share}
+        report = {"machine": about, "tokens_per_second": found, "others_share": turns.others_share}
         write_json(run.folder / "bench_chat.json", report)
         run.finish(report)
         return run.results

@@ -142,10 +142,10 @@ def cases(settings: Settings) -> list[Case]:
     return [Case(*point) for point in itertools.product(*grid)]
 
 
-def bytes_a_step(config: ModelConfig, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:
+def bytes_per_step(config: ModelConfig, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:
     """Bytes that one step (one token per row) must read: the weights of the matrix products, once for all rows, and
     the keys and values of the slots filled so far, the new one included, averaged over the steps of a call."""
-    D, F, size = config.width, config.mlp_units, 4 if config.dtype == "float32" else 2
+    D, F, size = config.width, config.mlp_hidden, 4 if config.dtype == "float32" else 2
     GK, inner = config.groups * config.head_dim, 3 if config.mlp == "swiglu" else 2
     weights = config.layers * (D * (D + 2 * GK) + D * D + inner * D * F) + config.vocab * D
     filled = prompt + new_tokens / 2  # the mean of prompt + 1 ... prompt + new_tokens - 1
@@ -362,12 +362,12 @@ def summarise_times(
     # If noise made one token take longer than all of them, the whole time counts.
     step = (whole - prompt if whole > prompt else whole) / (case.new_tokens - 1)
     return {
-        "tokens_a_second": tokens / whole,
-        "tokens_a_second_range": [tokens / max(seconds), tokens / min(seconds)],
+        "tokens_per_second": tokens / whole,
+        "tokens_per_second_range": [tokens / max(seconds), tokens / min(seconds)],
         "first_token_seconds": prompt,
         "first_token_seconds_range": [min(first), max(first)],
         "step_seconds": step,
-        "bytes_a_second": must_read / step,
+        "bytes_per_second": must_read / step,
         "compile_seconds": max(warm_up - 2 * whole, 0.0),
         "seconds": list(seconds),
         "first_seconds": list(first),
@@ -385,7 +385,7 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
         "prompts": prompts,
         "prepared": settings.prepare_once,
     }
-    must_read = bytes_a_step(config, case.batch, case.prompt, case.new_tokens)
+    must_read = bytes_per_step(config, case.batch, case.prompt, case.new_tokens)
     turns = Rotation(workers)
     warm_up: dict[str, float] = {}
     tokens: dict[str, list[list[int]]] = {}
@@ -419,10 +419,10 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
             "agreeing_tokens": count_agreeing_tokens(tokens[OURS], tokens[kind]),
         }
     others = [kind for kind in found if kind != OURS]
-    fastest = max(others, key=lambda kind: found[kind]["tokens_a_second"], default=None)
+    fastest = max(others, key=lambda kind: found[kind]["tokens_per_second"], default=None)
     return {
         **dataclasses.asdict(case),
-        "bytes_a_step": must_read,
+        "bytes_per_step": must_read,
         "others_share": turns.others_share,
         "decoders": found,
         "failed": turns.failed,
@@ -434,7 +434,7 @@ def add_roof_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[
     """The results with each decoder's fraction of the roof (bytes per second)."""
     for result in results:
         for found in result["decoders"].values():
-            found["fraction_of_roof"] = found["bytes_a_second"] / roof
+            found["fraction_of_roof"] = found["bytes_per_second"] / roof
     return results
 
 
@@ -467,18 +467,18 @@ def table(results: Sequence[Mapping[str, Any]], roof: float) -> list[str]:
     """The table's lines, at most 120 columns wide."""
     lines = [HEADER]
     for result in results:
-        must_read = result["bytes_a_step"]["total"]
+        must_read = result["bytes_per_step"]["total"]
         lines += [
             "",
             f"{case_title(result)}: {must_read / 1e6:,.1f} MB per step, so at most "
             f"{roof / must_read * result['batch']:,.0f} tokens/s",
         ]
         for kind, found in result["decoders"].items():
-            low, high = found["tokens_a_second_range"]
+            low, high = found["tokens_per_second_range"]
             peak = found["peak_bytes"]["device"] or found["peak_bytes"]["process"]
             same = "" if kind == OURS else f"{found['agreeing_tokens']}/{result['new_tokens']}"
             lines.append(
-                f"{RIVALS.get(kind, kind):<21}{found['tokens_a_second']:>10,.1f}  {f'({low:,.0f}-{high:,.0f})':<17}"
+                f"{RIVALS.get(kind, kind):<21}{found['tokens_per_second']:>10,.1f}  {f'({low:,.0f}-{high:,.0f})':<17}"
                 f"{found['first_token_seconds'] * 1e3:>9.2f}{found['step_seconds'] * 1e3:>13.3f}"
                 f"{found['fraction_of_roof']:>9.1%}{found['compile_seconds']:>11.1f}{peak / 1e6:>9,.0f}{same:>10}"
             )
@@ -535,10 +535,10 @@ def main(settings: Settings) -> dict[str, Any]:
                     with contextlib.ExitStack() as stack:
                         workers = {kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in kinds}
                         results.append(measure(case, settings, workers, weights))
-                    speeds = {kind: found["tokens_a_second"] for kind, found in results[-1]["decoders"].items()}
+                    speeds = {kind: found["tokens_per_second"] for kind, found in results[-1]["decoders"].items()}
                     shown = ", ".join(f"{RIVALS.get(kind, kind)} {speed:,.1f}" for kind, speed in speeds.items())
                     run.say(f"{case_title(results[-1])}: {shown} tokens/s")
-                    run.log(len(results), {f"tokens_a_second/{kind}": speed for kind, speed in speeds.items()})
+                    run.log(len(results), {f"tokens_per_second/{kind}": speed for kind, speed in speeds.items()})
         _, read, _ = survey_machine(MODULE, kinds, python, log, "Hugging Face", megabytes=settings.roof_mb)
         after = {name: rate for rates in read.values() for name, rate in rates.items()}
         run.say(f"memory, again: {format_roofs(after)}")
@@ -554,7 +554,7 @@ def main(settings: Settings) -> dict[str, Any]:
             "note": note,
             "cases": results,
             "roof": used,
-            "roof_bytes_a_second": roofs[used],
+            "roof_bytes_per_second": roofs[used],
             "roofs_before": before,
             "roofs_after": after,
         }

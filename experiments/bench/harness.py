@@ -41,7 +41,7 @@ def cores() -> int:
 
 
 def fast_malloc() -> None:
-    """A copy of `jaxgpt.runs.process.fast_malloc`, which a Python without jax can't import, so torch has it too."""
+    """A copy of `jaxgpt.runs.process.configure_malloc`, which a Python without jax can't import, so torch has it too."""
     if os.environ.get("JAXGPT_MALLOC") != "0" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-4, 0), (-1, -1), (-8, 1)):
@@ -281,7 +281,7 @@ def draw_bars(
 ) -> None:
     """Draw tokens per second, each panel on its own scale, and below it the fraction of the roof, all on one scale.
 
-    A panel is a list of (label, {kind: tokens_a_second, tokens_a_second_range, fraction_of_roof}); `names` maps kinds
+    A panel is a list of (label, {kind: tokens_per_second, tokens_per_second_range, fraction_of_roof}); `names` maps kinds
     to labels, `lower` is the lower axis label and says what the roof is.
     """
     from matplotlib.figure import Figure
@@ -304,14 +304,14 @@ def draw_bars(
             if not at:
                 continue
             place = [x for x, _ in at]
-            speed = [found["tokens_a_second"] for _, found in at]
-            ranges = np.abs(np.array([found["tokens_a_second_range"] for _, found in at]).T - speed)
+            speed = [found["tokens_per_second"] for _, found in at]
+            ranges = np.abs(np.array([found["tokens_per_second_range"] for _, found in at]).T - speed)
             top.bar(place, speed, width * 0.92, yerr=ranges, capsize=2, color=f"C{i}", label=names[kind])
             bottom.bar(place, [found["fraction_of_roof"] for _, found in at], width * 0.92, color=f"C{i}")
             for x, found in at:
-                high = found["tokens_a_second_range"][1]
+                high = found["tokens_per_second_range"][1]
                 top.annotate(
-                    f"{found['tokens_a_second']:,.0f}",
+                    f"{found['tokens_per_second']:,.0f}",
                     (x, high),
                     xytext=(0, 2),
                     textcoords="offset points",
@@ -394,7 +394,7 @@ def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = 
         n_embd=config.width,
         n_layer=config.layers,
         n_head=config.heads,
-        n_inner=config.mlp_units,
+        n_inner=config.mlp_hidden,
         activation_function="gelu_new",
         layer_norm_epsilon=config.norm_epsilon,
         resid_pdrop=0.0,

@@ -397,12 +397,12 @@ def measure(
         for _ in range(settings.repeats):
             turns.each(turn)
     found: dict[str, Any] = {}
-    tokens, flops = case.batch * case.block, config.flops_a_token
+    tokens, flops = case.batch * case.block, config.flops_per_token
     for kind, worker in turns.alive.items():
         typical = statistics.median(seconds[kind])
         found[kind] = {
-            "tokens_a_second": tokens / typical,
-            "tokens_a_second_range": [tokens / max(seconds[kind]), tokens / min(seconds[kind])],
+            "tokens_per_second": tokens / typical,
+            "tokens_per_second_range": [tokens / max(seconds[kind]), tokens / min(seconds[kind])],
             "step_seconds": typical,
             "fraction_of_roof": tokens / typical * flops / roofs[case.dtype],
             "compile_seconds": max(first[kind] - typical, 0.0),
@@ -411,10 +411,10 @@ def measure(
             "seconds": seconds[kind],
         }
     others = [kind for kind in found if kind != OURS]
-    fastest = max(others, key=lambda kind: found[kind]["tokens_a_second"], default=None)
+    fastest = max(others, key=lambda kind: found[kind]["tokens_per_second"], default=None)
     return {
         **dataclasses.asdict(case),
-        "flops_a_token": flops,
+        "flops_per_token": flops,
         "others_share": turns.others_share,
         "trainers": found,
         "failed": turns.failed,
@@ -453,14 +453,14 @@ def table(results: Sequence[Mapping[str, Any]], roofs: Mapping[str, float]) -> l
     """The table's lines, at most 120 columns wide."""
     lines = [HEADER]
     for result in results:
-        flops = result["flops_a_token"]
+        flops = result["flops_per_token"]
         at_most = roofs[result["dtype"]] / flops
         lines += ["", f"{title_of(result)}: {flops / 1e6:,.1f} MFLOPs per token, so at most {at_most:,.0f} tokens/s"]
         for kind, found in result["trainers"].items():
-            low, high = found["tokens_a_second_range"]
+            low, high = found["tokens_per_second_range"]
             peak = found["peak_bytes"]["device"] or found["peak_bytes"]["process"]
             lines.append(
-                f"{RIVALS.get(kind, kind):<30}{found['tokens_a_second']:>10,.0f}  {f'({low:,.0f}-{high:,.0f})':<17}"
+                f"{RIVALS.get(kind, kind):<30}{found['tokens_per_second']:>10,.0f}  {f'({low:,.0f}-{high:,.0f})':<17}"
                 f"{found['step_seconds'] * 1e3:>13.1f}{found['fraction_of_roof']:>9.1%}"
                 f"{found['compile_seconds']:>11.1f}{peak / 1e6:>9,.0f}{found['loss']:>9.4f}"
             )
@@ -519,10 +519,10 @@ def main(settings: Settings) -> dict[str, Any]:
                 with contextlib.ExitStack() as stack:
                     workers = {kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in kinds}
                     results.append(measure(case, settings, workers, weights, roofs))
-            speeds = {kind: found["tokens_a_second"] for kind, found in results[-1]["trainers"].items()}
+            speeds = {kind: found["tokens_per_second"] for kind, found in results[-1]["trainers"].items()}
             shown = ", ".join(f"{RIVALS.get(kind, kind)} {speed:,.0f}" for kind, speed in speeds.items())
             run.say(f"{title_of(results[-1])}: {shown} tokens/s")
-            run.log(len(results), {f"tokens_a_second/{kind}": speed for kind, speed in speeds.items()})
+            run.log(len(results), {f"tokens_per_second/{kind}": speed for kind, speed in speeds.items()})
         lines += ["", *table(results, roofs)]
         for line in lines[1:]:
             run.say(line)
@@ -531,7 +531,7 @@ def main(settings: Settings) -> dict[str, Any]:
             "settings": settings_to_json(settings),
             "note": note,
             "cases": results,
-            "roof_flops_a_second": roofs,
+            "roof_flops_per_second": roofs,
             "roofs": measured,
         }
         write_json(run.folder / "bench_train.json", report)

@@ -9,7 +9,7 @@ that reads the number after the dots: 1 if it is right, otherwise 0. The held-ou
 The dots mean nothing, so any change in their number is the method's doing. GRPO (Shao et al. 2024) divides an answer's
 loss by its length and a group's advantages by their standard deviation. Liu et al. (2025) showed both to be biases: a
 long wrong answer is penalised less per token than a short one, so wrong answers grow; and groups in which nearly all
-answers are right, or wrong, weigh more than the reward alone would make them. `centred` is GRPO without either; RLOO is
+answers are right, or wrong, weigh more than the reward alone would make them. `centre_scores` is GRPO without either; RLOO is
 that times C / (C - 1), which Adam cancels except for clipping; PPO has a critic in place of a group.
 """
 
@@ -102,7 +102,7 @@ PRESETS = {
 
 
 def train_on_demonstrations(s: Settings, tok: Tokenizer, prompts: list[str], bar: Bar) -> Params:
-    """Train a model from scratch on demonstrations, until its loss is `enough`. How many steps that takes varies: sums
+    """Train a model from scratch on demonstrations, until its loss is `target_loss`. How many steps that takes varies: sums
     are learnt all of a sudden."""
     nats: collections.deque[float] = collections.deque(maxlen=20)
 
@@ -203,7 +203,8 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     page.write_page(
         s.run,
         "Sums that a program checks",
-        f"{s.heldout} held-out sums, {s.seeds} seeds; every method learns from {s.prompts * s.group_size} answers at a time.",
+        f"{s.heldout} held-out sums, {s.seeds} seeds; every method learns from {s.prompts * s.group_size} answers at a "
+        "time.",
         [
             ("", s.run / "arithmetic.png"),
             (

@@ -189,7 +189,7 @@ def feed_next_token(
 def decode_step(
     params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
 ) -> tuple[KVCache, Array]:
-    """`advance`, and the logits of the next token [B, V]."""
+    """`feed_next_token`, and the logits of the next token [B, V]."""
     cache, h_BD = feed_next_token(params, config, cache, token_B, length_B, prompt_slots, t)
     return cache, unembed(params, h_BD)
 
@@ -219,7 +219,7 @@ def generate(
     so far contain (a repetition penalty); `sample` draws from the result, and the returned log-probabilities are those
     of that distribution. `samples` answers per prompt (from row b * samples of the result on) share one reading of it.
     `value_head` adds a critic's values. The cache grows by `segment` slots, each segment compiled separately. `loop`
-    runs the steps: `jax.lax.scan`, with a fixed length that can be vmapped, or `until_all_ended`. Rows that have ended
+    runs the steps: `jax.lax.scan`, with a fixed length that can be vmapped, or `scan_until_all_ended`. Rows that have ended
     yield `pad`. Raises UserError while tracing if prompt and answer don't fit the model's block.
     """
     P = prompt_BP.shape[1]

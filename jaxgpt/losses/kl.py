@@ -62,7 +62,7 @@ def sequence_kl(logp_BT: Array, ref_logp_BT: Array, mask_BT: Array) -> Array:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sequences", "tokens", "total", "total_squares", "tokens_squares", "products"],
+    data_fields=["sequences", "tokens", "total", "squared_nats", "squared_tokens", "products"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -75,41 +75,41 @@ class Estimate:
     sequences: Array
     tokens: Array
     total: Array  # nats
-    total_squares: Array  # sum over sequences of nats squared
-    tokens_squares: Array  # sum over sequences of tokens squared
+    squared_nats: Array  # sum over sequences of nats squared
+    squared_tokens: Array  # sum over sequences of tokens squared
     products: Array  # sum over sequences of nats times tokens
 
     def __add__(self, other: "Estimate") -> "Estimate":
         return jax.tree.map(jnp.add, self, other)
 
     @property
-    def nats_a_sequence(self) -> Array:
+    def nats_per_sequence(self) -> Array:
         """Mean KL per sequence."""
         return self.total / jnp.maximum(self.sequences, 1)
 
     @property
-    def nats_a_token(self) -> Array:
+    def nats_per_token(self) -> Array:
         """Mean KL per token."""
         return self.total / jnp.maximum(self.tokens, 1)
 
     @property
-    def nats_a_sequence_error(self) -> Array:
+    def nats_per_sequence_error(self) -> Array:
         """Standard error of the mean over sequences; 0 with fewer than two."""
-        return self._spread(self.nats_a_sequence, 0.0) / jnp.maximum(self.sequences, 1)
+        return self._spread(self.nats_per_sequence, 0.0) / jnp.maximum(self.sequences, 1)
 
     @property
-    def nats_a_token_error(self) -> Array:
+    def nats_per_token_error(self) -> Array:
         """Standard error of the ratio nats / tokens (linearised): tokens of one answer aren't independent."""
-        return self._spread(0.0, self.nats_a_token) / jnp.maximum(self.tokens, 1)
+        return self._spread(0.0, self.nats_per_token) / jnp.maximum(self.tokens, 1)
 
     def _spread(self, a: Array | float, b: Array | float) -> Array:
         """sqrt(n / (n - 1) sum_i e_i^2) of the residuals e_i = nats_i - a - b tokens_i (which have mean 0)."""
         squares = (
-            self.total_squares
+            self.squared_nats
             - 2 * (a * self.total + b * self.products)
             + a**2 * self.sequences
             + 2 * a * b * self.tokens
-            + b**2 * self.tokens_squares
+            + b**2 * self.squared_tokens
         )
         return jnp.sqrt(jnp.maximum(squares, 0.0) * self.sequences / jnp.maximum(self.sequences - 1, 1))
 
@@ -140,7 +140,7 @@ class AdaptiveKL:
 
     def update(self, measured: Estimate) -> "AdaptiveKL":
         """The controller after these episodes. Raises ValueError for an unknown unit."""
-        units = {"sequence": measured.nats_a_sequence, "token": measured.nats_a_token}
+        units = {"sequence": measured.nats_per_sequence, "token": measured.nats_per_token}
         if self.unit not in units:
             raise ValueError(f"AdaptiveKL: unit is {self.unit!r}; choose sequence or token")
         error = jnp.clip(units[self.unit] / self.target - 1.0, -0.2, 0.2)

@@ -98,7 +98,7 @@ def centre_scores(score_BC: Array, present_BC: Array | None = None) -> Array:
 def rloo(score_BC: Array, present_BC: Array | None = None) -> Array:
     """h_i - mean over the prompt's *other* answers, [B, C]: unbiased (Kool et al. 2019; Ahmadian et al. 2024).
 
-    Equal to C / (C - 1) times `centred`.
+    Equal to C / (C - 1) times `centre_scores`.
     """
     deviation_BC, count_B1 = _groups(score_BC, present_BC)
     return deviation_BC * count_B1 / jnp.maximum(count_B1 - 1, 1)
@@ -109,7 +109,7 @@ def grpo(score_BC: Array, present_BC: Array | None = None, epsilon: float = 1e-4
 
     std is the sample standard deviation (C - 1 in the denominator). Dividing by it gives more weight to prompts with
     similar scores, and if the KL is a separate loss, the optimum no longer depends on the scores' scale
-    (docs/maths.md): `centred` avoids both.
+    (docs/maths.md): `centre_scores` avoids both.
     """
     deviation_BC, count_B1 = _groups(score_BC, present_BC)
     variance_B1 = jnp.square(deviation_BC).sum(axis=1, keepdims=True) / jnp.maximum(count_B1 - 1, 1)

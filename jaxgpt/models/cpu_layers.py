@@ -1,7 +1,7 @@
 """The layers of `layers.PLAIN` with hand-written gradients, for CPUs.
 
 XLA's CPU compiler fuses element-wise work into the transposed operands of the backward pass's matrix products, which
-then miss its fast kernels. `FAST` computes each weight's gradient as one product x^T dy of arrays that have been
+then miss its fast kernels. `CPU_LAYERS` computes each weight's gradient as one product x^T dy of arrays that have been
 materialised (by a barrier), and saves only what the formula needs. Values are the same as `PLAIN`'s and gradients equal
 up to rounding; only reverse mode is supported.
 """

@@ -266,7 +266,7 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
     sizes = {
         "heads": ("tensor", config.heads),
         "kv_heads": ("tensor", config.groups),
-        "mlp_width": ("tensor", config.mlp_units),
+        "mlp_width": ("tensor", config.mlp_hidden),
         "vocab": ("tensor", config.vocab),
         "width": ("fsdp", config.width),
     }

@@ -52,7 +52,7 @@ PARTITION = {
 
 def init(key: Array, config: ModelConfig) -> Params:
     """GPT-2's initialisation: normal(0.02), projections into the residual stream scaled by 1/sqrt(2 N)."""
-    D, F = config.width, config.mlp_units
+    D, F = config.width, config.mlp_hidden
     residual_scale = 0.02 / math.sqrt(2 * config.layers)
 
     def dense(key: Array, fan_in: int, fan_out: int, scale: float = 0.02) -> Params:
@@ -174,13 +174,13 @@ def hidden(
     *,
     positions_BT: Array | None = None,
     segments_BT: Array | None = None,
-    nudge_BTD: Array | None = None,
+    embedding_offset_BTD: Array | None = None,
     key: Array | None = None,
     attend: Attend | None = None,
 ) -> Array:
     """The hidden states after the final norm, [B, T, D]; position t has seen tokens 0…t.
 
-    Without `positions_BT`, positions count from 0. `nudge_BTD` is added to the embeddings, to differentiate with
+    Without `positions_BT`, positions count from 0. `embedding_offset_BTD` is added to the embeddings, to differentiate with
     respect to the input or to feed something that isn't a token. `key` turns dropout on. `attend` replaces the
     attention implementation.
     Raises UserError if a row is longer than config.block (checked while tracing; positions would be clamped silently).
@@ -191,7 +191,7 @@ def hidden(
         tokens_BT,
         positions_BT=positions_BT,
         segments_BT=segments_BT,
-        nudge_BTD=nudge_BTD,
+        embedding_offset_BTD=embedding_offset_BTD,
         key=key,
         attend=attend,
     )[0]
@@ -204,7 +204,7 @@ def hidden_and_kv(
     *,
     positions_BT: Array | None = None,
     segments_BT: Array | None = None,
-    nudge_BTD: Array | None = None,
+    embedding_offset_BTD: Array | None = None,
     key: Array | None = None,
     attend: Attend | None = None,
 ) -> tuple[Array, list[tuple[Array, Array]]]:
@@ -221,8 +221,8 @@ def hidden_and_kv(
     layers = layers._replace(attend=attend or layers.attend)
     embed_key, keys = (None, None) if key is None else _split_for(key, config.layers)
     x_BTD = embed_rows(params, config, tokens_BT, positions_BT)
-    if nudge_BTD is not None:
-        x_BTD += nudge_BTD.astype(x_BTD.dtype)
+    if embedding_offset_BTD is not None:
+        x_BTD += embedding_offset_BTD.astype(x_BTD.dtype)
     x_BTD = dropout(embed_key, config.dropout, x_BTD)
 
     turned = rotary_angles(config, positions_BT)
@@ -371,7 +371,7 @@ def token_log_probs(
 def answer_logp(
     params: Params, config: ModelConfig, batch: Batch, *, temperature: float = 1.0, window: int | None = None
 ) -> Array:
-    """log P(y | x) of each row: the sum of `score` over the masked tokens, [B]."""
+    """log P(y | x) of each row: the sum of `token_log_probs` over the masked tokens, [B]."""
     logp_BT, _ = token_log_probs(params, config, batch, temperature=temperature, window=window)
     return jnp.where(batch.mask_BT, logp_BT, 0.0).sum(axis=1)
 

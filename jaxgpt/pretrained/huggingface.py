@@ -173,7 +173,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
             "n_embd": config.width,
             "n_head": config.heads,
             "n_positions": config.block,
-            "n_inner": config.mlp_units,
+            "n_inner": config.mlp_hidden,
             "layer_norm_epsilon": config.norm_epsilon,
         }
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
@@ -194,7 +194,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.groups,
         "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_units,
+        "intermediate_size": config.mlp_hidden,
         "max_position_embeddings": config.block,
         "rms_norm_eps": config.norm_epsilon,
         "attention_bias": config.biases,

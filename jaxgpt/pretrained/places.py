@@ -106,7 +106,7 @@ def _ungrouped(x: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
 
 
 def _llama(config: ModelConfig) -> list[TensorMapping]:
-    D, F, HK, GK = config.width, config.mlp_units, config.width, config.groups * config.head_dim
+    D, F, HK, GK = config.width, config.mlp_hidden, config.width, config.groups * config.head_dim
     found = [_same("embed/tokens_VD", "model.embed_tokens.weight", config.vocab, D)]
     found += [_same("final_norm/scale", "model.norm.weight", D)]
     if not config.tied:
@@ -145,7 +145,7 @@ def _llama(config: ModelConfig) -> list[TensorMapping]:
 
 
 def _gpt(config: ModelConfig) -> list[TensorMapping]:
-    D, F = config.width, config.mlp_units
+    D, F = config.width, config.mlp_hidden
     tokens, positions, blocks = _CONV[architecture_of(config)]
     found = [_same("embed/tokens_VD", tokens, config.vocab, D), _same("embed/positions_TD", positions, config.block, D)]
 

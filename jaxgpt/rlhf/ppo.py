@@ -204,10 +204,10 @@ def update(
         **jax.tree.map(lambda x: x[-1], history),
         "ratio_error_first": jax.tree.map(lambda x: x[0], history["ratio_error_max"]),
         "ratio_max": jax.tree.map(jnp.max, history["ratio_max"]),
-        "kl": measured.nats_a_sequence,
-        "kl_error": measured.nats_a_sequence_error,
-        "kl_k3": by_k3.nats_a_sequence,
-        "kl_k3_error": by_k3.nats_a_sequence_error,
+        "kl": measured.nats_per_sequence,
+        "kl_error": measured.nats_per_sequence_error,
+        "kl_k3": by_k3.nats_per_sequence,
+        "kl_k3_error": by_k3.nats_per_sequence_error,
         "beta": controller.beta,
         "score_after_kl": losses.reduce(scored.score_B - controller.beta * kl_B),
         "explained_variance": 1.0 - residual / jnp.maximum(variance, 1e-8),
@@ -283,7 +283,7 @@ def host_iteration(
     """`ppo_iteration` for a reward that runs on the host (a lexicon, a verifier, a person): two compiled programs with
     reward_fn(rows) -> h_B, on NumPy arrays, between them. State and controller are donated.
 
-    `data.tokenizer.on_texts` makes such a function of one of texts. UserError when it doesn't return one finite number
+    `data.tokenizer.text_reward` makes such a function of one of texts. UserError when it doesn't return one finite number
     per row."""
     sample = jax.jit(functools.partial(collect, policy=policy))
     learn_jit = jax.jit(functools.partial(learn, policy=policy, ppo=ppo, tx=tx), donate_argnums=(0, 1))

@@ -31,10 +31,10 @@ def init(key: Array, params: Params, width: int) -> Params:
     }
 
 
-def score(params: Params, config: ModelConfig, batch: Batch, nudge_BTD: Array | None = None) -> Array:
-    """h(x, y) of each row, [B] float32. The padding behind the answer doesn't matter. For `nudge_BTD` see
+def score(params: Params, config: ModelConfig, batch: Batch, embedding_offset_BTD: Array | None = None) -> Array:
+    """h(x, y) of each row, [B] float32. The padding behind the answer doesn't matter. For `embedding_offset_BTD` see
     `model.hidden`."""
-    h_BTD = transformer.hidden(params["model"], config, batch.tokens_BT, nudge_BTD=nudge_BTD)
+    h_BTD = transformer.hidden(params["model"], config, batch.tokens_BT, embedding_offset_BTD=embedding_offset_BTD)
     raw_B = transformer.at_last_token(transformer.apply_scalar_head(params["head"], h_BTD), batch.mask_BT)
     return params["gain"] * raw_B + params["bias"]
 

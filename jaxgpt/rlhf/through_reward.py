@@ -81,9 +81,12 @@ def make_loss(
         def h(key: Array) -> Array:
             mixed_BTD = relaxed(key, logits_BTV, tokens_BT[:, 1:], how.tau) @ table_VD
             base_BTD = jax.lax.stop_gradient(mixed_BTD) if how.straight_through else real_BTD
-            nudge_BTD = jnp.where(mask_BT[..., None], mixed_BTD - base_BTD, 0.0)
+            embedding_offset_BTD = jnp.where(mask_BT[..., None], mixed_BTD - base_BTD, 0.0)
             return reward.score(
-                params["reward"], reward_config, rows, nudge_BTD=jnp.pad(nudge_BTD, ((0, 0), (1, 0), (0, 0)))
+                params["reward"],
+                reward_config,
+                rows,
+                embedding_offset_BTD=jnp.pad(embedding_offset_BTD, ((0, 0), (1, 0), (0, 0))),
             )
 
         h_B = jnp.stack([h(k) for k in jax.random.split(key, how.draws)]).mean(0)

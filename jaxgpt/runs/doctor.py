@@ -3,7 +3,7 @@
     python -m jaxgpt.runs.doctor runs/assistant         a run folder, or one that holds several
 
 The exit status is 0 if nothing is wrong, 1 if something is, 2 if there is no run.
-Each check is a function of one run's `Record`; its thresholds are the constants above it. docs/metrics.md explains the
+Each check is a function of one run's `RunRecord`; its thresholds are the constants above it. docs/metrics.md explains the
 metrics.
 """
 
@@ -95,7 +95,7 @@ def check_data_wait(run: RunRecord) -> Iterator[Finding]:
 
 def check_loss_falls(run: RunRecord) -> Iterator[Finding]:
     """A training loss that doesn't fall."""
-    curve = run.curve("train_nats_a_token")
+    curve = run.curve("train_nats_per_token")
     if len(curve) >= MIN_CURVE_POINTS:
         first, last = quarter_means(curve)
         if last >= first:

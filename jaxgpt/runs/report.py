@@ -266,11 +266,11 @@ def save_gold_histograms(path: Path, policies: Sequence[Policy]) -> None:
 def save_training_curves(path: Path, stages: Path) -> None:
     """The training curves of every stage."""
     panels = (
-        ("pretrain", "nats per token", {"train_nats_a_token": "training", "heldout_nats_a_token": "held out"}),
+        ("pretrain", "nats per token", {"train_nats_per_token": "training", "heldout_nats_per_token": "held out"}),
         (
             "sft",
             "nats per token",
-            {"train_nats_a_token": "training answers", "heldout_answer_nats_a_token": "held-out answers"},
+            {"train_nats_per_token": "training answers", "heldout_answer_nats_per_token": "held-out answers"},
         ),
         ("reward", "nats per choice", {"train_loss": "training"}),
         ("dpo", "nats per choice", {"train_loss": "training"}),

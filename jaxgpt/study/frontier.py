@@ -1,7 +1,7 @@
 """The methods of a reward-KL frontier, each at all of its settings and seeds: one point per setting.
 
 Every method here returns {setting: [measures of a policy's answers to the held-out prompts, one per seed]} as JSON,
-which a cell stores and `page.points` reads.
+which a cell stores and `page.read_points` reads.
 """
 
 import dataclasses

@@ -55,7 +55,7 @@ def stack_trees(trees: Sequence[Any]) -> Any:
 
 
 def unstack_trees(tree: Any) -> list[Any]:
-    """The inverse of `stack`."""
+    """The inverse of `stack_trees`."""
     count = jax.tree.leaves(tree)[0].shape[0]
     return [jax.tree.map(lambda x, r=r: x[r], tree) for r in range(count)]
 
@@ -113,7 +113,7 @@ def check_updates_finite(found: dict[str, np.ndarray], i: int) -> None:
 
 
 def make_progress_watch(bar: Bar, *same: str, **named: str) -> MetricsCallback:
-    """A `Watch` that shows metrics on the bar as means over the runs, under their own names or others."""
+    """A `MetricsCallback` that shows metrics on the bar as means over the runs, under their own names or others."""
     shown = {**{name: name for name in same}, **named}
     return lambda i, found: bar.update(**{title: found[name].mean() for title, name in shown.items()})
 
@@ -128,7 +128,7 @@ LearnFn = Callable[[TrainState, Controller, Experience, Array, Array], tuple[Tra
 
 
 def make_ppo_learner(task: Task, tx: optax.GradientTransformation, reward_fn: RewardFn | None = None) -> LearnFn:
-    """PPO's update in the form that `OnPolicy` takes, with a reward in JAX or the scores passed to it."""
+    """PPO's update in the form that `OnPolicyTrainer` takes, with a reward in JAX or the scores passed to it."""
 
     def learn(
         state: TrainState, control: Controller, experience: Experience, score_B: Array, key: Array

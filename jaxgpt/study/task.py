@@ -206,7 +206,7 @@ def evaluate_answers(
 def evaluate_policy(
     task: Task, params: Params, key: Array, proxy: RewardModel | None = None, each: int = 1
 ) -> Evaluation:
-    """Sample answers and measure them (`seen`)."""
+    """Sample answers and measure them (`evaluate_answers`)."""
     ids = [row for row in task.heldout for _ in range(each)]
     return evaluate_answers(task, params, sample_task_answers(task, params, ids, key), proxy, each)
 
@@ -219,7 +219,7 @@ def evaluate_policies(
     proxy: RewardModel | None = None,
     texts: int = 6,
 ) -> list[dict[str, Any]]:
-    """`look` at every policy, as JSON; policies with the same number sample with the same random key."""
+    """`evaluate_policy` at every policy, as JSON; policies with the same number sample with the same random key."""
     key = jax.random.key(seed)
     found = [
         evaluate_policy(task, policy, jax.random.fold_in(key, n), proxy)
@@ -250,7 +250,7 @@ def best_of_n_weights(score_N: np.ndarray, n: int) -> np.ndarray:
 
 def expected_best_of_n(pool: Evaluation, n: int) -> dict[str, np.ndarray]:
     """Each measure's expected value per prompt under best-of-n by the proxy reward, from a pool [prompts, N]; the KL is
-    from `best_of_kl`."""
+    from `best_of_n_kl`."""
     weight_PN = np.stack([best_of_n_weights(score_N, n) for score_N in pool.proxy])
     names = ("gold", "judge", "proxy", "logp", "length", "ended")
     nats_P = [best_of_n_kl(logp_N, score_N, n) for logp_N, score_N in zip(pool.logp, pool.proxy, strict=True)]
@@ -258,7 +258,7 @@ def expected_best_of_n(pool: Evaluation, n: int) -> dict[str, np.ndarray]:
 
 
 def best_of_n_sweep(pool: Evaluation) -> dict[str, dict[str, Any]]:
-    """`best_of` for n = 2, 4, 8, ... up to the size of the pool."""
+    """`expected_best_of_n` for n = 2, 4, 8, ... up to the size of the pool."""
     return {
         f"n = {2**k}": {**expected_best_of_n(pool, 2**k), "texts": []}
         for k in range(1, pool.gold.shape[1].bit_length())

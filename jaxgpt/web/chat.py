@@ -50,17 +50,17 @@ class ChatModel:
 
     name: str
     place: Path
-    scope: TokenInspector
+    inspector: TokenInspector
     fingerprint: str
-    turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    waiting: int = 0
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    queued: int = 0
 
     @property
     def speaker(self) -> Speaker:
         """The model's `Speaker`."""
-        return self.scope.speaker
+        return self.inspector.speaker
 
-    def described(self) -> dict[str, Any]:
+    def describe_model(self) -> dict[str, Any]:
         """What the page shows about this model."""
         config = self.speaker.config
         return {
@@ -70,22 +70,22 @@ class ChatModel:
             "block": config.block,
             "raw": self.speaker.raw,
             "remembers": self.speaker.is_multi_turn,
-            "reference": self.scope.reference is not None,
-            "critic": self.scope.critic is not None,
-            "judge": self.scope.judge is not None,
+            "reference": self.inspector.reference is not None,
+            "critic": self.inspector.critic is not None,
+            "reward_model": self.inspector.reward_model is not None,
         }
 
 
-def load_models(places: Sequence[Path], reference: Path | None, judge: Path | None) -> list[ChatModel]:
+def load_models(places: Sequence[Path], reference: Path | None, reward_model: Path | None) -> list[ChatModel]:
     """Load the models. The KL of each is to `reference` if that has the same tokenizer and config; the reward model
-    `judge` scores the answers of the models that share its tokenizer."""
+    `reward_model` scores the answers of the models that share its tokenizer."""
     compared = Speaker(reference) if reference else None
     found: list[ChatModel] = []
     for place in places:
         speaker = compared if compared and place == reference else Speaker(place)
         alike = compared and (speaker.config, speaker.tok.fingerprint) == (compared.config, compared.tok.fingerprint)
         critic = place / "critic" if (place / "critic" / "model.json").exists() else None
-        scope = TokenInspector(speaker, compared.params if compared and alike else None, critic, judge)
+        scope = TokenInspector(speaker, compared.params if compared and alike else None, critic, reward_model)
         name = place.name if place.name not in {seat.name for seat in found} else str(place)
         found.append(ChatModel(name, place, scope, run_fingerprint(place)[:16]))
     return found
@@ -99,7 +99,7 @@ def application(
 
     async def describe(data: dict[str, Any]) -> dict[str, Any]:
         return {
-            "models": [seat.described() for seat in models],
+            "models": [seat.describe_model() for seat in models],
             "top_k": TOP_K,
             "longest": MAX_ANSWER_TOKENS,
             "rollouts": sorted(kept),
@@ -127,8 +127,8 @@ def application(
             if how.top_k not in TOP_K:
                 raise RequestRefused(400, f"top_k must be one of {', '.join(map(str, TOP_K))}")
             ids = encode_conversation(seat.speaker, parse_turns(data))
-            seat.speaker.room(ids, how.new_tokens)
-            if seat.waiting >= MAX_QUEUED:
+            seat.speaker.answer_budget(ids, how.new_tokens)
+            if seat.queued >= MAX_QUEUED:
                 raise RequestRefused(429, f"{seat.name} already has {MAX_QUEUED} answers waiting; try again later")
             seed = require_field(data, "seed", int, random.randrange(2**31)) % 2**31
         except RequestRefused as refusal:
@@ -139,7 +139,7 @@ def application(
         lines: asyncio.Queue[str | None] = asyncio.Queue()
 
         def put(line: str | None) -> None:
-            seat.waiting -= line is None
+            seat.queued -= line is None
             lines.put_nowait(line)
 
         def sample_answer() -> None:
@@ -154,7 +154,7 @@ def application(
             finally:
                 gone.set()
 
-        seat.waiting += 1
+        seat.queued += 1
         threading.Thread(target=sample_answer, daemon=True).start()
 
         return StreamingResponse(stream_lines(), media_type="application/x-ndjson")
@@ -241,7 +241,7 @@ def stream_answer(
 ) -> Iterator[str]:
     """Sample one answer and yield its lines of JSON; stops early when the reader is gone."""
     try:
-        with seat.turn:
+        with seat.lock:
             started = time.monotonic()
             answer: list[int] = []
             for token, text in seat.speaker.generate(ids, how, jax.random.key(seed)):
@@ -264,7 +264,7 @@ def answer_report(
     seat: ChatModel, ids: list[int], answer: list[int], how: SamplingConfig, ended: bool, seconds: float, seed: int
 ) -> dict[str, Any]:
     """Everything the page shows about an answer, token by token."""
-    seen = seat.scope.look(ids, answer, how.temperature)
+    seen = seat.inspector.look(ids, answer, how.temperature)
     tokens = token_texts(seat.speaker, answer)
 
     def listed(x: np.ndarray | None) -> list[float] | None:

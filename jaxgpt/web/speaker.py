@@ -2,10 +2,10 @@
 
     speaker = Speaker(Path("runs/assistant/ppo"))
     tokens = speaker.prompt("A film")
-    for piece in speaker.say(tokens, SamplingConfig(temperature=0.7), jax.random.key(0)):
+    for piece in speaker.generate(tokens, SamplingConfig(temperature=0.7), jax.random.key(0)):
         print(piece.text, end="")
 
-`Microscope` measures each token by its own probabilities, a reference, a critic and a reward model.
+`TokenInspector` measures each token by its own probabilities, a reference, a critic and a reward model.
 """
 
 import dataclasses
@@ -155,15 +155,19 @@ class TokenInspector:
     """A speaker and what it is compared with. A reward model with another tokenizer is left out."""
 
     def __init__(
-        self, speaker: Speaker, reference: Params | None = None, critic: Path | None = None, judge: Path | None = None
+        self,
+        speaker: Speaker,
+        reference: Params | None = None,
+        critic: Path | None = None,
+        reward_model: Path | None = None,
     ) -> None:
         self.speaker, self.reference = speaker, reference
         self.critic = load_model(critic).params["value_head"] if critic else None
-        self.judge: tuple[Params, ModelConfig] | None = None
-        if judge:
-            loaded = load_model(judge)
+        self.reward_model: tuple[Params, ModelConfig] | None = None
+        if reward_model:
+            loaded = load_model(reward_model)
             if loaded.tokenizer.fingerprint == speaker.tok.fingerprint:
-                self.judge = loaded.params, loaded.config
+                self.reward_model = loaded.params, loaded.config
 
     def look(self, ids: Sequence[int], answer: Sequence[int], temperature: float = 1.0) -> TokenFigures:
         """Measure an answer. `ids`: the prompt; `answer`: its tokens, including the end token if it was sampled."""
@@ -177,7 +181,7 @@ class TokenInspector:
         found = _look(
             self.speaker.params, self.reference, self.critic, config, rows, window, jnp.float32(temperature or 1.0)
         )
-        score = None if self.judge is None else float(_score(*self.judge, rows)[0])
+        score = None if self.reward_model is None else float(_score(*self.reward_model, rows)[0])
         logp, entropy, *rest = (None if x is None else np.asarray(x)[0][mask] for x in found)
         assert logp is not None and entropy is not None
         ref_logp, kl, value = rest

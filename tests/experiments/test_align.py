@@ -57,7 +57,7 @@ def test_the_whole_alignment_on_a_small_model(tmp_path, capsys):
     found = align.main(settings)
     assert found["models"].keys() == {"before", "ppo", "dpo"}
     assert all(np.isfinite(row["gold"]["mean"]) for row in found["models"].values())
-    assert found["models"]["before"]["kl_nats_a_sequence"]["mean"] == 0.0
+    assert found["models"]["before"]["kl_nats_per_sequence"]["mean"] == 0.0
     base = load_language_model(folder)
     for stage in ("ppo", "dpo"):
         adapters, whole = (
@@ -94,7 +94,7 @@ def test_sft_with_our_tags_in_place_of_the_chat_template(tmp_path):
         length=64,
         cache=tmp_path / "cache",
     )
-    assert np.isfinite(sft.main(settings)["heldout_answer_nats_a_token"])
+    assert np.isfinite(sft.main(settings)["heldout_answer_nats_per_token"])
     tuned = load_language_model(tmp_path / "sft")
     assert tuned.tokenizer.tag(tuned.tokenizer.template.end) == "</answer>"
     ids = prompt_ids(tuned.tokenizer, "</answer> <|im_end|>")

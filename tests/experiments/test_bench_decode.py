@@ -45,7 +45,7 @@ def result(**changes):
         "batch": 64,
         "prompt": 128,
         "new_tokens": 16,
-        "bytes_a_step": {"total": 6e9},
+        "bytes_per_step": {"total": 6e9},
         "decoders": {OURS: figures(), "compiled": figures()},
         "failed": {},
         "speedup": {"over": "compiled", "median": 99.91, "range": [88.81, 111.11]},
@@ -63,7 +63,7 @@ def test_bytes_a_step_by_hand():
     value of 4 numbers in both layers, 80 per row."""
     config = ModelConfig(layers=2, width=4, heads=2, block=16, vocab=10, mlp_width=8)
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
-        found = bench_decode.bytes_a_step(dataclasses.replace(config, dtype=dtype), batch=3, prompt=3, new_tokens=4)
+        found = bench_decode.bytes_per_step(dataclasses.replace(config, dtype=dtype), batch=3, prompt=3, new_tokens=4)
         assert found == {"weights": 296 * size, "cache": 3 * 80 * size, "total": (296 + 240) * size}
 
 
@@ -74,7 +74,7 @@ def test_weights_that_are_counted_are_those_of_the_matrix_products():
         shapes = jax.eval_shape(lambda config=config: transformer.init(jax.random.key(0), config))
         matrices = sum(leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim == 2)
         matrices -= config.block * config.width if config.positions == "learned" else 0
-        assert bench_decode.bytes_a_step(config, 1, 1, 2)["weights"] == 4 * matrices, name
+        assert bench_decode.bytes_per_step(config, 1, 1, 2)["weights"] == 4 * matrices, name
 
 
 # ---- figures ----
@@ -83,9 +83,9 @@ def test_weights_that_are_counted_are_those_of_the_matrix_products():
 def test_figures_by_hand():
     """3 rows of 16 tokens in a median of 2 s, of which the first token takes 0.5 s: 15 steps of 0.1 s."""
     found = figures()
-    assert found["tokens_a_second"] == 24 and found["tokens_a_second_range"] == [12, 48]
+    assert found["tokens_per_second"] == 24 and found["tokens_per_second_range"] == [12, 48]
     assert found["first_token_seconds"] == 0.5 and found["first_token_seconds_range"] == [0.25, 0.75]
-    assert found["step_seconds"] == pytest.approx(0.1) and found["bytes_a_second"] == pytest.approx(6000)
+    assert found["step_seconds"] == pytest.approx(0.1) and found["bytes_per_second"] == pytest.approx(6000)
     assert found["compile_seconds"] == 5  # two warm-up calls of 9 s in all, less two of 2
 
 
@@ -120,8 +120,8 @@ def test_other_tokens_are_called_out_in_float32_and_failures_always():
 
 def test_the_table_fits_120_columns():
     large = figures(
-        tokens_a_second=123_456.7,
-        tokens_a_second_range=[100_000.0, 234_567.0],
+        tokens_per_second=123_456.7,
+        tokens_per_second_range=[100_000.0, 234_567.0],
         first_token_seconds=12.3456,
         step_seconds=1.23456,
         compile_seconds=1234.5,
@@ -355,16 +355,16 @@ def test_a_whole_run_without_torch(tmp_path, capsys):
     assert report["settings"]["batches"] == [2]
     rates = [*report["roofs_before"].values(), *report["roofs_after"].values()]
     assert len(rates) == 4 and all(map(finite_and_positive, rates))
-    assert report["roof_bytes_a_second"] == max(rates) and report["roof"] in report["roofs_before"]
+    assert report["roof_bytes_per_second"] == max(rates) and report["roof"] in report["roofs_before"]
     assert [case["dtype"] for case in report["cases"]] == ["float32", "bfloat16"]
     for case in report["cases"]:
         (found,) = case["decoders"].values()
-        names = ("tokens_a_second", "first_token_seconds", "step_seconds", "bytes_a_second", "fraction_of_roof")
+        names = ("tokens_per_second", "first_token_seconds", "step_seconds", "bytes_per_second", "fraction_of_roof")
         assert all(finite_and_positive(found[name]) for name in names), found
         assert found["compile_seconds"] >= 0 and found["peak_bytes"]["process"] > 1e7
-        low, high = found["tokens_a_second_range"]
-        assert low <= found["tokens_a_second"] <= high and len(found["seconds"]) == 2
-        expected = found["bytes_a_second"] / max(rates)
+        low, high = found["tokens_per_second_range"]
+        assert low <= found["tokens_per_second"] <= high and len(found["seconds"]) == 2
+        expected = found["bytes_per_second"] / max(rates)
         assert found["fraction_of_roof"] == pytest.approx(expected)
-        assert found["bytes_a_second"] == pytest.approx(case["bytes_a_step"]["total"] / found["step_seconds"])
+        assert found["bytes_per_second"] == pytest.approx(case["bytes_per_step"]["total"] / found["step_seconds"])
         assert case["speedup"] is None and case["others_share"] >= 0

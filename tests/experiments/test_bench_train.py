@@ -39,7 +39,7 @@ def test_the_flops_are_six_a_parameter_and_the_attention(config):
     shapes = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
     parameters = transformer.count_parameters(shapes) - shapes["embed"]["positions_TD"].size
     expected = 6 * parameters + 12 * config.layers * config.width * config.block
-    assert config.flops_a_token == expected
+    assert config.flops_per_token == expected
 
 
 def test_the_weights_are_gpt2s_and_all_of_them():
@@ -97,8 +97,8 @@ def test_pytorch_trains_to_our_loss(kind, dtype, tmp_path):
 
 def figures(speed=100.0, loss=5.0):
     return {
-        "tokens_a_second": speed,
-        "tokens_a_second_range": [0.9 * speed, 1.1 * speed],
+        "tokens_per_second": speed,
+        "tokens_per_second_range": [0.9 * speed, 1.1 * speed],
         "step_seconds": 1 / speed,
         "fraction_of_roof": speed / 1000,
         "compile_seconds": 2.0,
@@ -115,7 +115,7 @@ def result(**changes):
     return (
         case
         | {
-            "flops_a_token": 1e6,
+            "flops_per_token": 1e6,
             "others_share": 0.0,
             "failed": {},
             "trainers": trainers,

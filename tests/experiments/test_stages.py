@@ -74,7 +74,7 @@ def test_each_stage_leaves_finite_figures(finished):
 
 
 def test_training_lowers_the_held_out_losses(finished):
-    nats = curve(finished, "pretrain", "heldout_nats_a_token")
+    nats = curve(finished, "pretrain", "heldout_nats_per_token")
     assert nats[-1] < np.log(512)
     assert results(finished, "sft")["pretraining_nats_before"] == pytest.approx(nats[-1], abs=0.05)
 

@@ -328,7 +328,7 @@ def measured(values_BT: np.ndarray, mask_BT: np.ndarray) -> tuple[float, float, 
 
 def ours_measured(values_BT: Any, mask_BT: Any) -> tuple:
     e = kl.estimate(values_BT, mask_BT)
-    return e.nats_a_sequence, e.nats_a_token, e.nats_a_sequence_error, e.nats_a_token_error
+    return e.nats_per_sequence, e.nats_per_token, e.nats_per_sequence_error, e.nats_per_token_error
 
 
 def last(mask_BT: np.ndarray) -> np.ndarray:
@@ -598,7 +598,7 @@ PROOFS: dict[str, Proof] = {
         lambda beta, **x: beta * (1 + np.clip(measured(**x)[0] / 7 - 1, -0.2, 0.2) * x["mask_BT"].any(1).sum() / 50),
         spent, rows=False, time=True, shared=("beta",),
     ),
-    "returns.last_token": Proof(returns.last_token_mask, last, without(logps(), "x"), time=True),
+    "returns.last_token_mask": Proof(returns.last_token_mask, last, without(logps(), "x"), time=True),
     "returns.shaped_rewards": Proof(
         lambda **x: returns.shaped_rewards(**x, beta=0.3), lambda **x: shaped(**x, beta=0.3), scored,
         ("score_B", "kl_BT"), time=True, extreme=("score_B",),
@@ -616,12 +616,12 @@ PROOFS: dict[str, Proof] = {
     "returns.whiten_keep_mean": Proof(
         returns.whiten_keep_mean, lambda **x: whitened(**x, keep=True), masked("x"), ("x",), rows=False, time=True
     ),
-    "returns.normalisation": Proof(
+    "returns.fit_normalisation": Proof(
         returns.fit_normalisation,
         lambda score_B, mask_B: (lambda x: (1 / x.std(), -x.mean() / x.std()))(score_B[mask_B]),
         pooled("score_B", 3.0), ("score_B",), rows=False,
     ),
-    "returns.centred": Proof(
+    "returns.centre_scores": Proof(
         returns.centre_scores, groups(lambda x: x - x.mean()), SCORES, ("score_BC",), extreme=("score_BC",)
     ),
     "returns.rloo": Proof(returns.rloo, groups(leave_one_out), SCORES, ("score_BC",), extreme=("score_BC",)),
@@ -629,7 +629,7 @@ PROOFS: dict[str, Proof] = {
         returns.grpo, groups(lambda x: (x - x.mean()) / (x.std(ddof=1) + 1e-4)), SCORES, ("score_BC",),
         extreme=("score_BC",), kink=True,
     ),
-    "returns.to_tokens": Proof(
+    "returns.broadcast_to_tokens": Proof(
         returns.broadcast_to_tokens, lambda advantage_B, mask_BT: advantage_B[:, None] * mask_BT,
         without(scored, "kl_BT", score_B="advantage_B"), ("advantage_B",), time=True,
     ),
@@ -641,8 +641,9 @@ PROOFS: dict[str, Proof] = {
         lambda **x: vocab_head.nll(**x, tile=4), lambda **x: -head_outputs(**x)[0], head,
         ("hidden", "head_VD"), elementwise=True, shared=("head_VD",), extreme=("hidden",),
     ),
-    "vocab_head.outputs": Proof(
-        lambda **x: tuple(vocab_head.tiled_head_outputs(**x, tile=4, temperature=0.7)), lambda **x: head_outputs(**x, t=0.7),
+    "vocab_head.tiled_head_outputs": Proof(
+        lambda **x: tuple(vocab_head.tiled_head_outputs(**x, tile=4, temperature=0.7)),
+        lambda **x: head_outputs(**x, t=0.7),
         head, ("hidden", "head_VD"), elementwise=True, shared=("head_VD",), extreme=("hidden",),
     ),
 }  # fmt: skip

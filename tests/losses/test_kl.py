@@ -48,7 +48,7 @@ def test_sequence_kl_sums_nats_over_the_answer():
     np.testing.assert_allclose(found, [3.0])
 
 
-def updated(*nats_a_sequence, sequences: int = 100, tokens: int = 10, **settings):
+def updated(*nats_per_sequence, sequences: int = 100, tokens: int = 10, **settings):
     """Beta, starting at 0.1, after an estimate for each number of nats, from `sequences` answers of `tokens` tokens."""
 
     def update(nats):
@@ -56,7 +56,7 @@ def updated(*nats_a_sequence, sequences: int = 100, tokens: int = 10, **settings
         measured = kl.estimate(values, jnp.ones(values.shape, bool))
         return kl.AdaptiveKL(jnp.float32(0.1), horizon=1000.0, **settings).update(measured).beta
 
-    return run(jax.vmap(update), np.array(nats_a_sequence))
+    return run(jax.vmap(update), np.array(nats_per_sequence))
 
 
 def test_adaptive_beta_moves_towards_the_target():
@@ -80,7 +80,7 @@ def test_controllers_are_pytrees_of_beta_alone():
 def test_standard_errors_by_hand():
     def f(values, mask):
         e = kl.estimate(values, mask)
-        return e.nats_a_sequence, e.nats_a_sequence_error, e.nats_a_token, e.nats_a_token_error
+        return e.nats_per_sequence, e.nats_per_sequence_error, e.nats_per_token, e.nats_per_token_error
 
     cases = {
         # nats of 1 and 3: mean 2, sample variance 2, standard error sqrt(2 / 2) = 1
@@ -180,8 +180,8 @@ def test_standard_errors_are_the_spread_of_the_estimate():
 
     def f(values, mask):
         e = kl.estimate(values, mask)
-        of_tokens = e.nats_a_token, e.nats_a_token_error
-        return {"sequence": (e.nats_a_sequence, e.nats_a_sequence_error), "token": of_tokens}
+        of_tokens = e.nats_per_token, e.nats_per_token_error
+        return {"sequence": (e.nats_per_sequence, e.nats_per_sequence_error), "token": of_tokens}
 
     found = run(jax.vmap(f), values.astype(np.float32), mask)
     for unit, (nats, error) in found.items():

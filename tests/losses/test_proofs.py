@@ -251,7 +251,7 @@ def test_what_does_not_count_changes_nothing(name):
 
 EMPTY = {  # results other than 0 for empty input
     "losses.ratio_metrics": (0, 0, 0, 1, 0),  # the largest ratio is 1 if there are none
-    "returns.normalisation": (1, 0),
+    "returns.fit_normalisation": (1, 0),
     "kl.AdaptiveKL": (np.float32(0.1),),  # beta stays
 }
 

@@ -98,7 +98,7 @@ def compiled(stage, shape=None, whole_logits=transformer.MAX_LOGITS_BYTES):
         mesh = mesh_of(shape)
         step = training.jit_step(loss, SGD, mesh, training.shapes_on(mesh, lambda: state), **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer, "WHOLE_LOGITS", whole_logits)
+        patch.setattr(transformer, "MAX_LOGITS_BYTES", whole_logits)
         return step.lower(state, batch, None).compile()
 
 

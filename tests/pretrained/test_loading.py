@@ -106,7 +106,7 @@ def test_out_and_in_again_gives_the_same_bits(config, tmp_path):
     found, found_config = huggingface.read(tmp_path / "out")
     assert_equal(found, params)
     assert dataclasses.replace(found_config, rope_theta=config.rope_theta, rope_block=config.rope_block) == (
-        dataclasses.replace(config, mlp_width=config.mlp_units, kv_heads=found_config.kv_heads)
+        dataclasses.replace(config, mlp_width=config.mlp_hidden, kv_heads=found_config.kv_heads)
     )
     assert config.positions == "learned" or found_config.rope_theta == config.rope_theta
 

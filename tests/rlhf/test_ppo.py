@@ -168,7 +168,7 @@ def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once(
     epochs, minibatches, temperature, whole_logits, monkeypatch
 ):
     """With the logits whole, and in tiles."""
-    monkeypatch.setattr(transformer, "WHOLE_LOGITS", whole_logits)
+    monkeypatch.setattr(transformer, "MAX_LOGITS_BYTES", whole_logits)
     config = dataclasses.replace(PPO, epochs=epochs, minibatches=minibatches, temperature=temperature)
     policy = ppo.policy_of(MODEL, config, stop=5)
     iteration = functools.partial(ppo.ppo_iteration, policy=policy, ppo=config, tx=SGD, reward_fn=share)

@@ -68,7 +68,7 @@ def found(folder: Path) -> list[str]:
 def healthy(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("healthy")
     falling = [
-        {"train_nats_a_token": 6 - 0.1 * i, "skipped": 0.0, "seconds_data": 0.0, "seconds_device": 0.1}
+        {"train_nats_per_token": 6 - 0.1 * i, "skipped": 0.0, "seconds_data": 0.0, "seconds_device": 0.1}
         for i in range(20)
     ]
     write(root, "pretrain", falling, {})
@@ -217,7 +217,7 @@ def test_overfitted_preferences_and_forgotten_text(tmp_path):
 
 
 def test_a_loss_that_does_not_fall(tmp_path):
-    folder = write(tmp_path, "pretrain", [{"train_nats_a_token": 6.0 + 0.01 * i} for i in range(12)])
+    folder = write(tmp_path, "pretrain", [{"train_nats_per_token": 6.0 + 0.01 * i} for i in range(12)])
     assert found(folder) == ["the training loss does not fall"]
 
 

@@ -241,8 +241,10 @@ def test_the_input_can_be_nudged_to_another_token():
     params, tokens = one_layer(), np.asarray(batch_of().tokens_BT)
     other, table = tokens.copy(), np.asarray(params["embed"]["tokens_VD"])
     other[:, 4] = 9
-    nudged = hidden(params, ONE, tokens, nudge_BTD=table[other] - table[tokens])
-    np.testing.assert_allclose(nudged, hidden(params, ONE, other, nudge_BTD=np.zeros_like(table[tokens])), atol=1e-4)
+    nudged = hidden(params, ONE, tokens, embedding_offset_BTD=table[other] - table[tokens])
+    np.testing.assert_allclose(
+        nudged, hidden(params, ONE, other, embedding_offset_BTD=np.zeros_like(table[tokens])), atol=1e-4
+    )
 
 
 def test_the_derivative_through_the_reward_model_raises_the_reward():
@@ -391,7 +393,7 @@ def test_labels_are_asked_for_with_equal_effort():
         assert len(found) == one.choices and {len(ranking.rows) for ranking in found} == {one.candidates}
         assert len(set(ids)) == len(ids) and max(ids) < s.pool * 8
         if one.group.startswith("answers"):
-            assert len(ids) == s.read
+            assert len(ids) == s.answers_read
     certain = dataclasses.replace(how_many_labels.make_conditions(s)[0], temperature=1e-6)
     for ranking in how_many_labels.label_pool(s, pool, certain, 0):
         gold = [pool["gold"][row[0][1] // 8][row[0][1] % 8] for row in ranking.rows]

@@ -233,7 +233,7 @@ def test_slow_clients_stall_nobody(site, monkeypatch):
 
 
 def test_slow_clients_are_sent_away(site, monkeypatch):
-    monkeypatch.setattr(server, "PATIENCE", 0.2)
+    monkeypatch.setattr(server, "BODY_TIMEOUT", 0.2)
     silent, half = (socket.create_connection(("127.0.0.1", site.bound.port)) for _ in range(2))
     half.sendall(
         f"POST /api/next HTTP/1.1\r\nHost: {site.host}\r\nOrigin: http://{site.host}\r\n"
@@ -247,7 +247,7 @@ def test_slow_clients_are_sent_away(site, monkeypatch):
 
 def test_one_address_may_call_only_so_often(tmp_path, monkeypatch):
     monkeypatch.setattr(server, "BURST", 20.0)
-    monkeypatch.setattr(server, "RATE", 0.001)
+    monkeypatch.setattr(server, "CALLS_PER_SECOND", 0.001)
     crowded = Site(tmp_path)
     found = [crowded.send("POST", "/api/next", ME)[0] for _ in range(25)]
     assert found == [200] * 20 + [429] * 5

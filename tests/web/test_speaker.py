@@ -70,7 +70,7 @@ def seats(places) -> list[chat.ChatModel]:
 
 @pytest.fixture(scope="module")
 def scope(seats) -> TokenInspector:
-    return seats[1].scope
+    return seats[1].inspector
 
 
 def test_every_figure_of_a_token_is_what_its_definition_gives(scope, places):
@@ -90,7 +90,7 @@ def test_every_figure_of_a_token_is_what_its_definition_gives(scope, places):
     np.testing.assert_allclose(seen.ref_logp, rho[at], atol=2e-5)
     np.testing.assert_allclose(seen.kl, (np.exp(pi) * (pi - rho)).sum(1), atol=2e-5)
     np.testing.assert_allclose(seen.entropy, -(np.exp(pi) * pi).sum(1), atol=2e-5)
-    critic, judge = jax.tree.map(np.asarray, (scope.critic, scope.judge[0]))
+    critic, judge = jax.tree.map(np.asarray, (scope.critic, scope.reward_model[0]))
     np.testing.assert_allclose(seen.value, h @ critic["kernel_D"] + critic["bias"], atol=1e-5)
     raw = np.asarray(full_pass(judge["model"], tokens)[0][-1]) @ judge["head"]["kernel_D"] + judge["head"]["bias"]
     np.testing.assert_allclose(seen.score, judge["gain"] * raw + judge["bias"], atol=1e-5)
@@ -107,9 +107,9 @@ def test_a_model_beside_itself_has_no_kl(seats):
 
 def test_other_settings_of_sampling_are_not_compiled_again(scope, caplog):
     ids = scope.speaker.prompt("first")
-    list(scope.speaker.say(ids, SamplingConfig(0.7, 0, 0.9, NEW), jax.random.key(0)))
+    list(scope.speaker.generate(ids, SamplingConfig(0.7, 0, 0.9, NEW), jax.random.key(0)))
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        list(scope.speaker.say(ids, SamplingConfig(1.3, 0, 0.5, NEW), jax.random.key(1)))
+        list(scope.speaker.generate(ids, SamplingConfig(1.3, 0, 0.5, NEW), jax.random.key(1)))
     assert not [record for record in caplog.records if "Compiling" in record.message and "_next" in record.message]
 
 
@@ -117,7 +117,7 @@ def test_sampling_settings_mean_what_they_say(scope):
     ids = scope.speaker.prompt("first second")
 
     def said(seed: int, temperature: float, **how) -> list[int]:
-        pieces = scope.speaker.say(ids, SamplingConfig(temperature, new_tokens=NEW, **how), jax.random.key(seed))
+        pieces = scope.speaker.generate(ids, SamplingConfig(temperature, new_tokens=NEW, **how), jax.random.key(seed))
         return [piece.token for piece in pieces]
 
     greedy = said(0, 0.0)
@@ -197,7 +197,7 @@ def test_an_answer_streams_and_ends_with_its_figures(page):
 def test_who_is_there(page):
     status, found = page.call("models", {})
     assert status == 200 and found["rollouts"] == ["000003"]
-    assert [(one["name"], one["reference"], one["critic"], one["judge"]) for one in found["models"]] == [
+    assert [(one["name"], one["reference"], one["critic"], one["reward_model"]) for one in found["models"]] == [
         ("a", True, False, True),
         ("b", True, True, True),
     ]
@@ -231,7 +231,7 @@ def test_rollouts_are_named_not_opened_by_path(page, name):
 def test_what_is_wrong_with_a_wish_is_said(page, changes, status, says):
     found = page.call("say", {"model": 0, "turns": [{"prompt": "first"}], **HOW, **changes})
     assert found[0] == status and says in found[1]["error"]
-    assert page.seats[0].waiting == 0
+    assert page.seats[0].queued == 0
 
 
 def test_the_best_answer_is_a_vote_and_trains_like_any_other(page):
@@ -256,14 +256,14 @@ def test_whoever_does_not_read_holds_nobody_up_and_whoever_goes_stops_the_model(
     idle = [page.open("say", {"model": 0, "turns": [{"prompt": "first"}], **HOW}) for _ in range(5)]
     page.say(0, [{"prompt": "second"}])
     started = time.monotonic()
-    while page.seats[0].waiting and time.monotonic() - started < 60:
+    while page.seats[0].queued and time.monotonic() - started < 60:
         time.sleep(0.05)
-    assert page.seats[0].waiting == 0
+    assert page.seats[0].queued == 0
     assert all(answer.read() for answer in idle)  # what nobody read is still complete
 
 
 def test_only_so_many_wait_for_one_model(page):
-    with page.seats[1].turn:
+    with page.seats[1].lock:
         waiting = [
             page.open("say", {"model": 1, "turns": [{"prompt": "first"}], **HOW}) for _ in range(chat.MAX_QUEUED)
         ]
