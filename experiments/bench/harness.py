@@ -41,7 +41,8 @@ def cores() -> int:
 
 
 def fast_malloc() -> None:
-    """A copy of `jaxgpt.runs.process.configure_malloc`, which a Python without jax can't import, so torch has it too."""
+    """A copy of `jaxgpt.runs.process.configure_malloc`, which a Python without jax can't import, so torch has it
+    too."""
     if os.environ.get("JAXGPT_MALLOC") != "0" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-4, 0), (-1, -1), (-8, 1)):
@@ -281,8 +282,8 @@ def draw_bars(
 ) -> None:
     """Draw tokens per second, each panel on its own scale, and below it the fraction of the roof, all on one scale.
 
-    A panel is a list of (label, {kind: tokens_per_second, tokens_per_second_range, fraction_of_roof}); `names` maps kinds
-    to labels, `lower` is the lower axis label and says what the roof is.
+    A panel is a list of (label, {kind: tokens_per_second, tokens_per_second_range, fraction_of_roof}); `names` maps
+    kinds to labels, `lower` is the lower axis label and says what the roof is.
     """
     from matplotlib.figure import Figure
 

@@ -9,8 +9,8 @@ that reads the number after the dots: 1 if it is right, otherwise 0. The held-ou
 The dots mean nothing, so any change in their number is the method's doing. GRPO (Shao et al. 2024) divides an answer's
 loss by its length and a group's advantages by their standard deviation. Liu et al. (2025) showed both to be biases: a
 long wrong answer is penalised less per token than a short one, so wrong answers grow; and groups in which nearly all
-answers are right, or wrong, weigh more than the reward alone would make them. `centre_scores` is GRPO without either; RLOO is
-that times C / (C - 1), which Adam cancels except for clipping; PPO has a critic in place of a group.
+answers are right, or wrong, weigh more than the reward alone would make them. `centre_scores` is GRPO without either;
+RLOO is that times C / (C - 1), which Adam cancels except for clipping; PPO has a critic in place of a group.
 """
 
 import collections
@@ -102,8 +102,8 @@ PRESETS = {
 
 
 def train_on_demonstrations(s: Settings, tok: Tokenizer, prompts: list[str], bar: Bar) -> Params:
-    """Train a model from scratch on demonstrations, until its loss is `target_loss`. How many steps that takes varies: sums
-    are learnt all of a sudden."""
+    """Train a model from scratch on demonstrations, until its loss is `target_loss`. How many steps that takes varies:
+    sums are learnt all of a sudden."""
     nats: collections.deque[float] = collections.deque(maxlen=20)
 
     def watch(i: int, found: dict[str, np.ndarray]) -> None:

@@ -219,8 +219,8 @@ def generate(
     so far contain (a repetition penalty); `sample` draws from the result, and the returned log-probabilities are those
     of that distribution. `samples` answers per prompt (from row b * samples of the result on) share one reading of it.
     `value_head` adds a critic's values. The cache grows by `segment` slots, each segment compiled separately. `loop`
-    runs the steps: `jax.lax.scan`, with a fixed length that can be vmapped, or `scan_until_all_ended`. Rows that have ended
-    yield `pad`. Raises UserError while tracing if prompt and answer don't fit the model's block.
+    runs the steps: `jax.lax.scan`, with a fixed length that can be vmapped, or `scan_until_all_ended`. Rows that have
+    ended yield `pad`. Raises UserError while tracing if prompt and answer don't fit the model's block.
     """
     P = prompt_BP.shape[1]
     check_fits_block(config, P, new_tokens)

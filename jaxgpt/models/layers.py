@@ -103,7 +103,8 @@ def int8_product(x: Array, kernel: Array, scale: Array) -> Array:
 
     XLA:CPU has no fast product of int8 and float. There, a single row of x is rounded to multiples of 1/2047 of its
     largest entry and multiplied in integers (int32 holds the sums exactly); for several rows, or a large kernel,
-    `INT8_CHUNK_ROWS` kernel rows are converted to float32 at a time. Elsewhere the conversion is part of the product."""
+    `INT8_CHUNK_ROWS` kernel rows are converted to float32 at a time. Elsewhere the conversion is part of the
+    product."""
     rows, (fan_in, fan_out) = x.size // x.shape[-1], kernel.shape
     if sharding.platform() != "cpu":
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale

@@ -180,8 +180,8 @@ def hidden(
 ) -> Array:
     """The hidden states after the final norm, [B, T, D]; position t has seen tokens 0…t.
 
-    Without `positions_BT`, positions count from 0. `embedding_offset_BTD` is added to the embeddings, to differentiate with
-    respect to the input or to feed something that isn't a token. `key` turns dropout on. `attend` replaces the
+    Without `positions_BT`, positions count from 0. `embedding_offset_BTD` is added to the embeddings, to differentiate
+    with respect to the input or to feed something that isn't a token. `key` turns dropout on. `attend` replaces the
     attention implementation.
     Raises UserError if a row is longer than config.block (checked while tracing; positions would be clamped silently).
     """

@@ -283,8 +283,8 @@ def host_iteration(
     """`ppo_iteration` for a reward that runs on the host (a lexicon, a verifier, a person): two compiled programs with
     reward_fn(rows) -> h_B, on NumPy arrays, between them. State and controller are donated.
 
-    `data.tokenizer.text_reward` makes such a function of one of texts. UserError when it doesn't return one finite number
-    per row."""
+    `data.tokenizer.text_reward` makes such a function of one of texts. UserError when it doesn't return one finite
+    number per row."""
     sample = jax.jit(functools.partial(collect, policy=policy))
     learn_jit = jax.jit(functools.partial(learn, policy=policy, ppo=ppo, tx=tx), donate_argnums=(0, 1))
 

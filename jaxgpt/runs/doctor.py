@@ -3,8 +3,8 @@
     python -m jaxgpt.runs.doctor runs/assistant         a run folder, or one that holds several
 
 The exit status is 0 if nothing is wrong, 1 if something is, 2 if there is no run.
-Each check is a function of one run's `RunRecord`; its thresholds are the constants above it. docs/metrics.md explains the
-metrics.
+Each check is a function of one run's `RunRecord`; its thresholds are the constants above it. docs/metrics.md explains
+the metrics.
 """
 
 import argparse

@@ -125,7 +125,8 @@ def describe_params(params: Any) -> dict[str, str]:
 
 
 def param_differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """One line per parameter that is missing, unknown, or of another shape or dtype (arguments from `describe_params`)."""
+    """One line per parameter that is missing, unknown, or of another shape or dtype (arguments from
+    `describe_params`)."""
     texts = [f"{name} is missing" for name in expected if name not in found]
     texts += [f"{name} is unknown" for name in found if name not in expected]
     common = [name for name in expected if name in found]

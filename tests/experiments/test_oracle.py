@@ -221,7 +221,8 @@ def test_normalised_grpo_with_k3_converges_to_its_own_stationary_point(tasks):
 
 def test_prompts_that_share_parameters_are_weighed_by_their_spread(triple):
     """Three prompts, one table, scores of different spread. pi* maximises their mean and is stationary for `rloo` and
-    `centre_scores`, but not for `grpo`, which divides by each prompt's own standard deviation, even with the KL in the score.
+    `centre_scores`, but not for `grpo`, which divides by each prompt's own standard deviation, even with the KL in the
+    score.
     """
     slopes = expected_gradients(
         {name: oracle.average_over_prompts(make_group_loss(f, "score")) for name, f in ADVANTAGES.items()}
