@@ -14,7 +14,6 @@ labels.
 """
 
 import dataclasses
-import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,15 @@ from jaxgpt.data.jsonl import write_rows
 from jaxgpt.data.questions import mentions_subject
 from jaxgpt.data.questions import questions as questions_about_things
 from jaxgpt.data.tokenizer import answer_text, prompt_ids
-from jaxgpt.models import sharding, transformer
+from jaxgpt.models import sharding
 from jaxgpt.rlhf import rollout
 from jaxgpt.rlhf.annotator import SimulatedAnnotator
 from jaxgpt.rlhf.intervals import Interval, distinct_2, interval, wins
+from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model
-from jaxgpt.training.step import jit_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +137,8 @@ def measure(settings: Settings) -> dict[str, Any]:
     places = {"before": settings.model, "ppo": settings.run / "ppo", "dpo": settings.run / "dpo"}
     questions = questions_about_things(held_out=True)
     count, key, mesh = settings.answers, jax.random.key(1000 + settings.seed), sharding.data_mesh()
-    answer_logp = jit_on(mesh, transformer.answer_logp, static_argnums=1, static_argnames=("temperature", "window"))
     start, config, tok, _ = load_language_model(settings.model)
+    policy = transformer_policy(config, new_tokens=settings.new_tokens, temperature=settings.temperature)
     reference = sharding.replicate(start, mesh)
     ids = [prompt_ids(tok, question) for question in questions for _ in range(count)]
     found: dict[str, Any] = {}
@@ -160,10 +159,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         )
 
         def log_probs(params: Any, rows: Any = answers.rows) -> np.ndarray:
-            of_rows = functools.partial(
-                answer_logp, params, config, temperature=settings.temperature, window=settings.new_tokens
-            )
-            return np.asarray(rollout.in_batches(of_rows, rows, 30, mesh))
+            return rollout.answer_log_probs(params, policy, rows, 30, mesh)
 
         gold = settings.annotator.gold(answers.texts).reshape(-1, count)
         baseline = gold if name == "before" else baseline

@@ -8,8 +8,6 @@ Writes report.html, PNG figures and report.json, and prints the table.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,11 +22,12 @@ from jaxgpt.data.openings import Prompt
 from jaxgpt.data.tokenizer import Row, Tokenizer, answer_text, example_ids, prompt_ids
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
-from jaxgpt.models import sharding, transformer
-from jaxgpt.rlhf import reward, rollout
+from jaxgpt.models import sharding
+from jaxgpt.rlhf import rollout
 from jaxgpt.rlhf.annotator import gold_scores
 from jaxgpt.rlhf.intervals import best_of_n_kl_bound, distinct_2
 from jaxgpt.rlhf.judge import Judge, fit_judge
+from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.process import broadcast_from_first
 from jaxgpt.runs.report import Policy, write_report
@@ -101,23 +100,13 @@ class Evaluator:
 
     def reward_scores(self, answers: rollout.Sampled) -> np.ndarray:
         """h, or the fixed score for answers that never ended."""
-        h = self.in_batches(lambda rows: self._score(self.reward, self.config, rows), answers.rows)
+        h = rollout.reward_scores(self.reward, self.config, answers.rows, self.settings.batch, self.mesh)
         return np.where(answers.ended, h, self.settings.unfinished_score)
 
     def log_probs(self, params: Params, rows: Batch, temperature: float) -> np.ndarray:
         """log P of each row's masked tokens, [rows]."""
-        return self.in_batches(lambda rows: self._logp(params, self.config, rows, temperature=temperature), rows)
-
-    @functools.cached_property
-    def _score(self) -> Callable[..., Any]:
-        return training.jit_on(self.mesh, reward.score, static_argnums=1)
-
-    @functools.cached_property
-    def _logp(self) -> Callable[..., Any]:
-        return training.jit_on(self.mesh, transformer.answer_logp, static_argnums=1, static_argnames="temperature")
-
-    def in_batches(self, f: Callable[[Batch], Any], rows: Batch) -> np.ndarray:
-        return rollout.in_batches(f, rows, self.settings.batch, self.mesh)
+        policy = transformer_policy(self.config, temperature=temperature)
+        return rollout.answer_log_probs(params, policy, rows, self.settings.batch, self.mesh)
 
     def pretrained_nll(self, texts: list[str]) -> np.ndarray:
         """Nats per token of each text as a document, end token included, under the frozen pretrained model."""

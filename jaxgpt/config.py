@@ -68,6 +68,8 @@ class ModelConfig:
     gradients: Literal["auto", "plain"] = "auto"  # auto: hand-written where that is faster; plain: all by JAX
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes; dots: all but matrix products
     scan: bool = False  # compile one layer and loop over it: compiles faster, runs slower on a CPU
+    logits_bytes: Annotated[int, Range(1)] = 512 * 2**20  # per device; larger logits are computed in tiles
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # that programs are written for; auto: the mesh's devices
 
     def __post_init__(self) -> None:
         check_settings(self, "model.")

@@ -201,9 +201,8 @@ def preference_batches(
 ) -> Batches:
     """Batches over `epochs` shuffled passes; an incomplete last batch is dropped.
 
-    Keys: tokens [B, C, T] int32; mask [B, C, T] bool, the answer and its </answer>; last [B, C] int32, index of the
-    last real token; choice [B] int32; present [B, C] bool, False where a prompt has fewer than C candidates (C is the
-    most that any ranking has).
+    Keys: tokens [B, C, T] int32; mask [B, C, T] bool, the answer and its </answer>; choice [B] int32;
+    present [B, C] bool, False where a prompt has fewer than C candidates (C is the most that any ranking has).
     """
     whole = len(rankings) * epochs // batch * batch
     if not whole:
@@ -299,14 +298,13 @@ def _ranking_elements(rankings: Sequence[TokenizedPreference], length: int) -> l
     elements = []
     for ranking in rankings:
         tokens, mask = np.zeros((most, length), np.int32), np.zeros((most, length), np.bool_)
-        last = np.zeros(most, np.int32)
         for i, row in enumerate(ranking.rows):
             element = _element(row, length, all_tokens=False)
             size = len(element["tokens"])
-            tokens[i, :size], mask[i, :size], last[i] = element["tokens"], element["mask"], size - 1
+            tokens[i, :size], mask[i, :size] = element["tokens"], element["mask"]
         present = np.arange(most) < len(ranking.rows)
         choice = np.array(ranking.choice, np.int32)
-        elements.append({"tokens": tokens, "mask": mask, "last": last, "choice": choice, "present": present})
+        elements.append({"tokens": tokens, "mask": mask, "choice": choice, "present": present})
     return elements
 
 

@@ -84,12 +84,12 @@ def quantise_int8(params: Params) -> Params:
     return {**params, **blocks, "head_DV": head_DV, "head_scale_V": scale_V}
 
 
-def unembed(params: Params, h: Array) -> Array:
+def unembed(params: Params, config: ModelConfig, h: Array) -> Array:
     """`transformer.unembed`, with the head made by `prepare` if there is one: float32 logits."""
     if "head_DV" not in params:
         return transformer.unembed(params, h)
     if "head_scale_V" in params:
-        return layers.int8_product(h, params["head_DV"], params["head_scale_V"])
+        return layers.int8_product(h, params["head_DV"], params["head_scale_V"], sharding.target_platform(config))
     return jnp.matmul(h, params["head_DV"], preferred_element_type=jnp.float32)
 
 
@@ -102,7 +102,7 @@ def prefill_hidden(
     bfloat16 one in every step.
     """
     h_BPD, kv = transformer.hidden_and_kv(params, config, prompt_BP)
-    dtype = jnp.float32 if sharding.platform() == "cpu" else config.dtype
+    dtype = jnp.float32 if sharding.target_platform(config) == "cpu" else config.dtype
 
     def layout(x_BPGK: Array) -> Array:
         x_BGPK = jnp.repeat(x_BPGK.swapaxes(1, 2).astype(dtype), copies, axis=0)
@@ -119,7 +119,7 @@ def prefill(
 ) -> tuple[KVCache, Array]:
     """`read`, and the logits of the first new token [B, V]."""
     cache, h_BD = prefill_hidden(params, config, prompt_BP, length_B, slots, copies)
-    return cache, unembed(params, h_BD)
+    return cache, unembed(params, config, h_BD)
 
 
 def grow_cache(cache: KVCache, slots: int) -> KVCache:
@@ -156,17 +156,17 @@ def feed(
         q = q_BEHK.swapaxes(1, 2).reshape(*rows, *some, K).astype(k.dtype)
         scores = jnp.einsum(f"...{e}k,...sk->...{e}s", q, k, preferred_element_type=jnp.float32)
         scores_BHES = scores.reshape(B, H, E, -1) * K**-0.5
-        weights_BHES = jax.nn.softmax(jnp.where(visible_BES[:, None], scores_BHES, sampling.NEVER))
+        weights_BHES = jax.nn.softmax(jnp.where(visible_BES[:, None], scores_BHES, losses.MASKED_LOGIT))
         weights = weights_BHES.reshape(scores.shape).astype(v.dtype)
         mixed = jnp.einsum(f"...{e}s,...sk->...{e}k", weights, v).astype(q_BEHK.dtype)
         return mixed.reshape(B, H, E, K).swapaxes(1, 2), (k, v)
 
     x_BED = transformer.embed(params, config, tokens_BE, position_BE)
     turned = transformer.rotary_angles(config, position_BE)
-    stored = []
+    plain, stored = layers.plain_layers(sharding.target_platform(config)), []
     for n in range(config.layers):
         one = functools.partial(attend, n)
-        x_BED, kv = transformer.transformer_block(params[f"block_{n}"], config, layers.PLAIN, x_BED, turned, one)
+        x_BED, kv = transformer.transformer_block(params[f"block_{n}"], config, plain, x_BED, turned, one)
         stored.append(kv)
     keys, values = zip(*stored, strict=True)
     return KVCache(keys, values), transformer.final_norm(params, config, x_BED)
@@ -191,7 +191,7 @@ def decode_step(
 ) -> tuple[KVCache, Array]:
     """`feed_next_token`, and the logits of the next token [B, V]."""
     cache, h_BD = feed_next_token(params, config, cache, token_B, length_B, prompt_slots, t)
-    return cache, unembed(params, h_BD)
+    return cache, unembed(params, config, h_BD)
 
 
 def generate(
@@ -241,7 +241,7 @@ def generate(
         key: Array, h_BD: Array, ended_B: Array, seen_BV: Array | None
     ) -> tuple[Array, Array | None, tuple[Array, ...]]:
         """The next token from the hidden state before it: (ended, seen, outputs to collect)."""
-        logits_BV = unembed(params, h_BD)
+        logits_BV = unembed(params, config, h_BD)
         if filter_seen is not None and seen_BV is not None:
             logits_BV = filter_seen(logits_BV, seen_BV)
         logits_BV = filter_logits(logits_BV)

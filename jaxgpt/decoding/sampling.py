@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.errors import UserError
+from jaxgpt.losses import MASKED_LOGIT
 from jaxgpt.structs import Array
 
 Filter = Callable[[Array], Array]
-NEVER = -1e30  # the logit of a token that is never drawn; finite, so that differences are never NaN
 
 
 def temperature(logits: Array, t: float | Array) -> Array:
@@ -32,7 +32,7 @@ def top_k(logits: Array, k: int) -> Array:
     if k >= logits.shape[-1]:
         return logits
     threshold = jax.lax.top_k(logits, k)[0][..., -1:]
-    return jnp.where(logits >= threshold, logits, NEVER)
+    return jnp.where(logits >= threshold, logits, MASKED_LOGIT)
 
 
 def top_p(logits: Array, p: float | Array) -> Array:
@@ -55,7 +55,7 @@ def top_p(logits: Array, p: float | Array) -> Array:
         return jnp.where(reached, higher, threshold)
 
     threshold = jax.lax.fori_loop(0, 32, bit, jnp.zeros((*logits.shape[:-1], 1), jnp.uint32))
-    return jnp.where(order >= threshold, logits, NEVER)
+    return jnp.where(order >= threshold, logits, MASKED_LOGIT)
 
 
 def _ordered(x: Array) -> Array:
@@ -70,7 +70,7 @@ def min_p(logits: Array, p: float) -> Array:
         raise UserError(f"min-p is {p}; it must be at least 0 and at most 1")
     if p == 0:
         return logits
-    return jnp.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(p), logits, NEVER)
+    return jnp.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(p), logits, MASKED_LOGIT)
 
 
 def repetition_penalty(logits: Array, seen: Array, penalty: float) -> Array:
@@ -97,7 +97,7 @@ def categorical(key: Array, logits_BV: Array) -> Array:
     """
     B, V = logits_BV.shape
     size = 1 << ((V - 1).bit_length() + 1) // 2  # about sqrt(V)
-    top_B1 = jnp.maximum(logits_BV.max(axis=-1, keepdims=True), NEVER)
+    top_B1 = jnp.maximum(logits_BV.max(axis=-1, keepdims=True), MASKED_LOGIT)
     weights_BV = jnp.exp(logits_BV - top_B1).astype(jnp.float32)
     weights_BGI = jnp.pad(weights_BV, ((0, 0), (0, -V % size))).reshape(B, -1, size)
     block_BG = weights_BGI.sum(axis=-1)

@@ -133,7 +133,7 @@ def feed_sequence(
     visible_BES = jnp.arange(cache.keys[0].shape[-2]) <= position_BE[:, :, None]
     inside_BE = jnp.minimum(position_BE, config.block - 1)
     cache, h_BED = feed(params, config, cache, tokens_BE, inside_BE, start, visible_BES)
-    return cache, unembed(params, h_BED)
+    return cache, unembed(params, config, h_BED)
 
 
 def acceptance_probability(p: Array, q: Array) -> Array:

@@ -9,9 +9,9 @@ docs/maths.md lists all equations. Shapes and dtypes are checked while tracing, 
 """
 
 from jaxgpt.losses.alignment import cdpo, dpo, implicit_reward, ipo, kto, kto_reference, log_odds, orpo, simpo
+from jaxgpt.losses.kl import LOG_RATIO_LIMIT
 from jaxgpt.losses.mean import Mean, combine, reduce, sequence_mean, sequence_sum
 from jaxgpt.losses.policy import (
-    LOG_RATIO_LIMIT,
     dual_clip,
     log_ratio,
     ppo_clip,
@@ -31,10 +31,11 @@ from jaxgpt.losses.preferences import (
     smooth_choice,
     soft_preference_nll,
 )
-from jaxgpt.losses.tokens import entropy, label_smoothing, log_prob, nll, z_loss
+from jaxgpt.losses.tokens import MASKED_LOGIT, entropy, label_smoothing, log_prob, nll, z_loss
 
 __all__ = [
     "LOG_RATIO_LIMIT",
+    "MASKED_LOGIT",
     "Mean",
     "all_pairs_nll",
     "bradley_terry_nll",

@@ -19,7 +19,9 @@ from jax import Array
 from jaxgpt.losses.checks import expect
 from jaxgpt.losses.mean import sequence_sum
 
-LIMIT = 20.0  # k3 clips d to [-20, 20] before exponentiating
+LOG_RATIO_LIMIT = (
+    20.0  # log-ratios are clipped to [-20, 20] before exponentiating: products with e^20 = 4.9e8 stay finite
+)
 
 
 def k1(logp: Array, ref_logp: Array) -> Array:
@@ -40,7 +42,7 @@ def k3(logp: Array, ref_logp: Array) -> Array:
     The value itself is not capped (some libraries cap it at 10): one token with rho >> pi can dominate a batch.
     """
     expect(logp=(logp, "float ..."), ref_logp=(ref_logp, "float ..."))
-    d = jnp.clip(logp - ref_logp, -LIMIT, LIMIT)
+    d = jnp.clip(logp - ref_logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return jnp.expm1(-d) + d
 
 

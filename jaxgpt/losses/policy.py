@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt.losses.checks import expect, expect_value
+from jaxgpt.losses.kl import LOG_RATIO_LIMIT
 from jaxgpt.losses.mean import Mean, reduce, sequence_mean
-
-LOG_RATIO_LIMIT = 20.0  # log-ratios are clipped to [-20, 20]: products with e^20 = 4.9e8 stay finite
 
 
 def log_ratio(logp: Array, old_logp: Array) -> Array:

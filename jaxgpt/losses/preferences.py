@@ -14,8 +14,7 @@ from jax import Array
 
 from jaxgpt.losses.checks import expect, expect_value
 from jaxgpt.losses.mean import Mean, reduce
-
-NEVER = -1e30  # log of 0, but finite: sums and gradients stay finite too
+from jaxgpt.losses.tokens import MASKED_LOGIT
 
 
 def favourites_nll(
@@ -44,8 +43,8 @@ def favourites_nll(
     # Rows without favourites end as 0 but must stay finite until then: give them equal scores. Only differences
     # matter, so subtracting the maximum keeps large scores precise.
     scores_BC = jnp.where(present_BC & any_favourite[..., None], scores_BC, 0.0)
-    top_B1 = jnp.where(present_BC, scores_BC, NEVER).max(axis=-1, keepdims=True)
-    scores_BC = scores_BC - jax.lax.stop_gradient(jnp.maximum(top_B1, NEVER / 2))
+    top_B1 = jnp.where(present_BC, scores_BC, MASKED_LOGIT).max(axis=-1, keepdims=True)
+    scores_BC = scores_BC - jax.lax.stop_gradient(jnp.maximum(top_B1, MASKED_LOGIT / 2))
     totals = [delta + _log_subsets(scores_BC, present_BC, t) for t, delta in enumerate(log_delta, 1)]
     mean = jnp.where(favourite_BC, scores_BC, 0.0).sum(axis=-1) / jnp.maximum(size, 1)
     delta = sum(jnp.where(size == t, log_delta[t - 1], 0.0) for t in range(1, len(log_delta) + 1))
@@ -55,14 +54,14 @@ def favourites_nll(
 
 def _log_subsets(scores_BC: Array, present_BC: Array, t: int) -> Array:
     """log of the sum over all subsets T of t present answers of prod_{i in T} exp(s_i / t)."""
-    worth = jnp.where(present_BC, scores_BC, NEVER) / t
+    worth = jnp.where(present_BC, scores_BC, MASKED_LOGIT) / t
     if t == 1:
         return jax.nn.logsumexp(worth, axis=-1)
     # Elementary symmetric polynomials, one answer at a time: e_k <- e_k + w e_{k-1}, in log space.
-    sums = [jnp.zeros(worth.shape[:-1])] + [jnp.full(worth.shape[:-1], NEVER)] * t
+    sums = [jnp.zeros(worth.shape[:-1])] + [jnp.full(worth.shape[:-1], MASKED_LOGIT)] * t
     for c in range(worth.shape[-1]):
         sums = sums[:1] + [jnp.logaddexp(sums[k], sums[k - 1] + worth[..., c]) for k in range(1, t + 1)]
-    return jnp.maximum(sums[t], NEVER)
+    return jnp.maximum(sums[t], MASKED_LOGIT)
 
 
 def preference_nll(
@@ -139,7 +138,7 @@ def soft_preference_nll(scores_BC: Array, weight_BC: Array, present_BC: Array | 
     expect(scores=(scores_BC, "float B C"), weight=(weight_BC, "float B C"), present=(present_BC, "bool B C"))
     if present_BC is None:
         present_BC = jnp.ones(scores_BC.shape, bool)
-    logp_BC = jax.nn.log_softmax(jnp.where(present_BC, scores_BC, NEVER), axis=1)
+    logp_BC = jax.nn.log_softmax(jnp.where(present_BC, scores_BC, MASKED_LOGIT), axis=1)
     return -jnp.where(present_BC, weight_BC * logp_BC, 0.0).sum(axis=1)
 
 

@@ -7,6 +7,8 @@ from jax import Array
 
 from jaxgpt.losses.checks import expect
 
+MASKED_LOGIT = -1e30  # of what can't be chosen: probability 0, but finite, so that sums and differences are never NaN
+
 
 def log_prob(logits: Array, tokens: Array) -> Array:
     """log softmax(logits)[tokens], in nats, float32.  logits [..., V], tokens [...] integers -> [...].

@@ -1,8 +1,8 @@
-"""The layers of `layers.PLAIN` with hand-written gradients, for CPUs.
+"""The layers of `layers.plain_layers` with hand-written gradients, for CPUs.
 
 XLA's CPU compiler fuses element-wise work into the transposed operands of the backward pass's matrix products, which
 then miss its fast kernels. `CPU_LAYERS` computes each weight's gradient as one product x^T dy of arrays that have been
-materialised (by a barrier), and saves only what the formula needs. Values are the same as `PLAIN`'s and gradients equal
+materialised (by a barrier), and saves only what the formula needs. Values are the same as theirs and gradients equal
 up to rounding; only reverse mode is supported.
 """
 
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxgpt.losses import MASKED_LOGIT
 from jaxgpt.models import attention, sharding
 from jaxgpt.models.layers import (
     COLUMN_PARALLEL,
-    MASKED_LOGIT,
     ROW_PARALLEL,
     Layers,
     dense,
@@ -81,7 +81,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 def _fast_dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMN_PARALLEL) -> Array:
     if "scale" in layer:
-        return dense(layer, x, axes)
+        return dense(layer, x, axes, platform="cpu")
     bias = layer["bias"].astype(jnp.float32) if "bias" in layer else None
     if "lora_a" in layer:
         return _lora_linear(x, layer["kernel"], layer["lora_a"], layer["lora_b"], bias, axes)

@@ -3,6 +3,7 @@
 Weights are sharded over a mesh: each is gathered along 'fsdp' where it is used, and its gradient scattered.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,13 +19,12 @@ COLUMN_PARALLEL, ROW_PARALLEL = (
     ("fsdp", "tensor"),
     ("tensor", "fsdp"),
 )  # how a dense layer's weight [in, out] is sharded
-MASKED_LOGIT = -1e30  # a masked logit: softmax gives 0 for it, but no NaN for a fully masked row as with -inf
 
 
 class Layers(NamedTuple):
     """The layer functions that `transformer.hidden` uses."""
 
-    dense: Callable[[Params, Array, tuple[str, str]], Array]  # (layer, x, COLUMNS or LINES)
+    dense: Callable[[Params, Array, tuple[str, str]], Array]  # (layer, x, COLUMN_PARALLEL or ROW_PARALLEL)
     norm: Callable[[Params, Array, float], Array]
     gelu: Callable[[Array], Array]
     swiglu: Callable[[Array, Array], Array]  # (gate, up)
@@ -32,19 +32,17 @@ class Layers(NamedTuple):
     product_VD: Callable[[Array, Array], Array]  # (h [..., D], table [V, D]) -> float32 [..., V]
 
 
-def _product_dtype(x: Array) -> DTypeLike:
-    """The dtype of a dense product before rounding. On a CPU float32: XLA's bfloat16 product is up to 1.3 times as fast
-    that way, and is rounded only once, after the bias."""
-    return jnp.float32 if sharding.platform() == "cpu" else x.dtype
+def dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMN_PARALLEL, *, platform: str) -> Array:
+    """x @ kernel + bias in x's dtype; an int8 kernel has one scale per column (see `int8_product`).
 
-
-def dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMN_PARALLEL) -> Array:
-    """x @ kernel + bias in x's dtype; an int8 kernel has one scale per column (see `int8_product`)."""
+    On a CPU the product is float32 before rounding: XLA's bfloat16 product is up to 1.3 times as fast that way, and is
+    rounded only once, after the bias."""
+    wide: DTypeLike = jnp.float32 if platform == "cpu" else x.dtype
     if "scale" in layer:
-        product = int8_product(x, layer["kernel"], layer["scale"]).astype(_product_dtype(x))
+        product = int8_product(x, layer["kernel"], layer["scale"], platform).astype(wide)
     else:
         kernel = sharding.gather_fsdp(layer["kernel"].astype(x.dtype), axes)
-        product = jnp.matmul(x, kernel, preferred_element_type=_product_dtype(x))
+        product = jnp.matmul(x, kernel, preferred_element_type=wide)
     if "lora_a" in layer:
         product += lora_product(layer, x).astype(product.dtype)
     if "bias" in layer:
@@ -98,7 +96,7 @@ INT8_MAX_UNCHUNKED = 2**21  # kernel elements; a larger kernel is converted in c
 INT8_LEVELS = 2047  # quantisation levels of an activation
 
 
-def int8_product(x: Array, kernel: Array, scale: Array) -> Array:
+def int8_product(x: Array, kernel: Array, scale: Array, platform: str) -> Array:
     """x @ (kernel * scale) in float32, for an int8 kernel [in, out] with one scale per column.
 
     XLA:CPU has no fast product of int8 and float. There, a single row of x is rounded to multiples of 1/2047 of its
@@ -106,7 +104,7 @@ def int8_product(x: Array, kernel: Array, scale: Array) -> Array:
     `INT8_CHUNK_ROWS` kernel rows are converted to float32 at a time. Elsewhere the conversion is part of the
     product."""
     rows, (fan_in, fan_out) = x.size // x.shape[-1], kernel.shape
-    if sharding.platform() != "cpu":
+    if platform != "cpu":
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale
     if rows == 1 and kernel.size <= INT8_MAX_UNCHUNKED:
         levels = min(INT8_LEVELS, (2**31 - 1) // (127 * fan_in))
@@ -126,4 +124,7 @@ def int8_product(x: Array, kernel: Array, scale: Array) -> Array:
     return (product * scale).reshape(*x.shape[:-1], fan_out)
 
 
-PLAIN = Layers(dense, norm, gelu, swiglu, attention.attend, vocab_logits)
+@functools.cache
+def plain_layers(platform: str) -> Layers:
+    """The formulas of this module, for programs that run on a "cpu", "gpu" or "tpu"."""
+    return Layers(functools.partial(dense, platform=platform), norm, gelu, swiglu, attention.attend, vocab_logits)

@@ -95,6 +95,11 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def target_platform(config: ModelConfig) -> str:
+    """The platform that a model's programs are written for: the config's, or the one being compiled for."""
+    return platform() if config.platform == "auto" else config.platform
+
+
 def constrain(x: Array, *axes: Axes) -> Array:
     """x with its dimensions sharded over these mesh axes (None: not sharded). The identity outside a mesh; an axis that
     the mesh doesn't have, or that doesn't divide its dimension, is ignored."""

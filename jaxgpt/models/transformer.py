@@ -27,13 +27,13 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses import vocab_head
 from jaxgpt.models import attention, sharding
 from jaxgpt.models.cpu_layers import CPU_LAYERS
-from jaxgpt.models.layers import COLUMN_PARALLEL, PLAIN, ROW_PARALLEL, Attend, Layers
+from jaxgpt.models.layers import COLUMN_PARALLEL, ROW_PARALLEL, Attend, Layers, plain_layers, vocab_logits
+from jaxgpt.models.layers import norm as plain_norm
 from jaxgpt.models.sharding import ROW_AXES, constrain, constrain_rows
 from jaxgpt.structs import Array, Batch, Params
 
 Extra = TypeVar("Extra")
 
-MAX_LOGITS_BYTES = 512 * 2**20  # bytes per device; larger logits are computed in tiles
 
 # How parameters are sharded over a mesh, by the end of their path; all others are replicated.
 PARTITION = {
@@ -130,7 +130,7 @@ def rotate(x_BTHK: Array, angles: tuple[Array, Array] | None) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
 
-def mlp(block: Params, x: Array, layers: Layers = PLAIN) -> Array:
+def mlp(block: Params, x: Array, layers: Layers) -> Array:
     """Two dense layers with a GELU (tanh form, as in GPT-2) between them; or, if there is a gate, a SwiGLU."""
     up = layers.dense(block["up"], x, COLUMN_PARALLEL)
     inside = layers.swiglu(layers.dense(block["gate"], x, COLUMN_PARALLEL), up) if "gate" in block else layers.gelu(up)
@@ -217,7 +217,7 @@ def hidden_and_kv(
         )
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
-    layers = select_layers(config.gradients)
+    layers = select_layers(config)
     layers = layers._replace(attend=attend or layers.attend)
     embed_key, keys = (None, None) if key is None else _split_for(key, config.layers)
     x_BTD = embed_rows(params, config, tokens_BT, positions_BT)
@@ -249,9 +249,10 @@ def hidden_and_kv(
     return final_norm(params, config, x_BTD, layers), kv
 
 
-def final_norm(params: Params, config: ModelConfig, x_BTD: Array, layers: Layers = PLAIN) -> Array:
+def final_norm(params: Params, config: ModelConfig, x_BTD: Array, layers: Layers | None = None) -> Array:
     """The norm after the last block, if the model has one."""
-    return layers.norm(params["final_norm"], x_BTD, config.norm_epsilon) if "final_norm" in params else x_BTD
+    norm = plain_norm if layers is None else layers.norm
+    return norm(params["final_norm"], x_BTD, config.norm_epsilon) if "final_norm" in params else x_BTD
 
 
 def _split_for(key: Array, layers: int) -> tuple[Array, Array]:
@@ -290,17 +291,19 @@ def transformer_block(
     return constrain(norm("mlp_norm", x_BTD, "output"), ROW_AXES, None, None), kept
 
 
-def select_layers(gradients: str) -> Layers:
-    """PLAIN for "plain"; for "auto" the fastest on the target platform: FAST on a CPU, elsewhere PLAIN with an
-    attention kernel."""
-    if gradients == "plain":
-        return PLAIN
+def select_layers(config: ModelConfig) -> Layers:
+    """The layers that a config asks for: plain formulas, or for gradients "auto" the fastest on the target platform: on
+    a CPU `CPU_LAYERS`, elsewhere the plain ones with an attention kernel."""
+    platform = sharding.target_platform(config)
+    plain = plain_layers(platform)
+    if config.gradients == "plain":
+        return plain
     fast = {
         "cpu": CPU_LAYERS,
-        "gpu": PLAIN._replace(attend=attention.cudnn),
-        "tpu": PLAIN._replace(attend=attention.splash),
+        "gpu": plain._replace(attend=attention.cudnn),
+        "tpu": plain._replace(attend=attention.splash),
     }
-    return fast.get(sharding.platform(), PLAIN)
+    return fast.get(platform, plain)
 
 
 def head_weights(params: Params) -> Array:
@@ -308,9 +311,10 @@ def head_weights(params: Params) -> Array:
     return params["unembed" if "unembed" in params else "embed"]["tokens_VD"]
 
 
-def unembed(params: Params, h: Array, layers: Layers = PLAIN) -> Array:
+def unembed(params: Params, h: Array, layers: Layers | None = None) -> Array:
     """Float32 logits from hidden states."""
-    return layers.product_VD(h, head_weights(params))
+    product = vocab_logits if layers is None else layers.product_VD
+    return product(h, head_weights(params))
 
 
 def predict(
@@ -323,16 +327,16 @@ def predict(
     B, W, _ = h_BWD.shape
     parts, vocab_parts = sharding.count_shards(B, ROW_AXES), sharding.count_shards(config.vocab, "tensor")
     position_bytes = 4 * B // parts * config.vocab // vocab_parts
-    if W * position_bytes <= MAX_LOGITS_BYTES:
+    if W * position_bytes <= config.logits_bytes:
         # The barrier makes rounding the same with and without gradients: PPO's first ratio is exactly 1.
-        logits = jax.lax.optimization_barrier(unembed(params, h_BWD, select_layers(config.gradients)) / temperature)
+        logits = jax.lax.optimization_barrier(unembed(params, h_BWD, select_layers(config)) / temperature)
         return losses.log_prob(logits, tokens_BW), losses.entropy(logits)
     # One copy of the table per row shard, so that its gradient is summed across devices once, not in every tile.
     table_VD = sharding.gather_fsdp(head_weights(params).astype(h_BWD.dtype), ROW_PARALLEL)
     table_PVD = constrain(jnp.broadcast_to(table_VD, (parts, *table_VD.shape)), ROW_AXES, "tensor", None)
     rows = [constrain_rows(x.reshape(parts, B // parts, *x.shape[1:])) for x in (h_BWD, tokens_BW)]
     tiles = functools.partial(
-        vocab_head.tiled_head_outputs, tile=max(1, MAX_LOGITS_BYTES // position_bytes), temperature=temperature
+        vocab_head.tiled_head_outputs, tile=max(1, config.logits_bytes // position_bytes), temperature=temperature
     )
     found = jax.vmap(tiles)(rows[0], table_PVD, rows[1])
     return found.logp.reshape(B, W), found.entropy.reshape(B, W)

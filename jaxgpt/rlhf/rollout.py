@@ -13,6 +13,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.decoding.generate import check_fits_block
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding
+from jaxgpt.rlhf import reward
 from jaxgpt.rlhf.policies import Policy, transformer_policy
 from jaxgpt.structs import Array, Batch, Experience, Params, Prompts
 from jaxgpt.training.step import jit_on, join_rows, split_rows
@@ -90,6 +91,28 @@ def sample_answers(
 @functools.lru_cache(maxsize=16)  # a program for each policy's shapes, not for each call
 def _collector(mesh: Mesh, policy: Policy) -> Callable[..., Experience]:
     return jit_on(mesh, lambda params, prompts, key: policy.collect(params, prompts, key))
+
+
+@functools.lru_cache(maxsize=16)
+def _scorer(mesh: Mesh, policy: Policy) -> Callable[[Params, Batch], Array]:
+    return jit_on(mesh, policy.answer_logp)
+
+
+def answer_log_probs(params: Params, policy: Policy, rows: Batch, batch: int, mesh: Mesh) -> np.ndarray:
+    """log P(y | x) of each host row in nats, [rows]: `policy.answer_logp` in batches of one shape."""
+    program = _scorer(mesh, policy)
+    return np.asarray(in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
+
+
+@functools.lru_cache(maxsize=16)
+def _reward_scorer(mesh: Mesh, config: ModelConfig) -> Callable[[Params, Batch], Array]:
+    return jit_on(mesh, lambda params, rows: reward.score(params, config, rows))
+
+
+def reward_scores(params: Params, config: ModelConfig, rows: Batch, batch: int, mesh: Mesh) -> np.ndarray:
+    """h(x, y) of each host row, [rows]: `reward.score` in batches of one shape."""
+    program = _reward_scorer(mesh, config)
+    return np.asarray(in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
 
 
 def in_batches(f: Callable[[Rows], Result], rows: Rows, batch: int, mesh: Mesh) -> Result:

@@ -1,7 +1,6 @@
 """The task of a study's policies, and how their answers are measured."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,14 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.data import sources
 from jaxgpt.data.tokenizer import Tokenizer, answer_text, prompt_ids
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.models import sharding, transformer
-from jaxgpt.rlhf import reward, rollout
+from jaxgpt.models import sharding
+from jaxgpt.rlhf import rollout
 from jaxgpt.rlhf.annotator import gold_scores
 from jaxgpt.rlhf.judge import fit_judge
 from jaxgpt.rlhf.policies import Policy
 from jaxgpt.rlhf.ppo import PPOConfig, policy_of
 from jaxgpt.runs.saved_model import load_language_model, load_model
 from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.training.step import jit_on
 
 Ids = list[int]
 TextMeasure = Callable[[Sequence[str]], np.ndarray]
@@ -123,18 +121,6 @@ class Evaluation:
         )
 
 
-@functools.lru_cache(maxsize=8)
-def _log_probs(mesh: Mesh, config: ModelConfig, temperature: float, window: int) -> Callable[..., Any]:
-    return jit_on(
-        mesh, lambda params, rows: transformer.answer_logp(params, config, rows, temperature=temperature, window=window)
-    )
-
-
-@functools.lru_cache(maxsize=8)
-def _scores(mesh: Mesh, config: ModelConfig) -> Callable[..., Any]:
-    return jit_on(mesh, lambda params, rows: reward.score(params, config, rows))
-
-
 def sample_task_answers(
     task: Task, params: Params, ids: Sequence[Ids], key: Array, batch: int = 250
 ) -> rollout.Sampled:
@@ -166,15 +152,12 @@ def answer_examples(answers: rollout.Sampled) -> list[tuple[list[int], list[int]
 
 def log_probs(task: Task, params: Params, rows: Batch, batch: int = 250) -> np.ndarray:
     """log P(y | x) of each row at the task's temperature, [rows]."""
-    program = _log_probs(task.mesh, task.config, task.algorithm.temperature, task.algorithm.new_tokens)
-    count = min(batch, len(np.asarray(rows.mask_BT)))
-    return rollout.in_batches(lambda rows: program(params, rows), rows, count, task.mesh)
+    return rollout.answer_log_probs(params, task.policy, rows, batch, task.mesh)
 
 
 def reward_scores(task: Task, params: Params, config: ModelConfig, rows: Batch, batch: int = 250) -> np.ndarray:
     """h(x, y) of each row, [rows]; the reward model may differ in size from the policy."""
-    program, count = _scores(task.mesh, config), min(batch, len(np.asarray(rows.mask_BT)))
-    return rollout.in_batches(lambda rows: program(params, rows), rows, count, task.mesh)
+    return rollout.reward_scores(params, config, rows, batch, task.mesh)
 
 
 RewardModel = tuple[Params, ModelConfig]  # a reward model, which may differ in size from the policy

@@ -479,7 +479,6 @@ def test_preference_batches_hold_every_candidate(tok: Tokenizer) -> None:
             assert batch["choice"][b] == ranking.choice
             assert batch["present"][b].tolist() == [c < len(ranking.rows) for c in range(4)]
             for c, (ids, roles) in enumerate(ranking.rows):
-                assert batch["last"][b, c] == len(ids) - 1
                 assert batch["tokens"][b, c, : len(ids)].tolist() == ids and not batch["tokens"][b, c, len(ids) :].any()
                 assert np.flatnonzero(batch["mask"][b, c]).tolist() == [t for t, role in enumerate(roles) if role]
                 assert batch["tokens"][b, c][batch["mask"][b, c]].tolist() == ids[ids.index(ANSWER) + 1 :]

@@ -1,5 +1,7 @@
 """Attention kernels agree with the formula: splash interpreted on a CPU, and which kernel is used where."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from jaxgpt.models import attention, layers, sharding, transformer
 from jaxgpt.models.sharding import MeshConfig
+from tests.helpers import TINY
 
 B, T, H, K = 4, 128, 2, 8
 SEGMENTS = np.tile(np.where(np.arange(T) < 50, 1, 2), (B, 1))
@@ -84,5 +87,9 @@ def test_cudnn_is_asked_only_for_what_it_can_do(kind, used, capability, monkeypa
 )
 def test_each_platform_has_its_kernel(platform, attend, monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: platform)
-    assert transformer.select_layers("auto").attend is attend
-    assert transformer.select_layers("plain") is layers.PLAIN
+    assert transformer.select_layers(TINY).attend is attend
+    plain = dataclasses.replace(TINY, gradients="plain")
+    assert transformer.select_layers(plain) is layers.plain_layers(platform)
+    if platform != "other":  # said in the config, it needs no device
+        monkeypatch.undo()
+        assert transformer.select_layers(dataclasses.replace(TINY, platform=platform)).attend is attend

@@ -64,7 +64,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(name):
         return [
             outcome(of, dtype, x, y)
             for dtype in ("float32", "bfloat16")
-            for of in (layers.PLAIN, cpu_layers.CPU_LAYERS)
+            for of in (layers.plain_layers("cpu"), cpu_layers.CPU_LAYERS)
         ]
 
     found = jax.device_get(outcomes(draw(0, B, T, D), draw(1, D, F) / 4))

@@ -74,8 +74,10 @@ def reward_model(seed):
 
 GAIN = {"gain": np.float32(1.0), "bias": np.float32(0.0)}
 SCANNED = dataclasses.replace(LLAMA, scan=True, remat="full")
+TILED = dataclasses.replace(CONFIG, logits_bytes=4096)
 STAGES = {  # loss, state, batch and options of the step
     "nll": lambda: (training.make_nll(CONFIG), start(params()), batch(), {}),
+    "nll in tiles": lambda: (training.make_nll(TILED), start(params()), batch(), {}),
     "llama": lambda: (training.make_nll(LLAMA), start(params(LLAMA)), batch(), {}),
     "scanned llama": lambda: (training.make_nll(SCANNED), start(params(LLAMA)), batch(), {"microbatches": 2}),
     "reward": lambda: (reward.make_loss(CONFIG), start(reward_model(0), **GAIN), preferences(), {}),
@@ -89,7 +91,7 @@ STAGES = {  # loss, state, batch and options of the step
 
 
 @functools.cache
-def compiled(stage, shape=None, whole_logits=transformer.MAX_LOGITS_BYTES):
+def compiled(stage, shape=None):
     """The step on a mesh of this shape, or on one device: to run, or to inspect its text and memory use."""
     loss, state, batch, options = STAGES[stage]()
     if shape is None:
@@ -97,15 +99,13 @@ def compiled(stage, shape=None, whole_logits=transformer.MAX_LOGITS_BYTES):
     else:
         mesh = mesh_of(shape)
         step = training.jit_step(loss, SGD, mesh, training.shapes_on(mesh, lambda: state), **options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer, "MAX_LOGITS_BYTES", whole_logits)
-        return step.lower(state, batch, None).compile()
+    return step.lower(state, batch, None).compile()
 
 
 @functools.cache
-def two_steps(stage, shape=None, **options):
+def two_steps(stage, shape=None):
     """Parameters and metrics of two steps. The second raises unless the first leaves the state sharded as before."""
-    step, (_, state, batch, _) = compiled(stage, shape, **options), STAGES[stage]()
+    step, (_, state, batch, _) = compiled(stage, shape), STAGES[stage]()
     for _ in range(2):
         before = state
         state, metrics = step(state, batch, None)
@@ -233,8 +233,8 @@ def test_no_activation_is_gathered(shape):
 @pytest.mark.parametrize("shape", [(2, 2, 2), *slow((8, 1, 1))], ids=str)
 def test_logits_in_tiles_give_the_same_step_and_the_tables_gradient_is_summed_once(shape):
     """After the loop over tiles: inside it each device accumulates its own."""
-    assert_same(two_steps("nll", shape, whole_logits=4096), two_steps("nll"))
-    text = compiled("nll", shape, whole_logits=4096).as_text()
+    assert_same(two_steps("nll in tiles", shape), two_steps("nll"))
+    text = compiled("nll in tiles", shape).as_text()
     table = (CONFIG.vocab // shape[2], CONFIG.width)
     in_loops = [size for loop in loops(text) for _, size in collectives(loop)]
     assert loops(text) and any(size[-2:] == table for _, size in collectives(text))

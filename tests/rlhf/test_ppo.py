@@ -165,12 +165,11 @@ def test_the_first_step_follows_the_policy_gradient_of_the_whitened_advantages()
     ("epochs", "minibatches", "temperature", "whole_logits"), [(1, 1, 1.0, 2**29), (2, 4, 0.7, 2**12)]
 )
 def test_minibatches_and_epochs_start_at_ratio_one_exactly_and_are_traced_once(
-    epochs, minibatches, temperature, whole_logits, monkeypatch
+    epochs, minibatches, temperature, whole_logits
 ):
     """With the logits whole, and in tiles."""
-    monkeypatch.setattr(transformer, "MAX_LOGITS_BYTES", whole_logits)
     config = dataclasses.replace(PPO, epochs=epochs, minibatches=minibatches, temperature=temperature)
-    policy = ppo.policy_of(MODEL, config, stop=5)
+    policy = ppo.policy_of(dataclasses.replace(MODEL, logits_bytes=whole_logits), config, stop=5)
     iteration = functools.partial(ppo.ppo_iteration, policy=policy, ppo=config, tx=SGD, reward_fn=share)
     chex.clear_trace_counter()
     once = chex.assert_max_traces(lambda *arguments: iteration(*arguments), n=1)
