@@ -13,7 +13,7 @@ Two dimensions in addition to those of `structs`: J drafted tokens, and E = J + 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,6 @@ from jaxgpt.structs import Answers, Array, KVCache, Params
 
 ToProbabilities = Callable[[Array], Array]  # logits [..., V] -> the probabilities to draw from [..., V]
 State = TypeVar("State")
-# key, cache, the draft's state, text_T, logp, n, ended, forwards, accepted
-Carry = tuple[Array, KVCache, State, Array, Array, Array, Array, Array, Array]
 # (key, state, text_T, n) -> state, J tokens to follow the first n of the text, and their distributions [J, V]
 Propose = Callable[[Array, State, Array, Array], tuple[State, Array, Array]]
 
@@ -56,6 +54,20 @@ class SpeculativeAnswer:
     answers: Answers
     forwards: Array  # int32: passes of the model after the prompt's
     accepted: Array  # int32
+
+
+class _Progress(NamedTuple, Generic[State]):
+    """Between two passes of the model."""
+
+    key: Array
+    cache: KVCache
+    state: State  # the draft's
+    text_T: Array  # prompt and answer so far
+    logp_T: Array  # of the answer's tokens
+    n: Array  # tokens of the answer
+    ended: Array  # bool
+    forwards: Array
+    accepted: Array
 
 
 def generate(
@@ -94,30 +106,47 @@ def generate(
     cache, _ = prefill(params, config, prompt_BP, length_B, A + J)
     state, propose = draft.start(config, prompt_BP, length_B, A, shape)
 
-    def body(carry: Carry[State]) -> Carry[State]:
-        key, cache, state, text_T, logp, n, _, forwards, accepted = carry
-        key, draft_key, verify_key = jax.random.split(key, 3)
-        state, draft_J, q_JV = propose(draft_key, state, text_T, length + n)
-        last = jax.lax.dynamic_slice(text_T, (length + n - 1,), (1,))
-        cache, logits_BEV = feed_sequence(params, config, cache, jnp.concatenate([last, draft_J])[None], length + n - 1)
+    def body(now: _Progress[State]) -> _Progress[State]:
+        key, draft_key, verify_key = jax.random.split(now.key, 3)
+        end = length + now.n  # of the text so far
+        state, draft_J, q_JV = propose(draft_key, now.state, now.text_T, end)
+        fed_E = jnp.concatenate([jax.lax.dynamic_slice(now.text_T, (end - 1,), (1,)), draft_J])
+        cache, logits_BEV = feed_sequence(params, config, now.cache, fed_E[None], end - 1)
         tokens_E, good = verify(verify_key, draft_J, q_JV, shape(logits_BEV[0]))
         stop_E = (tokens_E[:, None] == stops).any(axis=1)
         first_stop = jnp.where(stop_E.any(), jnp.argmax(stop_E), J + 1)
-        added = jnp.minimum(jnp.minimum(good, first_stop) + 1, A - n)
-        text_T = jax.lax.dynamic_update_slice(text_T, tokens_E, (length + n,))
-        logp = jax.lax.dynamic_update_slice(logp, losses.log_prob(filter_logits(logits_BEV[0]), tokens_E), (n,))
-        ended = first_stop < added
-        return key, cache, state, text_T, logp, n + added, ended, forwards + 1, accepted + jnp.minimum(good, added)
+        added = jnp.minimum(jnp.minimum(good, first_stop) + 1, A - now.n)
+        logp_E = losses.log_prob(filter_logits(logits_BEV[0]), tokens_E)
+        return _Progress(
+            key=key,
+            cache=cache,
+            state=state,
+            text_T=jax.lax.dynamic_update_slice(now.text_T, tokens_E, (end,)),
+            logp_T=jax.lax.dynamic_update_slice(now.logp_T, logp_E, (now.n,)),
+            n=now.n + added,
+            ended=first_stop < added,
+            forwards=now.forwards + 1,
+            accepted=now.accepted + jnp.minimum(good, added),
+        )
 
-    text_T = jnp.pad(prompt_BP[0].astype(jnp.int32), (0, A + J))
     zero = jnp.zeros((), jnp.int32)
-    carry = (key, cache, state, text_T, jnp.zeros(A + J), zero, jnp.zeros((), bool), zero, zero)
-    carry = jax.lax.while_loop(lambda carry: (carry[5] < A) & ~carry[6], body, carry)
-    _, _, _, text_T, logp, n, ended, forwards, accepted = carry
-    inside_A = jnp.arange(A) < n
-    tokens_A = jnp.where(inside_A, jax.lax.dynamic_slice(text_T, (length,), (A,)), pad)
-    answers = Answers(tokens_A[None], jnp.where(inside_A, logp[:A], 0.0)[None], n[None], ended[None])
-    return SpeculativeAnswer(answers, forwards, accepted)
+    start = _Progress(
+        key=key,
+        cache=cache,
+        state=state,
+        text_T=jnp.pad(prompt_BP[0].astype(jnp.int32), (0, A + J)),
+        logp_T=jnp.zeros(A + J),
+        n=zero,
+        ended=jnp.zeros((), bool),
+        forwards=zero,
+        accepted=zero,
+    )
+    done = jax.lax.while_loop(lambda now: (now.n < A) & ~now.ended, body, start)
+    inside_A = jnp.arange(A) < done.n
+    tokens_A = jnp.where(inside_A, jax.lax.dynamic_slice(done.text_T, (length,), (A,)), pad)
+    logp_A = jnp.where(inside_A, done.logp_T[:A], 0.0)
+    answers = Answers(tokens_A[None], logp_A[None], done.n[None], done.ended[None])
+    return SpeculativeAnswer(answers, done.forwards, done.accepted)
 
 
 def feed_sequence(
