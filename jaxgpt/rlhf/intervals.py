@@ -79,3 +79,24 @@ def calibration(
     total = sum(row["count"] for row in table)
     error = sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in table) / total
     return table, float(error)
+
+
+def proportion(hits: float, count: int) -> Interval:
+    """A fraction with its 95 % interval by Wilson's score (1927), which holds for few trials; ties count half."""
+    if count < 1 or not 0 <= hits <= count:
+        raise UserError(f"{hits} of {count} is no proportion; there must be at least one trial, and no more hits")
+    z, p = 1.96, hits / count
+    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * np.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return Interval(p, float(max(middle - half, 0.0)), float(min(middle + half, 1.0)))
+
+
+def in_words(name: str, hits: float, count: int) -> str:
+    """A blind comparison as a sentence: how often one side won, and whether that can be chance."""
+    found = proportion(hits, count)
+    verdict = "too few to be sure"
+    if found.low > 0.5:
+        verdict = "more often than chance"
+    elif found.high < 0.5:
+        verdict = "less often than chance"
+    return f"{name} in {hits:g} of {count}: {verdict} (95 % interval {found.low:.0%} to {found.high:.0%})"

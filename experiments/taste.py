@@ -1,0 +1,294 @@
+"""Bend a real chat model to your taste: pick favourites, and see whether a reward fitted to them knows what you like.
+
+    python -m experiments.taste                         `make taste`: in the terminal, about 5 minutes
+    python -m experiments.taste --web                   the same on a page in the browser
+    python -m experiments.taste --annotator short       unattended: a program that likes short (or cheerful) answers
+
+SmolLM2-135M-Instruct, frozen, answers; you pick the best of four; a linear reward on its hidden states is fitted to
+your picks (the softmax likelihood of a reward model); best-of-8 by that reward then meets single answers on new
+prompts, blind. Votes are on disk at once: the same command resumes, and `experiments.reward` and `dpo` read them.
+"""
+
+import dataclasses
+import functools
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+
+from jaxgpt.config import Range, check_settings, round_up
+from jaxgpt.data import pipelines, votes
+from jaxgpt.data.comparisons import Preference, tokenize_preferences
+from jaxgpt.data.questions import questions
+from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.errors import UserError
+from jaxgpt.models import sharding
+from jaxgpt.rlhf import intervals, linear_reward, rollout
+from jaxgpt.rlhf.annotator import SimulatedAnnotator
+from jaxgpt.rlhf.linear_reward import LinearReward
+from jaxgpt.runs import ask
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.saved_model import load_language_model
+from jaxgpt.structs import Batch
+from jaxgpt.web import label, server
+
+ROUND = 4  # prompts answered together
+BEST, SINGLE = "best of several", "single sample"
+LEARN, BLIND = "learn", "blind"  # what a task is for
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """2 CPU cores: about 5 minutes, most of it your own reading."""
+
+    run: Path = Path("runs/taste")
+    model: Path = Path("smollm2-135m")
+    annotator: Literal["you", "short", "cheerful"] = "you"  # the last two are programs
+    web: bool = False  # ask on a page instead of in the terminal
+    prompts: Annotated[int, Range(2)] = 24  # to learn your taste from
+    candidates: Annotated[int, Range(2, 9)] = 4  # answers per prompt
+    best_of: Annotated[int, Range(2)] = 8
+    blind: Annotated[int, Range(1)] = 10  # new prompts to compare on
+    new_tokens: Annotated[int, Range(4)] = 32
+    temperature: Annotated[float, Range(above=0)] = 1.0
+    ridge: Annotated[float, Range(above=0)] = 0.03
+    serve: server.ServeConfig = server.ServeConfig()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+PRESETS: dict[str, Settings] = {}
+
+
+class Answering:
+    """Answers prompts in a thread of its own and keeps the features of every answer, while a person reads."""
+
+    def __init__(self, settings: Settings, store: votes.Store) -> None:
+        self.settings, self.store, self.mesh = settings, store, sharding.data_mesh()
+        params, self.config, self.tok, _ = load_language_model(settings.model)
+        self.params = sharding.replicate(params, self.mesh)
+        self.features: dict[str, np.ndarray] = {}  # task id -> [answers, F]
+        self.reward: LinearReward | None = None  # set once it is fitted: then the blind tasks are made
+        self.changed, self.error = threading.Condition(), ""
+        rng = np.random.default_rng(settings.seed)
+        self.learn = [str(text) for text in rng.permutation(questions())[: settings.prompts]]
+        self.new = [str(text) for text in rng.permutation(questions(held_out=True))[: settings.blind]]
+        self.key = jax.random.key(settings.seed)
+
+    def start(self) -> None:
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        try:
+            for task in self.store.tasks().values():  # of an earlier session
+                self.features[task.id] = self.measure(task.prompt, [answer.text for answer in task.answers])
+            done = self.store.prompts()
+            left = [text for text in self.learn if text not in done]
+            for at in range(0, len(left), ROUND):
+                chosen = left[at : at + ROUND]
+                for prompt, texts in zip(chosen, self.sample(chosen, self.settings.candidates), strict=True):
+                    self.add(prompt, texts, LEARN, [""] * len(texts))
+            pool = {
+                prompt: self.sample([prompt], self.settings.best_of + 1)[0] for prompt in self.new if prompt not in done
+            }
+            found = {prompt: self.measure(prompt, texts) for prompt, texts in pool.items()}
+            with self.changed:
+                self.changed.wait_for(lambda: self.reward is not None)
+            for prompt, texts in pool.items():
+                assert self.reward is not None
+                best = 1 + int(self.reward.score(found[prompt][1:]).argmax())
+                self.add(prompt, [texts[best], texts[0]], BLIND, [BEST, SINGLE])
+            self.error = ""
+        except Exception as error:
+            self.error = f"no more answers will be generated ({error})"
+            raise
+        finally:
+            with self.changed:
+                self.changed.notify_all()
+
+    def sample(self, prompts: list[str], each: int) -> list[list[str]]:
+        """`each` answers to every prompt."""
+        self.key, key = jax.random.split(self.key)
+        ids = [prompt_ids(self.tok, prompt) for prompt in prompts for _ in range(each)]
+        width = round_up(max(map(len, ids)), 32)
+        found = rollout.sample_answers(
+            self.params,
+            self.config,
+            ids,
+            key,
+            functools.partial(answer_text, self.tok),
+            self.mesh,
+            new_tokens=self.settings.new_tokens,
+            stop=self.tok.template.end,
+            batch=ROUND * self.settings.candidates,
+            temperature=self.settings.temperature,
+            width=width,
+        )
+        texts = [text.strip() for text in found.texts]
+        return [texts[n * each : (n + 1) * each] for n in range(len(prompts))]
+
+    def measure(self, prompt: str, texts: list[str]) -> np.ndarray:
+        """The features of answers, [answers, F]."""
+        preference = Preference(prompt, tuple(texts), 0, (True,) * len(texts))
+        rows = tokenize_preferences(self.tok, [preference])[0].rows
+        length = round_up(max(len(ids) for ids, _ in rows), 64)
+        arrays = pipelines.padded_examples(rows, length, len(rows))[0]
+        batch = Batch(arrays["tokens"], arrays["mask"])
+        return linear_reward.features(self.params, self.config, batch, len(rows), self.mesh)
+
+    def add(self, prompt: str, texts: list[str], part: str, by: list[str]) -> None:
+        origin = [{"taste": part, "by": name, "model": str(self.settings.model)} for name in by]
+        task = votes.Task(prompt, tuple(votes.Answer(text, True, own) for text, own in zip(texts, origin, strict=True)))
+        if part == LEARN and len(set(texts)) < 2:
+            return
+        self.features[task.id] = self.measure(prompt, texts)
+        with self.changed:
+            self.store.add_task(task)
+            self.changed.notify_all()
+
+
+class Asker:
+    """Where picks come from: a person in the terminal or on the page, or a program."""
+
+    def __init__(self, settings: Settings, store: votes.Store, answering: Answering) -> None:
+        self.settings, self.store, self.answering = settings, store, answering
+        self.rng = np.random.default_rng([settings.seed, store.count()])
+        self.program = None if settings.annotator == "you" else SimulatedAnnotator(wish=settings.annotator)
+
+    def tasks(self, part: str) -> list[votes.Task]:
+        return [task for task in self.store.tasks().values() if task.answers[0].origin.get("taste") == part]
+
+    def picks(self, part: str) -> dict[str, votes.Vote]:
+        """The last standing vote on each task of this part, skips included."""
+        known = {task.id for task in self.tasks(part)}
+        return {vote.task: vote for vote in self.store.votes() if vote.task in known}
+
+    def collect(self, part: str, total: int) -> None:
+        """Ask until `total` tasks of this part have a vote, or no more will come."""
+        while (done := len(self.picks(part))) < total:
+            voted = self.picks(part)
+            left = [task for task in self.tasks(part) if task.id not in voted]
+            if not left:
+                with self.answering.changed:
+                    if self.answering.error:
+                        raise UserError(self.answering.error)
+                    self.answering.changed.wait(timeout=0.5)
+            elif self.settings.web:
+                time.sleep(0.3)  # the page asks
+            elif self.program is not None:
+                gold = self.program.gold([answer.text for answer in left[0].answers])
+                best = int(gold.argmax())
+                rest = tuple(i for i in range(len(gold)) if i != best)
+                shown = tuple(range(len(gold)))
+                name = f"{left[0].id}-{self.settings.annotator}"
+                self.store.vote(votes.Vote(name, left[0].id, self.program.name, "favourite", ((best,), rest), shown))
+            else:
+                ask.ask(self.store, "you", left[0], f"[{done + 1}/{total}]", self.rng)
+
+
+def learn(asker: Asker, ridge: float) -> tuple[LinearReward, int, int, float]:
+    """The reward of all picks; how many picks a reward fitted to the others predicts, of how many, and by chance."""
+    found = [(task, vote) for task, vote in asker.picks(LEARN).items() if vote.kind == "favourite"]
+    if len(found) < 2:
+        raise UserError(f"{len(found)} picks are too few for a reward; pick more answers, skip fewer")
+    most = max(len(vote.shown) for _, vote in found)
+    feature_BCF = np.stack(
+        [np.pad(x, ((0, most - len(x)), (0, 0))) for x in (asker.answering.features[task] for task, _ in found)]
+    )
+    present_BC = np.array([np.arange(most) < len(vote.shown) for _, vote in found])
+    choice_B = np.array([vote.tiers[0][0] for _, vote in found])
+    hits = 0
+    for part in np.array_split(np.arange(len(found)), min(6, len(found))):
+        others = np.setdiff1d(np.arange(len(found)), part)
+        reward = linear_reward.fit(feature_BCF[others], choice_B[others], present_BC[others], ridge)
+        guess = np.where(present_BC[part], reward.score(feature_BCF[part]), -np.inf).argmax(1)
+        hits += int((guess == choice_B[part]).sum())
+    return linear_reward.fit(feature_BCF, choice_B, present_BC, ridge), hits, len(found), (1 / present_BC.sum(1)).sum()
+
+
+def outcome(asker: Asker) -> dict[str, Any]:
+    """The blind comparison: wins of best-of-n (a tie of equal texts counts half), and figures of both sides' texts."""
+    sides: dict[str, list[str]] = {BEST: [], SINGLE: []}
+    wins, count, votes_ = 0.0, 0, asker.picks(BLIND)
+    for task in asker.tasks(BLIND):
+        for answer in task.answers:
+            sides[str(answer.origin["by"])].append(answer.text)
+        vote = votes_.get(task.id)
+        if vote is None or vote.kind not in ("favourite", "tie"):
+            continue
+        count += 1
+        same = task.answers[0].text == task.answers[1].text or vote.kind == "tie"
+        wins += 0.5 if same else float(task.answers[vote.tiers[0][0]].origin["by"] == BEST)
+    words = {name: float(np.mean([len(text.split()) for text in texts])) for name, texts in sides.items() if texts}
+    return {"wins": wins, "count": count, "words": words, "texts": sides}
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    started = time.monotonic()
+    store = votes.Store(settings.run / "votes.sqlite")
+    print(f"loading {settings.model} …", flush=True)
+    answering = Answering(settings, store)
+    answering.start()
+    asker = Asker(settings, store, answering)
+    if settings.web:
+        bound = server.Server(settings.serve, token := settings.serve.required_token())
+        state = ["answers are being made"]
+        app = label.application(store, label.LabelConfig(0.0, 0.0), settings.serve, token, lambda: state[0])
+        threading.Thread(target=bound.run, args=(app,), daemon=True).start()
+        print(
+            f"pick at {bound.address}: {settings.prompts} prompts, then {settings.blind} blind comparisons", flush=True
+        )
+        server.open_page(bound.address)
+    elif settings.annotator == "you":
+        print(f"\nWhich answer do you like best? {settings.prompts} prompts; {ask.KEYS}.")
+    try:
+        asker.collect(LEARN, settings.prompts)
+        reward, hits, count, chance = learn(asker, settings.ridge)
+        print(
+            f"\nA linear reward was fitted to your {count} picks. Fitted to the others, it predicts {hits} of {count} "
+            f"(by chance {chance:.0f}). Now {settings.blind} new prompts, blind: its best of {settings.best_of} against "
+            "a single answer."
+        )
+        with answering.changed:
+            answering.reward = reward
+            answering.changed.notify_all()
+        asker.collect(BLIND, settings.blind)
+    except (KeyboardInterrupt, EOFError):
+        print(f"\nstopped; {store.count()} picks are in {store.path}, and the same command resumes")
+        return {"picks": store.count()}
+    found = outcome(asker)
+    who = "you preferred it" if settings.annotator == "you" else f"the {settings.annotator} program preferred it"
+    print("\n" + report(settings, found, who, hits, count, chance))
+    print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes")
+    return {"predicted": hits, "picks": count, "chance": chance, **found}
+
+
+def report(settings: Settings, found: dict[str, Any], who: str, hits: int, count: int, chance: float) -> str:
+    """What came out, what was done in the words of the notes, and what can be done next."""
+    file = settings.run / "votes.sqlite"
+    single, best = (found["words"].get(name, 0.0) for name in (SINGLE, BEST))
+    lines = [
+        f"best of {settings.best_of} by your reward: {intervals.in_words(who, found['wins'], found['count'])}",
+        f"words per answer: {single:.1f} for a single sample, {best:.1f} chosen",
+    ]
+    if settings.annotator == "cheerful":
+        mood = {name: SimulatedAnnotator().gold(texts).mean() for name, texts in found["texts"].items()}
+        lines.append(f"VADER sentiment: {mood[SINGLE]:.2f} for a single sample, {mood[BEST]:.2f} chosen")
+    lines += [
+        "",
+        "What you did: candidate answers, preferences, a reward model (the softmax over its scores), and best-of-n.",
+        "The next steps of the notes move the model itself, by PPO or DPO. With these votes:",
+        f'  make label ARGS="--votes {file}"      pick more, on a page',
+        f"  make assistant LABELS={file}          a small model trained from nothing to your picks",
+        "  .venv/bin/python -m experiments.align            PPO and DPO on this chat model, for a program's taste",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)
