@@ -251,8 +251,8 @@ def main(settings: Settings) -> dict[str, Any]:
         reward, hits, count, chance = learn(asker, settings.ridge)
         print(
             f"\nA linear reward was fitted to your {count} picks. Fitted to the others, it predicts {hits} of {count} "
-            f"(by chance {chance:.0f}). Now {settings.blind} new prompts, blind: its best of {settings.best_of} against "
-            "a single answer."
+            f"(by chance {chance:.0f}). Now {settings.blind} new prompts, blind: its best of {settings.best_of} "
+            "against a single answer."
         )
         with answering.changed:
             answering.reward = reward
