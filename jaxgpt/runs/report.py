@@ -61,10 +61,10 @@ def summarise_policy(policy: Policy, baseline: Policy) -> dict[str, Any]:
         "kl_bound": policy.kl_bound,
         "length": interval(policy.length),
         "ended": interval(policy.ended),
-        "opens": interval(policy.opens),
+        "opens_as_asked": interval(policy.opens),
         "pretrained_nll": interval(policy.pretrained_nll),
         "distinct_2": policy.distinct_2,
-        "text_nats": policy.text_nats,
+        "heldout_text_nats": policy.text_nats,
     }
 
 
@@ -79,10 +79,10 @@ COLUMNS = (
     ("KL, nats", "kl"),
     ("tokens", "length"),
     ("ended", "ended"),
-    ("opens as asked", "opens"),
+    ("opens as asked", "opens_as_asked"),
     ("pretrained NLL", "pretrained_nll"),
     ("distinct-2", "distinct_2"),
-    ("text loss", "text_nats"),
+    ("text loss", "heldout_text_nats"),
 )
 
 
