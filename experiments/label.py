@@ -86,13 +86,13 @@ class Model:
 
 
 class AnswerGenerator:
-    """Keeps `prefetch` prompts with answers ready in the store; `run` is for a thread of its own."""
+    """Keeps `prefetch` prompts with answers ready in the store; `run` is meant for its own thread."""
 
     def __init__(self, settings: Settings, store: votes.Store) -> None:
         self.settings, self.store = settings, store
         self.models: list[Model] = []
         self.state = "loading"  # shown on the page
-        self.trained_at = store.count()  # votes when the last reward model was trained
+        self.trained_at = store.count()  # number of votes when the last reward model was trained
         self.rng = np.random.default_rng([settings.seed, len(store.tasks())])  # different after a restart
         self.uncertainty: Any = None  # (prompt, answers) -> how unsure the reward model is, 0 to 1
         self.mesh = sharding.data_mesh()
@@ -123,7 +123,7 @@ class AnswerGenerator:
     def fits(self, prompt: str) -> bool:
         """Whether the prompt and an answer fit into every model's block."""
         room = self.settings.new_tokens
-        return all(len(prompt_ids(one.tok, prompt)) + room <= one.config.block for one in self.models)
+        return all(len(prompt_ids(model.tok, prompt)) + room <= model.config.block for model in self.models)
 
     def add_tasks(self) -> None:
         """Answer a few more prompts and store them; with a reward model, only those it is least sure of."""
@@ -137,37 +137,37 @@ class AnswerGenerator:
     def answer(self, chosen: list[str]) -> list[list[votes.Answer]]:
         """Sample `candidates` answers to each prompt, divided as evenly as possible among the models."""
         settings = self.settings
-        found: list[list[votes.Answer]] = [[] for _ in chosen]
-        for m, one in enumerate(self.models):
-            share = len(range(m, settings.candidates, len(self.models)))
-            if not share:
+        answers: list[list[votes.Answer]] = [[] for _ in chosen]
+        for m, model in enumerate(self.models):
+            per_prompt = len(range(m, settings.candidates, len(self.models)))
+            if not per_prompt:
                 continue
-            ids = [prompt_ids(one.tok, prompt) for prompt in chosen for _ in range(share)]
-            width = min(round_up(max(map(len, ids)), 32), one.config.block - settings.new_tokens)
+            ids = [prompt_ids(model.tok, prompt) for prompt in chosen for _ in range(per_prompt)]
+            width = min(round_up(max(map(len, ids)), 32), model.config.block - settings.new_tokens)
             seed = int(self.rng.integers(2**31))
             sampled = rollout.sample_answers(
-                one.params,
-                one.config,
+                model.params,
+                model.config,
                 ids,
                 jax.random.key(seed),
-                functools.partial(answer_text, one.tok),
+                functools.partial(answer_text, model.tok),
                 self.mesh,
                 new_tokens=settings.new_tokens,
-                stop=one.tok.template.end,
-                batch=PROMPTS_PER_ROUND * share,
+                stop=model.tok.template.end,
+                batch=PROMPTS_PER_ROUND * per_prompt,
                 temperature=settings.temperature,
                 width=max(width, *map(len, ids)),
             )
             origin = {
-                "model": str(one.place),
-                "checkpoint": one.fingerprint,
+                "model": str(model.place),
+                "checkpoint": model.fingerprint,
                 "temperature": settings.temperature,
                 "new_tokens": settings.new_tokens,
                 "seed": seed,
             }
             for row, (text, ended) in enumerate(zip(sampled.texts, sampled.ended, strict=True)):
-                found[row // share].append(votes.Answer(text.strip(), bool(ended), {**origin, "row": row}))
-        return found
+                answers[row // per_prompt].append(votes.Answer(text.strip(), bool(ended), {**origin, "row": row}))
+        return answers
 
     def make_task(self, prompt: str, answers: list[votes.Answer]) -> votes.Task | None:
         """A task with these answers in random order, without duplicates; None if fewer than two are left."""
@@ -209,10 +209,10 @@ class AnswerGenerator:
             "4" if jax.device_count() == 1 else "1",
             "--fresh",
         ]
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-        said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no message"]
+        process = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        said = (process.stdout if process.returncode == 0 else process.stderr).strip().splitlines() or ["no message"]
         print(f"after {self.trained_at} votes: {said[-1]}", flush=True)
-        if done.returncode == 0:
+        if process.returncode == 0:
             self.uncertainty = make_uncertainty(run, self.settings, self.mesh)
 
 

@@ -119,7 +119,7 @@ def main(settings: Settings) -> dict[str, Any]:
     with Run(settings.run, settings, "reward", {"model": run_fingerprint(settings.model), **files}) as run:
         if run.finished:
             return run.results
-        sft, config, tok, _ = load_language_model(settings.model)
+        start, config, tok, _ = load_language_model(settings.model)
         rankings, dropped = fit_preferences(tokenize_preferences(tok, formats.load(settings.preferences)), config.block)
         heldout_preferences = formats.load(settings.heldout)
         heldout, _ = fit_preferences(tokenize_preferences(tok, heldout_preferences), config.block)
@@ -131,12 +131,10 @@ def main(settings: Settings) -> dict[str, Any]:
         program = build(settings, config, size, steps, mesh)
         reference = reference_rows(heldout, size[1], settings.reference_samples)
         normalise = jit_on(mesh, lambda params: reward.normalise_on(params, config, reference))
-        params = normalise(sharding.replicate(reward.init(jax.random.key(settings.seed), sft, config.width), mesh))
+        params = normalise(sharding.replicate(reward.init(jax.random.key(settings.seed), start, config.width), mesh))
         params = {**params, "head": jax.tree.map(lambda w: w * settings.first_spread, params["head"])}
         state = sharding.place_like(first_state(settings, params, optimizer(settings, steps)), program.state)
-        run.say(
-            f"reward: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} were too long and dropped)"
-        )
+        run.say(f"reward: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
         tokens = settings.batch * size[0] * size[1]
         with Loop(run, settings, tok, steps, batches, config.vocab, tokens, NAMES) as loop:
             state = loop.restore(program.state, lambda: state)

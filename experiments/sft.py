@@ -132,7 +132,7 @@ def main(settings: Settings) -> dict[str, Any]:
         loss = jit_on(mesh, make_nll(config))
         before, answers = (evaluate(loss, state.params, part, mesh)["loss"] for part in (data.raw, data.answers))
         run.say(
-            f"sft: {data.examples:,} examples ({data.dropped} were too long and dropped) · "
+            f"sft: {data.examples:,} examples ({data.dropped} too long, dropped) · "
             f"before: {answers:.3f} nats per answer token"
         )
         tokens = settings.batch * length
