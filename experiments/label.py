@@ -1,15 +1,16 @@
 """A web page where people pick the best of several answers, and a database of their votes.
 
     python -m experiments.label                                       `make label`: our SFT model, or SmolLM2, answers
-    python -m experiments.label --models runs/a/sft runs/a/ppo        both answer; annotators are not told which
+    python -m experiments.label --models runs/a/sft runs/a/ppo        both answer; annotators aren't told which is which
     python -m experiments.label --answers theirs.jsonl                from a file: {"prompt", "answers"} on each line
     python -m experiments.label --retrain 50                          train a reward model every 50 votes, and ask about
                                                                       the prompts it is least sure of
     python -m experiments.label --serve.host 0.0.0.0                  for others on this network, at a secret address
 
-Answers are generated ahead of time in the background. Votes are on disk before the next prompt appears; however it was
-stopped, the same command resumes. Then `python -m experiments.reward --preferences votes.sqlite:train --heldout
-votes.sqlite:heldout`, likewise dpo, or `make assistant LABELS=votes.sqlite`; experiments/votes.py converts and counts.
+Answers are generated ahead of time in the background. Each vote is on disk before the next prompt appears, so the same
+command resumes however the last one ended. To train on the votes: `python -m experiments.reward --preferences
+votes.sqlite:train --heldout votes.sqlite:heldout` (dpo takes the same flags), or `make assistant LABELS=votes.sqlite`.
+experiments/votes.py converts and counts votes.
 """
 
 import dataclasses
@@ -43,20 +44,20 @@ from jaxgpt.training.step import jit_on
 from jaxgpt.web import label, server
 from jaxgpt.web.label import LabelConfig
 
-PROMPTS_PER_ROUND = 4  # prompts answered together
-OVERSAMPLE = 3  # with a reward model: prompts answered for each one kept
+PROMPTS_PER_ROUND = 4  # prompts answered together, and at most so many kept
+OVERSAMPLE = 3  # with a reward model, this many prompts are answered for each one kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Any machine: 2 CPU cores answer faster than a person reads."""
+    """Runs on any machine: 2 CPU cores answer faster than a person reads."""
 
     votes: Path = Path("runs/label/votes.sqlite")
-    models: tuple[Path, ...] = ()  # that answer, in turn; none: runs/assistant/sft if it exists, otherwise smollm2-135m
-    prompts: str = ""  # movie_reviews, questions, or files as for the other stages; '': what suits the first model
-    answers: Path | None = None  # file of prompts with answers, shown before all others
+    models: tuple[Path, ...] = ()  # share the answers; none: runs/assistant/sft if it exists, otherwise smollm2-135m
+    prompts: str = ""  # movie_reviews, questions, or files as in the other stages; '': what suits the first model
+    answers: Path | None = None  # file of prompts with answers, shown before generated ones
     candidates: int = 4  # answers per prompt
-    prefetch: int = 12  # answered prompts kept ready
+    prefetch: int = 12  # prompts kept ready with answers
     new_tokens: int = 48
     temperature: float = 0.7
     retrain: int = 0  # train a reward model after this many new votes; 0: never
@@ -85,14 +86,15 @@ class Model:
 
 
 class AnswerGenerator:
-    """Keeps `prefetch` answered prompts in the store, from a thread of its own."""
+    """Keeps `prefetch` prompts with answers ready in the store; `run` is meant for its own thread."""
 
     def __init__(self, settings: Settings, store: votes.Store) -> None:
         self.settings, self.store = settings, store
         self.models: list[Model] = []
-        self.state, self.trained_at = "loading", store.count()
+        self.state = "loading"  # shown on the page
+        self.trained_at = store.count()  # number of votes when the last reward model was trained
         self.rng = np.random.default_rng([settings.seed, len(store.tasks())])  # different after a restart
-        self.doubt: Any = None  # (prompt, answers) -> how unsure the reward model is, 0 to 1
+        self.uncertainty: Any = None  # (prompt, answers) -> how unsure the reward model is, 0 to 1
         self.mesh = sharding.data_mesh()
         self.stop = threading.Event()
 
@@ -100,86 +102,86 @@ class AnswerGenerator:
         try:
             self.models = [Model(place, self.mesh) for place in places(self.settings)]
             known = self.store.prompts()
-            wanted = load_prompts(self.settings, self.models[0].place)
-            self.left = [text for text in wanted if text not in known and self.fits(text)]
-            self.rng.shuffle(self.left)
+            prompts = load_prompts(self.settings, self.models[0].place)
+            self.remaining = [text for text in prompts if text not in known and self.fits(text)]
+            self.rng.shuffle(self.remaining)
             if self.settings.retrain:
                 self.resume()
             while not self.stop.is_set():
                 if self.settings.retrain and self.store.count() - self.trained_at >= self.settings.retrain:
                     self.retrain()
-                if self.store.unseen() < self.settings.prefetch and self.left:
+                if self.store.unseen() < self.settings.prefetch and self.remaining:
                     self.state = f"{self.store.unseen()} of {self.settings.prefetch} prompts have answers"
-                    self.make()
+                    self.add_tasks()
                 else:
                     self.state = ""
                     self.stop.wait(0.3)
-        except Exception as error:  # the page keeps serving what is there, and says so
+        except Exception as error:  # the page shows the message and keeps serving the prompts that are ready
             traceback.print_exc()
             self.state = f"no more answers will be generated ({error})"
 
     def fits(self, prompt: str) -> bool:
         """Whether the prompt and an answer fit into every model's block."""
         room = self.settings.new_tokens
-        return all(len(prompt_ids(one.tok, prompt)) + room <= one.config.block for one in self.models)
+        return all(len(prompt_ids(model.tok, prompt)) + room <= model.config.block for model in self.models)
 
-    def make(self) -> None:
-        """Answer a few more prompts; with a reward model, keep those it is least sure of."""
-        count = PROMPTS_PER_ROUND * (OVERSAMPLE if self.doubt else 1)
-        chosen, self.left = self.left[:count], self.left[count:]
-        tasks = [self.task(prompt, answers) for prompt, answers in zip(chosen, self.answer(chosen), strict=True)]
-        found = sorted((task for task in tasks if task), key=lambda task: -task.doubt)
-        for task in found[:PROMPTS_PER_ROUND]:
+    def add_tasks(self) -> None:
+        """Answer a few more prompts and store them; with a reward model, only those it is least sure of."""
+        count = PROMPTS_PER_ROUND * (OVERSAMPLE if self.uncertainty else 1)
+        chosen, self.remaining = self.remaining[:count], self.remaining[count:]
+        tasks = [self.make_task(prompt, answers) for prompt, answers in zip(chosen, self.answer(chosen), strict=True)]
+        most_doubtful = sorted((task for task in tasks if task), key=lambda task: -task.doubt)
+        for task in most_doubtful[:PROMPTS_PER_ROUND]:
             self.store.add_task(task)
 
     def answer(self, chosen: list[str]) -> list[list[votes.Answer]]:
-        """Sample `candidates` answers to each prompt, shared out among the models in turn."""
+        """Sample `candidates` answers to each prompt, divided as evenly as possible among the models."""
         settings = self.settings
-        found: list[list[votes.Answer]] = [[] for _ in chosen]
-        for m, one in enumerate(self.models):
-            share = len(range(m, settings.candidates, len(self.models)))
-            if not share:
+        answers: list[list[votes.Answer]] = [[] for _ in chosen]
+        for m, model in enumerate(self.models):
+            per_prompt = len(range(m, settings.candidates, len(self.models)))
+            if not per_prompt:
                 continue
-            ids = [prompt_ids(one.tok, prompt) for prompt in chosen for _ in range(share)]
-            width = min(round_up(max(map(len, ids)), 32), one.config.block - settings.new_tokens)
+            ids = [prompt_ids(model.tok, prompt) for prompt in chosen for _ in range(per_prompt)]
+            width = min(round_up(max(map(len, ids)), 32), model.config.block - settings.new_tokens)
             seed = int(self.rng.integers(2**31))
             sampled = rollout.sample_answers(
-                one.params,
-                one.config,
+                model.params,
+                model.config,
                 ids,
                 jax.random.key(seed),
-                functools.partial(answer_text, one.tok),
+                functools.partial(answer_text, model.tok),
                 self.mesh,
                 new_tokens=settings.new_tokens,
-                stop=one.tok.template.end,
-                batch=PROMPTS_PER_ROUND * share,
+                stop=model.tok.template.end,
+                batch=PROMPTS_PER_ROUND * per_prompt,
                 temperature=settings.temperature,
                 width=max(width, *map(len, ids)),
             )
             origin = {
-                "model": str(one.place),
-                "checkpoint": one.fingerprint,
+                "model": str(model.place),
+                "checkpoint": model.fingerprint,
                 "temperature": settings.temperature,
                 "new_tokens": settings.new_tokens,
                 "seed": seed,
             }
             for row, (text, ended) in enumerate(zip(sampled.texts, sampled.ended, strict=True)):
-                found[row // share].append(votes.Answer(text.strip(), bool(ended), {**origin, "row": row}))
-        return found
+                answers[row // per_prompt].append(votes.Answer(text.strip(), bool(ended), {**origin, "row": row}))
+        return answers
 
-    def task(self, prompt: str, answers: list[votes.Answer]) -> votes.Task | None:
-        """The answers in random order, without duplicates; None if fewer than two are left."""
+    def make_task(self, prompt: str, answers: list[votes.Answer]) -> votes.Task | None:
+        """A task with these answers in random order, without duplicates; None if fewer than two are left."""
         different = list({answer.text: answer for answer in answers if answer.text}.values())
         self.rng.shuffle(different)
         if len(different) < 2:
             return None
-        return votes.Task(prompt, tuple(different), self.doubt(prompt, different) if self.doubt else 0.0)
+        return votes.Task(prompt, tuple(different), self.uncertainty(prompt, different) if self.uncertainty else 0.0)
 
     def resume(self) -> None:
         """Load the newest reward model of an earlier session."""
         if found := reward_runs(self.settings.votes):
             self.trained_at = max(found)
-            self.doubt = make_uncertainty(found[self.trained_at], self.settings, self.mesh)
+            self.uncertainty = make_uncertainty(found[self.trained_at], self.settings, self.mesh)
 
     def retrain(self) -> None:
         """Train a new reward model on all votes. The old one stays until then, or if there are too few votes."""
@@ -207,29 +209,29 @@ class AnswerGenerator:
             "4" if jax.device_count() == 1 else "1",
             "--fresh",
         ]
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-        said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no message"]
+        process = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        said = (process.stdout if process.returncode == 0 else process.stderr).strip().splitlines() or ["no message"]
         print(f"after {self.trained_at} votes: {said[-1]}", flush=True)
-        if done.returncode == 0:
-            self.doubt = make_uncertainty(run, self.settings, self.mesh)
+        if process.returncode == 0:
+            self.uncertainty = make_uncertainty(run, self.settings, self.mesh)
 
 
 def reward_runs(file: Path) -> dict[int, Path]:
-    """The finished reward models of this database, by the number of votes each was trained on."""
+    """The finished reward models trained from this database, by the number of votes each was trained on."""
     name = re.compile(re.escape(file.stem) + r"-reward-(\d+)")
     runs = [done.parent for done in file.parent.glob("*/done.json")]
     return {int(found[1]): run for run in runs if (found := name.fullmatch(run.name))}
 
 
 def make_uncertainty(run: Path, settings: Settings, mesh: jax.sharding.Mesh) -> Any:
-    """A function (prompt, answers) -> entropy of the reward model's choice relative to a uniform one: 0 to 1."""
+    """A function (prompt, answers) -> entropy of the reward model's choice as a fraction of the maximum: 0 to 1."""
     params, config, tok, _ = load_model(run)
     params = sharding.replicate(params, mesh)
     program = jit_on(mesh, lambda params, batch: reward.candidate_scores(params, config, batch))
 
-    def doubt(prompt: str, answers: list[votes.Answer]) -> float:
-        one = Preference(prompt, tuple(a.text for a in answers), 0, tuple(a.ended for a in answers))
-        ranking = tokenize_preferences(tok, [one])
+    def uncertainty(prompt: str, answers: list[votes.Answer]) -> float:
+        preference = Preference(prompt, tuple(a.text for a in answers), 0, tuple(a.ended for a in answers))
+        ranking = tokenize_preferences(tok, [preference])
         longest = max(len(ids) for ids, _ in ranking[0].rows)
         if longest > config.block:
             return 0.0
@@ -238,17 +240,17 @@ def make_uncertainty(run: Path, settings: Settings, mesh: jax.sharding.Mesh) -> 
         p = np.exp(h - np.logaddexp.reduce(h))
         return float(-(p * np.log(np.maximum(p, 1e-30))).sum() / np.log(len(answers)))
 
-    return doubt
+    return uncertainty
 
 
 def places(settings: Settings) -> tuple[Path, ...]:
-    """The models that answer."""
+    """Where the models that answer are."""
     own = Path("runs/assistant/sft")
     return settings.models or ((own,) if (own / "done.json").exists() else (Path("smollm2-135m"),))
 
 
 def load_prompts(settings: Settings, model: Path) -> list[str]:
-    """The prompts to answer; by default opening words for a model trained here, and otherwise questions."""
+    """The prompts to answer; by default openings of reviews for a model trained here, and questions for any other."""
     source = settings.prompts or (sources.EMBEDDED if (model / "done.json").exists() else "questions")
     if source == "questions":
         return questions()
@@ -269,22 +271,22 @@ def tasks_from_file(path: Path) -> list[votes.Task]:
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    waiting = tasks_from_file(settings.answers) if settings.answers else []
+    from_file = tasks_from_file(settings.answers) if settings.answers else []
     for place in places(settings):
-        run_fingerprint(place)  # fail now if a model is missing
+        run_fingerprint(place)  # UserError now if a model is missing
     bound = server.Server(settings.serve, token := settings.serve.required_token())
     store = votes.Store(settings.votes)
-    new = sum(store.add_task(task) for task in waiting)
-    maker = AnswerGenerator(settings, store)
-    if not waiting or settings.models:
-        threading.Thread(target=maker.run, daemon=True).start()
+    new = sum(store.add_task(task) for task in from_file)
+    generator = AnswerGenerator(settings, store)
+    if not from_file or settings.models:
+        threading.Thread(target=generator.run, daemon=True).start()
     else:
-        maker.state = ""
-    print(f"votes: {settings.votes} ({store.count()} so far{f', {new} new prompts' if waiting else ''})")
+        generator.state = ""
+    print(f"votes: {settings.votes} ({store.count()} so far{f', {new} new prompts' if from_file else ''})")
     print(f"label at {bound.address} (Ctrl-C to stop; every vote is saved at once)", flush=True)
     server.open_page(bound.address)
-    bound.run(label.application(store, settings.assignment, settings.serve, token, lambda: maker.state))
-    maker.stop.set()
+    bound.run(label.application(store, settings.assignment, settings.serve, token, lambda: generator.state))
+    generator.stop.set()
     found = {"votes": store.count(), "agreement": votes.agreement(store.votes())}
     print(
         f"\n{found['votes']} votes in {settings.votes}"

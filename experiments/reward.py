@@ -3,10 +3,13 @@
     python -m experiments.reward --model runs/mine/sft --preferences runs/mine/preferences/train.jsonl \
         --heldout runs/mine/preferences/heldout.jsonl --run runs/mine/reward
 
-A copy of the finetuned model with a scalar head h(x, y) at the answer's last token; the h of the C answers are the
-logits of a softmax classifier: J(phi) = -log( exp h(x, y^b) / sum_j exp h(x, y^j) ). Afterwards h is shifted and scaled
-so that the answers of the held-out preferences (in the pipeline: samples of the finetuned model) have mean 0 and
-standard deviation 1 (Ziegler et al. 2020).
+A copy of the finetuned model with a scalar head h(x, y) at the answer's last token; the values of h for the C answers
+are the logits of a softmax classifier:
+
+    J(phi) = -log( exp h(x, y^b) / sum_j exp h(x, y^j) )
+
+Afterwards h is shifted and scaled to mean 0 and standard deviation 1 over the answers of the held-out preferences (in
+the pipeline: samples of the finetuned model), as in Ziegler et al. (2020).
 """
 
 import dataclasses
@@ -35,23 +38,23 @@ from jaxgpt.training.step import Program, TrainState, init_state, jit_on, make_p
 
 @dataclasses.dataclass(frozen=True)
 class Settings(LoopSettings):
-    """2 CPU cores: about 45 s, to 47 to 49 % held-out accuracy (chance 25 %)."""
+    """2 CPU cores: about 45 s, reaching 47 to 49 % held-out accuracy (chance: 25 %)."""
 
-    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "preferences", "heldout")  # the contents matter, not the place
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "preferences", "heldout")  # compared by content, not by path
 
     run: Path = Path("runs/assistant/reward")
     model: Path = Path("runs/assistant/sft")
     preferences: Path = Path("runs/assistant/preferences/train.jsonl")
     heldout: Path = Path("runs/assistant/preferences/heldout.jsonl")
-    lora: int = 0  # rank of the adapters to train instead of all weights
-    limit: int = 2500  # preferences to learn from, at most
+    lora: int = 0  # rank of the adapters to train instead of all weights; 0: none
+    limit: int = 2500  # maximum number of preferences to learn from
     epochs: int = 1
     batch: int = 16  # prompts, each with its C answers
     microbatches: int = 1
-    learning_rate: float = 5e-4  # to 0, linearly
+    learning_rate: float = 5e-4  # falls linearly to 0
     warmup: int = 10
     reference_samples: int = 512  # answers that fix the scale of h
-    first_spread: float = 1.0  # of h before training, in standard deviations: small when labels are few
+    first_spread: float = 1.0  # standard deviation of h before training; small when labels are few
     seed: int = 3
     save: SaveConfig = SaveConfig(every=50)
 
@@ -70,7 +73,7 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
 
 
 def first_state(settings: Settings, params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """Model and head to train, or adapters and head; gain and bias never."""
+    """The state of step 0: the model (or its adapters) and the head are trained; gain and bias never are."""
     trainable, frozen = optim.split(params, reward.trainable_names())
     adapters, weights = lora.split_trainable(jax.random.key(settings.seed), params["model"], settings.lora)
     return init_state({**trainable, "model": adapters}, tx, {**frozen, "model": weights} if weights else frozen)
@@ -79,7 +82,8 @@ def first_state(settings: Settings, params: Params, tx: optax.GradientTransforma
 def build(
     settings: Settings, config: ModelConfig, size: tuple[int, int, int], steps: int, mesh: jax.sharding.Mesh
 ) -> Program[Preferences]:
-    """What `main` runs. `size`: candidates, tokens of the longest row and of the longest answer."""
+    """The training step that `main` runs. `size`: candidates per prompt, then the lengths in tokens of the longest row
+    and of the longest answer."""
     tx, params, loss = optimizer(settings, steps), shapes_of(config), reward.make_loss(config)
     batch = Preferences.shapes(settings.batch, size[0], size[1])
     parts, spike = settings.microbatches, settings.guard.spike
@@ -98,11 +102,11 @@ def measure(
     batch: int,
     mesh: jax.sharding.Mesh,
 ) -> reward.Heldout:
-    """The held-out preferences, in batches of one shape."""
+    """How well the model predicts the held-out preferences, computed in batches of one shape."""
     program = jit_on(mesh, lambda params, batch: reward.candidate_scores(params, config, batch))
     parts = []
     for arrays in pipelines.preference_eval(heldout, length, batch):
-        real = arrays["present"].any(1)
+        real = arrays["present"].any(1)  # not padding of the last batch
         score_BC = np.asarray(program(params, sharding.place_whole(Preferences.of(arrays), mesh)))
         parts.append((score_BC[real], arrays["choice"][real], arrays["present"][real]))
     return reward.heldout_figures(*(np.concatenate(part) for part in zip(*parts, strict=True)))
@@ -115,19 +119,19 @@ def main(settings: Settings) -> dict[str, Any]:
     with Run(settings.run, settings, "reward", {"model": run_fingerprint(settings.model), **files}) as run:
         if run.finished:
             return run.results
-        sft, config, tok, _ = load_language_model(settings.model)
+        start, config, tok, _ = load_language_model(settings.model)
         rankings, dropped = fit_preferences(tokenize_preferences(tok, formats.load(settings.preferences)), config.block)
-        kept = formats.load(settings.heldout)
-        heldout, _ = fit_preferences(tokenize_preferences(tok, kept), config.block)
+        heldout_preferences = formats.load(settings.heldout)
+        heldout, _ = fit_preferences(tokenize_preferences(tok, heldout_preferences), config.block)
         rankings = rankings[: settings.limit]
         size = max_sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
-        form = {"seed": settings.seed, "epochs": settings.epochs, "part": share.index, "parts": share.count}
-        batches = pipelines.preference_batches(rankings, size[1], settings.batch, **form)
+        order = {"seed": settings.seed, "epochs": settings.epochs, "part": share.index, "parts": share.count}
+        batches = pipelines.preference_batches(rankings, size[1], settings.batch, **order)
         program = build(settings, config, size, steps, mesh)
         reference = reference_rows(heldout, size[1], settings.reference_samples)
-        normalised = jit_on(mesh, lambda params: reward.normalise_on(params, config, reference))
-        params = normalised(sharding.replicate(reward.init(jax.random.key(settings.seed), sft, config.width), mesh))
+        normalise = jit_on(mesh, lambda params: reward.normalise_on(params, config, reference))
+        params = normalise(sharding.replicate(reward.init(jax.random.key(settings.seed), start, config.width), mesh))
         params = {**params, "head": jax.tree.map(lambda w: w * settings.first_spread, params["head"])}
         state = sharding.place_like(first_state(settings, params, optimizer(settings, steps)), program.state)
         run.say(f"reward: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
@@ -137,19 +141,19 @@ def main(settings: Settings) -> dict[str, Any]:
             for i, arrays in loop:
                 state, metrics = program.step(state, sharding.place_local_rows(Preferences.of(arrays), mesh), None)
                 loop.record(i, state, metrics)
-        found = measure(state.params, config, heldout, size[1], settings.batch, mesh)
-        ceiling = simulated_ceiling(preference.meta for preference in kept)
-        run.log(steps, {f"heldout_{name}": getattr(found, name) for name in ("accuracy", "nll", "calibration_error")})
-        best = f", the annotator's own ceiling {ceiling:.1%}" if ceiling else ""
+        figures = measure(state.params, config, heldout, size[1], settings.batch, mesh)
+        ceiling = simulated_ceiling(preference.meta for preference in heldout_preferences)
+        run.log(steps, {f"heldout_{name}": getattr(figures, name) for name in ("accuracy", "nll", "calibration_error")})
+        ceiling_text = f", the annotator's own ceiling {ceiling:.1%}" if ceiling else ""
         run.say(
-            f"reward: held-out accuracy {found.accuracy:.1%} (chance {found.chance:.1%}{best}), "
-            f"calibration error {found.calibration_error:.3f}"
+            f"reward: held-out accuracy {figures.accuracy:.1%} (chance {figures.chance:.1%}{ceiling_text}), "
+            f"calibration error {figures.calibration_error:.3f}"
         )
         if settings.lora:
             save_model(settings.run / "adapters", state.trainable, config)
-        save_model(settings.run / "model", normalised(lora.merge(state.params)), config, tok)
+        save_model(settings.run / "model", normalise(lora.merge(state.params)), config, tok)
         counts = {"annotator_ceiling": ceiling, "preferences": len(rankings), "dropped": dropped}
-        return run.finish({**found._asdict(), **counts})
+        return run.finish({**figures._asdict(), **counts})
 
 
 def reference_rows(rankings: list[TokenizedPreference], length: int, count: int) -> Batch:

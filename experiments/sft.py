@@ -1,9 +1,9 @@
-"""Stage 2: training continued on expert examples, `<prompt> … </prompt><answer> … </answer>`.
+"""Stage 2: supervised finetuning on expert examples, `<prompt> … </prompt><answer> … </answer>`.
 
     python -m experiments.sft --model runs/mine/pretrain --run runs/mine/sft
     python -m experiments.sft --data my_examples.jsonl       one {"prompt": …, "answer": …} per line
 
-The same loss as pretraining on other data, counted on the answer's tokens (or on all: --all-tokens). Finetuning can
+The same loss as in pretraining, but over the answers' tokens only (over all tokens with --all-tokens). Finetuning can
 wipe out what pretraining taught, so the loss on pretraining's held-out text is measured before and after.
 """
 
@@ -32,20 +32,20 @@ from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_
 
 @dataclasses.dataclass(frozen=True)
 class Settings(LoopSettings):
-    """2 CPU cores: about 50 s, to 4.94 nats per token on held-out answers."""
+    """2 CPU cores: about 50 s, reaching 4.94 nats per token on held-out answers."""
 
-    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model",)  # the contents matter, not the place
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model",)  # compared by content, not by path
 
     run: Path = Path("runs/assistant/sft")
     model: Path = Path("runs/assistant/pretrain")  # a run or model folder to start from
     data: str = "movie_reviews"  # or a .jsonl path with prompt and answer fields, or tfds:NAME
-    pretraining_data: str = "movie_reviews"  # whose held-out text shows what was kept
-    all_tokens: bool = False  # count the loss on the prompt too
-    tags: bool = False  # our <prompt> and <answer>, although a pretrained model has a chat template of its own
-    lora: int = 0  # rank of the adapters to train instead of all weights
-    length: int = 512  # tokens of a row, at most model.block
+    pretraining_data: str = "movie_reviews"  # its held-out text shows how much is forgotten
+    all_tokens: bool = False  # train on the prompt's tokens too
+    tags: bool = False  # use our <prompt> and <answer> even if the model has its own chat template
+    lora: int = 0  # rank of the adapters to train instead of all weights; 0: none
+    length: int = 512  # tokens per row, capped at the model's block
     steps: int = 260
-    batch: int = 16  # rows of model.block tokens, each holding several examples
+    batch: int = 16  # rows of `length` tokens, each holding several examples
     microbatches: int = 1
     learning_rate: float = 8e-4
     warmup: int = 20
@@ -71,23 +71,26 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def start(settings: Settings, params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """The first state: all weights to train, or adapters beside them."""
+    """The state of step 0: all weights are trained, or only adapters beside them."""
     trainable, frozen = lora.split_trainable(jax.random.key(settings.seed), params, settings.lora)
     return init_state(trainable, tx, frozen)
 
 
 def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> Program[Batch]:
-    """What `main` runs."""
+    """The training step that `main` runs."""
     tx, loss, params = optimizer(settings), make_nll(config), shapes_of(config)
     batch = Batch.shapes(settings.batch, min(settings.length, config.block), packed=True)
     parts, spike = settings.microbatches, settings.guard.spike
-    begin = lambda params: start(settings, params, tx)  # noqa: E731
+
+    def begin(params: Params) -> TrainState:
+        return start(settings, params, tx)
+
     return make_program(loss, tx, config, mesh, begin, params, batch, microbatches=parts, spike=spike)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What is trained and measured on."""
+    """The data for training and for measuring."""
 
     examples: int
     dropped: int  # examples longer than a row
@@ -97,7 +100,7 @@ class Data:
 
 
 def prepare(settings: Settings, tok: Tokenizer, length: int, share: RowShard) -> Data:
-    """Examples as rows of `length` tokens."""
+    """The examples, packed or padded to rows of `length` tokens, and pretraining's held-out text."""
     found = {}
     for split in ("train", "test"):
         pairs = sources.examples(settings.data, split, settings.cache)

@@ -22,11 +22,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     with file:
-        for number, line in enumerate(_lines(file, path), start=1):
+        for number, line in enumerate(_read_lines(file, path), start=1):
             where = f"{path}:{number}"
-            text = _decoded(line, where)
+            text = _decode(line, where)
             if text.strip():
-                yield where, _parsed(text, where)
+                yield where, _parse(text, where)
 
 
 def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
@@ -37,7 +37,7 @@ def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def checked_text(value: Any, where: str, *, blank: bool = False) -> str:
-    """`value` if it is valid text (non-blank unless `blank`). Raises UserError that starts with `where`."""
+    """`value` if it is valid text (non-blank unless `blank`). Otherwise raises a UserError that starts with `where`."""
     if not isinstance(value, str):
         raise UserError(f"{where} is {type(value).__name__}, not text; put it in quotes")
     if not blank and not value.strip():
@@ -48,7 +48,7 @@ def checked_text(value: Any, where: str, *, blank: bool = False) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one object per line, atomically, and return how many."""
+    """Write one object per line, atomically, and return the number of lines."""
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
@@ -58,7 +58,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def _read_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
@@ -67,14 +67,14 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         yield line
 
 
-def _decoded(line: bytes, where: str) -> str:
+def _decode(line: bytes, where: str) -> str:
     try:
         return line.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
 
 
-def _parsed(text: str, where: str) -> dict[str, Any]:
+def _parse(text: str, where: str) -> dict[str, Any]:
     def refuse(name: str) -> NoReturn:
         raise UserError(f"{where}: {name} is not JSON; use null or a number")
 

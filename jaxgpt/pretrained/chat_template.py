@@ -1,7 +1,7 @@
 """A checkpoint's chat template (Jinja), converted to token ids once.
 
-The template is rendered around placeholders for the texts and split at them; only what the template itself wrote is
-encoded with special tokens. So no text can forge one, as it could if a rendered conversation were encoded as a whole.
+The template is rendered with placeholders for the messages and split at them, and only the template's own text may
+contain special tokens. So no message can forge one, as it could if a rendered conversation were encoded as a whole.
 """
 
 import json
@@ -19,25 +19,27 @@ _PLACEHOLDERS = ("\u2060prompt one\u2060", "\u2060answer one\u2060", "\u2060prom
 
 
 def read(core: tokenizers.Tokenizer, source: str, names: Mapping[str, str], separator: int, where: str) -> Template:
-    """The Template equivalent to `source`. `names`: bos_token, eos_token and the like, which templates refer to.
-    Raises UserError if it can't be split, or answers don't end with a special token."""
-    one, answer, two = _PLACEHOLDERS
-    first = {"role": "user", "content": one}
-    talk = [first, {"role": "assistant", "content": answer}, {"role": "user", "content": two}]
+    """The `Template` equivalent to the Jinja template `source`. `names`: the strings that templates refer to as
+    bos_token, eos_token and the like. `where` is named in errors. Raises UserError if the template can't be split, or
+    if answers don't end with a special token."""
+    prompt, answer, next_prompt = _PLACEHOLDERS
+    first = {"role": "user", "content": prompt}
+    conversation = [first, {"role": "assistant", "content": answer}, {"role": "user", "content": next_prompt}]
     try:
-        before, between = _render(source, [first], names).split(one)
-        spaced = _render(source, [{"role": "user", "content": f"  {one}\n\n"}], names)
-        begun, rest = _render(source, talk, names).split(answer)
-        after, last = rest.split(two)
+        before, between = _render(source, [first], names).split(prompt)
+        spaced = _render(source, [{"role": "user", "content": f"  {prompt}\n\n"}], names)
+        to_answer, rest = _render(source, conversation, names).split(answer)
+        after, to_next_answer = rest.split(next_prompt)
     except Exception as error:  # Jinja's errors, and placeholders that don't occur exactly once
         raise UserError(f"the chat template of {where} can't be used ({type(error).__name__}: {error})") from error
-    begin, middle, tail = (tuple(_encode(core, text)) for text in (before, between, after))
+    before_ids, between_ids, after_ids = (tuple(_encode(core, text)) for text in (before, between, after))
     added = core.get_added_tokens_decoder()
-    if not tail or tail[0] not in added or not added[tail[0]].special:
+    if not after_ids or after_ids[0] not in added or not added[after_ids[0]].special:
         raise UserError(f"the chat template of {where} ends answers with {after[:20]!r}, which is not a special token")
-    uniform = begun == before + one + between and last == between  # later turns are rendered like the first
-    strip = spaced == before + one + between
-    return Template(begin, middle, tail[0], separator, turn=tail[1:] if uniform else (), strip=strip)
+    first_turn = before + prompt + between
+    uniform = to_answer == first_turn and to_next_answer == between  # later turns are rendered like the first
+    turn = after_ids[1:] if uniform else ()
+    return Template(before_ids, between_ids, after_ids[0], separator, turn=turn, strip=spaced == first_turn)
 
 
 def of_folder(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -46,7 +48,7 @@ def of_folder(folder: Path, settings: Mapping[str, Any]) -> str | None:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     found = settings.get("chat_template")
     if isinstance(found, list):  # several named templates
-        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
     return found
 
 
@@ -56,8 +58,8 @@ def _encode(core: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def _render(source: str, messages: list[dict[str, str]], names: Mapping[str, str]) -> str:
-    """Render as Hugging Face does, in a sandbox. A date that a template asks for is left out: it would change
-    daily."""
+    """Render as Hugging Face does, in a sandbox, but without `strftime_now`: with today's date in it, a template
+    would change daily."""
     with needs_extra("pretrained"):
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment

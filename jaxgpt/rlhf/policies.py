@@ -1,9 +1,10 @@
-"""A language model as PPO, DPO and policy gradients see it: functions of its parameters, bound once.
+"""A language model as PPO, DPO and policy gradients use it: a fixed set of functions of its parameters.
 
     policy = transformer_policy(config, new_tokens=40, stop=end, temperature=0.7)     our own transformer
     policy = from_functions(hidden, unembed, width=768, new_tokens=40, stop=end)      any other: Linen, NNX, Equinox
 
-Parameters stay an argument of every function: a nested dict of arrays (`nnx.to_pure_dict` makes one of an NNX state).
+Every function takes the parameters as an argument: a nested dict of arrays (`nnx.to_pure_dict` makes one from an NNX
+state).
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jaxgpt.structs import Answers, Array, Batch, Experience, Params, Prompts
 
 
 class Outputs(NamedTuple):
-    """What PPO reads of a policy and its critic, all [B, T] float32."""
+    """What PPO needs from a policy and its critic, all [B, T] float32."""
 
     logp_BT: Array
     value_BT: Array  # of the state before token t
@@ -30,13 +31,13 @@ class Outputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Temperature belongs to the policy: sampling, training and reference all use it."""
+    """Temperature is part of the policy: sampling, training and the reference policy all use it."""
 
     hidden: Callable[[Params, Array], Array]  # (params, tokens_BT) -> h_BTD
     predict: Callable[[Params, Array, Array], tuple[Array, Array]]  # (params, h_BWD, tokens_BW) -> logp_BW, entropy_BW
     generate: Callable[[Params, Array, Array, Array], Answers]  # (params, prompt_BP, length_B, key)
     width: int  # D
-    new_tokens: int | None  # of the longest answer; None: every token counts as one of the answer's
+    new_tokens: int | None  # maximum length of an answer; None: the whole row
     temperature: float = 1.0
 
     def collect(self, params: Params, prompts: Prompts, key: Array) -> Experience:
@@ -46,10 +47,10 @@ class Policy:
         return Experience(rows, logp_BT, answers)
 
     def logp(self, params: Params, rows: Batch) -> Array:
-        """log P(token t | tokens before t), [B, T]; 0 outside the `new_tokens` tokens from the answer's first."""
-        before = transformer.target_window(rows.mask_BT, self.new_tokens)
-        h_BWD = before.take(self.hidden(params, rows.tokens_BT))
-        return before.put(self.predict(params, h_BWD, before.targets(rows.tokens_BT))[0])
+        """log P(token t | tokens before t), [B, T]; 0 outside the window of `new_tokens` that starts the answer."""
+        window = transformer.target_window(rows.mask_BT, self.new_tokens)
+        h_BWD = window.take(self.hidden(params, rows.tokens_BT))
+        return window.put(self.predict(params, h_BWD, window.targets(rows.tokens_BT))[0])
 
     def answer_logp(self, params: Params, rows: Batch) -> Array:
         """log P(y | x) in nats, [B]: the sum over the masked tokens."""
@@ -58,20 +59,20 @@ class Policy:
     def outputs(self, params: Params, value_head: Params, rows: Batch) -> Outputs:
         """Log-probabilities, entropies, and the values of a critic that reads the same hidden states.
 
-        PPO's old log-probabilities and its loss both come from here: at the same shapes the first ratio is exactly 1.
+        PPO's old log-probabilities and its loss both come from here: at the same shapes, the first ratio is exactly 1.
         All are 0 outside the window of `logp`."""
-        before = transformer.target_window(rows.mask_BT, self.new_tokens)
-        h_BWD = before.take(self.hidden(params, rows.tokens_BT))
-        logp_BW, entropy_BW = self.predict(params, h_BWD, before.targets(rows.tokens_BT))
+        window = transformer.target_window(rows.mask_BT, self.new_tokens)
+        h_BWD = window.take(self.hidden(params, rows.tokens_BT))
+        logp_BW, entropy_BW = self.predict(params, h_BWD, window.targets(rows.tokens_BT))
         value_BW = transformer.apply_scalar_head(value_head, h_BWD)
-        return Outputs(before.put(logp_BW), before.put(value_BW), before.put(entropy_BW))
+        return Outputs(window.put(logp_BW), window.put(value_BW), window.put(entropy_BW))
 
 
-@functools.lru_cache(maxsize=64)  # equal arguments, the same policy: programs that hold it are compiled once
+@functools.lru_cache(maxsize=64)  # equal arguments give the same object, so programs that use it are compiled once
 def transformer_policy(
     config: ModelConfig, *, new_tokens: int | None = None, stop: int = -1, temperature: float = 1.0
 ) -> Policy:
-    """`models.transformer` as a policy. Without `new_tokens` it scores rows and can't sample."""
+    """`models.transformer` as a policy. Without `new_tokens` it gives log-probabilities but can't sample."""
 
     def generate(params: Params, prompt_BP: Array, length_B: Array, key: Array) -> Answers:
         if new_tokens is None:
@@ -109,16 +110,16 @@ def from_functions(
 ) -> Policy:
     """Any causal model as a policy: hidden(params, tokens_BT) -> h_BTD, unembed(params, h [..., D]) -> logits [..., V].
 
-    It samples without a cache, one pass over the whole row per token: right for every model, slow for a large one. Pass
-    a `Policy` with a `generate` of its own where that matters."""
+    It samples without a cache, one pass over the whole row per token: right for every model, but slow for a large one.
+    Where that matters, build a `Policy` with a `generate` of its own."""
     stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
 
-    def logits_of(params: Params, h: Array) -> Array:
-        # Behind a barrier, so that scoring and training round alike: PPO's first ratio is exactly 1.
+    def compute_logits(params: Params, h: Array) -> Array:
+        # Behind a barrier, so that sampling and training round alike: PPO's first ratio is exactly 1.
         return jax.lax.optimization_barrier(unembed(params, h).astype(jnp.float32) / temperature)
 
     def predict(params: Params, h_BWD: Array, tokens_BW: Array) -> tuple[Array, Array]:
-        logits_BWV = logits_of(params, h_BWD)
+        logits_BWV = compute_logits(params, h_BWD)
         return losses.log_prob(logits_BWV, tokens_BW), losses.entropy(logits_BWV)
 
     def generate(params: Params, prompt_BP: Array, length_B: Array, key: Array) -> Answers:
@@ -127,15 +128,15 @@ def from_functions(
         def step(carry: tuple[Array, Array], x: tuple[Array, Array]) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
             (tokens_BT, ended_B), (t, key) = carry, x
             h_BD = hidden(params, tokens_BT)[rows_B, length_B + t - 1]
-            logits_BV = logits_of(params, h_BD)
+            logits_BV = compute_logits(params, h_BD)
             token_B = jnp.where(ended_B, pad, jax.random.categorical(key, logits_BV)).astype(jnp.int32)
             logp_B = jnp.where(ended_B, 0.0, losses.log_prob(logits_BV, token_B))
-            now_B = ended_B | (token_B[:, None] == stops).any(axis=1)
-            return (tokens_BT.at[rows_B, length_B + t].set(token_B), now_B), (token_B, logp_B, ended_B)
+            ended_now_B = ended_B | (token_B[:, None] == stops).any(axis=1)
+            return (tokens_BT.at[rows_B, length_B + t].set(token_B), ended_now_B), (token_B, logp_B, ended_B)
 
         start = jnp.pad(prompt_BP, ((0, 0), (0, new_tokens))), jnp.zeros(len(length_B), bool)
         steps = jnp.arange(new_tokens), jax.random.split(key, new_tokens)
-        (_, ended_B), (token_AB, logp_AB, before_AB) = jax.lax.scan(step, start, steps)
-        return Answers(token_AB.T, logp_AB.T, (~before_AB).sum(0).astype(jnp.int32), ended_B)
+        (_, ended_B), (token_AB, logp_AB, ended_before_AB) = jax.lax.scan(step, start, steps)
+        return Answers(token_AB.T, logp_AB.T, (~ended_before_AB).sum(0).astype(jnp.int32), ended_B)
 
     return Policy(hidden, predict, generate, width, new_tokens, temperature)

@@ -1,8 +1,8 @@
-"""Checkpoints: what a run needs to resume to the same bits (`runs.loop` decides when).
+"""Checkpoints: all that a run needs to resume bit for bit (`runs.loop` decides when to save one).
 
 A checkpoint is the folder checkpoints/STEP of the run: state/ (Orbax: parameters, optimiser, keys, controller), the
-tokenizer, and checkpoint.json, which is written last and holds everything else (the position in data and metrics, what
-the state was made with) and the sha256 of every file. A folder without it is a save that was not finished.
+tokenizer, and checkpoint.json, which is written last and holds everything else (the position in data and metrics,
+and what the run was made with) and the sha256 of every file. A folder without it is an unfinished save.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ T = TypeVar("T")
 class SaveConfig:
     """How often a run saves what it needs to resume."""
 
-    every: int = 100  # steps between two checkpoints; 0: only when asked to stop
-    keep: int = 2  # how many stay
+    every: int = 100  # steps between two checkpoints; 0: only when the run is asked to stop
+    keep: int = 2  # how many of the newest are kept
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:
-            raise UserError(f"save.every is {self.every} and save.keep {self.keep}; at least 0 and 1 are needed")
+            raise UserError(f"save.every is {self.every} and save.keep {self.keep}; use at least 0 and at least 1")
 
 
 class Position(Protocol):
@@ -51,8 +51,8 @@ class Position(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of a run: `newest` and `load` to resume, `save` and `wait` on the way. With several processes all
-    of them call everything."""
+    """The checkpoints of a run: `newest` and `load` to resume, `save` and `wait` while training. With several
+    processes, all of them must make every call."""
 
     def __init__(self, run: Run, config: SaveConfig, tok: Tokenizer, batches: Position) -> None:
         self.run, self.config, self.tok, self.batches = run, config, tok, batches
@@ -63,17 +63,17 @@ class Checkpoints:
     # ---- resuming ----
 
     def newest(self, shapes: Any, *, force: bool = False) -> dict[str, Any] | None:
-        """The record of the newest good checkpoint, or None. Damaged ones are named and skipped. UserError if it
-        doesn't fit: see `loop.Loop.restore`."""
-        answer: dict[str, Any] = {}
+        """The record of the newest good checkpoint, or None. Damaged ones are reported and skipped. UserError if
+        it doesn't fit this run: see `loop.Loop.restore`."""
+        result: dict[str, Any] = {}
         if jax.process_index() == 0:
             record = self._newest_good()
-            answer = {"record": record, "error": self._objection(record, shapes, force)}
-        answer = broadcast_from_first(answer)
-        if answer["error"]:
-            raise UserError(answer["error"])
-        found: dict[str, Any] | None = answer["record"]
-        return found
+            result = {"record": record, "error": self._objection(record, shapes, force)}
+        result = broadcast_from_first(result)
+        if result["error"]:
+            raise UserError(result["error"])
+        newest: dict[str, Any] | None = result["record"]
+        return newest
 
     def load(self, record: Mapping[str, Any], shapes: T, total: int) -> T:
         """The state of a checkpoint, placed as `shapes` says; data and metrics continue from there."""
@@ -81,10 +81,10 @@ class Checkpoints:
         if record["data"]["fingerprint"] == self.batches.get_state()["fingerprint"]:
             self.batches.set_state(record["data"])
         else:
-            self.run.say("WARNING: the data isn't the checkpoint's: reading it from its beginning (--force)")
+            self.run.say("WARNING: the data has changed since the checkpoint: reading it from the beginning (--force)")
         self.run.rewind(record["position"])
         there, here = record["devices"], _devices()
-        moved = "" if there == here else f", from {there} to {here}: equal up to rounding, not to the bit"
+        moved = "" if there == here else f", on {here} after {there}: equal up to rounding, not bit for bit"
         self.run.say(f"{self.run.stage}: resumed after step {record['step']} of {total}{moved}")
         return state
 
@@ -113,14 +113,14 @@ class Checkpoints:
         if changed and not force:
             return (
                 f"{folder} was made with other inputs ({'; '.join(changed)}); restore them, pass --force to resume "
-                "nevertheless, or --fresh to start again"
+                "anyway, or --fresh to start again"
             )
         return None
 
     # ---- saving ----
 
     def save(self, step: int, state: Any) -> None:
-        """Start to write a checkpoint; waits only for the one before, and for the copy to the host."""
+        """Start writing a checkpoint; this waits only for the previous one and for the copy to the host."""
         self.wait()
         folder = self.folder / str(step)
         first = jax.process_index() == 0
@@ -151,14 +151,14 @@ class Checkpoints:
                     write_json(folder / RECORD, {**record, "files": sha256_of_folder(folder)})
                     for old in [one for one in steps_of(self.folder) if one != folder][self.config.keep - 1 :]:
                         shutil.rmtree(old, ignore_errors=True)
-            except Exception as error:  # reported by the thread that waits
+            except Exception as error:  # raised by `wait`
                 self._failure = error
 
         self._writing = threading.Thread(target=finish, name=f"checkpoint {step}")
         self._writing.start()
 
     def wait(self, *, report: bool = True) -> None:
-        """Until the checkpoint that is being written is complete. UserError if it can't be written, unless not
+        """Wait until the checkpoint being written is complete. UserError if it can't be written, unless not
         `report`."""
         if self._writing is not None:
             self._writing.join()
@@ -172,22 +172,23 @@ class Checkpoints:
 
 
 def steps_of(folder: Path) -> list[Path]:
-    """The checkpoints below a run's checkpoints/, newest first, half-written ones included."""
+    """The checkpoints below a run's checkpoints/, newest first, unfinished ones included."""
     if not folder.is_dir():
         return []
     return sorted((one for one in folder.iterdir() if one.name.isdigit()), key=lambda one: -int(one.name))
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """checkpoint.json, after every byte of the checkpoint was compared with it. UserError names what is wrong."""
+    """The content of checkpoint.json, after every byte of the checkpoint has been checked against it. UserError names
+    what is wrong."""
     if not (folder / RECORD).exists():
-        raise UserError(f"{folder} was not written to the end")
+        raise UserError(f"{folder} is unfinished: it has no {RECORD}")
     record = read_json(folder / RECORD)
-    wanted = {"format", "step", "run", "tokenizer", "arrays", "data", "position", "devices", "files"}
-    if not isinstance(record, dict) or not wanted <= record.keys():
+    required = {"format", "step", "run", "tokenizer", "arrays", "data", "position", "devices", "files"}
+    if not isinstance(record, dict) or not required <= record.keys():
         raise UserError(f"{folder / RECORD} is damaged")
     if record["format"] != FORMAT:
-        raise UserError(f"{folder} has format {record['format']}, and this version reads {FORMAT}")
+        raise UserError(f"{folder} has format {record['format']}, but this version reads {FORMAT}")
     check_files(folder, record["files"])
     return record
 
@@ -197,7 +198,7 @@ def load_state(folder: Path, shapes: T) -> T:
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), shapes)
     try:
         return ocp.load(folder / "state", target)
-    except Exception as error:  # whatever Orbax or its storage says, the file is of no use
+    except Exception as error:  # whatever Orbax or its storage raises, the file is unusable
         raise UserError(f"{folder / 'state'} can't be read ({type(error).__name__}: {error})") from error
 
 

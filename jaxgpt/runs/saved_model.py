@@ -37,7 +37,7 @@ class LoadedModel(NamedTuple):
 def save_model(
     folder: Path, params: Any, config: ModelConfig, tokenizer: Any = None, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a model, replacing any in `folder`; if killed at any moment, the old or the new one remains.
+    """Write a model, replacing any in `folder`; whenever the process is killed, the old or the new one remains.
 
     `tokenizer` is anything with `save(folder)`; `extra` is any JSON. With several processes, all of them must call
     this, on a file system they share. UserError if `folder` holds anything but a model."""
@@ -78,7 +78,7 @@ def load_model(folder: Path, expected: Any = None) -> LoadedModel:
     (such as `jax.eval_shape(init, key, config)`) that the parameters must match.
 
     UserError if there is no model, a file is missing or altered, or shapes differ (each parameter is named)."""
-    folder = _find(Path(os.path.abspath(folder)))
+    folder = _find_model(Path(os.path.abspath(folder)))
     record = check_model(folder)
     config = settings_from_json(ModelConfig, record["config"], where=str(folder / "model.json"))
     if expected is not None:
@@ -93,7 +93,7 @@ def load_model(folder: Path, expected: Any = None) -> LoadedModel:
 
 
 def check_model(folder: Path) -> dict[str, Any]:
-    """Check every byte of a model against its model.json, and return that. UserError names what is wrong."""
+    """Check every byte of a model against its model.json, and return that record. UserError names what is wrong."""
     record = read_json(folder / "model.json")
     if not isinstance(record, dict) or not {"format", "config", "params", "extra", "files"} <= record.keys():
         raise UserError(f"{folder / 'model.json'} is not a model's description; save the model again")
@@ -104,11 +104,12 @@ def check_model(folder: Path) -> dict[str, Any]:
 
 
 def load_language_model(folder: Path, use_tags: bool = False) -> LoadedModel:
-    """`load_model`, or a model trained elsewhere (`pretrained.loading.load`). UserError if the folder holds anything
-    but a language model with its tokenizer."""
+    """Load a language model saved by `save_model`, or one trained elsewhere (`pretrained.loading.load`); for the
+    latter, `use_tags` replaces its own chat template with our tags. UserError if the folder holds anything but a
+    language model with its tokenizer."""
     if loading.is_pretrained(folder):
-        found = loading.load(folder, use_tags=use_tags)
-        return LoadedModel(found.params, found.config, found.tokenizer, {} if found.chats else {"raw": True})
+        other = loading.load(folder, use_tags=use_tags)
+        return LoadedModel(other.params, other.config, other.tokenizer, {} if other.chats else {"raw": True})
     loaded = load_model(folder)
     if "embed" not in loaded.params or loaded.tokenizer is None:
         raise UserError(f"{folder} holds no language model with a tokenizer; give a run of pretrain, sft, dpo or ppo")
@@ -116,16 +117,16 @@ def load_language_model(folder: Path, use_tags: bool = False) -> LoadedModel:
 
 
 def describe_params(params: Any) -> dict[str, str]:
-    """{"embed/tokens_VD": "float32[512,32]", …}: a name, dtype and shape for every leaf."""
-    texts = {}
+    """{"embed/tokens_VD": "float32[512,32]", …}: name, dtype and shape of every leaf."""
+    descriptions = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        texts[name] = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-    return texts
+        descriptions[name] = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return descriptions
 
 
 def param_differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """One line per parameter that is missing, unknown, or of another shape or dtype (arguments from
+    """One line per parameter that is missing, unknown, or of a different shape or dtype (arguments from
     `describe_params`)."""
     texts = [f"{name} is missing" for name in expected if name not in found]
     texts += [f"{name} is unknown" for name in found if name not in expected]
@@ -135,11 +136,13 @@ def param_differences(expected: Mapping[str, str], found: Mapping[str, str]) -> 
     ]
 
 
-def check_params_match(folder: Path, expected: Mapping[str, str], found: Mapping[str, str], who: str) -> None:
-    """Raise a UserError naming each parameter whose shape or dtype is unexpected, or that one side lacks."""
+def check_params_match(folder: Path, expected: Mapping[str, str], found: Mapping[str, str], which: str) -> None:
+    """Raise a UserError naming each parameter whose shape or dtype is unexpected, or that is missing on one side.
+
+    `which` completes "does not hold the parameters …"."""
     texts = param_differences(expected, found)
     if texts:
-        raise UserError("\n  ".join([f"{folder} does not hold the parameters {who}:", *texts]))
+        raise UserError("\n  ".join([f"{folder} does not hold the parameters {which}:", *texts]))
 
 
 def _load_params(folder: Path, described: Mapping[str, str]) -> Any:
@@ -156,7 +159,7 @@ def _load_params(folder: Path, described: Mapping[str, str]) -> Any:
         raise UserError(f"{folder / 'params'} can't be read ({type(error).__name__}); save the model again") from error
 
 
-def _find(folder: Path) -> Path:
+def _find_model(folder: Path) -> Path:
     """`folder`, or the model inside a run folder."""
     for place in (folder, folder / "model"):
         _recover(place)

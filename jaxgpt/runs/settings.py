@@ -1,5 +1,5 @@
 """Strict conversion of settings (nested frozen dataclasses) to JSON and back: msgspec converts, and this module reports
-the setting that does not fit in plain words. Ranges are `config.Range`s, which the settings check themselves."""
+in plain words which setting does not fit. Ranges (`config.Range`) are checked by the settings themselves."""
 
 import dataclasses
 import math
@@ -27,20 +27,20 @@ TYPE_NAMES = {
 
 
 def settings_to_json(settings: Any) -> Any:
-    """Dataclasses become objects, tuples lists, paths strings. UserError for a NaN or infinite float."""
+    """Dataclasses become objects, tuples become lists, and paths strings. UserError for a NaN or infinite float."""
     plain = msgspec.to_builtins(settings, enc_hook=_path_to_text)
     for _, value in _leaves(plain):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"a setting is {value}; settings must be finite numbers")
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
-        whole = msgspec.convert(plain, type(settings), dec_hook=_text_to_path)  # `lr: float = 1` is 1.0
-        plain = msgspec.to_builtins(whole, enc_hook=_path_to_text)
+        typed = msgspec.convert(plain, type(settings), dec_hook=_text_to_path)  # `lr: float = 1` becomes 1.0
+        plain = msgspec.to_builtins(typed, enc_hook=_path_to_text)
     return msgspec.json.decode(msgspec.json.encode(plain))
 
 
 def settings_from_json(kind: type[T], data: Any, where: str = "settings") -> T:
-    """The inverse of `settings_to_json`. Omitted fields keep their default; anything else that does not fit is a
-    UserError that names the field (unknown name, wrong type, missing value), prefixed by `where`."""
+    """The inverse of `settings_to_json`. Omitted fields keep their defaults; anything else that does not fit (unknown
+    name, wrong type, missing value) is a UserError that names the field, prefixed by `where`."""
     _refuse_unknown(kind, data, "", where)
     for name, value in _leaves(data):
         if isinstance(value, float) and not math.isfinite(value):
@@ -54,7 +54,7 @@ def settings_from_json(kind: type[T], data: Any, where: str = "settings") -> T:
 
 
 def flatten_json(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model": {"width": 8}} -> {"model.width": 8}: one entry per setting, to compare and name them."""
+    """{"model": {"width": 8}} -> {"model.width": 8}: one entry per setting, to compare settings and to name them."""
     if not isinstance(value, Mapping):
         return {prefix: value}
     flat = {}
@@ -102,7 +102,7 @@ def _refuse_unknown(kind: Any, data: Any, prefix: str, where: str) -> None:
 
 
 def _explain(kind: Any, data: Any, message: str) -> str:
-    """msgspec's "Expected `int`, got `str` - at `$.model.layers`" in plain words, with the value that was given."""
+    """msgspec's "Expected `int`, got `str` - at `$.model.layers`" in plain words, with the value given."""
     what, _, place = message.partition(" - at `$")
     name = place.rstrip("`").removeprefix(".")
     missing = re.search(r"missing required field `(\w+)`", what)

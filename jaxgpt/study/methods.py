@@ -1,4 +1,4 @@
-"""Methods that learn from preferences, R runs at once: reward models, DPO, finetuning on the favourites.
+"""Methods that learn from preferences, several runs at once: reward models, DPO, finetuning on the favourites.
 
 `rankings` holds one list of preferences per run (which may all be the same list); all runs take the same number of
 steps.
@@ -26,7 +26,7 @@ from jaxgpt.training.step import Metrics, make_nll
 
 
 def load_rankings(task: Task, path: Path) -> list[TokenizedPreference]:
-    """The preferences of a file or a database, in the task's tokens; those that are too long are dropped."""
+    """The preferences of a file or a database, encoded with the task's tokenizer; those too long are dropped."""
     return fit_preferences(tokenize_preferences(task.tok, formats.load(path)), task.config.block)[0]
 
 
@@ -40,8 +40,8 @@ def preference_batches(
 
 def max_lengths(rankings: Sequence[Sequence[TokenizedPreference]]) -> tuple[int, int]:
     """The length in tokens of the longest row and of the longest answer."""
-    found = [max_sizes(own) for own in rankings]
-    return max(length for _, length, _ in found), max(answer for _, _, answer in found)
+    sizes = [max_sizes(preferences) for preferences in rankings]
+    return max(length for _, length, _ in sizes), max(answer for _, _, answer in sizes)
 
 
 def train_reward_models(
@@ -58,8 +58,8 @@ def train_reward_models(
     watch: MetricsCallback = lambda i, found: None,
     how: RunMapping = "vmap",
 ) -> list[Params]:
-    """One reward model per run, from a language model; its scores have mean 0 and standard deviation 1 on the
-    `reference` rows. `first_spread`: their standard deviation before training, small where labels are few."""
+    """Train one reward model per run, starting from a language model; its scores have mean 0 and standard deviation 1
+    on the `reference` rows. `first_spread`: their standard deviation before training, small where labels are few."""
     length, _ = max_lengths(rankings)
     steps = min(map(len, rankings)) // batch
     tx = optim.adamw(optim.linear_to_zero(learning_rate, steps, steps // 10), weight_decay=0.01, b2=0.999)
@@ -68,21 +68,23 @@ def train_reward_models(
     for seed in seeds:
         params = normalise(reward.init(jax.random.key(seed), start, config.width))
         first.append({**params, "head": jax.tree.map(lambda w: w * first_spread, params["head"])})
-    own = [optim.split(params, reward.trainable_names()) for params in first]
+    splits = [optim.split(params, reward.trainable_names()) for params in first]  # trainable, frozen
 
-    def loss_fn(params: Params, both: tuple[Params, Preferences], key: Array | None) -> tuple[Mean, Metrics]:
-        scale, preferences = both
+    def loss_fn(params: Params, data: tuple[Params, Preferences], key: Array | None) -> tuple[Mean, Metrics]:
+        scale, preferences = data
         return reward.loss({**params, **scale}, config, preferences)
 
     def batches(n: int) -> Iterator[tuple[Params, Preferences]]:
-        scale = jax.tree.map(np.asarray, own[n][1])
+        scale = jax.tree.map(np.asarray, splits[n][1])  # gain and bias, different in each run
         for preferences in preference_batches(rankings[n], length, batch, seeds[n]):
             yield scale, preferences
 
-    each = many.zip_batches([batches(n) for n in range(len(seeds))])
-    trained = many.train_runs(loss_fn, tx, [trainable for trainable, _ in own], {}, each, task.mesh, watch, how)
-    whole = zip(trained, own, strict=True)
-    return [sharding.replicate(normalise({**frozen, **params}), task.mesh) for params, (_, frozen) in whole]
+    batches_of_runs = many.zip_batches([batches(n) for n in range(len(seeds))])
+    trained = many.train_runs(
+        loss_fn, tx, [trainable for trainable, _ in splits], {}, batches_of_runs, task.mesh, watch, how
+    )
+    merged = [{**frozen, **params} for params, (_, frozen) in zip(trained, splits, strict=True)]
+    return [sharding.replicate(normalise(params), task.mesh) for params in merged]
 
 
 def favourite_accuracy(
@@ -109,7 +111,7 @@ def train_dpo_policies(
     watch: MetricsCallback = lambda i, found: None,
     how: RunMapping = "vmap",
 ) -> list[Params]:
-    """One policy per run by DPO, each with its own beta. Runs with the same seed and preferences see the same
+    """Train one policy per run with DPO, each with its own beta. Runs with the same seed and preferences see the same
     batches."""
     length, window = max_lengths(rankings)
     policy = transformer_policy(task.config, new_tokens=window, temperature=task.algorithm.temperature)
@@ -120,13 +122,16 @@ def train_dpo_policies(
         for preferences in preference_batches(rankings[n], length, batch, seeds[n]):
             yield np.float32(betas[n]), preferences
 
-    def loss_fn(params: Params, both: tuple[Array, Preferences], key: Array | None) -> tuple[Mean, Metrics]:
-        beta, preferences = both
+    def loss_fn(params: Params, data: tuple[Array, Preferences], key: Array | None) -> tuple[Mean, Metrics]:
+        beta, preferences = data
         return dpo.make_loss(policy, beta)(params, preferences, key)
 
-    each = many.zip_batches([batches(n) for n in range(len(seeds))])
+    batches_of_runs = many.zip_batches([batches(n) for n in range(len(seeds))])
     frozen, first = {"reference": task.start}, [{"policy": task.start}] * len(seeds)
-    return [params["policy"] for params in many.train_runs(loss_fn, tx, first, frozen, each, task.mesh, watch, how)]
+    return [
+        params["policy"]
+        for params in many.train_runs(loss_fn, tx, first, frozen, batches_of_runs, task.mesh, watch, how)
+    ]
 
 
 def finetune_on_favourites(
@@ -140,18 +145,22 @@ def finetune_on_favourites(
     watch: MetricsCallback = lambda i, found: None,
     how: RunMapping = "vmap",
 ) -> list[Params]:
-    """One policy per run by next-token prediction on the favourites alone (preferred-FT, Rafailov et al. 2023)."""
+    """Train one policy per run by next-token prediction on favourites alone (Preferred-FT, Rafailov et al. 2023)."""
     length, _ = max_lengths(rankings)
-    passes = min(map(len, rankings)) // batch
-    tx = optim.adamw(optim.linear_to_zero(learning_rate, epochs * passes, passes // 10), weight_decay=0.0)
+    steps_per_epoch = min(map(len, rankings)) // batch
+    tx = optim.adamw(
+        optim.linear_to_zero(learning_rate, epochs * steps_per_epoch, steps_per_epoch // 10), weight_decay=0.0
+    )
 
     def batches(n: int) -> Iterator[Batch]:
-        rng, rows = np.random.default_rng(seeds[n]), [one.rows[one.choice] for one in rankings[n]]
-        for index in np.concatenate([rng.permutation(len(rows))[: passes * batch] for _ in range(epochs)]).reshape(
-            -1, batch
-        ):
-            arrays = pipelines.padded_examples([rows[i] for i in index], length, batch)[0]
-            yield Batch(arrays["tokens"], arrays["mask"])
+        rng, rows = np.random.default_rng(seeds[n]), [preference.rows[preference.choice] for preference in rankings[n]]
+        for _ in range(epochs):
+            order = rng.permutation(len(rows))[: steps_per_epoch * batch]
+            for index in order.reshape(-1, batch):
+                arrays = pipelines.padded_examples([rows[i] for i in index], length, batch)[0]
+                yield Batch(arrays["tokens"], arrays["mask"])
 
-    each = many.zip_batches([batches(n) for n in range(len(seeds))])
-    return many.train_runs(make_nll(task.config), tx, [task.start] * len(seeds), {}, each, task.mesh, watch, how)
+    batches_of_runs = many.zip_batches([batches(n) for n in range(len(seeds))])
+    return many.train_runs(
+        make_nll(task.config), tx, [task.start] * len(seeds), {}, batches_of_runs, task.mesh, watch, how
+    )

@@ -1,8 +1,8 @@
-"""A guard around updates: one with a loss or gradient that is not finite, or (if asked) a loss that leaps, is skipped.
+"""A guard around updates: one whose loss or gradient is not finite, or (if asked) whose loss is a spike, is skipped.
 
-Skipping means that parameters, optimiser and step counter keep every bit, inside the jitted program. It is counted; the
-host stops a run in which it happens many times in a row (`resume.Saves`). Multiplying an update by 0 would keep a NaN,
-and `optax.apply_if_finite` applies the NaN when its patience ends.
+Skipping means that parameters, optimiser and step counter keep every bit, inside the jitted program. Skips are counted,
+and the host stops a run with too many in a row (`runs.loop.Loop`). Multiplying an update by 0 would keep a NaN,
+and `optax.apply_if_finite` applies the NaN once its patience runs out.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from jaxgpt.errors import UserError
 from jaxgpt.structs import Array
 
 T = TypeVar("T")
-DECAY = 0.98  # of the running moments: they remember some 50 losses
-ENOUGH = 20  # accepted losses before a leap can be told
+DECAY = 0.98  # of the running moments: they average over about the last 50 losses
+ENOUGH = 20  # accepted losses before a spike can be recognised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +25,13 @@ class GuardConfig:
     """When an update is skipped, and when the run stops. A loss that is not finite is always skipped."""
 
     patience: int = 5  # skipped updates in a row after which the run stops
-    spike: float = 0.0  # skip a loss this many standard deviations above its running mean; 0: never
+    spike: float = 0.0  # skip a loss more than this many standard deviations above its running mean; 0: never
 
     def __post_init__(self) -> None:
         if self.patience < 1:
             raise UserError(f"guard.patience is {self.patience}; it must be at least 1")
         if self.spike < 0:
-            raise UserError(f"guard.spike is {self.spike}; give a number of standard deviations, or 0 for never")
+            raise UserError(f"guard.spike is {self.spike}; give a number of standard deviations, or 0 to turn it off")
 
 
 @struct.dataclass
@@ -39,21 +39,22 @@ class Guard:
     """What the guard remembers between updates; scalars."""
 
     in_a_row: Array  # int32: updates skipped since the last accepted one
-    skipped: Array  # int32: in all
-    accepted: Array  # int32
-    mean: Array  # float32: running moments of the accepted losses, not yet corrected for their start at 0
-    square: Array
+    skipped: Array  # int32: updates skipped in all
+    accepted: Array  # int32: updates made
+    mean: Array  # float32: running mean of the accepted losses, not yet corrected for its start at 0
+    square: Array  # float32: the same of their squares
 
 
 def init() -> Guard:
-    """Nothing seen yet."""
-    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    return Guard(none, jnp.copy(none), jnp.copy(none), zero, jnp.copy(zero))  # buffers of their own: they are donated
+    """The guard before the first update."""
+    count, moment = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+    # Each field has its own buffer, because the step donates them.
+    return Guard(count, jnp.copy(count), jnp.copy(count), moment, jnp.copy(moment))
 
 
 def admits(guard: Guard, loss: Array, grad_norm: Array, spike: float = 0.0) -> Array:
     """Whether this update may be made: loss and gradient norm are finite and, with `spike`, the loss is at most that
-    many running standard deviations above its running mean (told from the 20th accepted loss on)."""
+    many running standard deviations above its running mean (checked once `ENOUGH` losses have been accepted)."""
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if not spike:
         return finite

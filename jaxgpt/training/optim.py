@@ -1,4 +1,4 @@
-"""Optimisers and schedules, from optax alone."""
+"""Optimisers and learning-rate schedules, built on optax alone."""
 
 from collections.abc import Hashable
 
@@ -19,7 +19,7 @@ def warmup_cosine(peak: float, steps: int, warmup: int, final: float = 0.1) -> o
 
 
 def linear_to_zero(peak: float, steps: int, warmup: int = 0) -> optax.Schedule:
-    """`warmup` steps up, then linearly to 0 at `steps`."""
+    """Linear from 0 to `peak` over `warmup` steps, then linear down to 0 at `steps`."""
     up = optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
     return optax.join_schedules([up, optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))], [warmup])
 
@@ -47,7 +47,7 @@ def scale_by_adam_tf(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> o
     """Adam's direction as TensorFlow computes it: sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
 
     optax and PyTorch add eps *after* correcting v for its bias; here it is added before, so that its effect is
-    eps / sqrt(1 - b2^t): some 32 times larger in the first step. PPO of language models was tuned with this form.
+    eps / sqrt(1 - b2^t): about 32 times larger in the first step. PPO for language models was tuned with this form.
     """
 
     def update(
@@ -73,13 +73,14 @@ def adam_tf(schedule: optax.Schedule, *, eps: float = 1e-5, clip: float = 1.0) -
 
 
 def split(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Params]:
-    """Trainable and frozen parameters by top-level name: ('policy',) keeps 'reference' and 'reward' frozen."""
+    """Trainable and frozen parameters, by top-level names: ('policy',) leaves 'reference' and 'reward' frozen."""
     missing = set(trainable) - set(params)
     if missing:
         raise UserError(f"no parameters named {sorted(missing)}; there are {sorted(params)}")
-    return {k: v for k, v in params.items() if k in trainable}, {k: v for k, v in params.items() if k not in trainable}
+    frozen = {name: part for name, part in params.items() if name not in trainable}
+    return {name: part for name, part in params.items() if name in trainable}, frozen
 
 
 def copy(params: Params) -> Params:
-    """New buffers with the same values. A frozen reference must be one: donating the original deletes its aliases."""
+    """New buffers with the same values. A frozen reference needs its own: donating the original deletes its aliases."""
     return jax.tree.map(jnp.copy, params)

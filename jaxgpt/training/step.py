@@ -23,7 +23,7 @@ State = TypeVar("State")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Argument = TypeVar("Argument")
-Metrics = Mapping[str, Mean | Array]  # pooled over a batch's parts: Means are added, of anything else the larger counts
+Metrics = Mapping[str, Mean | Array]  # pooled over the parts of a batch: Means are added, arrays give their maximum
 Sums = tuple[Params, tuple[Mean, Metrics]]
 LossFn = Callable[[Params, Data, Array | None], tuple[Mean, Metrics]]
 
@@ -32,8 +32,8 @@ LossFn = Callable[[Params, Data, Array | None], tuple[Mean, Metrics]]
 class TrainState:
     """What a step changes (trainable, optimiser, step, guard) and what it carries along untouched (frozen).
 
-    `trainable` and `frozen` are nested dicts of different leaves; a loss sees them merged. `step` counts updates
-    without those that the guard skipped.
+    `trainable` and `frozen` are nested dicts with no leaf in common; a loss sees them merged. `step` counts the updates
+    that were made, not those that the guard skipped.
     """
 
     step: Array
@@ -61,7 +61,7 @@ class Program(Generic[Data]):
 
 
 def merged(frozen: Params, trainable: Params) -> Params:
-    """One tree of both: where both have a dict of the same name, those are merged too (adapters join their kernels)."""
+    """Both trees as one: dicts that have the same name in both are merged too (so adapters join their kernels)."""
     both = {
         name: merged(frozen[name], part) if isinstance(frozen.get(name), dict) and isinstance(part, dict) else part
         for name, part in trainable.items()
@@ -70,24 +70,25 @@ def merged(frozen: Params, trainable: Params) -> Params:
 
 
 def init_state(trainable: Params, tx: optax.GradientTransformation, frozen: Params | None = None) -> TrainState:
-    """Step 0. Frozen parameters must not share buffers with trainable ones (see optim.copy): the step donates both."""
+    """The state of step 0. Frozen parameters must not share buffers with trainable ones (see `optim.copy`), because the
+    step donates both."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen or {}, tx.init(trainable), guard.init())
 
 
 def pool(a: Metrics, b: Metrics) -> Metrics:
-    """The metrics of two parts of a batch as the whole's: Means are pooled, of anything else the larger counts."""
+    """The metrics of two parts of a batch, combined: Means are added, arrays give their maximum."""
     return {name: _pool(a[name], b[name]) for name in b}
 
 
 def _pool(a: Mean | Array, b: Mean | Array) -> Mean | Array:
     if isinstance(a, Mean) or isinstance(b, Mean):
-        return a + b  # type: ignore[operator]  # both are
+        return a + b  # type: ignore[operator]  # if one is a Mean, both are
     return jnp.maximum(a, b)
 
 
 def split_rows(tree: Data, parts: int) -> Data:
-    """A batch as `parts` smaller ones along a new leading axis. Part p has the rows p, p + parts, ...: where rows are
-    divided among devices in blocks, each device keeps its own."""
+    """Split a batch into `parts` smaller ones along a new leading axis. Part p has the rows p, p + parts, ..., so that
+    where rows are divided among devices in blocks, each device keeps its own."""
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
@@ -106,21 +107,23 @@ def make_train_step(
 ) -> Step[Data]:
     """step(state, batch, key) -> (state, metrics); pure, to be jitted with donate_argnums=0.
 
-    loss_fn(params, batch, key) returns the objective as `Mean(sum, count)` and a dict of metrics (`Mean`s, or maxima).
-    Gradients are taken of the sum and divided by the global count, so that `microbatches` parts of a batch (run one
-    after another) give the gradient of the whole batch, however the masks are spread. Under `jax.pmap` or
-    `jax.shard_map`, `axis_name` pools the devices' sums; under `jax.jit` with shardings nothing is needed.
+    loss_fn(params, batch, key) returns the objective as `Mean(sum, count)` and a dict of metrics (see `Metrics`).
+    The gradient of the sum is divided by the global count, so that `microbatches` parts of a batch (run one after
+    another) give the gradient of the whole batch, however unevenly their masks are filled. Under `jax.pmap` or
+    `jax.shard_map`, `axis_name` pools the devices' sums; under `jax.jit` with shardings it is not needed.
 
     A loss or gradient that is not finite changes nothing but the guard's counts (`jaxgpt.training.guard`), which are
-    the metrics `skipped` and `skipped_in_a_row`; `spike` also skips a loss so many standard deviations above its
-    running mean.
+    the metrics `skipped` and `skipped_in_a_row`; `spike` also skips updates whose loss is more than that many
+    standard deviations above its running mean.
     """
 
-    def summed(trainable: Params, frozen: Params, batch: Data, key: Array | None) -> tuple[Array, tuple[Mean, Metrics]]:
+    def loss_sum(
+        trainable: Params, frozen: Params, batch: Data, key: Array | None
+    ) -> tuple[Array, tuple[Mean, Metrics]]:
         objective, metrics = loss_fn(merged(frozen, trainable), batch, key)
         return objective.sum, (objective, metrics)
 
-    grad_fn = jax.grad(summed, has_aux=True)
+    grad_fn = jax.grad(loss_sum, has_aux=True)
 
     def gradients(state: TrainState, batch: Data, key: Array | None) -> tuple[Params, tuple[Mean, Metrics]]:
         if microbatches == 1:
@@ -128,15 +131,16 @@ def make_train_step(
         parts = split_rows(batch, microbatches)
         keys = None if key is None else jax.random.split(key, microbatches)
         first = jax.tree.map(lambda x: x[0], parts)
-        one = jax.eval_shape(lambda batch: grad_fn(state.trainable, state.frozen, batch, key), first)
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+        shapes = jax.eval_shape(lambda batch: grad_fn(state.trainable, state.frozen, batch, key), first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def add(total: Sums, part: tuple[Data, Array | None]) -> tuple[Sums, None]:
+            grads_so_far, (objective_so_far, metrics_so_far) = total
             grads, (objective, metrics) = grad_fn(state.trainable, state.frozen, *part)
-            sums = jax.tree.map(jnp.add, total[0], grads), total[1][0] + objective
-            return (sums[0], (sums[1], pool(total[1][1], metrics))), None
+            grads = jax.tree.map(jnp.add, grads_so_far, grads)
+            return (grads, (objective_so_far + objective, pool(metrics_so_far, metrics))), None
 
-        return jax.lax.scan(add, nothing, (parts, keys))[0]
+        return jax.lax.scan(add, zeros, (parts, keys))[0]
 
     def step(state: TrainState, batch: Data, key: Array | None = None) -> tuple[TrainState, Metrics]:
         grads, (objective, metrics) = gradients(state, batch, key)
@@ -148,24 +152,24 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         loss, grad_norm = objective.value, optax.tree.norm(grads)
         admitted = guard.admits(state.guard, loss, grad_norm, spike)
-        made = guard.chosen(
+        count, trainable, opt_state = guard.chosen(
             admitted, (state.step + 1, trainable, opt_state), (state.step, state.trainable, state.opt_state)
         )
-        seen = guard.after(state.guard, admitted, loss)
-        counts = {"skipped": seen.skipped, "skipped_in_a_row": seen.in_a_row}
-        state = TrainState(made[0], made[1], state.frozen, made[2], seen)
+        new_guard = guard.after(state.guard, admitted, loss)
+        counts = {"skipped": new_guard.skipped, "skipped_in_a_row": new_guard.in_a_row}
+        state = TrainState(count, trainable, state.frozen, opt_state, new_guard)
         return state, {"loss": objective, **metrics, "grad_norm": grad_norm, **counts}
 
     return step
 
 
 def _pool_over(axis_name: str, metric: Mean | Array) -> Mean | Array:
-    """`pool` of all devices' parts."""
+    """`pool` over the parts of all devices."""
     return jax.lax.psum(metric, axis_name) if isinstance(metric, Mean) else jax.lax.pmax(metric, axis_name)
 
 
 def make_nll(config: ModelConfig) -> LossFn[Batch]:
-    """The loss of pretraining and finetuning: -log P of the masked tokens, a mean over tokens."""
+    """The loss of pretraining and finetuning: the mean of -log P over the tokens where the mask is True."""
 
     def loss_fn(params: Params, batch: Batch, key: Array | None = None) -> tuple[Mean, Metrics]:
         logp_BT, _ = transformer.token_log_probs(params, config, batch, key=key)
@@ -183,18 +187,18 @@ def jit_step(
     microbatches: int = 1,
     spike: float = 0.0,
 ) -> Step[Data]:
-    """`make_train_step`, jitted for a mesh: the batch's rows divided, the state donated.
+    """`make_train_step`, jitted for a mesh: batch rows are divided among the devices, and the state is donated.
 
-    `state` holds shapes with the shardings that it has before and after (see `shapes_on`); without it the state is
-    whole on every device.
+    `state` holds the state's shapes with their shardings, the same before and after the step (see `shapes_on`); without
+    it the state is replicated on every device.
     """
-    everywhere = sharding.replicated_sharding(mesh)
-    places = everywhere if state is None else jax.tree.map(lambda x: x.sharding, state)
+    replicated = sharding.replicated_sharding(mesh)
+    state_shardings = replicated if state is None else jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
         sharding.within(mesh, make_train_step(loss_fn, tx, microbatches=microbatches, spike=spike)),
         donate_argnums=0,
-        in_shardings=(places, sharding.row_sharding(mesh), everywhere),
-        out_shardings=(places, everywhere),
+        in_shardings=(state_shardings, sharding.row_sharding(mesh), replicated),
+        out_shardings=(state_shardings, replicated),
     )
 
 
@@ -210,7 +214,7 @@ def make_program(
     microbatches: int = 1,
     spike: float = 0.0,
 ) -> Program[Data]:
-    """`jit_step` for the state that `start(argument)` makes and batches of these shapes; nothing is computed.
+    """`jit_step` for the state that `start(argument)` makes and for batches of these shapes; no array is made.
 
     UserError if the mesh doesn't divide the model or the batch."""
     sharding.check_model(config, mesh)
@@ -227,7 +231,7 @@ def jit_on(
     static_argnames: str | Sequence[str] | None = None,
     donate_argnums: int | Sequence[int] | None = None,
 ) -> Callable[Arguments, Result]:
-    """`jax.jit` of f traced for a mesh; its arguments stay where they are, its results are whole on every device."""
+    """`jax.jit` of f for a mesh; arguments stay where they are, and results are replicated on every device."""
     return jax.jit(
         sharding.within(mesh, f),
         out_shardings=sharding.replicated_sharding(mesh),
@@ -238,10 +242,10 @@ def jit_on(
 
 
 def pmap_step(loss_fn: LossFn[Data], tx: optax.GradientTransformation, *, microbatches: int = 1) -> Step[Data]:
-    """`make_train_step` under `jax.pmap`: the same numbers, with every array's first axis the devices'.
+    """`make_train_step` under `jax.pmap`: the same numbers, with a leading device axis on every array.
 
-    State and key: a copy for each device (`jax.numpy.broadcast_to`; keys may differ). Batch: `reshape(devices, -1,
-    ...)`. Metrics are pooled and equal on each.
+    State and key: one copy per device (`jax.numpy.broadcast_to`; keys may differ). Batch: `reshape(devices, -1, ...)`.
+    Metrics are pooled, and equal on every device.
     """
     step = make_train_step(loss_fn, tx, microbatches=microbatches, axis_name="data")
     return jax.pmap(step, axis_name="data", donate_argnums=0)
@@ -250,7 +254,7 @@ def pmap_step(loss_fn: LossFn[Data], tx: optax.GradientTransformation, *, microb
 def shapes_on(
     mesh: Mesh, make: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """Shapes and dtypes of make(*args), each with its sharding by `model.PARTITION`, without making anything."""
+    """Shapes and dtypes of make(*args), each with its sharding by `transformer.PARTITION`; no array is made."""
     shapes = jax.eval_shape(make, *args)
     return sharding.with_shardings(shapes, sharding.shardings_by_path(shapes, transformer.PARTITION, mesh))
 
@@ -258,8 +262,8 @@ def shapes_on(
 def evaluate(
     loss: Callable[..., tuple[Mean, Metrics]], params: Params, batches: Iterable[Data], mesh: Mesh
 ) -> dict[str, float]:
-    """A (jitted) loss(params, batch) and its metrics over finite batches of host arrays (every process holds all), each
-    pooled over all its elements."""
+    """A (jitted) loss(params, batch) and its metrics, each pooled over all batches: a finite number of batches of host
+    arrays, of which every process holds all."""
     parts = []
     for batch in batches:
         objective, metrics = loss(params, sharding.place_whole(batch, mesh))
@@ -276,5 +280,5 @@ def to_floats(metrics: Metrics) -> dict[str, float]:
 
 
 def shapes_of(config: ModelConfig) -> Params:
-    """Shapes and dtypes of a model's parameters, without making them."""
+    """Shapes and dtypes of a model's parameters; no array is made."""
     return jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))

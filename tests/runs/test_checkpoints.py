@@ -183,7 +183,7 @@ DAMAGES = {
     "flipped bit": "is damaged",
     "truncated": "is damaged",
     "missing": "is missing",
-    "half-written": "not written to the end",
+    "half-written": "is unfinished",
     "torn record": "checkpoint.json",
     "tokenizer": "tokenizer.json is damaged",
 }
@@ -227,7 +227,7 @@ def test_other_data_or_another_tokenizer_is_refused_unless_forced(run, tok):
     with pytest.raises(UserError, match=r"other inputs \(data \w{12} there, \w{12} now\)"):
         train_run(run, tok, batches=batches_of(seed=5))
     first, _ = train_run(run, tok, until=10, batches=batches_of(seed=5), settings=Settings(force=True))
-    assert first == 10 and "the data isn't the checkpoint's" in (run / "log.txt").read_text()
+    assert first == 10 and "the data has changed since the checkpoint" in (run / "log.txt").read_text()
 
 
 def test_another_seed_is_refused_with_the_difference_unless_forced(run, tok):

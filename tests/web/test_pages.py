@@ -571,7 +571,7 @@ def test_answers_are_made_ahead_and_a_reward_model_picks_what_it_is_least_sure_o
         models=(models["sft"], models["ppo"]),
         prompts=str(tmp_path / "prompts.jsonl"),
         candidates=3,
-        ahead=40,
+        prefetch=40,
         new_tokens=6,
         retrain=20,
     )
