@@ -20,7 +20,7 @@ CORE := $(foreach name,test_golden test_attention test_sharding test_generate te
           test_plan,$(wildcard tests/$(name).py tests/*/$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help assistant frontier label chat chat-web test test-all coverage breaks soak test-core lint set-up clean
+.PHONY: help assistant taste blind frontier label chat chat-web test test-all coverage breaks soak test-core lint set-up clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [ARGS=\"--preset gpu\"]"
@@ -28,6 +28,12 @@ help:  ## list the targets
 
 assistant: $(STAMP)  ## from raw text to an assistant: run every stage in order (ARGS: its flags)
 	@$(PY) -m experiments.assistant $(if $(LABELS),--labels $(LABELS)) $(ARGS)
+
+taste: $(STAMP)  ## bend a chat model to your own taste, in about 5 minutes (ARGS: its flags, such as --web)
+	@$(PY) -m experiments.taste $(ARGS)
+
+blind: $(STAMP)  ## after `assistant`: which do you prefer, before or after PPO? Twelve blind pairs (ARGS: its flags)
+	@$(PY) -m experiments.blind $(ARGS)
 
 frontier: $(STAMP)  ## run `assistant`, then plot reward against KL for every method, seed and beta (ARGS: its flags)
 	@$(PY) -m experiments.assistant

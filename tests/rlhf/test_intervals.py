@@ -1,10 +1,20 @@
 """Intervals, wins, the bound of best-of-n, repetition and calibration."""
 
+import math
+
 import numpy as np
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.rlhf.intervals import best_of_n_kl_bound, calibration, distinct_2, interval, wins
+from jaxgpt.rlhf.intervals import (
+    best_of_n_kl_bound,
+    calibration,
+    distinct_2,
+    in_words,
+    interval,
+    proportion,
+    wins,
+)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
@@ -34,3 +44,24 @@ def test_calibration_by_hand():
     table, error = calibration(np.array([0.05, 0.05, 0.95, 1.0]), np.array([0, 1, 1, 1]))
     assert [row["count"] for row in table] == [2, 2]
     assert error == pytest.approx((2 * 0.45 + 2 * 0.025) / 4)
+
+
+def test_a_proportion_covers_the_truth_for_few_trials_too():
+    """Wilson's interval by hand, and its coverage, counted exactly over all outcomes of ten trials."""
+    found = proportion(7, 10)
+    np.testing.assert_allclose((found.mean, found.low, found.high), (0.7, 0.3968, 0.8922), atol=1e-4)
+    for p in (0.1, 0.3, 0.5, 0.8):
+        chance = [math.comb(10, k) * p**k * (1 - p) ** (10 - k) for k in range(11)]
+        covered = sum(c for k, c in enumerate(chance) if proportion(k, 10).low <= p <= proportion(k, 10).high)
+        assert covered > 0.9
+    assert proportion(0, 3).low == 0.0 and proportion(3, 3).high == 1.0
+    for hits, count in ((0, 0), (4, 3), (-1, 3)):
+        with pytest.raises(UserError, match="no proportion"):
+            proportion(hits, count)
+
+
+@pytest.mark.parametrize(
+    ("hits", "words"), [(7, "too few to be sure"), (10, "more often than chance"), (0, "less often than chance")]
+)
+def test_a_comparison_in_words_claims_no_more_than_its_interval(hits, words):
+    assert in_words("you preferred it", hits, 10).startswith(f"you preferred it in {hits} of 10: {words} (95 %")

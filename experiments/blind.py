@@ -1,0 +1,128 @@
+"""Compare two models blind, and see which of their answers you really prefer.
+
+    python -m experiments.blind                                        `make blind`: SFT against PPO of `make assistant`
+    python -m experiments.blind --models runs/a/sft runs/a/dpo         any two models
+
+Twelve held-out prompts, two answers each, shuffled; then your own win rate beside the simulated annotator's. Votes are
+on disk at once, and the same command resumes.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+
+from jaxgpt.config import Range, check_settings
+from jaxgpt.data import sources, votes
+from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.errors import UserError
+from jaxgpt.files import cache_root, read_json
+from jaxgpt.models import sharding
+from jaxgpt.rlhf import intervals, rollout
+from jaxgpt.rlhf.annotator import SimulatedAnnotator
+from jaxgpt.runs import ask
+from jaxgpt.runs.cli import cli
+from jaxgpt.runs.run import run_fingerprint
+from jaxgpt.runs.saved_model import load_language_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A few seconds on 2 CPU cores, and two minutes of reading."""
+
+    run: Path = Path("runs/assistant/blind")
+    models: tuple[Path, Path] = (Path("runs/assistant/sft"), Path("runs/assistant/ppo"))  # wins of the second count
+    data: str = "movie_reviews"  # whose held-out prompts are answered
+    pairs: Annotated[int, Range(1)] = 12
+    annotator: Literal["you", "cheerful", "short"] = "you"  # the last two are programs
+    new_tokens: Annotated[int, Range(1)] = 40
+    temperature: Annotated[float, Range(above=0)] = 0.7
+    seed: int = 0
+    cache: Path = cache_root() / "data"
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+PRESETS: dict[str, Settings] = {}
+
+
+def answer(place: Path, prompts: list[str], settings: Settings, mesh: jax.sharding.Mesh) -> list[votes.Answer]:
+    """One answer of the model to each prompt."""
+    params, config, tok, _ = load_language_model(place)
+    found = rollout.sample_answers(
+        sharding.replicate(params, mesh),
+        config,
+        [prompt_ids(tok, prompt) for prompt in prompts],
+        jax.random.key(settings.seed),
+        functools.partial(answer_text, tok),
+        mesh,
+        new_tokens=settings.new_tokens,
+        stop=tok.template.end,
+        batch=len(prompts),
+        temperature=settings.temperature,
+    )
+    origin = {"model": str(place), "checkpoint": run_fingerprint(place)[:16]}
+    pairs = zip(found.texts, found.ended, strict=True)
+    return [votes.Answer(text.strip(), bool(ended), origin) for text, ended in pairs]
+
+
+def make_pairs(settings: Settings, store: votes.Store) -> list[votes.Task]:
+    """The pairs in the store, made there if it has none."""
+    if not store.tasks():
+        mesh, rng = sharding.data_mesh(), np.random.default_rng(settings.seed)
+        texts = [prompt.text for prompt in sources.prompts(settings.data, "test", settings.cache)]
+        prompts = [str(text) for text in rng.permutation(sorted(set(texts)))[: settings.pairs]]
+        for prompt, *both in zip(
+            prompts, *(answer(place, prompts, settings, mesh) for place in settings.models), strict=True
+        ):
+            store.add_task(votes.Task(prompt, tuple(both)))
+    tasks = list(store.tasks().values())
+    places = {str(one.origin.get("model")) for task in tasks for one in task.answers}
+    if places != {str(place) for place in settings.models}:
+        raise UserError(f"{store.path} compares {' and '.join(sorted(places))}; choose another --run")
+    return tasks
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    for place in settings.models:
+        run_fingerprint(place)  # fail now if a model is missing
+    store = votes.Store(settings.run / "votes.sqlite")
+    tasks, rng = make_pairs(settings, store), np.random.default_rng([settings.seed, store.count()])
+    names = [place.name for place in settings.models]
+    if settings.annotator == "you":
+        print(f"Which do you prefer? {names[0]} and {names[1]} answer, blind. {ask.KEYS}.")
+    program = None if settings.annotator == "you" else SimulatedAnnotator(wish=settings.annotator)
+    who = settings.annotator if program is None else program.name
+    try:
+        while left := [task for task in tasks if not store.judged(task.id, who)]:
+            if program is None:
+                ask.ask(store, who, left[0], f"[{len(tasks) - len(left) + 1}/{len(tasks)}]", rng)
+            else:
+                best = int(program.gold([one.text for one in left[0].answers]).argmax())
+                tiers = ((best,), (1 - best,))
+                store.vote(
+                    votes.Vote(f"{left[0].id}-{settings.annotator}", left[0].id, who, "favourite", tiers, (0, 1))
+                )
+    except (KeyboardInterrupt, EOFError):
+        print(f"\nstopped; {store.count()} picks are in {store.path}, and the same command resumes")
+        return {"picks": store.count()}
+    picks = {vote.task: vote for vote in store.votes(who) if vote.kind == "favourite"}
+    second = [str(store.task(task).answers[vote.tiers[0][0]].origin["model"]) for task, vote in picks.items()]
+    wins = sum(place == str(settings.models[1]) for place in second)
+    if not picks:
+        raise UserError("every pair was skipped; pick at least one to compare")
+    print("\n" + intervals.in_words(f"{who} preferred {names[1]} to {names[0]}", wins, len(picks)))
+    report = settings.run.parent / "report/done.json"
+    if report.exists() and names == ["sft", "ppo"]:
+        results = read_json(report)["results"]
+        rate = results["policies"]["PPO"]["win_rate_gold"]["mean"]
+        print(f"the simulated annotator (VADER) prefers ppo on {rate:.0%} of {results['prompts']} prompts")
+    return {"wins": wins, "count": len(picks)}
+
+
+if __name__ == "__main__":
+    cli(main, Settings, PRESETS)
