@@ -171,7 +171,7 @@ def run_small(tmp_path, beta):
             run=tmp_path / "run",
             nodes=13,
             edge_probability=0.15,
-            limit=8,
+            max_steps=8,
             layers=1,
             width=32,
             pretrain_steps=150,
