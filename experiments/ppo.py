@@ -40,7 +40,7 @@ from jaxgpt.training.step import TrainState, jit_on, shapes_of, shapes_on, to_fl
 class Settings(LoopSettings):
     """2 CPU cores: about 85 s; the gold score rises by 1.4 to 1.6 SFT standard deviations at 6 nats."""
 
-    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "reward")  # their contents matter, not their paths
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "reward")  # contents matter, not paths
 
     run: Path = Path("runs/assistant/ppo")
     model: Path = Path("runs/assistant/sft")

@@ -106,7 +106,7 @@ def log_odds(mean_logp: Array) -> Array:
     expect(mean_logp=(mean_logp, "float ..."))
     mean_logp = jnp.minimum(mean_logp, -1e-6)
     near_one = mean_logp > -math.log(2.0)
-    log_complement = jnp.where(  # log(1 - P), each branch accurate on its side of P = 1/2
+    log_complement = jnp.where(  # log(1 - P), accurate on both sides of P = 1/2; inner wheres keep gradients finite
         near_one,
         jnp.log(-jnp.expm1(jnp.where(near_one, mean_logp, -1.0))),
         jnp.log1p(-jnp.exp(jnp.where(near_one, -1.0, mean_logp))),

@@ -98,10 +98,10 @@ INT8_LEVELS = 2047  # quantisation levels of an activation
 def int8_product(x: Array, kernel: Array, scale: Array, platform: str) -> Array:
     """x @ (kernel * scale) in float32, for an int8 kernel [in, out] with one scale per column.
 
-    XLA:CPU has no fast product of int8 and float. So a single row of x is rounded to multiples of 1/2047 of its largest
-    absolute entry and multiplied as integers (int32 holds the sums exactly); for several rows, or a large kernel,
-    `INT8_CHUNK_ROWS` kernel rows are converted to float32 at a time. On other platforms the whole kernel is converted
-    as part of the product."""
+    XLA:CPU has no fast product of int8 and float: on a CPU, a single row of x is rounded to multiples of
+    1/2047 of its largest absolute entry and multiplied as integers (int32 holds the sums exactly); for several rows,
+    or a large kernel, `INT8_CHUNK_ROWS` kernel rows are converted to float32 at a time. On other platforms the
+    conversion is part of the product."""
     rows, (fan_in, fan_out) = x.size // x.shape[-1], kernel.shape
     if platform != "cpu":
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale

@@ -117,9 +117,7 @@ def _config(file: File) -> ModelConfig:
         rope_theta=float(file.get("llama.rope.freq_base", 1e4)),
         biases=False,
         tied="lm_head.weight" not in file.tensors,
-        norm_epsilon=float(
-            f"{file.need('llama.attention.layer_norm_rms_epsilon'):.6g}"
-        ),  # 1e-5, not the nearest float32
+        norm_epsilon=float(f"{file.need('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5, not 9.99999975e-06
     )
 
 

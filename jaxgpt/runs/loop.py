@@ -6,9 +6,9 @@
             state, metrics = train_step(state, batch)
             loop.record(step, state, metrics)            the only place that logs and saves
 
-The loop resumes at the step after the checkpoint, and the result is the same to the bit. It yields batches, shows
-progress, writes metrics.jsonl every `log_every` steps, saves every `save.every` steps, and stops after `guard.patience`
-skipped updates in a row, leaving the last batch in the run folder.
+The loop resumes at the step after the checkpoint, with results bit-identical to an uninterrupted run. It yields
+batches, shows progress, writes metrics.jsonl every `log_every` steps, saves every `save.every` steps, and stops after
+`guard.patience` skipped updates in a row, leaving the last batch in the run folder.
 
 On SIGTERM (preemption) it saves after the current step and exits with code 75; on Ctrl-C it does the same with code
 130, and a second Ctrl-C quits at once. With several processes, all of them run the same loop.
