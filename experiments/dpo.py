@@ -1,8 +1,8 @@
-"""Stage 6: direct preference optimisation, the supervised route through the same preferences.
+"""Stage 6: direct preference optimisation, which learns from the same preferences by supervised training.
 
     python -m experiments.dpo --model runs/mine/sft --preferences runs/mine/preferences/train.jsonl --run runs/mine/dpo
 
-h(x, y) = beta log( pi(y|x) / rho(y|x) ) takes the reward model's place in its own loss, for any number C of answers
+h(x, y) = beta log( pi(y|x) / rho(y|x) ) replaces the reward in the reward model's loss, for any number C of answers
 (Rafailov et al. 2023; C = 2 is the paper's equation 7). At the start pi = rho and the loss is log C.
 """
 
@@ -33,7 +33,7 @@ from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_
 class Settings(LoopSettings):
     """2 CPU cores: about 45 s; the gold score rises by 0.9 to 1.5 SFT standard deviations at 4 to 9 nats."""
 
-    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "preferences", "heldout")  # the contents matter, not the place
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "preferences", "heldout")  # contents matter, not paths
 
     run: Path = Path("runs/assistant/dpo")
     model: Path = Path("runs/assistant/sft")
@@ -42,11 +42,11 @@ class Settings(LoopSettings):
     beta: float = 0.1  # reward units per nat
     temperature: float = 0.7  # of the policy and its reference, as in sampling
     lora: int = 0  # rank of the adapters to train instead of all weights
-    limit: int = 1000  # preferences to learn from, at most
+    limit: int = 1000  # at most this many preferences to learn from
     epochs: int = 1
     batch: int = 16  # prompts, each with its C answers
     microbatches: int = 1
-    learning_rate: float = 2e-4  # to 0, linearly
+    learning_rate: float = 2e-4  # decays linearly to 0
     warmup: int = 10
     seed: int = 5
     save: SaveConfig = SaveConfig(every=50)
@@ -66,7 +66,7 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
 
 
 def start(settings: Settings, params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """The first state: a policy and a frozen copy of it, or adapters and the weights they belong to."""
+    """The first state: a policy and a frozen copy of it, or adapters and the frozen weights that they adapt."""
     if settings.lora:
         adapters = lora.init(jax.random.key(settings.seed), params, settings.lora)
         return init_state({"policy": adapters}, tx, {"policy": params})
@@ -76,7 +76,7 @@ def start(settings: Settings, params: Params, tx: optax.GradientTransformation) 
 def build(
     settings: Settings, config: ModelConfig, size: tuple[int, int, int], steps: int, mesh: jax.sharding.Mesh
 ) -> Program[Preferences]:
-    """What `main` runs. `size`: candidates, tokens of the longest row and of the longest answer."""
+    """The program that `main` runs. `size`: candidates, tokens of the longest row, tokens of the longest answer."""
     policy = transformer_policy(config, new_tokens=size[2], temperature=settings.temperature)
     tx, loss, params = optimizer(settings, steps), make_loss(policy, settings.beta), shapes_of(config)
     batch = Preferences.shapes(settings.batch, size[0], size[1])

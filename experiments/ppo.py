@@ -1,9 +1,9 @@
-"""Stage 5: proximal policy optimisation against the learned reward, held near the finetuned model.
+"""Stage 5: proximal policy optimisation of the learned reward, kept near the finetuned model by a KL penalty.
 
     python -m experiments.ppo --model runs/mine/sft --reward runs/mine/reward --run runs/mine/ppo
 
 r(x, y) = h(x, y) - beta log( pi(y|x) / rho(y|x) ), pi starting at rho (Ziegler et al. 2020; Schulman et al. 2017). beta
-follows the measured KL towards a target in nats per sequence. docs/ppo.md says which detail is where.
+adapts to hold the measured KL at a target, in nats per sequence. docs/ppo.md lists where each detail is implemented.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from jaxgpt.training.step import TrainState, jit_on, shapes_of, shapes_on, to_fl
 class Settings(LoopSettings):
     """2 CPU cores: about 85 s; the gold score rises by 1.4 to 1.6 SFT standard deviations at 6 nats."""
 
-    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "reward")  # the contents matter, not the place
+    PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("model", "reward")  # contents matter, not paths
 
     run: Path = Path("runs/assistant/ppo")
     model: Path = Path("runs/assistant/sft")
@@ -50,12 +50,12 @@ class Settings(LoopSettings):
     batch: int = 128  # answers per iteration
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     lora: int = 0  # rank of the adapters to train instead of all weights
-    learning_rate: float = 3e-4  # to 0, linearly
+    learning_rate: float = 3e-4  # decays linearly to 0
     beta: Annotated[float, Range(0)] = 0.18  # reward units per nat, where the controller starts
     target_kl: Annotated[float, Range(above=0)] = 6.0  # nats per sequence
-    horizon: Annotated[float, Range(above=0)] = 2000.0  # episodes: how fast beta follows
+    horizon: Annotated[float, Range(above=0)] = 2000.0  # episodes over which beta adapts: larger is slower
     fixed_beta: bool = False  # keep beta where it starts
-    sample_every: int = 14  # iterations between two rollouts that are kept to be read
+    sample_every: int = 14  # iterations from one rollout kept for reading to the next
     log_every: Annotated[int, Range(1)] = 1
     seed: int = 4
     cache: Path = cache_root() / "data"
@@ -63,7 +63,7 @@ class Settings(LoopSettings):
 
 
 SHOWN = ("score", "kl", "beta", "ended")
-KEPT = 8  # answers of a rollout whose figures are kept, token by token
+KEPT = 8  # answers per kept rollout, with figures for every token
 PRESETS = {
     "laptop": Settings(),
     "toy": Settings(
@@ -84,14 +84,14 @@ def controller(settings: Settings) -> ppo.Controller:
 
 
 def start(settings: Settings, policy: Policy, params: Params, reward_params: Params) -> TrainState:
-    """The first state: a policy and a frozen copy of it, or adapters and the weights they belong to."""
+    """The first state: a policy and a frozen copy of it, or adapters and the frozen weights that they adapt."""
     adapters = lora.init(jax.random.key(settings.seed), params, settings.lora)
     return ppo.init(policy, params, optimizer(settings), {"reward": reward_params}, adapters)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`ppo_iteration`, jitted, and what it is compiled for."""
+    """`ppo_iteration`, jitted, and the shapes of state and prompts that it is compiled for."""
 
     iteration: ppo.Iterate
     state: TrainState
@@ -99,19 +99,19 @@ class Program:
 
 
 def build(settings: Settings, config: ModelConfig, prompt_tokens: int, mesh: jax.sharding.Mesh, stop: int) -> Program:
-    """What `main` runs, for planners and benchmarks too."""
+    """The program that `main` runs; planners and benchmarks use it too."""
     sharding.check_model(config, mesh)
     sharding.check_rows(settings.batch // settings.ppo.minibatches, mesh, "a minibatch")
     ppo.check_batch(settings.batch, settings.ppo, config.block, prompt_tokens)
     policy, tx = ppo.policy_of(config, settings.ppo, stop), optimizer(settings)
 
-    def begin(params: Params) -> TrainState:
+    def init_state(params: Params) -> TrainState:
         return start(settings, policy, params, reward.init(jax.random.key(0), params, config.width))
 
     def reward_fn(params: Params, rows: Batch) -> Array:
         return reward.score(params["reward"], config, rows)
 
-    state = shapes_on(mesh, begin, shapes_of(config))
+    state = shapes_on(mesh, init_state, shapes_of(config))
     iteration = ppo.jit_iteration(mesh, state, policy=policy, ppo=settings.ppo, tx=tx, reward_fn=reward_fn)
     return Program(iteration, state, Prompts.shapes(settings.batch, prompt_tokens))
 
@@ -142,8 +142,8 @@ def main(settings: Settings) -> dict[str, Any]:
                 done = program.iteration(state, control, batch, jax.random.fold_in(key, i))
                 state, control, floats = done.state, done.controller, to_floats(done.metrics)
                 if i == 1 or i % settings.sample_every == 0:
-                    first = jax.tree.map(lambda x: x[:KEPT], done.targets.rollout.rows)
-                    after_BT = logp_of(state.params["policy"], first)
+                    kept_rows = jax.tree.map(lambda x: x[:KEPT], done.targets.rollout.rows)
+                    after_BT = logp_of(state.params["policy"], kept_rows)
                     text = keep_rollout(run.folder, i, done.targets, after_BT, floats["beta"], tok)
                     run.say(f"iteration {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats · {text!r}")
                 loop.record(i, (state, control, key), done.metrics, tokens=int(floats["length"] * settings.batch))
@@ -151,8 +151,8 @@ def main(settings: Settings) -> dict[str, Any]:
             save_model(settings.run / "adapters", state.trainable["policy"], config)
         save_model(settings.run / "critic", {"value_head": state.params["value_head"]}, config)
         save_model(settings.run / "model", lora.merge(state.params["policy"]), config, tok)
-        kept = ("score", "kl", "beta", "ended", "length", "ratio_error_first")
-        return run.finish({name: floats[name] for name in kept})
+        reported = ("score", "kl", "beta", "ended", "length", "ratio_error_first")
+        return run.finish({name: floats[name] for name in reported})
 
 
 if __name__ == "__main__":

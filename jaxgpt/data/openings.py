@@ -1,4 +1,4 @@
-"""Prompts made from reviews: each gives the first words of a review and asks for the whole of it."""
+"""Prompts made from reviews: each gives the first words of a review and asks for the whole review."""
 
 import dataclasses
 import hashlib
@@ -44,7 +44,7 @@ def opening_prompts(texts: Iterable[str]) -> list[Prompt]:
 
 
 def unseen_openings(texts: Iterable[str], seen: Iterable[str]) -> list[Prompt]:
-    """The `openings` of `texts`, except those with which any text in `seen` starts."""
+    """The `opening_prompts` of `texts`, without those whose opening also starts a text in `seen`."""
     starts: set[str] = set()
     for text in seen:
         words = text.split(" ")
@@ -53,5 +53,5 @@ def unseen_openings(texts: Iterable[str], seen: Iterable[str]) -> list[Prompt]:
 
 
 def stable_hash(salt: str, text: str) -> int:
-    """A hash below 2^64 that depends only on the two texts."""
+    """A hash below 2^64 that depends only on the two strings (Python's own differs between processes)."""
     return int.from_bytes(hashlib.sha256(f"{salt}\n{text}".encode()).digest()[:8], "big")

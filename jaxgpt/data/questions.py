@@ -1,5 +1,5 @@
-"""Questions about everyday things, for models that answer in plain language; the held-out ones differ in
-both things and phrasing."""
+"""Questions about everyday things, for models that answer in plain language; the held-out ones share neither a thing
+nor a phrasing with the others."""
 
 import itertools
 
@@ -108,12 +108,12 @@ OTHER_FORMS = ("How would you sum up {} in a short sentence?", "Give me one shor
 
 
 def questions(held_out: bool = False) -> list[str]:
-    """Every form applied to every thing: 300 questions, or 60 held-out ones that share neither."""
+    """Every phrasing applied to every thing: 300 questions, or 60 held-out ones that share neither with them."""
     return [form.format(thing) for form, thing in _pairs(held_out)]
 
 
 def mentions_subject(held_out: bool, answers: list[str]) -> list[bool]:
-    """Whether each answer (one per question) names its subject: the thing's last word, without a plural s."""
+    """Whether each answer (one per question) names its question's subject: the thing's last word, without plural s."""
     things = [thing.split()[-1].lower().rstrip("s") for _, thing in _pairs(held_out)]
     return [thing in answer.lower() for thing, answer in zip(things, answers, strict=True)]
 

@@ -1,4 +1,4 @@
-"""From logits to a token: logit filters, and two samplers.
+"""From logits to tokens: logit filters and two samplers.
 
 A filter maps logits [..., V] to logits [..., V]; a sampler maps (key, logits [B, V]) to tokens [B]. Compose them:
 
@@ -21,7 +21,7 @@ Filter = Callable[[Array], Array]
 def temperature(logits: Array, t: float | Array) -> Array:
     """logits / t. The temperature is part of the policy: training and the reference policy use the same one."""
     if isinstance(t, (int, float)) and not t > 0:
-        raise UserError(f"temperature is {t}; it must be above 0, use greedy decoding instead of 0")
+        raise UserError(f"temperature is {t}; it must be above 0 (for 0, use greedy decoding)")
     return logits / t
 
 
@@ -36,30 +36,30 @@ def top_k(logits: Array, k: int) -> Array:
 
 
 def top_p(logits: Array, p: float | Array) -> Array:
-    """Nucleus: keep the most probable tokens until their total probability reaches p (and ties with the last).
+    """Nucleus sampling: keep the smallest set of top tokens whose total probability reaches p (and ties).
 
-    Keeps at least one. Holtzman et al. 2020. No sort: the threshold, the largest at which p is reached, is found bit by
-    bit.
+    Always keeps at least one (Holtzman et al. 2020). Nothing is sorted: the threshold, the largest logit at or above
+    which the tokens reach p, is found bit by bit, from the highest bit down.
     """
     if isinstance(p, (int, float)):
         if not 0 < p <= 1:
             raise UserError(f"top-p is {p}; it must be above 0 and at most 1")
         if p == 1:
             return logits
-    order = _ordered(logits)
+    order = _sortable_bits(logits)
     probability = jax.nn.softmax(logits.astype(jnp.float32))
 
-    def bit(i: Array, threshold: Array) -> Array:
-        higher = threshold | jax.lax.shift_left(jnp.uint32(1), jnp.uint32(31) - i.astype(jnp.uint32))
-        reached = jnp.where(order >= higher, probability, 0.0).sum(axis=-1, keepdims=True) >= p
-        return jnp.where(reached, higher, threshold)
+    def set_bit(i: Array, threshold: Array) -> Array:
+        candidate = threshold | jax.lax.shift_left(jnp.uint32(1), jnp.uint32(31) - i.astype(jnp.uint32))
+        reached = jnp.where(order >= candidate, probability, 0.0).sum(axis=-1, keepdims=True) >= p
+        return jnp.where(reached, candidate, threshold)
 
-    threshold = jax.lax.fori_loop(0, 32, bit, jnp.zeros((*logits.shape[:-1], 1), jnp.uint32))
+    threshold = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros((*logits.shape[:-1], 1), jnp.uint32))
     return jnp.where(order >= threshold, logits, MASKED_LOGIT)
 
 
-def _ordered(x: Array) -> Array:
-    """float32 as uint32 with the same ordering."""
+def _sortable_bits(x: Array) -> Array:
+    """float32 mapped to uint32 in the same order."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
@@ -91,25 +91,27 @@ def greedy(key: Array, logits_BV: Array) -> Array:
 def categorical(key: Array, logits_BV: Array) -> Array:
     """A sample from softmax(logits), [B], by inverting the cumulative distribution.
 
-    Uses one random number per row, where the Gumbel trick needs V of them and an argmax (1.6 times the time of a whole
-    decoding step on a CPU). The vocabulary is searched in two levels, blocks and then tokens, so that float32 sums
-    stay short. Logits may be -inf; a row of only -inf gives token 0.
+    Uses one random number per row. The Gumbel trick needs V of them and an argmax, which on a CPU take 1.6 times
+    as long as a whole decoding step. The vocabulary is searched in two levels, first blocks (axis G) and then the
+    tokens of one block (axis I), so that float32 sums stay short. Logits may be -inf; a row of only -inf gives token 0.
     """
     B, V = logits_BV.shape
-    size = 1 << ((V - 1).bit_length() + 1) // 2  # about sqrt(V)
+    block_size = 1 << ((V - 1).bit_length() + 1) // 2  # about sqrt(V)
     top_B1 = jnp.maximum(logits_BV.max(axis=-1, keepdims=True), MASKED_LOGIT)
     weights_BV = jnp.exp(logits_BV - top_B1).astype(jnp.float32)
-    weights_BGI = jnp.pad(weights_BV, ((0, 0), (0, -V % size))).reshape(B, -1, size)
-    block_BG = weights_BGI.sum(axis=-1)
-    upto_BG = jnp.cumsum(block_BG, axis=-1)
-    target_B1 = jax.random.uniform(key, (B, 1)) * upto_BG[:, -1:]
-    group_B1 = _first_above(upto_BG, target_B1)
-    rest_B1 = jnp.maximum(target_B1 - jnp.take_along_axis(upto_BG - block_BG, group_B1, axis=1), 0.0)
-    inside_BI = jnp.take_along_axis(weights_BGI, group_B1[:, :, None], axis=1)[:, 0]
-    return (group_B1 * size + _first_above(jnp.cumsum(inside_BI, axis=-1), rest_B1))[:, 0].astype(jnp.int32)
+    weights_BGI = jnp.pad(weights_BV, ((0, 0), (0, -V % block_size))).reshape(B, -1, block_size)
+    block_weight_BG = weights_BGI.sum(axis=-1)
+    cumulative_BG = jnp.cumsum(block_weight_BG, axis=-1)
+    target_B1 = jax.random.uniform(key, (B, 1)) * cumulative_BG[:, -1:]
+    block_B1 = _first_above(cumulative_BG, target_B1)
+    before_B1 = jnp.take_along_axis(cumulative_BG - block_weight_BG, block_B1, axis=1)
+    rest_B1 = jnp.maximum(target_B1 - before_B1, 0.0)
+    inside_BI = jnp.take_along_axis(weights_BGI, block_B1[:, :, None], axis=1)[:, 0]
+    token_B1 = block_B1 * block_size + _first_above(jnp.cumsum(inside_BI, axis=-1), rest_B1)
+    return token_B1[:, 0].astype(jnp.int32)
 
 
 def _first_above(cumulative: Array, target: Array) -> Array:
-    """Index [B, 1] of the first entry above the target; if rounding leaves none, the last one that adds weight."""
+    """Index [B, 1] of the first entry above the target; if rounding leaves none, the last one with any weight."""
     last = (cumulative < cumulative[:, -1:]).sum(axis=-1, keepdims=True)
     return jnp.minimum((cumulative <= target).sum(axis=-1, keepdims=True), last)

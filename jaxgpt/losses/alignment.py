@@ -17,8 +17,8 @@ from jaxgpt.losses.preferences import preference_nll, smooth_choice, soft_prefer
 def implicit_reward(logp_sum: Array, ref_logp_sum: Array, beta: float | Array) -> Array:
     """DPO's reward h = beta log( pi(y|x) / rho(y|x) ), up to a prompt-only term (Rafailov et al. 2023, eq. 5).
 
-    beta: reward units per nat. Passed to any likelihood in `losses.preferences`, it gives DPO for that kind of
-    preference: `preference_nll` for one favourite of C, `plackett_luce_nll` for rankings, `favourites_nll` for ties.
+    beta: reward units per nat. As the scores of a likelihood in `losses.preferences`, h gives DPO for that kind of
+    preference: `preference_nll` for one favourite among C, `plackett_luce_nll` for rankings, `favourites_nll` for ties.
     Raises ValueError for a negative beta (concrete, or under checkify).
     """
     expect(logp_sum=(logp_sum, "float ..."), ref_logp_sum=(ref_logp_sum, "float ..."))
@@ -45,9 +45,9 @@ def cdpo(
     epsilon: float,
     present_BC: Array | None = None,
 ) -> Array:
-    """Conservative DPO, [B]: assumes each label is wrong with probability eps (Mitchell 2023, for C = 2).
+    """Conservative DPO, [B]: assumes that each label is wrong with probability epsilon (Mitchell 2023, for C = 2).
 
-    L = (1 - eps) L_dpo(choice) + eps mean_{j != choice} L_dpo(j). At the optimum P(choice) = 1 - eps, not 1.
+    L = (1 - epsilon) L_dpo(choice) + epsilon mean_{j != choice} L_dpo(j). At the optimum P(choice) = 1 - epsilon.
     """
     expect(logp=(logp_BC, "float B C"), ref_logp=(ref_logp_BC, "float B C"), choice=(choice_B, "int B"))
     present_BC = jnp.ones(logp_BC.shape, bool) if present_BC is None else present_BC
@@ -56,7 +56,7 @@ def cdpo(
 
 
 def ipo(chosen_log_ratio: Array, rejected_log_ratio: Array, tau: float) -> Array:
-    """(h_w - h_l - 1 / (2 tau))^2, one value per pair (Azar et al. 2023, eq. 17): margins stop growing at 1 / (2 tau).
+    """(h_w - h_l - 1 / (2 tau))^2, one value per pair (Azar et al. 2023, eq. 17): pulls the margin to 1 / (2 tau).
 
     h = log(pi / rho) of an answer: the sum over its tokens in the paper, the mean in TRL.
     """
@@ -69,7 +69,7 @@ def kto_reference(mismatched_log_ratio_B: Array, mask_B: Array | None = None) ->
     """KTO's reference point z0, a scalar without gradient: max(0, mean log(pi / rho)) over *mismatched* answers.
 
     Pairing each prompt with another prompt's answer estimates KL(pi || rho) (Ethayarajh et al. 2024, section 4.1).
-    It is a statistic of the whole batch: compute it before the batch is split.
+    It is a statistic of the whole batch: compute it before splitting the batch.
     """
     expect(mismatched_log_ratio=(mismatched_log_ratio_B, "float ..."), mask=(mask_B, "bool ..."))
     mask_B = jnp.ones(mismatched_log_ratio_B.shape, bool) if mask_B is None else mask_B
@@ -90,11 +90,15 @@ def kto(
     L = w_d (1 - sigmoid(beta (h - z0))) for a desirable answer, w_u (1 - sigmoid(beta (z0 - h))) for an undesirable
     one; h = log(pi / rho) summed over the answer's tokens, z0 from `kto_reference`.
     """
-    array = reference if jnp.ndim(reference) else None
-    expect(log_ratio=(log_ratio, "float ..."), desirable=(desirable, "bool ..."), reference=(array, "float ..."))
+    reference_array = reference if jnp.ndim(reference) else None  # a scalar has no shape to check
+    expect(
+        log_ratio=(log_ratio, "float ..."),
+        desirable=(desirable, "bool ..."),
+        reference=(reference_array, "float ..."),
+    )
     expect_value(beta >= 0, "beta is {beta}; it can't be negative", beta=beta)
-    gain = beta * (log_ratio - reference)
-    return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-gain), undesirable_weight * jax.nn.sigmoid(gain))
+    margin = beta * (log_ratio - reference)
+    return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-margin), undesirable_weight * jax.nn.sigmoid(margin))
 
 
 def log_odds(mean_logp: Array) -> Array:
@@ -102,12 +106,12 @@ def log_odds(mean_logp: Array) -> Array:
     expect(mean_logp=(mean_logp, "float ..."))
     mean_logp = jnp.minimum(mean_logp, -1e-6)
     near_one = mean_logp > -math.log(2.0)
-    log_rest = jnp.where(
+    log_complement = jnp.where(  # log(1 - P), accurate on both sides of P = 1/2; inner wheres keep gradients finite
         near_one,
         jnp.log(-jnp.expm1(jnp.where(near_one, mean_logp, -1.0))),
         jnp.log1p(-jnp.exp(jnp.where(near_one, -1.0, mean_logp))),
     )
-    return mean_logp - log_rest
+    return mean_logp - log_complement
 
 
 def orpo(chosen_mean_logp: Array, rejected_mean_logp: Array, weight: float) -> Array:
@@ -117,8 +121,8 @@ def orpo(chosen_mean_logp: Array, rejected_mean_logp: Array, weight: float) -> A
     Needs no reference model.
     """
     expect(chosen_mean_logp=(chosen_mean_logp, "float ..."), rejected_mean_logp=(rejected_mean_logp, "float ..."))
-    ratio = log_odds(chosen_mean_logp) - log_odds(rejected_mean_logp)
-    return -chosen_mean_logp - weight * jax.nn.log_sigmoid(ratio)
+    log_odds_ratio = log_odds(chosen_mean_logp) - log_odds(rejected_mean_logp)
+    return -chosen_mean_logp - weight * jax.nn.log_sigmoid(log_odds_ratio)
 
 
 def simpo(chosen_mean_logp: Array, rejected_mean_logp: Array, beta: float, gamma: float) -> Array:

@@ -1,9 +1,9 @@
 """The layers of `layers.plain_layers` with hand-written gradients, for CPUs.
 
 XLA's CPU compiler fuses element-wise work into the transposed operands of the backward pass's matrix products, which
-then miss its fast kernels. `CPU_LAYERS` computes each weight's gradient as one product x^T dy of arrays that have been
-materialised (by a barrier), and saves only what the formula needs. Values are the same as theirs and gradients equal
-up to rounding; only reverse mode is supported.
+then miss its fast kernels. `CPU_LAYERS` computes each weight's gradient as a single product x^T dy of arrays that a
+barrier has materialised, and saves only what the gradient needs. Outputs are the same as those of the plain layers, and
+gradients are equal up to rounding; only reverse-mode differentiation is supported.
 """
 
 import functools
@@ -28,7 +28,7 @@ from jaxgpt.models.layers import (
 from jaxgpt.structs import Array, Params
 
 Saved = tuple[Any, ...]  # what a forward pass saves for its backward pass
-TRANSPOSE_CHUNKS = 4  # chunks in which a matrix is transposed
+TRANSPOSE_CHUNKS = 4  # a matrix is transposed in this many chunks of rows
 _materialise = jax.lax.optimization_barrier
 
 
@@ -37,18 +37,18 @@ def _flatten(x: Array) -> Array:
 
 
 def _copy_transposed(x: Array) -> Array:
-    """x^T of a matrix, copied: XLA:CPU's fast bfloat16 product takes no transposed operand, and a plain transpose only
-    changes the layout, even behind a barrier. A loop's result has the standard layout."""
+    """A copy of x^T. XLA:CPU's fast bfloat16 product takes no transposed operand, and a plain transpose only
+    changes the layout, even behind a barrier; the result of a loop has the standard layout."""
     x = _flatten(x)
     rows = x.shape[0] // TRANSPOSE_CHUNKS
     if x.dtype == jnp.float32 or x.shape[0] % TRANSPOSE_CHUNKS or sharding.is_partitioned():
         return x.T
 
-    def copy(i: Array, out: Array) -> Array:
+    def copy_chunk(i: Array, out: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(x, i * rows, rows)
         return jax.lax.dynamic_update_slice_in_dim(out, part.T, i * rows, axis=1)
 
-    return jax.lax.fori_loop(0, TRANSPOSE_CHUNKS, copy, jnp.zeros(x.shape[::-1], x.dtype))
+    return jax.lax.fori_loop(0, TRANSPOSE_CHUNKS, copy_chunk, jnp.zeros(x.shape[::-1], x.dtype))
 
 
 def _dot(x: Array, w: Array, dtype: DTypeLike) -> Array:
@@ -62,18 +62,22 @@ def _linear(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str]) 
 
 
 def _linear_forward(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str]) -> tuple[Array, Saved]:
-    x, ready = _materialise((x, sharding.gather_fsdp(kernel.astype(x.dtype), axes)))
-    product = jnp.matmul(x, ready, preferred_element_type=jnp.float32)
-    likes = jnp.zeros((), kernel.dtype), None if bias is None else jnp.zeros((), bias.dtype)
-    return (product if bias is None else product + bias).astype(x.dtype), (x, ready, *likes)
+    x, gathered = _materialise((x, sharding.gather_fsdp(kernel.astype(x.dtype), axes)))
+    product = jnp.matmul(x, gathered, preferred_element_type=jnp.float32)
+    dtypes = jnp.zeros((), kernel.dtype), None if bias is None else jnp.zeros((), bias.dtype)  # scalars carry dtypes
+    return (product if bias is None else product + bias).astype(x.dtype), (x, gathered, *dtypes)
 
 
 def _linear_backward(axes: tuple[str, str], saved: Saved, dy: Array) -> tuple[Array, Array, Array | None]:
-    x, kernel, like, bias_like = saved
+    x, kernel, kernel_like, bias_like = saved
     dy = _materialise(dy)
     dkernel = jnp.matmul(_copy_transposed(x), _flatten(dy), preferred_element_type=jnp.float32)
     dbias = None if bias_like is None else _flatten(dy).sum(axis=0, dtype=jnp.float32)
-    return _dot(dy, _copy_transposed(kernel), x.dtype), sharding.constrain(dkernel, *axes).astype(like.dtype), dbias
+    return (
+        _dot(dy, _copy_transposed(kernel), x.dtype),
+        sharding.constrain(dkernel, *axes).astype(kernel_like.dtype),
+        dbias,
+    )
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
@@ -96,7 +100,7 @@ def _lora_linear(x: Array, kernel: Array, a: Array, b: Array, bias: Array | None
 def _lora_linear_forward(
     x: Array, kernel: Array, a: Array, b: Array, bias: Array | None, axes: tuple[str, str]
 ) -> tuple[Array, Saved]:
-    """x W + (x A) B. The backward pass materialises dy, which XLA would otherwise recompute in all five products."""
+    """x W + (x A) B. The backward pass materialises dy, which XLA would otherwise recompute for all five products."""
     product, saved = _linear_forward(x, kernel, bias, axes)
     x = saved[0]
     xa = _materialise(x @ a.astype(x.dtype))
@@ -104,11 +108,11 @@ def _lora_linear_forward(
 
 
 def _lora_linear_backward(axes: tuple[str, str], saved: Saved, dy: Array) -> tuple[Array | None, ...]:
-    linear, a, b, xa = saved
+    linear_saved, a, b, xa = saved
     dy = _materialise(dy)
     dxa = _materialise(dy @ b.astype(dy.dtype).T)
-    dx, dkernel, dbias = _linear_backward(axes, linear, dy)
-    da = jnp.matmul(_flatten(linear[0]).T, _flatten(dxa), preferred_element_type=jnp.float32).astype(a.dtype)
+    dx, dkernel, dbias = _linear_backward(axes, linear_saved, dy)
+    da = jnp.matmul(_flatten(linear_saved[0]).T, _flatten(dxa), preferred_element_type=jnp.float32).astype(a.dtype)
     db = jnp.matmul(_flatten(xa).T, _flatten(dy), preferred_element_type=jnp.float32).astype(b.dtype)
     return dx + dxa @ a.astype(dxa.dtype).T, dkernel, da, db, dbias
 
@@ -125,21 +129,21 @@ def _norm_forward(x: Array, scale: Array, bias: Array | None, epsilon: float) ->
 
 def _norm_backward(epsilon: float, saved: Saved, dy: Array) -> tuple[Array, Array, Array | None]:
     x, scale, bias = saved
-    normal, inverse = normalise(x, epsilon, centre=bias is not None)
+    normalised, inverse = normalise(x, epsilon, centre=bias is not None)
     dy = dy.astype(jnp.float32)
     g = dy * scale
-    dx = g - normal * (g * normal).mean(-1, keepdims=True)
+    dx = g - normalised * (g * normalised).mean(-1, keepdims=True)
     if bias is None:
-        return (inverse * dx).astype(x.dtype), _flatten(dy * normal).sum(axis=0), None
+        return (inverse * dx).astype(x.dtype), _flatten(dy * normalised).sum(axis=0), None
     dx = inverse * (dx - g.mean(-1, keepdims=True))
-    return dx.astype(x.dtype), _flatten(dy * normal).sum(axis=0), _flatten(dy).sum(axis=0)
+    return dx.astype(x.dtype), _flatten(dy * normalised).sum(axis=0), _flatten(dy).sum(axis=0)
 
 
 _norm_vjp.defvjp(_norm_forward, _norm_backward)
 
 
-def _fast_norm(norm: Params, x: Array, epsilon: float) -> Array:
-    return _norm_vjp(x, norm["scale"], norm.get("bias"), epsilon)
+def _fast_norm(layer: Params, x: Array, epsilon: float) -> Array:
+    return _norm_vjp(x, layer["scale"], layer.get("bias"), epsilon)
 
 
 @jax.custom_vjp
@@ -174,22 +178,23 @@ _fast_swiglu.defvjp(lambda gate, up: (_fast_swiglu(gate, up), (gate, up)), _swig
 
 
 @jax.custom_vjp
-def _attention(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, seen_TT: Array) -> Array:
-    return _attention_forward(q_BHTK, k_BHTK, v_BHTK, seen_TT)[0]
+def _attention(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, visible_TT: Array) -> Array:
+    return _attention_forward(q_BHTK, k_BHTK, v_BHTK, visible_TT)[0]
 
 
-def _split_rows(T: int) -> tuple[tuple[int, int], ...]:
-    """Split the rows of the causal triangle into two halves, (begin, end) each. The first never attends to the second's
-    keys, so a quarter of the square is never computed. More and smaller products are no faster."""
+def _causal_halves(T: int) -> tuple[tuple[int, int], ...]:
+    """Two halves of the queries, each as (begin, end). The first never attends to the second's keys, so a quarter of
+    the square of scores is never computed. Splitting further is no faster."""
     return ((0, T // 2), (T // 2, T)) if T > 1 else ((0, T),)
 
 
-def _attention_forward(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, seen_TT: Array) -> tuple[Array, Saved]:
+def _attention_forward(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, visible_TT: Array) -> tuple[Array, Saved]:
     weights, outs = [], []
-    for begin, end in _split_rows(q_BHTK.shape[2]):
-        q, k, v, seen = q_BHTK[:, :, begin:end], k_BHTK[:, :, :end], v_BHTK[:, :, :end], seen_TT[..., begin:end, :end]
+    for begin, end in _causal_halves(q_BHTK.shape[2]):
+        q, k, v = q_BHTK[:, :, begin:end], k_BHTK[:, :, :end], v_BHTK[:, :, :end]
+        visible = visible_TT[..., begin:end, :end]
         scores = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32)
-        p = jax.nn.softmax(jnp.where(seen, scores * q.shape[-1] ** -0.5, MASKED_LOGIT)).astype(q.dtype)
+        p = jax.nn.softmax(jnp.where(visible, scores * q.shape[-1] ** -0.5, MASKED_LOGIT)).astype(q.dtype)
         weights.append(_materialise(p))
         outs.append(jnp.einsum("bhqs,bhsk->bhqk", weights[-1], v, preferred_element_type=jnp.float32).astype(q.dtype))
     out = jnp.concatenate(outs, axis=2)
@@ -197,23 +202,24 @@ def _attention_forward(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, seen_TT: Arr
 
 
 def _attention_backward(saved: Saved, dy: Array) -> tuple[Array, Array, Array, None]:
-    """With P = softmax(S): dS = P (dP - sum(dy out)). Gradients of k and v use the transposes of the small arrays."""
+    """With P = softmax(S): dS = P (dP - sum(dy out)). For the gradients of k and v,
+    q and dy are transposed rather than P and dS, which are larger."""
     q, k, v, weights, out = saved
     dtype, T = q.dtype, q.shape[2]
     dy = _materialise(dy)
     inner = (dy.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     q_BHKT, dy_BHKT = _materialise((q.swapaxes(2, 3), dy.swapaxes(2, 3)))
     dqs, dks, dvs = [], [], []
-    for (begin, end), p in zip(_split_rows(T), weights, strict=True):
-        later = ((0, 0), (0, 0), (0, 0), (0, T - end))
+    for (begin, end), p in zip(_causal_halves(T), weights, strict=True):
+        padding = ((0, 0), (0, 0), (0, 0), (0, T - end))  # keys after `end` get no gradient from these queries
         dv = jnp.einsum("bhkq,bhqs->bhks", dy_BHKT[..., begin:end], p, preferred_element_type=jnp.float32)
         dp = jnp.einsum("bhqk,bhsk->bhqs", dy[:, :, begin:end], v[:, :, :end], preferred_element_type=jnp.float32)
         ds = p.astype(jnp.float32) * (dp - inner[:, :, begin:end]) * q.shape[-1] ** -0.5
         ds = _materialise(ds.astype(dtype))
         dqs.append(jnp.einsum("bhqs,bhsk->bhqk", ds, k[:, :, :end], preferred_element_type=jnp.float32).astype(dtype))
         dk = jnp.einsum("bhkq,bhqs->bhks", q_BHKT[..., begin:end], ds, preferred_element_type=jnp.float32)
-        dks.append(jnp.pad(dk, later))
-        dvs.append(jnp.pad(dv, later))
+        dks.append(jnp.pad(dk, padding))
+        dvs.append(jnp.pad(dv, padding))
     dk, dv = (functools.reduce(jnp.add, parts).astype(dtype).swapaxes(2, 3) for parts in (dks, dvs))
     return jnp.concatenate(dqs, axis=2), dk, dv, None
 
@@ -223,32 +229,32 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def _fast_attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None) -> Array:
     T = q_BTHK.shape[1]
-    seen = jnp.tril(jnp.ones((T, T), bool))
+    visible = jnp.tril(jnp.ones((T, T), bool))
     if segments_BT is not None:
-        seen = seen & (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
+        visible = visible & (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
     k_BTHK, v_BTHK = (attention.repeat_for_heads(x, q_BTHK.shape[2]) for x in (k_BTHK, v_BTHK))
     q, k, v = _materialise(tuple(x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK)))
-    return _attention(q, k, v, seen).swapaxes(1, 2)
+    return _attention(q, k, v, visible).swapaxes(1, 2)
 
 
 @jax.custom_vjp
-def _fast_product_VD(h: Array, table_VD: Array) -> Array:
-    return _product_forward(h, table_VD)[0]
+def _fast_vocab_logits(h: Array, table_VD: Array) -> Array:
+    return _vocab_logits_forward(h, table_VD)[0]
 
 
-def _product_forward(h: Array, table_VD: Array) -> tuple[Array, Saved]:
-    h, ready = _materialise((h, sharding.gather_fsdp(table_VD.astype(h.dtype), ROW_PARALLEL)))
-    logits = jnp.matmul(h, _copy_transposed(ready), preferred_element_type=jnp.float32)
-    return logits, (h, ready, jnp.zeros((), table_VD.dtype))
+def _vocab_logits_forward(h: Array, table_VD: Array) -> tuple[Array, Saved]:
+    h, gathered = _materialise((h, sharding.gather_fsdp(table_VD.astype(h.dtype), ROW_PARALLEL)))
+    logits = jnp.matmul(h, _copy_transposed(gathered), preferred_element_type=jnp.float32)
+    return logits, (h, gathered, jnp.zeros((), table_VD.dtype))
 
 
-def _product_backward(saved: Saved, dy: Array) -> tuple[Array, Array]:
-    h, table_VD, like = saved
+def _vocab_logits_backward(saved: Saved, dy: Array) -> tuple[Array, Array]:
+    h, table_VD, table_like = saved
     dy = _materialise(dy.astype(h.dtype))
     dtable = _materialise(jnp.matmul(_copy_transposed(h), _flatten(dy), preferred_element_type=jnp.float32)).T
-    return _dot(dy, table_VD, h.dtype), sharding.constrain(dtable, *ROW_PARALLEL).astype(like.dtype)
+    return _dot(dy, table_VD, h.dtype), sharding.constrain(dtable, *ROW_PARALLEL).astype(table_like.dtype)
 
 
-_fast_product_VD.defvjp(_product_forward, _product_backward)
+_fast_vocab_logits.defvjp(_vocab_logits_forward, _vocab_logits_backward)
 
-CPU_LAYERS = Layers(_fast_dense, _fast_norm, _fast_gelu, _fast_swiglu, _fast_attend, _fast_product_VD)
+CPU_LAYERS = Layers(_fast_dense, _fast_norm, _fast_gelu, _fast_swiglu, _fast_attend, _fast_vocab_logits)

@@ -29,8 +29,8 @@ _NAMES = {  # GGUF's names -> Hugging Face's
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_CONTROL = 3  # tokenizer.ggml.token_type of special tokens
-_LLAMA3 = (
+_CONTROL = 3  # special tokens have this value in tokenizer.ggml.token_type
+_LLAMA3_PATTERN = (  # how Llama 3 splits text before BPE
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -45,7 +45,7 @@ class File:
 
         try:
             reader = gguf.GGUFReader(path)
-        except Exception as error:  # any error of the reader or the system
+        except Exception as error:  # whatever the reader or the file system raises
             raise UserError(f"{path} is not a readable GGUF file ({error}); copy it again") from error
         self.path, self._fields = path, reader.fields
         self.tensors = {_huggingface_name(tensor.name): tensor for tensor in reader.tensors}
@@ -62,28 +62,29 @@ class File:
 
 
 def _huggingface_name(name: str) -> str:
-    *block, inner, last = name.split(".")
-    head = f"model.layers.{block[1]}." if block[:1] == ["blk"] else ""
-    return f"{head}{_NAMES.get(inner, inner)}.{last}"
+    *block, module, kind = name.split(".")
+    prefix = f"model.layers.{block[1]}." if block[:1] == ["blk"] else ""
+    return f"{prefix}{_NAMES.get(module, module)}.{kind}"
 
 
 def read(path: Path, use_tags: bool = False) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
-    """Parameters (float32 NumPy arrays), configuration, and tokenizer, with the file's chat template or, without one or
-    with `use_tags`, with our tags. Raises UserError listing all tensors that differ."""
+    """Parameters (float32 NumPy arrays), configuration, and tokenizer. The tokenizer uses the file's chat template, or
+    our tags if there is none or with `use_tags`. Raises UserError listing every missing, unknown or misshapen tensor.
+    """
     with needs_extra("pretrained"):
         import gguf
 
     file = File(path)
     config = _config(file)
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in file.tensors.items()}
-    texts = places.tensor_errors(config, shapes)
-    if texts:
-        raise UserError("\n  ".join([f"{path} does not hold the tensors of its architecture:", *texts]))
+    errors = places.tensor_errors(config, shapes)
+    if errors:
+        raise UserError("\n  ".join([f"{path} does not hold the tensors of its architecture:", *errors]))
 
     def tensor(name: str) -> np.ndarray:
-        one = file.tensors[name]
-        x = np.asarray(gguf.dequantize(one.data, one.tensor_type), np.float32).reshape(shapes[name])
-        if "q_proj" in name or "k_proj" in name:  # GGUF interleaves the pairs that rotate
+        stored = file.tensors[name]
+        x = np.asarray(gguf.dequantize(stored.data, stored.tensor_type), np.float32).reshape(shapes[name])
+        if "q_proj" in name or "k_proj" in name:  # undo GGUF's interleaving of rotary pairs
             heads = config.heads if "q_proj" in name else config.groups
             x = x.reshape(heads, config.head_dim // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
         return x
@@ -116,34 +117,34 @@ def _config(file: File) -> ModelConfig:
         rope_theta=float(file.get("llama.rope.freq_base", 1e4)),
         biases=False,
         tied="lm_head.weight" not in file.tensors,
-        norm_epsilon=float(f"{file.need('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5, not its float32 value
+        norm_epsilon=float(f"{file.need('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5, not 9.99999975e-06
     )
 
 
 def _tokenizer(file: File, use_tags: bool) -> Tokenizer:
     kind, pre = file.need("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "gpt-2")
     digits, plain = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    known = {
+    supported = {
         "gpt-2": plain,
         "default": plain,
         "smollm": pre_tokenizers.Sequence([digits, plain]),
         "llama-bpe": pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"),
+                pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         ),
     }
-    if kind != "gpt2" or pre not in known:
+    if kind != "gpt2" or pre not in supported:
         raise UserError(
-            f"{file.path} has an unsupported tokenizer, {kind!r} ({pre!r}); only gpt2 ({', '.join(known)}) is read: "
+            f"{file.path} has an unsupported tokenizer, {kind!r} ({pre!r}); supported: gpt2 ({', '.join(supported)}); "
             "use the model's Hugging Face folder instead"
         )
     tokens = file.need("tokenizer.ggml.tokens")
     merges = [tuple(pair.split(" ")) for pair in file.need("tokenizer.ggml.merges")]
     vocab = {token: i for i, token in enumerate(tokens)}
     core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-    core.pre_tokenizer, core.decoder = known[pre], decoders.ByteLevel()
+    core.pre_tokenizer, core.decoder = supported[pre], decoders.ByteLevel()
     types = file.get("tokenizer.ggml.token_type", [])
     control = [token for token, type_ in zip(tokens, types, strict=False) if type_ == _CONTROL]
     core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in control])

@@ -1,7 +1,7 @@
 """The simulated annotator: a program that stands in for a person and says so wherever its labels appear.
 
-Its gold score of a text is VADER's compound sentiment (Hutto & Gilbert 2014, a lexicon; -1 to 1), or how short it is,
-and it picks a favourite with probability softmax(gold / temperature).
+Its gold score of a text is VADER's compound sentiment (Hutto & Gilbert 2014, a lexicon; -1 to 1), or the text's
+brevity, and it picks its favourite from softmax(gold / temperature).
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ class SimulatedAnnotator:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise UserError(
-                f"annotator temperature is {self.temperature}; it must be above 0 (small: hardly any noise)"
+                f"annotator temperature is {self.temperature}; it must be above 0 (the smaller, the less noise)"
             )
         if self.wish not in ("cheerful", "short"):
             raise UserError(f"annotator wish is {self.wish!r}; choose cheerful or short")
 
     @property
     def name(self) -> str:
-        """Who annotates, for records and reports."""
+        """Who annotates, as written in records and reports."""
         kind = "VADER" if self.wish == "cheerful" else "number of words"
         return f"simulated annotator ({kind}, temperature {self.temperature:g})"
 
     def gold(self, texts: Sequence[str]) -> np.ndarray:
-        """The score that the choices come from, float64: `gold_scores`, or -words / 20 (where an answer that says
-        nothing is as bad as one of 40 words)."""
+        """The scores that choices are based on, float64: `gold_scores`, or -words / 20 (an empty answer counts as 40
+        words)."""
         if self.wish == "cheerful":
             return gold_scores(texts)
         return -np.array([len(text.split()) or 40 for text in texts]) / 20.0
@@ -52,12 +52,12 @@ class SimulatedAnnotator:
         return weights / weights.sum(1, keepdims=True)
 
     def choose(self, scores_BC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One noisy favourite a row, [B]."""
+        """One noisy favourite per row, [B]."""
         cumulative = self.probabilities(scores_BC).cumsum(1)
         return (rng.random((len(scores_BC), 1)) > cumulative[:, :-1]).sum(1)
 
     def ceiling(self, scores_BC: np.ndarray) -> float:
-        """The accuracy of whoever knows the gold scores: what no reward model can beat, because the choice is noisy."""
+        """The accuracy of a predictor that knows the gold scores: choices are noisy, so no reward model can beat it."""
         return float(self.probabilities(scores_BC).max(1).mean())
 
 
@@ -75,10 +75,10 @@ def _vader() -> "SentimentIntensityAnalyzer":
 
 
 def simulated_ceiling(records: Iterable[Mapping[str, float | Sequence[float]]]) -> float | None:
-    """The accuracy of a predictor that knows the simulated annotator's own scores, from the records that it left with
-    its choices (`gold`, `temperature`); None where a person chose."""
-    rows = [record for record in records if "gold" in record]
-    if not rows:
+    """`SimulatedAnnotator.ceiling`, computed from what the annotator recorded with its choices (`gold`, `temperature`);
+    None where a person chose."""
+    simulated = [record for record in records if "gold" in record]
+    if not simulated:
         return None
-    annotator = SimulatedAnnotator(np.asarray(rows[0].get("temperature", 1.0)).item())
-    return float(np.mean([annotator.ceiling(np.array([row["gold"]])) for row in rows]))
+    annotator = SimulatedAnnotator(np.asarray(simulated[0].get("temperature", 1.0)).item())
+    return float(np.mean([annotator.ceiling(np.array([record["gold"]])) for record in simulated]))

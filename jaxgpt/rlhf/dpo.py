@@ -2,7 +2,8 @@
 
     h(x, y) = beta log( pi(y|x) / rho(y|x) ),   J = -log( exp h(x, y^b) / sum_j exp h(x, y^j) )
 
-Parameters: trainable 'policy', frozen 'reference'; or adapters for the policy, whose frozen rest is the reference.
+y^b is the favourite. Parameters: trainable 'policy' and frozen 'reference'; or trainable adapters, where the policy's
+frozen weights without them are the reference.
 """
 
 import jax
@@ -16,8 +17,8 @@ from jaxgpt.training.step import LossFn, Metrics
 
 
 def make_loss(policy: Policy, beta: float | Array) -> LossFn[Preferences]:
-    """The loss for C candidates, log C where pi = rho. `beta`: reward units per nat. The policy's `new_tokens`, the
-    tokens of the longest answer, saves the vocabulary head on prompts."""
+    """The loss for C candidates, log C where pi = rho. `beta`: reward units per nat. With the policy's
+    `new_tokens`, the tokens of the longest answer, logits are computed only for a window of that many."""
 
     def loss_fn(params: Params, batch: Preferences, key: Array | None = None) -> tuple[Mean, Metrics]:
         def answer_logp_BC(params: Params) -> Array:

@@ -1,7 +1,7 @@
-"""The judge: a classifier of reviews (TF-IDF and logistic regression) fitted on labels that people gave.
+"""The judge: a sentiment classifier of reviews (TF-IDF and logistic regression), fitted on human labels.
 
-No stage trains on its verdicts or on those labels, so it tells whether what the annotator likes is seen by someone else
-too.
+No stage trains on its verdicts or on those labels, so it is an independent check on whether answers that the annotator
+likes look positive to anyone else.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A classifier of reviews with its accuracy on reviews it has not seen."""
+    """A classifier of reviews, and its accuracy on reviews that it has not seen."""
 
-    classifier: "Pipeline"  # of scikit-learn
+    classifier: "Pipeline"  # from scikit-learn
     accuracy: float
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
@@ -29,7 +29,7 @@ class Judge:
 
 
 def fit_judge(train: tuple[Sequence[str], Sequence[int]], test: tuple[Sequence[str], Sequence[int]]) -> Judge:
-    """TF-IDF of words and pairs of words, and logistic regression, on human labels; deterministic."""
+    """Fit logistic regression on TF-IDF features of words and word pairs, to human labels; deterministic."""
     with needs_extra("eval"):
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression

@@ -1,16 +1,15 @@
-"""PPO for language models: collect, score, update, and one iteration that fuses them.
+"""PPO for language models: collect, score, update, and one iteration that combines the three.
 
-One episode is one answer. The score h(x, y) arrives at its last token, and every token pays -beta (log pi - log rho):
-summed over the answer this is r = h - beta log(pi(y|x) / rho(y|x)) (Ziegler et al. 2020).
+One episode is one answer. The reward h(x, y) arrives at its last token, and every token's reward includes the penalty
+-beta (log pi - log rho): the sum over the answer is r = h - beta log(pi(y|x) / rho(y|x)) (Ziegler et al. 2020).
 
     experience = collect(state, prompts, key, policy=policy)
-    scored, metrics = score(state, experience, score_B, policy=policy, ppo=ppo)     h from a model or the host
+    scored, metrics = score(state, experience, score_B, policy=policy, ppo=ppo)    # score_B: h of each answer
     state, controller, targets, metrics = update(state, controller, scored, key, policy=policy, ppo=ppo, tx=tx)
 
-`ppo_iteration` is these three with a reward that is a JAX function, for one jit; `host_iteration` with any other. The
-`Policy` says what model it is (`jaxgpt.rlhf.policies`): our transformer, or one of another library.
-State parameters: trainable 'policy' and 'value_head', frozen 'reference' and whatever the reward needs (usually
-'reward').
+`ppo_iteration` runs all three under one jit, if the reward is a JAX function; `host_iteration` takes any other reward.
+The `Policy` wraps the model (`jaxgpt.rlhf.policies`): our transformer, or one from another library. Parameters of the
+state: trainable 'policy' and 'value_head', frozen 'reference' and whatever the reward needs (usually 'reward').
 """
 
 import dataclasses
@@ -43,19 +42,19 @@ HostReward = Callable[[Batch], ArrayLike]
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """What PPO does with a rollout. Defaults: Ziegler et al. 2020 where they apply at this size."""
+    """How PPO samples and learns. Defaults follow Ziegler et al. 2020, where they apply at this size."""
 
-    new_tokens: int = 40  # longest answer
+    new_tokens: int = 40  # tokens of the longest answer
     temperature: float = 1.0  # of the policy: sampling, training and reference alike
     epochs: int = 4  # passes over each rollout
-    minibatches: int = 1  # updates a pass
-    clip: float = 0.2  # of the ratio
+    minibatches: int = 1  # updates per pass
+    clip: float = 0.2  # of the probability ratio: 1 - clip to 1 + clip
     value_clip: float = 0.2
     value_weight: float = 0.1
     gamma: float = 1.0
     lam: float = 0.95
     whiten_rewards: bool = False
-    unfinished_score: float | None = -1.0  # replaces h for answers that never ended; None: nothing does
+    unfinished_score: float | None = -1.0  # replaces h for answers that never ended; None: h is kept
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -67,7 +66,7 @@ class PPOConfig:
 
 @struct.dataclass
 class Targets:
-    """A rollout with what its rewards amount to: the batch of PPO's loss."""
+    """A rollout with the advantages and returns computed from its rewards: the batch for PPO's loss."""
 
     rollout: Rollout
     advantage_BT: Array
@@ -75,7 +74,7 @@ class Targets:
 
 
 class Iteration(NamedTuple):
-    """What an update leaves: the new state and controller, the batch that it learned from, and metrics."""
+    """What an update returns: the new state and controller, the batch that it learned from, and metrics."""
 
     state: TrainState
     controller: Controller
@@ -84,7 +83,7 @@ class Iteration(NamedTuple):
 
 
 def policy_of(config: ModelConfig, ppo: PPOConfig, stop: int) -> Policy:
-    """Our transformer as the policy of these settings."""
+    """Our transformer as a policy with these settings."""
     return transformer_policy(config, new_tokens=ppo.new_tokens, stop=stop, temperature=ppo.temperature)
 
 
@@ -95,8 +94,8 @@ def init(
     frozen: Params,
     adapters: Params | None = None,
 ) -> TrainState:
-    """Policy and a critic head of exactly 0 to train; a copy of the policy as the frozen reference. With `adapters`
-    only they and the head are trained, and the policy's own weights are the reference."""
+    """The first state: a policy and a zero-initialised critic head to train, and a copy of the policy as the frozen
+    reference. With `adapters`, only they and the head are trained, and the policy's own weights are the reference."""
     head = transformer.init_scalar_head(None, policy.width)
     if adapters:
         return init_state({"policy": adapters, "value_head": head}, tx, {"policy": params, **frozen})
@@ -105,35 +104,36 @@ def init(
 
 
 def collect(state: TrainState, prompts: Prompts, key: Array, *, policy: Policy) -> Experience:
-    """Answers of the current policy."""
+    """Sample answers from the current policy."""
     return policy.collect(state.params["policy"], prompts, key)
 
 
 def score(
     state: TrainState, experience: Experience, score_B: Array, *, policy: Policy, ppo: PPOConfig
 ) -> tuple[Rollout, Metrics]:
-    """Add the policy's and the reference's log-probabilities, the values, and the score of answers that never ended."""
+    """Make a rollout of the answers and their rewards h: add the log-probabilities of policy and reference, and the
+    critic's values; `ppo.unfinished_score` replaces h where an answer never ended."""
     params, rows, ended_B = state.params, experience.rows, experience.ended_B
     reference = lora.reference_params(params)
 
-    def look(rows: Batch) -> tuple[Outputs, Array]:
+    def evaluate(rows: Batch) -> tuple[Outputs, Array]:
         return policy.outputs(params["policy"], params["value_head"], rows), policy.logp(reference, rows)
 
-    found, ref_logp_BT = rollout.in_minibatches(look, rows, ppo.minibatches)
+    outputs, ref_logp_BT = rollout.in_minibatches(evaluate, rows, ppo.minibatches)
     scored = Rollout(
         tokens_BT=rows.tokens_BT,
         mask_BT=rows.mask_BT,
-        logp_BT=found.logp_BT,
+        logp_BT=outputs.logp_BT,
         ref_logp_BT=ref_logp_BT,
-        value_BT=found.value_BT,
+        value_BT=outputs.value_BT,
         score_B=score_B if ppo.unfinished_score is None else jnp.where(ended_B, score_B, ppo.unfinished_score),
         ended_B=ended_B,
         sampler_logp_BT=experience.logp_BT,
     )
-    gap_BT = jnp.where(rows.mask_BT, jnp.abs(found.logp_BT - experience.logp_BT), 0.0)
+    gap_BT = jnp.where(rows.mask_BT, jnp.abs(outputs.logp_BT - experience.logp_BT), 0.0)
     metrics: Metrics = {
         "score": losses.reduce(scored.score_B),
-        "entropy": losses.reduce(found.entropy_BT, rows.mask_BT),
+        "entropy": losses.reduce(outputs.entropy_BT, rows.mask_BT),
         "length": losses.reduce(rows.mask_BT.sum(1).astype(jnp.float32)),
         "ended": losses.reduce(ended_B.astype(jnp.float32)),
         "sampler_gap_max": gap_BT.max(),
@@ -156,11 +156,11 @@ def make_loss(policy: Policy, ppo: PPOConfig) -> LossFn[Targets]:
 
     def loss_fn(params: Params, batch: Targets, key: Array | None = None) -> tuple[Mean, Metrics]:
         old = batch.rollout
-        found = policy.outputs(params["policy"], params["value_head"], old.rows)
-        log_ratio_BT = losses.log_ratio(found.logp_BT, old.logp_BT)
+        new = policy.outputs(params["policy"], params["value_head"], old.rows)
+        log_ratio_BT = losses.log_ratio(new.logp_BT, old.logp_BT)
         terms = {
             "policy_loss": losses.ppo_clip(log_ratio_BT, batch.advantage_BT, ppo.clip),
-            "value_loss": losses.value_clip(found.value_BT, old.value_BT, batch.return_BT, ppo.value_clip),
+            "value_loss": losses.value_clip(new.value_BT, old.value_BT, batch.return_BT, ppo.value_clip),
         }
         loss, metrics = losses.combine(terms, old.mask_BT, {"value_loss": ppo.value_weight})
         return loss, {**metrics, **losses.ratio_metrics(log_ratio_BT, batch.advantage_BT, old.mask_BT, ppo.clip)}
@@ -178,10 +178,11 @@ def update(
     ppo: PPOConfig,
     tx: optax.GradientTransformation,
 ) -> Iteration:
-    """`epochs` passes of `minibatches` steps over one rollout, then the controller's move.
+    """`epochs` passes of `minibatches` steps over one rollout, then the controller's update of beta.
 
-    The first pass keeps the rows' order, so that its first minibatch has the very shapes the old log-probabilities had;
-    later passes shuffle. `ratio_error_first` is |ratio - 1| there: 0.
+    The first pass keeps the rows' order, so that its first minibatch repeats the computation of the old
+    log-probabilities in the same shapes; later passes shuffle. `ratio_error_first`, the largest |ratio - 1| of that
+    minibatch, is therefore 0.
     """
     batch = targets(scored, ppo, controller.beta)
     rows = scored.tokens_BT.shape[0]
@@ -190,13 +191,13 @@ def update(
     passes = [jnp.arange(rows), *shuffles[1:]]
     order = jnp.concatenate([split_rows(index, ppo.minibatches) for index in passes])
 
-    def one(state: TrainState, index: Array) -> tuple[TrainState, Metrics]:
+    def take_step(state: TrainState, index: Array) -> tuple[TrainState, Metrics]:
         return step(state, jax.tree.map(lambda x: sharding.constrain_rows(x[index]), batch), None)
 
-    state, history = jax.lax.scan(one, state, order)
+    state, history = jax.lax.scan(take_step, state, order)
     logps = scored.logp_BT, scored.ref_logp_BT
-    measured = kl.estimate(kl.k1(*logps), scored.mask_BT)
-    by_k3 = kl.estimate(kl.k3(*logps), scored.mask_BT)
+    kl_k1 = kl.estimate(kl.k1(*logps), scored.mask_BT)
+    kl_k3 = kl.estimate(kl.k3(*logps), scored.mask_BT)
     kl_B = kl.sequence_kl(*logps, scored.mask_BT)
     _, variance = returns.masked_moments(batch.return_BT, scored.mask_BT)
     _, residual = returns.masked_moments(batch.return_BT - scored.value_BT, scored.mask_BT)
@@ -204,15 +205,15 @@ def update(
         **jax.tree.map(lambda x: x[-1], history),
         "ratio_error_first": jax.tree.map(lambda x: x[0], history["ratio_error_max"]),
         "ratio_max": jax.tree.map(jnp.max, history["ratio_max"]),
-        "kl": measured.nats_per_sequence,
-        "kl_error": measured.nats_per_sequence_error,
-        "kl_k3": by_k3.nats_per_sequence,
-        "kl_k3_error": by_k3.nats_per_sequence_error,
+        "kl": kl_k1.nats_per_sequence,
+        "kl_error": kl_k1.nats_per_sequence_error,
+        "kl_k3": kl_k3.nats_per_sequence,
+        "kl_k3_error": kl_k3.nats_per_sequence_error,
         "beta": controller.beta,
         "score_after_kl": losses.reduce(scored.score_B - controller.beta * kl_B),
         "explained_variance": 1.0 - residual / jnp.maximum(variance, 1e-8),
     }
-    return Iteration(state, controller.update(measured), batch, metrics)
+    return Iteration(state, controller.update(kl_k1), batch, metrics)
 
 
 def learn(
@@ -226,10 +227,10 @@ def learn(
     ppo: PPOConfig,
     tx: optax.GradientTransformation,
 ) -> Iteration:
-    """`score` and `update`: what follows once the answers have their rewards."""
-    scored, found = score(state, experience, score_B, policy=policy, ppo=ppo)
-    done = update(state, controller, scored, key, policy=policy, ppo=ppo, tx=tx)
-    return done._replace(metrics={**found, **done.metrics})
+    """`score` and `update`: everything after the answers have their rewards."""
+    scored, score_metrics = score(state, experience, score_B, policy=policy, ppo=ppo)
+    iteration = update(state, controller, scored, key, policy=policy, ppo=ppo, tx=tx)
+    return iteration._replace(metrics={**score_metrics, **iteration.metrics})
 
 
 def ppo_iteration(
@@ -243,7 +244,7 @@ def ppo_iteration(
     tx: optax.GradientTransformation,
     reward_fn: RewardFn,
 ) -> Iteration:
-    """collect, score and update in one pure function: jit it with state and controller donated.
+    """`collect`, `score` and `update` in one pure function: jit it with state and controller donated.
 
     reward_fn(params, rows) -> h_B sees all parameters, frozen ones included.
     """
@@ -265,44 +266,45 @@ def jit_iteration(
     tx: optax.GradientTransformation,
     reward_fn: RewardFn,
 ) -> Iterate:
-    """`ppo_iteration`, jitted for a mesh: the prompts' rows divided, state and controller donated. `state` holds shapes
-    with shardings (see `training.shapes_on`)."""
-    places, everywhere = jax.tree.map(lambda x: x.sharding, state), sharding.replicated_sharding(mesh)
-    bound = functools.partial(ppo_iteration, policy=policy, ppo=ppo, tx=tx, reward_fn=reward_fn)
+    """`ppo_iteration`, jitted for a mesh: prompts are divided among its devices, state and controller are donated.
+    `state` holds shapes with shardings (see `training.shapes_on`)."""
+    shardings, replicated = jax.tree.map(lambda x: x.sharding, state), sharding.replicated_sharding(mesh)
+    iterate = functools.partial(ppo_iteration, policy=policy, ppo=ppo, tx=tx, reward_fn=reward_fn)
     return jax.jit(
-        sharding.within(mesh, bound),
+        sharding.within(mesh, iterate),
         donate_argnums=(0, 1),
-        in_shardings=(places, everywhere, sharding.row_sharding(mesh), everywhere),
-        out_shardings=Iteration(places, everywhere, everywhere, everywhere),  # type: ignore[arg-type]
+        in_shardings=(shardings, replicated, sharding.row_sharding(mesh), replicated),
+        out_shardings=Iteration(shardings, replicated, replicated, replicated),  # type: ignore[arg-type]
     )
 
 
 def host_iteration(
     *, policy: Policy, ppo: PPOConfig, tx: optax.GradientTransformation, reward_fn: HostReward
 ) -> Iterate:
-    """`ppo_iteration` for a reward that runs on the host (a lexicon, a verifier, a person): two compiled programs with
-    reward_fn(rows) -> h_B, on NumPy arrays, between them. State and controller are donated.
+    """`ppo_iteration` for a reward that runs on the host (a lexicon, a verifier, a person): two compiled programs, and
+    between them reward_fn(rows) -> h_B on NumPy arrays. State and controller are donated.
 
-    `data.tokenizer.text_reward` makes such a function of one of texts. UserError when it doesn't return one finite
-    number per row."""
+    `data.tokenizer.text_reward` turns a reward function of texts into such a function of rows. UserError if it doesn't
+    return one finite number per row."""
     sample = jax.jit(functools.partial(collect, policy=policy))
     learn_jit = jax.jit(functools.partial(learn, policy=policy, ppo=ppo, tx=tx), donate_argnums=(0, 1))
 
-    def one(state: TrainState, controller: Controller, prompts: Prompts, key: Array) -> Iteration:
+    def iterate(state: TrainState, controller: Controller, prompts: Prompts, key: Array) -> Iteration:
         sample_key, update_key = jax.random.split(key)
         experience = sample(state, prompts, sample_key)
         scores = np.asarray(reward_fn(jax.device_get(experience.rows)), np.float32)
         if scores.shape != experience.ended_B.shape or not np.isfinite(scores).all():
             raise UserError(
-                f"the reward function returned {scores!r} for {len(experience.ended_B)} answers; one finite number each"
+                f"the reward function returned {scores!r} for {len(experience.ended_B)} answers; "
+                "it must return one finite number per answer"
             )
         return learn_jit(state, controller, experience, scores, update_key)
 
-    return one
+    return iterate
 
 
 def check_batch(rows: int, ppo: PPOConfig, block: int, prompt_tokens: int) -> None:
-    """Refuse what can't work before anything is compiled."""
+    """Raise UserError for sizes that can't work, before anything is compiled."""
     if rows % ppo.minibatches:
         raise UserError(
             f"a batch of {rows} prompts doesn't divide into {ppo.minibatches} minibatches; change one of them"

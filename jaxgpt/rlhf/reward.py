@@ -2,7 +2,7 @@
 
     h(x, y) = gain * (w · hidden[last] + b) + bias
 
-Gain and bias are set so that scores on samples of the reference policy have mean 0 and standard deviation 1 (Ziegler
+Gain and bias are set so that h has mean 0 and standard deviation 1 on samples from the reference policy (Ziegler et al.
 2020). Parameters: {'model': GPT, 'head': scalar head, 'gain': (), 'bias': ()}.
 """
 
@@ -32,8 +32,8 @@ def init(key: Array, params: Params, width: int) -> Params:
 
 
 def score(params: Params, config: ModelConfig, batch: Batch, embedding_offset_BTD: Array | None = None) -> Array:
-    """h(x, y) of each row, [B] float32. The padding behind the answer doesn't matter. For `embedding_offset_BTD` see
-    `model.hidden`."""
+    """h(x, y) of each row, [B] float32. Padding after the answer has no effect. For `embedding_offset_BTD` see
+    `transformer.hidden`."""
     h_BTD = transformer.hidden(params["model"], config, batch.tokens_BT, embedding_offset_BTD=embedding_offset_BTD)
     raw_B = transformer.at_last_token(transformer.apply_scalar_head(params["head"], h_BTD), batch.mask_BT)
     return params["gain"] * raw_B + params["bias"]
@@ -45,13 +45,13 @@ def candidate_scores(params: Params, config: ModelConfig, preferences: Preferenc
 
 
 def loss(params: Params, config: ModelConfig, preferences: Preferences) -> tuple[Mean, dict[str, Mean]]:
-    """-log softmax(h)[choice], and how often the favourite has the highest score."""
+    """-log softmax(h)[choice], and how often the favourite has the highest reward."""
     scores_BC = candidate_scores(params, config, preferences)
     return losses.preference_objective(scores_BC, preferences.choice_B, preferences.present_BC)
 
 
 def make_loss(config: ModelConfig) -> LossFn[Preferences]:
-    """`loss` for a training step."""
+    """`loss` in the form that a training step takes."""
 
     def loss_fn(params: Params, batch: Preferences, key: Array | None = None) -> tuple[Mean, Metrics]:
         return loss(params, config, batch)
@@ -60,31 +60,36 @@ def make_loss(config: ModelConfig) -> LossFn[Preferences]:
 
 
 def trainable_names() -> tuple[str, ...]:
-    """Gain and bias are set from samples, not by gradient."""
+    """The parameters that gradients train; gain and bias are set from samples instead."""
     return ("model", "head")
 
 
 def normalise_on(params: Params, config: ModelConfig, batch: Batch) -> Params:
-    """Change gain and bias so that the scores of these rows get mean 0 and standard deviation 1."""
+    """Change gain and bias so that the rewards of these rows have mean 0 and standard deviation 1."""
     gain, bias = returns.fit_normalisation(jax.jit(score, static_argnums=1)(params, config, batch))
     return {**params, "gain": params["gain"] * gain, "bias": params["bias"] * gain + bias}
 
 
 class Heldout(NamedTuple):
-    """How well scores predict choices that were not trained on."""
+    """How well rewards predict choices that were not trained on."""
 
-    accuracy: float  # how often the favourite has the highest score
-    chance: float  # of a guess
+    accuracy: float  # how often the favourite has the highest reward
+    chance: float  # accuracy of a uniform guess
     nll: float  # mean negative log-likelihood of the choices under softmax(h), nats
-    calibration: list[dict[str, float]]  # of softmax(h), see `intervals.calibration`
+    calibration: list[dict[str, float]]  # table of softmax(h) against choices, see `intervals.calibration`
     calibration_error: float
 
 
 def heldout_figures(score_BC: np.ndarray, choice_B: np.ndarray, present_BC: np.ndarray) -> Heldout:
-    """Measured on the host, from scores [B, C], the favourite's index [B], and which candidates exist [B, C]."""
+    """`Heldout` from rewards [B, C], the favourite's index [B], and which candidates exist [B, C]; on the host."""
     logits_BC = np.where(present_BC, np.asarray(score_BC, np.float64), -np.inf)
     chosen_BC = np.arange(logits_BC.shape[1]) == choice_B[:, None]
     logp_BC = logits_BC - np.logaddexp.reduce(logits_BC, axis=1, keepdims=True)
     table, error = calibration(np.exp(logp_BC)[present_BC], chosen_BC[present_BC])
-    hits = float((logits_BC.argmax(1) == choice_B).mean())
-    return Heldout(hits, float((1 / present_BC.sum(1)).mean()), float(-logp_BC[chosen_BC].mean()), table, error)
+    return Heldout(
+        accuracy=float((logits_BC.argmax(1) == choice_B).mean()),
+        chance=float((1 / present_BC.sum(1)).mean()),
+        nll=float(-logp_BC[chosen_BC].mean()),
+        calibration=table,
+        calibration_error=error,
+    )

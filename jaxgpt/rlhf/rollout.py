@@ -1,4 +1,4 @@
-"""Collecting experience: sample answers, and look at them through the trainer's own eyes."""
+"""Sample answers in batches, and compute their log-probabilities and rewards with the trainer's own functions."""
 
 import dataclasses
 import functools
@@ -23,16 +23,16 @@ Result = TypeVar("Result")
 
 
 def in_minibatches(f: Callable[[Rows], Result], tree: Rows, minibatches: int) -> Result:
-    """Apply f to equal parts of the rows (`training.split_rows`), one after another, and join the results."""
+    """Apply f to equal parts of the rows (`training.split_rows`), one part after another, and join the results."""
     return join_rows(jax.lax.map(f, split_rows(tree, minibatches)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Answers on the host, a row each: the texts, and what scoring them needs."""
+    """Answers on the host, one per row: their texts, and the token rows from which rewards are computed."""
 
     texts: list[str]
-    rows: Batch  # numpy arrays
+    rows: Batch  # NumPy arrays: prompt and answer
     ended: np.ndarray  # bool [rows]
 
     @property
@@ -42,8 +42,8 @@ class Sampled:
 
 
 def pad_prompts(ids: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists as (tokens [B, length] padded on the right, lengths [B]), int32. UserError names one that is too
-    long."""
+    """Token lists as (tokens [B, length] padded on the right, lengths [B]), int32. UserError names a prompt that is
+    empty or too long."""
     tokens = np.zeros((len(ids), length), np.int32)
     for i, row in enumerate(ids):
         if not 0 < len(row) <= length:
@@ -69,64 +69,64 @@ def sample_answers(
     width: int | None = None,
     label: Callable[[int], None] = lambda done: None,
 ) -> Sampled:
-    """One answer to each prompt (token ids), sampled in batches of one shape, their rows divided among the devices of
-    the mesh, on which `params` lie; `label` hears how many are done. Prompts are padded to `width` tokens, or to the
-    longest one's: each is compiled for."""
+    """Sample one answer to each prompt (token ids), in batches of one shape. Each batch is divided among the devices of
+    the mesh, where `params` must be placed too; after each, `label` is called with its number of answers. Prompts are
+    padded to `width` tokens, or to the longest prompt; every new width is compiled anew."""
     longest = width or max(map(len, prompts))
     check_fits_block(config, longest, new_tokens)
     policy = transformer_policy(config, new_tokens=new_tokens, stop=stop, temperature=temperature)
-    program = _collector(mesh, policy)
+    program = _compile_collect(mesh, policy)
     parts = []
     for at in range(0, len(prompts), batch):
         chunk = list(prompts[at : at + batch])
-        filled = chunk + [chunk[-1]] * (batch - len(chunk))
-        padded = sharding.place_whole(Prompts(*pad_prompts(filled, longest)), mesh)
-        found = program(params, padded, jax.random.fold_in(key, at))
-        parts.append(_first((found.rows, found.answers), len(chunk)))
+        full = chunk + [chunk[-1]] * (batch - len(chunk))
+        padded = sharding.place_whole(Prompts(*pad_prompts(full, longest)), mesh)
+        experience = program(params, padded, jax.random.fold_in(key, at))
+        parts.append(_first_rows((experience.rows, experience.answers), len(chunk)))
         label(len(chunk))
     rows, answers = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     return Sampled([decode_text(ids) for ids in answers.tokens_BA], rows, answers.ended_B)
 
 
-@functools.lru_cache(maxsize=16)  # a program for each policy's shapes, not for each call
-def _collector(mesh: Mesh, policy: Policy) -> Callable[..., Experience]:
+@functools.lru_cache(maxsize=16)  # compile once per policy, not on every call
+def _compile_collect(mesh: Mesh, policy: Policy) -> Callable[..., Experience]:
     return jit_on(mesh, lambda params, prompts, key: policy.collect(params, prompts, key))
 
 
 @functools.lru_cache(maxsize=16)
-def _scorer(mesh: Mesh, policy: Policy) -> Callable[[Params, Batch], Array]:
+def _compile_answer_logp(mesh: Mesh, policy: Policy) -> Callable[[Params, Batch], Array]:
     return jit_on(mesh, policy.answer_logp)
 
 
 def answer_log_probs(params: Params, policy: Policy, rows: Batch, batch: int, mesh: Mesh) -> np.ndarray:
     """log P(y | x) of each host row in nats, [rows]: `policy.answer_logp` in batches of one shape."""
-    program = _scorer(mesh, policy)
+    program = _compile_answer_logp(mesh, policy)
     return np.asarray(in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
 
 
 @functools.lru_cache(maxsize=16)
-def _reward_scorer(mesh: Mesh, config: ModelConfig) -> Callable[[Params, Batch], Array]:
+def _compile_reward(mesh: Mesh, config: ModelConfig) -> Callable[[Params, Batch], Array]:
     return jit_on(mesh, lambda params, rows: reward.score(params, config, rows))
 
 
 def reward_scores(params: Params, config: ModelConfig, rows: Batch, batch: int, mesh: Mesh) -> np.ndarray:
     """h(x, y) of each host row, [rows]: `reward.score` in batches of one shape."""
-    program = _reward_scorer(mesh, config)
+    program = _compile_reward(mesh, config)
     return np.asarray(in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
 
 
 def in_batches(f: Callable[[Rows], Result], rows: Rows, batch: int, mesh: Mesh) -> Result:
-    """f, made by `jit_on` for this mesh, over host rows in batches of one shape (the last one filled up with its last
-    row), divided among the devices; the results are joined on the host."""
+    """Apply f, made by `jit_on` for this mesh, to host rows in batches of one shape, each divided among the devices;
+    the last batch is filled up by repeating the last row. Results are joined on the host."""
     count = jax.tree.leaves(rows)[0].shape[0]
     parts = []
     for at in range(0, count, batch):
         index = np.minimum(np.arange(at, at + batch), count - 1)
         out = f(sharding.place_whole(jax.tree.map(lambda x, index=index: np.asarray(x)[index], rows), mesh))
-        parts.append(_first(out, min(batch, count - at)))
+        parts.append(_first_rows(out, min(batch, count - at)))
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def _first(tree: Rows, count: int) -> Rows:
-    """The first rows of each leaf, on the host."""
+def _first_rows(tree: Rows, count: int) -> Rows:
+    """The first `count` rows of each leaf, on the host."""
     return jax.tree.map(lambda x: np.asarray(x)[:count], tree)

@@ -1,17 +1,17 @@
-"""The training loop that every stage shares; the stage writes its body.
+"""The training loop that every stage shares; each stage writes the loop's body.
 
     with Loop(run, settings, tok, settings.steps, batches) as loop:
-        state = loop.restore(shapes, start)              the newest good checkpoint, or start()
+        state = loop.restore(shapes, start)              # the newest good checkpoint, or start()
         for step, batch in loop:
             state, metrics = train_step(state, batch)
             loop.record(step, state, metrics)            the only place that logs and saves
 
-The loop resumes at the step after the checkpoint, to the same bits. It hands out batches, shows progress, writes
-metrics.jsonl every `log_every` steps, saves every `save.every` steps, and stops after `guard.patience` skipped updates
-in a row, with the last batch in the run folder.
+The loop resumes at the step after the checkpoint, with results bit-identical to an uninterrupted run. It yields
+batches, shows progress, writes metrics.jsonl every `log_every` steps, saves every `save.every` steps, and stops after
+`guard.patience` skipped updates in a row, leaving the last batch in the run folder.
 
-On SIGTERM (preemption) it saves after the current step and exits with 75; on Ctrl-C too, with 130, and a second Ctrl-C
-quits at once. With several processes, all of them run the same loop.
+On SIGTERM (preemption) it saves after the current step and exits with code 75; on Ctrl-C it does the same with code
+130, and a second Ctrl-C quits at once. With several processes, all of them run the same loop.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from jaxgpt.runs.run import Run
 from jaxgpt.training.guard import GuardConfig
 from jaxgpt.training.step import Metrics, to_floats
 
-UNCHECKED = 2  # steps whose guard is not read yet, so that the loop doesn't wait for the device
+UNCHECKED = 2  # newest steps whose guard result is left unread, so that the loop doesn't wait for the device
 T = TypeVar("T")
 
 
@@ -66,7 +66,8 @@ class Loop:
 
     `total`: steps. `batches`: an iterator of dicts of host arrays with a position, such as `data.pipelines.Batches`.
     `vocab`: a batch with a token outside [0, vocab) is refused. `tokens`: per step, for the speed and the metric
-    `tokens`. `names`: metrics that metrics.jsonl has under another name. `shown`: metrics on the progress bar.
+    `tokens`. `names`: a metric's name -> its name in metrics.jsonl, where they differ. `shown`: metrics on the progress
+    bar.
     """
 
     def __init__(
@@ -88,17 +89,17 @@ class Loop:
         self._first = 1
         self._bar: Bar | None = None
         self._batch: Any = None  # of the current step
-        self._asked: int | None = None  # exit code
+        self._exit_code: int | None = None  # set by a signal that asks to stop
         self._unchecked: deque[tuple[int, Any, Any]] = deque()
         self._waited = {"seconds_data": 0.0, "seconds_device": 0.0}
-        self._undo = contextlib.ExitStack()
+        self._cleanup = contextlib.ExitStack()
 
     def restore(self, shapes: T, start: Callable[[], T]) -> T:
-        """The state to begin with. `shapes`: arrays or `jax.ShapeDtypeStruct`s with shardings, which may be of another
-        mesh than the checkpoint's.
+        """The state to start from. `shapes`: arrays or `jax.ShapeDtypeStruct`s with shardings; their mesh may differ
+        from the checkpoint's.
 
-        UserError if the newest good checkpoint has other parameters (each is named), or another tokenizer or data than
-        now (unless settings.force). Damaged checkpoints are named and skipped."""
+        UserError if the newest good checkpoint has different parameters (each is listed), or (unless settings.force) a
+        different tokenizer or data. Damaged checkpoints are reported and skipped."""
         record = self._checkpoints.newest(shapes, force=self.settings.force)
         if record is None:
             self.run.rewind(None)
@@ -109,7 +110,7 @@ class Loop:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         bar = self.run.progress(self.total, self.run.stage, done=self._first - 1)
-        self._bar = self._undo.enter_context(bar)
+        self._bar = self._cleanup.enter_context(bar)
         for step in range(self._first, self.total + 1):
             before = time.monotonic()
             self._batch = next(self.batches)
@@ -118,7 +119,7 @@ class Loop:
             yield step, self._batch
 
     def due(self, step: int, every: int) -> bool:
-        """Whether something that happens every so many steps happens at this one; after the last step, always."""
+        """Whether something done every `every` steps is due at this step; at the last step it always is."""
         return step % every == 0 or step == self.total
 
     def record(
@@ -129,16 +130,16 @@ class Loop:
         heldout: Mapping[str, float] | None = None,
         tokens: int | None = None,
     ) -> dict[str, float]:
-        """Log the step's metrics if it is time, and `heldout` figures in a line of their own; save if it is time or a
-        signal asked for it. Returns the metrics as numbers, or {} when it wasn't time.
+        """Log the step's metrics if due, and any `heldout` metrics in a line of their own; save if due or if a signal
+        asked for it. Returns the metrics as floats, or {} if logging wasn't due.
 
-        Raises `Stopped` after a save that a signal asked for. UserError after too many skipped updates, and when the
+        Raises `Stopped` after a save that a signal asked for, and UserError after too many skipped updates or when the
         disk is full."""
         floats: dict[str, float] = {}
         if self.due(step, self.settings.log_every):
             floats = to_floats(metrics)
             waited, self._waited = self._waited, dict.fromkeys(self._waited, 0.0)
-            count = {"tokens": step * self.tokens} if self.tokens else {}  # Python's int: int32 would overflow
+            count = {"tokens": step * self.tokens} if self.tokens else {}  # a Python int: int32 would overflow
             named = {self.names.get(name, name): value for name, value in floats.items()}
             self.run.log(step, {**named, **count, **waited})
         if self._bar is not None:
@@ -159,19 +160,19 @@ class Loop:
             self._checkpoints.save(step, state)
         if asked:
             self._checkpoints.wait()
-            raise Stopped(f"saved after step {step} of {self.total}; the same command resumes", self._asked or 75)
+            raise Stopped(f"saved after step {step} of {self.total}; the same command resumes", self._exit_code or 75)
 
-    def _check_guard(self, leave: int) -> None:
-        while len(self._unchecked) > leave:
+    def _check_guard(self, unchecked: int) -> None:
+        while len(self._unchecked) > unchecked:
             step, skipped, batch = self._unchecked.popleft()
             before = time.monotonic()
             count = int(np.max(np.asarray(skipped)))
             self._waited["seconds_device"] += time.monotonic() - before
             if count >= self.settings.guard.patience:
                 raise UserError(
-                    f"{count} updates in a row were skipped up to step {step}: loss or gradient was not finite"
+                    f"{count} updates in a row were skipped, the last at step {step}: loss or gradient was not finite"
                     + (" or jumped" if self.settings.guard.spike else "")
-                    + "; the parameters are as before. Look at the last batch "
+                    + "; the parameters are unchanged. Look at the last batch "
                     + f"({_write_batch(self.run.folder / f'bad_batch_{step}.npz', batch)}), or lower the learning rate"
                 )
 
@@ -179,28 +180,28 @@ class Loop:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            several = jax.process_count() > 1  # then jax.distributed hears SIGTERM and tells all processes
+            several = jax.process_count() > 1  # then jax.distributed handles SIGTERM and tells all processes
             for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
-                self._undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+                self._cleanup.callback(signal.signal, number, signal.signal(number, self._on_signal))
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            self.run.say("saving after this step; Ctrl-C once more quits at once")
+            self.run.say("saving after this step; press Ctrl-C again to quit at once")
             if jax.process_count() > 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-        self._asked = 130 if number == signal.SIGINT else 75
+        self._exit_code = 130 if number == signal.SIGINT else 75
 
     def _asked_to_stop(self, step: int) -> bool:
         if jax.process_count() > 1:  # all of them at the same step
             return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self._asked is not None
+        return self._exit_code is not None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._undo.close()
+        self._cleanup.close()
         self._checkpoints.wait(report=kind is None)
 
 

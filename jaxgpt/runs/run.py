@@ -1,4 +1,4 @@
-"""The run folder: what an experiment was asked to do, what it measured, and whether it is done.
+"""The run folder: what an experiment was asked to do, what it measured, and whether it has finished.
 
     with Run(settings.run, settings, "sft", inputs={"pretrain": run_fingerprint(settings.pretrained)}) as run:
         if run.finished:
@@ -40,10 +40,9 @@ with needs_extra("train"):
 
 __all__ = ["Run", "prepare_process", "print_device", "run_fingerprint"]
 
-PLACE_FIELDS = frozenset(
-    {"run", "cache", "fresh", "force", "save"}
-)  # settings that name a place or a way to run, not a result
-OWN_FILES = (  # removed by a restart
+# Settings that say where or how to run, and do not change the result.
+PLACE_FIELDS = frozenset({"run", "cache", "fresh", "force", "save"})
+OWN_FILES = (  # removed when a run starts over
     "done.json",
     "settings.json",
     "metrics.jsonl",
@@ -55,20 +54,20 @@ OWN_FILES = (  # removed by a restart
     "rollouts",
     "checkpoints",
 )
-MAKE_ROOM = "make room, and the same command resumes from the newest checkpoint"
-FLUSH_SECONDS = 10.0  # between two moments at which TensorBoard sees the curves grow
+MAKE_ROOM = "free some space; the same command then resumes from the newest checkpoint"
+FLUSH_SECONDS = 10.0  # between flushes of TensorBoard's event file
 PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def run_fingerprint(folder: Path, stage: str | None = None) -> str:
-    """The fingerprint of a finished run, to pass as an input of a later stage; or of a model that others trained.
-    UserError when `folder` is neither, or not a run of `stage`, if one is given."""
+    """The fingerprint of a finished run (or of a pretrained model from elsewhere), to pass as an input to a later
+    stage. UserError when `folder` holds neither, or when `stage` is given and the run is not of that stage."""
     if stage is None and loading.is_pretrained(folder):
         return loading.fingerprint(folder)
     experiment = (stage, "--run", str(folder)) if stage else ()
     if not (folder / "done.json").exists():
         state = "is not finished" if (folder / "settings.json").exists() else "does not exist or is not a run folder"
-        raise UserError(f"{folder} {state}; run the experiment that makes it first", experiment=experiment)
+        raise UserError(f"{folder} {state}; first run the experiment that makes it", experiment=experiment)
     done = read_json(folder / "done.json")
     if not isinstance(done, dict) or not {"stage", "fingerprint", "results"} <= done.keys():
         raise UserError(
@@ -76,19 +75,19 @@ def run_fingerprint(folder: Path, stage: str | None = None) -> str:
             experiment=(*experiment, "--fresh") if stage else (),
         )
     if stage is not None and done["stage"] != stage:
-        raise UserError(f"{folder} is a run of {done['stage']!r}, and one of {stage!r} is needed; name another folder")
+        raise UserError(f"{folder} is a run of {done['stage']!r}, but one of {stage!r} is needed; give another folder")
     return str(done["fingerprint"])
 
 
 class Run:
     """A run folder, claimed on entry (see the module's docstring).
 
-    A folder with the same stage, settings and inputs is continued: finished -> `finished` is True and `results` holds
-    what it found; not finished -> it resumes from its newest checkpoint (`runs.loop`), and where there is none its
-    files are removed and it starts again. UserError if the folder is not a run's, is another stage's, was made with
-    other settings or inputs (unless `fresh`; or `force`, for one that isn't finished), or is in use by another process.
-    Settings named in PLACE_FIELDS, or in a class variable PLACE_FIELDS of the settings, may differ.
-    With several processes, the first one writes and all get the same answer.
+    If the folder already holds a run with the same stage, settings and inputs, that run is continued. If it has
+    finished, `finished` is True and `results` holds its results. If not, it resumes from its newest checkpoint
+    (`runs.loop`); without a checkpoint, its files are removed and it starts over. UserError if the folder is not a run
+    folder, belongs to another stage, was made with other settings or inputs (unless `fresh`; or `force`, for an
+    unfinished run), or is in use by another process. Settings named in PLACE_FIELDS, here or in a class variable of
+    the settings, may differ. With several processes, only the first one writes, and all see the same outcome.
     """
 
     def __init__(
@@ -104,11 +103,11 @@ class Run:
         self.fresh = getattr(settings, "fresh", False) if fresh is None else fresh
         self.force = getattr(settings, "force", False) if force is None else force
         self.finished = False
-        self._forced = ""  # what differs from the run that is gone on with
+        self._forced = ""  # how the settings differ from those of the run being resumed, under `force`
         self.results: dict[str, Any] = {}
         self.console = Console(highlight=False)
         written = settings_to_json(settings)
-        for name in ("fresh", "force"):  # a replay of settings.json is not to replace the run
+        for name in ("fresh", "force"):  # replaying settings.json must not replace the run
             written.pop(name, None)
         self._record = {"stage": stage, "settings": written, "inputs": dict(inputs or {})}
         self._places = PLACE_FIELDS | set(getattr(type(settings), "PLACE_FIELDS", ()))
@@ -121,22 +120,22 @@ class Run:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the stage, its settings without the places, and the fingerprints of its inputs."""
+        """sha256 (hex) of the stage, its settings except PLACE_FIELDS, and the fingerprints of its inputs."""
         text = json.dumps(_identity(self._record, self._places), sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __enter__(self) -> Self:
-        answer: dict[str, Any] = {}
+        outcome: dict[str, Any] = {}
         if self._first:
             try:
-                answer = {"results": self._claim()}
+                outcome = {"results": self._claim()}
             except UserError as error:
-                answer = {"error": str(error)}
-        answer = broadcast_from_first(answer)
-        if "error" in answer:
+                outcome = {"error": str(error)}
+        outcome = broadcast_from_first(outcome)
+        if "error" in outcome:
             self._files.close()
-            raise UserError(answer["error"])
-        self.finished, self.results = answer["results"] is not None, answer["results"] or {}
+            raise UserError(outcome["error"])
+        self.finished, self.results = outcome["results"] is not None, outcome["results"] or {}
         if self.finished:
             self.say(f"{self.stage}: already done in {self.folder}")
         self._started = time.monotonic()
@@ -156,7 +155,7 @@ class Run:
         return jax.process_index() == 0
 
     def _claim(self) -> dict[str, Any] | None:
-        """The results of a finished run with the same settings, or None after the folder is made ready to start in."""
+        """The results of a finished run with the same settings, or None once the folder is ready to run in."""
         done = self._inspect()
         if done is not None:
             return done
@@ -183,7 +182,7 @@ class Run:
         return None
 
     def _lock(self) -> None:
-        """Held until exit, or until the process ends in any way."""
+        """Lock the folder until exit, or until the process ends for any other reason."""
         lock = self._files.enter_context(open(self.folder / ".lock", "w"))  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,12 +192,12 @@ class Run:
             pass  # some network file systems have no locks
 
     def _open(self) -> None:
-        """Without a buffer: what couldn't be written is not tried again when the file is closed."""
+        """Open both files unbuffered, so that closing them doesn't retry a write that failed."""
         self._metrics = self._files.enter_context(open(self.folder / "metrics.jsonl", "ab", buffering=0))  # noqa: SIM115
         self._log = self._files.enter_context(open(self.folder / "log.txt", "ab", buffering=0))  # noqa: SIM115
 
     def _inspect(self) -> dict[str, Any] | None:
-        """The results of a finished run with the same settings, or None when it is to start; touches nothing."""
+        """The results of a finished run with the same settings, or None if it has yet to run; changes nothing."""
         found = self._read_found()
         if found is None or self.fresh or not self._holds_results():
             return None
@@ -218,7 +217,7 @@ class Run:
         return results if isinstance(results, dict) else None
 
     def _holds_results(self) -> bool:
-        """False for a run that was stopped (by a mistake in its settings, say) before it measured anything."""
+        """False for a run that stopped (because of a wrong setting, say) before it measured anything."""
         metrics = self.folder / "metrics.jsonl"
         if any((self.folder / "checkpoints").glob("*/checkpoint.json")):
             return True
@@ -237,16 +236,16 @@ class Run:
             return None
         found = read_json(path)
         if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("settings", "inputs")):
-            raise UserError(f"{path} is not a run's; choose another --run")
+            raise UserError(f"{path} is not a run's settings file; choose another --run")
         if found.get("stage") != self.stage:
-            stages = f"a run of {found.get('stage')!r}, not {self.stage!r}"
-            raise UserError(f"{self.folder} holds {stages}; choose another --run")
+            mismatch = f"a run of {found.get('stage')!r}, not {self.stage!r}"
+            raise UserError(f"{self.folder} holds {mismatch}; choose another --run")
         return found
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, {"step", "time" (seconds since the start), name: number, …}, and the same curves
-        in TensorBoard. A number that is not finite becomes null and is named under "nonfinite". Waits for jax arrays.
-        """
+        """Append a line to metrics.jsonl, {"step", "time" (seconds since the start), name: number, …}, and add the same
+        numbers to TensorBoard's curves. A number that is not finite becomes null and is listed under "nonfinite".
+        Blocks until JAX arrays are ready."""
         numbers = {name: float(value) for name, value in metrics.items()}
         if self._metrics is None:
             return
@@ -257,7 +256,7 @@ class Run:
             line["nonfinite"] = sorted(numbers.keys() - finite.keys())
         try:
             text = (json.dumps(line, allow_nan=False) + "\n").encode()
-            while text:  # a disk that is nearly full takes a part
+            while text:  # a nearly full disk may take only part of it
                 text = text[self._metrics.write(text) :]
             if self._curves is None:
                 self._curves = _Curves(self.folder / "tensorboard", int(step))
@@ -269,7 +268,7 @@ class Run:
             self._wandb.log(finite, step=int(step))
 
     def position(self) -> dict[str, float]:
-        """Where the metrics stand, for `rewind`; they are on the disk (or in the bucket) up to there."""
+        """The current end of the metrics, for `rewind`; all before it is safely on the disk (or in the bucket)."""
         end = 0
         if self._metrics is not None:
             with contextlib.suppress(OSError):
@@ -278,18 +277,18 @@ class Run:
         return {"metrics_bytes": end, "seconds": time.monotonic() - self._started}
 
     def rewind(self, position: Mapping[str, float] | None) -> None:
-        """Drop the metrics written after `position` (None: all of them), the torn line of a killed run included."""
+        """Drop the metrics written after `position` (None: all), including the incomplete last line of a killed run."""
         end, seconds = (0, 0.0) if position is None else (int(position["metrics_bytes"]), position["seconds"])
         self._started = time.monotonic() - seconds
         if self._metrics is None:
             return
         found = os.fstat(self._metrics.fileno()).st_size
         if found < end:
-            self.say(f"WARNING: metrics.jsonl has {found} bytes, and had {end} at the checkpoint: figures are missing")
+            self.say(f"WARNING: metrics.jsonl has {found} bytes but had {end} at the checkpoint: some metrics are lost")
         os.truncate(self._metrics.fileno(), min(found, end))
 
     def say(self, text: str) -> None:
-        """A milestone: one line on the terminal (above a live bar) and in log.txt."""
+        """Report a milestone in one line, on the terminal (above a live progress bar) and in log.txt."""
         if not self._first:
             return
         if self.console.is_terminal:
@@ -297,17 +296,17 @@ class Run:
         else:
             print(text, flush=True)
         if self._log is not None:
-            with contextlib.suppress(OSError):  # a full disk: it has been said, and metrics and checkpoints will stop
+            with contextlib.suppress(OSError):  # full disk: the line was printed, and saving will stop the run
                 self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n".encode())
 
     def progress(self, total: int, label: str, done: int = 0) -> contextlib.AbstractContextManager[Bar]:
-        """`with run.progress(steps, "pretrain") as bar: bar.update(1, tokens=4096, loss=2.3)`. `done` of them were done
-        before."""
+        """`with run.progress(steps, "pretrain") as bar: bar.update(1, tokens=4096, loss=2.3)`. `done` of the
+        total were done by an earlier process."""
         return progress_bar(self.console, total, label, done=done, quiet=not self._first)
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """Mark the run as done, and return its results. They come back from later runs of the same settings, so they
-        must be JSON: numbers (arrays become numbers or lists, NaN becomes null), text, lists and dicts."""
+        """Mark the run as done, and return its results. Later runs with the same settings read them from done.json, so
+        they must be JSON values: numbers (arrays become numbers or lists, NaN becomes null), text, lists and dicts."""
         self.finished, self.results = True, plain(results)
         if self._first:
             done = {"stage": self.stage, "fingerprint": self.fingerprint, "results": self.results}
@@ -318,7 +317,7 @@ class Run:
 
 
 class _Curves:
-    """TensorBoard's event file, written by the caller's own thread, so that an error reaches the caller."""
+    """TensorBoard's event file, written in the caller's own thread, so that an error reaches the caller."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         with needs_extra("train"):
@@ -328,7 +327,7 @@ class _Curves:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # what was drawn from this step on is dropped
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # TensorBoard drops older points from here on
         self._writer.write_event(self._event(wall_time=time.time(), step=first_step, session_log=start))
         self._flushed = 0.0
 
@@ -351,7 +350,7 @@ def _identity(record: Mapping[str, Any], places: frozenset[str] | set[str]) -> d
 
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Such as "lr: 0.001 there, 0.003 now", or an empty string."""
+    """For example "lr: 0.001 there, 0.003 now"; an empty string if nothing differs."""
     old, new = flatten_json(there["settings"]), flatten_json(now["settings"])
     absent = "absent"
     changed = [
@@ -382,7 +381,7 @@ def _import_wandb() -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Results as JSON values."""
+    """Convert results to JSON values."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

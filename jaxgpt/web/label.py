@@ -1,9 +1,10 @@
-"""The page on which people rank answers: its calls, over a `votes.Store`.
+"""The page on which people rank answers: its API calls, backed by a `votes.Store`.
 
     app = label.application(store, LabelConfig(), ServeConfig(), token="")
 
-Answers are blind, and shuffled anew for each annotator and each time a prompt is shown again; an answer that an
-annotator writes is inserted at a random place and moves no other. A vote is on disk before its call is answered.
+Annotators don't see where an answer comes from. The answers are reshuffled for each annotator and each time a prompt is
+shown again; an answer that an annotator writes is inserted at a random place, and the others keep their order. A vote
+is on disk before its request is answered.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ with needs_extra("web"):
 class LabelConfig:
     """Which prompts each annotator gets."""
 
-    overlap: float = 0.15  # fraction of prompts that every annotator gets, to measure how far they agree
+    overlap: float = 0.15  # fraction of prompts that every annotator gets, to measure how well they agree
     repeat: float = 0.04  # fraction of votes on a prompt the annotator has seen before, to measure their consistency
 
     def __post_init__(self) -> None:
@@ -45,10 +46,10 @@ def application(
     token: str,
     preparing: Callable[[], str] = lambda: "",
 ) -> server.Guard:
-    """The label page and its calls. `preparing` says what is being prepared in the background, '' for nothing."""
+    """The label page and its API calls. `preparing` returns what is being prepared in the background, or ''."""
     progress = LabelStatistics(store, config.overlap)
 
-    def show(task: votes.Task | None, annotator: str) -> dict[str, Any]:
+    def page_state(task: votes.Task | None, annotator: str) -> dict[str, Any]:
         shown = None
         if task:
             order = insertion_shuffle(len(task.answers), f"{task.id} {annotator} {store.judged(task.id, annotator)}")
@@ -58,7 +59,7 @@ def application(
 
     def next_task(annotator: str) -> dict[str, Any]:
         task, _ = store.next_task(annotator, **dataclasses.asdict(config)) or (None, False)
-        return show(task, annotator)
+        return page_state(task, annotator)
 
     def vote(data: dict[str, Any], annotator: str) -> dict[str, Any]:
         tiers = require_field(data, "tiers", list)
@@ -66,7 +67,7 @@ def application(
         if not all(isinstance(tier, list) for tier in tiers):
             raise server.RequestRefused(400, "tiers must be lists of answers")
         if not all(type(i) is int for i in [*shown, *(i for tier in tiers for i in tier)]):
-            raise server.RequestRefused(400, "answers must be given as whole numbers, their indices")
+            raise server.RequestRefused(400, "answers must be given by their indices, as whole numbers")
         store.vote(
             votes.Vote(
                 id=require_field(data, "id", str),
@@ -83,17 +84,16 @@ def application(
     def undo(data: dict[str, Any], annotator: str) -> dict[str, Any]:
         task = store.undo(annotator, require_field(data, "id", str))
         if task is None:
-            raise server.RequestRefused(409, "you have no vote to take back")
-        return show(task, annotator)
+            raise server.RequestRefused(409, "you have no vote to undo")
+        return page_state(task, annotator)
 
     def answer(data: dict[str, Any], annotator: str) -> dict[str, Any]:
         origin = {"by": annotator, "edited": require_field(data, "edited", int, None)}
         written = votes.Answer(require_field(data, "text", str).strip(), origin=origin)
-        return show(
-            store.add_answer(require_field(data, "task", str), written, require_field(data, "id", str)), annotator
-        )
+        task = store.add_answer(require_field(data, "task", str), written, require_field(data, "id", str))
+        return page_state(task, annotator)
 
-    def call(function: Callable[[dict[str, Any], str], dict[str, Any]]) -> server.Call:
+    def make_call(function: Callable[[dict[str, Any], str], dict[str, Any]]) -> server.Call:
         async def handle(data: dict[str, Any]) -> dict[str, Any]:
             name = checked_text(require_field(data, "annotator", str), "annotator", blank=True).strip()
             if not 1 <= len(name) <= 64:
@@ -103,16 +103,16 @@ def application(
         return handle
 
     calls = {
-        "next": call(lambda data, annotator: next_task(annotator)),
-        "vote": call(vote),
-        "undo": call(undo),
-        "answer": call(answer),
+        "next": make_call(lambda data, annotator: next_task(annotator)),
+        "vote": make_call(vote),
+        "undo": make_call(undo),
+        "answer": make_call(answer),
     }
     return server.application("label", calls, serve, token)
 
 
 def insertion_shuffle(count: int, seed: str) -> list[int]:
-    """A random order made by inserting each number among those before it: one more leaves the others in order."""
+    """A random order, made by inserting each number among those before it: a larger count keeps the others' order."""
     rng, order = random.Random(seed), list[int]()
     for number in range(count):
         order.insert(rng.randrange(number + 1), number)
@@ -120,15 +120,15 @@ def insertion_shuffle(count: int, seed: str) -> list[int]:
 
 
 class LabelStatistics:
-    """Progress, speed and agreement, as the page shows them. Agreement is recomputed at most every `every` seconds,
-    because it reads all votes."""
+    """Progress, speed and agreement, as the page shows them. Agreement reads all votes, so it is
+    recomputed at most once in `every` seconds."""
 
     def __init__(self, store: votes.Store, overlap: float = 0.0, every: float = 3.0) -> None:
         self.store, self.overlap, self.every = store, overlap, every
         self._cache: dict[str | None, tuple[float, dict[str, Any] | None]] = {}
 
     def of(self, annotator: str) -> dict[str, Any]:
-        """One annotator's statistics."""
+        """The statistics shown to one annotator."""
         seconds = self.store.seconds(annotator, 50)
         return {
             "mine": self.store.count(annotator),
@@ -142,9 +142,9 @@ class LabelStatistics:
     def _agreement(self, annotator: str | None) -> dict[str, Any] | None:
         """Agreement of one annotator with themselves, or, for None, between all annotators."""
         now = time.monotonic()
-        when, known = self._cache.get(annotator, (-np.inf, None))
-        if now - when > self.every:
-            found = votes.agreement(self.store.votes(annotator), within=annotator is not None)
-            known = {**dataclasses.asdict(found), "kappa": found.kappa} if found else None
-            self._cache[annotator] = now, known
-        return known
+        computed_at, cached = self._cache.get(annotator, (-np.inf, None))
+        if now - computed_at > self.every:
+            agreement = votes.agreement(self.store.votes(annotator), within=annotator is not None)
+            cached = {**dataclasses.asdict(agreement), "kappa": agreement.kappa} if agreement else None
+            self._cache[annotator] = now, cached
+        return cached

@@ -1,11 +1,11 @@
-"""A person as the reward in the reinforcement learning loop, in place of a learned reward model.
+"""A person as the reward function of reinforcement learning, in place of a learned reward model.
 
-    person = Person(store, "ada")                   # a host reward function: (prompts, answers) -> scores
+    person = HumanReward(store, "ada")              # a host reward function: (prompts, answers) -> rewards
     app = rate.application(person, ServeConfig(), token)
 
-The loop calls `person(prompts, answers)` and waits; the page shows one answer after another and takes one to five
-stars. Every rating is on disk before its call is answered: a loop restarted with the same answers asks only for
-the missing ones.
+The loop calls `person(prompts, answers)` and waits; the page shows one answer after another and asks for one to five
+stars. Every rating is on disk before its request is answered: a loop restarted with the same answers asks only for
+those that are still unrated.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ with needs_extra("web"):
 
 @dataclasses.dataclass(frozen=True)
 class RatingItem:
-    """An answer that waits for its rating."""
+    """An answer that is waiting for a rating."""
 
     id: str
     prompt: str
@@ -36,7 +36,9 @@ class RatingItem:
 
 
 class HumanReward:
-    """reward_fn(prompts, answers) -> stars - 3, [B] float32, -2 to 2. `waited`: total seconds spent in calls."""
+    """reward_fn(prompts, answers) -> stars - 3, [B] float32, -2 to 2.
+
+    `waited`: total seconds that calls waited for the person."""
 
     def __init__(self, store: votes.Store, annotator: str = "person") -> None:
         self.store, self.annotator = store, annotator
@@ -63,12 +65,12 @@ class HumanReward:
         return np.array(stars, np.float32) - 3
 
     def state(self) -> dict[str, Any]:
-        """What the page shows: the next item that the loop waits for."""
+        """What the page shows: the next unrated item, and how many of this call have been rated."""
         with self._change:
-            left = [item for item in self._items if self.store.rating(item.id) is None]
+            unrated = [item for item in self._items if self.store.rating(item.id) is None]
             return {
-                "item": dataclasses.asdict(left[0]) if left else None,
-                "rated": len(self._items) - len(left),
+                "item": dataclasses.asdict(unrated[0]) if unrated else None,
+                "rated": len(self._items) - len(unrated),
                 "of": len(self._items),
                 "about": self.about,
                 "finished": self.finished,
@@ -86,7 +88,7 @@ class HumanReward:
 
 
 def application(person: HumanReward, serve: ServeConfig, token: str) -> server.Guard:
-    """The rating page and its calls."""
+    """The rating page and its API calls."""
 
     async def state(data: dict[str, Any]) -> Any:
         return await run_in_threadpool(person.state)

@@ -96,7 +96,7 @@ def test_a_host_reward_gives_the_numbers_of_the_same_reward_in_jax():
 
     iteration = ppo.host_iteration(policy=POLICY, ppo=PPO, tx=SGD, reward_fn=on_host)
     while wrong:
-        with pytest.raises(UserError, match="one finite number each"):
+        with pytest.raises(UserError, match="one finite number per answer"):
             iteration(*start(), prompts(), jax.random.key(0))
     found, _, _, metrics = iteration(*start(), prompts(), jax.random.key(0))
     metrics, (state, expected) = training.to_floats(metrics), two_iterations()[1]

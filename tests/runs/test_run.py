@@ -131,7 +131,7 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path):
     with pytest.raises(UserError, match="can't write to the run folder"):
         finish(tmp_path / "thesis.tex" / "below")
     (tmp_path / "settings.json").write_text('{"editor": "vim"}')
-    with pytest.raises(UserError, match="is not a run's"):
+    with pytest.raises(UserError, match="is not a run's settings file"):
         finish(tmp_path)
 
 
@@ -166,15 +166,15 @@ def test_the_fingerprint_follows_what_decides_the_result(tmp_path):
 
 
 def test_a_later_stage_needs_a_finished_run(tmp_path):
-    with pytest.raises(UserError, match=r"none does not exist .*; run the experiment") as failed:
+    with pytest.raises(UserError, match=r"none does not exist .*; first run the experiment") as failed:
         run_fingerprint(tmp_path / "none", "sft")
     assert failed.value.experiment == ("sft", "--run", str(tmp_path / "none"))
     with Run(tmp_path / "half", Settings(), "sft"):
         pass
-    with pytest.raises(UserError, match="half is not finished; run the experiment"):
+    with pytest.raises(UserError, match="half is not finished; first run the experiment"):
         run_fingerprint(tmp_path / "half", "sft")
     finish(tmp_path / "done")
-    with pytest.raises(UserError, match="is a run of 'sft', and one of 'pretrain' is needed"):
+    with pytest.raises(UserError, match="is a run of 'sft', but one of 'pretrain' is needed"):
         run_fingerprint(tmp_path / "done", "pretrain")
     (tmp_path / "done" / "done.json").write_text("{}")
     with pytest.raises(UserError, match="is damaged"):
