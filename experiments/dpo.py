@@ -7,6 +7,7 @@ h(x, y) = beta log( pi(y|x) / rho(y|x) ) replaces the reward in the reward model
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ import optax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import fit_preferences, max_sizes, tokenize_preferences
+from jaxgpt.data.comparisons import MaxSizes, fit_preferences, max_sizes, tokenize_preferences
 from jaxgpt.models import lora, sharding
 from jaxgpt.rlhf.dpo import make_loss
 from jaxgpt.rlhf.policies import transformer_policy
@@ -65,7 +66,7 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
     return optim.adamw(schedule, weight_decay=0.0, b2=0.999)
 
 
-def start(settings: Settings, params: Params, tx: optax.GradientTransformation) -> TrainState:
+def start(settings: Settings, tx: optax.GradientTransformation, params: Params) -> TrainState:
     """The first state: a policy and a frozen copy of it, or adapters and the frozen weights that they adapt."""
     if settings.lora:
         adapters = lora.init(jax.random.key(settings.seed), params, settings.lora)
@@ -74,14 +75,13 @@ def start(settings: Settings, params: Params, tx: optax.GradientTransformation) 
 
 
 def build(
-    settings: Settings, config: ModelConfig, size: tuple[int, int, int], steps: int, mesh: jax.sharding.Mesh
+    settings: Settings, config: ModelConfig, size: MaxSizes, steps: int, mesh: jax.sharding.Mesh
 ) -> Program[Preferences]:
-    """The program that `main` runs. `size`: candidates, tokens of the longest row, tokens of the longest answer."""
-    policy = transformer_policy(config, new_tokens=size[2], temperature=settings.temperature)
+    """The program that `main` runs."""
+    policy = transformer_policy(config, new_tokens=size.answer, temperature=settings.temperature)
     tx, loss, params = optimizer(settings, steps), make_loss(policy, settings.beta), shapes_of(config)
-    batch = Preferences.shapes(settings.batch, size[0], size[1])
-    parts, spike = settings.microbatches, settings.guard.spike
-    begin = lambda params: start(settings, params, tx)  # noqa: E731
+    batch = Preferences.shapes(settings.batch, size.candidates, size.row)
+    parts, spike, begin = settings.microbatches, settings.guard.spike, functools.partial(start, settings, tx)
     return make_program(loss, tx, config, mesh, begin, params, batch, microbatches=parts, spike=spike)
 
 
@@ -99,19 +99,18 @@ def main(settings: Settings) -> dict[str, Any]:
         size = max_sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
         form = {"seed": settings.seed, "epochs": settings.epochs, "part": share.index, "parts": share.count}
-        batches = pipelines.preference_batches(rankings, size[1], settings.batch, **form)
+        batches = pipelines.preference_batches(rankings, size.row, settings.batch, **form)
         program = build(settings, config, size, steps, mesh)
-        state = sharding.place_like(start(settings, sft, optimizer(settings, steps)), program.state)
-        run.say(f"dpo: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
-        tokens = settings.batch * size[0] * size[1]
+        state = sharding.place_like(start(settings, optimizer(settings, steps), sft), program.state)
+        run.say(f"dpo: {len(rankings):,} preferences of up to {size.candidates} answers ({dropped} too long, dropped)")
+        tokens = settings.batch * size.candidates * size.row
         with Loop(run, settings, tok, steps, batches, config.vocab, tokens, NAMES) as loop:
             state = loop.restore(program.state, lambda: state)
             for i, arrays in loop:
                 state, metrics = program.step(state, sharding.place_local_rows(Preferences.of(arrays), mesh), None)
                 loop.record(i, state, metrics)
-        policy = transformer_policy(config, new_tokens=size[2], temperature=settings.temperature)
-        loss = jit_on(mesh, make_loss(policy, settings.beta))
-        evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size[1], settings.batch)]
+        loss = jit_on(mesh, program.loss)
+        evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size.row, settings.batch)]
         found = evaluate(loss, state.params, evaluation, mesh)
         results = {"heldout_nll": found["loss"], "heldout_accuracy": found["accuracy"]}
         run.log(steps, results)

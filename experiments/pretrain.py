@@ -122,7 +122,7 @@ def main(settings: Settings) -> dict[str, Any]:
         dropout_key = sharding.replicate(dropout_key, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, program.state)
         begin = jax.jit(functools.partial(start, settings), out_shardings=shardings)
-        loss = jit_on(mesh, make_nll(settings.model))
+        loss = jit_on(mesh, program.loss)
         tokens = settings.batch * settings.model.block
         run.say(
             f"pretrain: {transformer.count_parameters(program.state.trainable):,} weights, {data.tokens:,} tokens in "

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import numpy as np
 import optax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import TokenizedPreference, fit_preferences, max_sizes, tokenize_preferences
+from jaxgpt.data.comparisons import MaxSizes, TokenizedPreference, fit_preferences, max_sizes, tokenize_preferences
 from jaxgpt.models import lora, sharding
 from jaxgpt.rlhf import reward
 from jaxgpt.rlhf.annotator import simulated_ceiling
@@ -80,36 +79,17 @@ def first_state(settings: Settings, params: Params, tx: optax.GradientTransforma
 
 
 def build(
-    settings: Settings, config: ModelConfig, size: tuple[int, int, int], steps: int, mesh: jax.sharding.Mesh
+    settings: Settings, config: ModelConfig, size: MaxSizes, steps: int, mesh: jax.sharding.Mesh
 ) -> Program[Preferences]:
-    """The training step that `main` runs. `size`: candidates per prompt, then the lengths in tokens of the longest row
-    and of the longest answer."""
+    """The training step that `main` runs."""
     tx, params, loss = optimizer(settings, steps), shapes_of(config), reward.make_loss(config)
-    batch = Preferences.shapes(settings.batch, size[0], size[1])
+    batch = Preferences.shapes(settings.batch, size.candidates, size.row)
     parts, spike = settings.microbatches, settings.guard.spike
 
     def begin(params: Params) -> TrainState:
         return first_state(settings, reward.init(jax.random.key(0), params, config.width), tx)
 
     return make_program(loss, tx, config, mesh, begin, params, batch, microbatches=parts, spike=spike)
-
-
-def measure(
-    params: Params,
-    config: ModelConfig,
-    heldout: list[TokenizedPreference],
-    length: int,
-    batch: int,
-    mesh: jax.sharding.Mesh,
-) -> reward.Heldout:
-    """How well the model predicts the held-out preferences, computed in batches of one shape."""
-    program = jit_on(mesh, lambda params, batch: reward.candidate_scores(params, config, batch))
-    parts = []
-    for arrays in pipelines.preference_eval(heldout, length, batch):
-        real = arrays["present"].any(1)  # not padding of the last batch
-        score_BC = np.asarray(program(params, sharding.place_whole(Preferences.of(arrays), mesh)))
-        parts.append((score_BC[real], arrays["choice"][real], arrays["present"][real]))
-    return reward.heldout_figures(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -127,21 +107,24 @@ def main(settings: Settings) -> dict[str, Any]:
         size = max_sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
         order = {"seed": settings.seed, "epochs": settings.epochs, "part": share.index, "parts": share.count}
-        batches = pipelines.preference_batches(rankings, size[1], settings.batch, **order)
+        batches = pipelines.preference_batches(rankings, size.row, settings.batch, **order)
         program = build(settings, config, size, steps, mesh)
-        reference = reference_rows(heldout, size[1], settings.reference_samples)
+        reference = reference_rows(heldout, size.row, settings.reference_samples)
         normalise = jit_on(mesh, lambda params: reward.normalise_on(params, config, reference))
         params = normalise(sharding.replicate(reward.init(jax.random.key(settings.seed), start, config.width), mesh))
         params = {**params, "head": jax.tree.map(lambda w: w * settings.first_spread, params["head"])}
         state = sharding.place_like(first_state(settings, params, optimizer(settings, steps)), program.state)
-        run.say(f"reward: {len(rankings):,} preferences of up to {size[0]} answers ({dropped} too long, dropped)")
-        tokens = settings.batch * size[0] * size[1]
+        run.say(
+            f"reward: {len(rankings):,} preferences of up to {size.candidates} answers ({dropped} too long, dropped)"
+        )
+        tokens = settings.batch * size.candidates * size.row
         with Loop(run, settings, tok, steps, batches, config.vocab, tokens, NAMES) as loop:
             state = loop.restore(program.state, lambda: state)
             for i, arrays in loop:
                 state, metrics = program.step(state, sharding.place_local_rows(Preferences.of(arrays), mesh), None)
                 loop.record(i, state, metrics)
-        figures = measure(state.params, config, heldout, size[1], settings.batch, mesh)
+        evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size.row, settings.batch)]
+        figures = reward.evaluate(state.params, config, evaluation, mesh)
         ceiling = simulated_ceiling(preference.meta for preference in heldout_preferences)
         run.log(steps, {f"heldout_{name}": getattr(figures, name) for name in ("accuracy", "nll", "calibration_error")})
         ceiling_text = f", the annotator's own ceiling {ceiling:.1%}" if ceiling else ""

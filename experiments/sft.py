@@ -8,6 +8,7 @@ wipe out what pretraining taught, so the loss on pretraining's held-out text is 
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -70,7 +71,7 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
     return optim.adamw(schedule, weight_decay=settings.weight_decay)
 
 
-def start(settings: Settings, params: Params, tx: optax.GradientTransformation) -> TrainState:
+def start(settings: Settings, tx: optax.GradientTransformation, params: Params) -> TrainState:
     """The state of step 0: all weights are trained, or only adapters beside them."""
     trainable, frozen = lora.split_trainable(jax.random.key(settings.seed), params, settings.lora)
     return init_state(trainable, tx, frozen)
@@ -80,11 +81,7 @@ def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> P
     """The training step that `main` runs."""
     tx, loss, params = optimizer(settings), make_nll(config), shapes_of(config)
     batch = Batch.shapes(settings.batch, min(settings.length, config.block), packed=True)
-    parts, spike = settings.microbatches, settings.guard.spike
-
-    def begin(params: Params) -> TrainState:
-        return start(settings, params, tx)
-
+    parts, spike, begin = settings.microbatches, settings.guard.spike, functools.partial(start, settings, tx)
     return make_program(loss, tx, config, mesh, begin, params, batch, microbatches=parts, spike=spike)
 
 
@@ -127,9 +124,9 @@ def main(settings: Settings) -> dict[str, Any]:
         length = min(settings.length, config.block)
         program = build(settings, config, mesh)
         data = prepare(settings, tok, length, sharding.process_row_shard(mesh))
-        state = sharding.place_like(start(settings, params, optimizer(settings)), program.state)
+        state = sharding.place_like(start(settings, optimizer(settings), params), program.state)
         dropout_key = sharding.replicate(jax.random.key(settings.seed), mesh)
-        loss = jit_on(mesh, make_nll(config))
+        loss = jit_on(mesh, program.loss)
         before, answers = (evaluate(loss, state.params, part, mesh)["loss"] for part in (data.raw, data.answers))
         run.say(
             f"sft: {data.examples:,} examples ({data.dropped} too long, dropped) · "

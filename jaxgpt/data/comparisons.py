@@ -8,7 +8,7 @@ Such a file can be written by hand; only these three fields are required:
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jaxgpt.data.jsonl import checked_text, read_rows, write_rows
 from jaxgpt.data.tokenizer import Row, Tokenizer, example_ids
@@ -99,11 +99,19 @@ def tokenize_preferences(tok: Tokenizer, preferences: Iterable[Preference]) -> l
     return rankings
 
 
-def max_sizes(rankings: Sequence[TokenizedPreference]) -> tuple[int, int, int]:
+class MaxSizes(NamedTuple):
+    """The largest of several preferences: what their batches are padded to."""
+
+    candidates: int  # per prompt
+    row: int  # tokens of prompt and answer
+    answer: int  # tokens
+
+
+def max_sizes(preferences: Sequence[TokenizedPreference]) -> MaxSizes:
     """The maximum number of candidates per prompt, of tokens per row and of tokens per answer."""
-    rows = [row for ranking in rankings for row in ranking.rows]
-    candidates = max(len(ranking.rows) for ranking in rankings)
-    return candidates, max(len(ids) for ids, _ in rows), max(sum(roles) for _, roles in rows)
+    rows = [row for preference in preferences for row in preference.rows]
+    candidates = max(len(preference.rows) for preference in preferences)
+    return MaxSizes(candidates, max(len(ids) for ids, _ in rows), max(sum(roles) for _, roles in rows))
 
 
 def fit_preferences(rankings: Sequence[TokenizedPreference], length: int) -> tuple[list[TokenizedPreference], int]:

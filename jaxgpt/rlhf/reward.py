@@ -6,19 +6,21 @@ Gain and bias are set so that h has mean 0 and standard deviation 1 on samples f
 2020). Parameters: {'model': GPT, 'head': scalar head, 'gain': (), 'bias': ()}.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.losses import Mean, returns
-from jaxgpt.models import transformer
+from jaxgpt.models import sharding, transformer
 from jaxgpt.rlhf.intervals import calibration
 from jaxgpt.structs import Array, Batch, Params, Preferences
-from jaxgpt.training.step import LossFn, Metrics
+from jaxgpt.training.step import LossFn, Metrics, jit_on
 
 
 def init(key: Array, params: Params, width: int) -> Params:
@@ -93,3 +95,14 @@ def heldout_figures(score_BC: np.ndarray, choice_B: np.ndarray, present_BC: np.n
         calibration=table,
         calibration_error=error,
     )
+
+
+def evaluate(params: Params, config: ModelConfig, batches: Iterable[Preferences], mesh: Mesh) -> Heldout:
+    """`heldout_figures` of host batches of one shape; rows without any candidate are padding and don't count."""
+    program = jit_on(mesh, lambda params, batch: candidate_scores(params, config, batch))
+    parts = []
+    for batch in batches:
+        real_B = np.asarray(batch.present_BC).any(1)
+        score_BC = np.asarray(program(params, sharding.place_whole(batch, mesh)))
+        parts.append((score_BC[real_B], batch.choice_B[real_B], batch.present_BC[real_B]))
+    return heldout_figures(*(np.concatenate(part) for part in zip(*parts, strict=True)))

@@ -91,7 +91,7 @@ def favourite_accuracy(
     task: Task, config: ModelConfig, params: Params, rankings: Sequence[TokenizedPreference]
 ) -> float:
     """The fraction of preferences whose favourite gets the highest score."""
-    length, hits = max_sizes(rankings)[1], []
+    length, hits = max_sizes(rankings).row, []
     program = jax.jit(lambda batch: reward.candidate_scores(params, config, batch))
     for arrays in pipelines.preference_eval(rankings, length, min(64, len(rankings))):
         present = arrays["present"]

@@ -53,8 +53,9 @@ Step = Callable[[TrainState, Data, Array | None], tuple[TrainState, Metrics]]
 
 @dataclasses.dataclass(frozen=True)
 class Program(Generic[Data]):
-    """A jitted step and what it is compiled for: shapes, dtypes and shardings of its state and of its batch."""
+    """A loss, its jitted step, and what that is compiled for: shapes, dtypes and shardings of state and batch."""
 
+    loss: LossFn[Data]
     step: Step[Data]
     state: TrainState
     batch: Data
@@ -220,7 +221,8 @@ def make_program(
     sharding.check_model(config, mesh)
     sharding.check_batch(jax.tree.leaves(batch)[0].shape[0], microbatches, mesh)
     state = shapes_on(mesh, start, argument)
-    return Program(jit_step(loss_fn, tx, mesh, state, microbatches=microbatches, spike=spike), state, batch)
+    step = jit_step(loss_fn, tx, mesh, state, microbatches=microbatches, spike=spike)
+    return Program(loss_fn, step, state, batch)
 
 
 def jit_on(
@@ -254,8 +256,8 @@ def pmap_step(loss_fn: LossFn[Data], tx: optax.GradientTransformation, *, microb
 def shapes_on(
     mesh: Mesh, make: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """Shapes and dtypes of make(*args), each with its sharding by `transformer.PARTITION`; no array is made."""
-    shapes = jax.eval_shape(make, *args)
+    """Shapes and dtypes of what make(...) returns, each with its sharding by `transformer.PARTITION`; no array is made."""
+    shapes = jax.eval_shape(make, *args, **kwargs)
     return sharding.with_shardings(shapes, sharding.shardings_by_path(shapes, transformer.PARTITION, mesh))
 
 

@@ -23,7 +23,7 @@ from experiments.studies import (
 from jaxgpt import training
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, sources, votes
-from jaxgpt.data.comparisons import fit_preferences, read_preferences, tokenize_preferences, write_preferences
+from jaxgpt.data.comparisons import MaxSizes, fit_preferences, read_preferences, tokenize_preferences, write_preferences
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import make_mesh
@@ -288,8 +288,8 @@ def test_gpu_presets_fit_together():
     steps = (
         pretrain.build(gpu.pretrain, mesh),
         sft.build(gpu.sft, config, mesh),
-        reward.build(gpu.reward, config, (4, 88, 41), 100, mesh),
-        dpo.build(gpu.dpo, config, (4, 88, 41), 100, mesh),
+        reward.build(gpu.reward, config, MaxSizes(4, 88, 41), 100, mesh),
+        dpo.build(gpu.dpo, config, MaxSizes(4, 88, 41), 100, mesh),
     )
     for program in steps:
         new_state, _ = jax.eval_shape(program.step, program.state, program.batch, None)
@@ -319,8 +319,8 @@ def test_the_gpu_preset_steps():
     for name, program in {
         "pretrain": pretrain.build(two(gpu.pretrain, model=config), mesh),
         "sft": sft.build(two(gpu.sft), config, mesh),
-        "reward": reward.build(two(gpu.reward), config, (2, 16, 8), 10, mesh),
-        "dpo": dpo.build(two(gpu.dpo), config, (2, 16, 8), 10, mesh),
+        "reward": reward.build(two(gpu.reward), config, MaxSizes(2, 16, 8), 10, mesh),
+        "dpo": dpo.build(two(gpu.dpo), config, MaxSizes(2, 16, 8), 10, mesh),
     }.items():
         state, batch = some(program.state), some(program.batch)
         trainable = {"policy": params} if name == "dpo" else {"model": params} if name == "reward" else params
