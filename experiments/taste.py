@@ -86,7 +86,7 @@ class Answering:
     def run(self) -> None:
         try:
             for task in self.store.tasks().values():  # of an earlier session
-                self.features[task.id] = self.measure(task.prompt, [answer.text for answer in task.answers])
+                self.keep_features(task, self.measure(task.prompt, [answer.text for answer in task.answers]))
             done = self.store.prompts()
             left = [text for text in self.learn if text not in done]
             for at in range(0, len(left), ROUND):
@@ -146,10 +146,21 @@ class Answering:
         task = votes.Task(prompt, tuple(votes.Answer(text, True, own) for text, own in zip(texts, origin, strict=True)))
         if part == LEARN and len(set(texts)) < 2:
             return
-        self.features[task.id] = self.measure(prompt, texts)
+        self.keep_features(task, self.measure(prompt, texts))
+        self.store.add_task(task)
+
+    def keep_features(self, task: votes.Task, feature_CF: np.ndarray) -> None:
         with self.changed:
-            self.store.add_task(task)
+            self.features[task.id] = feature_CF
             self.changed.notify_all()
+
+    def features_of(self, task: str) -> np.ndarray:
+        """The features of a task's answers, [answers, F]; waits until they are measured."""
+        with self.changed:
+            self.changed.wait_for(lambda: task in self.features or self.error)
+            if task not in self.features:
+                raise UserError(self.error)
+            return self.features[task]
 
 
 class Asker:
@@ -198,7 +209,7 @@ def learn(asker: Asker, ridge: float) -> tuple[LinearReward, int, int, float]:
         raise UserError(f"{len(found)} picks are too few for a reward; pick more answers, skip fewer")
     most = max(len(vote.shown) for _, vote in found)
     feature_BCF = np.stack(
-        [np.pad(x, ((0, most - len(x)), (0, 0))) for x in (asker.answering.features[task] for task, _ in found)]
+        [np.pad(x, ((0, most - len(x)), (0, 0))) for x in (asker.answering.features_of(task) for task, _ in found)]
     )
     present_BC = np.array([np.arange(most) < len(vote.shown) for _, vote in found])
     choice_B = np.array([vote.tiers[0][0] for _, vote in found])

@@ -256,7 +256,7 @@ def pmap_step(loss_fn: LossFn[Data], tx: optax.GradientTransformation, *, microb
 def shapes_on(
     mesh: Mesh, make: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """Shapes and dtypes of what make(...) returns, each with its sharding by `transformer.PARTITION`; no array is made."""
+    """Shapes of what make(...) returns, each with its sharding by `transformer.PARTITION`; no array is made."""
     shapes = jax.eval_shape(make, *args, **kwargs)
     return sharding.with_shardings(shapes, sharding.shardings_by_path(shapes, transformer.PARTITION, mesh))
 
