@@ -75,6 +75,7 @@ class Answering:
         self.features: dict[str, np.ndarray] = {}  # task id -> [answers, F]
         self.reward: LinearReward | None = None  # set once it is fitted: then the blind tasks are made
         self.changed, self.error = threading.Condition(), ""
+        self.complete: set[str] = set()  # parts of which all tasks are in the store
         rng = np.random.default_rng(settings.seed)
         self.learn = [str(text) for text in rng.permutation(questions())[: settings.prompts]]
         self.new = [str(text) for text in rng.permutation(questions(held_out=True))[: settings.blind]]
@@ -93,9 +94,9 @@ class Answering:
                 chosen = left[at : at + ROUND]
                 for prompt, texts in zip(chosen, self.sample(chosen, self.settings.candidates), strict=True):
                     self.add(prompt, texts, LEARN, [""] * len(texts))
-            pool = {
-                prompt: self.sample([prompt], self.settings.best_of + 1)[0] for prompt in self.new if prompt not in done
-            }
+            self.mark_complete(LEARN)
+            new = [prompt for prompt in self.new if prompt not in done]
+            pool = {prompt: self.sample([prompt], self.settings.best_of + 1)[0] for prompt in new}
             found = {prompt: self.measure(prompt, texts) for prompt, texts in pool.items()}
             with self.changed:
                 self.changed.wait_for(lambda: self.reward is not None)
@@ -103,7 +104,7 @@ class Answering:
                 assert self.reward is not None
                 best = 1 + int(self.reward.score(found[prompt][1:]).argmax())
                 self.add(prompt, [texts[best], texts[0]], BLIND, [BEST, SINGLE])
-            self.error = ""
+            self.mark_complete(BLIND)
         except Exception as error:
             self.error = f"no more answers will be generated ({error})"
             raise
@@ -149,6 +150,11 @@ class Answering:
         self.keep_features(task, self.measure(prompt, texts))
         self.store.add_task(task)
 
+    def mark_complete(self, part: str) -> None:
+        with self.changed:
+            self.complete.add(part)
+            self.changed.notify_all()
+
     def keep_features(self, task: votes.Task, feature_CF: np.ndarray) -> None:
         with self.changed:
             self.features[task.id] = feature_CF
@@ -188,6 +194,8 @@ class Asker:
                 with self.answering.changed:
                     if self.answering.error:
                         raise UserError(self.answering.error)
+                    if part in self.answering.complete and len(self.tasks(part)) == len(voted):
+                        return  # a model that says the same thing every time gives fewer
                     self.answering.changed.wait(timeout=0.5)
             elif self.settings.web:
                 time.sleep(0.3)  # the page asks
