@@ -28,7 +28,7 @@ import experiments.dpo
 import experiments.ppo
 import experiments.preferences
 import experiments.reward
-from experiments.stages import chain_stages, preference_files
+from experiments.stages import chain_stages, name_preference_files
 from jaxgpt.data.jsonl import write_rows
 from jaxgpt.data.questions import mentions_subject
 from jaxgpt.data.questions import questions as questions_about_things
@@ -106,7 +106,7 @@ STAGES: dict[str, Any] = {
 def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     """(stage, settings) pairs in order; each stage's folder below `run` feeds the next."""
     root, questions = settings.run, str(settings.run / "questions.jsonl")
-    files = preference_files(root)
+    files = name_preference_files(root)
     sampling: dict[str, Any] = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
     changes: dict[str, dict[str, Any]] = {
         "preferences": {"model": settings.model, "data": questions, "annotator": settings.annotator, **sampling},

@@ -21,7 +21,7 @@ import experiments.pretrain
 import experiments.report
 import experiments.reward
 import experiments.sft
-from experiments.stages import chain_stages, preference_files
+from experiments.stages import chain_stages, name_preference_files
 from jaxgpt.data import votes
 from jaxgpt.errors import UserError
 from jaxgpt.runs.cli import cli
@@ -66,7 +66,7 @@ PRESETS = {
 def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     """(stage, settings) pairs in order; each stage's folder below `run` feeds the next. People's labels replace the
     preferences stage."""
-    root, files = settings.run, preference_files(settings.run)
+    root, files = settings.run, name_preference_files(settings.run)
     stages = dict(STAGES)
     if settings.labels:
         parts = {"preferences": "train", "heldout": "heldout"}

@@ -24,6 +24,6 @@ def chain_stages(
     return chosen
 
 
-def preference_files(root: Path) -> dict[str, Path]:
+def name_preference_files(root: Path) -> dict[str, Path]:
     """What the preferences stage leaves below `root`, as the settings of the stages that learn from it."""
     return {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}

@@ -184,7 +184,7 @@ def main(settings: Settings) -> dict[str, Any]:
         prompt = np.random.default_rng(0).integers(100, 20_000, settings.prompt).tolist()
         seconds: dict[str, list[float]] = {kind: [] for kind in NAMES}
         tokens: dict[str, list[int]] = {}
-        with bench.workers() as workers:
+        with bench.start_workers() as workers:
             turns = harness.Rotation(workers)
 
             def get_ready(kind: str, worker: Any) -> None:
@@ -202,7 +202,7 @@ def main(settings: Settings) -> dict[str, Any]:
             lines.append(f"{NAMES[kind]:<14}{statistics.median(rates):>9.1f}   {min(rates):.1f}-{max(rates):.1f}")
         for kind in ("float32", "bfloat16"):
             if kind in found and (ratio := harness.speedup(seconds, kind)):
-                lines.append(harness.speedup_text(ratio, NAMES))
+                lines.append(harness.describe_speedup(ratio, NAMES))
         if "float32" in found:
             same = next(
                 (i for i, (a, b) in enumerate(zip(tokens[OURS], tokens["float32"], strict=True)) if a != b),
@@ -210,7 +210,7 @@ def main(settings: Settings) -> dict[str, Any]:
             )
             lines.append(f"the first {same} of {settings.new_tokens} tokens match HF float32")
         lines += harness.warn_of_turns(turns.failed, turns.others_share, NAMES)
-        return bench.end(settings, lines, {"tokens_per_second": found, "others_share": turns.others_share})
+        return bench.finish(settings, lines, {"tokens_per_second": found, "others_share": turns.others_share})
 
 
 if __name__ == "__main__":

@@ -359,7 +359,7 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, harness.Worker
         "others_share": turns.others_share,
         "decoders": found,
         "failed": turns.failed,
-        "speedup": harness.speedup(seconds, harness.fastest_rival(found)),
+        "speedup": harness.speedup(seconds, harness.find_fastest_rival(found)),
     }
 
 
@@ -415,7 +415,7 @@ def table(results: Sequence[Mapping[str, Any]], roof: float) -> list[str]:
                 f"{found['fraction_of_roof']:>9.1%}{found['compile_seconds']:>11.1f}{peak / 1e6:>9,.0f}{same:>10}"
             )
         if result["speedup"] is not None:
-            lines.append(f"= {harness.speedup_text(result['speedup'], RIVALS)}")
+            lines.append(f"= {harness.describe_speedup(result['speedup'], RIVALS)}")
         lines += warning_lines(result)
     return lines
 
@@ -447,9 +447,10 @@ def main(settings: Settings) -> dict[str, Any]:
             run.say(bench.note)
         results: list[dict[str, Any]] = []
         for name, group in itertools.groupby(cases(settings), key=lambda case: case.model):
-            with bench.saved(random_weights(settings.config(name), np.random.default_rng(settings.seed))) as weights:
+            rng = np.random.default_rng(settings.seed)
+            with bench.save_weights(random_weights(settings.config(name), rng)) as weights:
                 for case in group:
-                    with bench.workers() as workers:
+                    with bench.start_workers() as workers:
                         results.append(measure(case, settings, workers, weights))
                     bench.log_speeds(len(results), case_title(results[-1]), results[-1]["decoders"], RIVALS, digits=1)
         _, read, _ = harness.survey_machine(
@@ -461,7 +462,7 @@ def main(settings: Settings) -> dict[str, Any]:
         used = max(roofs, key=lambda name: roofs[name])
         roof_text = f"{roofs[used] / 1e9:.1f} GB/s, {used}, the best of 24 reads of {settings.roof_mb} MB of float32"
         title = f"{harness.machine_text(bench.machine)}; roof {roofs[used] / 1e9:.1f} GB/s"
-        return bench.end(
+        return bench.finish(
             settings,
             [f"roof: {roof_text}", "", *table(add_roof_fractions(results, roofs[used]), roofs[used])],
             {

@@ -322,13 +322,13 @@ def speedup(seconds: Mapping[str, list[float]], other: str | None) -> dict[str, 
     return {"over": other, "median": median, "range": [min(ratios), max(ratios)]}
 
 
-def fastest_rival(found: Mapping[str, Mapping[str, Any]]) -> str | None:
+def find_fastest_rival(found: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The rival with the most tokens per second, None if there is none."""
     rivals = [kind for kind in found if kind != OURS]
     return max(rivals, key=lambda kind: found[kind]["tokens_per_second"], default=None)
 
 
-def speedup_text(ratio: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def describe_speedup(ratio: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """A `speedup` in words."""
     low, high = ratio["range"]
     return f"{ratio['median']:.2f} x {names[ratio['over']]} ({low:.2f}-{high:.2f} turn by turn)"
@@ -428,16 +428,16 @@ class Benchmark:
         return roofs
 
     @contextlib.contextmanager
-    def workers(self) -> Iterator[dict[str, Worker]]:
-        """A worker of each kind."""
+    def start_workers(self) -> Iterator[dict[str, Worker]]:
+        """A worker of each kind, while the `with` block lasts."""
         with contextlib.ExitStack() as stack:
             yield {
                 kind: stack.enter_context(Worker(self.module, kind, self.python[kind], self.log)) for kind in self.kinds
             }
 
     @contextlib.contextmanager
-    def saved(self, weights: dict[str, np.ndarray]) -> Iterator[Path]:
-        """A file of the weights, as long as the `with` block lasts."""
+    def save_weights(self, weights: dict[str, np.ndarray]) -> Iterator[Path]:
+        """A file of the weights, while the `with` block lasts."""
         with tempfile.TemporaryDirectory(dir=self.run.folder.absolute(), prefix="weights-") as folder:
             path = Path(folder) / "weights.npz"
             np.savez(path, **weights)  # type: ignore[arg-type]
@@ -453,7 +453,7 @@ class Benchmark:
         self.run.say(f"{title}: {shown} tokens/s")
         self.run.log(n, {f"tokens_per_second/{kind}": speed for kind, speed in speeds.items()})
 
-    def end(
+    def finish(
         self,
         settings: Any,
         lines: Sequence[str],

@@ -289,7 +289,7 @@ def table(result: Mapping[str, Any], settings: Settings) -> list[str]:
             f"{found['first_seconds']:>9.1f}{peak / 1e6:>9,.0f}"
         )
     if result["speedup"] is not None:
-        lines.append(f"= {harness.speedup_text(result['speedup'], RIVALS)}")
+        lines.append(f"= {harness.describe_speedup(result['speedup'], RIVALS)}")
     return lines + harness.warn_of_turns(result["failed"], result["others_share"], RIVALS)
 
 
@@ -302,10 +302,13 @@ def main(settings: Settings) -> dict[str, Any]:
         if bench.note:
             run.say(bench.note)
         rng = np.random.default_rng(settings.seed)
-        with bench.saved(harness.initial_weights(settings.config, rng)) as weights, bench.workers() as workers:
+        with (
+            bench.save_weights(harness.initial_weights(settings.config, rng)) as weights,
+            bench.start_workers() as workers,
+        ):
             result = measure(settings, workers, weights)
         run.log(1, {f"seconds/{kind}": found["seconds"] for kind, found in result["trainers"].items()})
-        return bench.end(settings, [harness.machine_text(bench.machine), *table(result, settings)], result)
+        return bench.finish(settings, [harness.machine_text(bench.machine), *table(result, settings)], result)
 
 
 if __name__ == "__main__":

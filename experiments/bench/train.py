@@ -347,7 +347,7 @@ def measure(
         "others_share": turns.others_share,
         "trainers": found,
         "failed": turns.failed,
-        "speedup": harness.speedup(seconds, harness.fastest_rival(found)),
+        "speedup": harness.speedup(seconds, harness.find_fastest_rival(found)),
     }
 
 
@@ -393,7 +393,7 @@ def table(results: Sequence[Mapping[str, Any]], roofs: Mapping[str, float]) -> l
                 f"{found['compile_seconds']:>11.1f}{peak / 1e6:>9,.0f}{found['loss']:>9.4f}"
             )
         if result["speedup"] is not None:
-            lines.append(f"= {harness.speedup_text(result['speedup'], RIVALS)}")
+            lines.append(f"= {harness.describe_speedup(result['speedup'], RIVALS)}")
         lines += complaints(result)
     return lines
 
@@ -430,11 +430,11 @@ def main(settings: Settings) -> dict[str, Any]:
         results: list[dict[str, Any]] = []
         for case in cases(settings):
             config, rng = case.config(settings.vocab), np.random.default_rng(settings.seed)
-            with bench.saved(harness.initial_weights(config, rng)) as weights, bench.workers() as workers:
+            with bench.save_weights(harness.initial_weights(config, rng)) as weights, bench.start_workers() as workers:
                 results.append(measure(case, settings, workers, weights, roofs))
             bench.log_speeds(len(results), title_of(results[-1]), results[-1]["trainers"], RIVALS, digits=0)
         title = f"{harness.machine_text(bench.machine)}; roof {format_rates(roofs)}"
-        return bench.end(
+        return bench.finish(
             settings,
             [*lines, "", *table(results, roofs)],
             {"cases": results, "roof_flops_per_second": roofs, "roofs": measured},
