@@ -27,6 +27,7 @@ import experiments.dpo
 import experiments.ppo
 import experiments.preferences
 import experiments.reward
+from experiments.stages import chain_stages, name_preference_files
 from jaxgpt.data.jsonl import write_rows
 from jaxgpt.data.questions import mentions_subject
 from jaxgpt.data.questions import questions as questions_about_things
@@ -104,30 +105,21 @@ STAGES: dict[str, Any] = {
 def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     """(stage, settings) pairs in order; each stage's folder below `run` feeds the next."""
     root, questions = settings.run, str(settings.run / "questions.jsonl")
-    files = {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
+    files = name_preference_files(root)
     sampling: dict[str, Any] = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
-    special: dict[str, dict[str, Any]] = {
-        "preferences": {"data": questions, "annotator": settings.annotator, **sampling},
-        "reward": {"lora": settings.lora, **files},
+    changes: dict[str, dict[str, Any]] = {
+        "preferences": {"model": settings.model, "data": questions, "annotator": settings.annotator, **sampling},
+        "reward": {"model": settings.model, "lora": settings.lora, **files},
         "ppo": {
+            "model": settings.model,
             "lora": settings.lora,
             "data": questions,
             "reward": root / "reward",
             "ppo": dataclasses.replace(settings.ppo.ppo, **sampling),
         },
-        "dpo": {"lora": settings.lora, "temperature": settings.temperature, **files},
+        "dpo": {"model": settings.model, "lora": settings.lora, "temperature": settings.temperature, **files},
     }
-    chosen = []
-    for name, stage in STAGES.items():
-        own = getattr(settings, name)
-        common = {
-            "run": root / name,
-            "model": settings.model,
-            "seed": own.seed + settings.seed,
-            "fresh": settings.fresh or own.fresh,
-        }
-        chosen.append((stage, dataclasses.replace(own, **common, **special[name])))
-    return chosen
+    return chain_stages(settings, STAGES, changes)
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import experiments.pretrain
 import experiments.report
 import experiments.reward
 import experiments.sft
+from experiments.stages import chain_stages, name_preference_files
 from jaxgpt.data import votes
 from jaxgpt.errors import UserError
 from jaxgpt.runs.cli import cli
@@ -65,41 +66,27 @@ PRESETS = {
 def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     """(stage, settings) pairs in order; each stage's folder below `run` feeds the next. People's labels replace the
     preferences stage."""
-    root = settings.run
-    preferences_files = {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
+    root, files = settings.run, name_preference_files(settings.run)
+    stages = dict(STAGES)
     if settings.labels:
-        preferences_files = {
-            "preferences": votes.part_path(settings.labels, "train"),
-            "heldout": votes.part_path(settings.labels, "heldout"),
-        }
-    places: dict[str, dict[str, Any]] = {
+        parts = {"preferences": "train", "heldout": "heldout"}
+        files = {name: votes.part_path(settings.labels, part) for name, part in parts.items()}
+        del stages["preferences"]
+    sampling: dict[str, Any] = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
+    changes: dict[str, dict[str, Any]] = {
         "pretrain": {},
         "sft": {"model": root / "pretrain"},
-        "preferences": {"model": root / "sft"},
-        "reward": {"model": root / "sft", **preferences_files},
-        "ppo": {"model": root / "sft", "reward": root / "reward"},
-        "dpo": {"model": root / "sft", **preferences_files},
-        "report": {"stages": root},
+        "preferences": {"model": root / "sft", **sampling},
+        "reward": {"model": root / "sft", **files},
+        "ppo": {
+            "model": root / "sft",
+            "reward": root / "reward",
+            "ppo": dataclasses.replace(settings.ppo.ppo, **sampling),
+        },
+        "dpo": {"model": root / "sft", "temperature": settings.temperature, **files},
+        "report": {"stages": root, **sampling},
     }
-    chosen = []
-    for name, stage in STAGES.items():
-        if settings.labels and name == "preferences":
-            continue
-        own = getattr(settings, name)
-        common: dict[str, Any] = {
-            "run": root / name,
-            "seed": own.seed + settings.seed,
-            "fresh": settings.fresh or own.fresh,
-        }
-        if name in ("preferences", "report"):
-            common |= {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
-        elif name == "ppo":
-            algorithm = dataclasses.replace(own.ppo, temperature=settings.temperature, new_tokens=settings.new_tokens)
-            common |= {"ppo": algorithm}
-        elif name == "dpo":
-            common |= {"temperature": settings.temperature}
-        chosen.append((stage, dataclasses.replace(own, **common, **places[name])))
-    return chosen
+    return chain_stages(settings, stages, changes)
 
 
 def main(settings: Settings) -> dict[str, Any]:

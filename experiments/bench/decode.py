@@ -18,18 +18,11 @@ Each decoder has its own process, so threads, allocators and peak memory don't m
 The weights are random and large, so that greedy choices have a margin. Not for TPUs, which only one process can hold.
 """
 
-# The workers run this same file: jax and torch are imported inside functions, so neither process loads the other's
-# library (the Python that has torch need not have jax at all).
+# The workers run this same file: jax and torch are imported inside functions only.
 
-import contextlib
 import dataclasses
 import itertools
-import os
-import platform
-import shutil
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,22 +30,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from experiments.bench.harness import (
-    OURS,
-    Rotation,
-    Worker,
-    best_rate,
-    cores,
-    disturbance_warning,
-    draw_bars,
-    hf_model,
-    jax_versions,
-    machine_text,
-    speedup,
-    survey_machine,
-    unflatten_names,
-    worker_main,
-)
+from experiments.bench import harness
+from experiments.bench.harness import OURS
 from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
@@ -84,16 +63,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = {"models": MODELS, "dtypes": ("float32", "bfloat16"), "rivals": RIVALS}
-        for name, names in known.items():
-            for value in getattr(self, name):
-                if value not in names:
-                    raise UserError(f"{name} has {value!r}; choose from {', '.join(names)}")
-        for name in ("batches", "prompts", "new_tokens", "repeats", "roof_mb"):
-            least = 2 if name == "new_tokens" else 1
-            values = getattr(self, name)
-            if min(values if isinstance(values, tuple) else (values,), default=0) < least:
-                raise UserError(f"{name} is {values}; set values of at least {least}")
+        harness.check_choices(self, {"models": MODELS, "dtypes": ("float32", "bfloat16"), "rivals": RIVALS})
+        harness.check_least(self, {"batches": 1, "prompts": 1, "new_tokens": 2, "repeats": 1, "roof_mb": 1})
         longest = max(self.prompts) + max(self.new_tokens)
         for name in self.models:
             if longest > self.config(name).block:
@@ -156,9 +127,6 @@ def bytes_per_step(config: ModelConfig, batch: int, prompt: int, new_tokens: int
 def random_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Parameters with the shapes of `transformer.init`, by name ("block_0/qkv/kernel"). All of them matter, biases too,
     and logits have a standard deviation of about 3."""
-    import jax
-
-    from jaxgpt.models import transformer
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         x = rng.standard_normal(shape, dtype=np.float32)
@@ -171,10 +139,7 @@ def random_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, n
     def fan_in(name: str, shape: tuple[int, ...]) -> np.float32:
         return np.float32(np.sqrt(shape[0] if name.endswith("kernel") else shape[1]))
 
-    shapes = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
-    names = ("/".join(entry.key for entry in path) for path, _ in leaves)
-    return {name: draw(name, leaf.shape) for name, (_, leaf) in zip(names, leaves, strict=True)}
+    return harness.draw_weights(config, draw)
 
 
 # ---- workers ----
@@ -201,20 +166,12 @@ class Decoder:
         raise NotImplementedError
 
 
-class JaxWorker(Decoder):
+class JaxDecoder(harness.JaxWorker, Decoder):
     """`decoding.generate`, jitted."""
 
     def __init__(self) -> None:
-        import jax
-
-        jax.config.update("jax_enable_compilation_cache", False)
+        super().__init__()
         self.programs: dict[int, Any] = {}
-
-    def about(self) -> dict[str, Any]:
-        import jax
-
-        device = jax.devices()[0]
-        return {"platform": device.platform, "device": device.device_kind, "versions": jax_versions()}
 
     def roof(self, megabytes: int) -> dict[str, float]:
         """Bytes per second, float32: a maximum over an axis, and a matrix [R, 4096] times a vector."""
@@ -229,7 +186,7 @@ class JaxWorker(Decoder):
         }
 
         def rate(program: Any) -> float:
-            return best_rate(lambda: program(w_RC, x_C).block_until_ready(), w_RC.nbytes)
+            return harness.best_rate(lambda: program(w_RC, x_C).block_until_ready(), w_RC.nbytes)
 
         return {name: rate(program) for name, program in programs.items()}
 
@@ -239,11 +196,10 @@ class JaxWorker(Decoder):
 
         from jaxgpt import decoding
 
-        if config.dtype == "float32" and jax.default_backend() == "gpu":
-            jax.config.update("jax_default_matmul_precision", "highest")  # torch's default: no TF32
+        harness.multiply_exactly(config)
         self.config, self.prompts = config, jnp.asarray(prompts)
         self.lengths = jnp.full(prompts.shape[0], prompts.shape[1])
-        self.params = unflatten_names({name: jnp.asarray(flat[name]) for name in flat})
+        self.params = harness.unflatten_names({name: jnp.asarray(flat[name]) for name in flat})
         if prepared:
             self.params = jax.jit(decoding.prepare, static_argnums=1)(self.params, config)
 
@@ -271,32 +227,16 @@ class JaxWorker(Decoder):
         answers = self.programs[new_tokens](self.params, self.prompts, self.lengths, jax.random.key(0))
         return np.asarray(answers.tokens_BA)
 
-    def device_peak(self) -> int | None:
-        import jax
 
-        stats = jax.devices()[0].memory_stats() or {}
-        return stats.get("peak_bytes_in_use")
-
-
-class TorchWorker(Decoder):
+class TorchDecoder(harness.TorchWorker, Decoder):
     """Hugging Face `generate`: greedy, with a cache that grows ("dynamic") or a static one and torch.compile."""
 
     def __init__(self, cache: str) -> None:
-        import torch
         import transformers
 
-        self.cache, self.device = cache, "cuda" if torch.cuda.is_available() else "cpu"
+        super().__init__()
+        self.cache = cache
         transformers.logging.set_verbosity_error()
-        torch.set_num_threads(cores())
-
-    def about(self) -> dict[str, Any]:
-        import torch
-        import transformers
-
-        name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        versions["python of torch"] = platform.python_version()
-        return {"platform": self.device, "device": name, "threads": torch.get_num_threads(), "versions": versions}
 
     def roof(self, megabytes: int) -> dict[str, float]:
         import torch
@@ -306,16 +246,15 @@ class TorchWorker(Decoder):
 
         def read() -> None:
             w_RC @ x_C
-            if self.device == "cuda":
-                torch.cuda.synchronize()
+            self.wait()
 
-        return {"matrix times vector (torch)": best_rate(read, w_RC.numel() * 4)}
+        return {"matrix times vector (torch)": harness.best_rate(read, w_RC.numel() * 4)}
 
     def prepare(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
         import torch
         from transformers import CompileConfig
 
-        self.model = hf_model(config, flat, self.device)
+        self.model = harness.hf_model(config, flat, self.device)
         self.prompts = torch.from_numpy(prompts.astype(np.int64)).to(self.device)
         self.settings: dict[str, Any] = {}
         if self.cache == "compiled":
@@ -338,10 +277,10 @@ class TorchWorker(Decoder):
             )
         return rows[:, self.prompts.shape[1] :].cpu().numpy()
 
-    def device_peak(self) -> int | None:
-        import torch
 
-        return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+def make_worker(kind: str) -> Decoder:
+    """Make a worker of this kind."""
+    return JaxDecoder() if kind == OURS else TorchDecoder(kind)
 
 
 # ---- measuring ----
@@ -374,7 +313,7 @@ def summarise_times(
     }
 
 
-def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weights: Path) -> dict[str, Any]:
+def measure(case: Case, settings: Settings, workers: Mapping[str, harness.Worker], weights: Path) -> dict[str, Any]:
     """Measure one point of the grid: {decoder: figures}, and failures. The workers take turns."""
     config = settings.config(case.model, case.dtype)
     rng = np.random.default_rng(settings.seed)
@@ -386,31 +325,27 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
         "prepared": settings.prepare_once,
     }
     must_read = bytes_per_step(config, case.batch, case.prompt, case.new_tokens)
-    turns = Rotation(workers)
+    turns = harness.Rotation(workers)
     warm_up: dict[str, float] = {}
     tokens: dict[str, list[list[int]]] = {}
     seconds: dict[str, list[float]] = {kind: [] for kind in workers}
     first: dict[str, list[float]] = {kind: [] for kind in workers}
 
-    def call(worker: Worker, new_tokens: int) -> float:
+    def call(worker: harness.Worker, new_tokens: int) -> float:
         return worker.ask("timed", new_tokens=new_tokens, show=False)["seconds"]
 
-    def get_ready(kind: str, worker: Worker) -> None:
+    def get_ready(kind: str, worker: harness.Worker) -> None:
         worker.ask("load", **load)
         shown = worker.ask("timed", new_tokens=case.new_tokens, show=True)
         tokens[kind], warm_up[kind] = shown["tokens"], shown["seconds"] + call(worker, case.new_tokens)
         for _ in range(2):
             call(worker, 1)
 
-    def turn(kind: str, worker: Worker) -> None:
-        time.sleep(0.2)  # let the previous worker's threads settle
+    def turn(kind: str, worker: harness.Worker) -> None:
         seconds[kind].append(call(worker, case.new_tokens))
         first[kind].append(call(worker, 1))
 
-    turns.each(get_ready)
-    with turns.watched():
-        for _ in range(settings.repeats):
-            turns.each(turn)
+    turns.measure(get_ready, turn, settings.repeats)
     found: dict[str, Any] = {}
     for kind, worker in turns.alive.items():
         found[kind] = summarise_times(seconds[kind], first[kind], warm_up[kind], case, must_read["total"])
@@ -418,15 +353,13 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, Worker], weigh
             "peak_bytes": worker.ask("peak"),
             "agreeing_tokens": count_agreeing_tokens(tokens[OURS], tokens[kind]),
         }
-    others = [kind for kind in found if kind != OURS]
-    fastest = max(others, key=lambda kind: found[kind]["tokens_per_second"], default=None)
     return {
         **dataclasses.asdict(case),
         "bytes_per_step": must_read,
         "others_share": turns.others_share,
         "decoders": found,
         "failed": turns.failed,
-        "speedup": speedup(seconds, fastest),
+        "speedup": harness.speedup(seconds, harness.find_fastest_rival(found)),
     }
 
 
@@ -440,8 +373,7 @@ def add_roof_fractions(results: list[dict[str, Any]], roof: float) -> list[dict[
 
 def warning_lines(result: Mapping[str, Any]) -> list[str]:
     """Warnings about one point of the grid, as lines of text."""
-    lines = [f"{RIVALS[kind]} left out: {error}" for kind, error in result["failed"].items()]
-    lines += disturbance_warning(result["others_share"])
+    lines = harness.warn_of_turns(result["failed"], result["others_share"], RIVALS)
     for kind, found in result["decoders"].items():
         enough = min(MIN_AGREEING_TOKENS, result["new_tokens"])
         if result["dtype"] == "float32" and found["agreeing_tokens"] < enough:
@@ -483,9 +415,7 @@ def table(results: Sequence[Mapping[str, Any]], roof: float) -> list[str]:
                 f"{found['fraction_of_roof']:>9.1%}{found['compile_seconds']:>11.1f}{peak / 1e6:>9,.0f}{same:>10}"
             )
         if result["speedup"] is not None:
-            low, high = result["speedup"]["range"]
-            over = RIVALS[result["speedup"]["over"]]
-            lines.append(f"= {result['speedup']['median']:.2f} x {over} ({low:.2f}-{high:.2f} turn by turn)")
+            lines.append(f"= {harness.describe_speedup(result['speedup'], RIVALS)}")
         lines += warning_lines(result)
     return lines
 
@@ -498,71 +428,52 @@ def figure(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
         lengths = f"\n{result['prompt']} + {result['new_tokens']}" if several else ""
         panel = panels.setdefault(f"{result['model']}, batch {result['batch']}", [])
         panel.append((result["dtype"] + lengths, result["decoders"]))
-    draw_bars(panels, {OURS: OURS, **RIVALS}, "fraction of the measured memory rate", path, title)
+    harness.draw_bars(panels, {OURS: OURS, **RIVALS}, "fraction of the measured memory rate", path, title)
 
 
 # ---- the experiment ----
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    from jaxgpt.files import write_json
     from jaxgpt.runs.run import Run
-    from jaxgpt.runs.settings import settings_to_json
 
-    python = dict.fromkeys(settings.rivals, settings.torch_python or sys.executable) | {OURS: sys.executable}
     with Run(settings.run, settings, stage="bench_decode", fresh=True) as run:
-        log = run.folder.absolute() / "workers.log"
-        log.write_text("")
-        for left_behind in run.folder.glob("weights-*"):  # by a killed run
-            shutil.rmtree(left_behind)
-        if os.getloadavg()[0] > 0.5 * cores():
-            run.say(f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: other programs disturb these timings")
-        kinds = [OURS, *settings.rivals]
-        about, read, note = survey_machine(MODULE, kinds, python, log, "Hugging Face", megabytes=settings.roof_mb)
+        bench = harness.Benchmark(run, MODULE, settings.rivals, settings.torch_python)
+        bench.warn_of_load()
+        read = bench.survey("Hugging Face", megabytes=settings.roof_mb)
         before = {name: rate for rates in read.values() for name, rate in rates.items()}
         run.say(f"memory: {format_roofs(before)}")
-        if note:
-            run.say(note)
-            kinds = [OURS]
+        if bench.note:
+            run.say(bench.note)
         results: list[dict[str, Any]] = []
         for name, group in itertools.groupby(cases(settings), key=lambda case: case.model):
-            with tempfile.TemporaryDirectory(dir=run.folder.absolute(), prefix="weights-") as folder:
-                weights = Path(folder) / "weights.npz"
-                flat = random_weights(settings.config(name), np.random.default_rng(settings.seed))
-                np.savez(weights, **flat)  # type: ignore[arg-type]
-                del flat
+            rng = np.random.default_rng(settings.seed)
+            with bench.save_weights(random_weights(settings.config(name), rng)) as weights:
                 for case in group:
-                    with contextlib.ExitStack() as stack:
-                        workers = {kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in kinds}
+                    with bench.start_workers() as workers:
                         results.append(measure(case, settings, workers, weights))
-                    speeds = {kind: found["tokens_per_second"] for kind, found in results[-1]["decoders"].items()}
-                    shown = ", ".join(f"{RIVALS.get(kind, kind)} {speed:,.1f}" for kind, speed in speeds.items())
-                    run.say(f"{case_title(results[-1])}: {shown} tokens/s")
-                    run.log(len(results), {f"tokens_per_second/{kind}": speed for kind, speed in speeds.items()})
-        _, read, _ = survey_machine(MODULE, kinds, python, log, "Hugging Face", megabytes=settings.roof_mb)
+                    bench.log_speeds(len(results), case_title(results[-1]), results[-1]["decoders"], RIVALS, digits=1)
+        _, read, _ = harness.survey_machine(
+            MODULE, bench.kinds, bench.python, bench.log, "Hugging Face", megabytes=settings.roof_mb
+        )
         after = {name: rate for rates in read.values() for name, rate in rates.items()}
         run.say(f"memory, again: {format_roofs(after)}")
         roofs = {name: max(before[name], after.get(name, 0.0)) for name in before}
         used = max(roofs, key=lambda name: roofs[name])
         roof_text = f"{roofs[used] / 1e9:.1f} GB/s, {used}, the best of 24 reads of {settings.roof_mb} MB of float32"
-        lines = [f"roof: {roof_text}", "", *table(add_roof_fractions(results, roofs[used]), roofs[used])]
-        for line in lines:
-            run.say(line)
-        report = {
-            "machine": about,
-            "settings": settings_to_json(settings),
-            "note": note,
-            "cases": results,
-            "roof": used,
-            "roof_bytes_per_second": roofs[used],
-            "roofs_before": before,
-            "roofs_after": after,
-        }
-        write_json(run.folder / "bench_decode.json", report)
-        (run.folder / "bench_decode.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        figure(results, run.folder / "bench_decode.png", f"{machine_text(about)}; roof {roofs[used] / 1e9:.1f} GB/s")
-        run.finish(report)
-        return run.results
+        title = f"{harness.machine_text(bench.machine)}; roof {roofs[used] / 1e9:.1f} GB/s"
+        return bench.finish(
+            settings,
+            [f"roof: {roof_text}", "", *table(add_roof_fractions(results, roofs[used]), roofs[used])],
+            {
+                "cases": results,
+                "roof": used,
+                "roof_bytes_per_second": roofs[used],
+                "roofs_before": before,
+                "roofs_after": after,
+            },
+            draw=lambda path: figure(results, path, title),
+        )
 
 
 def format_roofs(roofs: Mapping[str, float]) -> str:
@@ -570,10 +481,4 @@ def format_roofs(roofs: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        worker_main(sys.argv[2], lambda kind: JaxWorker() if kind == OURS else TorchWorker(kind))
-    else:
-        from jaxgpt.runs.cli import cli
-
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers need the GPU
-        cli(main, Settings, PRESETS)
+    harness.run_command(make_worker, main, Settings, PRESETS)

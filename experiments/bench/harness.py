@@ -2,7 +2,8 @@
 
 That way threads, allocators and peak memory don't mix, and a disturbance of the machine affects all alike. A worker
 process reads requests, one JSON object per line, calls the method that each one names, and answers in one line. jax and
-torch are imported inside functions: neither kind of process loads the other's library.
+torch are imported inside functions: neither kind of process loads the other's library, and the Python that has torch
+need not have jax at all.
 """
 
 import contextlib
@@ -13,18 +14,23 @@ import os
 import platform
 import resource
 import select
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxgpt.runs.run import Run
 
 ROOT = Path(__file__).parents[2]
 OURS = "jaxgpt"
@@ -84,7 +90,74 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-# ---- worker processes ----
+# ---- what a worker process runs ----
+
+
+class JaxWorker:
+    """A worker that runs our code on jax's first device, without the cache of compiled programs."""
+
+    def __init__(self) -> None:
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)
+
+    def about(self) -> dict[str, Any]:
+        """The device, and the versions of jax, jaxlib and Python."""
+        import jax
+        import jaxlib
+
+        device = jax.devices()[0]
+        versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()}
+        return {"platform": device.platform, "device": device.device_kind, "versions": versions}
+
+    def device_peak(self) -> int | None:
+        """Peak memory of the device in bytes, None if it does not say."""
+        import jax
+
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+class TorchWorker:
+    """A worker that runs PyTorch, on the GPU if it finds one, with a thread for each core."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(cores())
+
+    def about(self) -> dict[str, Any]:
+        """The device, the threads, and the versions of torch, its Python and, if it is there, transformers."""
+        import torch
+
+        name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        versions = {"torch": torch.__version__, "python of torch": platform.python_version()}
+        with contextlib.suppress(ImportError):
+            import transformers
+
+            versions["transformers"] = transformers.__version__
+        return {"platform": self.device, "device": name, "threads": torch.get_num_threads(), "versions": versions}
+
+    def wait(self) -> None:
+        """Wait until the device has done what it was given."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def device_peak(self) -> int | None:
+        """Peak memory of the GPU in bytes, None without one."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+
+def multiply_exactly(config: ModelConfig) -> None:
+    """On a GPU, multiply float32 matrices in float32, as torch does, and not in TF32."""
+    import jax
+
+    if config.dtype == "float32" and jax.default_backend() == "gpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def serve(worker: Any, requests: IO[str], answer: Callable[[dict[str, Any]], None]) -> None:
@@ -124,6 +197,9 @@ def worker_main(kind: str, make: Callable[[str], Any]) -> None:
         answer({"error": f"{type(error).__name__}: {error}"})
         return
     serve(worker, sys.stdin, answer)
+
+
+# ---- worker processes, from the caller's side ----
 
 
 class WorkerError(Exception):
@@ -203,6 +279,18 @@ class Rotation:
                 self.failed[kind] = str(error)
                 del self.alive[kind]
 
+    def measure(self, get_ready: Callable[[str, Any], None], turn: Callable[[str, Any], None], repeats: int) -> None:
+        """Call get_ready(kind, worker) for each worker, then turn(kind, worker) for each in turn, `repeats` times."""
+
+        def settle_and_turn(kind: str, worker: Any) -> None:
+            time.sleep(0.2)  # let the previous worker's threads settle
+            turn(kind, worker)
+
+        self.each(get_ready)
+        with self.watched():
+            for _ in range(repeats):
+                self.each(settle_and_turn)
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Measure `others_share` over the `with` block."""
@@ -216,11 +304,13 @@ class Rotation:
         return time.process_time() + sum(worker.ask("cpu")["seconds"] for worker in self.alive.values())
 
 
-def disturbance_warning(others_share: float) -> list[str]:
-    """A warning line if other programs used a noticeable share of the machine."""
-    if others_share <= DISTURBANCE_THRESHOLD:
-        return []
-    return [f"DISTURBED: other programs used {others_share:.0%} of the machine meanwhile"]
+def warn_of_turns(failed: Mapping[str, str], others_share: float, names: Mapping[str, str]) -> list[str]:
+    """Lines that name the rivals left out, and say if other programs used a noticeable share of the machine. `names`
+    maps kinds to what readers call them."""
+    lines = [f"{names[kind]} left out: {error}" for kind, error in failed.items()]
+    if others_share > DISTURBANCE_THRESHOLD:
+        lines.append(f"DISTURBED: other programs used {others_share:.0%} of the machine meanwhile")
+    return lines
 
 
 def speedup(seconds: Mapping[str, list[float]], other: str | None) -> dict[str, Any] | None:
@@ -230,6 +320,18 @@ def speedup(seconds: Mapping[str, list[float]], other: str | None) -> dict[str, 
     ratios = [theirs / ours for ours, theirs in zip(seconds[OURS], seconds[other], strict=True)]
     median = statistics.median(seconds[other]) / statistics.median(seconds[OURS])
     return {"over": other, "median": median, "range": [min(ratios), max(ratios)]}
+
+
+def find_fastest_rival(found: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The rival with the most tokens per second, None if there is none."""
+    rivals = [kind for kind in found if kind != OURS]
+    return max(rivals, key=lambda kind: found[kind]["tokens_per_second"], default=None)
+
+
+def describe_speedup(ratio: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """A `speedup` in words."""
+    low, high = ratio["range"]
+    return f"{ratio['median']:.2f} x {names[ratio['over']]} ({low:.2f}-{high:.2f} turn by turn)"
 
 
 def survey_machine(
@@ -255,19 +357,125 @@ def survey_machine(
     return about, roofs, ""
 
 
-def jax_versions() -> dict[str, str]:
-    """Versions of jax, jaxlib and Python."""
-    import jax
-    import jaxlib
-
-    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()}
-
-
 def machine_text(about: Mapping[str, Any]) -> str:
     """The device, its cores and the versions, in one line."""
     device = about["processor"] if about["ours"]["platform"] == "cpu" else about["ours"]["device"]
     names = [name for name in ("jax", "torch", "transformers", "trl") if name in about["versions"]]
     return ", ".join([f"{device} ({about['cores']} cores)", *(f"{name} {about['versions'][name]}" for name in names)])
+
+
+# ---- a benchmark, from its command line to its files ----
+
+
+def run_command(
+    make: Callable[[str], Any], main: Callable[[Any], Any], settings: type[Any], presets: Mapping[str, Any]
+) -> None:
+    """The command line of a benchmark: `main`, or with --worker KIND the worker that make(kind) returns."""
+    if sys.argv[1:2] == ["--worker"]:
+        worker_main(sys.argv[2], make)
+    else:
+        from jaxgpt.runs.cli import cli
+
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers need the GPU
+        cli(main, settings, presets)
+
+
+def check_choices(settings: Any, known: Mapping[str, Collection[str]]) -> None:
+    """Raise UserError if one of the named settings holds a value that is not among those known."""
+    for name, names in known.items():
+        for value in getattr(settings, name):
+            if value not in names:
+                raise UserError(f"{name} has {value!r}; choose from {', '.join(names)}")
+
+
+def check_least(settings: Any, least: Mapping[str, int]) -> None:
+    """Raise UserError if one of the named settings is, or holds, a number that is too small, or holds none."""
+    for name, smallest in least.items():
+        values = getattr(settings, name)
+        if min(values if isinstance(values, tuple) else (values,), default=-1) < smallest:
+            raise UserError(f"{name} is {values}; set values of at least {smallest}")
+
+
+class Benchmark:
+    """What a benchmark's main does around its measuring: find its workers, save their weights, keep the results.
+
+    `kinds` are the workers that there are: ours, and the rivals unless `survey` finds that their library is missing.
+    """
+
+    def __init__(self, run: "Run", module: str, rivals: Sequence[str], torch_python: str) -> None:
+        """`torch_python`: the Python that has the rivals' library; "": this one."""
+        self.run, self.module, self.kinds = run, module, [OURS, *rivals]
+        self.python = dict.fromkeys(rivals, torch_python or sys.executable) | {OURS: sys.executable}
+        self.log = run.folder.absolute() / "workers.log"
+        self.log.write_text("")
+        for left_behind in run.folder.glob("weights-*"):  # by a killed run
+            shutil.rmtree(left_behind)
+        self.machine: dict[str, Any] = {}
+        self.note = ""
+
+    def warn_of_load(self) -> None:
+        """Say it if other programs keep the cores busy."""
+        load = os.getloadavg()[0]
+        if load > 0.5 * cores():
+            self.run.say(f"load average {load:.1f} on {cores()} cores: other programs disturb these timings")
+
+    def survey(self, library: str, **roof: Any) -> dict[str, dict[str, float]]:
+        """Find out `machine` and `note`, and leave the rivals out if their `library` is missing; returns the roofs."""
+        kinds = self.kinds
+        self.machine, roofs, self.note = survey_machine(self.module, kinds, self.python, self.log, library, **roof)
+        if self.note:
+            self.kinds = [OURS]
+        return roofs
+
+    @contextlib.contextmanager
+    def start_workers(self) -> Iterator[dict[str, Worker]]:
+        """A worker of each kind, while the `with` block lasts."""
+        with contextlib.ExitStack() as stack:
+            yield {
+                kind: stack.enter_context(Worker(self.module, kind, self.python[kind], self.log)) for kind in self.kinds
+            }
+
+    @contextlib.contextmanager
+    def save_weights(self, weights: dict[str, np.ndarray]) -> Iterator[Path]:
+        """A file of the weights, while the `with` block lasts."""
+        with tempfile.TemporaryDirectory(dir=self.run.folder.absolute(), prefix="weights-") as folder:
+            path = Path(folder) / "weights.npz"
+            np.savez(path, **weights)  # type: ignore[arg-type]
+            del weights  # they may be as large as memory allows
+            yield path
+
+    def log_speeds(
+        self, n: int, title: str, found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], digits: int
+    ) -> None:
+        """Say and log the tokens per second at the n-th point of the grid."""
+        speeds = {kind: one["tokens_per_second"] for kind, one in found.items()}
+        shown = ", ".join(f"{names.get(kind, kind)} {speed:,.{digits}f}" for kind, speed in speeds.items())
+        self.run.say(f"{title}: {shown} tokens/s")
+        self.run.log(n, {f"tokens_per_second/{kind}": speed for kind, speed in speeds.items()})
+
+    def finish(
+        self,
+        settings: Any,
+        lines: Sequence[str],
+        found: Mapping[str, Any],
+        said: int = 0,
+        draw: Callable[[Path], None] | None = None,
+    ) -> dict[str, Any]:
+        """Say the lines (the first `said` have been said), and finish the run with what was found, the machine, the
+        settings and the note. They are kept in STAGE.txt and STAGE.json, and what `draw` draws in STAGE.png."""
+        from jaxgpt.files import write_json
+        from jaxgpt.runs.settings import settings_to_json
+
+        for line in lines[said:]:
+            self.run.say(line)
+        report = {"machine": self.machine, "settings": settings_to_json(settings), "note": self.note, **found}
+        place = self.run.folder / self.run.stage
+        write_json(place.with_suffix(".json"), report)
+        place.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if draw is not None:
+            draw(place.with_suffix(".png"))
+        self.run.finish(report)
+        return self.run.results
 
 
 # ---- figure ----
@@ -348,11 +556,20 @@ def draw_bars(
 # ---- weights, also as Hugging Face's GPT-2 ----
 
 
-def initial_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """GPT-2's initialisation, as in `transformer.init`, by name ("block_0/qkv/kernel")."""
+def draw_weights(config: ModelConfig, draw: Callable[[str, tuple[int, ...]], np.ndarray]) -> dict[str, np.ndarray]:
+    """Parameters with the shapes of `transformer.init`, by name ("block_0/qkv/kernel"), each from draw(name, shape)."""
     import jax
 
     from jaxgpt.models import transformer
+
+    shapes = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape) for path, leaf in leaves)
+    return {name: draw(name, shape) for name, shape in named}
+
+
+def initial_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """GPT-2's initialisation, as in `transformer.init`, by name."""
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name.endswith(("scale", "bias")):
@@ -361,10 +578,7 @@ def initial_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, 
         size = 0.02 / math.sqrt(2 * config.layers) if residual else 0.01 if name.endswith("positions_TD") else 0.02
         return np.float32(size) * rng.standard_normal(shape, dtype=np.float32)
 
-    shapes = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
-    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape) for path, leaf in leaves)
-    return {name: draw(name, shape) for name, shape in named}
+    return draw_weights(config, draw)
 
 
 def unflatten_names(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,9 @@ timed from one `on_step_end` to the next. TRL's critic has its own trunk, as its
 policy's.
 """
 
-import contextlib
 import dataclasses
 import os
-import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -25,27 +22,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from experiments.bench.harness import (
-    OURS,
-    Rotation,
-    Worker,
-    cores,
-    disturbance_warning,
-    hf_model,
-    initial_weights,
-    jax_versions,
-    machine_text,
-    speedup,
-    survey_machine,
-    unflatten_names,
-    worker_main,
-)
+from experiments.bench import harness
+from experiments.bench.harness import OURS
 from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 
 MODULE = "experiments.bench.ppo"
-RIVAL, RIVAL_NAME = "trl", "TRL PPOTrainer"
+RIVALS = {"trl": "TRL PPOTrainer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,19 +69,8 @@ PRESETS = {
 # ---- workers ----
 
 
-class JaxWorker:
+class JaxPPO(harness.JaxWorker):
     """The jitted iteration of experiments/ppo.py."""
-
-    def __init__(self) -> None:
-        import jax
-
-        jax.config.update("jax_enable_compilation_cache", False)
-
-    def about(self) -> dict[str, Any]:
-        import jax
-
-        device = jax.devices()[0]
-        return {"platform": device.platform, "device": device.device_kind, "versions": jax_versions()}
 
     def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], **options: int) -> dict[str, Any]:
         import jax
@@ -118,7 +91,7 @@ class JaxWorker:
         program = stage.build(settings, model_config, len(prompts[0]), mesh, ANSWER_END)
         self.iteration = program.iteration
         with np.load(weights) as flat:
-            params = unflatten_names({name: np.asarray(flat[name]) for name in flat})
+            params = harness.unflatten_names({name: np.asarray(flat[name]) for name in flat})
         reward_params = reward.init(jax.random.key(1), params, model_config.width)
         policy = ppo.policy_of(model_config, algorithm, ANSWER_END)
         state = ppo.init(policy, params, stage.optimizer(settings), {"reward": reward_params})
@@ -141,32 +114,24 @@ class JaxWorker:
         self.taken += 1
         return {"seconds": time.perf_counter() - start, "tokens": found["length"]}
 
-    def device_peak(self) -> int | None:
-        import jax
 
-        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-class TrlWorker:
+class TrlPPO(harness.TorchWorker):
     """TRL's PPOTrainer in a thread that waits for permission before each iteration."""
 
     def __init__(self) -> None:
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-        import torch
         from trl.experimental.ppo import PPOTrainer  # noqa: F401
 
-        torch.set_num_threads(cores())
+        super().__init__()
         self.may_go, self.has_gone = threading.Semaphore(0), threading.Semaphore(0)
         self.error: BaseException | None = None
 
     def about(self) -> dict[str, Any]:
-        import torch
-        import transformers
         import trl
 
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        return {"platform": "cuda" if torch.cuda.is_available() else "cpu", "device": name, "versions": versions}
+        found = super().about()
+        found["versions"]["trl"] = trl.__version__
+        return found
 
     def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], **options: int) -> dict[str, Any]:
         import torch
@@ -175,7 +140,7 @@ class TrlWorker:
 
         model_config = ModelConfig(**config)
         with np.load(weights) as flat:
-            policy, reference = (hf_model(model_config, flat) for _ in range(2))
+            policy, reference = (harness.hf_model(model_config, flat) for _ in range(2))
         scorers = [make_scorer(policy) for _ in range(2)]
         worker = self
 
@@ -240,10 +205,10 @@ class TrlWorker:
             raise self.error
         return {"seconds": time.perf_counter() - start}
 
-    def device_peak(self) -> int | None:
-        import torch
 
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+def make_worker(kind: str) -> JaxPPO | TrlPPO:
+    """Make a worker of this kind."""
+    return JaxPPO() if kind == OURS else TrlPPO()
 
 
 def make_scorer(policy: Any) -> Any:
@@ -268,7 +233,7 @@ def make_tokenizer(vocab: int) -> Any:
 # ---- measuring ----
 
 
-def measure(settings: Settings, workers: Mapping[str, Worker], weights: Path) -> dict[str, Any]:
+def measure(settings: Settings, workers: Mapping[str, harness.Worker], weights: Path) -> dict[str, Any]:
     """Measure {trainer: figures}, and failures. The workers take turns."""
     rng = np.random.default_rng(settings.seed)
     load = {
@@ -278,23 +243,19 @@ def measure(settings: Settings, workers: Mapping[str, Worker], weights: Path) ->
         "prompts": rng.integers(6, settings.config.vocab - 1, (settings.batch, settings.prompt)).tolist(),
         "new_tokens": settings.new_tokens,
     }
-    turns = Rotation(workers)
+    turns = harness.Rotation(workers)
     first: dict[str, float] = {}
     seconds: dict[str, list[float]] = {kind: [] for kind in workers}
 
-    def get_ready(kind: str, worker: Worker) -> None:
+    def get_ready(kind: str, worker: harness.Worker) -> None:
         worker.ask("load", **load)
         first[kind] = worker.ask("timed")["seconds"]
         worker.ask("timed")
 
-    def turn(kind: str, worker: Worker) -> None:
-        time.sleep(0.2)  # let the previous worker's threads settle
+    def turn(kind: str, worker: harness.Worker) -> None:
         seconds[kind].append(worker.ask("timed")["seconds"])
 
-    turns.each(get_ready)
-    with turns.watched():
-        for _ in range(settings.repeats):
-            turns.each(turn)
+    turns.measure(get_ready, turn, settings.repeats)
     found = {
         kind: {
             "seconds": statistics.median(seconds[kind]),
@@ -305,12 +266,11 @@ def measure(settings: Settings, workers: Mapping[str, Worker], weights: Path) ->
         }
         for kind, worker in turns.alive.items()
     }
-    rival = RIVAL if RIVAL in found else None
     return {
         "trainers": found,
         "failed": turns.failed,
         "others_share": turns.others_share,
-        "speedup": speedup(seconds, rival),
+        "speedup": harness.speedup(seconds, next((kind for kind in found if kind != OURS), None)),
     }
 
 
@@ -325,54 +285,31 @@ def table(result: Mapping[str, Any], settings: Settings) -> list[str]:
         low, high = found["range"]
         peak = found["peak_bytes"]["device"] or found["peak_bytes"]["process"]
         lines.append(
-            f"{kind if kind == OURS else RIVAL_NAME:<18}{found['seconds']:>16.2f}  {f'({low:.2f}-{high:.2f})':<15}"
+            f"{RIVALS.get(kind, kind):<18}{found['seconds']:>16.2f}  {f'({low:.2f}-{high:.2f})':<15}"
             f"{found['first_seconds']:>9.1f}{peak / 1e6:>9,.0f}"
         )
     if result["speedup"] is not None:
-        low, high = result["speedup"]["range"]
-        lines.append(f"= {result['speedup']['median']:.2f} x {RIVAL_NAME} ({low:.2f}-{high:.2f} turn by turn)")
-    lines += [f"{RIVAL_NAME} left out: {error}" for error in result["failed"].values()]
-    return lines + disturbance_warning(result["others_share"])
+        lines.append(f"= {harness.describe_speedup(result['speedup'], RIVALS)}")
+    return lines + harness.warn_of_turns(result["failed"], result["others_share"], RIVALS)
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    from jaxgpt.files import write_json
     from jaxgpt.runs.run import Run
-    from jaxgpt.runs.settings import settings_to_json
 
-    python = {OURS: sys.executable, RIVAL: settings.torch_python or sys.executable}
     with Run(settings.run, settings, stage="bench_ppo", fresh=True) as run:
-        log = run.folder.absolute() / "workers.log"
-        log.write_text("")
-        for left_behind in run.folder.glob("weights-*"):  # by a killed run
-            shutil.rmtree(left_behind)
-        kinds = [OURS, RIVAL]
-        about, _, note = survey_machine(MODULE, kinds, python, log, "TRL")
-        if note:
-            run.say(note)
-            kinds = [OURS]
-        with tempfile.TemporaryDirectory(dir=run.folder.absolute(), prefix="weights-") as folder:
-            weights = Path(folder) / "weights.npz"
-            np.savez(weights, **initial_weights(settings.config, np.random.default_rng(settings.seed)))  # type: ignore[arg-type]
-            with contextlib.ExitStack() as stack:
-                workers = {kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in kinds}
-                result = measure(settings, workers, weights)
+        bench = harness.Benchmark(run, MODULE, tuple(RIVALS), settings.torch_python)
+        bench.survey("TRL")
+        if bench.note:
+            run.say(bench.note)
+        rng = np.random.default_rng(settings.seed)
+        with (
+            bench.save_weights(harness.initial_weights(settings.config, rng)) as weights,
+            bench.start_workers() as workers,
+        ):
+            result = measure(settings, workers, weights)
         run.log(1, {f"seconds/{kind}": found["seconds"] for kind, found in result["trainers"].items()})
-        lines = [machine_text(about), *table(result, settings)]
-        for line in lines:
-            run.say(line)
-        report = {"machine": about, "settings": settings_to_json(settings), "note": note, **result}
-        write_json(run.folder / "bench_ppo.json", report)
-        (run.folder / "bench_ppo.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        run.finish(report)
-        return run.results
+        return bench.finish(settings, [harness.machine_text(bench.machine), *table(result, settings)], result)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        worker_main(sys.argv[2], lambda kind: JaxWorker() if kind == OURS else TrlWorker())
-    else:
-        from jaxgpt.runs.cli import cli
-
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers need the GPU
-        cli(main, Settings, PRESETS)
+    harness.run_command(make_worker, main, Settings, PRESETS)

@@ -16,17 +16,11 @@ process; they take turns, while the others wait idle. What is reported:
     loss         after the warm-up steps: in float32 all must match ours
 """
 
-# The workers run this same file: jax and torch are imported inside functions, as in decode.py.
+# The workers run this same file: jax and torch are imported inside functions only.
 
-import contextlib
 import dataclasses
 import itertools
-import os
-import platform
-import shutil
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,26 +28,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from experiments.bench.harness import (
-    OURS,
-    Rotation,
-    Worker,
-    best_rate,
-    cores,
-    disturbance_warning,
-    draw_bars,
-    hf_model,
-    initial_weights,
-    jax_versions,
-    machine_text,
-    speedup,
-    survey_machine,
-    unflatten_names,
-    worker_main,
-)
+from experiments.bench import harness
+from experiments.bench.harness import OURS
 from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import ModelConfig
-from jaxgpt.errors import UserError
 
 MODULE = "experiments.bench.train"
 RIVALS = {
@@ -87,16 +65,9 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = {"models": MODELS, "dtypes": ("float32", "bfloat16"), "rivals": RIVALS}
-        for name, names in known.items():
-            for value in getattr(self, name):
-                if value not in names:
-                    raise UserError(f"{name} has {value!r}; choose from {', '.join(names)}")
+        harness.check_choices(self, {"models": MODELS, "dtypes": ("float32", "bfloat16"), "rivals": RIVALS})
         least = {"batches": 1, "blocks": 2, "layers": 0, "widths": 0, "steps": 1, "repeats": 1, "roof_size": 1}
-        for name, smallest in least.items():
-            values = getattr(self, name)
-            if min(values if isinstance(values, tuple) else (values,), default=-1) < smallest:
-                raise UserError(f"{name} is {values}; set values of at least {smallest}")
+        harness.check_least(self, least)
 
 
 PRESETS = {
@@ -169,19 +140,8 @@ class Trainer:
         raise NotImplementedError
 
 
-class JaxWorker(Trainer):
+class JaxTrainer(harness.JaxWorker, Trainer):
     """`make_train_step`, jitted by `jit_step`."""
-
-    def __init__(self) -> None:
-        import jax
-
-        jax.config.update("jax_enable_compilation_cache", False)
-
-    def about(self) -> dict[str, Any]:
-        import jax
-
-        device = jax.devices()[0]
-        return {"platform": device.platform, "device": device.device_kind, "versions": jax_versions()}
 
     def roof(self, size: int) -> dict[str, float]:
         """FLOPs per second of one matrix product, in each dtype."""
@@ -191,7 +151,7 @@ class JaxWorker(Trainer):
         def rate(dtype: str) -> float:
             x, y = jnp.ones((size, size), dtype), jnp.ones((size, size), dtype)
             program = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(dtype))
-            return best_rate(lambda: program(x, y).block_until_ready(), 2 * size**3)
+            return harness.best_rate(lambda: program(x, y).block_until_ready(), 2 * size**3)
 
         return {dtype: rate(dtype) for dtype in ("float32", "bfloat16")}
 
@@ -203,11 +163,10 @@ class JaxWorker(Trainer):
         from jaxgpt.models import sharding
         from jaxgpt.training import optim
 
-        if self.config.dtype == "float32" and jax.default_backend() == "gpu":
-            jax.config.update("jax_default_matmul_precision", "highest")  # torch's default: no TF32
+        harness.multiply_exactly(self.config)
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
         tx = optim.adamw(optax.constant_schedule(LEARNING_RATE), weight_decay=DECAY, b2=B2, clip=CLIP)
-        state = training.init_state(unflatten_names({name: np.asarray(flat[name]) for name in flat}), tx)
+        state = training.init_state(harness.unflatten_names({name: np.asarray(flat[name]) for name in flat}), tx)
         self.state = sharding.replicate(state, self.mesh)
         self.step = training.jit_step(training.make_nll(self.config), tx, self.mesh)
 
@@ -222,35 +181,17 @@ class JaxWorker(Trainer):
             self.state, metrics = self.step(self.state, sharding.place_local_rows(Batch(tokens, mask), self.mesh), None)
         return to_floats(metrics)["loss"]
 
-    def device_peak(self) -> int | None:
-        import jax
 
-        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-class TorchWorker(Trainer):
+class TorchTrainer(harness.TorchWorker, Trainer):
     """A PyTorch model ("hf" or "module", compiled or not) and its fused AdamW."""
 
     def __init__(self, kind: str) -> None:
-        import torch
-
+        super().__init__()
+        self.kind = kind
         if kind.startswith("hf"):
             import transformers
 
             transformers.logging.set_verbosity_error()
-        self.kind, self.device = kind, "cuda" if torch.cuda.is_available() else "cpu"
-        torch.set_num_threads(cores())
-
-    def about(self) -> dict[str, Any]:
-        import torch
-
-        name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
-        versions = {"torch": torch.__version__, "python of torch": platform.python_version()}
-        with contextlib.suppress(ImportError):
-            import transformers
-
-            versions["transformers"] = transformers.__version__
-        return {"platform": self.device, "device": name, "threads": torch.get_num_threads(), "versions": versions}
 
     def roof(self, size: int) -> dict[str, float]:
         import torch
@@ -260,9 +201,9 @@ class TorchWorker(Trainer):
 
             def multiply() -> None:
                 x @ x
-                self._wait()
+                self.wait()
 
-            return best_rate(multiply, 2 * size**3)
+            return harness.best_rate(multiply, 2 * size**3)
 
         return {dtype: rate(dtype) for dtype in ("float32", "bfloat16")}
 
@@ -270,7 +211,7 @@ class TorchWorker(Trainer):
         import torch
 
         if self.kind.startswith("hf"):
-            model = hf_model(dataclasses.replace(self.config, dtype="float32"), flat, self.device).train()
+            model = harness.hf_model(dataclasses.replace(self.config, dtype="float32"), flat, self.device).train()
             self.loss = lambda tokens: model(input_ids=tokens, labels=tokens).loss
         else:
             model = torch_module(self.config, flat).to(self.device)
@@ -298,19 +239,13 @@ class TorchWorker(Trainer):
             torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
             self.optimizer.step()
         found = float(loss.detach())
-        self._wait()
+        self.wait()
         return found
 
-    def _wait(self) -> None:
-        import torch
 
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def device_peak(self) -> int | None:
-        import torch
-
-        return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+def make_worker(kind: str) -> Trainer:
+    """Make a worker of this kind."""
+    return JaxTrainer() if kind == OURS else TorchTrainer(kind)
 
 
 def torch_module(config: ModelConfig, flat: Mapping[str, np.ndarray]) -> Any:
@@ -368,7 +303,7 @@ def torch_module(config: ModelConfig, flat: Mapping[str, np.ndarray]) -> Any:
 
 
 def measure(
-    case: Case, settings: Settings, workers: Mapping[str, Worker], weights: Path, roofs: Mapping[str, float]
+    case: Case, settings: Settings, workers: Mapping[str, harness.Worker], weights: Path, roofs: Mapping[str, float]
 ) -> dict[str, Any]:
     """Measure one point of the grid: {trainer: figures}, and failures. The workers take turns."""
     config = case.config(settings.vocab)
@@ -378,24 +313,20 @@ def measure(
         "batch": case.batch,
         "seed": settings.seed,
     }
-    turns = Rotation(workers)
+    turns = harness.Rotation(workers)
     first: dict[str, float] = {}
     loss: dict[str, float] = {}
     seconds: dict[str, list[float]] = {kind: [] for kind in workers}
 
-    def get_ready(kind: str, worker: Worker) -> None:
+    def get_ready(kind: str, worker: harness.Worker) -> None:
         worker.ask("load", **load)
         first[kind] = worker.ask("timed", steps=1)["seconds"]
         loss[kind] = worker.ask("timed", steps=settings.steps)["loss"]
 
-    def turn(kind: str, worker: Worker) -> None:
-        time.sleep(0.2)  # let the previous worker's threads settle
+    def turn(kind: str, worker: harness.Worker) -> None:
         seconds[kind].append(worker.ask("timed", steps=settings.steps)["seconds"] / settings.steps)
 
-    turns.each(get_ready)
-    with turns.watched():
-        for _ in range(settings.repeats):
-            turns.each(turn)
+    turns.measure(get_ready, turn, settings.repeats)
     found: dict[str, Any] = {}
     tokens, flops = case.batch * case.block, config.flops_per_token
     for kind, worker in turns.alive.items():
@@ -410,22 +341,19 @@ def measure(
             "peak_bytes": worker.ask("peak"),
             "seconds": seconds[kind],
         }
-    others = [kind for kind in found if kind != OURS]
-    fastest = max(others, key=lambda kind: found[kind]["tokens_per_second"], default=None)
     return {
         **dataclasses.asdict(case),
         "flops_per_token": flops,
         "others_share": turns.others_share,
         "trainers": found,
         "failed": turns.failed,
-        "speedup": speedup(seconds, fastest),
+        "speedup": harness.speedup(seconds, harness.find_fastest_rival(found)),
     }
 
 
 def complaints(result: Mapping[str, Any]) -> list[str]:
     """Warnings about one point of the grid, as lines of text."""
-    lines = [f"{RIVALS[kind]} left out: {error}" for kind, error in result["failed"].items()]
-    lines += disturbance_warning(result["others_share"])
+    lines = harness.warn_of_turns(result["failed"], result["others_share"], RIVALS)
     ours = result["trainers"][OURS]["loss"]
     tolerance = 1e-4 if result["dtype"] == "float32" else 1e-2
     for kind, found in result["trainers"].items():
@@ -465,9 +393,7 @@ def table(results: Sequence[Mapping[str, Any]], roofs: Mapping[str, float]) -> l
                 f"{found['compile_seconds']:>11.1f}{peak / 1e6:>9,.0f}{found['loss']:>9.4f}"
             )
         if result["speedup"] is not None:
-            low, high = result["speedup"]["range"]
-            over = RIVALS[result["speedup"]["over"]]
-            lines.append(f"= {result['speedup']['median']:.2f} x {over} ({low:.2f}-{high:.2f} turn by turn)")
+            lines.append(f"= {harness.describe_speedup(result['speedup'], RIVALS)}")
         lines += complaints(result)
     return lines
 
@@ -478,31 +404,22 @@ def figure(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
     for result in results:
         name = title_of(result).replace(f" {result['dtype']}", "", 1).replace(", batch", "\nbatch")
         panels.setdefault(name, []).append((result["dtype"], result["trainers"]))
-    draw_bars(panels, {OURS: OURS, **RIVALS}, "fraction of the measured matrix product", path, title)
+    harness.draw_bars(panels, {OURS: OURS, **RIVALS}, "fraction of the measured matrix product", path, title)
 
 
 # ---- the experiment ----
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    from jaxgpt.files import write_json
     from jaxgpt.runs.run import Run
-    from jaxgpt.runs.settings import settings_to_json
 
-    python = dict.fromkeys(settings.rivals, settings.torch_python or sys.executable) | {OURS: sys.executable}
     with Run(settings.run, settings, stage="bench_train", fresh=True) as run:
-        log = run.folder.absolute() / "workers.log"
-        log.write_text("")
-        for left_behind in run.folder.glob("weights-*"):  # by a killed run
-            shutil.rmtree(left_behind)
-        if os.getloadavg()[0] > 0.5 * cores():
-            run.say(f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: other programs disturb these timings")
-        kinds = [OURS, *settings.rivals]
-        about, answers, note = survey_machine(MODULE, kinds, python, log, "PyTorch", size=settings.roof_size)
+        bench = harness.Benchmark(run, MODULE, settings.rivals, settings.torch_python)
+        bench.warn_of_load()
+        answers = bench.survey("PyTorch", size=settings.roof_size)
         measured = {"jax" if kind == OURS else "torch": rates for kind, rates in answers.items()}
-        if note:
-            run.say(note)
-            kinds = [OURS]
+        if bench.note:
+            run.say(bench.note)
         roofs = {dtype: max(rates[dtype] for rates in measured.values()) for dtype in ("float32", "bfloat16")}
         size = settings.roof_size
         lines = [
@@ -512,33 +429,18 @@ def main(settings: Settings) -> dict[str, Any]:
         run.say(lines[0])
         results: list[dict[str, Any]] = []
         for case in cases(settings):
-            config = case.config(settings.vocab)
-            with tempfile.TemporaryDirectory(dir=run.folder.absolute(), prefix="weights-") as folder:
-                weights = Path(folder) / "weights.npz"
-                np.savez(weights, **initial_weights(config, np.random.default_rng(settings.seed)))  # type: ignore[arg-type]
-                with contextlib.ExitStack() as stack:
-                    workers = {kind: stack.enter_context(Worker(MODULE, kind, python[kind], log)) for kind in kinds}
-                    results.append(measure(case, settings, workers, weights, roofs))
-            speeds = {kind: found["tokens_per_second"] for kind, found in results[-1]["trainers"].items()}
-            shown = ", ".join(f"{RIVALS.get(kind, kind)} {speed:,.0f}" for kind, speed in speeds.items())
-            run.say(f"{title_of(results[-1])}: {shown} tokens/s")
-            run.log(len(results), {f"tokens_per_second/{kind}": speed for kind, speed in speeds.items()})
-        lines += ["", *table(results, roofs)]
-        for line in lines[1:]:
-            run.say(line)
-        report = {
-            "machine": about,
-            "settings": settings_to_json(settings),
-            "note": note,
-            "cases": results,
-            "roof_flops_per_second": roofs,
-            "roofs": measured,
-        }
-        write_json(run.folder / "bench_train.json", report)
-        (run.folder / "bench_train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        figure(results, run.folder / "bench_train.png", f"{machine_text(about)}; roof {format_rates(roofs)}")
-        run.finish(report)
-        return run.results
+            config, rng = case.config(settings.vocab), np.random.default_rng(settings.seed)
+            with bench.save_weights(harness.initial_weights(config, rng)) as weights, bench.start_workers() as workers:
+                results.append(measure(case, settings, workers, weights, roofs))
+            bench.log_speeds(len(results), title_of(results[-1]), results[-1]["trainers"], RIVALS, digits=0)
+        title = f"{harness.machine_text(bench.machine)}; roof {format_rates(roofs)}"
+        return bench.finish(
+            settings,
+            [*lines, "", *table(results, roofs)],
+            {"cases": results, "roof_flops_per_second": roofs, "roofs": measured},
+            said=1,
+            draw=lambda path: figure(results, path, title),
+        )
 
 
 def format_rates(rates: Mapping[str, float]) -> str:
@@ -546,10 +448,4 @@ def format_rates(rates: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        worker_main(sys.argv[2], lambda kind: JaxWorker() if kind == OURS else TorchWorker(kind))
-    else:
-        from jaxgpt.runs.cli import cli
-
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers need the GPU
-        cli(main, Settings, PRESETS)
+    harness.run_command(make_worker, main, Settings, PRESETS)

@@ -32,11 +32,12 @@ from jaxgpt.models import sharding, transformer
 from jaxgpt.rlhf import group_policy
 from jaxgpt.rlhf.intervals import interval
 from jaxgpt.rlhf.ppo import Controller, PPOConfig
+from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
 from jaxgpt.structs import Array, Batch, Experience, Params
-from jaxgpt.study import figures, many, page, sums
+from jaxgpt.study import figures, many, sums
 from jaxgpt.study.cells import ResultCache, run_study
 from jaxgpt.study.task import Task, sample_task_answers
 from jaxgpt.training import optim
@@ -200,7 +201,7 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
         rows.append([name, solved, *(f"{x:.2f}" for x in end)])
         run.say(f"{name}: {solved}")
     answers = zip(*(one["texts"] for one in found.values()), strict=True)
-    page.write_page(
+    pages.write_page(
         s.run,
         "Sums that a program checks",
         f"{s.heldout} held-out sums, {s.seeds} seeds; every method learns from {s.prompts * s.group_size} answers at a "
@@ -209,12 +210,12 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
             ("", s.run / "arithmetic.png"),
             (
                 "At the end",
-                page.text_table(
+                pages.make_table(
                     ("method", "held-out sums solved, by seed", "tokens, right", "tokens, wrong", "entropy, nats"),
                     rows,
                 ),
             ),
-            ("Answers", page.text_table(tuple(found), list(answers))),
+            ("Answers", pages.make_table(tuple(found), list(answers))),
         ],
     )
     return {"before": before.mean, "solved": {name: np.mean(one["solved"], axis=1) for name, one in found.items()}}

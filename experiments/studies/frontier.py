@@ -23,9 +23,10 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.rlhf.through_reward import ThroughReward
+from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.run import Run
-from jaxgpt.study import figures, frontier, many, methods, page
+from jaxgpt.study import figures, frontier, many, methods, results
 from jaxgpt.study.cells import ResultCache, run_study, stage_fingerprints
 from jaxgpt.study.frontier import FrontierSetup
 from jaxgpt.study.task import load_reward_model, make_reviews_task
@@ -132,10 +133,10 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     )
     with run.progress(frontier.total_steps(every), "frontier") as bar:
         found = frontier.run_methods(every, FrontierSetup(task, proxy, rankings, s.seeds, s.seed, s.how, bar), cells)
-    points = page.read_points(found)
+    points = results.read_points(found)
     figures.plot_frontier(s.run / "frontier.png", points)
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
-    page.write_page(
+    pages.write_page(
         s.run,
         "The reward-KL frontier",
         f"{s.prompts} held-out prompts, {s.seeds} seeds; 95 % intervals resample seeds and prompts. Gold rewards and "
@@ -143,11 +144,11 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
         "close to the bound log n - (n - 1) / n.",
         [
             ("", s.run / "frontier.png"),
-            ("All points", page.points_table(points)),
-            ("Answers", page.answers_html(prompts, page.collect_first_answers(points))),
+            ("All points", results.points_table(points)),
+            ("Answers", results.answers_html(prompts, results.collect_first_answers(points))),
         ],
     )
-    return page.summarise_points(points)
+    return results.summarise_points(points)
 
 
 def main(settings: Settings) -> dict[str, Any]:

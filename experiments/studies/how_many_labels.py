@@ -25,13 +25,14 @@ from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
 from jaxgpt.rlhf.annotator import SimulatedAnnotator
 from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.structs import Batch, Params
-from jaxgpt.study import figures, many, methods, page
+from jaxgpt.study import figures, many, methods, results
 from jaxgpt.study.cells import ResultCache, run_study
-from jaxgpt.study.page import Point
+from jaxgpt.study.results import Point
 from jaxgpt.study.task import (
     Evaluation,
     Task,
@@ -231,15 +232,15 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
                 f"picks the best {np.mean(found['agreement']):.1%}"
             )
     figures.plot_label_counts(s.run / "how_many_labels.png", groups, agreements, start)
-    page.write_page(
+    pages.write_page(
         s.run,
         "How many labels?",
         f"Gold reward of PPO on {s.prompts} held-out prompts, {s.seeds} seeds (95 % "
         f"intervals resample seeds and prompts), beta {s.beta:g}. Labels come from a simulated annotator (VADER), at "
         f"temperature {s.annotator.temperature:g} unless stated otherwise.",
-        [("", s.run / "how_many_labels.png"), ("All conditions", page.points_table(groups))],
+        [("", s.run / "how_many_labels.png"), ("All conditions", results.points_table(groups))],
     )
-    return {"conditions": page.summarise_points(groups), "agreement": agreements}
+    return {"conditions": results.summarise_points(groups), "agreement": agreements}
 
 
 def main(settings: Settings) -> dict[str, Any]:

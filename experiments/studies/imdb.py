@@ -26,11 +26,12 @@ from jaxgpt.models import sharding
 from jaxgpt.rlhf.annotator import gold_scores
 from jaxgpt.rlhf.judge import Judge, fit_judge
 from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model
-from jaxgpt.study import figures, frontier, many, methods, page
+from jaxgpt.study import figures, frontier, many, methods, results
 from jaxgpt.study.cells import ResultCache, run_study
 from jaxgpt.study.frontier import FrontierSetup
 from jaxgpt.study.task import RewardModel, Task, answer_examples, sample_task_answers
@@ -214,22 +215,22 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
         accuracy = methods.favourite_accuracy(task, config, proxy[0], held)
         run.say(f"imdb: {len(rankings):,} pairs; the reward model agrees with {accuracy:.1%} of {len(held)} held out")
         found = frontier.run_methods(every, FrontierSetup(task, proxy, few, s.seeds, s.seed, s.how, bar), cells)
-    points = page.read_points(found)
+    points = results.read_points(found)
     measures = {"gold": "true reward, log-odds of positive", "judge": "VADER, which no method learnt from"}
     figures.plot_frontier(s.run / "imdb.png", points, measures)
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
-    page.write_page(
+    pages.write_page(
         s.run,
         "Positive reviews",
         f"{s.prompts} held-out prefixes of 2 to 8 tokens, {s.seeds} seeds; 95 % "
         "intervals resample seeds and prompts. The true reward is a classifier fitted on people's labels.",
         [
             ("", s.run / "imdb.png"),
-            ("All points", page.points_table(points)),
-            ("Continuations", page.answers_html(prompts, page.collect_first_answers(points))),
+            ("All points", results.points_table(points)),
+            ("Continuations", results.answers_html(prompts, results.collect_first_answers(points))),
         ],
     )
-    return {"accuracy": accuracy, "points": page.summarise_points(points)}
+    return {"accuracy": accuracy, "points": results.summarise_points(points)}
 
 
 def main(settings: Settings) -> dict[str, Any]:

@@ -21,10 +21,11 @@ from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
 from jaxgpt.rlhf.intervals import crossed_interval, distinct_2
 from jaxgpt.rlhf.ppo import Controller, PPOConfig
+from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
-from jaxgpt.study import figures, many, page
+from jaxgpt.study import figures, many, results
 from jaxgpt.study.cells import ResultCache, run_study, stage_fingerprints
 from jaxgpt.study.task import RewardModel, Task, evaluate_policies, load_reward_model, make_reviews_task
 
@@ -98,31 +99,31 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
             for name, (control, _) in controls.items()
         }
     figures.plot_kl_control(s.run / "kl_control.png", found, {name: target for name, (_, target) in controls.items()})
-    points = page.read_points({name: {"": one["seen"]} for name, one in found.items()})
+    points = results.read_points({name: {"": one["seen"]} for name, one in found.items()})
     last = {name: np.array(one["curves"]["kl"])[:, -max(s.iterations // 4, 2) :] for name, one in found.items()}
     held = {name: crossed_interval(kl) for name, kl in last.items()}
     variety = {name: [distinct_2(one["texts"]) for one in found[name]["seen"]] for name in found}
     rows = [[name, f"{held[name].mean:.2f}", *(f"{x:.2f}" for x in own)] for name, own in variety.items()]
     prompts = [task.tok.show(ids) for ids in task.heldout[:12]]
-    page.write_page(
+    pages.write_page(
         s.run,
         "KL under control",
         "PPO whose KL penalty follows the measured KL towards a target (dotted), and PPO without a penalty. "
         f"{s.seeds} seeds each; curves are running means over 5 iterations.",
         [
             ("", s.run / "kl_control.png"),
-            ("Held-out prompts", page.points_table(points)),
+            ("Held-out prompts", results.points_table(points)),
             (
                 "KL over the last quarter of the iterations, and distinct pairs of words, by seed",
-                page.text_table(("run", "KL", *(f"distinct-2, seed {n}" for n in range(s.seeds))), rows),
+                pages.make_table(("run", "KL", *(f"distinct-2, seed {n}" for n in range(s.seeds))), rows),
             ),
-            ("Answers", page.answers_html(prompts, page.collect_first_answers(points))),
+            ("Answers", results.answers_html(prompts, results.collect_first_answers(points))),
         ],
     )
     for name, one in held.items():
         run.say(f"{name}: KL {one.mean:.2f} in the last quarter")
     kept = {name: {"target": controls[name][1], "last_quarter": dataclasses.asdict(one)} for name, one in held.items()}
-    return {"held": kept, "policies": page.summarise_points(points), "distinct_2": variety}
+    return {"held": kept, "policies": results.summarise_points(points), "distinct_2": variety}
 
 
 def main(settings: Settings) -> dict[str, Any]:

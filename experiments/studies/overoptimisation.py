@@ -32,11 +32,12 @@ from jaxgpt.losses import kl
 from jaxgpt.models import transformer
 from jaxgpt.rlhf.intervals import best_of_n_kl_bound
 from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
 from jaxgpt.structs import Batch, Params
-from jaxgpt.study import figures, laws, many, methods, page
+from jaxgpt.study import figures, laws, many, methods
 from jaxgpt.study.cells import ResultCache, run_study, stage_fingerprints
 from jaxgpt.study.task import (
     RewardModel,
@@ -218,7 +219,7 @@ def report(
                 f"{ends} at {kls[-1]:.1f} nats",
             ]
         )
-    page.write_page(
+    pages.write_page(
         s.run,
         "Overoptimisation",
         "Gold reward gained over the finetuned model (from VADER, whose noisy choices are the labels) against the "
@@ -228,13 +229,13 @@ def report(
             ("", s.run / "overoptimisation.png"),
             (
                 "Fits: best-of-n d (alpha - beta d), RL d (alpha - beta log d)",
-                page.text_table(
+                pages.make_table(
                     ("reward model", "held-out accuracy", "BoN alpha", "BoN beta", "RL alpha", "RL beta"), rows
                 ),
             ),
             (
                 "Peaks",
-                page.text_table(
+                pages.make_table(
                     (
                         "reward model",
                         "BoN best",

@@ -29,11 +29,12 @@ from jaxgpt.models import transformer
 from jaxgpt.rlhf import reward, through_reward
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.rlhf.through_reward import ThroughReward
+from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
 from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.study import figures, many, page
+from jaxgpt.study import figures, many, results
 from jaxgpt.study.cells import ResultCache, run_study, stage_fingerprints
 from jaxgpt.study.task import (
     RewardModel,
@@ -159,24 +160,24 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
             for name, how in variants(s).items()
         }
     figures.plot_through_reward(s.run / "through_reward.png", found)
-    points = page.read_points({name: {"": one["seen"]} for name, one in found.items()})
+    points = results.read_points({name: {"": one["seen"]} for name, one in found.items()})
     prompts = [task.tok.show(ids) for ids in task.heldout[:6]]
     rows = [[name, f"{value:.3f}"] for name, value in cosines.items()]
-    page.write_page(
+    pages.write_page(
         s.run,
         "Through the reward model",
         f"{s.prompts} held-out prompts, {s.seeds} seeds, beta {s.beta:g}. The "
         "objective sees the sampled tokens' embeddings, or (mixtures) weighted means of all tokens' embeddings.",
         [
             ("", s.run / "through_reward.png"),
-            ("Held-out prompts", page.points_table(points)),
-            ("Cosine to the policy gradient at the start", page.text_table(("derivative", "cosine"), rows)),
-            ("Answers", page.answers_html(prompts, page.collect_first_answers(points))),
+            ("Held-out prompts", results.points_table(points)),
+            ("Cosine to the policy gradient at the start", pages.make_table(("derivative", "cosine"), rows)),
+            ("Answers", results.answers_html(prompts, results.collect_first_answers(points))),
         ],
     )
     for name, value in cosines.items():
         run.say(f"{name}: cosine to the policy gradient {value:.3f}")
-    return {"cosines": cosines, "policies": page.summarise_points(points)}
+    return {"cosines": cosines, "policies": results.summarise_points(points)}
 
 
 def main(settings: Settings) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """The report: a table of policies with intervals, figures, and the same prompts answered by each stage, on one page."""
 
-import base64
 import dataclasses
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +10,20 @@ import numpy as np
 
 from jaxgpt.data.openings import Prompt
 from jaxgpt.errors import needs_extra
-from jaxgpt.files import write_json, write_text
+from jaxgpt.files import write_json
 from jaxgpt.rlhf.intervals import Interval, interval, wins
+from jaxgpt.runs.pages import Html, embed_picture, escape, make_section, make_table, write_page
 
 with needs_extra("train"):
     from rich.console import Console
     from rich.table import Table
 
 SHOWN_PROMPTS = 12  # prompts shown with every policy's answer
+INTRO = """{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 % interval
+over prompts. Gold reward and preferences: {annotator}. Judge: a classifier fitted on human labels, never used in
+training, with {judge} accuracy on held-out reviews. Best-of-n picks by the reward model; its KL is the bound
+log n − (n−1)/n."""
+ABOUT_ANSWERS = "The base model knows no prompts: it continues the opening words. “…” marks an answer that was cut off."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +144,20 @@ def write_report(
     for name, (_, draw) in figures.items():
         draw(folder / name)
     write_json(folder / "report.json", results)
-    titles = {name: title for name, (title, _) in figures.items()}
-    write_text(folder / "report.html", render_report(folder, titles, rows, prompts, policies, judge_accuracy, stages))
+    table = ((name, *(format_value(row, key) for _, key in COLUMNS)) for name, row in rows.items())
+    pictures = "".join(embed_picture(folder / name, title, title) for name, (title, _) in figures.items())
+    answers = "".join(_answers(i, prompt, policies) for i, prompt in enumerate(prompts[:SHOWN_PROMPTS]))
+    annotator = _results(stages / "preferences").get("annotator", "simulated annotator")
+    write_page(
+        folder,
+        "From language model to assistant",
+        INTRO.format(count=len(prompts), annotator=annotator, judge=f"{judge_accuracy:.1%}"),
+        [
+            ("", make_table(("policy", *(title for title, _ in COLUMNS)), table, named=True)),
+            ("", Html(pictures)),
+            ("The same prompts, answered by each stage", Html(f"<p>{ABOUT_ANSWERS}</p>{answers}")),
+        ],
+    )
     console.print(make_terminal_table(rows))
     return results
 
@@ -154,48 +170,11 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def render_report(
-    folder: Path,
-    figures: dict[str, str],
-    rows: dict[str, dict[str, Any]],
-    prompts: Sequence[Prompt],
-    policies: Sequence[Policy],
-    judge_accuracy: float,
-    stages: Path,
-) -> str:
-    """The HTML of the report, with texts escaped and pictures embedded."""
-    head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in COLUMNS)
-    body = "".join(
-        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{format_value(row, key)}</td>' for _, key in COLUMNS)}</tr>"
-        for name, row in rows.items()
-    )
-    pictures = "".join(
-        f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,'
-        f'{base64.b64encode((folder / name).read_bytes()).decode()}">'
-        f"<figcaption>{html.escape(title)}</figcaption></figure>"
-        for name, title in figures.items()
-    )
-    answers = "".join(_answers(i, prompt, policies) for i, prompt in enumerate(prompts[:SHOWN_PROMPTS]))
-    annotator = _results(stages / "preferences").get("annotator", "simulated annotator")
-    return TEMPLATE.format(
-        css=CSS,
-        head=head,
-        body=body,
-        pictures=pictures,
-        answers=answers,
-        count=len(prompts),
-        annotator=html.escape(annotator),
-        judge=f"{judge_accuracy:.1%}",
-    )
-
-
-def _answers(i: int, prompt: Prompt, policies: Sequence[Policy]) -> str:
-    items = "".join(
-        f"<dt>{html.escape(policy.name)} <small>gold {policy.gold[i]:+.2f}</small></dt>"
-        f"<dd>{html.escape(policy.texts[i])}{'' if policy.ended[i] else ' …'}</dd>"
-        for policy in policies
-    )
-    return f"<section><h3>{html.escape(prompt.text)}</h3><dl>{items}</dl></section>"
+def _answers(i: int, prompt: Prompt, policies: Sequence[Policy]) -> Html:
+    """A prompt with every policy's answer and its gold reward."""
+    names = (Html(f"{escape(policy.name)} <small>gold {policy.gold[i]:+.2f}</small>") for policy in policies)
+    texts = (policy.texts[i] + ("" if policy.ended[i] else " …") for policy in policies)
+    return make_section(prompt.text, zip(names, texts, strict=True))
 
 
 def _results(folder: Path) -> dict[str, Any]:
@@ -301,30 +280,3 @@ def save_calibration_figure(path: Path, stages: Path) -> None:
     axis.set_xlabel("predicted P(chosen)")
     axis.set_ylabel("chosen")
     figure.savefig(path)
-
-
-CSS = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-size: .82rem; display: block; overflow-x: auto; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
-tbody th { text-align: left; } figure { margin: 1.5rem 0; } img { max-width: 100%; background: white; }
-figcaption, small { opacity: .75; } section { border-top: 1px solid #8884; } h3 { font-size: 1rem; }
-dl { display: grid; grid-template-columns: 11rem 1fr; gap: .25rem 1rem; } dt { font-weight: 600; } dd { margin: 0; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } }
-"""
-
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>From language model to assistant</title><style>{css}</style></head><body>
-<h1>From language model to assistant</h1>
-<p>{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 % interval over
-prompts. Gold reward and preferences: {annotator}. Judge: a classifier fitted on human labels, never used in training,
-with {judge} accuracy on held-out reviews. Best-of-n picks by the reward model; its KL is the bound log n − (n−1)/n.</p>
-<table><thead><tr><th>policy</th>{head}</tr></thead><tbody>{body}</tbody></table>
-{pictures}
-<h2>The same prompts, answered by each stage</h2>
-<p>The base model knows no prompts: it continues the opening words. “…” marks an answer that was cut off.</p>
-{answers}
-</body></html>
-"""

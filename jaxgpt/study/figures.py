@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxgpt.runs.report import new_figure
 from jaxgpt.study import laws
-from jaxgpt.study.page import MEASURES, Point, PointsByMethod
+from jaxgpt.study.results import MEASURES, Point, PointsByMethod
 
 StudyResults = Mapping[str, Mapping[str, Any]]  # by run, method or reward model: the contents of its cell of the study
 

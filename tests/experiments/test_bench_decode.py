@@ -174,7 +174,7 @@ def test_both_workers_choose_the_same_tokens():
     pytest.importorskip("transformers")
     flat, prompts = flat_weights(), np.random.default_rng(2).integers(0, SMALL.vocab, (4, 5)).astype(np.int32)
     answers = []
-    for worker in (bench_decode.TorchWorker("dynamic"), bench_decode.JaxWorker()):
+    for worker in (bench_decode.TorchDecoder("dynamic"), bench_decode.JaxDecoder()):
         worker.prepare(SMALL, flat, prompts, prepared=False)
         answers.append(worker.generate(15))
     assert answers[0].shape == (4, 15) and len(np.unique(answers[0])) > 10

@@ -65,7 +65,7 @@ def test_a_case_may_change_layers_and_width():
 def test_our_worker_trains_as_the_formula(tmp_path):
     """Its first loss is that of the weights, and the loss falls when a batch is repeated."""
     config = dataclasses.replace(SMALL, layers=1)
-    worker = load(bench_train.JaxWorker(), tmp_path, config)
+    worker = load(bench_train.JaxTrainer(), tmp_path, config)
     assert worker.batches.shape == (4, 3, SMALL.block)
     params = harness.unflatten_names(dict(np.load(tmp_path / "weights.npz")))
     tokens = worker.batches[0]
@@ -85,7 +85,7 @@ def test_pytorch_trains_to_our_loss(kind, dtype, tmp_path):
         pytest.importorskip("transformers")
     config = dataclasses.replace(SMALL, dtype=dtype)
     ours, theirs = (
-        load(worker, tmp_path, config) for worker in (bench_train.JaxWorker(), bench_train.TorchWorker(kind))
+        load(worker, tmp_path, config) for worker in (bench_train.JaxTrainer(), bench_train.TorchTrainer(kind))
     )
     for _ in range(3):
         expected = ours.timed(3)["loss"]

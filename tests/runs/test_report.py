@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jaxgpt.data.openings import Prompt
 from jaxgpt.files import write_json
-from jaxgpt.runs import report
+from jaxgpt.runs import pages, report
 
 
 def policy(name: str, gold: float, text: str = "a fine film") -> report.Policy:
@@ -70,3 +70,15 @@ def test_a_baseline_that_always_scores_the_same_leaves_the_gain_open(tmp_path):
     flat = dataclasses.replace(policy("SFT", 0.0), gold=np.zeros(6))
     results, table = write(tmp_path, [flat, policy("PPO", 0.5)])
     assert results["policies"]["PPO"]["gold_gain_in_baseline_sd"] is None and "–" in table
+
+
+def test_a_page_escapes_everything_but_html(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    table = pages.make_table(("<a>", "b"), [("<c>", pages.Html("<small>d</small>"))], named=True)
+    answers = pages.make_section("<e>", [("<f>", "<g>")])
+    parts = [("<h>", table), ("", answers), ('"i"', tmp_path / "a.png"), ("", "<j>")]
+    text = pages.write_page(tmp_path, "<k>", "{l} <m>", parts).read_text()
+    for letter in "acefghjkm":
+        assert f"<{letter}>" not in text and f"&lt;{letter}&gt;" in text
+    assert "<tr><th>&lt;c&gt;</th><td><small>d</small></td></tr>" in text
+    assert '<img alt="&quot;i&quot;" src="data:image/png;base64,iVBORw==">' in text and "{l}" in text
