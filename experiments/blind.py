@@ -98,7 +98,7 @@ def main(settings: Settings) -> dict[str, Any]:
     program = None if settings.annotator == "you" else SimulatedAnnotator(wish=settings.annotator)
     who = settings.annotator if program is None else program.name
     try:
-        while left := [task for task in tasks if not store.judged(task.id, who)]:
+        while left := [task for task in tasks if not store.has_voted(task.id, who)]:
             if program is None:
                 ask.ask(store, who, left[0], f"[{len(tasks) - len(left) + 1}/{len(tasks)}]", rng)
             else:

@@ -27,7 +27,7 @@ from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, save_model
 from jaxgpt.structs import Params, Preferences
 from jaxgpt.training import optim
-from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_on, make_program, shapes_of
+from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_on, make_program, param_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def build(
 ) -> Program[Preferences]:
     """The program that `main` runs."""
     policy = transformer_policy(config, new_tokens=size.answer, temperature=settings.temperature)
-    tx, loss, params = optimizer(settings, steps), make_loss(policy, settings.beta), shapes_of(config)
+    tx, loss, params = optimizer(settings, steps), make_loss(policy, settings.beta), param_shapes(config)
     batch = Preferences.shapes(settings.batch, size.candidates, size.row)
     parts, spike, begin = settings.microbatches, settings.guard.spike, functools.partial(start, settings, tx)
     return make_program(loss, tx, config, mesh, begin, params, batch, microbatches=parts, spike=spike)

@@ -110,8 +110,8 @@ class AnswerGenerator:
             while not self.stop.is_set():
                 if self.settings.retrain and self.store.count() - self.trained_at >= self.settings.retrain:
                     self.retrain()
-                if self.store.unseen() < self.settings.prefetch and self.remaining:
-                    self.state = f"{self.store.unseen()} of {self.settings.prefetch} prompts have answers"
+                if self.store.count_unvoted() < self.settings.prefetch and self.remaining:
+                    self.state = f"{self.store.count_unvoted()} of {self.settings.prefetch} prompts have answers"
                     self.add_tasks()
                 else:
                     self.state = ""

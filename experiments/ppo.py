@@ -28,12 +28,12 @@ from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.checkpoints import SaveConfig
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.loop import Loop, LoopSettings
-from jaxgpt.runs.rollouts import keep_rollout
+from jaxgpt.runs.rollouts import save_rollout
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, load_model, save_model
 from jaxgpt.structs import Array, Batch, Params, Prompts
 from jaxgpt.training import optim
-from jaxgpt.training.step import TrainState, jit_on, shapes_of, shapes_on, to_floats
+from jaxgpt.training.step import TrainState, jit_on, param_shapes, sharded_shapes, to_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def start(settings: Settings, policy: Policy, params: Params, reward_params: Par
 class Program:
     """`ppo_iteration`, jitted, and the shapes of state and prompts that it is compiled for."""
 
-    iteration: ppo.Iterate
+    iteration: ppo.IterationFn
     state: TrainState
     prompts: Prompts
 
@@ -111,7 +111,7 @@ def build(settings: Settings, config: ModelConfig, prompt_tokens: int, mesh: jax
     def reward_fn(params: Params, rows: Batch) -> Array:
         return reward.score(params["reward"], config, rows)
 
-    state = shapes_on(mesh, init_state, shapes_of(config))
+    state = sharded_shapes(mesh, init_state, param_shapes(config))
     iteration = ppo.jit_iteration(mesh, state, policy=policy, ppo=settings.ppo, tx=tx, reward_fn=reward_fn)
     return Program(iteration, state, Prompts.shapes(settings.batch, prompt_tokens))
 
@@ -144,7 +144,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 if i == 1 or i % settings.sample_every == 0:
                     kept_rows = jax.tree.map(lambda x: x[:KEPT], done.targets.rollout.rows)
                     after_BT = logp_of(state.params["policy"], kept_rows)
-                    text = keep_rollout(run.folder, i, done.targets, after_BT, floats["beta"], tok)
+                    text = save_rollout(run.folder, i, done.targets, after_BT, floats["beta"], tok)
                     run.say(f"iteration {i}: score {floats['score']:.2f}, KL {floats['kl']:.2f} nats · {text!r}")
                 loop.record(i, (state, control, key), done.metrics, tokens=int(floats["length"] * settings.batch))
         if settings.lora:

@@ -134,7 +134,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 key = jax.random.fold_in(dropout_key, i) if settings.model.dropout else None
                 state, metrics = program.step(state, sharding.place_local_rows(Batch.of(arrays), mesh), key)
                 heldout = None
-                if loop.due(i, settings.eval_every):
+                if loop.is_due(i, settings.eval_every):
                     nats = evaluate(loss, state.trainable, data.heldout, mesh)["loss"]
                     bits = nats * data.tokens_per_byte / math.log(2)
                     heldout = {"heldout_nats_per_token": nats, "heldout_bits_per_byte": bits}

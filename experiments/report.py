@@ -82,7 +82,7 @@ class Evaluator:
     judge: Judge
     mesh: Mesh  # that holds the models
 
-    def sample(self, params: Params, ids: list[list[int]], key: Array, raw: bool = False) -> rollout.Sampled:
+    def sample(self, params: Params, ids: list[list[int]], key: Array, raw: bool = False) -> rollout.SampledAnswers:
         template = self.tok.template
         stop = template.separator if raw else template.end
         return rollout.sample_answers(
@@ -98,7 +98,7 @@ class Evaluator:
             temperature=self.settings.temperature,
         )
 
-    def reward_scores(self, answers: rollout.Sampled) -> np.ndarray:
+    def reward_scores(self, answers: rollout.SampledAnswers) -> np.ndarray:
         """h, or the fixed score for answers that never ended."""
         h = rollout.reward_scores(self.reward, self.config, answers.rows, self.settings.batch, self.mesh)
         return np.where(answers.ended, h, self.settings.unfinished_score)
@@ -123,7 +123,12 @@ def pad_rows(bench: Evaluator, rows: list[Row], all_tokens: bool = False) -> Bat
 
 
 def evaluate_policy(
-    bench: Evaluator, name: str, params: Params | None, answers: rollout.Sampled, prompts: list[Prompt], **known: Any
+    bench: Evaluator,
+    name: str,
+    params: Params | None,
+    answers: rollout.SampledAnswers,
+    prompts: list[Prompt],
+    **known: Any,
 ) -> Policy:
     """All measurements of one policy's answers, one number per prompt. With `params` None, KL is not measured."""
     kl = None
@@ -136,7 +141,7 @@ def evaluate_policy(
         name=name,
         texts=answers.texts,
         gold=gold_scores(answers.texts),
-        judge=bench.judge.scores(answers.texts),
+        judge=bench.judge.positive_probability(answers.texts),
         reward=bench.reward_scores(answers),
         kl=kl,
         length=answers.lengths.astype(float),
@@ -148,7 +153,7 @@ def evaluate_policy(
     )
 
 
-def sample_base_answers(bench: Evaluator, prompts: list[Prompt], key: Array) -> rollout.Sampled:
+def sample_base_answers(bench: Evaluator, prompts: list[Prompt], key: Array) -> rollout.SampledAnswers:
     """The pretrained model knows no tags: it continues the opening words (or the prompt) as raw text. Its text is then
     appended to the prompt as an answer, so that reward and length are comparable with the others'."""
     starts = [prompt.opening or prompt.text for prompt in prompts]
@@ -157,12 +162,12 @@ def sample_base_answers(bench: Evaluator, prompts: list[Prompt], key: Array) -> 
     texts = [start + text for start, text in zip(starts, sampled.texts, strict=True)]
     pairs = [example_ids(bench.tok, prompt.text, text) for prompt, text in zip(prompts, texts, strict=True)]
     limit = bench.config.block
-    return rollout.Sampled(
+    return rollout.SampledAnswers(
         texts, pad_rows(bench, [(ids[:limit], roles[:limit]) for ids, roles in pairs]), sampled.ended
     )
 
 
-def best_of_n(bench: Evaluator, ids: list[list[int]], key: Array) -> dict[int, rollout.Sampled]:
+def best_of_n(bench: Evaluator, ids: list[list[int]], key: Array) -> dict[int, rollout.SampledAnswers]:
     """For n = 2, 4, … best_of: of n answers by the finetuned model, the one the reward model scores highest."""
     n = bench.settings.best_of
     pool = bench.sample(bench.reference, [row for row in ids for _ in range(n)], key)
@@ -171,9 +176,9 @@ def best_of_n(bench: Evaluator, ids: list[list[int]], key: Array) -> dict[int, r
     return {size: _take(pool, np.arange(len(ids)) * n + scores[:, :size].argmax(1)) for size in sizes if size <= n}
 
 
-def _take(answers: rollout.Sampled, index: np.ndarray) -> rollout.Sampled:
+def _take(answers: rollout.SampledAnswers, index: np.ndarray) -> rollout.SampledAnswers:
     rows = jax.tree.map(lambda x: np.asarray(x)[index], answers.rows)
-    return rollout.Sampled([answers.texts[i] for i in index], rows, answers.ended[index])
+    return rollout.SampledAnswers([answers.texts[i] for i in index], rows, answers.ended[index])
 
 
 def heldout_prompts(settings: Settings) -> list[Prompt]:

@@ -32,7 +32,7 @@ from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, save_model
 from jaxgpt.structs import Batch, Params, Preferences
 from jaxgpt.training import optim
-from jaxgpt.training.step import Program, TrainState, init_state, jit_on, make_program, shapes_of
+from jaxgpt.training.step import Program, TrainState, init_state, jit_on, make_program, param_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def build(
     settings: Settings, config: ModelConfig, size: MaxSizes, steps: int, mesh: jax.sharding.Mesh
 ) -> Program[Preferences]:
     """The training step that `main` runs."""
-    tx, params, loss = optimizer(settings, steps), shapes_of(config), reward.make_loss(config)
+    tx, params, loss = optimizer(settings, steps), param_shapes(config), reward.make_loss(config)
     batch = Preferences.shapes(settings.batch, size.candidates, size.row)
     parts, spike = settings.microbatches, settings.guard.spike
 

@@ -28,7 +28,7 @@ from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, save_model
 from jaxgpt.structs import Batch, Params
 from jaxgpt.training import optim
-from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_on, make_nll, make_program, shapes_of
+from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_on, make_nll, make_program, param_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def start(settings: Settings, tx: optax.GradientTransformation, params: Params) 
 
 def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> Program[Batch]:
     """The training step that `main` runs."""
-    tx, loss, params = optimizer(settings), make_nll(config), shapes_of(config)
+    tx, loss, params = optimizer(settings), make_nll(config), param_shapes(config)
     batch = Batch.shapes(settings.batch, min(settings.length, config.block), packed=True)
     parts, spike, begin = settings.microbatches, settings.guard.spike, functools.partial(start, settings, tx)
     return make_program(loss, tx, config, mesh, begin, params, batch, microbatches=parts, spike=spike)
@@ -139,7 +139,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 key = jax.random.fold_in(dropout_key, i) if config.dropout else None
                 state, metrics = program.step(state, sharding.place_local_rows(Batch.of(arrays), mesh), key)
                 heldout = None
-                if loop.due(i, settings.eval_every):
+                if loop.is_due(i, settings.eval_every):
                     answers, after = (evaluate(loss, state.params, x, mesh)["loss"] for x in (data.answers, data.raw))
                     heldout = {"heldout_answer_nats_per_token": answers, "pretraining_nats_per_token": after}
                 loop.record(i, (state, dropout_key), metrics, heldout)

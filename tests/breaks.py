@@ -44,7 +44,7 @@ BREAKS = {
         "data/tokenizer", "core.encode_special_tokens = True", "core.encode_special_tokens = False", "tokenizer"
     ),
     "vote order": Break("data/votes", "json.dumps(vote.tiers)", "json.dumps(vote.tiers[::-1])", "votes"),
-    "sharding spec": Break("models/transformer", '"up/kernel": P(*COLUMNS)', '"up/kernel": P()', "sharding"),
+    "sharding spec": Break("models/transformer", '"up/kernel": P(*COLUMN_PARALLEL)', '"up/kernel": P()', "sharding"),
     "sampler filter": Break("decoding/sampling", "keepdims=True) >= p\n", "keepdims=True) > 0\n", "sampling"),
 }
 

@@ -31,7 +31,7 @@ RATE = 3e-3
 def params_of(seed: int):
     """From NumPy's generator, whose stream is promised to stay."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.normal(0, 0.08, x.shape).astype(np.float32), training.shapes_of(CONFIG))
+    return jax.tree.map(lambda x: rng.normal(0, 0.08, x.shape).astype(np.float32), training.param_shapes(CONFIG))
 
 
 def head_of(seed: int):

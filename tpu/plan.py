@@ -37,7 +37,7 @@ from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import MeshConfig
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.cli import cli, settings_from_json, settings_to_json
-from jaxgpt.training.step import jit_on, shapes_on
+from jaxgpt.training.step import jit_on, sharded_shapes
 from tpu import hlo
 
 Step = Literal["train", "ppo", "decode"]
@@ -143,7 +143,7 @@ def build(settings: Settings, step: Step, mesh: jax.sharding.Mesh) -> Built:
     sharding.check_model(settings.model, mesh)
     sharding.check_rows(settings.prompts, mesh, "a batch of prompts")
     decoding.check_fits_block(settings.model, settings.prompt_tokens, settings.ppo.new_tokens)
-    params = shapes_on(mesh, lambda: transformer.init(jax.random.key(0), settings.model))
+    params = sharded_shapes(mesh, lambda: transformer.init(jax.random.key(0), settings.model))
     jitted = jit_on(mesh, decoding.generate, static_argnums=1, static_argnames=decoding.STATIC_ARGNAMES)
     tokens = with_sharding(jax.ShapeDtypeStruct((settings.prompts, settings.prompt_tokens), jnp.int32), rows)
     lengths = with_sharding(jax.ShapeDtypeStruct((settings.prompts,), jnp.int32), rows)

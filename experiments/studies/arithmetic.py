@@ -132,7 +132,7 @@ def learn_by_ppo(task: Task, tx: Any) -> many.LearnFn:
         state: TrainState, control: Controller, experience: Experience, score_B: Array, key: Array
     ) -> tuple[TrainState, Controller, Metrics]:
         state, control, metrics = inner(state, control, experience, score_B, key)
-        return state, control, {**metrics, **group_policy.lengths(experience.rows, score_B)}
+        return state, control, {**metrics, **group_policy.length_metrics(experience.rows, score_B)}
 
     return learn
 

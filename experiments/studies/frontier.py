@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.rlhf.ppo import PPOConfig
-from jaxgpt.rlhf.through_reward import ThroughReward
+from jaxgpt.rlhf.through_reward import ThroughRewardConfig
 from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.run import Run
@@ -50,7 +50,7 @@ class Settings:
     through_betas: tuple[float, ...] = (0.0, 0.05, 0.3)  # of backpropagation through the reward model
     through_iterations: int = 16  # one update each
     through_learning_rate: float = 5e-4
-    through: ThroughReward = ThroughReward()
+    through: ThroughRewardConfig = ThroughRewardConfig()
     dpo_betas: tuple[float, ...] = (0.03, 0.1, 0.5)
     dpo_learning_rate: float = 2e-4
     limit: int = 640  # preferences for DPO and for finetuning on favourites, at most

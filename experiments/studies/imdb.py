@@ -101,7 +101,7 @@ PRESETS = {
 
 def log_odds(judge: Judge, texts: Any) -> np.ndarray:
     """log P(positive) / P(negative), with a spread of about one."""
-    p = np.clip(judge.scores(texts), 1e-6, 1 - 1e-6)
+    p = np.clip(judge.positive_probability(texts), 1e-6, 1 - 1e-6)
     return np.log(p / (1 - p))
 
 

@@ -28,7 +28,7 @@ from jaxgpt.losses import kl, returns
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import reward, through_reward
 from jaxgpt.rlhf.ppo import PPOConfig
-from jaxgpt.rlhf.through_reward import ThroughReward
+from jaxgpt.rlhf.through_reward import ThroughRewardConfig
 from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.progress import Bar
@@ -91,13 +91,13 @@ PRESETS = {
 }
 
 
-def variants(s: Settings) -> dict[str, ThroughReward]:
+def variants(s: Settings) -> dict[str, ThroughRewardConfig]:
     """The variants compared: every tau, and mixtures as the input."""
-    found = {f"tau {tau:g}": ThroughReward(tau=tau) for tau in s.taus}
-    return {**found, "mixtures, tau 1": ThroughReward(straight_through=False)}
+    found = {f"tau {tau:g}": ThroughRewardConfig(tau=tau) for tau in s.taus}
+    return {**found, "mixtures, tau 1": ThroughRewardConfig(straight_through=False)}
 
 
-def train_variant(s: Settings, task: Task, proxy: RewardModel, how: ThroughReward, bar: Bar) -> dict[str, Any]:
+def train_variant(s: Settings, task: Task, proxy: RewardModel, how: ThroughRewardConfig, bar: Bar) -> dict[str, Any]:
     """Train one variant, all seeds at once: curves [seeds, iterations], and the policies' answers."""
     tx = optim.adam_tf(optim.linear_to_zero(s.learning_rate, s.iterations))
     learn = many.make_through_reward_learner(task, tx, proxy[1], how)
@@ -125,7 +125,7 @@ def gradient_cosines(s: Settings, task: Task, proxy: RewardModel, bar: Bar) -> d
         logp_B = transformer.answer_logp(policy, task.config, rows, temperature=task.algorithm.temperature)
         return losses.reduce(losses.reinforce(logp_B, returns.rloo(h_B[None])[0])).value
 
-    def through(how: ThroughReward, policy: Params, rows: Batch, key: Array) -> Array:
+    def through(how: ThroughRewardConfig, policy: Params, rows: Batch, key: Array) -> Array:
         loss = through_reward.make_loss(task.config, config, 0.0, how, task.algorithm.temperature)
         return loss({**whole, "policy": policy}, rows, key)[0].value
 

@@ -65,14 +65,14 @@ THINGS = (
     "chess",
     "stairs",
 )
-FORMS = (
+PHRASINGS = (
     "In one short sentence, what do you think of {}?",
     "Describe {} in one short sentence.",
     "Say something about {}, in a single short sentence.",
     "What is it like to deal with {}? Answer in one short sentence.",
     "Tell me about {} in one short sentence.",
 )
-OTHER_THINGS = (
+HELDOUT_THINGS = (
     "autumn leaves",
     "a parking ticket",
     "soup",
@@ -104,7 +104,7 @@ OTHER_THINGS = (
     "pencils",
     "old age",
 )
-OTHER_FORMS = ("How would you sum up {} in a short sentence?", "Give me one short sentence on {}.")
+HELDOUT_PHRASINGS = ("How would you sum up {} in a short sentence?", "Give me one short sentence on {}.")
 
 
 def questions(held_out: bool = False) -> list[str]:
@@ -119,5 +119,5 @@ def mentions_subject(held_out: bool, answers: list[str]) -> list[bool]:
 
 
 def _pairs(held_out: bool) -> list[tuple[str, str]]:
-    forms, things = (OTHER_FORMS, OTHER_THINGS) if held_out else (FORMS, THINGS)
+    forms, things = (HELDOUT_PHRASINGS, HELDOUT_THINGS) if held_out else (PHRASINGS, THINGS)
     return list(itertools.product(forms, things))

@@ -222,21 +222,21 @@ class Store:
                     return self.task(id_), False
         return None
 
-    def unseen(self) -> int:
+    def count_unvoted(self) -> int:
         """How many tasks nobody has voted on."""
         judged = f"SELECT task FROM votes WHERE {_STANDING}"
         return int(self._rows(f"SELECT count(*) FROM tasks WHERE id NOT IN ({judged})")[0][0])
 
-    def waiting(self, annotator: str, *, overlap: float = 0.0) -> int:
+    def count_waiting(self, annotator: str, *, overlap: float = 0.0) -> int:
         """How many tasks are left for this annotator: those without any vote, and shared ones without theirs."""
         others = self._rows(
             f"SELECT DISTINCT task FROM votes WHERE {_STANDING} EXCEPT "
             f"SELECT task FROM votes WHERE annotator = ? AND {_STANDING}",
             annotator,
         )
-        return self.unseen() + sum(hash_fraction(task) < overlap for (task,) in others)
+        return self.count_unvoted() + sum(hash_fraction(task) < overlap for (task,) in others)
 
-    def judged(self, task: str, annotator: str) -> bool:
+    def has_voted(self, task: str, annotator: str) -> bool:
         """Whether this annotator has a vote on this task that is not undone."""
         query = f"SELECT 1 FROM votes WHERE task = ? AND annotator = ? AND {_STANDING} LIMIT 1"
         return bool(self._rows(query, task, annotator))
@@ -255,7 +255,7 @@ class Store:
             count = len(self.task(vote.task).answers)
             if max(vote.shown) >= count or min(vote.shown) < 0:
                 raise UserError(f"task {vote.task} has answers 0 to {count - 1}, but the vote names others")
-            self._append(vote, again=self.judged(vote.task, vote.annotator))
+            self._append(vote, again=self.has_voted(vote.task, vote.annotator))
             self._leases.pop(vote.task, None)
         return True
 

@@ -36,7 +36,7 @@ _LLAMA3_PATTERN = (  # how Llama 3 splits text before BPE
 )
 
 
-class File:
+class GGUFFile:
     """An open GGUF file: its metadata fields and tensors, by name."""
 
     def __init__(self, path: Path) -> None:
@@ -74,7 +74,7 @@ def read(path: Path, use_tags: bool = False) -> tuple[dict[str, Any], ModelConfi
     with needs_extra("pretrained"):
         import gguf
 
-    file = File(path)
+    file = GGUFFile(path)
     config = _config(file)
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in file.tensors.items()}
     errors = places.tensor_errors(config, shapes)
@@ -92,7 +92,7 @@ def read(path: Path, use_tags: bool = False) -> tuple[dict[str, Any], ModelConfi
     return places.to_params(tensor, config), config, _tokenizer(file, use_tags)
 
 
-def _config(file: File) -> ModelConfig:
+def _config(file: GGUFFile) -> ModelConfig:
     architecture = file.need("general.architecture")
     if architecture != "llama":
         raise UserError(f"{file.path} is a {architecture!r} model; only GGUF files of llama models are supported")
@@ -121,7 +121,7 @@ def _config(file: File) -> ModelConfig:
     )
 
 
-def _tokenizer(file: File, use_tags: bool) -> Tokenizer:
+def _tokenizer(file: GGUFFile, use_tags: bool) -> Tokenizer:
     kind, pre = file.need("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "gpt-2")
     digits, plain = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     supported = {

@@ -59,12 +59,12 @@ def learn(
         score_BC = jnp.where(experience.ended_B, score_B, 0.0).reshape(-1, each)
         advantage_BC = method.advantage(score_BC)
         state, metrics = train_step(state, (rows, advantage_BC.reshape(-1)), None)
-        return state, control, {**metrics, **lengths(rows, score_B), **weights(score_BC, advantage_BC)}
+        return state, control, {**metrics, **length_metrics(rows, score_B), **advantage_metrics(score_BC, advantage_BC)}
 
     return step
 
 
-def lengths(rows: Batch, score_B: Array) -> Metrics:
+def length_metrics(rows: Batch, score_B: Array) -> Metrics:
     """Mean lengths in tokens: of all answers, of the right ones (score 1) and of the wrong ones."""
     length_B = rows.mask_BT.sum(1).astype(jnp.float32)
     return {
@@ -74,7 +74,7 @@ def lengths(rows: Batch, score_B: Array) -> Metrics:
     }
 
 
-def weights(score_BC: Array, advantage_BC: Array) -> Metrics:
+def advantage_metrics(score_BC: Array, advantage_BC: Array) -> Metrics:
     """The mean |advantage| of groups with n right answers, for each n: how much easy and hard prompts count."""
     right_B, group_size = score_BC.sum(1), score_BC.shape[1]
     weight_B = jnp.abs(advantage_BC).mean(1)

@@ -23,7 +23,7 @@ class Judge:
     classifier: "Pipeline"  # from scikit-learn
     accuracy: float
 
-    def scores(self, texts: Sequence[str]) -> np.ndarray:
+    def positive_probability(self, texts: Sequence[str]) -> np.ndarray:
         """P(positive) of each text."""
         return self.classifier.predict_proba(list(texts))[:, 1]
 

@@ -21,7 +21,7 @@ from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.models import transformer
-from jaxgpt.rlhf.rollout import in_batches
+from jaxgpt.rlhf.rollout import map_in_batches
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.training.step import jit_on
 
@@ -43,7 +43,7 @@ class LinearReward(NamedTuple):
 def features(params: Params, config: ModelConfig, rows: Batch, batch: int, mesh: Mesh) -> np.ndarray:
     """Hidden states at each answer's last token and their mean over it, [rows, 2 D] float32, for rows on the host."""
     program = _feature_program(mesh, config)
-    return np.asarray(in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
+    return np.asarray(map_in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
 
 
 @functools.lru_cache(maxsize=8)

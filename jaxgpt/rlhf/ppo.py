@@ -119,7 +119,7 @@ def score(
     def evaluate(rows: Batch) -> tuple[Outputs, Array]:
         return policy.outputs(params["policy"], params["value_head"], rows), policy.logp(reference, rows)
 
-    outputs, ref_logp_BT = rollout.in_minibatches(evaluate, rows, ppo.minibatches)
+    outputs, ref_logp_BT = rollout.map_in_minibatches(evaluate, rows, ppo.minibatches)
     scored = Rollout(
         tokens_BT=rows.tokens_BT,
         mask_BT=rows.mask_BT,
@@ -141,7 +141,7 @@ def score(
     return scored, metrics
 
 
-def targets(rollout: Rollout, ppo: PPOConfig, beta: Array) -> Targets:
+def compute_targets(rollout: Rollout, ppo: PPOConfig, beta: Array) -> Targets:
     """Shaped rewards, advantages (whitened over the whole batch) and returns."""
     kl_BT = kl.k1(rollout.logp_BT, rollout.ref_logp_BT)
     reward_BT = returns.shaped_rewards(rollout.score_B, kl_BT, rollout.mask_BT, beta)
@@ -184,7 +184,7 @@ def update(
     log-probabilities in the same shapes; later passes shuffle. `ratio_error_first`, the largest |ratio - 1| of that
     minibatch, is therefore 0.
     """
-    batch = targets(scored, ppo, controller.beta)
+    batch = compute_targets(scored, ppo, controller.beta)
     rows = scored.tokens_BT.shape[0]
     step = make_train_step(make_loss(policy, ppo), tx)
     shuffles = [jax.random.permutation(k, rows) for k in jax.random.split(key, ppo.epochs)]
@@ -254,7 +254,7 @@ def ppo_iteration(
     return learn(state, controller, experience, score_B, update_key, policy=policy, ppo=ppo, tx=tx)
 
 
-Iterate = Callable[[TrainState, Controller, Prompts, Array], Iteration]
+IterationFn = Callable[[TrainState, Controller, Prompts, Array], Iteration]
 
 
 def jit_iteration(
@@ -265,7 +265,7 @@ def jit_iteration(
     ppo: PPOConfig,
     tx: optax.GradientTransformation,
     reward_fn: RewardFn,
-) -> Iterate:
+) -> IterationFn:
     """`ppo_iteration`, jitted for a mesh: prompts are divided among its devices, state and controller are donated.
     `state` holds shapes with shardings (see `training.shapes_on`)."""
     shardings, replicated = jax.tree.map(lambda x: x.sharding, state), sharding.replicated_sharding(mesh)
@@ -280,7 +280,7 @@ def jit_iteration(
 
 def host_iteration(
     *, policy: Policy, ppo: PPOConfig, tx: optax.GradientTransformation, reward_fn: HostReward
-) -> Iterate:
+) -> IterationFn:
     """`ppo_iteration` for a reward that runs on the host (a lexicon, a verifier, a person): two compiled programs, and
     between them reward_fn(rows) -> h_B on NumPy arrays. State and controller are donated.
 

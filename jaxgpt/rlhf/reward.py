@@ -72,7 +72,7 @@ def normalise_on(params: Params, config: ModelConfig, batch: Batch) -> Params:
     return {**params, "gain": params["gain"] * gain, "bias": params["bias"] * gain + bias}
 
 
-class Heldout(NamedTuple):
+class HeldoutMetrics(NamedTuple):
     """How well rewards predict choices that were not trained on."""
 
     accuracy: float  # how often the favourite has the highest reward
@@ -82,13 +82,14 @@ class Heldout(NamedTuple):
     calibration_error: float
 
 
-def heldout_figures(score_BC: np.ndarray, choice_B: np.ndarray, present_BC: np.ndarray) -> Heldout:
-    """`Heldout` from rewards [B, C], the favourite's index [B], and which candidates exist [B, C]; on the host."""
+def heldout_metrics(score_BC: np.ndarray, choice_B: np.ndarray, present_BC: np.ndarray) -> HeldoutMetrics:
+    """`HeldoutMetrics` from rewards [B, C], the favourite's index [B], and which candidates exist [B, C]; on the
+    host."""
     logits_BC = np.where(present_BC, np.asarray(score_BC, np.float64), -np.inf)
     chosen_BC = np.arange(logits_BC.shape[1]) == choice_B[:, None]
     logp_BC = logits_BC - np.logaddexp.reduce(logits_BC, axis=1, keepdims=True)
     table, error = calibration(np.exp(logp_BC)[present_BC], chosen_BC[present_BC])
-    return Heldout(
+    return HeldoutMetrics(
         accuracy=float((logits_BC.argmax(1) == choice_B).mean()),
         chance=float((1 / present_BC.sum(1)).mean()),
         nll=float(-logp_BC[chosen_BC].mean()),
@@ -97,12 +98,12 @@ def heldout_figures(score_BC: np.ndarray, choice_B: np.ndarray, present_BC: np.n
     )
 
 
-def evaluate(params: Params, config: ModelConfig, batches: Iterable[Preferences], mesh: Mesh) -> Heldout:
-    """`heldout_figures` of host batches of one shape; rows without any candidate are padding and don't count."""
+def evaluate(params: Params, config: ModelConfig, batches: Iterable[Preferences], mesh: Mesh) -> HeldoutMetrics:
+    """`heldout_metrics` of host batches of one shape; rows without any candidate are padding and don't count."""
     program = jit_on(mesh, lambda params, batch: candidate_scores(params, config, batch))
     parts = []
     for batch in batches:
         real_B = np.asarray(batch.present_BC).any(1)
         score_BC = np.asarray(program(params, sharding.place_whole(batch, mesh)))
         parts.append((score_BC[real_B], batch.choice_B[real_B], batch.present_BC[real_B]))
-    return heldout_figures(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    return heldout_metrics(*(np.concatenate(part) for part in zip(*parts, strict=True)))

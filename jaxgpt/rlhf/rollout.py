@@ -22,13 +22,13 @@ Rows = TypeVar("Rows")  # a pytree of arrays whose first axis is rows
 Result = TypeVar("Result")
 
 
-def in_minibatches(f: Callable[[Rows], Result], tree: Rows, minibatches: int) -> Result:
+def map_in_minibatches(f: Callable[[Rows], Result], tree: Rows, minibatches: int) -> Result:
     """Apply f to equal parts of the rows (`training.split_rows`), one part after another, and join the results."""
     return join_rows(jax.lax.map(f, split_rows(tree, minibatches)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampled:
+class SampledAnswers:
     """Answers on the host, one per row: their texts, and the token rows from which rewards are computed."""
 
     texts: list[str]
@@ -68,7 +68,7 @@ def sample_answers(
     temperature: float = 1.0,
     width: int | None = None,
     label: Callable[[int], None] = lambda done: None,
-) -> Sampled:
+) -> SampledAnswers:
     """Sample one answer to each prompt (token ids), in batches of one shape. Each batch is divided among the devices of
     the mesh, where `params` must be placed too; after each, `label` is called with its number of answers. Prompts are
     padded to `width` tokens, or to the longest prompt; every new width is compiled anew."""
@@ -85,7 +85,7 @@ def sample_answers(
         parts.append(_first_rows((experience.rows, experience.answers), len(chunk)))
         label(len(chunk))
     rows, answers = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-    return Sampled([decode_text(ids) for ids in answers.tokens_BA], rows, answers.ended_B)
+    return SampledAnswers([decode_text(ids) for ids in answers.tokens_BA], rows, answers.ended_B)
 
 
 @functools.lru_cache(maxsize=16)  # compile once per policy, not on every call
@@ -101,7 +101,7 @@ def _compile_answer_logp(mesh: Mesh, policy: Policy) -> Callable[[Params, Batch]
 def answer_log_probs(params: Params, policy: Policy, rows: Batch, batch: int, mesh: Mesh) -> np.ndarray:
     """log P(y | x) of each host row in nats, [rows]: `policy.answer_logp` in batches of one shape."""
     program = _compile_answer_logp(mesh, policy)
-    return np.asarray(in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
+    return np.asarray(map_in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
 
 
 @functools.lru_cache(maxsize=16)
@@ -112,10 +112,10 @@ def _compile_reward(mesh: Mesh, config: ModelConfig) -> Callable[[Params, Batch]
 def reward_scores(params: Params, config: ModelConfig, rows: Batch, batch: int, mesh: Mesh) -> np.ndarray:
     """h(x, y) of each host row, [rows]: `reward.score` in batches of one shape."""
     program = _compile_reward(mesh, config)
-    return np.asarray(in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
+    return np.asarray(map_in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
 
 
-def in_batches(f: Callable[[Rows], Result], rows: Rows, batch: int, mesh: Mesh) -> Result:
+def map_in_batches(f: Callable[[Rows], Result], rows: Rows, batch: int, mesh: Mesh) -> Result:
     """Apply f, made by `jit_on` for this mesh, to host rows in batches of one shape, each divided among the devices;
     the last batch is filled up by repeating the last row. Results are joined on the host."""
     count = jax.tree.leaves(rows)[0].shape[0]

@@ -28,7 +28,7 @@ from jaxgpt.training.step import LossFn, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class ThroughReward:
+class ThroughRewardConfig:
     """Settings of the relaxation through which h is differentiated."""
 
     tau: float = 1.0  # temperature of the relaxation
@@ -53,14 +53,18 @@ def conditional_gumbel(key: Array, logits: Array, tokens: Array) -> Array:
     return -jnp.where(is_chosen, log_e_chosen, jnp.logaddexp(log_e - logp, log_e_chosen))
 
 
-def relaxed(key: Array, logits: Array, tokens: Array, tau: float) -> Array:
+def relax_tokens(key: Array, logits: Array, tokens: Array, tau: float) -> Array:
     """softmax((logits + G) / tau), with G drawn given that the argmax is `tokens`; no gradient flows through G."""
     noise = jax.lax.stop_gradient(conditional_gumbel(key, logits, tokens) - logits)
     return jax.nn.softmax((logits + noise) / tau)
 
 
 def make_loss(
-    config: ModelConfig, reward_config: ModelConfig, beta: float | Array, how: ThroughReward, temperature: float = 1.0
+    config: ModelConfig,
+    reward_config: ModelConfig,
+    beta: float | Array,
+    how: ThroughRewardConfig,
+    temperature: float = 1.0,
 ) -> LossFn[Batch]:
     """loss(params, rows, key) of answers that the policy sampled: the mean over answers of -h + beta KL. Parameters:
     'policy', frozen 'reference' and 'reward'. Metrics: `h_seen`, the reward model's output here (without
@@ -82,7 +86,7 @@ def make_loss(
         real_BTD = table_VD[target_BT]
 
         def relaxed_reward(key: Array) -> Array:
-            mixed_BTD = relaxed(key, logits_BTV, target_BT, how.tau) @ table_VD
+            mixed_BTD = relax_tokens(key, logits_BTV, target_BT, how.tau) @ table_VD
             base_BTD = jax.lax.stop_gradient(mixed_BTD) if how.straight_through else real_BTD
             offset_BTD = jnp.where(mask_BT[..., None], mixed_BTD - base_BTD, 0.0)
             return reward.score(

@@ -42,7 +42,7 @@ class SaveConfig:
             raise UserError(f"save.every is {self.every} and save.keep {self.keep}; use at least 0 and at least 1")
 
 
-class Position(Protocol):
+class ResumableIterator(Protocol):
     """An iterator that knows where it is: `data.pipelines.Batches`."""
 
     def __next__(self) -> Any: ...
@@ -54,7 +54,7 @@ class Checkpoints:
     """The checkpoints of a run: `newest` and `load` to resume, `save` and `wait` while training. With several
     processes, all of them must make every call."""
 
-    def __init__(self, run: Run, config: SaveConfig, tok: Tokenizer, batches: Position) -> None:
+    def __init__(self, run: Run, config: SaveConfig, tok: Tokenizer, batches: ResumableIterator) -> None:
         self.run, self.config, self.tok, self.batches = run, config, tok, batches
         self.folder = Path(os.path.abspath(run.folder)) / "checkpoints"
         self._writing: threading.Thread | None = None
@@ -89,7 +89,7 @@ class Checkpoints:
         return state
 
     def _newest_good(self) -> dict[str, Any] | None:
-        for folder in steps_of(self.folder):
+        for folder in list_checkpoints(self.folder):
             try:
                 return read_checkpoint(folder)
             except UserError as error:
@@ -149,7 +149,7 @@ class Checkpoints:
                 response.result()
                 if first:
                     write_json(folder / RECORD, {**record, "files": sha256_of_folder(folder)})
-                    for old in [one for one in steps_of(self.folder) if one != folder][self.config.keep - 1 :]:
+                    for old in [one for one in list_checkpoints(self.folder) if one != folder][self.config.keep - 1 :]:
                         shutil.rmtree(old, ignore_errors=True)
             except Exception as error:  # raised by `wait`
                 self._failure = error
@@ -171,7 +171,7 @@ class Checkpoints:
 # ---- checkpoints in a folder ----
 
 
-def steps_of(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints below a run's checkpoints/, newest first, unfinished ones included."""
     if not folder.is_dir():
         return []

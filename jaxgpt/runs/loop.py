@@ -35,7 +35,7 @@ from jaxgpt.data.pipelines import check_tokens
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.models.sharding import MeshConfig
-from jaxgpt.runs.checkpoints import Checkpoints, Position, SaveConfig
+from jaxgpt.runs.checkpoints import Checkpoints, ResumableIterator, SaveConfig
 from jaxgpt.runs.process import Stopped
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
@@ -76,7 +76,7 @@ class Loop:
         settings: LoopSettings,
         tok: Tokenizer,
         total: int,
-        batches: Position,
+        batches: ResumableIterator,
         vocab: int,
         tokens: int = 0,
         names: Mapping[str, str] | None = None,
@@ -118,7 +118,7 @@ class Loop:
             check_tokens(self._batch, self.vocab)
             yield step, self._batch
 
-    def due(self, step: int, every: int) -> bool:
+    def is_due(self, step: int, every: int) -> bool:
         """Whether something done every `every` steps is due at this step; at the last step it always is."""
         return step % every == 0 or step == self.total
 
@@ -136,7 +136,7 @@ class Loop:
         Raises `Stopped` after a save that a signal asked for, and UserError after too many skipped updates or when the
         disk is full."""
         floats: dict[str, float] = {}
-        if self.due(step, self.settings.log_every):
+        if self.is_due(step, self.settings.log_every):
             floats = to_floats(metrics)
             waited, self._waited = self._waited, dict.fromkeys(self._waited, 0.0)
             count = {"tokens": step * self.tokens} if self.tokens else {}  # a Python int: int32 would overflow

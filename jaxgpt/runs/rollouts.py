@@ -11,7 +11,7 @@ from jaxgpt.rlhf.ppo import Targets
 from jaxgpt.structs import Array
 
 
-def keep_rollout(
+def save_rollout(
     folder: Path, iteration: int, targets: Targets, logp_after_BT: Array, beta: float, tok: Tokenizer
 ) -> str:
     """Write the first answers of an iteration, as many as `logp_after_BT` has rows, and return the text of the first.

@@ -42,7 +42,7 @@ __all__ = ["Run", "prepare_process", "print_device", "run_fingerprint"]
 
 # Settings that say where or how to run, and do not change the result.
 PLACE_FIELDS = frozenset({"run", "cache", "fresh", "force", "save"})
-OWN_FILES = (  # removed when a run starts over
+RUN_FILES = (  # removed when a run starts over
     "done.json",
     "settings.json",
     "metrics.jsonl",
@@ -166,7 +166,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
             if self.fresh or not any((self.folder / "checkpoints").glob("*/checkpoint.json")):
-                for name in OWN_FILES:
+                for name in RUN_FILES:
                     path = self.folder / name
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
             write_json(self.folder / "settings.json", self._record | {"versions": _versions()})
@@ -307,7 +307,7 @@ class Run:
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """Mark the run as done, and return its results. Later runs with the same settings read them from done.json, so
         they must be JSON values: numbers (arrays become numbers or lists, NaN becomes null), text, lists and dicts."""
-        self.finished, self.results = True, plain(results)
+        self.finished, self.results = True, results_to_json(results)
         if self._first:
             done = {"stage": self.stage, "fingerprint": self.fingerprint, "results": self.results}
             write_json(self.folder / "done.json", done)
@@ -380,14 +380,14 @@ def _import_wandb() -> Any:
     return wandb
 
 
-def plain(value: Any) -> Any:
+def results_to_json(value: Any) -> Any:
     """Convert results to JSON values."""
     if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
+        return {str(key): results_to_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
+        return [results_to_json(inner) for inner in value]
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return plain(np.asarray(value).tolist())
+        return results_to_json(np.asarray(value).tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return settings_to_json(value)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import UserError
-from jaxgpt.runs.checkpoints import read_checkpoint, steps_of
+from jaxgpt.runs.checkpoints import list_checkpoints, read_checkpoint
 from jaxgpt.runs.saved_model import check_model
 
 
@@ -21,7 +21,7 @@ def verify(root: Path) -> list[tuple[Path, str]]:
         if (path / "model.json").exists():
             found.append((path, _problem(check_model, path)))
     for folder in sorted(root.rglob("checkpoints")):
-        found += [(step, _problem(read_checkpoint, step)) for step in reversed(steps_of(folder))]
+        found += [(step, _problem(read_checkpoint, step)) for step in reversed(list_checkpoints(folder))]
     if not found:
         raise UserError(f"no saved model or checkpoint below {root}; give a folder that holds one")
     return found

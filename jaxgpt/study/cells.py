@@ -9,7 +9,7 @@ from typing import Any
 from jaxgpt.config import ModelConfig
 from jaxgpt.files import read_json, write_json
 from jaxgpt.runs.progress import Bar
-from jaxgpt.runs.run import Run, plain, run_fingerprint
+from jaxgpt.runs.run import Run, results_to_json, run_fingerprint
 from jaxgpt.runs.saved_model import load_model, save_model
 from jaxgpt.structs import Params
 
@@ -31,7 +31,7 @@ class ResultCache:
         if isinstance(kept, dict) and kept.get("study") == self.run.fingerprint:
             bar.update(steps)
             return kept["found"]
-        found = plain(make())
+        found = results_to_json(make())
         write_json(path, {"study": self.run.fingerprint, "found": found})
         return found
 

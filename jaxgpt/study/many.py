@@ -23,7 +23,7 @@ from jaxgpt.losses import Mean, reduce
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import ppo, reward, rollout, through_reward
 from jaxgpt.rlhf.ppo import Controller, RewardFn
-from jaxgpt.rlhf.through_reward import ThroughReward
+from jaxgpt.rlhf.through_reward import ThroughRewardConfig
 from jaxgpt.runs.progress import Bar
 from jaxgpt.structs import Array, Batch, Experience, Params, Prompts
 from jaxgpt.study.task import Task
@@ -142,7 +142,7 @@ def make_ppo_learner(task: Task, tx: optax.GradientTransformation, reward_fn: Re
 
 
 def make_through_reward_learner(
-    task: Task, tx: optax.GradientTransformation, reward_config: ModelConfig, how: ThroughReward
+    task: Task, tx: optax.GradientTransformation, reward_config: ModelConfig, how: ThroughRewardConfig
 ) -> LearnFn:
     """One step of `through_reward` per rollout; beta is the controller's, the reward model is frozen['reward']."""
 

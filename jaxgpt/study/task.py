@@ -87,7 +87,7 @@ def make_reviews_task(model_folder: Path, cache: Path, heldout: int, algorithm: 
         ids["train"],
         ids["test"][:heldout],
         gold_scores,
-        judge.scores,
+        judge.positive_probability,
         lambda ids, mask: answer_text(tok, ids[mask]),
         tok.template.end,
         algorithm,
@@ -123,7 +123,7 @@ class Evaluation:
 
 def sample_task_answers(
     task: Task, params: Params, ids: Sequence[Ids], key: Array, batch: int = 250
-) -> rollout.Sampled:
+) -> rollout.SampledAnswers:
     """Sample one answer of a policy to each prompt."""
     found = rollout.sample_answers(
         params,
@@ -141,7 +141,7 @@ def sample_task_answers(
     return dataclasses.replace(found, texts=task.texts(found.rows))
 
 
-def answer_examples(answers: rollout.Sampled) -> list[tuple[list[int], list[int]]]:
+def answer_examples(answers: rollout.SampledAnswers) -> list[tuple[list[int], list[int]]]:
     """Each answer with its prompt, in the form that rewards and policies learn from: ids, and 1 on the answer's."""
     tokens, mask = np.asarray(answers.rows.tokens_BT), np.asarray(answers.rows.mask_BT)
     ends = [int(np.flatnonzero(row)[-1]) + 1 for row in mask]
@@ -164,7 +164,7 @@ RewardModel = tuple[Params, ModelConfig]  # a reward model, which may differ in 
 
 
 def evaluate_answers(
-    task: Task, params: Params, answers: rollout.Sampled, proxy: RewardModel | None = None, each: int = 1
+    task: Task, params: Params, answers: rollout.SampledAnswers, proxy: RewardModel | None = None, each: int = 1
 ) -> Evaluation:
     """Measure a policy's answers to the held-out prompts; `each` > 1 answers per prompt get a last axis."""
     logp = log_probs(task, params, answers.rows)

@@ -17,7 +17,7 @@ from jaxgpt.structs import Array
 
 T = TypeVar("T")
 DECAY = 0.98  # of the running moments: they average over about the last 50 losses
-ENOUGH = 20  # accepted losses before a spike can be recognised
+MIN_ACCEPTED = 20  # accepted losses before a spike can be recognised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +52,26 @@ def init() -> Guard:
     return Guard(count, jnp.copy(count), jnp.copy(count), moment, jnp.copy(moment))
 
 
-def admits(guard: Guard, loss: Array, grad_norm: Array, spike: float = 0.0) -> Array:
+def accepts(guard: Guard, loss: Array, grad_norm: Array, spike: float = 0.0) -> Array:
     """Whether this update may be made: loss and gradient norm are finite and, with `spike`, the loss is at most that
-    many running standard deviations above its running mean (checked once `ENOUGH` losses have been accepted)."""
+    many running standard deviations above its running mean (checked once `MIN_ACCEPTED` losses have been accepted)."""
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if not spike:
         return finite
     weight = 1 - DECAY ** jnp.maximum(guard.accepted, 1).astype(jnp.float32)
     mean = guard.mean / weight
     deviation = jnp.sqrt(jnp.maximum(guard.square / weight - mean**2, 0.0))
-    return finite & ((guard.accepted < ENOUGH) | (loss <= mean + spike * deviation))
+    return finite & ((guard.accepted < MIN_ACCEPTED) | (loss <= mean + spike * deviation))
 
 
-def after(guard: Guard, admitted: Array, loss: Array) -> Guard:
+def update(guard: Guard, admitted: Array, loss: Array) -> Guard:
     """The guard after an update that was made or skipped."""
     moments = (DECAY * guard.mean + (1 - DECAY) * loss, DECAY * guard.square + (1 - DECAY) * loss**2)
-    mean, square = chosen(admitted, moments, (guard.mean, guard.square))
+    mean, square = select(admitted, moments, (guard.mean, guard.square))
     made = admitted.astype(jnp.int32)
     return Guard((guard.in_a_row + 1) * (1 - made), guard.skipped + 1 - made, guard.accepted + made, mean, square)
 
 
-def chosen(admitted: Array, new: T, old: T) -> T:
+def select(admitted: Array, new: T, old: T) -> T:
     """`new` if admitted, else `old` bit for bit, whatever `new` holds."""
     return jax.tree.map(lambda a, b: jnp.where(admitted, a, b), new, old)

@@ -45,7 +45,7 @@ class TrainState:
     @property
     def params(self) -> Params:
         """All parameters, as a loss sees them."""
-        return merged(self.frozen, self.trainable)
+        return merge_params(self.frozen, self.trainable)
 
 
 Step = Callable[[TrainState, Data, Array | None], tuple[TrainState, Metrics]]
@@ -61,10 +61,12 @@ class Program(Generic[Data]):
     batch: Data
 
 
-def merged(frozen: Params, trainable: Params) -> Params:
+def merge_params(frozen: Params, trainable: Params) -> Params:
     """Both trees as one: dicts that have the same name in both are merged too (so adapters join their kernels)."""
     both = {
-        name: merged(frozen[name], part) if isinstance(frozen.get(name), dict) and isinstance(part, dict) else part
+        name: merge_params(frozen[name], part)
+        if isinstance(frozen.get(name), dict) and isinstance(part, dict)
+        else part
         for name, part in trainable.items()
     }
     return {**frozen, **both}
@@ -76,7 +78,7 @@ def init_state(trainable: Params, tx: optax.GradientTransformation, frozen: Para
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen or {}, tx.init(trainable), guard.init())
 
 
-def pool(a: Metrics, b: Metrics) -> Metrics:
+def pool_metrics(a: Metrics, b: Metrics) -> Metrics:
     """The metrics of two parts of a batch, combined: Means are added, arrays give their maximum."""
     return {name: _pool(a[name], b[name]) for name in b}
 
@@ -121,7 +123,7 @@ def make_train_step(
     def loss_sum(
         trainable: Params, frozen: Params, batch: Data, key: Array | None
     ) -> tuple[Array, tuple[Mean, Metrics]]:
-        objective, metrics = loss_fn(merged(frozen, trainable), batch, key)
+        objective, metrics = loss_fn(merge_params(frozen, trainable), batch, key)
         return objective.sum, (objective, metrics)
 
     grad_fn = jax.grad(loss_sum, has_aux=True)
@@ -139,7 +141,7 @@ def make_train_step(
             grads_so_far, (objective_so_far, metrics_so_far) = total
             grads, (objective, metrics) = grad_fn(state.trainable, state.frozen, *part)
             grads = jax.tree.map(jnp.add, grads_so_far, grads)
-            return (grads, (objective_so_far + objective, pool(metrics_so_far, metrics))), None
+            return (grads, (objective_so_far + objective, pool_metrics(metrics_so_far, metrics))), None
 
         return jax.lax.scan(add, zeros, (parts, keys))[0]
 
@@ -152,11 +154,11 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         loss, grad_norm = objective.value, optax.tree.norm(grads)
-        admitted = guard.admits(state.guard, loss, grad_norm, spike)
-        count, trainable, opt_state = guard.chosen(
+        admitted = guard.accepts(state.guard, loss, grad_norm, spike)
+        count, trainable, opt_state = guard.select(
             admitted, (state.step + 1, trainable, opt_state), (state.step, state.trainable, state.opt_state)
         )
-        new_guard = guard.after(state.guard, admitted, loss)
+        new_guard = guard.update(state.guard, admitted, loss)
         counts = {"skipped": new_guard.skipped, "skipped_in_a_row": new_guard.in_a_row}
         state = TrainState(count, trainable, state.frozen, opt_state, new_guard)
         return state, {"loss": objective, **metrics, "grad_norm": grad_norm, **counts}
@@ -165,7 +167,7 @@ def make_train_step(
 
 
 def _pool_over(axis_name: str, metric: Mean | Array) -> Mean | Array:
-    """`pool` over the parts of all devices."""
+    """`pool_metrics` over the parts of all devices."""
     return jax.lax.psum(metric, axis_name) if isinstance(metric, Mean) else jax.lax.pmax(metric, axis_name)
 
 
@@ -190,8 +192,8 @@ def jit_step(
 ) -> Step[Data]:
     """`make_train_step`, jitted for a mesh: batch rows are divided among the devices, and the state is donated.
 
-    `state` holds the state's shapes with their shardings, the same before and after the step (see `shapes_on`); without
-    it the state is replicated on every device.
+    `state` holds the state's shapes with their shardings, the same before and after the step (see `sharded_shapes`);
+    without it the state is replicated on every device.
     """
     replicated = sharding.replicated_sharding(mesh)
     state_shardings = replicated if state is None else jax.tree.map(lambda x: x.sharding, state)
@@ -220,7 +222,7 @@ def make_program(
     UserError if the mesh doesn't divide the model or the batch."""
     sharding.check_model(config, mesh)
     sharding.check_batch(jax.tree.leaves(batch)[0].shape[0], microbatches, mesh)
-    state = shapes_on(mesh, start, argument)
+    state = sharded_shapes(mesh, start, argument)
     step = jit_step(loss_fn, tx, mesh, state, microbatches=microbatches, spike=spike)
     return Program(loss_fn, step, state, batch)
 
@@ -253,7 +255,7 @@ def pmap_step(loss_fn: LossFn[Data], tx: optax.GradientTransformation, *, microb
     return jax.pmap(step, axis_name="data", donate_argnums=0)
 
 
-def shapes_on(
+def sharded_shapes(
     mesh: Mesh, make: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
     """Shapes of what make(...) returns, each with its sharding by `transformer.PARTITION`; no array is made."""
@@ -270,7 +272,7 @@ def evaluate(
     for batch in batches:
         objective, metrics = loss(params, sharding.place_whole(batch, mesh))
         parts.append({"loss": objective, **metrics})
-    return to_floats(functools.reduce(pool, parts))
+    return to_floats(functools.reduce(pool_metrics, parts))
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:
@@ -281,6 +283,6 @@ def to_floats(metrics: Metrics) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(means).items()}
 
 
-def shapes_of(config: ModelConfig) -> Params:
+def param_shapes(config: ModelConfig) -> Params:
     """Shapes and dtypes of a model's parameters; no array is made."""
     return jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))

@@ -52,7 +52,7 @@ def application(
     def page_state(task: votes.Task | None, annotator: str) -> dict[str, Any]:
         shown = None
         if task:
-            order = insertion_shuffle(len(task.answers), f"{task.id} {annotator} {store.judged(task.id, annotator)}")
+            order = insertion_shuffle(len(task.answers), f"{task.id} {annotator} {store.has_voted(task.id, annotator)}")
             answers = [{"index": i, "text": task.answers[i].text, "ended": task.answers[i].ended} for i in order]
             shown = {"id": task.id, "prompt": task.prompt, "answers": answers}
         return {"task": shown, "preparing": preparing(), "stats": progress.of(annotator)}
@@ -133,7 +133,7 @@ class LabelStatistics:
         return {
             "mine": self.store.count(annotator),
             "all": self.store.count(),
-            "waiting": self.store.waiting(annotator, overlap=self.overlap),
+            "waiting": self.store.count_waiting(annotator, overlap=self.overlap),
             "seconds": statistics.median(seconds) if seconds else None,
             "with_myself": self._agreement(annotator),
             "with_others": self._agreement(None),

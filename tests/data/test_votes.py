@@ -58,7 +58,7 @@ def test_a_vote_counts_once_however_often_it_comes(store):
     (kept,) = store.votes()
     assert dataclasses.replace(kept, time=0.0) == vote and kept.time > 0
     assert store.count() == store.count("ada") == 1 and store.count("bob") == 0
-    assert store.unseen() == 19
+    assert store.count_unvoted() == 19
 
 
 def test_what_is_taken_back_stays_in_the_file_but_does_not_count(store):
@@ -109,7 +109,7 @@ def test_a_confirmed_change_is_on_disk_and_one_that_fails_leaves_nothing(store):
     assert store._rows("PRAGMA synchronous") == [(2,)]  # FULL: an fsync before COMMIT returns
     with pytest.raises(TypeError):
         store.add_task(Task("half", (Answer("a"), Answer("b", origin={"no": object()}))))
-    assert store.unseen() == 20 and "half" not in store.prompts()
+    assert store.count_unvoted() == 20 and "half" not in store.prompts()
     assert store.add_task(Task("half", (Answer("a"), Answer("b"))))
 
 
@@ -151,13 +151,13 @@ def test_what_waits_for_an_annotator_is_what_they_will_get(store):
         store.vote(vote_of(store.next_task("bob", overlap=0.5)[0], annotator="bob", id_=f"bob {n}"))
     store.undo("bob", "u")
     store._leases.clear()
-    waiting = {who: store.waiting(who, overlap=0.5) for who in ("ada", "bob", "eve")}
-    assert store.waiting("eve") == store.unseen() < waiting["ada"] < waiting["eve"]
+    waiting = {who: store.count_waiting(who, overlap=0.5) for who in ("ada", "bob", "eve")}
+    assert store.count_waiting("eve") == store.count_unvoted() < waiting["ada"] < waiting["eve"]
     for who, count in waiting.items():
         other = Store(store.path)  # without leases of the others
         seen = set()
         while found := other.next_task(who, overlap=0.5):
-            assert other.waiting(who, overlap=0.5) == count - len(seen)
+            assert other.count_waiting(who, overlap=0.5) == count - len(seen)
             seen.add(found[0].id)
             other.vote(vote_of(found[0], annotator=who, id_=f"{who} last {len(seen)}"))
         assert len(seen) == count

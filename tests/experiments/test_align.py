@@ -64,7 +64,7 @@ def test_the_whole_alignment_on_a_small_model(tmp_path, capsys):
             load_model(tmp_path / "run" / stage / "adapters"),
             load_language_model(tmp_path / "run" / stage),
         )
-        made = lora.merge(training.merged(base.params, adapters.params))
+        made = lora.merge(training.merge_params(base.params, adapters.params))
         chex.assert_trees_all_equal(made, whole.params)
         assert whole.tokenizer.template == base.tokenizer.template
     again = capsys.readouterr() and align.main(settings)

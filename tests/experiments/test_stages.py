@@ -296,7 +296,7 @@ def test_gpu_presets_fit_together():
         assert jax.tree.structure(new_state) == jax.tree.structure(program.state)
     rl, control = ppo.build(gpu.ppo, config, 40, mesh, 3), ppo.controller(gpu.ppo)
     assert jax.eval_shape(rl.iteration, rl.state, control, rl.prompts, key).state.step.shape == ()
-    count = sum(leaf.size for leaf in jax.tree.leaves(training.shapes_of(config)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(training.param_shapes(config)))
     assert 120e6 < count < 130e6
 
 

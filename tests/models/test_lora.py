@@ -50,7 +50,7 @@ def test_new_adapters_change_nothing_and_sit_at_every_dense_layer(config):
     adapters = init(jax.random.key(0), params, 3)
     kernels = [path for path in leaves(params) if path.endswith("['kernel']")]
     assert len(leaves(adapters)) == 2 * len(kernels) > 0
-    found, expected = log_probs(training.merged(params, adapters), config), log_probs(params, config)
+    found, expected = log_probs(training.merge_params(params, adapters), config), log_probs(params, config)
     np.testing.assert_allclose(found, expected, atol=2e-6)  # another program rounds differently
     assert all(not x.any() for path, x in leaves(adapters).items() if "lora_b" in path)
     assert len({x.tobytes() for path, x in leaves(adapters).items() if "lora_a" in path}) == len(kernels)
@@ -59,7 +59,7 @@ def test_new_adapters_change_nothing_and_sit_at_every_dense_layer(config):
 @both_families
 def test_merging_computes_the_same(config):
     params = random_params(config)
-    both = training.merged(params, adapters_of(params))
+    both = training.merge_params(params, adapters_of(params))
     whole = merge(both)
     assert leaves(whole).keys() == leaves(params).keys() == leaves(lora.without_adapters(both)).keys()
     np.testing.assert_allclose(log_probs(both, config), log_probs(whole, config), atol=2e-4)
@@ -70,7 +70,7 @@ def test_merging_computes_the_same(config):
 def test_merging_computes_and_samples_the_same_with_plain_gradients():
     config = dataclasses.replace(LLAMA, gradients="plain")
     params = random_params(config)
-    both = training.merged(params, adapters_of(params))
+    both = training.merge_params(params, adapters_of(params))
     whole = merge(both)
     np.testing.assert_allclose(log_probs(both, config), log_probs(whole, config), atol=2e-4)
     run = {"new_tokens": 6, "stop": 5}
@@ -89,8 +89,8 @@ def test_only_adapters_are_trained_and_their_gradient_is_that_of_the_merged_kern
             logp_BT, _ = transformer.token_log_probs(tree, LLAMA, batch)
             return losses.reduce(-logp_BT, batch.mask_BT).value
 
-        both = training.merged(params, adapters)
-        return jax.grad(lambda x: loss(training.merged(params, x)))(adapters), jax.grad(loss)(lora.merge(both))
+        both = training.merge_params(params, adapters)
+        return jax.grad(lambda x: loss(training.merge_params(params, x)))(adapters), jax.grad(loss)(lora.merge(both))
 
     small, large = jax.device_get(slopes(params, adapters))
     for name, pair in adapters["block_0"].items():
@@ -128,9 +128,9 @@ def test_dpo_with_adapters_starts_at_log_b_and_equals_dpo_with_a_reference():
     def loss(params, batch):
         return dpo.make_loss(transformer_policy(GPT2), 0.1)(params, batch, None)[0].value
 
-    first = training.merged({"policy": params}, {"policy": init(jax.random.key(0), params, 3)})
+    first = training.merge_params({"policy": params}, {"policy": init(jax.random.key(0), params, 3)})
     assert float(loss(first, batch)) == pytest.approx(np.log(3), rel=1e-5)
-    later = training.merged(params, adapters_of(params))
+    later = training.merge_params(params, adapters_of(params))
     by_base, by_copy = (
         float(loss(tree, batch)) for tree in ({"policy": later}, {"policy": merge(later), "reference": params})
     )

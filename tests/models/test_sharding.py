@@ -43,9 +43,9 @@ def normal(seed, *shape):
 @functools.cache
 def params(config=CONFIG, seed=0):
     """Random numbers everywhere, biases included; norms have scales near 1."""
-    shapes = jax.tree_util.tree_leaves_with_path(training.shapes_of(config))
+    shapes = jax.tree_util.tree_leaves_with_path(training.param_shapes(config))
     leaves = [normal(seed + n, *x.shape) + (path[-1].key == "scale") for n, (path, x) in enumerate(shapes)]
-    return jax.tree.unflatten(jax.tree.structure(training.shapes_of(config)), [x.astype(np.float32) for x in leaves])
+    return jax.tree.unflatten(jax.tree.structure(training.param_shapes(config)), [x.astype(np.float32) for x in leaves])
 
 
 def tokens(*shape, seed=0):
@@ -98,7 +98,7 @@ def compiled(stage, shape=None):
         step = jax.jit(training.make_train_step(loss, SGD, **options))
     else:
         mesh = mesh_of(shape)
-        step = training.jit_step(loss, SGD, mesh, training.shapes_on(mesh, lambda: state), **options)
+        step = training.jit_step(loss, SGD, mesh, training.sharded_shapes(mesh, lambda: state), **options)
     return step.lower(state, batch, None).compile()
 
 
@@ -143,7 +143,7 @@ def test_microbatches_scanned_layers_and_remat_give_the_plain_step_of_one_device
 
 def test_parameters_and_moments_are_really_divided():
     tx = optax.adam(1e-3)
-    shapes = training.shapes_on(mesh_of((2, 2, 2)), lambda: training.init_state(params(), tx))
+    shapes = training.sharded_shapes(mesh_of((2, 2, 2)), lambda: training.init_state(params(), tx))
     kernels = [shapes.trainable["block_0"]["up"]["kernel"], shapes.opt_state[0].mu["block_0"]["up"]["kernel"]]
     for leaf in kernels:
         assert leaf.sharding.shard_shape(leaf.shape) == (16, 64)
@@ -156,7 +156,7 @@ def test_parameters_and_moments_are_really_divided():
 def test_what_is_placed_may_be_donated_and_leaves_the_original_alone():
     """Even if the original already has the same sharding."""
     tree = {"up": {"kernel": np.ones((32, 128), np.float32)}}
-    shapes = training.shapes_on(mesh_of((2, 2, 2)), lambda: tree)
+    shapes = training.sharded_shapes(mesh_of((2, 2, 2)), lambda: tree)
     original = sharding.place_like(tree, shapes)
     placed = sharding.place_like(original, shapes)
     assert placed["up"]["kernel"].sharding.shard_shape((32, 128)) == (16, 64)
@@ -244,7 +244,7 @@ def test_logits_in_tiles_give_the_same_step_and_the_tables_gradient_is_summed_on
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_the_state_is_updated_where_it_lies(shape):
     state = STAGES["nll"]()[1]
-    shapes = training.shapes_on(mesh_of(shape), lambda: (state.trainable, state.opt_state))
+    shapes = training.sharded_shapes(mesh_of(shape), lambda: (state.trainable, state.opt_state))
     mine = sum(4 * int(np.prod(x.sharding.shard_shape(x.shape))) for x in jax.tree.leaves(shapes))
     assert compiled("nll", shape).memory_analysis().alias_size_in_bytes >= mine
 
@@ -270,7 +270,7 @@ def two_iterations(shape=None):
         program = jax.jit(functools.partial(ppo.ppo_iteration, **bound))
     else:
         mesh = mesh_of(shape)
-        program = ppo.jit_iteration(mesh, training.shapes_on(mesh, lambda: state), **bound)
+        program = ppo.jit_iteration(mesh, training.sharded_shapes(mesh, lambda: state), **bound)
     program, metrics = program.lower(state, control, prompts, jax.random.key(0)).compile(), []
     for i in range(2):
         state, control, _, found = program(state, control, prompts, jax.random.key(i))

@@ -471,7 +471,7 @@ def test_smollm2_speaks_as_in_transformers():
         )
         assert found == expected
     core = tf.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    source = gguf_file.File(file).get("tokenizer.chat_template")
+    source = gguf_file.GGUFFile(file).get("tokenizer.chat_template")
     both = tokenizers.pre_tokenizers.Digits(individual_digits=True), tokenizers.pre_tokenizers.ByteLevel(False)
     for text in MULTILINGUAL:
         if "١" in text:  # transformers ignores the file's field that asks for single digits

@@ -10,4 +10,4 @@ def test_the_judge_learns_from_labels():
     )
     judge = fit_judge((good + bad, [1, 1, 1, 0, 0, 0]), (["great", "dull"], [1, 0]))
     assert judge.accuracy == 1.0
-    assert judge.scores(["great fun"])[0] > 0.5 > judge.scores(["a dull mess"])[0]
+    assert judge.positive_probability(["great fun"])[0] > 0.5 > judge.positive_probability(["a dull mess"])[0]

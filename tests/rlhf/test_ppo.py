@@ -142,7 +142,7 @@ def test_the_first_step_follows_the_policy_gradient_of_the_whitened_advantages()
 
     @jax.jit
     def slopes(params, experience):
-        batch = ppo.targets(experience, setting, BETA)
+        batch = ppo.compute_targets(experience, setting, BETA)
 
         def surrogate(policy):
             return ppo.make_loss(POLICY, setting)({**params, "policy": policy}, batch, None)[0].value

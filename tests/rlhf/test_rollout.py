@@ -23,9 +23,9 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
 
 
 @functools.cache
-def sampled(devices: int = 1) -> rollout.Sampled:
+def sampled(devices: int = 1) -> rollout.SampledAnswers:
     rng, mesh = np.random.default_rng(0), mesh_of(devices)
-    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), training.shapes_of(MODEL))
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), training.param_shapes(MODEL))
     return rollout.sample_answers(
         jax.device_put(params, sharding.replicated_sharding(mesh)),
         MODEL,
@@ -53,7 +53,7 @@ def test_scores_in_batches_equal_scores_at_once(devices):
     rows, mesh = sampled().rows, mesh_of(devices)
     score = training.jit_on(mesh, lambda rows: (rows.tokens_BT * rows.mask_BT).sum(1))
     expected = (rows.tokens_BT * rows.mask_BT).sum(1)
-    np.testing.assert_array_equal(rollout.in_batches(score, rows, BATCH, mesh), expected)
+    np.testing.assert_array_equal(rollout.map_in_batches(score, rows, BATCH, mesh), expected)
 
 
 @pytest.mark.parametrize("devices", [4, pytest.param(8, marks=pytest.mark.slow)])
@@ -74,5 +74,5 @@ def test_prompts_that_are_empty_or_too_long_are_named():
 
 def test_minibatches_give_the_rows_in_order():
     x = np.arange(12.0, dtype=np.float32).reshape(6, 2)
-    doubled = jax.jit(lambda x: rollout.in_minibatches(lambda part: part * 2, x, 3))
+    doubled = jax.jit(lambda x: rollout.map_in_minibatches(lambda part: part * 2, x, 3))
     np.testing.assert_array_equal(doubled(x), x * 2)

@@ -27,7 +27,7 @@ from jaxgpt.runs.run import Run
 from jaxgpt.runs.saved_model import save_model
 from jaxgpt.structs import Batch
 from jaxgpt.training.guard import GuardConfig
-from jaxgpt.training.step import make_nll, shapes_on
+from jaxgpt.training.step import make_nll, sharded_shapes
 from tests.helpers import TINY, WALL_CLOCK, params_of
 
 TX = optax.adam(1e-2)
@@ -145,7 +145,7 @@ def test_what_is_saved_is_the_state_of_that_moment_though_the_next_step_reuses_i
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
 def test_another_mesh_takes_the_same_numbers(run, tok, shape):
     mesh = make_mesh(MeshConfig(*shape))
-    shapes = shapes_on(mesh, FIRST)
+    shapes = sharded_shapes(mesh, FIRST)
     state, _ = checkpoints.load_state(run / "checkpoints/9", (shapes, replicate(jax.random.key(0), mesh)))
     there, _ = checkpoints.load_state(run / "checkpoints/9", fresh_state())
     assert bits(state) == bits(there)

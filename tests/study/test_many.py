@@ -264,7 +264,7 @@ def test_the_derivative_through_the_reward_model_raises_the_reward():
     rows = Batch(np.stack([np.ones_like(tokens), tokens], 1), np.tile([False, True], (512, 1)))
 
     def objective(policy, **how):
-        loss = through_reward.make_loss(ONE, ONE, 0.0, through_reward.ThroughReward(tau=0.5, **how))
+        loss = through_reward.make_loss(ONE, ONE, 0.0, through_reward.ThroughRewardConfig(tau=0.5, **how))
         mean, metrics = loss({"policy": policy, "reference": policy, "reward": judge}, rows, jax.random.key(5))
         return mean.value, metrics["kl_exact"].value
 
@@ -373,7 +373,7 @@ def test_groups_weigh_as_their_method_says():
     @jax.jit
     def weights(score_BC):
         methods = [group_policy.METHODS[name] for name in ("GRPO", "GRPO, neither (Dr. GRPO)")]
-        found = [group_policy.weights(score_BC, one.advantage(score_BC)) for one in methods]
+        found = [group_policy.advantage_metrics(score_BC, one.advantage(score_BC)) for one in methods]
         return [[one[f"weight_{n}"].value for n in range(1, 8)] for one in found]
 
     grpo, unbiased = map(np.array, weights(score_BC))

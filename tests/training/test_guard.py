@@ -91,7 +91,7 @@ def test_a_leap_of_the_loss_is_skipped_if_asked(spike, skipped):
 
 
 def test_a_leap_among_the_first_losses_is_let_through():
-    _, metrics = trained([*noise(guard.ENOUGH - 1), full(40.0)], spike=6.0)
+    _, metrics = trained([*noise(guard.MIN_ACCEPTED - 1), full(40.0)], spike=6.0)
     assert int(metrics["skipped"]) == 0
 
 
@@ -99,7 +99,7 @@ def test_running_moments_are_those_of_the_accepted_losses():
     """Against float64, with the weights written out."""
     losses_ = np.random.default_rng(0).normal(2.0, 0.5, 60).astype(np.float32)
     admitted = np.arange(60) % 7 != 3
-    state, after = guard.init(), jax.jit(guard.after)
+    state, after = guard.init(), jax.jit(guard.update)
     for each in zip(admitted, losses_, strict=True):
         state = after(state, *each)
     kept = losses_[admitted].astype(np.float64)
@@ -109,7 +109,7 @@ def test_running_moments_are_those_of_the_accepted_losses():
     limit = (weights @ kept) / weights.sum() + 3 * np.sqrt(
         (weights @ kept**2) / weights.sum() - ((weights @ kept) / weights.sum()) ** 2
     )
-    admits = jax.jit(functools.partial(guard.admits, spike=3.0))
+    admits = jax.jit(functools.partial(guard.accepts, spike=3.0))
     assert admits(state, np.float32(0.999 * limit), np.float32(1))
     assert not admits(state, np.float32(1.001 * limit), np.float32(1))
 

@@ -24,7 +24,7 @@ SGD, ADAM = optax.sgd(0.1), optax.adam(1e-3)
 @functools.cache
 def weights():
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), training.shapes_of(MODEL))
+    return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), training.param_shapes(MODEL))
 
 
 @functools.cache

@@ -579,7 +579,7 @@ def test_answers_are_made_ahead_and_a_reward_model_picks_what_it_is_least_sure_o
     maker = label.AnswerGenerator(settings, store)
     worker = threading.Thread(target=maker.run, daemon=True)
     worker.start()
-    while store.unseen() < 40:
+    while store.count_unvoted() < 40:
         assert worker.is_alive(), maker.state
         time.sleep(0.2)
     for task in store.tasks().values():
