@@ -322,7 +322,7 @@ def predict(
 ) -> tuple[Array, Array]:
     """log P of the token that follows each hidden state, and the entropy of its distribution, [B, W] float32.
 
-    Logits of more than WHOLE_LOGITS bytes per device are computed and discarded one tile at a time (`vocab_head`).
+    Logits of more than `config.logits_bytes` per device are computed and discarded one tile at a time (`vocab_head`).
     """
     B, W, _ = h_BWD.shape
     parts, vocab_parts = sharding.count_shards(B, ROW_AXES), sharding.count_shards(config.vocab, "tensor")

@@ -267,7 +267,7 @@ def jit_iteration(
     reward_fn: RewardFn,
 ) -> IterationFn:
     """`ppo_iteration`, jitted for a mesh: prompts are divided among its devices, state and controller are donated.
-    `state` holds shapes with shardings (see `training.shapes_on`)."""
+    `state` holds shapes with shardings (see `training.sharded_shapes`)."""
     shardings, replicated = jax.tree.map(lambda x: x.sharding, state), sharding.replicated_sharding(mesh)
     iterate = functools.partial(ppo_iteration, policy=policy, ppo=ppo, tx=tx, reward_fn=reward_fn)
     return jax.jit(
