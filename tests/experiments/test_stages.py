@@ -159,7 +159,7 @@ def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, t
     with pytest.raises(UserError, match="holds no preferences"):
         votes.Store(tmp_path / "empty.sqlite")
         assistant.main(dataclasses.replace(settings, labels=tmp_path / "empty.sqlite"))
-    with pytest.raises(UserError, match="no database of votes"):
+    with pytest.raises(UserError, match="not a database of votes"):
         assistant.main(dataclasses.replace(settings, labels=tmp_path / "votes.jsonl"))
 
 
