@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ with needs_extra("train"):
     from rich.console import Console
     from rich.table import Table
 
-SHOWN_PROMPTS = 12  # prompts shown with every policy's answer
+SHOWN_PROMPTS = 12  # prompts shown with every policy's answer; the first three come before the figures
 INTRO = """{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 % interval
 over prompts. Gold reward and preferences: {annotator}. Judge: a classifier fitted on human labels, never used in
 training, with {judge} accuracy on held-out reviews. Best-of-n picks by the reward model; its KL is the bound
@@ -146,16 +146,25 @@ def write_report(
     write_json(folder / "report.json", results)
     table = ((name, *(format_value(row, key) for _, key in COLUMNS)) for name, row in rows.items())
     pictures = "".join(embed_picture(folder / name, title, title) for name, (title, _) in figures.items())
-    answers = "".join(_answers(i, prompt, policies) for i, prompt in enumerate(prompts[:SHOWN_PROMPTS]))
+    trained = policies[-1]
+    gap = trained.gold - baseline.gold
+    median = int(np.argsort(gap, kind="stable")[len(gap) // 2])
     annotator = _results(stages / "preferences").get("annotator", "simulated annotator")
     write_page(
         folder,
         "From language model to assistant",
         INTRO.format(count=len(prompts), annotator=annotator, judge=f"{judge_accuracy:.1%}"),
         [
-            ("", make_table(("policy", *(title for title, _ in COLUMNS)), table, named=True)),
+            ("", Html(f"<p><strong>{escape(verdict(rows, trained.name, len(prompts)))}</strong></p>")),
+            (
+                "Three prompts, fixed in advance",
+                Html(f"<p>{ABOUT_ANSWERS}</p>{_sections(prompts, policies, range(3))}"),
+            ),
+            (f"The median prompt by what {trained.name} gains in gold reward", _answers(median, prompts, policies)),
+            (f"The prompt where {trained.name} loses most", _answers(int(gap.argmin()), prompts, policies)),
+            ("All measures", make_table(("policy", *(title for title, _ in COLUMNS)), table, named=True)),
             ("", Html(pictures)),
-            ("The same prompts, answered by each stage", Html(f"<p>{ABOUT_ANSWERS}</p>{answers}")),
+            ("More prompts", _sections(prompts, policies, range(3, SHOWN_PROMPTS))),
         ],
     )
     console.print(make_terminal_table(rows))
@@ -170,11 +179,28 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def _answers(i: int, prompt: Prompt, policies: Sequence[Policy]) -> Html:
+def verdict(rows: Mapping[str, Mapping[str, Any]], name: str, count: int) -> str:
+    """What came of the training in one sentence; no more is claimed than the intervals allow."""
+    row = rows[name]
+    wins, judge, kl = row["win_rate_gold"], row["judge_gain"], row["kl"]
+    preferred = f"The simulated annotator prefers {name} to SFT on {wins.mean:.0%} of {count} held-out prompts"
+    if wins.low <= 0.5:
+        preferred += ", which may be chance" if wins.high >= 0.5 else ""
+    agrees = "agrees" if judge.low > 0 else "disagrees" if judge.high < 0 else "sees no clear difference"
+    drift = "" if kl is None else f", at a drift of {kl.mean:.1f} nats"
+    cut = 1 - row["ended"].mean
+    return f"{preferred}{drift}; the independent judge {agrees}; {cut:.0%} of its answers are cut off."
+
+
+def _sections(prompts: Sequence[Prompt], policies: Sequence[Policy], index: Iterable[int]) -> Html:
+    return Html("".join(_answers(i, prompts, policies) for i in index if i < len(prompts)))
+
+
+def _answers(i: int, prompts: Sequence[Prompt], policies: Sequence[Policy]) -> Html:
     """A prompt with every policy's answer and its gold reward."""
     names = (Html(f"{escape(policy.name)} <small>gold {policy.gold[i]:+.2f}</small>") for policy in policies)
     texts = (policy.texts[i] + ("" if policy.ended[i] else " …") for policy in policies)
-    return make_section(prompt.text, zip(names, texts, strict=True))
+    return make_section(prompts[i].text, zip(names, texts, strict=True))
 
 
 def _results(folder: Path) -> dict[str, Any]:

@@ -58,6 +58,34 @@ def test_figures_and_numbers_are_all_there(written):
     assert "PPO" in table and "…" not in table, "the table must fit 80 columns"
 
 
+def test_the_page_opens_with_a_verdict_and_chooses_no_cherries(written, tmp_path):
+    """Before the figures: the first three prompts, the median one and the one where PPO loses most."""
+    page = (written[0] / "report.html").read_text()
+    order = ["prefers PPO to SFT on 100% of 6", "fixed in advance", "The median prompt", "loses most", "All measures"]
+    places = [page.index(text) for text in order]
+    assert places == sorted(places) and page.index("data:image") > places[-1]
+    bad = dataclasses.replace(policy("PPO", 0.5), gold=np.array([9.0, 9.0, 9.0, 9.0, -9.0, 9.0]))
+    write(tmp_path, [policy("SFT", 0.0), bad])
+    worst = (tmp_path / "report.html").read_text().split("loses most")[1]
+    assert "alert(4)" in worst.split("<h2>")[0]
+
+
+@pytest.mark.parametrize(
+    ("gain", "judged", "says"),
+    [
+        (0.5, 0.4, ("on 100%", "judge agrees")),
+        (-0.5, -0.4, ("on 0% of 6 held-out prompts at", "judge disagrees")),
+        (0.0, 0.0, ("may be chance", "sees no clear difference")),
+    ],
+)
+def test_the_verdict_claims_no_more_than_the_intervals(gain, judged, says):
+    base, noise = policy("SFT", 0.0), np.array([-0.1, 0.1, -0.1, 0.1, -0.1, 0.1])
+    other = dataclasses.replace(base, name="PPO", gold=base.gold + gain + noise, judge=base.judge + judged + noise)
+    rows = {one.name: report.summarise_policy(one, base) for one in (base, other)}
+    text = report.verdict(rows, "PPO", 6).replace(", at a drift", " at a drift")
+    assert all(part in text for part in says), text
+
+
 def test_a_bound_is_shown_as_one():
     row = report.summarise_policy(
         dataclasses.replace(policy("best of 4", 0.2), kl=None, kl_bound=0.64), policy("SFT", 0.0)
