@@ -164,8 +164,8 @@ def test_two_processes_go_all_the_way_to_the_numbers_of_one(tmp_path):
     run = functools.partial(run_experiment, "assistant", *flags, cache=tmp_path)
     run("--run", str(tmp_path / "one"), processes=1, devices=4)
     first, second = run("--run", str(tmp_path / "two"), processes=2, devices=2)
-    assert "4 x cpu" in first and "in 2 processes" in first and "held out" in first
-    assert "device:" not in second and "held out" not in second  # one voice
+    assert "4 x cpu" in first and "in 2 processes" in first and "held-out" in first
+    assert "device:" not in second and "held-out" not in second  # one voice
     files = [tmp_path / run / "preferences/train.jsonl" for run in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
     shift = ("bias", "head/bias", "model/final_norm/bias")  # of all scores: the softmax doesn't see it

@@ -159,7 +159,8 @@ def questions(tmp_path) -> Path:
 
 def test_two_people_label_the_server_is_killed_and_a_reward_model_learns(browser, questions, tmp_path, tiny_run):
     file, port = tmp_path / "votes.sqlite", free_port()
-    flags = ("--answers", str(questions), "--votes", str(file), "--who.overlap", "0.5", "--who.repeat", "0")
+    flags = ("--answers", str(questions), "--votes", str(file))
+    flags += ("--assignment.overlap", "0.5", "--assignment.repeat", "0")
     address = f"http://127.0.0.1:{port}/"
     chosen: dict[str, str] = {}  # prompt: the text that ada liked best
     with served("experiments.label", *flags, port=port) as process:
