@@ -2,7 +2,7 @@
 
     python -m experiments.assistant                      what `make assistant` runs
     python -m experiments.assistant --run runs/other --preset gpu
-    python -m experiments.assistant --labels runs/label/votes.sqlite --run runs/ours      people's votes
+    python -m experiments.assistant --labels runs/label/votes.sqlite --run runs/ours      learns from people's votes
 
 A finished stage is not rerun; an interrupted one resumes from its newest checkpoint.
 """
@@ -29,7 +29,7 @@ from jaxgpt.runs.cli import cli
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """2 CPU cores: 8 minutes and 2.3 GB; results in docs/results.md. Set a stage's field with --ppo.iterations 100."""
+    """8 minutes and 2.3 GB on 2 CPU cores (docs/results.md). Set a stage's field like this: --ppo.iterations 100."""
 
     run: Path = Path("runs/assistant")
     pretrain: experiments.pretrain.Settings = experiments.pretrain.PRESETS["laptop"]
@@ -40,8 +40,8 @@ class Settings:
     dpo: experiments.dpo.Settings = experiments.dpo.PRESETS["laptop"]
     report: experiments.report.Settings = experiments.report.PRESETS["laptop"]
     temperature: float = 0.7  # of the policy, in every stage that samples or trains it
-    new_tokens: int = 40  # longest answer in tokens, in every stage
-    labels: Path | None = None  # a database of people's votes, in place of the simulated annotator's preferences
+    new_tokens: int = 40  # maximum length of an answer in tokens, in every stage
+    labels: Path | None = None  # a database of people's votes, used instead of the simulated annotator's preferences
     seed: int = 0  # added to every stage's own seed
     fresh: bool = False  # run every stage again
 
@@ -64,8 +64,8 @@ PRESETS = {
 
 
 def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
-    """(stage, settings) pairs in order; each stage's folder below `run` feeds the next. People's labels replace the
-    preferences stage."""
+    """(stage, settings) pairs in order; each stage has a folder below `run`, which later stages read. With `labels`,
+    people's votes replace the preferences stage."""
     root, files = settings.run, name_preference_files(settings.run)
     stages = dict(STAGES)
     if settings.labels:
@@ -98,12 +98,12 @@ def main(settings: Settings) -> dict[str, Any]:
     experiments.report.heldout_prompts(settings.report)  # if there are too few, fail now rather than at the end
     if settings.labels:
         for part in votes.PARTS:
-            votes.read(votes.part_path(settings.labels, part))  # if there are none, fail now rather than half-way
+            votes.read(votes.part_path(settings.labels, part))  # if there are none, fail now rather than halfway
     results = {stage.__name__.rpartition(".")[2]: stage.main(own) for stage, own in stage_settings(settings)}
     minutes = (time.monotonic() - started) / 60
     if jax.process_index() == 0:
         print(
-            f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to it: "
+            f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to the assistant: "
             f'make chat ARGS="--model {settings.run / "ppo"}"'
         )
     return results

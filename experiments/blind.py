@@ -3,8 +3,8 @@
     python -m experiments.blind                                        `make blind`: SFT against PPO of `make assistant`
     python -m experiments.blind --models runs/a/sft runs/a/dpo         any two models
 
-Twelve held-out prompts, two answers each, shuffled; then your own win rate beside the simulated annotator's. Votes are
-on disk at once, and the same command resumes.
+You see twelve held-out prompts with two answers each, in random order; then your own win rate beside the simulated
+annotator's. Votes are saved at once, and the same command resumes.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ class Settings:
     """A few seconds on 2 CPU cores, and two minutes of reading."""
 
     run: Path = Path("runs/assistant/blind")
-    models: tuple[Path, Path] = (Path("runs/assistant/sft"), Path("runs/assistant/ppo"))  # wins of the second count
-    data: str = "movie_reviews"  # whose held-out prompts are answered
+    models: tuple[Path, Path] = (Path("runs/assistant/sft"), Path("runs/assistant/ppo"))  # wins are the second's
+    data: str = "movie_reviews"  # data set with the held-out prompts
     pairs: Annotated[int, Range(1)] = 12
     annotator: Literal["you", "cheerful", "short"] = "you"  # the last two are programs
     new_tokens: Annotated[int, Range(1)] = 40
@@ -51,7 +51,7 @@ PRESETS: dict[str, Settings] = {}
 
 
 def answer(place: Path, prompts: list[str], settings: Settings, mesh: jax.sharding.Mesh) -> list[votes.Answer]:
-    """One answer of the model to each prompt."""
+    """The answers of the model saved in `place`, one per prompt."""
     params, config, tok, _ = load_language_model(place)
     found = rollout.sample_answers(
         sharding.replicate(params, mesh),
@@ -71,7 +71,7 @@ def answer(place: Path, prompts: list[str], settings: Settings, mesh: jax.shardi
 
 
 def make_pairs(settings: Settings, store: votes.Store) -> list[votes.Task]:
-    """The pairs in the store, made there if it has none."""
+    """The pairs in the store; an empty store is filled first."""
     if not store.tasks():
         mesh, rng = sharding.data_mesh(), np.random.default_rng(settings.seed)
         texts = [prompt.text for prompt in sources.prompts(settings.data, "test", settings.cache)]
@@ -81,9 +81,10 @@ def make_pairs(settings: Settings, store: votes.Store) -> list[votes.Task]:
         ):
             store.add_task(votes.Task(prompt, tuple(both)))
     tasks = list(store.tasks().values())
-    places = {str(one.origin.get("model")) for task in tasks for one in task.answers}
-    if places != {str(place) for place in settings.models}:
-        raise UserError(f"{store.path} compares {' and '.join(sorted(places))}; choose another --run")
+    compared = {(str(one.origin.get("model")), one.origin.get("checkpoint")) for task in tasks for one in task.answers}
+    if compared != {(str(place), run_fingerprint(place)[:16]) for place in settings.models}:
+        names = " and ".join(sorted({name for name, _ in compared}))
+        raise UserError(f"{store.path} compares other models or older checkpoints ({names}); choose another --run")
     return tasks
 
 
@@ -94,7 +95,7 @@ def main(settings: Settings) -> dict[str, Any]:
     tasks, rng = make_pairs(settings, store), np.random.default_rng([settings.seed, store.count()])
     names = [place.name for place in settings.models]
     if settings.annotator == "you":
-        print(f"Which do you prefer? {names[0]} and {names[1]} answer, blind. {ask.KEYS}.")
+        print(f"Which do you prefer? You aren't told which is {names[0]} and which {names[1]}. {ask.KEYS}.")
     program = None if settings.annotator == "you" else SimulatedAnnotator(wish=settings.annotator)
     who = settings.annotator if program is None else program.name
     try:

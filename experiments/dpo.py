@@ -16,7 +16,7 @@ import optax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import MaxSizes, fit_preferences, max_sizes, tokenize_preferences
+from jaxgpt.data.comparisons import MaxSizes, drop_long_preferences, max_sizes, tokenize_preferences
 from jaxgpt.models import lora, sharding
 from jaxgpt.rlhf.dpo import make_loss
 from jaxgpt.rlhf.policies import transformer_policy
@@ -93,8 +93,10 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             return run.results
         sft, config, tok, _ = load_language_model(settings.model)
-        rankings, dropped = fit_preferences(tokenize_preferences(tok, formats.load(settings.preferences)), config.block)
-        heldout, _ = fit_preferences(tokenize_preferences(tok, formats.load(settings.heldout)), config.block)
+        rankings, dropped = drop_long_preferences(
+            tokenize_preferences(tok, formats.load(settings.preferences)), config.block
+        )
+        heldout, _ = drop_long_preferences(tokenize_preferences(tok, formats.load(settings.heldout)), config.block)
         rankings = rankings[: settings.limit]
         size = max_sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch

@@ -30,7 +30,7 @@ from jaxgpt.rlhf.judge import Judge, fit_judge
 from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.process import broadcast_from_first
-from jaxgpt.runs.report import Policy, write_report
+from jaxgpt.runs.report import PolicyResults, write_report
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_model
 from jaxgpt.structs import Array, Batch, Params
@@ -129,7 +129,7 @@ def evaluate_policy(
     answers: rollout.SampledAnswers,
     prompts: list[Prompt],
     **known: Any,
-) -> Policy:
+) -> PolicyResults:
     """All measurements of one policy's answers, one number per prompt. With `params` None, KL is not measured."""
     kl = None
     if params is not None:
@@ -137,7 +137,7 @@ def evaluate_policy(
         kl = bench.log_probs(params, answers.rows, temperature)
         kl -= bench.log_probs(bench.reference, answers.rows, temperature)
     opens = [text.startswith(prompt.opening) for text, prompt in zip(answers.texts, prompts, strict=True)]
-    return Policy(
+    return PolicyResults(
         name=name,
         texts=answers.texts,
         gold=gold_scores(answers.texts),

@@ -21,7 +21,13 @@ import optax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import MaxSizes, TokenizedPreference, fit_preferences, max_sizes, tokenize_preferences
+from jaxgpt.data.comparisons import (
+    MaxSizes,
+    TokenizedPreference,
+    drop_long_preferences,
+    max_sizes,
+    tokenize_preferences,
+)
 from jaxgpt.models import lora, sharding
 from jaxgpt.rlhf import reward
 from jaxgpt.rlhf.annotator import simulated_ceiling
@@ -100,9 +106,11 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             return run.results
         start, config, tok, _ = load_language_model(settings.model)
-        rankings, dropped = fit_preferences(tokenize_preferences(tok, formats.load(settings.preferences)), config.block)
+        rankings, dropped = drop_long_preferences(
+            tokenize_preferences(tok, formats.load(settings.preferences)), config.block
+        )
         heldout_preferences = formats.load(settings.heldout)
-        heldout, _ = fit_preferences(tokenize_preferences(tok, heldout_preferences), config.block)
+        heldout, _ = drop_long_preferences(tokenize_preferences(tok, heldout_preferences), config.block)
         rankings = rankings[: settings.limit]
         size = max_sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch

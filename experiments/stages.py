@@ -1,4 +1,4 @@
-"""Shared by the sequences of stages, experiments.assistant and experiments.align."""
+"""What experiments.assistant and experiments.align share: both run a sequence of stages."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,9 +9,9 @@ from typing import Any
 def chain_stages(
     settings: Any, stages: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[Any, Any]]:
-    """(stage, settings) pairs in order. A stage's own settings are those that `settings` has under its name; it runs in
-    a folder of that name below `run`, with `seed` added to its own and `fresh` if either asks for it, and with the
-    `changes` to it, which lead to the folders of the stages before it."""
+    """(stage, settings) pairs in order. Each stage starts from its own settings, the field of `settings` with its name.
+    It gets a folder of that name below `settings.run`; `settings.seed` is added to its seed; it is rerun if either
+    `fresh` is set; and `changes[name]` replaces further fields, such as the folders of earlier stages."""
     chosen = []
     for name, stage in stages.items():
         own = getattr(settings, name)
@@ -25,5 +25,5 @@ def chain_stages(
 
 
 def name_preference_files(root: Path) -> dict[str, Path]:
-    """What the preferences stage leaves below `root`, as the settings of the stages that learn from it."""
+    """The files that the preferences stage writes below `root`, under the names of the settings that read them."""
     return {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}

@@ -4,9 +4,10 @@
     python -m experiments.taste --web                   the same on a page in the browser
     python -m experiments.taste --annotator short       unattended: a program that likes short (or cheerful) answers
 
-SmolLM2-135M-Instruct, frozen, answers; you pick the best of four; a linear reward on its hidden states is fitted to
-your picks (the softmax likelihood of a reward model); best-of-8 by that reward then meets single answers on new
-prompts, blind. Votes are on disk at once: the same command resumes, and `experiments.reward` and `dpo` read them.
+SmolLM2-135M-Instruct, frozen, gives four answers to each prompt and you pick the best. A linear reward on its hidden
+states is fitted to your picks, by the softmax likelihood of a reward model. Then, on new prompts, you compare the
+best of 8 answers by that reward with a single answer, without knowing which is which. Votes are saved at once: the
+same command resumes, and `experiments.reward` and `experiments.dpo` can train on them.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from jaxgpt.runs.saved_model import load_language_model
 from jaxgpt.structs import Batch
 from jaxgpt.web import label, server
 
-ROUND = 4  # prompts answered together
+ROUND = 4  # prompts whose answers are sampled in one batch
 BEST, SINGLE = "best of several", "single sample"
 LEARN, BLIND = "learn", "blind"  # what a task is for
 
@@ -61,21 +62,26 @@ class Settings:
     def __post_init__(self) -> None:
         check_settings(self)
 
+    @property
+    def votes_file(self) -> Path:
+        """One file per annotator, so that a program's picks don't mix with yours."""
+        return self.run / f"{self.annotator}.sqlite"
+
 
 PRESETS: dict[str, Settings] = {}
 
 
-class Answering:
-    """Answers prompts in a thread of its own and keeps the features of every answer, while a person reads."""
+class AnswerGenerator:
+    """Generates answers in a background thread while a person reads, and keeps the features of every answer."""
 
     def __init__(self, settings: Settings, store: votes.Store) -> None:
         self.settings, self.store, self.mesh = settings, store, sharding.data_mesh()
         params, self.config, self.tok, _ = load_language_model(settings.model)
         self.params = sharding.replicate(params, self.mesh)
         self.features: dict[str, np.ndarray] = {}  # task id -> [answers, F]
-        self.reward: LinearReward | None = None  # set once it is fitted: then the blind tasks are made
+        self.reward: LinearReward | None = None  # set by `main`; the thread needs it for the blind tasks
         self.changed, self.error = threading.Condition(), ""
-        self.complete: set[str] = set()  # parts of which all tasks are in the store
+        self.complete: set[str] = set()  # parts (LEARN, BLIND) whose tasks are all in the store
         rng = np.random.default_rng(settings.seed)
         self.learn = [str(text) for text in rng.permutation(questions())[: settings.prompts]]
         self.new = [str(text) for text in rng.permutation(questions(held_out=True))[: settings.blind]]
@@ -113,7 +119,7 @@ class Answering:
                 self.changed.notify_all()
 
     def sample(self, prompts: list[str], each: int) -> list[list[str]]:
-        """`each` answers to every prompt."""
+        """`each` answers per prompt, as one list per prompt."""
         self.key, key = jax.random.split(self.key)
         ids = [prompt_ids(self.tok, prompt) for prompt in prompts for _ in range(each)]
         width = round_up(max(map(len, ids)), 32)
@@ -160,28 +166,28 @@ class Answering:
             self.features[task.id] = feature_CF
             self.changed.notify_all()
 
-    def features_of(self, task: str) -> np.ndarray:
-        """The features of a task's answers, [answers, F]; waits until they are measured."""
-        with self.changed:
-            self.changed.wait_for(lambda: task in self.features or self.error)
-            if task not in self.features:
-                raise UserError(self.error)
-            return self.features[task]
+    def features_of(self, task: votes.Task) -> np.ndarray:
+        """The features of a task's answers, [answers, F]; of one that a person changed on the page they are new."""
+        if task.id not in self.features:
+            self.keep_features(task, self.measure(task.prompt, [answer.text for answer in task.answers]))
+        return self.features[task.id]
 
 
-class Asker:
+class VoteCollector:
     """Where picks come from: a person in the terminal or on the page, or a program."""
 
-    def __init__(self, settings: Settings, store: votes.Store, answering: Answering) -> None:
-        self.settings, self.store, self.answering = settings, store, answering
+    def __init__(self, settings: Settings, store: votes.Store, generator: AnswerGenerator) -> None:
+        self.settings, self.store, self.generator = settings, store, generator
         self.rng = np.random.default_rng([settings.seed, store.count()])
         self.program = None if settings.annotator == "you" else SimulatedAnnotator(wish=settings.annotator)
 
     def tasks(self, part: str) -> list[votes.Task]:
-        return [task for task in self.store.tasks().values() if task.answers[0].origin.get("taste") == part]
+        """Of this part, those included to which a person added an answer on the page."""
+        all_ = self.store.tasks().values()
+        return [task for task in all_ if any(answer.origin.get("taste") == part for answer in task.answers)]
 
     def picks(self, part: str) -> dict[str, votes.Vote]:
-        """The last standing vote on each task of this part, skips included."""
+        """Task id -> the latest vote on it that was not taken back, for the tasks of this part; skips included."""
         known = {task.id for task in self.tasks(part)}
         return {vote.task: vote for vote in self.store.votes() if vote.task in known}
 
@@ -191,14 +197,14 @@ class Asker:
             voted = self.picks(part)
             left = [task for task in self.tasks(part) if task.id not in voted]
             if not left:
-                with self.answering.changed:
-                    if self.answering.error:
-                        raise UserError(self.answering.error)
-                    if part in self.answering.complete and len(self.tasks(part)) == len(voted):
-                        return  # a model that says the same thing every time gives fewer
-                    self.answering.changed.wait(timeout=0.5)
+                with self.generator.changed:
+                    if self.generator.error:
+                        raise UserError(self.generator.error)
+                    if part in self.generator.complete and len(self.tasks(part)) == len(voted):
+                        return  # fewer than `total`: prompts whose answers were all the same are left out
+                    self.generator.changed.wait(timeout=0.5)
             elif self.settings.web:
-                time.sleep(0.3)  # the page asks
+                time.sleep(0.3)  # the page collects the votes
             elif self.program is not None:
                 gold = self.program.gold([answer.text for answer in left[0].answers])
                 best = int(gold.argmax())
@@ -210,14 +216,17 @@ class Asker:
                 ask.ask(self.store, "you", left[0], f"[{done + 1}/{total}]", self.rng)
 
 
-def learn(asker: Asker, ridge: float) -> tuple[LinearReward, int, int, float]:
-    """The reward of all picks; how many picks a reward fitted to the others predicts, of how many, and by chance."""
-    found = [(task, vote) for task, vote in asker.picks(LEARN).items() if vote.kind == "favourite"]
+def learn(collector: VoteCollector, ridge: float) -> tuple[LinearReward, int, int, float]:
+    """(reward fitted to all picks, picks predicted in cross-validation, number of picks, picks predicted by chance)."""
+    found = [(task, vote) for task, vote in collector.picks(LEARN).items() if vote.kind == "favourite"]
     if len(found) < 2:
         raise UserError(f"{len(found)} picks are too few for a reward; pick more answers, skip fewer")
     most = max(len(vote.shown) for _, vote in found)
     feature_BCF = np.stack(
-        [np.pad(x, ((0, most - len(x)), (0, 0))) for x in (asker.answering.features_of(task) for task, _ in found)]
+        [
+            np.pad(x, ((0, most - len(x)), (0, 0)))
+            for x in (collector.generator.features_of(collector.store.task(task)) for task, _ in found)
+        ]
     )
     present_BC = np.array([np.arange(most) < len(vote.shown) for _, vote in found])
     choice_B = np.array([vote.tiers[0][0] for _, vote in found])
@@ -230,30 +239,35 @@ def learn(asker: Asker, ridge: float) -> tuple[LinearReward, int, int, float]:
     return linear_reward.fit(feature_BCF, choice_B, present_BC, ridge), hits, len(found), (1 / present_BC.sum(1)).sum()
 
 
-def outcome(asker: Asker) -> dict[str, Any]:
-    """The blind comparison: wins of best-of-n (a tie of equal texts counts half), and figures of both sides' texts."""
+def outcome(collector: VoteCollector) -> dict[str, Any]:
+    """The blind comparison: wins of best-of-n (a tie or two equal texts count half), each side's texts and mean words
+    per answer."""
     sides: dict[str, list[str]] = {BEST: [], SINGLE: []}
-    wins, count, votes_ = 0.0, 0, asker.picks(BLIND)
-    for task in asker.tasks(BLIND):
-        for answer in task.answers:
-            sides[str(answer.origin["by"])].append(answer.text)
+    wins, count, votes_ = 0.0, 0, collector.picks(BLIND)
+    for task in collector.tasks(BLIND):
+        by = [str(answer.origin.get("by")) for answer in task.answers]
+        for name, answer in zip(by, task.answers, strict=True):
+            sides.setdefault(name, []).append(answer.text)
         vote = votes_.get(task.id)
-        if vote is None or vote.kind not in ("favourite", "tie"):
+        if vote is None or vote.kind not in ("favourite", "tie") or not {BEST, SINGLE}.issuperset(by):
             continue
         count += 1
         same = task.answers[0].text == task.answers[1].text or vote.kind == "tie"
-        wins += 0.5 if same else float(task.answers[vote.tiers[0][0]].origin["by"] == BEST)
+        wins += 0.5 if same else float(by[vote.tiers[0][0]] == BEST)
     words = {name: float(np.mean([len(text.split()) for text in texts])) for name, texts in sides.items() if texts}
     return {"wins": wins, "count": count, "words": words, "texts": sides}
 
 
 def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
-    store = votes.Store(settings.run / "votes.sqlite")
+    store = votes.Store(settings.votes_file)
+    others = {str(one.origin.get("model", settings.model)) for task in store.tasks().values() for one in task.answers}
+    if others - {str(settings.model)}:
+        raise UserError(f"{store.path} holds answers of {' and '.join(sorted(others))}; choose another --run")
     print(f"loading {settings.model} …", flush=True)
-    answering = Answering(settings, store)
-    answering.start()
-    asker = Asker(settings, store, answering)
+    generator = AnswerGenerator(settings, store)
+    generator.start()
+    collector = VoteCollector(settings, store, generator)
     if settings.web:
         bound = server.Server(settings.serve, token := settings.serve.required_token())
         state = ["answers are being made"]
@@ -266,21 +280,21 @@ def main(settings: Settings) -> dict[str, Any]:
     elif settings.annotator == "you":
         print(f"\nWhich answer do you like best? {settings.prompts} prompts; {ask.KEYS}.")
     try:
-        asker.collect(LEARN, settings.prompts)
-        reward, hits, count, chance = learn(asker, settings.ridge)
+        collector.collect(LEARN, settings.prompts)
+        reward, hits, count, chance = learn(collector, settings.ridge)
         print(
-            f"\nA linear reward was fitted to your {count} picks. Fitted to the others, it predicts {hits} of {count} "
-            f"(by chance {chance:.0f}). Now {settings.blind} new prompts, blind: its best of {settings.best_of} "
-            "against a single answer."
+            f"\nA linear reward was fitted to your {count} picks. In cross-validation it predicts {hits} of {count} "
+            f"(chance: {chance:.0f}). Now {settings.blind} new prompts, blind: the best of {settings.best_of} answers "
+            "by this reward against a single answer."
         )
-        with answering.changed:
-            answering.reward = reward
-            answering.changed.notify_all()
-        asker.collect(BLIND, settings.blind)
+        with generator.changed:
+            generator.reward = reward
+            generator.changed.notify_all()
+        collector.collect(BLIND, settings.blind)
     except (KeyboardInterrupt, EOFError):
         print(f"\nstopped; {store.count()} picks are in {store.path}, and the same command resumes")
         return {"picks": store.count()}
-    found = outcome(asker)
+    found = outcome(collector)
     who = "you preferred it" if settings.annotator == "you" else f"the {settings.annotator} program preferred it"
     print("\n" + report(settings, found, who, hits, count, chance))
     print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes")
@@ -288,23 +302,23 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 def report(settings: Settings, found: dict[str, Any], who: str, hits: int, count: int, chance: float) -> str:
-    """What came out, what was done in the words of the notes, and what can be done next."""
-    file = settings.run / "votes.sqlite"
+    """The result, what was done in the terms of the lecture notes, and what to do next."""
+    file = settings.votes_file
     single, best = (found["words"].get(name, 0.0) for name in (SINGLE, BEST))
     lines = [
         f"best of {settings.best_of} by your reward: {intervals.in_words(who, found['wins'], found['count'])}",
-        f"words per answer: {single:.1f} for a single sample, {best:.1f} chosen",
+        f"words per answer: {single:.1f} for a single sample, {best:.1f} for the best of {settings.best_of}",
     ]
     if settings.annotator == "cheerful":
         mood = {name: SimulatedAnnotator().gold(texts).mean() for name, texts in found["texts"].items()}
-        lines.append(f"VADER sentiment: {mood[SINGLE]:.2f} for a single sample, {mood[BEST]:.2f} chosen")
+        lines.append(f"VADER sentiment: {mood[SINGLE]:.2f} single sample, {mood[BEST]:.2f} best of {settings.best_of}")
     lines += [
         "",
         "What you did: candidate answers, preferences, a reward model (the softmax over its scores), and best-of-n.",
-        "The next steps of the notes move the model itself, by PPO or DPO. With these votes:",
+        "The next steps in the notes train the model itself, by PPO or DPO. With these votes:",
         f'  make label ARGS="--votes {file}"      pick more, on a page',
-        f"  make assistant LABELS={file}          a small model trained from nothing to your picks",
-        "  .venv/bin/python -m experiments.align            PPO and DPO on this chat model, for a program's taste",
+        f"  make assistant LABELS={file}          a small model trained from scratch on your picks",
+        "  .venv/bin/python -m experiments.align            PPO and DPO on this chat model; a program annotates",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: decoders or trainers in processes of their own, which take turns.
+"""Shared by the benchmarks: each decoder or trainer runs in its own worker process, and the workers take turns.
 
 That way threads, allocators and peak memory don't mix, and a disturbance of the machine affects all alike. A worker
 process reads requests, one JSON object per line, calls the method that each one names, and answers in one line. jax and
@@ -47,8 +47,8 @@ def cores() -> int:
 
 
 def fast_malloc() -> None:
-    """A copy of `jaxgpt.runs.process.configure_malloc`, which a Python without jax can't import, so torch has it
-    too."""
+    """A copy of `jaxgpt.runs.process.configure_malloc`, which a Python without jax can't import: both sides then run
+    with the same malloc settings."""
     if os.environ.get("JAXGPT_MALLOC") != "0" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-4, 0), (-1, -1), (-8, 1)):
@@ -62,7 +62,7 @@ def peak_memory() -> int:
 
 
 def best_rate(read: Callable[[], Any], size: int, times: int = 12) -> float:
-    """`size` (bytes or FLOPs) per second in the fastest of several calls, after one to warm up."""
+    """`size` (bytes or FLOPs) per second in the fastest of `times` calls of `read`, after a warm-up call."""
     read()
     seconds = []
     for _ in range(times):
@@ -139,7 +139,7 @@ class TorchWorker:
         return {"platform": self.device, "device": name, "threads": torch.get_num_threads(), "versions": versions}
 
     def wait(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its queued work."""
         import torch
 
         if self.device == "cuda":
@@ -266,7 +266,7 @@ class Rotation:
 
     def __init__(self, workers: Mapping[str, Any]) -> None:
         self.alive, self.failed = dict(workers), {}  # type: dict[str, Any], dict[str, str]
-        self.others_share = 0.0  # fraction of the cores' time that other programs used in `watched`
+        self.others_share = 0.0  # fraction of the cores' time that other programs used during `watched`
 
     def each(self, do: Callable[[str, Any], None]) -> None:
         """Call do(kind, worker) for each worker that is alive. Raises UserError if ours fails."""
@@ -305,8 +305,8 @@ class Rotation:
 
 
 def warn_of_turns(failed: Mapping[str, str], others_share: float, names: Mapping[str, str]) -> list[str]:
-    """Lines that name the rivals left out, and say if other programs used a noticeable share of the machine. `names`
-    maps kinds to what readers call them."""
+    """Lines that name the rivals left out, and a warning if other programs used a noticeable share of the machine.
+    `names` maps kinds to the names that readers see."""
     lines = [f"{names[kind]} left out: {error}" for kind, error in failed.items()]
     if others_share > DISTURBANCE_THRESHOLD:
         lines.append(f"DISTURBED: other programs used {others_share:.0%} of the machine meanwhile")
@@ -337,9 +337,9 @@ def describe_speedup(ratio: Mapping[str, Any], names: Mapping[str, str]) -> str:
 def survey_machine(
     module: str, kinds: Sequence[str], python: Mapping[str, str], log: Path, rival: str, **roof: Any
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]], str]:
-    """The machine (processor, versions, devices); the answers of ours and the first rival to "roof" with the arguments
-    `roof`, if there are any; and why the rivals are left out, if their library is missing. Raises UserError if our own
-    process fails."""
+    """(machine, roofs, note). `machine`: processor, versions, devices. `roofs`: the hardware's limits (memory bandwidth
+    or FLOPs per second) as our worker and the first rival measure them, if arguments `roof` are given. `note`: why the
+    rivals are left out, if their library is missing, otherwise "". Raises UserError if our own worker fails."""
     about: dict[str, Any] = {"processor": processor(), "cores": cores(), "versions": {}}
     roofs: dict[str, dict[str, float]] = {}
     for kind in kinds[:2]:
@@ -389,7 +389,8 @@ def check_choices(settings: Any, known: Mapping[str, Collection[str]]) -> None:
 
 
 def check_least(settings: Any, least: Mapping[str, int]) -> None:
-    """Raise UserError if one of the named settings is, or holds, a number that is too small, or holds none."""
+    """Raise UserError if one of the named settings, a number or a tuple, is below its minimum, contains such a number
+    or is empty."""
     for name, smallest in least.items():
         values = getattr(settings, name)
         if min(values if isinstance(values, tuple) else (values,), default=-1) < smallest:
@@ -397,9 +398,9 @@ def check_least(settings: Any, least: Mapping[str, int]) -> None:
 
 
 class Benchmark:
-    """What a benchmark's main does around its measuring: find its workers, save their weights, keep the results.
+    """What every benchmark does around its measurements: find its workers, save their weights, keep the results.
 
-    `kinds` are the workers that there are: ours, and the rivals unless `survey` finds that their library is missing.
+    `kinds`: the workers that run, which are ours and, unless `survey` finds that their library is missing, the rivals.
     """
 
     def __init__(self, run: "Run", module: str, rivals: Sequence[str], torch_python: str) -> None:
@@ -414,13 +415,13 @@ class Benchmark:
         self.note = ""
 
     def warn_of_load(self) -> None:
-        """Say it if other programs keep the cores busy."""
+        """Print a warning if other programs keep the cores busy."""
         load = os.getloadavg()[0]
         if load > 0.5 * cores():
             self.run.say(f"load average {load:.1f} on {cores()} cores: other programs disturb these timings")
 
     def survey(self, library: str, **roof: Any) -> dict[str, dict[str, float]]:
-        """Find out `machine` and `note`, and leave the rivals out if their `library` is missing; returns the roofs."""
+        """Set `machine` and `note`, and drop the rivals if their `library` is missing; returns the roofs, by kind."""
         kinds = self.kinds
         self.machine, roofs, self.note = survey_machine(self.module, kinds, self.python, self.log, library, **roof)
         if self.note:
@@ -429,7 +430,7 @@ class Benchmark:
 
     @contextlib.contextmanager
     def start_workers(self) -> Iterator[dict[str, Worker]]:
-        """A worker of each kind, while the `with` block lasts."""
+        """Start one worker of each kind for the `with` block."""
         with contextlib.ExitStack() as stack:
             yield {
                 kind: stack.enter_context(Worker(self.module, kind, self.python[kind], self.log)) for kind in self.kinds
@@ -437,7 +438,7 @@ class Benchmark:
 
     @contextlib.contextmanager
     def save_weights(self, weights: dict[str, np.ndarray]) -> Iterator[Path]:
-        """A file of the weights, while the `with` block lasts."""
+        """Save the weights to a temporary .npz file that exists during the `with` block."""
         with tempfile.TemporaryDirectory(dir=self.run.folder.absolute(), prefix="weights-") as folder:
             path = Path(folder) / "weights.npz"
             np.savez(path, **weights)  # type: ignore[arg-type]
@@ -447,7 +448,7 @@ class Benchmark:
     def log_speeds(
         self, n: int, title: str, found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], digits: int
     ) -> None:
-        """Say and log the tokens per second at the n-th point of the grid."""
+        """Print and log the tokens per second at the n-th point of the benchmark's grid."""
         speeds = {kind: one["tokens_per_second"] for kind, one in found.items()}
         shown = ", ".join(f"{names.get(kind, kind)} {speed:,.{digits}f}" for kind, speed in speeds.items())
         self.run.say(f"{title}: {shown} tokens/s")
@@ -461,8 +462,8 @@ class Benchmark:
         said: int = 0,
         draw: Callable[[Path], None] | None = None,
     ) -> dict[str, Any]:
-        """Say the lines (the first `said` have been said), and finish the run with what was found, the machine, the
-        settings and the note. They are kept in STAGE.txt and STAGE.json, and what `draw` draws in STAGE.png."""
+        """Print the lines (the first `said` were printed before) and finish the run with `found`, the machine, the
+        settings and the note. Lines go to STAGE.txt, results to STAGE.json, and the figure of `draw` to STAGE.png."""
         from jaxgpt.files import write_json
         from jaxgpt.runs.settings import settings_to_json
 
@@ -488,7 +489,7 @@ def draw_bars(
     path: Path,
     title: str,
 ) -> None:
-    """Draw tokens per second, each panel on its own scale, and below it the fraction of the roof, all on one scale.
+    """Draw tokens per second (each panel on its own scale) above the fraction of the roof (all panels on one scale).
 
     A panel is a list of (label, {kind: tokens_per_second, tokens_per_second_range, fraction_of_roof}); `names` maps
     kinds to labels, `lower` is the lower axis label and says what the roof is.
@@ -594,7 +595,7 @@ def unflatten_names(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hf_model(config: ModelConfig, flat: Mapping[str, np.ndarray], device: str = "cpu") -> Any:
-    """A GPT2LMHeadModel with our weights, in config.dtype, that never stops. Raises UserError if not a GPT-2."""
+    """A GPT2LMHeadModel with our weights, in config.dtype without an end token. UserError if `config` isn't GPT-2's."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -14,16 +14,16 @@ from jaxgpt.data.jsonl import checked_text, read_rows, write_rows
 from jaxgpt.data.tokenizer import Row, Tokenizer, example_ids
 from jaxgpt.errors import UserError
 
-Kind = Literal["favourite", "ranking", "tie", "bad", "skip"]  # kinds of verdict on several answers
+Kind = Literal["favourite", "ranking", "tie", "bad", "skip"]  # what an annotator can say about several answers
 Tiers = Sequence[Sequence[int]]  # indices of answers, best first; answers in one tier are tied
 _FIELDS = ("prompt", "answers", "choice", "ended", "meta")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """`answers[choice]` was preferred. `ended[i]` says that answer i ended by itself (was not cut off).
+    """`answers[choice]` was preferred. `ended[i]` is False if answer i was cut off.
 
-    Answers may be identical or empty. Raises UserError for anything that is not a choice among answers.
+    Answers may be identical or empty. Raises UserError if a field is invalid.
     """
 
     prompt: str
@@ -87,20 +87,20 @@ class TokenizedPreference:
 
 
 def tokenize_preferences(tok: Tokenizer, preferences: Iterable[Preference]) -> list[TokenizedPreference]:
-    """Tokenize preferences. An answer that did not end has no closing </answer>."""
+    """One `TokenizedPreference` each. An answer that was cut off gets no closing </answer>, unless it is empty."""
     rankings = []
     for preference in preferences:
         rows: list[Row] = []
         for answer, ended in zip(preference.answers, preference.ended, strict=True):
             ids, roles = example_ids(tok, preference.prompt, answer)
-            cut = not ended and sum(roles) > 1  # an empty answer keeps its end tag: at least one token
+            cut = not ended and sum(roles) > 1  # an empty answer keeps its end tag: a row needs an answer token
             rows.append((ids[:-1], roles[:-1]) if cut else (ids, roles))
         rankings.append(TokenizedPreference(tuple(rows), preference.choice))
     return rankings
 
 
 class MaxSizes(NamedTuple):
-    """The largest of several preferences: what their batches are padded to."""
+    """The largest sizes among several preferences; their batches are padded to these."""
 
     candidates: int  # per prompt
     row: int  # tokens of prompt and answer
@@ -114,8 +114,10 @@ def max_sizes(preferences: Sequence[TokenizedPreference]) -> MaxSizes:
     return MaxSizes(candidates, max(len(ids) for ids, _ in rows), max(sum(roles) for _, roles in rows))
 
 
-def fit_preferences(rankings: Sequence[TokenizedPreference], length: int) -> tuple[list[TokenizedPreference], int]:
-    """The rankings whose candidates all have at most `length` tokens, and how many were dropped."""
+def drop_long_preferences(
+    rankings: Sequence[TokenizedPreference], length: int
+) -> tuple[list[TokenizedPreference], int]:
+    """The preferences whose rows all have at most `length` tokens, and how many were dropped."""
     kept = [ranking for ranking in rankings if max(len(ids) for ids, _ in ranking.rows) <= length]
     if not kept:
         raise UserError(f"none of {len(rankings)} preferences fits {length} tokens; use a longer block")

@@ -32,7 +32,7 @@ from jaxgpt.data.jsonl import checked_text
 from jaxgpt.errors import UserError
 
 FORMAT = 1
-HELD_OUT = 0.1  # fraction of the prompts, by hash: `:heldout` after a database's name
+HELD_OUT = 0.1  # fraction of the prompts, chosen by hash, that "votes.sqlite:heldout" selects
 PARTS = ("train", "heldout")
 LEASE = 600.0  # seconds for which a task shown to one annotator isn't offered to another
 _TABLES = """
@@ -46,6 +46,7 @@ CREATE INDEX IF NOT EXISTS votes_by_task ON votes (task, annotator);
 CREATE TABLE IF NOT EXISTS ratings (id TEXT PRIMARY KEY, prompt TEXT NOT NULL, answer TEXT NOT NULL,
   annotator TEXT NOT NULL, stars INTEGER NOT NULL, seconds REAL, time REAL NOT NULL);
 """
+# SQL condition for votes that are not undone.
 _STANDING = "kind != 'undo' AND id NOT IN (SELECT undoes FROM votes WHERE undoes IS NOT NULL)"
 
 
@@ -54,7 +55,7 @@ class Answer:
     """One candidate and where it comes from: a model with its sampling settings and seed, a file or a person."""
 
     text: str
-    ended: bool = True
+    ended: bool = True  # False: cut off before the end token
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,7 +64,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A prompt and its candidates; the id is a hash of both, so adding it twice adds it once."""
+    """A prompt and its candidates; the id is a hash of both, so adding a task again changes nothing."""
 
     prompt: str
     answers: tuple[Answer, ...]
@@ -90,7 +91,7 @@ class Vote:
     tiers: tuple[tuple[int, ...], ...]
     shown: tuple[int, ...]
     seconds: float | None = None  # from seeing the task to deciding
-    time: float = 0.0
+    time: float = 0.0  # Unix time in seconds; 0: when it is stored
     again: bool = False  # this annotator had voted on it before: counts for agreement only
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ class Vote:
 
 
 class Store:
-    """The database. Safe to use from several threads and several processes; open it once per process."""
+    """The database of tasks, votes and ratings. Safe for several threads and processes; open it once per process."""
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
         if not create and not path.is_file():
@@ -366,8 +367,8 @@ def is_database(path: Path) -> bool:
 
 def read(path: Path) -> list[Preference]:
     """The preferences in a database; "votes.sqlite:train" and "votes.sqlite:heldout" are 90 % and 10 % of the prompts,
-    split by hash, so that each stays in its part as votes are added. Skips, ties of all answers, "all bad" and repeat
-    votes are left out. Raises UserError if nothing is left."""
+    split by hash, so that a prompt stays in its part as votes are added. Skips, ties of all answers, "all bad" and
+    repeat votes are left out. Raises UserError if nothing is left."""
     file, part = _split(path)
     store = Store(file, create=False)
     try:
@@ -414,19 +415,17 @@ def _split(path: Path) -> tuple[Path, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How often two votes on one task have the same favourite, with a 95 % bootstrap interval over tasks; the rate
-    expected by chance (1 / C: the order of candidates means nothing); and kappa = (observed - chance) / (1 - chance)
-    (Brennan & Prediger 1981)."""
+    """How often two votes on the same task have the same favourite, and how often they would by chance."""
 
-    pairs: int
-    same: float
-    low: float
+    pairs: int  # pairs of votes on the same task
+    same: float  # fraction of the pairs with the same favourite
+    low: float  # 95 % bootstrap interval of `same`, over tasks
     high: float
-    chance: float
+    chance: float  # expected `same` of random votes: the mean of 1 / C over pairs, because candidates have no order
 
     @property
     def kappa(self) -> float:
-        """Agreement beyond chance: (observed - expected) / (1 - expected); Cohen 1960."""
+        """Agreement beyond chance: (same - chance) / (1 - chance), with uniform chance (Brennan & Prediger 1981)."""
         return (self.same - self.chance) / max(1 - self.chance, 1e-9)
 
     def __str__(self) -> str:

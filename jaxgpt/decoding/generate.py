@@ -6,7 +6,7 @@ position len + t, and attends to slots s < len and P <= s <= P + t: one scalar c
 one segment at a time, so that a token's cost depends on the tokens so far, not on the maximum length.
 
     generate          a fixed number of steps: can be vmapped
-    generate_until    the same tokens by a `while_loop` that stops when every row has ended
+    generate_until    the same tokens with a `while_loop` that stops when every row has ended
 """
 
 import functools
@@ -30,7 +30,7 @@ Carry = tuple[KVCache, Array, Array, Array | None]  # cache, token_B, ended_B, s
 Loop = Callable[..., tuple[Carry, tuple[Array, ...]]]  # like jax.lax.scan: (step, carry, xs) -> (carry, collected)
 SeenFilter = Callable[[Array, Array], Array]  # (logits [B, V], seen [B, V] bool) -> logits
 SEGMENT = 128  # slots by which the cache grows; each segment is compiled separately
-STATIC_ARGNAMES = (  # for jax.jit(generate, static_argnums=1, static_argnames=STATIC)
+STATIC_ARGNAMES = (  # for jax.jit(generate, static_argnums=1, static_argnames=STATIC_ARGNAMES)
     "new_tokens",
     "stop",
     "pad",
@@ -62,7 +62,8 @@ def prepare(params: Params, config: ModelConfig) -> Params:
 
 def quantise_int8(params: Params) -> Params:
     """Quantise every matrix of `prepare`'s parameters to int8, with one scale per column: w ~ round(w / s) s with
-    s = max|w| / 127. Norms, biases and the embedding (a token reads one row of it) stay. For decoding only."""
+    s = max|w| / 127. Norms, biases and the embedding (a token reads one row of it) stay as they are.
+    For decoding only."""
 
     def quantise(w: Array) -> tuple[Array, Array]:
         w = w.astype(jnp.float32)
@@ -117,13 +118,13 @@ def prefill_hidden(
 def prefill(
     params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, copies: int = 1
 ) -> tuple[KVCache, Array]:
-    """`read`, and the logits of the first new token [B, V]."""
+    """The cache of `prefill_hidden`, and the logits of the first new token [B, V]."""
     cache, h_BD = prefill_hidden(params, config, prompt_BP, length_B, slots, copies)
     return cache, unembed(params, config, h_BD)
 
 
 def grow_cache(cache: KVCache, slots: int) -> KVCache:
-    """The cache with `slots` more slots at its end."""
+    """The cache with `slots` empty (zero) slots appended."""
     return jax.tree.map(lambda x: jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, slots), (0, 0))), cache)
 
 
@@ -189,7 +190,7 @@ def feed_next_token(
 def decode_step(
     params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
 ) -> tuple[KVCache, Array]:
-    """`feed_next_token`, and the logits of the next token [B, V]."""
+    """Feed the t-th new token: the updated cache, and the logits of the token after it [B, V]."""
     cache, h_BD = feed_next_token(params, config, cache, token_B, length_B, prompt_slots, t)
     return cache, unembed(params, config, h_BD)
 
@@ -217,10 +218,11 @@ def generate(
     prompt_BP: prompts padded on the right; length_B: their lengths. `filter_logits` shapes the distribution
     (temperature, top-k, top-p); before it, `filter_seen(logits, seen)` may use which tokens the prompt and the answer
     so far contain (a repetition penalty); `sample` draws from the result, and the returned log-probabilities are those
-    of that distribution. `samples` answers per prompt (from row b * samples of the result on) share one reading of it.
-    `value_head` adds a critic's values. The cache grows by `segment` slots, each segment compiled separately. `loop`
-    runs the steps: `jax.lax.scan`, with a fixed length that can be vmapped, or `scan_until_all_ended`. Rows that have
-    ended yield `pad`. Raises UserError while tracing if prompt and answer don't fit the model's block.
+    of that distribution. `samples` answers per prompt share one prefill; those of prompt b start at row
+    b * samples. `value_head` adds a critic's values. The cache grows by `segment` slots, each segment compiled
+    separately. `loop` runs the steps: `jax.lax.scan`, with a fixed length that can be vmapped, or
+    `scan_until_all_ended`. Rows that have ended yield `pad`. Raises UserError while tracing if prompt and
+    answer don't fit the model's block.
     """
     P = prompt_BP.shape[1]
     check_fits_block(config, P, new_tokens)
@@ -279,7 +281,10 @@ def generate(
 
 
 def scan_until_all_ended(step: Callable[[Carry, X], tuple[Carry, Y]], carry: Carry, xs: X) -> tuple[Carry, Y]:
-    """`jax.lax.scan` that stops early when every row has ended; the steps left out read as ended."""
+    """`jax.lax.scan` that stops early when every row has ended.
+
+    The outputs of skipped steps are zeros, and True for booleans: their tokens count as ended.
+    """
     steps = jax.tree.leaves(xs)[0].shape[0]
     # Keys are passed as raw data: each is used only once, but JAX's key-reuse check can't tell.
     is_key = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key), xs)
@@ -309,7 +314,7 @@ def generate_until(*args: object, **settings: object) -> Answers:
 
 
 def check_fits_block(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None:
-    """Reject lengths that exceed the model's block: positions and cache slots would be clamped silently."""
+    """Raise UserError if the lengths exceed the model's block: positions and cache slots would be clamped silently."""
     if new_tokens < 1:
         raise UserError(f"new_tokens is {new_tokens}; ask for at least 1")
     if prompt_tokens + new_tokens > config.block:
@@ -320,7 +325,7 @@ def check_fits_block(config: ModelConfig, prompt_tokens: int, new_tokens: int) -
 
 
 def join_prompt_and_answer(prompt_BP: Array, length_B: Array, answers: Answers, pad: int = 0) -> tuple[Batch, Array]:
-    """Rows of prompt + answer without gaps, [B, P + A], with the answers' mask; and the sampler's log-probabilities."""
+    """Rows of prompt + answer without gaps, with the answers' mask; and the sampler's log-probabilities: [B, P + A]."""
     P, A = prompt_BP.shape[1], answers.tokens_BA.shape[1]
     t_T = jnp.arange(P + A)
     in_prompt_BT = t_T < length_B[:, None]

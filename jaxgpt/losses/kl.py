@@ -1,10 +1,10 @@
 """KL divergence between policy pi and reference rho: estimators, standard errors, controllers. All in nats.
 
 Estimators (Schulman 2020, "Approximating KL divergence") of KL(pi || rho) from tokens sampled from pi, one value per
-token, with d = log pi - log rho. The gradient depends on where the estimator is used (docs/maths.md shows why):
+token, with d = log pi - log rho. The expected gradient depends on where the estimator is used (see docs/maths.md):
 
-    in the reward (no gradient)   k1: the gradient of KL(pi || rho).  k3: that minus the gradient of KL(rho || pi)
-    as a loss (differentiated)    k1: none at all.  k2: the gradient of KL(pi || rho).  k3: that of KL(rho || pi)
+    in the reward (a constant)   k1: grad KL(pi || rho).  k3: grad KL(pi || rho) - grad KL(rho || pi)
+    as a loss (differentiated)   k1: zero.  k2: grad KL(pi || rho).  k3: grad KL(rho || pi)
 
 This holds for a single token's distribution; a loss term ignores a token's effect on the states after it.
 """
@@ -19,13 +19,12 @@ from jax import Array
 from jaxgpt.losses.checks import expect
 from jaxgpt.losses.mean import sequence_sum
 
-LOG_RATIO_LIMIT = (
-    20.0  # log-ratios are clipped to [-20, 20] before exponentiating: products with e^20 = 4.9e8 stay finite
-)
+# Log-ratios are clipped to [-20, 20] before exponentiating: products with e^20 = 4.9e8 stay finite.
+LOG_RATIO_LIMIT = 20.0
 
 
 def k1(logp: Array, ref_logp: Array) -> Array:
-    """d: unbiased, can be negative."""
+    """d = log pi - log rho, in nats: unbiased, can be negative."""
     expect(logp=(logp, "float ..."), ref_logp=(ref_logp, "float ..."))
     return logp - ref_logp
 
@@ -47,7 +46,7 @@ def k3(logp: Array, ref_logp: Array) -> Array:
 
 
 def exact(logits: Array, ref_logits: Array) -> Array:
-    """sum_v pi_v (log pi_v - log rho_v) for one prefix.  [..., V] twice -> [...].
+    """sum_v pi_v (log pi_v - log rho_v) for one prefix, in nats: both [..., V] -> [...].
 
     Exact for each prefix; summed over sampled prefixes it is still only an estimate of the sequence's KL.
     """
@@ -74,9 +73,9 @@ class Estimate:
     Holds sums over sequences, so that parts of a batch add up with `+` (and `jax.lax.psum`).
     """
 
-    sequences: Array
-    tokens: Array
-    total: Array  # nats
+    sequences: Array  # how many
+    tokens: Array  # how many, over all sequences
+    total: Array  # nats, over all sequences
     squared_nats: Array  # sum over sequences of nats squared
     squared_tokens: Array  # sum over sequences of tokens squared
     products: Array  # sum over sequences of nats times tokens
@@ -86,12 +85,12 @@ class Estimate:
 
     @property
     def nats_per_sequence(self) -> Array:
-        """Mean KL per sequence."""
+        """Mean KL of a sequence: total nats / sequences."""
         return self.total / jnp.maximum(self.sequences, 1)
 
     @property
     def nats_per_token(self) -> Array:
-        """Mean KL per token."""
+        """Mean KL of a token: total nats / tokens, so that long sequences count more."""
         return self.total / jnp.maximum(self.tokens, 1)
 
     @property
@@ -101,7 +100,7 @@ class Estimate:
 
     @property
     def nats_per_token_error(self) -> Array:
-        """Standard error of the ratio nats / tokens (linearised): tokens of one answer aren't independent."""
+        """Standard error of the ratio nats / tokens (linearised), because an answer's tokens aren't independent."""
         return self._spread(0.0, self.nats_per_token) / jnp.maximum(self.tokens, 1)
 
     def _spread(self, a: Array | float, b: Array | float) -> Array:
@@ -132,7 +131,7 @@ def estimate(values_BT: Array, mask_BT: Array) -> Estimate:
 class AdaptiveKL:
     """Adaptive KL coefficient (Ziegler et al. 2020, section 2.2): adjusts beta to drive the measured KL to a target.
 
-    e = clip(KL / target - 1, -0.2, 0.2);   beta <- beta (1 + e episodes / horizon)
+    e = clip(KL / target - 1, -0.2, 0.2);   beta <- beta * (1 + e * episodes / horizon)
     """
 
     beta: Array  # reward units per nat
@@ -141,7 +140,7 @@ class AdaptiveKL:
     unit: str = "sequence"  # or "token": in some libraries a target of 6 means nats per token
 
     def update(self, measured: Estimate) -> "AdaptiveKL":
-        """The controller after these episodes. Raises ValueError for an unknown unit."""
+        """The controller with beta adjusted to the KL of these episodes. Raises ValueError for an unknown unit."""
         units = {"sequence": measured.nats_per_sequence, "token": measured.nats_per_token}
         if self.unit not in units:
             raise ValueError(f"AdaptiveKL: unit is {self.unit!r}; choose sequence or token")

@@ -1,4 +1,6 @@
-"""From scores to advantages: on rows of tokens whose answer is marked by a mask, or on groups of answers per prompt."""
+"""From scores (one reward per answer) to advantages: per token, in rows [B, T] with a mask over the answer's tokens, or
+per answer, in groups [B, C] of C answers to the same prompt.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +58,7 @@ def masked_moments(x: Array, mask: Array) -> tuple[Array, Array]:
     """Mean and population variance over the True elements (both 0 if there are none)."""
     expect(x=(x, "float ..."), mask=(mask, "bool ..."))
     count = jnp.maximum(mask.sum(), 1).astype(x.dtype)
-    # Relative to the largest, so that the mean of equal numbers is exactly that number.
+    # Average the differences from the largest element, so that the mean of equal numbers is exactly that number.
     top = jax.lax.stop_gradient(jnp.where(mask, x, -jnp.inf).max())
     top = jnp.where(mask.any(), top, 0.0)
     mean = top + jnp.where(mask, x - top, 0.0).sum() / count
@@ -78,8 +80,8 @@ def whiten_keep_mean(x: Array, mask: Array) -> Array:
 def fit_normalisation(score_B: Array, mask_B: Array | None = None) -> tuple[Array, Array]:
     """(gain, bias) so that gain * score + bias has mean 0 and standard deviation 1 on these scores (Ziegler 2020, 2.2).
 
-    Compute them from samples of the reference policy, then apply them to every score. Equal scores only lose their
-    mean.
+    Compute them from samples of the reference policy, then apply them to every score. If all scores are equal, the gain
+    is 1 and only their mean is removed.
     """
     expect(score=(score_B, "float ..."), mask=(mask_B, "bool ..."))
     mean, variance = masked_moments(score_B, jnp.ones(score_B.shape, bool) if mask_B is None else mask_B)
@@ -90,7 +92,7 @@ def fit_normalisation(score_B: Array, mask_B: Array | None = None) -> tuple[Arra
 def centre_scores(score_BC: Array, present_BC: Array | None = None) -> Array:
     """h_i - mean over the prompt's answers, [B, C]: GRPO without its bias towards small spreads (Liu et al. 2025).
 
-    B prompts with C sampled answers each; 0 where an answer is absent or the only one.
+    h_i is the score of answer i; B prompts have C sampled answers each. 0 where an answer is absent or the only one.
     """
     return _groups(score_BC, present_BC)[0]
 

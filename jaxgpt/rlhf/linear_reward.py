@@ -1,10 +1,10 @@
 """A reward that is linear in a frozen model's hidden states: fitted to a few dozen choices in about a second.
 
-    h(x, y) = w . z(x, y)        z: hidden states at the answer's last token, and their mean over the answer, each
-                                 number standardised on the answers that were chosen from
-    J(w) = mean of -log( exp h(x, y^b) / sum_j exp h(x, y^j) ) + ridge |w|^2 / 2
+    h(x, y) = w . z(x, y)        z: the hidden state at the answer's last token and the mean hidden state over the
+                                 answer, each feature standardised over all candidate answers
+    J(w) = mean over choices of -log( exp h(x, y^b) / sum_j exp h(x, y^j) ) + ridge |w|^2 / 2,    y^b: the chosen answer
 
-J is convex: the softmax classifier of a reward model, with the trunk left as it is.
+J is convex. Its first term is a reward model's softmax loss; the transformer is frozen and only the head w is trained.
 """
 
 import functools
@@ -29,11 +29,11 @@ STEPS = 200  # of L-BFGS; with a ridge it converges in far fewer
 
 
 class LinearReward(NamedTuple):
-    """What `fit` finds. Scores have no natural zero; differences between answers to one prompt count."""
+    """The result of `fit`, with F = 2 D features. Only differences of h between answers to one prompt count."""
 
     weight_F: np.ndarray
     mean_F: np.ndarray  # of each feature
-    deviation_F: np.ndarray
+    deviation_F: np.ndarray  # standard deviation of each feature
 
     def score(self, feature_F: np.ndarray) -> np.ndarray:
         """h of answers with these features, [..., F] -> [...]."""
@@ -41,7 +41,8 @@ class LinearReward(NamedTuple):
 
 
 def features(params: Params, config: ModelConfig, rows: Batch, batch: int, mesh: Mesh) -> np.ndarray:
-    """Hidden states at each answer's last token and their mean over it, [rows, 2 D] float32, for rows on the host."""
+    """The hidden state at each answer's last token and the mean over the answer, [rows, 2 D] float32 on the host,
+    `batch` rows at a time."""
     program = _feature_program(mesh, config)
     return np.asarray(map_in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
 
@@ -61,10 +62,10 @@ def _features(params: Params, config: ModelConfig, rows: Batch) -> Array:
 
 
 def fit(feature_BCF: np.ndarray, choice_B: np.ndarray, present_BC: np.ndarray, ridge: float = 0.03) -> LinearReward:
-    """The minimum of J over choices among up to C answers; `present_BC` says which exist. UserError for no choices,
-    features that aren't finite, or a ridge that isn't above 0 (w would have no bound)."""
+    """Minimise J over B choices among up to C answers each; `present_BC` marks the answers that exist. UserError if
+    there are no choices, a feature isn't finite, or the ridge isn't above 0 (without it, w may grow without bound)."""
     if not len(choice_B) or not np.isfinite(feature_BCF).all():
-        raise UserError("a linear reward needs at least one choice, among answers whose features are finite")
+        raise UserError("a linear reward needs at least one choice, and every feature must be finite")
     if not ridge > 0:
         raise UserError(f"ridge is {ridge}; it must be above 0")
     shown_NF = feature_BCF[present_BC]

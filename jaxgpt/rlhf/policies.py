@@ -1,4 +1,4 @@
-"""A language model as PPO, DPO and policy gradients use it: a fixed set of functions of its parameters.
+"""The interface through which PPO, DPO and policy gradients use a language model: functions of its parameters.
 
     policy = transformer_policy(config, new_tokens=40, stop=end, temperature=0.7)     our own transformer
     policy = from_functions(hidden, unembed, width=768, new_tokens=40, stop=end)      any other: Linen, NNX, Equinox
@@ -31,17 +31,18 @@ class Outputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Temperature is part of the policy: sampling, training and the reference policy all use it."""
+    """See the module's docstring. Temperature is part of the policy: sampling, training and the reference policy all
+    use it."""
 
     hidden: Callable[[Params, Array], Array]  # (params, tokens_BT) -> h_BTD
     predict: Callable[[Params, Array, Array], tuple[Array, Array]]  # (params, h_BWD, tokens_BW) -> logp_BW, entropy_BW
     generate: Callable[[Params, Array, Array, Array], Answers]  # (params, prompt_BP, length_B, key)
-    width: int  # D
+    width: int  # D, the size of a hidden state
     new_tokens: int | None  # maximum length of an answer; None: the whole row
     temperature: float = 1.0
 
     def collect(self, params: Params, prompts: Prompts, key: Array) -> Experience:
-        """One answer to each prompt, from the whole distribution (top-k or top-p would bias PPO's ratio)."""
+        """Sample one answer per prompt from the full distribution (top-k or top-p would bias PPO's ratio)."""
         answers = self.generate(params, prompts.tokens_BP, prompts.length_B, key)
         rows, logp_BT = decoding.join_prompt_and_answer(prompts.tokens_BP, prompts.length_B, answers)
         return Experience(rows, logp_BT, answers)
@@ -110,12 +111,12 @@ def from_functions(
 ) -> Policy:
     """Any causal model as a policy: hidden(params, tokens_BT) -> h_BTD, unembed(params, h [..., D]) -> logits [..., V].
 
-    It samples without a cache, one pass over the whole row per token: right for every model, but slow for a large one.
-    Where that matters, build a `Policy` with a `generate` of its own."""
+    It samples without a cache, one pass over the whole row per token: this works for every model, but is slow for a
+    large one. Where that matters, build a `Policy` with its own `generate`. `pad` fills answers after their end."""
     stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
 
     def compute_logits(params: Params, h: Array) -> Array:
-        # Behind a barrier, so that sampling and training round alike: PPO's first ratio is exactly 1.
+        # The barrier makes sampling and training round alike, so that PPO's first ratio is exactly 1.
         return jax.lax.optimization_barrier(unembed(params, h).astype(jnp.float32) / temperature)
 
     def predict(params: Params, h_BWD: Array, tokens_BW: Array) -> tuple[Array, Array]:

@@ -42,18 +42,18 @@ HostReward = Callable[[Batch], ArrayLike]
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """How PPO samples and learns. Defaults follow Ziegler et al. 2020, where they apply at this size."""
+    """How PPO samples and learns. Defaults follow Ziegler et al. 2020 where their values suit small models."""
 
-    new_tokens: int = 40  # tokens of the longest answer
+    new_tokens: int = 40  # maximum length of an answer
     temperature: float = 1.0  # of the policy: sampling, training and reference alike
     epochs: int = 4  # passes over each rollout
     minibatches: int = 1  # updates per pass
-    clip: float = 0.2  # of the probability ratio: 1 - clip to 1 + clip
-    value_clip: float = 0.2
-    value_weight: float = 0.1
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten_rewards: bool = False
+    clip: float = 0.2  # the probability ratio is clipped to [1 - clip, 1 + clip]
+    value_clip: float = 0.2  # a new value is clipped to this distance from the old one
+    value_weight: float = 0.1  # of the value loss, relative to the policy loss
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # lambda of generalised advantage estimation
+    whiten_rewards: bool = False  # scale rewards to unit variance, keeping their mean
     unfinished_score: float | None = -1.0  # replaces h for answers that never ended; None: h is kept
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Targets:
 
 
 class Iteration(NamedTuple):
-    """What an update returns: the new state and controller, the batch that it learned from, and metrics."""
+    """What an update returns: the new state and controller, the batch it was trained on, and metrics."""
 
     state: TrainState
     controller: Controller
@@ -111,7 +111,7 @@ def collect(state: TrainState, prompts: Prompts, key: Array, *, policy: Policy) 
 def score(
     state: TrainState, experience: Experience, score_B: Array, *, policy: Policy, ppo: PPOConfig
 ) -> tuple[Rollout, Metrics]:
-    """Make a rollout of the answers and their rewards h: add the log-probabilities of policy and reference, and the
+    """Make a rollout from the answers and their rewards h: add the log-probabilities of policy and reference, and the
     critic's values; `ppo.unfinished_score` replaces h where an answer never ended."""
     params, rows, ended_B = state.params, experience.rows, experience.ended_B
     reference = lora.reference_params(params)
@@ -227,7 +227,7 @@ def learn(
     ppo: PPOConfig,
     tx: optax.GradientTransformation,
 ) -> Iteration:
-    """`score` and `update`: everything after the answers have their rewards."""
+    """`score` and `update`: everything that follows once the answers have their rewards."""
     scored, score_metrics = score(state, experience, score_B, policy=policy, ppo=ppo)
     iteration = update(state, controller, scored, key, policy=policy, ppo=ppo, tx=tx)
     return iteration._replace(metrics={**score_metrics, **iteration.metrics})
@@ -284,8 +284,8 @@ def host_iteration(
     """`ppo_iteration` for a reward that runs on the host (a lexicon, a verifier, a person): two compiled programs, and
     between them reward_fn(rows) -> h_B on NumPy arrays. State and controller are donated.
 
-    `data.tokenizer.text_reward` turns a reward function of texts into such a function of rows. UserError if it doesn't
-    return one finite number per row."""
+    `data.tokenizer.text_reward` turns a reward function of texts into such a function of rows. Raises UserError if
+    reward_fn doesn't return one finite number per row."""
     sample = jax.jit(functools.partial(collect, policy=policy))
     learn_jit = jax.jit(functools.partial(learn, policy=policy, ppo=ppo, tx=tx), donate_argnums=(0, 1))
 

@@ -2,7 +2,7 @@
 
 A checkpoint is the folder checkpoints/STEP of the run: state/ (Orbax: parameters, optimiser, keys, controller), the
 tokenizer, and checkpoint.json, which is written last and holds everything else (the position in data and metrics,
-and what the run was made with) and the sha256 of every file. A folder without it is an unfinished save.
+and what the run was made with) and the sha256 of every file. A folder without checkpoint.json is an unfinished save.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ T = TypeVar("T")
 class SaveConfig:
     """How often a run saves what it needs to resume."""
 
-    every: int = 100  # steps between two checkpoints; 0: only when the run is asked to stop
-    keep: int = 2  # how many of the newest are kept
+    every: int = 100  # steps between checkpoints; 0: save only when the run is asked to stop
+    keep: int = 2  # how many checkpoints to keep, the newest ones
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:
@@ -76,7 +76,8 @@ class Checkpoints:
         return newest
 
     def load(self, record: Mapping[str, Any], shapes: T, total: int) -> T:
-        """The state of a checkpoint, placed as `shapes` says; data and metrics continue from there."""
+        """The state of a checkpoint, sharded as `shapes` says; data and metrics continue from there. `total`: the run's
+        steps, for the log."""
         state = load_state(self.folder / str(record["step"]), shapes)
         if record["data"]["fingerprint"] == self.batches.get_state()["fingerprint"]:
             self.batches.set_state(record["data"])
@@ -84,7 +85,7 @@ class Checkpoints:
             self.run.say("WARNING: the data has changed since the checkpoint: reading it from the beginning (--force)")
         self.run.rewind(record["position"])
         there, here = record["devices"], _devices()
-        moved = "" if there == here else f", on {here} after {there}: equal up to rounding, not bit for bit"
+        moved = "" if there == here else f", on {here} (saved on {there}): equal up to rounding, not bit for bit"
         self.run.say(f"{self.run.stage}: resumed after step {record['step']} of {total}{moved}")
         return state
 
@@ -120,7 +121,7 @@ class Checkpoints:
     # ---- saving ----
 
     def save(self, step: int, state: Any) -> None:
-        """Start writing a checkpoint; this waits only for the previous one and for the copy to the host."""
+        """Start writing a checkpoint; returns once the previous one is complete and this one is copied to the host."""
         self.wait()
         folder = self.folder / str(step)
         first = jax.process_index() == 0
@@ -158,8 +159,7 @@ class Checkpoints:
         self._writing.start()
 
     def wait(self, *, report: bool = True) -> None:
-        """Wait until the checkpoint being written is complete. UserError if it can't be written, unless not
-        `report`."""
+        """Wait until the checkpoint being written is complete. With `report`, UserError if it couldn't be written."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
@@ -194,7 +194,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def load_state(folder: Path, shapes: T) -> T:
-    """The arrays of a checkpoint, placed as `shapes` (arrays, or `jax.ShapeDtypeStruct`s with shardings) says."""
+    """The arrays of a checkpoint, sharded as `shapes` (arrays, or `jax.ShapeDtypeStruct`s with shardings) says."""
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), shapes)
     try:
         return ocp.load(folder / "state", target)
@@ -211,6 +211,6 @@ def _cant_write(folder: Path, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0:1] or type(error).__name__
     reason = reason if isinstance(reason, str) else reason[0]
     return (
-        f"can't write the checkpoint {folder} ({reason}); older checkpoints are intact. Make room, and the same "
-        "command resumes from the newest"
+        f"can't write the checkpoint {folder} ({reason}); older checkpoints are intact. Free some space, then "
+        "run the same command to resume from the newest"
     )

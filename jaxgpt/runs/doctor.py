@@ -76,11 +76,14 @@ def check_finite(run: RunRecord) -> Iterator[Finding]:
         )
 
 
-MAX_DATA_WAIT = 0.5  # fraction of the time spent waiting for data
+MAX_DATA_WAIT = 0.5  # largest fraction of the elapsed time that may be spent waiting for data
 
 
 def check_data_wait(run: RunRecord) -> Iterator[Finding]:
-    """A device that idles while the loop waits for data. If the loop waits for the device too, data isn't the limit."""
+    """A device that idles while the loop waits for data.
+
+    If the loop also waits for the device, data isn't the bottleneck.
+    """
     data, device = run.curve("seconds_data"), run.curve("seconds_device")
     times = run.curve("time")
     if len(data) >= 2 and times[-1] > times[0]:
@@ -103,7 +106,7 @@ def check_loss_falls(run: RunRecord) -> Iterator[Finding]:
             yield Finding("the training loss does not fall", evidence, "the learning rate, the warm-up and the data")
 
 
-MAX_FORGETTING = 2.0  # nats per token that finetuning loses on pretraining text (half of that is only the new format)
+MAX_FORGETTING = 2.0  # rise of the loss on pretraining text, nats per token (the new format alone costs about half)
 
 
 def check_forgetting(run: RunRecord) -> Iterator[Finding]:
@@ -172,11 +175,11 @@ def check_sampler_agrees(run: RunRecord) -> Iterator[Finding]:
         )
 
 
-MIN_EXPLAINED_VARIANCE = 0.03
+MIN_EXPLAINED_VARIANCE = 0.03  # fraction of the variance of the returns
 
 
 def check_value_function(run: RunRecord) -> Iterator[Finding]:
-    """A critic that explains none of the variance of the returns."""
+    """A critic that explains almost none of the variance of the returns."""
     curve = run.curve("explained_variance")
     if len(curve) >= 2 * MIN_CURVE_POINTS:
         _, last = quarter_means(curve)
@@ -206,7 +209,10 @@ def check_kl_to_reference(run: RunRecord) -> Iterator[Finding]:
 
 
 def check_reward_hacking(run: RunRecord) -> Iterator[Finding]:
-    """The proxy reward rose while a measure that was not trained on fell, both beyond their 95 % intervals."""
+    """The proxy reward rose while a measure that was not trained on fell.
+
+    Rose: the 95 % intervals don't overlap. Fell: both the mean and the interval's upper end are lower.
+    """
     policies = run.results.get("policies", {})
     start = policies.get("SFT")
     for name, policy in policies.items():
@@ -225,7 +231,7 @@ def check_reward_hacking(run: RunRecord) -> Iterator[Finding]:
 
 
 def check_overfitting(run: RunRecord) -> Iterator[Finding]:
-    """A held-out loss above the loss at the start of training."""
+    """A held-out loss more than 10 % above the training loss at the start."""
     nll = run.results.get("heldout_nll")
     curve = run.curve("train_loss")
     if nll is not None and curve and nll > 1.1 * curve[0]:
@@ -271,7 +277,7 @@ def read_run_record(folder: Path) -> RunRecord:
 
 
 def run_checks(run: RunRecord) -> list[Finding]:
-    """Everything that the checks of the run's stage find."""
+    """The findings of all checks that apply to the run's stage."""
     return [finding for check in CHECKS.get(run.stage, ()) for finding in check(run)]
 
 

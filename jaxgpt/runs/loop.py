@@ -4,7 +4,7 @@
         state = loop.restore(shapes, start)              # the newest good checkpoint, or start()
         for step, batch in loop:
             state, metrics = train_step(state, batch)
-            loop.record(step, state, metrics)            the only place that logs and saves
+            loop.record(step, state, metrics)            # the only place that logs and saves
 
 The loop resumes at the step after the checkpoint, with results bit-identical to an uninterrupted run. It yields
 batches, shows progress, writes metrics.jsonl every `log_every` steps, saves every `save.every` steps, and stops after
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """Settings of every stage."""
+    """Settings that all stages share."""
 
     log_every: Annotated[int, Range(1)] = 10  # steps
     mesh: MeshConfig = MeshConfig()
@@ -64,10 +64,10 @@ class LoopSettings:
 class Loop:
     """See the module's docstring.
 
-    `total`: steps. `batches`: an iterator of dicts of host arrays with a position, such as `data.pipelines.Batches`.
-    `vocab`: a batch with a token outside [0, vocab) is refused. `tokens`: per step, for the speed and the metric
-    `tokens`. `names`: a metric's name -> its name in metrics.jsonl, where they differ. `shown`: metrics on the progress
-    bar.
+    `total`: number of steps. `batches`: an iterator of dicts of host arrays that can save and restore its position,
+    such as `data.pipelines.Batches`. `vocab`: a batch with a token outside [0, vocab) is refused. `tokens`: tokens per
+    step, for the bar's tokens per second and the metric `tokens` (tokens so far); 0 leaves both out. `names`: a
+    metric's name -> its name in metrics.jsonl, where they differ. `shown`: metrics on the progress bar.
     """
 
     def __init__(
@@ -88,15 +88,15 @@ class Loop:
         self._checkpoints = Checkpoints(run, settings.save, tok, batches)
         self._first = 1
         self._bar: Bar | None = None
-        self._batch: Any = None  # of the current step
+        self._batch: Any = None  # the current step's
         self._exit_code: int | None = None  # set by a signal that asks to stop
         self._unchecked: deque[tuple[int, Any, Any]] = deque()
         self._waited = {"seconds_data": 0.0, "seconds_device": 0.0}
         self._cleanup = contextlib.ExitStack()
 
     def restore(self, shapes: T, start: Callable[[], T]) -> T:
-        """The state to start from. `shapes`: arrays or `jax.ShapeDtypeStruct`s with shardings; their mesh may differ
-        from the checkpoint's.
+        """The state to start from: the newest good checkpoint's, or start() if there is none. `shapes`: arrays or
+        `jax.ShapeDtypeStruct`s with shardings; their mesh may differ from the checkpoint's.
 
         UserError if the newest good checkpoint has different parameters (each is listed), or (unless settings.force) a
         different tokenizer or data. Damaged checkpoints are reported and skipped."""
@@ -194,7 +194,7 @@ class Loop:
         self._exit_code = 130 if number == signal.SIGINT else 75
 
     def _asked_to_stop(self, step: int) -> bool:
-        if jax.process_count() > 1:  # all of them at the same step
+        if jax.process_count() > 1:  # all processes stop at the same step
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._exit_code is not None
 

@@ -21,13 +21,15 @@ with needs_extra("train"):
 SHOWN_PROMPTS = 12  # prompts shown with every policy's answer; the first three come before the figures
 INTRO = """{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 % interval
 over prompts. Gold reward and preferences: {annotator}. Judge: a classifier fitted on human labels, never used in
-training, with {judge} accuracy on held-out reviews. Best-of-n picks by the reward model; its KL is the bound
-log n − (n−1)/n."""
-ABOUT_ANSWERS = "The base model knows no prompts: it continues the opening words. “…” marks an answer that was cut off."
+training, with {judge} accuracy on held-out reviews. Best-of-n picks the answer that the reward model scores
+highest; its KL is the upper bound log n − (n−1)/n."""
+ABOUT_ANSWERS = (
+    "The base model was not trained on prompts: it continues the opening words. “…” marks an answer that was cut off."
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class PolicyResults:
     """One policy's answers to the held-out prompts, and each measure's value per prompt."""
 
     name: str
@@ -46,13 +48,13 @@ class Policy:
 
     @property
     def kl_mean(self) -> float | None:
-        """The measured mean, or the bound if there is none."""
+        """The mean KL in nats per answer; the bound where it isn't measured."""
         return self.kl_bound if self.kl is None else float(self.kl.mean())
 
 
-def summarise_policy(policy: Policy, baseline: Policy) -> dict[str, Any]:
+def summarise_policy(policy: PolicyResults, baseline: PolicyResults) -> dict[str, Any]:
     """Means with intervals over prompts, and differences from the baseline on the same prompts."""
-    spread = baseline.gold.std()  # 0 if a model too small to say anything gets the same reward everywhere
+    spread = baseline.gold.std()  # 0 if all answers get the same reward, as from a tiny model
     return {
         "gold": interval(policy.gold),
         "gold_gain_in_baseline_sd": interval((policy.gold - baseline.gold) / spread) if spread > 0 else None,
@@ -123,7 +125,7 @@ def write_report(
     folder: Path,
     stages: Path,
     prompts: Sequence[Prompt],
-    policies: Sequence[Policy],
+    policies: Sequence[PolicyResults],
     judge_accuracy: float,
     console: Console,
 ) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def write_report(
                 "Three prompts, fixed in advance",
                 Html(f"<p>{ABOUT_ANSWERS}</p>{_sections(prompts, policies, range(3))}"),
             ),
-            (f"The median prompt by what {trained.name} gains in gold reward", _answers(median, prompts, policies)),
+            (f"The median prompt by {trained.name}'s gain in gold reward", _answers(median, prompts, policies)),
             (f"The prompt where {trained.name} loses most", _answers(int(gap.argmin()), prompts, policies)),
             ("All measures", make_table(("policy", *(title for title, _ in COLUMNS)), table, named=True)),
             ("", Html(pictures)),
@@ -180,23 +182,23 @@ def _to_json(value: Any) -> Any:
 
 
 def verdict(rows: Mapping[str, Mapping[str, Any]], name: str, count: int) -> str:
-    """What came of the training in one sentence; no more is claimed than the intervals allow."""
+    """The outcome of training in one sentence, which claims no more than the intervals support."""
     row = rows[name]
     wins, judge, kl = row["win_rate_gold"], row["judge_gain"], row["kl"]
     preferred = f"The simulated annotator prefers {name} to SFT on {wins.mean:.0%} of {count} held-out prompts"
     if wins.low <= 0.5:
         preferred += ", which may be chance" if wins.high >= 0.5 else ""
-    agrees = "agrees" if judge.low > 0 else "disagrees" if judge.high < 0 else "sees no clear difference"
+    finds = "more positive" if judge.low > 0 else "less positive" if judge.high < 0 else "neither better nor worse"
     drift = "" if kl is None else f", at a drift of {kl.mean:.1f} nats"
     cut = 1 - row["ended"].mean
-    return f"{preferred}{drift}; the independent judge {agrees}; {cut:.0%} of its answers are cut off."
+    return f"{preferred}{drift}; the independent judge finds its answers {finds}; {cut:.0%} of them are cut off."
 
 
-def _sections(prompts: Sequence[Prompt], policies: Sequence[Policy], index: Iterable[int]) -> Html:
+def _sections(prompts: Sequence[Prompt], policies: Sequence[PolicyResults], index: Iterable[int]) -> Html:
     return Html("".join(_answers(i, prompts, policies) for i in index if i < len(prompts)))
 
 
-def _answers(i: int, prompts: Sequence[Prompt], policies: Sequence[Policy]) -> Html:
+def _answers(i: int, prompts: Sequence[Prompt], policies: Sequence[PolicyResults]) -> Html:
     """A prompt with every policy's answer and its gold reward."""
     names = (Html(f"{escape(policy.name)} <small>gold {policy.gold[i]:+.2f}</small>") for policy in policies)
     texts = (policy.texts[i] + ("" if policy.ended[i] else " …") for policy in policies)
@@ -229,8 +231,8 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> Any:
     return figure, axes
 
 
-def save_frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -> None:
-    """Gold reward, judge and reward model against sequence KL, with intervals, and PPO's path during training."""
+def save_frontier_figure(path: Path, policies: Sequence[PolicyResults], stages: Path) -> None:
+    """Gold reward, judge and reward model against sequence KL, with intervals, and PPO's course during training."""
     figure, axes = new_figure(1, 3, 13, 4)
     panels = (("gold", "gold reward"), ("judge", "judge, P(positive)"), ("reward", "reward model, h"))
     (_, path_x), (_, path_y) = (_curve(stages / "ppo", name) for name in ("kl", "score"))
@@ -256,7 +258,7 @@ def save_frontier_figure(path: Path, policies: Sequence[Policy], stages: Path) -
     figure.savefig(path)
 
 
-def save_gold_histograms(path: Path, policies: Sequence[Policy]) -> None:
+def save_gold_histograms(path: Path, policies: Sequence[PolicyResults]) -> None:
     """Histograms of gold rewards, one panel per policy."""
     figure, axes = new_figure(1, len(policies), 2.3 * len(policies), 2.6)
     for axis, policy in zip(axes[0], policies, strict=True):

@@ -61,7 +61,7 @@ def unstack_trees(tree: Any) -> list[Any]:
 
 
 def shard_runs(tree: Any, mesh: Mesh) -> Any:
-    """Divide the runs among the devices if that comes out even; otherwise put all of them on each."""
+    """Divide the runs evenly among the devices; if that isn't possible, put all of them on each device."""
 
     def place(x: Any) -> Any:
         axes = P(sharding.ROW_AXES) if x.shape[0] % sharding.count_row_shards(mesh) == 0 else P()
@@ -87,7 +87,8 @@ def train_runs(
     how: RunMapping = "vmap",
 ) -> list[Params]:
     """Train R runs of one loss and return each one's trained parameters. `frozen` is shared; each batch has a leading
-    axis R, and may hold a run's own numbers (such as beta). `watch` gets the metrics, [R] each, of every step."""
+    axis R, and may hold a run's own numbers (such as beta). watch(step, metrics) is called after
+    every step; each metric is [R]."""
     step = make_train_step(loss_fn, tx)
 
     def one(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Any]:
@@ -113,7 +114,8 @@ def check_updates_finite(found: dict[str, np.ndarray], i: int) -> None:
 
 
 def make_progress_watch(bar: Bar, *same: str, **named: str) -> MetricsCallback:
-    """A `MetricsCallback` that shows metrics on the bar as means over the runs, under their own names or others."""
+    """A `MetricsCallback` that shows metrics on the bar as means over the runs: `same` under their own names, `named`
+    as title=name."""
     shown = {**{name: name for name in same}, **named}
     return lambda i, found: bar.update(**{title: found[name].mean() for title, name in shown.items()})
 
@@ -128,7 +130,7 @@ LearnFn = Callable[[TrainState, Controller, Experience, Array, Array], tuple[Tra
 
 
 def make_ppo_learner(task: Task, tx: optax.GradientTransformation, reward_fn: RewardFn | None = None) -> LearnFn:
-    """PPO's update in the form that `OnPolicyTrainer` takes, with a reward in JAX or the scores passed to it."""
+    """PPO's update as `OnPolicyTrainer.learn`; rewards come from `reward_fn`, or without one from the scores passed."""
 
     def learn(
         state: TrainState, control: Controller, experience: Experience, score_B: Array, key: Array
@@ -177,7 +179,7 @@ def make_ppo_optimizer(task: Task, learning_rate: float, iterations: int) -> opt
 def make_ppo_trainer(
     task: Task, config: ModelConfig, *, learning_rate: float, iterations: int, batch: int, how: RunMapping
 ) -> "OnPolicyTrainer":
-    """PPO on a learned reward whose parameters each run has of its own, as frozen['reward']."""
+    """PPO against a learned reward; each run has its own reward parameters, in frozen['reward']."""
 
     def reward_fn(params: Params, rows: Batch) -> Array:
         return reward.score(params["reward"], config, rows)
@@ -190,8 +192,8 @@ def make_ppo_trainer(
 class OnPolicyTrainer:
     """Training on the policy's own answers, R runs at once.
 
-    learn(state, control, experience, score_B, key) -> (state, control, metrics) is the method: it gets what
-    `ppo.collect` returns and, if `host` is set (a lexicon, a verifier), its scores of the texts.
+    learn(state, control, experience, score_B, key) -> (state, control, metrics) is the method's update. `experience` is
+    what `ppo.collect` returns; score_B is what `host` (a lexicon, a verifier) returns for the texts, or 0 without one.
     """
 
     task: Task
@@ -205,8 +207,8 @@ class OnPolicyTrainer:
 
     @functools.cached_property
     def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Sampling and learning, each one program for all runs. Frozen parameters are shared (`start`) or a run's own
-        (`frozen`)."""
+        """Sampling and learning, each one program for all runs. `start`, the reference policy, is shared by all runs;
+        `frozen` holds each run's own frozen parameters."""
         task = self.task
 
         def collect(state: TrainState, start: Params, prompts: Prompts, key: Array) -> Experience:
@@ -244,8 +246,8 @@ class OnPolicyTrainer:
         ppo.check_batch(self.batch, task.algorithm, task.config.block, task.prompt_tokens)
         if not R == len(controls) == len(frozen) or self.batch % self.each:
             raise ValueError(
-                f"{len(controls)} controllers, {R} seeds and {len(frozen)} frozen trees must be equally many, "
-                f"and the batch of {self.batch} a multiple of each = {self.each}"
+                f"{len(controls)} controllers, {R} seeds and {len(frozen)} frozen trees must be equal in number, "
+                f"and the batch of {self.batch} must be a multiple of each = {self.each}"
             )
         collect, learn = self.programs
         whole = ppo.init(task.policy, task.start, self.tx, {})

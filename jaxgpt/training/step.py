@@ -24,16 +24,16 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Argument = TypeVar("Argument")
 Metrics = Mapping[str, Mean | Array]  # pooled over the parts of a batch: Means are added, arrays give their maximum
-Sums = tuple[Params, tuple[Mean, Metrics]]
+Sums = tuple[Params, tuple[Mean, Metrics]]  # gradient of the objective's sum, (objective, metrics)
 LossFn = Callable[[Params, Data, Array | None], tuple[Mean, Metrics]]
 
 
 @struct.dataclass
 class TrainState:
-    """What a step changes (trainable, optimiser, step, guard) and what it carries along untouched (frozen).
+    """What a step changes (trainable, optimiser, step, guard) and what it passes on unchanged (frozen).
 
     `trainable` and `frozen` are nested dicts with no leaf in common; a loss sees them merged. `step` counts the updates
-    that were made, not those that the guard skipped.
+    that were applied, not those that the guard skipped.
     """
 
     step: Array
@@ -62,7 +62,7 @@ class Program(Generic[Data]):
 
 
 def merge_params(frozen: Params, trainable: Params) -> Params:
-    """Both trees as one: dicts that have the same name in both are merged too (so adapters join their kernels)."""
+    """Both trees as one: dicts that have the same name in both are merged too (a LoRA adapter joins its kernel)."""
     both = {
         name: merge_params(frozen[name], part)
         if isinstance(frozen.get(name), dict) and isinstance(part, dict)
@@ -73,8 +73,8 @@ def merge_params(frozen: Params, trainable: Params) -> Params:
 
 
 def init_state(trainable: Params, tx: optax.GradientTransformation, frozen: Params | None = None) -> TrainState:
-    """The state of step 0. Frozen parameters must not share buffers with trainable ones (see `optim.copy`), because the
-    step donates both."""
+    """The state before the first step. Frozen parameters must not share buffers with trainable ones (see `optim.copy`),
+    because the step donates both."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen or {}, tx.init(trainable), guard.init())
 
 
@@ -90,8 +90,8 @@ def _pool(a: Mean | Array, b: Mean | Array) -> Mean | Array:
 
 
 def split_rows(tree: Data, parts: int) -> Data:
-    """Split a batch into `parts` smaller ones along a new leading axis. Part p has the rows p, p + parts, ..., so that
-    where rows are divided among devices in blocks, each device keeps its own."""
+    """Split a batch into `parts` smaller ones: [B, ...] -> [parts, B / parts, ...]. Part p has the rows p, p + parts,
+    ...: if each device holds a block of consecutive rows, no row moves to another device."""
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
@@ -112,12 +112,12 @@ def make_train_step(
 
     loss_fn(params, batch, key) returns the objective as `Mean(sum, count)` and a dict of metrics (see `Metrics`).
     The gradient of the sum is divided by the global count, so that `microbatches` parts of a batch (run one after
-    another) give the gradient of the whole batch, however unevenly their masks are filled. Under `jax.pmap` or
-    `jax.shard_map`, `axis_name` pools the devices' sums; under `jax.jit` with shardings it is not needed.
+    another) give the gradient of the whole batch, even if their masks mark different numbers of tokens. Under
+    `jax.pmap` or `jax.shard_map`, `axis_name` pools the devices' sums; under `jax.jit` with shardings it is not needed.
 
     A loss or gradient that is not finite changes nothing but the guard's counts (`jaxgpt.training.guard`), which are
-    the metrics `skipped` and `skipped_in_a_row`; `spike` also skips updates whose loss is more than that many
-    standard deviations above its running mean.
+    the metrics `skipped` and `skipped_in_a_row`; a `spike` above 0 also skips updates whose loss is more than
+    that many standard deviations above its running mean.
     """
 
     def loss_sum(
@@ -217,9 +217,9 @@ def make_program(
     microbatches: int = 1,
     spike: float = 0.0,
 ) -> Program[Data]:
-    """`jit_step` for the state that `start(argument)` makes and for batches of these shapes; no array is made.
+    """`jit_step` for the state that `start(argument)` makes and for batches of these shapes; allocates nothing.
 
-    UserError if the mesh doesn't divide the model or the batch."""
+    UserError if the model or the batch can't be divided evenly over the mesh."""
     sharding.check_model(config, mesh)
     sharding.check_batch(jax.tree.leaves(batch)[0].shape[0], microbatches, mesh)
     state = sharded_shapes(mesh, start, argument)
@@ -258,7 +258,7 @@ def pmap_step(loss_fn: LossFn[Data], tx: optax.GradientTransformation, *, microb
 def sharded_shapes(
     mesh: Mesh, make: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """Shapes of what make(...) returns, each with its sharding by `transformer.PARTITION`; no array is made."""
+    """Shapes of what make(...) returns, each sharded according to `transformer.PARTITION`; allocates nothing."""
     shapes = jax.eval_shape(make, *args, **kwargs)
     return sharding.with_shardings(shapes, sharding.shardings_by_path(shapes, transformer.PARTITION, mesh))
 
@@ -266,8 +266,10 @@ def sharded_shapes(
 def evaluate(
     loss: Callable[..., tuple[Mean, Metrics]], params: Params, batches: Iterable[Data], mesh: Mesh
 ) -> dict[str, float]:
-    """A (jitted) loss(params, batch) and its metrics, each pooled over all batches: a finite number of batches of host
-    arrays, of which every process holds all."""
+    """Evaluate a (jitted) loss(params, batch): the loss and its metrics, each pooled over all batches.
+
+    `batches` is finite and not empty; every process must pass the same whole batches, as host arrays.
+    """
     parts = []
     for batch in batches:
         objective, metrics = loss(params, sharding.place_whole(batch, mesh))
@@ -284,5 +286,5 @@ def to_floats(metrics: Metrics) -> dict[str, float]:
 
 
 def param_shapes(config: ModelConfig) -> Params:
-    """Shapes and dtypes of a model's parameters; no array is made."""
+    """Shapes and dtypes of a model's parameters; allocates nothing."""
     return jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))

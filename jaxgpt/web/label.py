@@ -1,4 +1,4 @@
-"""The page on which people rank answers: its API calls, backed by a `votes.Store`.
+"""The API behind the page on which people rank answers; votes go to a `votes.Store`.
 
     app = label.application(store, LabelConfig(), ServeConfig(), token="")
 
@@ -31,7 +31,7 @@ class LabelConfig:
     """Which prompts each annotator gets."""
 
     overlap: float = 0.15  # fraction of prompts that every annotator gets, to measure how well they agree
-    repeat: float = 0.04  # fraction of votes on a prompt the annotator has seen before, to measure their consistency
+    repeat: float = 0.04  # repeated prompts per prompt an annotator has voted on, to measure their consistency
 
     def __post_init__(self) -> None:
         for name in ("overlap", "repeat"):
@@ -65,7 +65,7 @@ def application(
         tiers = require_field(data, "tiers", list)
         shown = require_field(data, "shown", list)
         if not all(isinstance(tier, list) for tier in tiers):
-            raise server.RequestRefused(400, "tiers must be lists of answers")
+            raise server.RequestRefused(400, "tiers must be a list of lists of answer indices")
         if not all(type(i) is int for i in [*shown, *(i for tier in tiers for i in tier)]):
             raise server.RequestRefused(400, "answers must be given by their indices, as whole numbers")
         store.vote(
@@ -112,7 +112,7 @@ def application(
 
 
 def insertion_shuffle(count: int, seed: str) -> list[int]:
-    """A random order, made by inserting each number among those before it: a larger count keeps the others' order."""
+    """A random order, made by inserting each number among those before it: a larger count keeps their order."""
     rng, order = random.Random(seed), list[int]()
     for number in range(count):
         order.insert(rng.randrange(number + 1), number)
@@ -120,8 +120,8 @@ def insertion_shuffle(count: int, seed: str) -> list[int]:
 
 
 class LabelStatistics:
-    """Progress, speed and agreement, as the page shows them. Agreement reads all votes, so it is
-    recomputed at most once in `every` seconds."""
+    """Progress, speed and agreement, as the page shows them. Computing agreement reads all votes, so it is recomputed
+    at most once per `every` seconds."""
 
     def __init__(self, store: votes.Store, overlap: float = 0.0, every: float = 3.0) -> None:
         self.store, self.overlap, self.every = store, overlap, every

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxgpt.data import jsonl
 from jaxgpt.data.comparisons import (
     Preference,
-    fit_preferences,
+    drop_long_preferences,
     read_preferences,
     tokenize_preferences,
     write_preferences,
@@ -142,7 +142,7 @@ def test_rankings_in_ids() -> None:
     assert [ids[-1] == ANSWER_END for ids, _ in ranking.rows] == [True, True, False]
     short = tokenize_preferences(tok, [Preference("ab", ("c", "d"), 0)])
     longest = max(len(ids) for ids, _ in ranking.rows)
-    assert fit_preferences([ranking, *short], longest) == ([ranking, *short], 0)
-    assert fit_preferences([ranking, *short], longest - 1) == (short, 1)
+    assert drop_long_preferences([ranking, *short], longest) == ([ranking, *short], 0)
+    assert drop_long_preferences([ranking, *short], longest - 1) == (short, 1)
     with pytest.raises(UserError, match="none of 1 preferences fits 3"):
-        fit_preferences([ranking], 3)
+        drop_long_preferences([ranking], 3)

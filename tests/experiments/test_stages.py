@@ -23,7 +23,13 @@ from experiments.studies import (
 from jaxgpt import training
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, sources, votes
-from jaxgpt.data.comparisons import MaxSizes, fit_preferences, read_preferences, tokenize_preferences, write_preferences
+from jaxgpt.data.comparisons import (
+    MaxSizes,
+    drop_long_preferences,
+    read_preferences,
+    tokenize_preferences,
+    write_preferences,
+)
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import make_mesh
@@ -356,7 +362,7 @@ def test_settings_files_and_folders_are_as_the_readme_says(finished):
 def test_the_saved_reward_model_is_normalised(finished):
     saved = load_model(finished.run / "reward")
     preferences = formats.load(finished.run / "preferences/heldout.jsonl")
-    rankings, _ = fit_preferences(tokenize_preferences(saved.tokenizer, preferences), saved.config.block)
+    rankings, _ = drop_long_preferences(tokenize_preferences(saved.tokenizer, preferences), saved.config.block)
     rows = reward.reference_rows(rankings, saved.config.block, finished.reward.reference_samples)
     score = np.asarray(jax.jit(reward_model.score, static_argnums=1)(saved.params, saved.config, rows))
     assert score.mean() == pytest.approx(0, abs=1e-3) and score.std() == pytest.approx(1, abs=1e-2)

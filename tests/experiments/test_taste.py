@@ -43,7 +43,7 @@ def settings(models, run, **changes) -> taste.Settings:
 def test_a_program_picks_a_reward_is_fitted_and_the_same_command_finds_it_done(models, tmp_path, capsys):
     found = taste.main(settings(models, tmp_path, annotator="short"))
     assert found["picks"] == 4 and found["count"] == 2 and 0 <= found["predicted"] <= 4
-    store = votes.Store(tmp_path / "votes.sqlite")
+    store = votes.Store(tmp_path / "short.sqlite")
     kinds = [task.answers[0].origin["taste"] for task in store.tasks().values()]
     assert kinds == ["learn"] * 4 + ["blind"] * 2
     for task in list(store.tasks().values())[4:]:
@@ -52,6 +52,8 @@ def test_a_program_picks_a_reward_is_fitted_and_the_same_command_finds_it_done(m
     assert "of 2: too few to be sure" in said and "make label" in said
     assert taste.main(settings(models, tmp_path, annotator="short")) == found  # nothing is asked again
     assert store.count() == 6
+    with pytest.raises(UserError, match="holds answers of .*model0; choose another --run"):
+        taste.main(settings(models[::-1], tmp_path, annotator="short"))
 
 
 @pytest.mark.slow
@@ -68,10 +70,14 @@ def test_a_person_stops_resumes_and_is_counted_as_they_picked(models, tmp_path, 
     monkeypatch.setattr(ask.ask, "__defaults__", (read, print))
     assert taste.main(settings(models, tmp_path)) == {"picks": 2}
     assert "2 picks are in" in capsys.readouterr().out
-    typed = iter([*"s2", *"12"])  # one skip, one pick, then both blind pairs
+    store = votes.Store(tmp_path / "you.sqlite")
+    others = next(iter(store.tasks().values()))
+    own = votes.Task(others.prompt, (votes.Answer("mine", True, {"by": "you"}), *others.answers))
+    store.add_task(own)  # as the page does when a person writes an answer
+    store.vote(votes.Vote("own", own.id, "you", "favourite", ((0,), (1, 2, 3)), (0, 1, 2, 3)))
+    typed = iter([*"s", *"12"])  # a skip, then both blind pairs
     found = taste.main(settings(models, tmp_path))
     assert found["picks"] == 3 and found["count"] == 2
-    store = votes.Store(tmp_path / "votes.sqlite")
     picked = [vote for vote in store.votes("you") if vote.kind == "favourite"][-2:]
     by = [store.task(vote.task).answers[vote.tiers[0][0]].origin["by"] for vote in picked]
     equal = [len({one.text for one in store.task(vote.task).answers}) == 1 for vote in picked]

@@ -11,10 +11,10 @@ from jaxgpt.files import write_json
 from jaxgpt.runs import pages, report
 
 
-def policy(name: str, gold: float, text: str = "a fine film") -> report.Policy:
+def policy(name: str, gold: float, text: str = "a fine film") -> report.PolicyResults:
     rng = np.random.default_rng(int(10 * gold) + 5)
     numbers = {key: rng.random(6) for key in ("reward", "judge", "length", "ended", "opens", "pretrained_nll")}
-    return report.Policy(
+    return report.PolicyResults(
         name=name,
         texts=[text] * 6,
         gold=gold + 0.1 * rng.random(6),
@@ -73,9 +73,9 @@ def test_the_page_opens_with_a_verdict_and_chooses_no_cherries(written, tmp_path
 @pytest.mark.parametrize(
     ("gain", "judged", "says"),
     [
-        (0.5, 0.4, ("on 100%", "judge agrees")),
-        (-0.5, -0.4, ("on 0% of 6 held-out prompts at", "judge disagrees")),
-        (0.0, 0.0, ("may be chance", "sees no clear difference")),
+        (0.5, 0.4, ("on 100%", "judge finds its answers more positive")),
+        (-0.5, -0.4, ("on 0% of 6 held-out prompts at", "judge finds its answers less positive")),
+        (0.0, 0.0, ("may be chance", "neither better nor worse")),
     ],
 )
 def test_the_verdict_claims_no_more_than_the_intervals(gain, judged, says):
