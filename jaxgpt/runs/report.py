@@ -19,7 +19,7 @@ with needs_extra("train"):
     from rich.table import Table
 
 SHOWN_PROMPTS = 12  # prompts shown with every policy's answer; the first three come before the figures
-INTRO = """{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 % interval
+METHOD = """{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 % interval
 over prompts. Gold reward and preferences: {annotator}. Judge: a classifier fitted on human labels, never used in
 training, with {judge} accuracy on held-out reviews. Best-of-n picks the answer that the reward model scores
 highest; its KL is the upper bound log n − (n−1)/n."""
@@ -152,12 +152,13 @@ def write_report(
     gap = trained.gold - baseline.gold
     median = int(np.argsort(gap, kind="stable")[len(gap) // 2])
     annotator = _results(stages / "preferences").get("annotator", "simulated annotator")
+    about = METHOD.format(count=len(prompts), annotator=annotator, judge=f"{judge_accuracy:.1%}")
     write_page(
         folder,
         "From language model to assistant",
-        INTRO.format(count=len(prompts), annotator=annotator, judge=f"{judge_accuracy:.1%}"),
+        Html(f"<strong>{escape(verdict(rows, trained.name, len(prompts)))}</strong>"),
         [
-            ("", Html(f"<p><strong>{escape(verdict(rows, trained.name, len(prompts)))}</strong></p>")),
+            ("", Html(f"<p>{escape(about)}</p>")),
             (
                 "Three prompts, fixed in advance",
                 Html(f"<p>{ABOUT_ANSWERS}</p>{_sections(prompts, policies, range(3))}"),

@@ -61,7 +61,14 @@ def test_figures_and_numbers_are_all_there(written):
 def test_the_page_opens_with_a_verdict_and_chooses_no_cherries(written, tmp_path):
     """Before the figures: the first three prompts, the median one and the one where PPO loses most."""
     page = (written[0] / "report.html").read_text()
-    order = ["prefers PPO to SFT on 100% of 6", "fixed in advance", "The median prompt", "loses most", "All measures"]
+    order = [
+        "prefers PPO to SFT on 100% of 6",
+        "all policies sampled",
+        "fixed in advance",
+        "The median prompt",
+        "loses most",
+        "All measures",
+    ]
     places = [page.index(text) for text in order]
     assert places == sorted(places) and page.index("data:image") > places[-1]
     bad = dataclasses.replace(policy("PPO", 0.5), gold=np.array([9.0, 9.0, 9.0, 9.0, -9.0, 9.0]))
