@@ -19,10 +19,10 @@ with needs_extra("train"):
     from rich.table import Table
 
 SHOWN_PROMPTS = 12  # prompts shown with every policy's answer; the first three come before the figures
-METHOD = """{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 % interval
-over prompts. Gold reward and preferences: {annotator}. Judge: a classifier fitted on human labels, never used in
-training, with {judge} accuracy on held-out reviews. Best-of-n picks the answer that the reward model scores
-highest; its KL is the upper bound log n − (n−1)/n."""
+METHOD = """{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 %
+interval over prompts. Gold reward and preferences: {annotator}. Judge: a classifier fitted on human
+labels, never used in training, with {judge} accuracy on held-out reviews. Best-of-n picks the
+answer that the reward model scores highest; its KL is the upper bound log n − (n−1)/n."""
 ABOUT_ANSWERS = (
     "The base model was not trained on prompts: it continues the opening words. “…” marks an answer that was cut off."
 )
