@@ -211,6 +211,6 @@ def _cant_write(folder: Path, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0:1] or type(error).__name__
     reason = reason if isinstance(reason, str) else reason[0]
     return (
-        f"can't write the checkpoint {folder} ({reason}); older checkpoints are intact. Free some space, then "
-        "run the same command to resume from the newest"
+        f"can't write the checkpoint {folder} ({reason}); older checkpoints are intact. Free some space; "
+        "the same command resumes from the newest"
     )
