@@ -16,7 +16,7 @@ import optax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import MaxSizes, drop_long_preferences, max_sizes, tokenize_preferences
+from jaxgpt.data.comparisons import MaxSizes, max_sizes
 from jaxgpt.models import lora, sharding
 from jaxgpt.rlhf.dpo import make_loss
 from jaxgpt.rlhf.policies import transformer_policy
@@ -93,15 +93,13 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             return run.results
         sft, config, tok, _ = load_language_model(settings.model)
-        rankings, dropped = drop_long_preferences(
-            tokenize_preferences(tok, formats.load(settings.preferences)), config.block
-        )
-        heldout, _ = drop_long_preferences(tokenize_preferences(tok, formats.load(settings.heldout)), config.block)
+        rankings, dropped = formats.load_tokenized(settings.preferences, tok, config.block)
+        heldout, _ = formats.load_tokenized(settings.heldout, tok, config.block)
         rankings = rankings[: settings.limit]
         size = max_sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
-        form = {"seed": settings.seed, "epochs": settings.epochs, "part": share.index, "parts": share.count}
-        batches = pipelines.preference_batches(rankings, size.row, settings.batch, **form)
+        order = {"seed": settings.seed, "epochs": settings.epochs, "part": share.index, "parts": share.count}
+        batches = pipelines.preference_batches(rankings, size.row, settings.batch, **order)
         program = build(settings, config, size, steps, mesh)
         state = sharding.place_like(start(settings, optimizer(settings, steps), sft), program.state)
         run.say(f"dpo: {len(rankings):,} preferences of up to {size.candidates} answers ({dropped} too long, dropped)")

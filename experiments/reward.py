@@ -21,13 +21,7 @@ import optax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import (
-    MaxSizes,
-    TokenizedPreference,
-    drop_long_preferences,
-    max_sizes,
-    tokenize_preferences,
-)
+from jaxgpt.data.comparisons import MaxSizes, TokenizedPreference, max_sizes
 from jaxgpt.models import lora, sharding
 from jaxgpt.rlhf import reward
 from jaxgpt.rlhf.annotator import simulated_ceiling
@@ -106,11 +100,8 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             return run.results
         start, config, tok, _ = load_language_model(settings.model)
-        rankings, dropped = drop_long_preferences(
-            tokenize_preferences(tok, formats.load(settings.preferences)), config.block
-        )
-        heldout_preferences = formats.load(settings.heldout)
-        heldout, _ = drop_long_preferences(tokenize_preferences(tok, heldout_preferences), config.block)
+        rankings, dropped = formats.load_tokenized(settings.preferences, tok, config.block)
+        heldout, _ = formats.load_tokenized(settings.heldout, tok, config.block)
         rankings = rankings[: settings.limit]
         size = max_sizes(rankings + heldout)
         steps = len(rankings) * settings.epochs // settings.batch
@@ -133,7 +124,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 loop.record(i, state, metrics)
         evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size.row, settings.batch)]
         figures = reward.evaluate(state.params, config, evaluation, mesh)
-        ceiling = simulated_ceiling(preference.meta for preference in heldout_preferences)
+        ceiling = simulated_ceiling(preference.meta for preference in formats.load(settings.heldout))
         run.log(steps, {f"heldout_{name}": getattr(figures, name) for name in ("accuracy", "nll", "calibration_error")})
         ceiling_text = f", the annotator's own ceiling {ceiling:.1%}" if ceiling else ""
         run.say(

@@ -168,3 +168,12 @@ def test_every_experiment_is_a_command():
     for path in paths:
         last = ast.parse(path.read_text()).body[-1]
         assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'", path
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo", "ppo"])
+def test_a_stage_reads_as_a_methods_section(stage):
+    """The loop, resuming and writing files live in `runs.loop`; what is left fits a page."""
+    text = (ROOT / "experiments" / f"{stage}.py").read_text(encoding="utf-8")
+    (main,) = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    assert main.end_lineno is not None and main.end_lineno - main.lineno + 1 <= 45, "main: at most 45 lines"
+    assert len(text.splitlines()) <= 160, "the file: at most 160 lines"

@@ -20,6 +20,7 @@ The weights are random and large, so that greedy choices have a margin. Not for 
 
 # The workers run this same file: jax and torch are imported inside functions only.
 
+import abc
 import dataclasses
 import itertools
 import statistics
@@ -145,7 +146,7 @@ def random_weights(config: ModelConfig, rng: np.random.Generator) -> dict[str, n
 # ---- workers ----
 
 
-class Decoder:
+class Decoder(abc.ABC):
     """The requests that both kinds of worker answer."""
 
     def load(self, config: Mapping[str, Any], weights: str, prompts: list[list[int]], prepared: bool) -> dict[str, Any]:
@@ -159,11 +160,13 @@ class Decoder:
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens": tokens_BA.tolist() if show else None}
 
+    @abc.abstractmethod
     def prepare(self, config: ModelConfig, flat: Mapping[str, np.ndarray], prompts: np.ndarray, prepared: bool) -> None:
-        raise NotImplementedError
+        """Get ready to answer these prompts with this model; `prepared`: with weights in decoding's own form."""
 
+    @abc.abstractmethod
     def generate(self, new_tokens: int) -> np.ndarray:
-        raise NotImplementedError
+        """The answers, [rows, new_tokens], on the host."""
 
 
 class JaxDecoder(harness.JaxWorker, Decoder):

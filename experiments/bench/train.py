@@ -18,6 +18,7 @@ process; they take turns, while the others wait idle. What is reported:
 
 # The workers run this same file: jax and torch are imported inside functions only.
 
+import abc
 import dataclasses
 import itertools
 import statistics
@@ -113,7 +114,7 @@ def cases(settings: Settings) -> list[Case]:
 # ---- workers ----
 
 
-class Trainer:
+class Trainer(abc.ABC):
     """The requests that both kinds of worker answer."""
 
     def load(self, config: Mapping[str, Any], weights: str, batch: int, seed: int) -> dict[str, Any]:
@@ -132,12 +133,13 @@ class Trainer:
         self.taken += steps
         return {"seconds": seconds, "loss": loss}
 
+    @abc.abstractmethod
     def prepare(self, flat: Mapping[str, np.ndarray]) -> None:
-        raise NotImplementedError
+        """Get ready to train from these weights."""
 
+    @abc.abstractmethod
     def train(self, batches: Sequence[np.ndarray]) -> float:
         """Take one step per batch; returns the last one's loss."""
-        raise NotImplementedError
 
 
 class JaxTrainer(harness.JaxWorker, Trainer):

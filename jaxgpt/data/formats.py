@@ -22,9 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.data import votes
-from jaxgpt.data.comparisons import Kind, Preference, from_row, from_tiers, read_preferences, write_preferences
+from jaxgpt.data.comparisons import (
+    Kind,
+    Preference,
+    TokenizedPreference,
+    drop_long_preferences,
+    from_row,
+    from_tiers,
+    read_preferences,
+    tokenize_preferences,
+    write_preferences,
+)
 from jaxgpt.data.jsonl import checked_text, read_rows, text_field, write_rows
-from jaxgpt.data.tokenizer import gpt2_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer, gpt2_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_json, sha256_of_file, write_json
 
@@ -63,6 +73,12 @@ def load(path: Path) -> list[Preference]:
     if not found:
         raise UserError(f"{path} holds {len(judged)} verdicts but no preferences; it needs a favourite or a ranking")
     return found
+
+
+def load_tokenized(path: Path, tok: Tokenizer, length: int) -> tuple[list[TokenizedPreference], int]:
+    """The preferences of a file or database whose rows have at most `length` tokens, and how many were dropped.
+    UserError if none is left."""
+    return drop_long_preferences(tokenize_preferences(tok, load(path)), length)
 
 
 def fingerprint(path: Path) -> str:

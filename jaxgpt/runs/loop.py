@@ -1,6 +1,6 @@
 """The training loop that every stage shares; each stage writes the loop's body.
 
-    with Loop(run, settings, tok, settings.steps, batches) as loop:
+    with Loop(run, settings, tok, settings.steps, batches, config.vocab) as loop:
         state = loop.restore(shapes, start)              # the newest good checkpoint, or start()
         for step, batch in loop:
             state, metrics = train_step(state, batch)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import TokenizedPreference, drop_long_preferences, max_sizes, tokenize_preferences
+from jaxgpt.data.comparisons import TokenizedPreference, max_sizes
 from jaxgpt.losses import Mean
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import dpo, reward
@@ -27,7 +27,7 @@ from jaxgpt.training.step import Metrics, make_nll
 
 def load_rankings(task: Task, path: Path) -> list[TokenizedPreference]:
     """The preferences of a file or a database, encoded with the task's tokenizer; those too long are dropped."""
-    return drop_long_preferences(tokenize_preferences(task.tok, formats.load(path)), task.config.block)[0]
+    return formats.load_tokenized(path, task.tok, task.config.block)[0]
 
 
 def preference_batches(
