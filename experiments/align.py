@@ -53,7 +53,9 @@ class Settings:
     temperature: float = 0.7  # of the policy, in every stage that samples or trains it
     new_tokens: int = 48  # longest answer, in tokens
     annotator: SimulatedAnnotator = SimulatedAnnotator(wish="short")
-    preferences: experiments.preferences.Settings = experiments.preferences.Settings(prompts=160, heldout=40, batch=80)
+    preferences: experiments.preferences.Settings = experiments.preferences.Settings(
+        prompts=160, heldout=40, batch=80, unfinished_score=None
+    )
     reward: experiments.reward.Settings = experiments.reward.Settings(
         batch=8, microbatches=4, learning_rate=1e-3, warmup=4, first_spread=0.1, reference_samples=64, log_every=5
     )

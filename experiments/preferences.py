@@ -3,9 +3,10 @@
     python -m experiments.preferences --model runs/mine/sft --run runs/mine/preferences
 
 The answers are sampled from the current model; --experts 1 replaces one of them with a human-written one. A *simulated
-annotator* picks the favourite: a softmax choice over VADER's sentiment, noisy as people are. The files it writes
-(train.jsonl, heldout.jsonl: prompt, answers, choice) could just as well hold people's choices, and stages 4 and 6 read
-such files from anywhere.
+annotator* picks the favourite: a softmax choice over VADER's sentiment, noisy as people are. An answer that was cut off
+before its end gets the same fixed low score as in PPO; without that, DPO drifts to answers that never end. The files it
+writes (train.jsonl, heldout.jsonl: prompt, answers, choice) could just as well hold people's choices, and stages 4 and
+6 read such files from anywhere.
 """
 
 import dataclasses
@@ -46,6 +47,7 @@ class Settings:
     new_tokens: int = 40
     temperature: float = 0.7  # part of the policy: use the same in ppo, dpo and report
     annotator: SimulatedAnnotator = SimulatedAnnotator()
+    unfinished_score: float | None = -1.0  # gold score of an answer that never ended, as in ppo; None: its text's score
     batch: int = 256
     seed: int = 2
     cache: Path = cache_root() / "data"
@@ -109,19 +111,22 @@ def main(settings: Settings) -> dict[str, Any]:
         rng = np.random.default_rng(settings.seed)
         results: dict[str, Any] = {"annotator": settings.annotator.name, "candidates": settings.candidates}
         held_out: sources.Split = "valid" if settings.data == sources.EMBEDDED else "test"
-        wanted: tuple[tuple[str, sources.Split, int], ...]
-        wanted = (("train", "train", settings.prompts), ("heldout", held_out, settings.heldout))
-        for n, (name, split, count) in enumerate(wanted):
+        parts: tuple[tuple[str, sources.Split, int], ...]
+        parts = (("train", "train", settings.prompts), ("heldout", held_out, settings.heldout))
+        for n, (name, split, count) in enumerate(parts):
             prompts = choose_prompts(settings, split, count, rng)
             with run.progress(count * (settings.candidates - settings.experts), f"answers ({name})") as bar:
                 key = jax.random.fold_in(jax.random.key(settings.seed), n)
                 texts, ended = sample_candidates(settings, params, config, tok, prompts, key, mesh, bar)
             annotator = {"annotator": settings.annotator.name, "temperature": settings.annotator.temperature}
             gold_BC = settings.annotator.gold([text for row in texts for text in row]).reshape(count, -1)
-            choices = settings.annotator.choose(gold_BC, rng)
+            wanted_BC = (
+                gold_BC if settings.unfinished_score is None else np.where(ended, gold_BC, settings.unfinished_score)
+            )
+            choices = settings.annotator.choose(wanted_BC, rng)
             preferences = (
                 Preference(prompt, tuple(row), int(choice), tuple(map(bool, end)), {**annotator, "gold": gold.tolist()})
-                for (prompt, _), row, end, choice, gold in zip(prompts, texts, ended, choices, gold_BC, strict=True)
+                for (prompt, _), row, end, choice, gold in zip(prompts, texts, ended, choices, wanted_BC, strict=True)
             )
             if jax.process_index() == 0:
                 write_preferences(settings.run / f"{name}.jsonl", preferences)
@@ -130,7 +135,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 "gold_mean": float(gold_BC.mean()),
                 "gold_std": float(gold_BC.std()),
                 "ended": float(ended.mean()),
-                "annotator_ceiling": settings.annotator.ceiling(gold_BC),
+                "annotator_ceiling": settings.annotator.ceiling(wanted_BC),
             }
         train = results["train"]
         run.say(

@@ -35,6 +35,7 @@ from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import make_mesh
 from jaxgpt.rlhf import ppo as ppo_algorithm
 from jaxgpt.rlhf import reward as reward_model
+from jaxgpt.rlhf.annotator import gold_scores
 from jaxgpt.runs import doctor
 from jaxgpt.runs.saved_model import load_model
 from jaxgpt.structs import Prompts
@@ -94,6 +95,14 @@ def test_preferences_name_their_annotator_and_mix_in_experts(finished):
         assert len(row["answers"]) == 4 and 0 <= row["choice"] < 4
         assert row["meta"]["annotator"].startswith("simulated annotator (VADER")
         assert any((row["prompt"], answer) in experts for answer in row["answers"])
+
+
+def test_the_annotator_gives_cut_answers_the_fixed_low_score(finished):
+    rows = [json.loads(line) for line in (finished.run / "preferences/train.jsonl").read_text().splitlines()]
+    ended = np.array([row.get("ended", [True] * 4) for row in rows])
+    texts = gold_scores([answer for row in rows for answer in row["answers"]]).reshape(ended.shape)
+    np.testing.assert_array_equal([row["meta"]["gold"] for row in rows], np.where(ended, texts, -1.0))
+    assert (~ended).any()
 
 
 def test_the_reward_is_compared_with_chance_and_ceiling(finished):
