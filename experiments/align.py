@@ -9,6 +9,7 @@ measured on held-out questions, about different things and worded differently: h
 starting model's, and whether an answer still names what it was asked about, which nobody asked for. Each stage is an
 experiment of this folder with other settings: a finished stage is not rerun, an interrupted one resumes.
 
+`--labels runs/taste/you.sqlite` learns from people's votes on this model's answers, such as those of `make taste`.
 `--annotator.wish cheerful` asks for cheerful answers instead (VADER's sentiment), which is harder to learn from so few
 labels.
 """
@@ -70,6 +71,7 @@ class Settings:
         sample_every=8,
     )
     dpo: experiments.dpo.Settings = experiments.dpo.Settings(batch=8, microbatches=4, learning_rate=1e-3, log_every=5)
+    labels: Path | None = None  # a database of people's votes, used instead of the annotator's preferences
     answers: int = 2  # per held-out question and model
     seed: int = 0
     fresh: bool = False  # run every stage again
@@ -107,7 +109,8 @@ STAGES: dict[str, Any] = {
 def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     """(stage, settings) pairs in order; each stage's folder below `run` feeds the next."""
     root, questions = settings.run, str(settings.run / "questions.jsonl")
-    files = name_preference_files(root)
+    files = name_preference_files(root, settings.labels)
+    stages = {name: stage for name, stage in STAGES.items() if name != "preferences" or not settings.labels}
     sampling: dict[str, Any] = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
     changes: dict[str, dict[str, Any]] = {
         "preferences": {"model": settings.model, "data": questions, "annotator": settings.annotator, **sampling},
@@ -121,7 +124,7 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
         },
         "dpo": {"model": settings.model, "lora": settings.lora, "temperature": settings.temperature, **files},
     }
-    return chain_stages(settings, STAGES, changes)
+    return chain_stages(settings, stages, changes)
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -193,12 +196,13 @@ def table(found: dict[str, Any]) -> Table:
 
 def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
-    load_language_model(settings.model)  # fail on a bad model before any training
+    load_language_model(settings.model)  # fail on a bad model or bad labels before any training
+    stages = stage_settings(settings)
     settings.run.mkdir(parents=True, exist_ok=True)
     questions = questions_about_things()
     if jax.process_index() == 0 and not (settings.run / "questions.jsonl").exists():
         write_rows(settings.run / "questions.jsonl", ({"prompt": question} for question in questions))
-    for stage, own in stage_settings(settings):
+    for stage, own in stages:
         stage.main(own)
     inputs = {name: run_fingerprint(settings.run / name) for name in ("ppo", "dpo")}
     with Run(settings.run / "report", settings, stage="align", inputs=inputs, fresh=settings.fresh) as run:

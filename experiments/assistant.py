@@ -22,7 +22,6 @@ import experiments.report
 import experiments.reward
 import experiments.sft
 from experiments.stages import chain_stages, name_preference_files
-from jaxgpt.data import votes
 from jaxgpt.errors import UserError
 from jaxgpt.runs.cli import cli
 
@@ -66,12 +65,8 @@ PRESETS = {
 def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     """(stage, settings) pairs in order; each stage has a folder below `run`, which later stages read. With `labels`,
     people's votes replace the preferences stage."""
-    root, files = settings.run, name_preference_files(settings.run)
-    stages = dict(STAGES)
-    if settings.labels:
-        parts = {"preferences": "train", "heldout": "heldout"}
-        files = {name: votes.part_path(settings.labels, part) for name, part in parts.items()}
-        del stages["preferences"]
+    root, files = settings.run, name_preference_files(settings.run, settings.labels)
+    stages = {name: stage for name, stage in STAGES.items() if name != "preferences" or not settings.labels}
     sampling: dict[str, Any] = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
     changes: dict[str, dict[str, Any]] = {
         "pretrain": {},
@@ -96,9 +91,6 @@ def main(settings: Settings) -> dict[str, Any]:
             "the report measures sentiment only; set preferences.annotator.wish to cheerful, or use experiments.align"
         )
     experiments.report.heldout_prompts(settings.report)  # if there are too few, fail now rather than at the end
-    if settings.labels:
-        for part in votes.PARTS:
-            votes.read(votes.part_path(settings.labels, part))  # if there are none, fail now rather than halfway
     results = {stage.__name__.rpartition(".")[2]: stage.main(own) for stage, own in stage_settings(settings)}
     minutes = (time.monotonic() - started) / 60
     if jax.process_index() == 0:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.data import votes
+
 
 def chain_stages(
     settings: Any, stages: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]]
@@ -24,6 +26,12 @@ def chain_stages(
     return chosen
 
 
-def name_preference_files(root: Path) -> dict[str, Path]:
-    """The files that the preferences stage writes below `root`, under the names of the settings that read them."""
-    return {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
+def name_preference_files(root: Path, labels: Path | None = None) -> dict[str, Path]:
+    """The files to learn preferences from and to test them on, under the names of the settings that read them: written
+    below `root` by the preferences stage, or the two parts of a database of people's votes."""
+    if labels is None:
+        return {"preferences": root / "preferences/train.jsonl", "heldout": root / "preferences/heldout.jsonl"}
+    files = dict(zip(("preferences", "heldout"), (votes.part_path(labels, part) for part in votes.PARTS), strict=True))
+    for file in files.values():
+        votes.read(file)  # if there are none, fail now rather than halfway
+    return files

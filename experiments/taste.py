@@ -317,10 +317,11 @@ def report(settings: Settings, found: dict[str, Any], who: str, hits: int, count
         "What you did: candidate answers, preferences, a reward model (the softmax over its scores), and best-of-n.",
         "The next steps in the notes train the model itself, by PPO or DPO. With these votes:",
     ]
+    align = ".venv/bin/python -m experiments.align"
     steps = {
         f'make label ARGS="--votes {file}"': "pick more, on a page",
         f"make assistant LABELS={file}": "a small model trained from scratch on your picks",
-        ".venv/bin/python -m experiments.align": "PPO and DPO on this chat model; a program annotates",
+        f"{align} --labels {file} --run {settings.run / 'align'}": "PPO and DPO on this chat model",
     }
     lines += [f"  {command:{max(map(len, steps))}}  {what}" for command, what in steps.items()]
     return "\n".join(lines)

@@ -4,13 +4,15 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable
 
+# The quotation mark before the opening gives its first word the tokens that it has at the start of an answer: after a
+# space it would have others, and a small model cannot copy what it doesn't recognise.
 _PHRASINGS = (
-    "Write a one-line film review that opens with: {}",
-    "Finish this one-line movie review: {}",
-    "Complete the review of a film: {}",
-    "Review a film in one line. Begin with: {}",
-    "How does this review go on? {}",
-    "A critic begins: {}",
+    'Write a one-line film review that opens with "{}"',
+    'Finish this one-line movie review: "{}"',
+    'Complete the review of a film: "{}"',
+    'Review a film in one line. Begin with "{}"',
+    'How does this review go on? "{}"',
+    'A critic begins: "{}"',
 )
 
 
