@@ -45,7 +45,7 @@ class Settings(LoopSettings):
     steps: int = 1100
     batch: int = 16  # rows of model.block tokens
     microbatches: int = 1  # parts of a batch, processed one after another to save memory
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     warmup: int = 100
     weight_decay: float = 0.1
     eval_every: int = 550

@@ -45,13 +45,13 @@ class Settings(LoopSettings):
     tags: bool = False  # use our <prompt> and <answer> even if the model has its own chat template
     lora: int = 0  # rank of the adapters to train instead of all weights; 0: none
     length: int = 512  # tokens per row, capped at the model's block
-    steps: int = 260
+    steps: int = 520
     batch: int = 16  # rows of `length` tokens, each holding several examples
     microbatches: int = 1
-    learning_rate: float = 8e-4
+    learning_rate: float = 2e-3
     warmup: int = 20
     weight_decay: float = 0.1
-    eval_every: int = 130
+    eval_every: int = 260
     eval_batches: int = 24
     log_every: Annotated[int, Range(1)] = 10
     seed: int = 1

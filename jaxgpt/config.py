@@ -124,7 +124,7 @@ _LLAMA = ModelConfig(mlp="swiglu", norm="rms", positions="rotary", biases=False)
 
 PRESETS: Mapping[str, ModelConfig] = {
     "toy": ModelConfig(layers=2, width=32, heads=2, block=96, vocab=512),
-    "tiny": ModelConfig(layers=4, width=128, heads=4, block=96, vocab=4096),
+    "tiny": ModelConfig(layers=4, width=128, heads=4, block=96, vocab=4096, positions="rotary"),
     "small": ModelConfig(layers=6, width=384, heads=6, block=256, vocab=4096),
     "gpt": ModelConfig(layers=12, width=768, heads=12, block=512, vocab=40576, norm_at="output"),
     "gpt2": ModelConfig(layers=12, width=768, heads=12, block=1024, vocab=50304),

@@ -168,13 +168,22 @@ def test_examples_ask_for_the_review_they_answer_with(cache: Path) -> None:
     assert found == sources.examples(REVIEWS, "train", cache)
     for prompt, answer in found:
         start = openings.opening(answer)
-        assert prompt.endswith(f" {start}") and answer.startswith(start)
+        assert prompt.endswith(f' "{start}"') and answer.startswith(start)
         words = start.count(" ") + 1
         assert 2 <= words <= 4 or words == max(1, answer.count(" "))
-    phrasings = Counter(prompt.removesuffix(openings.opening(answer)) for prompt, answer in found)
+    phrasings = Counter(prompt.removesuffix(f'"{openings.opening(answer)}"') for prompt, answer in found)
     assert len(phrasings) == 6 and min(phrasings.values()) > 1000
     lengths = Counter(openings.opening(answer).count(" ") + 1 for _, answer in found)
     assert min(lengths[2], lengths[3], lengths[4]) > 2000
+
+
+def test_a_prompt_spells_the_opening_with_the_tokens_of_the_answer_s_start(cache: Path) -> None:
+    """Else nothing could be copied; the last token may merge with the quotation mark."""
+    found = sources.examples(REVIEWS, "train", cache)[::50]
+    tok = train_bpe([answer for _, answer in found], 600)
+    for prompt, answer in found:
+        wanted, ids = tok.encode(openings.opening(answer))[:-1], tok.encode(prompt)
+        assert any(ids[i : i + len(wanted)] == wanted for i in range(len(ids)))
 
 
 def test_held_out_prompts_start_no_earlier_review(cache: Path, splits: dict[str, tuple[list[str], list[int]]]) -> None:
@@ -186,7 +195,7 @@ def test_held_out_prompts_start_no_earlier_review(cache: Path, splits: dict[str,
         for prompt in found:
             at = bisect.bisect_left(ordered, f"{prompt.opening} ")
             assert at == len(ordered) or not ordered[at].startswith(f"{prompt.opening} ")
-        assert all(prompt.text.endswith(prompt.opening) for prompt in found)
+        assert all(prompt.text.endswith(f'"{prompt.opening}"') for prompt in found)
         seen = seen + splits[f"rt_{split}"][0]
 
 

@@ -1,0 +1,76 @@
+"""The tables of docs/results.md, from finished runs: `python docs/results.py runs/assistant runs/seed1 runs/seed2`."""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.files import read_json
+
+NAMES = {  # a heading, and how a policy's figures in report.json are shown below it
+    "gold score": lambda p: plus_minus(p["gold"]),
+    "gain over SFT, in SFT standard deviations": lambda p: plus_minus(p["gold_gain_in_baseline_sd"]),
+    "judge, P(positive) minus SFT's": lambda p: plus_minus(p["judge_gain"]),
+    "KL to SFT, nats a sequence": lambda p: plus_minus(p["kl"]) if p["kl"] else bound(p["kl_bound"]),
+    "wins against SFT (gold)": lambda p: plus_minus(p["win_rate_gold"]),
+    "answers that end by themselves": lambda p: f"{p['ended']['mean']:.0%}",
+    "answers that open as asked": lambda p: f"{p['opens']['mean']:.0%}",
+    "tokens an answer": lambda p: plus_minus(p["length"], 1),
+    "nats a token under the frozen pretrained model": lambda p: plus_minus(p["pretrained_nll"]),
+    "distinct-2": lambda p: f"{p['distinct_2']:.2f}",
+    "held-out text, nats a token": lambda p: f"{p['text_nats']:.2f}" if p["text_nats"] else "",
+}
+
+
+def plus_minus(x: dict[str, float], digits: int = 2) -> str:
+    return f"{x['mean']:.{digits}f} ± {(x['high'] - x['low']) / 2:.{digits}f}"
+
+
+def bound(nats: float | None) -> str:
+    return "–" if nats is None else f"≤ {nats:.2f}"
+
+
+def results(run: Path, stage: str) -> dict[str, Any]:
+    found: Any = read_json(run / stage / "done.json")
+    return found["results"]
+
+
+def stage_rows(run: Path) -> dict[str, str]:
+    """What the stages measured: the name of a row -> its figure."""
+    pretrain, sft, reward, dpo = (results(run, name) for name in ("pretrain", "sft", "reward", "dpo"))
+    policies = results(run, "report")["policies"]
+    sd = policies["PPO"]["gold"]["mean"] - policies["SFT"]["gold"]["mean"]
+    sd /= policies["PPO"]["gold_gain_in_baseline_sd"]["mean"]
+    return {
+        "pretraining, held out, nats a token (bits a byte)": f"{pretrain['heldout_nats_per_token']:.3f} "
+        f"({pretrain['heldout_bits_per_byte']:.3f})",
+        "finetuning: held-out answers, nats a token": f"{sft['heldout_answer_nats_per_token']:.3f}",
+        "pretraining's held-out text after finetuning": f"{sft['pretraining_nats_before']:.3f} → "
+        f"{sft['pretraining_nats_after']:.3f}",
+        "gold score of SFT's answers: standard deviation": f"{sd:.3f}",
+        "reward model: held-out accuracy (chance 25 %)": f"{reward['accuracy']:.1%}",
+        "the annotator's own ceiling": f"{reward['annotator_ceiling']:.1%}",
+        "calibration error": f"{reward['calibration_error']:.3f}",
+        "DPO: held-out loss (log 4 = 1.386 at the start)": f"{dpo['heldout_nll']:.3f}",
+        "judge's accuracy on held-out human labels": f"{results(run, 'report')['judge_accuracy']:.1%}",
+    }
+
+
+def table(heading: str, columns: Iterable[str], rows: dict[str, list[str]]) -> str:
+    lines = [f"| {' | '.join([heading, *columns])} |", "|---" * (1 + len(next(iter(rows.values())))) + "|"]
+    return "\n".join(lines + [f"| {' | '.join([name, *cells])} |" for name, cells in rows.items()]) + "\n"
+
+
+def main(runs: list[Path]) -> None:
+    columns = [f"seed {read_json(run / 'pretrain/settings.json')['settings']['seed']}" for run in runs]
+    policies = [results(run, "report")["policies"] for run in runs]
+    show: Callable[[dict[str, Any]], str]
+    for heading, show in NAMES.items():
+        rows = {name: [show(found[name]) for found in policies] for name in policies[0]}
+        print(table(heading, columns, {name: cells for name, cells in rows.items() if any(cells)}))
+    stages = [stage_rows(run) for run in runs]
+    print(table("stage", columns, {name: [found[name] for found in stages] for name in stages[0]}))
+
+
+if __name__ == "__main__":
+    main([Path(name) for name in sys.argv[1:]])
