@@ -28,15 +28,16 @@ import experiments.dpo
 import experiments.ppo
 import experiments.preferences
 import experiments.reward
-from experiments.stages import chain_stages, name_preference_files
-from jaxgpt.data.jsonl import write_rows
+from experiments.stages import chain_stages, check_preference_files, name_preference_files
+from jaxgpt.data.jsonl import read_rows, write_rows
 from jaxgpt.data.questions import mentions_subject
 from jaxgpt.data.questions import questions as questions_about_things
 from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.data.training_data import LoadedData, RowCounts, count_trained_on
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import rollout
 from jaxgpt.rlhf.annotator import SimulatedAnnotator
-from jaxgpt.rlhf.intervals import Interval, distinct_2, interval, wins
+from jaxgpt.rlhf.intervals import TOO_FEW, Interval, distinct_2, interval, too_wide, wins
 from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.cli import cli
@@ -129,8 +130,8 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Sample each model's answers to the held-out questions and measure them: gold reward, words, win rate against the
-    starting model, KL from it in nats, fraction naming the thing asked about (each with its 95 % interval over
-    questions), fraction that end, and distinct-2."""
+    starting model, KL from it in nats, fraction naming the thing asked about, fraction that end (each with its 95 %
+    interval over questions), and distinct-2."""
     places = {"before": settings.model, "ppo": settings.run / "ppo", "dpo": settings.run / "dpo"}
     questions = questions_about_things(held_out=True)
     count, key, mesh = settings.answers, jax.random.key(1000 + settings.seed), sharding.data_mesh()
@@ -168,36 +169,43 @@ def measure(settings: Settings) -> dict[str, Any]:
             "better_than_before": wins(gold, baseline),
             "kl_nats_per_sequence": log_probs(params) - log_probs(reference),
             "names_the_thing": np.array(named).T,
+            "ended": answers.ended.astype(float),
         }
         found[name] = {
             **{
                 measure: dataclasses.asdict(interval(x.reshape(-1, count).mean(1)))
                 for measure, x in per_question.items()
             },
-            "ended": float(answers.ended.mean()),
             "distinct_2": distinct_2(answers.texts),
             "answers": answers.texts[:: count * 5],
         }
-    return {"questions": questions[::5], "models": found}
+    trained = [row["prompt"] for _, row in read_rows(settings.run / "questions.jsonl")]
+    rows = LoadedData({"heldout": RowCounts(len(questions))}, count_trained_on(questions, trained))
+    return {"questions": questions[::5], "models": found, **rows.record()}
 
 
 def table(found: dict[str, Any]) -> Table:
     """The results of `measure` as a table for the terminal."""
-    grid = Table(title="held-out questions about things that no stage has seen; 95 % intervals", box=None)
+    count = found["rows"]["heldout"]["used"]
+    grid = Table(title=f"{count} held-out questions about things that no stage has seen; 95 % intervals", box=None)
     for column in ("", "words", "better", "KL, nats", "names it", "ended", "distinct-2"):
         grid.add_column(column, no_wrap=True)
     measures = {"words": 1, "better_than_before": 2, "kl_nats_per_sequence": 1, "names_the_thing": 2}
     for name, row in found["models"].items():
         shown = {k: Interval(**row[k]) for k in measures}
         cells = [f"{x.mean:.{measures[k]}f} ± {x.high - x.mean:.{measures[k]}f}" for k, x in shown.items()]
-        grid.add_row(name, *cells, f"{row['ended']:.0%}", f"{row['distinct_2']:.2f}")
+        grid.add_row(name, *cells, f"{row['ended']['mean']:.0%}", f"{row['distinct_2']:.2f}")
+    if any(too_wide(Interval(**row["better_than_before"])) for row in found["models"].values()):
+        grid.caption = f"better: {TOO_FEW}"
     return grid
 
 
 def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
-    load_language_model(settings.model)  # fail on a bad model or bad labels before any training
+    _, config, tok, _ = load_language_model(settings.model)  # fail on a bad model before any training
     stages = stage_settings(settings)
+    if settings.labels:
+        check_preference_files(stages, tok, config.block)
     settings.run.mkdir(parents=True, exist_ok=True)
     questions = questions_about_things()
     if jax.process_index() == 0 and not (settings.run / "questions.jsonl").exists():

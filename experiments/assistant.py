@@ -21,8 +21,9 @@ import experiments.pretrain
 import experiments.report
 import experiments.reward
 import experiments.sft
-from experiments.stages import chain_stages, name_preference_files
+from experiments.stages import chain_stages, check_preference_files, name_preference_files
 from jaxgpt.errors import UserError
+from jaxgpt.models.sharding import RowShard
 from jaxgpt.runs.cli import cli
 
 
@@ -91,7 +92,11 @@ def main(settings: Settings) -> dict[str, Any]:
             "the report measures sentiment only; set preferences.annotator.wish to cheerful, or use experiments.align"
         )
     experiments.report.heldout_prompts(settings.report)  # if there are too few, fail now rather than at the end
-    results = {stage.__name__.rpartition(".")[2]: stage.main(own) for stage, own in stage_settings(settings)}
+    stages = stage_settings(settings)
+    if settings.labels:  # the tokenizer and the text that this prepares are cached for the first stage
+        tok = experiments.pretrain.prepare(settings.pretrain, RowShard(0, 1)).tok
+        check_preference_files(stages, tok, settings.pretrain.model.block)
+    results = {stage.__name__.rpartition(".")[2]: stage.main(own) for stage, own in stages}
     minutes = (time.monotonic() - started) / 60
     if jax.process_index() == 0:
         print(

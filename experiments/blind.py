@@ -18,6 +18,7 @@ import numpy as np
 from jaxgpt.config import Range, check_settings
 from jaxgpt.data import sources, votes
 from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.data.training_data import RowCounts
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root, read_json
 from jaxgpt.models import sharding
@@ -88,6 +89,11 @@ def make_pairs(settings: Settings, store: votes.Store) -> list[votes.Task]:
     return tasks
 
 
+def index_of(task: votes.Task, model: Path) -> int:
+    """Which of the pair is this model's."""
+    return [str(one.origin.get("model")) for one in task.answers].index(str(model))
+
+
 def main(settings: Settings) -> dict[str, Any]:
     for place in settings.models:
         run_fingerprint(place)  # fail now if a model is missing
@@ -103,26 +109,25 @@ def main(settings: Settings) -> dict[str, Any]:
             if program is None:
                 ask.ask(store, who, left[0], f"[{len(tasks) - len(left) + 1}/{len(tasks)}]", rng)
             else:
-                best = int(program.gold([one.text for one in left[0].answers]).argmax())
-                tiers = ((best,), (1 - best,))
-                store.vote(
-                    votes.Vote(f"{left[0].id}-{settings.annotator}", left[0].id, who, "favourite", tiers, (0, 1))
-                )
+                gold = program.gold([one.text for one in left[0].answers])
+                store.vote(votes.of_scores(f"{left[0].id}-{settings.annotator}", left[0].id, who, gold))
     except (KeyboardInterrupt, EOFError):
         print(f"\nstopped; {store.count()} picks are in {store.path}, and the same command resumes")
         return {"picks": store.count()}
-    picks = {vote.task: vote for vote in store.votes(who) if vote.kind == "favourite"}
-    second = [str(store.task(task).answers[vote.tiers[0][0]].origin["model"]) for task, vote in picks.items()]
-    wins = sum(place == str(settings.models[1]) for place in second)
-    if not picks:
+    picks = {vote.task: (store.task(vote.task), vote) for vote in store.votes(who)}
+    shares = [votes.share_of(task, vote, index_of(task, settings.models[1])) for task, vote in picks.values()]
+    counted = [part for part in shares if part is not None]
+    if not counted:
         raise UserError("every pair was skipped; pick at least one to compare")
-    print("\n" + intervals.in_words(f"{who} preferred {names[1]} to {names[0]}", wins, len(picks)))
+    wins, left_out = sum(counted), len(shares) - len(counted)
+    print("\n" + intervals.in_words(f"{who} preferred {names[1]} to {names[0]}", wins, len(counted)))
+    print(f"{RowCounts(len(shares), {'skipped or all bad': left_out} if left_out else {})}; a tie counts half")
     report = settings.run.parent / "report/done.json"
     if report.exists() and names == ["sft", "ppo"]:
         results = read_json(report)["results"]
         rate = results["policies"]["PPO"]["win_rate_gold"]["mean"]
         print(f"the simulated annotator (VADER) prefers ppo on {rate:.0%} of {results['prompts']} prompts")
-    return {"wins": wins, "count": len(picks)}
+    return {"wins": wins, "count": len(counted), "left_out": left_out}
 
 
 if __name__ == "__main__":

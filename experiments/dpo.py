@@ -16,10 +16,13 @@ import optax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import MaxSizes, max_sizes
+from jaxgpt.data.comparisons import MaxSizes
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.training_data import PreferenceData, load_preference_data
 from jaxgpt.models import lora, sharding
-from jaxgpt.rlhf.dpo import make_loss
-from jaxgpt.rlhf.policies import transformer_policy
+from jaxgpt.rlhf.dpo import candidate_rewards, make_loss
+from jaxgpt.rlhf.policies import Policy, transformer_policy
+from jaxgpt.rlhf.reward import evaluate
 from jaxgpt.runs.checkpoints import SaveConfig
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.loop import Loop, LoopSettings
@@ -27,7 +30,7 @@ from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, save_model
 from jaxgpt.structs import Params, Preferences
 from jaxgpt.training import optim
-from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_on, make_program, param_shapes
+from jaxgpt.training.step import Program, TrainState, init_state, make_program, param_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +77,29 @@ def start(settings: Settings, tx: optax.GradientTransformation, params: Params) 
     return init_state({"policy": params}, tx, {"reference": optim.copy(params)})
 
 
+def policy_of(settings: Settings, config: ModelConfig, size: MaxSizes) -> Policy:
+    return transformer_policy(config, new_tokens=size.answer, temperature=settings.temperature)
+
+
 def build(
-    settings: Settings, config: ModelConfig, size: MaxSizes, steps: int, mesh: jax.sharding.Mesh
+    settings: Settings,
+    config: ModelConfig,
+    size: MaxSizes,
+    steps: int,
+    mesh: jax.sharding.Mesh,
+    tie_rate: float = 0.0,
 ) -> Program[Preferences]:
     """The program that `main` runs."""
-    policy = transformer_policy(config, new_tokens=size.answer, temperature=settings.temperature)
-    tx, loss, params = optimizer(settings, steps), make_loss(policy, settings.beta), param_shapes(config)
+    policy = policy_of(settings, config, size)
+    tx, loss, params = optimizer(settings, steps), make_loss(policy, settings.beta, tie_rate), param_shapes(config)
     batch = Preferences.shapes(settings.batch, size.candidates, size.row)
     parts, spike, begin = settings.microbatches, settings.guard.spike, functools.partial(start, settings, tx)
     return make_program(loss, tx, config, mesh, begin, params, batch, microbatches=parts, spike=spike)
+
+
+def load_data(settings: Settings, tok: Tokenizer, length: int) -> PreferenceData:
+    sizes = {"length": length, "limit": settings.limit, "batch": settings.batch, "epochs": settings.epochs}
+    return load_preference_data(settings.preferences, settings.heldout, tok, **sizes)
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -93,35 +110,36 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             return run.results
         sft, config, tok, _ = load_language_model(settings.model)
-        rankings, dropped = formats.load_tokenized(settings.preferences, tok, config.block)
-        heldout, _ = formats.load_tokenized(settings.heldout, tok, config.block)
-        rankings = rankings[: settings.limit]
-        size = max_sizes(rankings + heldout)
-        steps = len(rankings) * settings.epochs // settings.batch
+        data = load_data(settings, tok, config.block)
         order = {"seed": settings.seed, "epochs": settings.epochs, "part": share.index, "parts": share.count}
-        batches = pipelines.preference_batches(rankings, size.row, settings.batch, **order)
-        program = build(settings, config, size, steps, mesh)
-        state = sharding.place_like(start(settings, optimizer(settings, steps), sft), program.state)
-        run.say(f"dpo: {len(rankings):,} preferences of up to {size.candidates} answers ({dropped} too long, dropped)")
-        tokens = settings.batch * size.candidates * size.row
-        with Loop(run, settings, tok, steps, batches, config.vocab, tokens, NAMES) as loop:
+        batches = pipelines.preference_batches(data.train, data.size.row, settings.batch, **order)
+        program = build(settings, config, data.size, data.steps, mesh, data.tie_rate)
+        state = sharding.place_like(start(settings, optimizer(settings, data.steps), sft), program.state)
+        data.announce(run.say, "dpo")
+        tokens = settings.batch * data.size.candidates * data.size.row
+        with Loop(run, settings, tok, data.steps, batches, config.vocab, tokens, NAMES) as loop:
             state = loop.restore(program.state, lambda: state)
             for i, arrays in loop:
                 state, metrics = program.step(state, sharding.place_local_rows(Preferences.of(arrays), mesh), None)
                 loop.record(i, state, metrics)
-        loss = jit_on(mesh, program.loss)
-        evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size.row, settings.batch)]
-        found = evaluate(loss, state.params, evaluation, mesh)
-        results = {"heldout_nll": found["loss"], "heldout_accuracy": found["accuracy"]}
-        run.log(steps, results)
+        policy = policy_of(settings, config, data.size)
+        evaluation = pipelines.preference_eval(data.heldout, data.size.row, settings.batch)
+        figures = evaluate(
+            lambda params, batch: candidate_rewards(policy, params, batch, settings.beta),
+            state.params,
+            map(Preferences.of, evaluation),
+            mesh,
+        )
+        results = {f"heldout_{name}": value for name, value in figures._asdict().items()}
+        run.log(data.steps, {name: results[name] for name in ("heldout_nll", "heldout_accuracy")})
         run.say(
-            f"dpo: held-out loss {found['loss']:.3f} (log C at the start), "
-            f"accuracy of the implicit reward {found['accuracy']:.1%}"
+            f"dpo: held-out loss {figures.nll:.3f} ({figures.chance_nll:.3f} at the start), "
+            f"accuracy of the implicit reward {figures}"
         )
         if settings.lora:
             save_model(settings.run / "adapters", state.trainable["policy"], config)
         save_model(settings.run / "model", lora.merge(state.params["policy"]), config, tok)
-        return run.finish({**results, "preferences": len(rankings), "dropped": dropped})
+        return run.finish({**results, **data.record()})
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from jaxgpt.data.comparisons import Preference, tokenize_preferences
 from jaxgpt.data.jsonl import read_rows
 from jaxgpt.data.questions import questions
 from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.data.training_data import RowCounts
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding
@@ -263,7 +264,10 @@ def tasks_from_file(path: Path) -> list[votes.Task]:
     if rows and all({"prompt", "answers"} <= row.keys() for _, row in rows):
         texts = [(row["prompt"], row["answers"]) for _, row in rows]
     else:
-        texts = [(one.prompt, one.answers) for one in formats.read(path)[0]]
+        verdicts, differ = formats.read(path)
+        texts = [(one.prompt, one.answers) for one in verdicts]
+        if differ:
+            print(f"{path}: {RowCounts(len(verdicts) + differ, {'earlier turns differ': differ})}")
     return [
         votes.Task(prompt, tuple(votes.Answer(text, origin={"model": str(path), "row": i}) for text in answers))
         for i, (prompt, answers) in enumerate(texts)

@@ -18,6 +18,7 @@ from jaxgpt.config import ModelConfig, Range
 from jaxgpt.data import sources
 from jaxgpt.data.pipelines import PromptBatches
 from jaxgpt.data.tokenizer import prompt_ids
+from jaxgpt.data.training_data import LoadedData, RowCounts
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
@@ -99,7 +100,6 @@ class Program:
 
 
 def build(settings: Settings, config: ModelConfig, prompt_tokens: int, mesh: jax.sharding.Mesh, stop: int) -> Program:
-    """The program that `main` runs; planners and benchmarks use it too."""
     sharding.check_model(config, mesh)
     sharding.check_rows(settings.batch // settings.ppo.minibatches, mesh, "a minibatch")
     ppo.check_batch(settings.batch, settings.ppo, config.block, prompt_tokens)
@@ -134,7 +134,8 @@ def main(settings: Settings) -> dict[str, Any]:
         control = sharding.replicate(controller(settings), mesh)
         key = sharding.replicate(jax.random.split(jax.random.key(settings.seed))[0], mesh)
         logp_of = jit_on(mesh, policy.logp)
-        run.say(f"ppo: {len(ids):,} prompts of at most {prompts.width} tokens, {settings.batch} answers per iteration")
+        read = LoadedData({"prompts": RowCounts(len(ids))}, note=f" (up to {prompts.width} tokens)")
+        read.announce(run.say, "ppo")
         with Loop(run, settings, tok, settings.iterations, prompts, config.vocab, shown=SHOWN) as loop:
             state, control, key = loop.restore((program.state, control, key), lambda: (state, control, key))
             for i, arrays in loop:
@@ -152,7 +153,7 @@ def main(settings: Settings) -> dict[str, Any]:
         save_model(settings.run / "critic", {"value_head": state.params["value_head"]}, config)
         save_model(settings.run / "model", lora.merge(state.params["policy"]), config, tok)
         reported = ("score", "kl", "beta", "ended", "length", "ratio_error_first")
-        return run.finish({name: floats[name] for name in reported})
+        return run.finish({**{name: floats[name] for name in reported}, **read.record()})
 
 
 if __name__ == "__main__":

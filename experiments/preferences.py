@@ -20,6 +20,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.data import sources
 from jaxgpt.data.comparisons import Preference, write_preferences
 from jaxgpt.data.tokenizer import Tokenizer, answer_text, prompt_ids
+from jaxgpt.data.training_data import LoadedData, RowCounts
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding
@@ -111,10 +112,15 @@ def main(settings: Settings) -> dict[str, Any]:
         rng = np.random.default_rng(settings.seed)
         results: dict[str, Any] = {"annotator": settings.annotator.name, "candidates": settings.candidates}
         held_out: sources.Split = "valid" if settings.data == sources.EMBEDDED else "test"
+        counts: dict[str, RowCounts] = {}
         parts: tuple[tuple[str, sources.Split, int], ...]
         parts = (("train", "train", settings.prompts), ("heldout", held_out, settings.heldout))
         for n, (name, split, count) in enumerate(parts):
-            prompts = choose_prompts(settings, split, count, rng)
+            prompts, found = choose_prompts(settings, split, count, rng)
+            option = ("prompts", "heldout")[n]
+            counts[option] = RowCounts(found).without(f"over --{option} {count}", found - count)
+            repeated = f", then repeated to make {count:,}" if count > found else ""
+            run.say(f"preferences: {('prompts', 'held out')[n]}: {counts[option]}{repeated}")
             with run.progress(count * (settings.candidates - settings.experts), f"answers ({name})") as bar:
                 key = jax.random.fold_in(jax.random.key(settings.seed), n)
                 texts, ended = sample_candidates(settings, params, config, tok, prompts, key, mesh, bar)
@@ -143,21 +149,22 @@ def main(settings: Settings) -> dict[str, Any]:
             f"; gold {train['gold_mean']:.3f} (sd {train['gold_std']:.3f}), {train['ended']:.0%} ended by themselves, "
             f"best possible accuracy {results['heldout']['annotator_ceiling']:.1%}"
         )
-        run.finish(results)
+        run.finish({**results, **LoadedData(counts).record()})
         return run.results
 
 
 def choose_prompts(
     settings: Settings, split: sources.Split, count: int, rng: np.random.Generator
-) -> list[tuple[str, str]]:
-    """`count` (prompt, expert answer) pairs in random order; a prompt repeats only if there are too few."""
+) -> tuple[list[tuple[str, str]], int]:
+    """`count` (prompt, expert answer) pairs in random order, and how many there are; a prompt repeats only if there are
+    too few."""
     if settings.experts:
         unseen = {prompt.text for prompt in sources.prompts(settings.data, split, settings.cache)}
         found = [pair for pair in sources.examples(settings.data, split, settings.cache) if pair[0] in unseen]
     else:
         found = [(prompt.text, "") for prompt in sources.prompts(settings.data, split, settings.cache)]
     order = np.concatenate([rng.permutation(len(found)) for _ in range(-(-count // len(found)))])
-    return [found[i] for i in order[:count]]
+    return [found[i] for i in order[:count]], len(found)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import ModelConfig, Range
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.tokenizer import Tokenizer, cached_tokenizer, gpt2_tokenizer
+from jaxgpt.data.training_data import LoadedData, RowCounts, heldout_windows
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding, transformer
@@ -31,7 +32,7 @@ from jaxgpt.runs.run import Run
 from jaxgpt.runs.saved_model import save_model
 from jaxgpt.structs import Array, Batch, Params
 from jaxgpt.training import optim
-from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_on, make_nll, make_program
+from jaxgpt.training.step import Program, TrainState, init_state, make_nll, make_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +67,11 @@ PRESETS = {
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine decay."""
     schedule = optim.warmup_cosine(settings.learning_rate, settings.steps, settings.warmup)
     return optim.adamw(schedule, weight_decay=settings.weight_decay)
 
 
 def start(settings: Settings, key: Array) -> TrainState:
-    """The state of step 0."""
     return init_state(transformer.init(key, settings.model), optimizer(settings))
 
 
@@ -92,11 +91,11 @@ class Data:
     tokens: int  # of the training text
     batches: pipelines.Batches
     heldout: list[Batch]
+    rows: LoadedData
     tokens_per_byte: float  # of the held-out text
 
 
 def prepare(settings: Settings, share: RowShard) -> Data:
-    """Text, tokenizer and batches."""
     train, test = (sources.documents(settings.data, split, settings.cache) for split in ("train", "test"))
     if settings.tokenizer == "gpt2":
         tok = gpt2_tokenizer()
@@ -107,8 +106,10 @@ def prepare(settings: Settings, share: RowShard) -> Data:
     stream, heldout = (pipelines.tokenize_stream(documents, tok, settings.cache) for documents in (train, test))
     size = settings.model.block, settings.batch
     batches = pipelines.windows(stream, *size, seed=settings.seed, part=share.index, parts=share.count)
-    windows = [Batch.of(arrays) for arrays in pipelines.window_eval(heldout, *size, settings.eval_batches)]
-    return Data(tok, len(stream), batches, windows, len(heldout) / sum(len(text.encode()) for text in test))
+    windows, counts = heldout_windows(heldout, *size, settings.eval_batches)
+    rows = {"documents": RowCounts(len(train)).without("empty", train.count("")), "held-out windows": counts}
+    bytes_ = sum(len(text.encode()) for text in test)
+    return Data(tok, len(stream), batches, windows, LoadedData(rows), len(heldout) / bytes_)
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -122,12 +123,12 @@ def main(settings: Settings) -> dict[str, Any]:
         dropout_key = sharding.replicate(dropout_key, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, program.state)
         begin = jax.jit(functools.partial(start, settings), out_shardings=shardings)
-        loss = jit_on(mesh, program.loss)
         tokens = settings.batch * settings.model.block
         run.say(
             f"pretrain: {transformer.count_parameters(program.state.trainable):,} weights, {data.tokens:,} tokens in "
             f"{settings.data}, {settings.steps * tokens:,} to train on"
         )
+        data.rows.announce(run.say, "pretrain")
         with Loop(run, settings, data.tok, settings.steps, data.batches, settings.model.vocab, tokens, NAMES) as loop:
             state, dropout_key = loop.restore((program.state, dropout_key), lambda: (begin(init_key), dropout_key))
             for i, arrays in loop:
@@ -135,14 +136,16 @@ def main(settings: Settings) -> dict[str, Any]:
                 state, metrics = program.step(state, sharding.place_local_rows(Batch.of(arrays), mesh), key)
                 heldout = None
                 if loop.is_due(i, settings.eval_every):
-                    nats = evaluate(loss, state.trainable, data.heldout, mesh)["loss"]
-                    bits = nats * data.tokens_per_byte / math.log(2)
-                    heldout = {"heldout_nats_per_token": nats, "heldout_bits_per_byte": bits}
+                    nats = rollout.heldout_nats(state.trainable, settings.model, data.heldout, mesh)
+                    bits = nats.mean * data.tokens_per_byte / math.log(2)
+                    heldout = {"heldout_nats_per_token": nats.mean, "heldout_bits_per_byte": bits}
                     text = sample(state.trainable, settings.model, data.tok, jax.random.fold_in(sample_key, i), mesh)
-                    run.say(f"step {i}: held-out loss {nats:.3f} nats per token, {bits:.3f} bits per byte · {text!r}")
+                    loss = f"{nats.plus_minus()} nats per token, {bits:.3f} bits per byte"
+                    run.say(f"step {i}: held-out loss {loss} · {text!r}")
                 loop.record(i, (state, dropout_key), metrics, heldout)
         save_model(settings.run / "model", state.trainable, settings.model, data.tok, {"raw": True})
-        return run.finish({**(heldout or {}), "tokens": settings.steps * tokens})
+        figures = {**(heldout or {}), "heldout_interval": nats, "tokens": settings.steps * tokens}
+        return run.finish({**figures, **data.rows.record()})
 
 
 def sample(params: Params, config: ModelConfig, tok: Tokenizer, key: Array, mesh: jax.sharding.Mesh) -> str:

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt import training
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.openings import Prompt
 from jaxgpt.data.tokenizer import Row, Tokenizer, answer_text, example_ids, prompt_ids
+from jaxgpt.data.training_data import RowCounts, load_windows
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding
@@ -182,13 +182,13 @@ def _take(answers: rollout.SampledAnswers, index: np.ndarray) -> rollout.Sampled
 
 
 def heldout_prompts(settings: Settings) -> list[Prompt]:
-    """The first `prompts` of the held-out ones. Raises UserError if there are too few."""
+    """The held-out prompts, of which the report uses the first `prompts`. Raises UserError if there are too few."""
     prompts = sources.prompts(settings.data, "test", settings.cache)
     if len(prompts) < settings.prompts:
         raise UserError(
             f"{settings.data} has {len(prompts)} held-out prompts; set --prompts (of report) to at most that"
         )
-    return prompts[: settings.prompts]
+    return prompts
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -201,26 +201,22 @@ def main(settings: Settings) -> dict[str, Any]:
         loaded = {name: load_model(settings.stages / name) for name in names}
         config, tok = loaded["sft"].config, loaded["sft"].tokenizer
         params = {name: sharding.replicate(one.params, mesh) for name, one in loaded.items()}
-        prompts = heldout_prompts(settings)
+        every = heldout_prompts(settings)
+        counts = RowCounts(len(every)).without(f"over --prompts {settings.prompts}", len(every) - settings.prompts)
+        prompts = every[: settings.prompts]
         judge = fit_judge(
             sources.labelled_reviews(sources.EMBEDDED, "train", settings.cache),
             sources.labelled_reviews(sources.EMBEDDED, "test", settings.cache),
         )
         run.say(
-            f"report: {len(prompts)} held-out prompts · "
-            f"judge fitted on human labels: {judge.accuracy:.1%} held-out accuracy"
+            f"report: held-out prompts: {counts} · judge fitted on human labels: right about {judge} held-out reviews"
         )
         bench = Evaluator(settings, config, tok, params["pretrain"], params["sft"], params["reward"], judge, mesh)
         ids = [prompt_ids(tok, prompt.text) for prompt in prompts]
-        nll = training.jit_on(mesh, training.make_nll(config))
-        stream = pipelines.tokenize_stream(
-            sources.documents(settings.pretraining_data, "test", settings.cache), tok, settings.cache
-        )
-        heldout = [
-            Batch.of(a) for a in pipelines.window_eval(stream, config.block, settings.batch, settings.eval_batches)
-        ]
+        size = config.block, settings.batch, settings.eval_batches
+        windows, _ = load_windows(settings.pretraining_data, tok, settings.cache, *size)
         text_nats = {
-            name: training.evaluate(nll, params[name], heldout, mesh)["loss"]
+            name: rollout.heldout_nats(params[name], config, windows, mesh)
             for name in ("pretrain", "sft", "dpo", "ppo")
         }
         keys = iter(jax.random.split(jax.random.key(settings.seed), 5))
@@ -246,7 +242,8 @@ def main(settings: Settings) -> dict[str, Any]:
                 bar.update()
         results: dict[str, Any] = {}
         if jax.process_index() == 0:
-            results = write_report(run.folder, settings.stages, prompts, policies, judge.accuracy, run.console)
+            results = write_report(run.folder, settings.stages, prompts, policies, judge, run.console)
+            results["rows"] = {"heldout": counts.record()}
         results = broadcast_from_first(results)
         run.say(f"report: {settings.run / 'report.html'}")
         run.finish(results)

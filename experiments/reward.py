@@ -21,7 +21,9 @@ import optax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import MaxSizes, TokenizedPreference, max_sizes
+from jaxgpt.data.comparisons import MaxSizes, TokenizedPreference
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.training_data import PreferenceData, load_preference_data
 from jaxgpt.models import lora, sharding
 from jaxgpt.rlhf import reward
 from jaxgpt.rlhf.annotator import simulated_ceiling
@@ -79,10 +81,15 @@ def first_state(settings: Settings, params: Params, tx: optax.GradientTransforma
 
 
 def build(
-    settings: Settings, config: ModelConfig, size: MaxSizes, steps: int, mesh: jax.sharding.Mesh
+    settings: Settings,
+    config: ModelConfig,
+    size: MaxSizes,
+    steps: int,
+    mesh: jax.sharding.Mesh,
+    tie_rate: float = 0.0,
 ) -> Program[Preferences]:
     """The training step that `main` runs."""
-    tx, params, loss = optimizer(settings, steps), param_shapes(config), reward.make_loss(config)
+    tx, params, loss = optimizer(settings, steps), param_shapes(config), reward.make_loss(config, tie_rate)
     batch = Preferences.shapes(settings.batch, size.candidates, size.row)
     parts, spike = settings.microbatches, settings.guard.spike
 
@@ -90,6 +97,11 @@ def build(
         return first_state(settings, reward.init(jax.random.key(0), params, config.width), tx)
 
     return make_program(loss, tx, config, mesh, begin, params, batch, microbatches=parts, spike=spike)
+
+
+def load_data(settings: Settings, tok: Tokenizer, length: int) -> PreferenceData:
+    sizes = {"length": length, "limit": settings.limit, "batch": settings.batch, "epochs": settings.epochs}
+    return load_preference_data(settings.preferences, settings.heldout, tok, **sizes)
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -100,42 +112,39 @@ def main(settings: Settings) -> dict[str, Any]:
         if run.finished:
             return run.results
         start, config, tok, _ = load_language_model(settings.model)
-        rankings, dropped = formats.load_tokenized(settings.preferences, tok, config.block)
-        heldout, _ = formats.load_tokenized(settings.heldout, tok, config.block)
-        rankings = rankings[: settings.limit]
-        size = max_sizes(rankings + heldout)
-        steps = len(rankings) * settings.epochs // settings.batch
+        data = load_data(settings, tok, config.block)
         order = {"seed": settings.seed, "epochs": settings.epochs, "part": share.index, "parts": share.count}
-        batches = pipelines.preference_batches(rankings, size.row, settings.batch, **order)
-        program = build(settings, config, size, steps, mesh)
-        reference = reference_rows(heldout, size.row, settings.reference_samples)
+        batches = pipelines.preference_batches(data.train, data.size.row, settings.batch, **order)
+        program = build(settings, config, data.size, data.steps, mesh, data.tie_rate)
+        reference = reference_rows(data.heldout, data.size.row, settings.reference_samples)
         normalise = jit_on(mesh, lambda params: reward.normalise_on(params, config, reference))
         params = normalise(sharding.replicate(reward.init(jax.random.key(settings.seed), start, config.width), mesh))
         params = {**params, "head": jax.tree.map(lambda w: w * settings.first_spread, params["head"])}
-        state = sharding.place_like(first_state(settings, params, optimizer(settings, steps)), program.state)
-        run.say(
-            f"reward: {len(rankings):,} preferences of up to {size.candidates} answers ({dropped} too long, dropped)"
-        )
-        tokens = settings.batch * size.candidates * size.row
-        with Loop(run, settings, tok, steps, batches, config.vocab, tokens, NAMES) as loop:
+        state = sharding.place_like(first_state(settings, params, optimizer(settings, data.steps)), program.state)
+        data.announce(run.say, "reward")
+        tokens = settings.batch * data.size.candidates * data.size.row
+        with Loop(run, settings, tok, data.steps, batches, config.vocab, tokens, NAMES) as loop:
             state = loop.restore(program.state, lambda: state)
             for i, arrays in loop:
                 state, metrics = program.step(state, sharding.place_local_rows(Preferences.of(arrays), mesh), None)
                 loop.record(i, state, metrics)
-        evaluation = [Preferences.of(arrays) for arrays in pipelines.preference_eval(heldout, size.row, settings.batch)]
-        figures = reward.evaluate(state.params, config, evaluation, mesh)
-        ceiling = simulated_ceiling(preference.meta for preference in formats.load(settings.heldout))
-        run.log(steps, {f"heldout_{name}": getattr(figures, name) for name in ("accuracy", "nll", "calibration_error")})
-        ceiling_text = f", the annotator's own ceiling {ceiling:.1%}" if ceiling else ""
-        run.say(
-            f"reward: held-out accuracy {figures.accuracy:.1%} (chance {figures.chance:.1%}{ceiling_text}), "
-            f"calibration error {figures.calibration_error:.3f}"
+        evaluation = pipelines.preference_eval(data.heldout, data.size.row, settings.batch)
+        figures = reward.evaluate(
+            lambda params, batch: reward.candidate_scores(params, config, batch),
+            state.params,
+            map(Preferences.of, evaluation),
+            mesh,
         )
+        ceiling = simulated_ceiling(preference.meta for preference in formats.load(settings.heldout))
+        run.log(
+            data.steps, {f"heldout_{name}": getattr(figures, name) for name in ("accuracy", "nll", "calibration_error")}
+        )
+        ceiling_text = f", the annotator's own ceiling {ceiling:.1%}" if ceiling else ""
+        run.say(f"reward: held-out accuracy {figures}{ceiling_text}; calibration error {figures.calibration_error:.3f}")
         if settings.lora:
             save_model(settings.run / "adapters", state.trainable, config)
         save_model(settings.run / "model", normalise(lora.merge(state.params)), config, tok)
-        counts = {"annotator_ceiling": ceiling, "preferences": len(rankings), "dropped": dropped}
-        return run.finish({**figures._asdict(), **counts})
+        return run.finish({**figures._asdict(), "annotator_ceiling": ceiling, **data.record()})
 
 
 def reference_rows(rankings: list[TokenizedPreference], length: int, count: int) -> Batch:

@@ -18,17 +18,20 @@ import optax
 
 from jaxgpt.config import ModelConfig, Range
 from jaxgpt.data import pipelines, sources
-from jaxgpt.data.tokenizer import Tokenizer, example_ids
+from jaxgpt.data.comparisons import prompt_of
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.training_data import ExampleData, load_examples, load_windows
 from jaxgpt.files import cache_root
 from jaxgpt.models import lora, sharding
 from jaxgpt.models.sharding import RowShard
+from jaxgpt.rlhf import rollout
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.loop import Loop, LoopSettings
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, save_model
 from jaxgpt.structs import Batch, Params
 from jaxgpt.training import optim
-from jaxgpt.training.step import Program, TrainState, evaluate, init_state, jit_on, make_nll, make_program, param_shapes
+from jaxgpt.training.step import Program, TrainState, init_state, make_nll, make_program, param_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +92,7 @@ def build(settings: Settings, config: ModelConfig, mesh: jax.sharding.Mesh) -> P
 class Data:
     """The data for training and for measuring."""
 
-    examples: int
-    dropped: int  # examples longer than a row
+    examples: ExampleData
     batches: pipelines.Batches
     answers: list[Batch]  # held-out examples
     raw: list[Batch]  # pretraining's held-out text
@@ -98,20 +100,15 @@ class Data:
 
 def prepare(settings: Settings, tok: Tokenizer, length: int, share: RowShard) -> Data:
     """The examples, packed or padded to rows of `length` tokens, and pretraining's held-out text."""
-    found = {}
-    for split in ("train", "test"):
-        pairs = sources.examples(settings.data, split, settings.cache)
-        found[split] = pipelines.fit_rows([example_ids(tok, *pair) for pair in pairs], length)
-    (rows, dropped), (test, _) = found["train"], found["test"]
-    documents = sources.documents(settings.pretraining_data, "test", settings.cache)
-    stream = pipelines.tokenize_stream(documents, tok, settings.cache)
+    most = settings.eval_batches * settings.batch
+    examples = load_examples(settings.data, settings.cache, tok, length=length, heldout=most)
     size, seed = (length, settings.batch), settings.seed
     batches = pipelines.packed_examples(
-        rows, *size, seed=seed, all_tokens=settings.all_tokens, part=share.index, parts=share.count
+        examples.train, *size, seed=seed, all_tokens=settings.all_tokens, part=share.index, parts=share.count
     )
-    answers = pipelines.padded_examples(test, *size)[: settings.eval_batches]
-    raw = pipelines.window_eval(stream, *size, settings.eval_batches)
-    return Data(len(rows), dropped, batches, *([Batch.of(arrays) for arrays in part] for part in (answers, raw)))
+    answers = [Batch.of(arrays) for arrays in pipelines.padded_examples(examples.heldout, *size)]
+    raw, _ = load_windows(settings.pretraining_data, tok, settings.cache, *size, settings.eval_batches)
+    return Data(examples, batches, answers, raw)
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -126,12 +123,11 @@ def main(settings: Settings) -> dict[str, Any]:
         data = prepare(settings, tok, length, sharding.process_row_shard(mesh))
         state = sharding.place_like(start(settings, optimizer(settings), params), program.state)
         dropout_key = sharding.replicate(jax.random.key(settings.seed), mesh)
-        loss = jit_on(mesh, program.loss)
-        before, answers = (evaluate(loss, state.params, part, mesh)["loss"] for part in (data.raw, data.answers))
-        run.say(
-            f"sft: {data.examples:,} examples ({data.dropped} too long, dropped) · "
-            f"before: {answers:.3f} nats per answer token"
-        )
+        prompts = [prompt_of(row) for row in data.examples.heldout]
+        data.examples.announce(run.say, "sft")
+        answers = rollout.heldout_nats(state.params, config, data.answers, mesh, prompts)
+        before = rollout.heldout_nats(state.params, config, data.raw, mesh)
+        run.say(f"sft: before: {answers.plus_minus()} nats per answer token")
         tokens = settings.batch * length
         with Loop(run, settings, tok, settings.steps, data.batches, config.vocab, tokens, NAMES) as loop:
             state, dropout_key = loop.restore((program.state, dropout_key), lambda: (state, dropout_key))
@@ -140,19 +136,20 @@ def main(settings: Settings) -> dict[str, Any]:
                 state, metrics = program.step(state, sharding.place_local_rows(Batch.of(arrays), mesh), key)
                 heldout = None
                 if loop.is_due(i, settings.eval_every):
-                    answers, after = (evaluate(loss, state.params, x, mesh)["loss"] for x in (data.answers, data.raw))
-                    heldout = {"heldout_answer_nats_per_token": answers, "pretraining_nats_per_token": after}
+                    answers = rollout.heldout_nats(state.params, config, data.answers, mesh, prompts)
+                    after = rollout.heldout_nats(state.params, config, data.raw, mesh)
+                    heldout = {"heldout_answer_nats_per_token": answers.mean, "pretraining_nats_per_token": after.mean}
                 loop.record(i, (state, dropout_key), metrics, heldout)
         run.say(
-            f"sft: held-out answers {answers:.3f} nats per token · pretraining's held-out text "
-            f"{before:.3f} -> {after:.3f} nats per token (perplexity x {math.exp(after - before):.2f})"
+            f"sft: held-out answers {answers.plus_minus()} nats per token · pretraining's held-out text "
+            f"{before.mean:.3f} -> {after.plus_minus()} (perplexity x {math.exp(after.mean - before.mean):.2f})"
         )
         if settings.lora:
             save_model(settings.run / "adapters", state.trainable, config)
         save_model(settings.run / "model", lora.merge(state.params), config, tok)
-        counts = {"examples": data.examples, "dropped": data.dropped}
-        kept = {"pretraining_nats_before": before, "pretraining_nats_after": after}
-        return run.finish({"heldout_answer_nats_per_token": answers, **counts, **kept})
+        kept = {"pretraining_nats_before": before.mean, "pretraining_nats_after": after.mean}
+        found = {"heldout_answer_nats_per_token": answers.mean, "heldout_answer_interval": answers}
+        return run.finish({**found, **kept, **data.examples.record()})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What experiments.assistant and experiments.align share: both run a sequence of stages."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.data import votes
+from jaxgpt.data.tokenizer import Tokenizer
 
 
 def chain_stages(
@@ -35,3 +36,11 @@ def name_preference_files(root: Path, labels: Path | None = None) -> dict[str, P
     for file in files.values():
         votes.read(file)  # if there are none, fail now rather than halfway
     return files
+
+
+def check_preference_files(stages: Iterable[tuple[Any, Any]], tok: Tokenizer, block: int) -> None:
+    """Fail now rather than halfway if a stage could learn from none of its preferences, or be tested on none: they are
+    too few, or too long for a model of `block` tokens."""
+    for stage, own in stages:
+        if hasattr(own, "preferences"):
+            stage.load_data(own, tok, block)

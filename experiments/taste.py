@@ -14,22 +14,26 @@ import dataclasses
 import functools
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 
+from jaxgpt import losses
 from jaxgpt.config import Range, check_settings, round_up
 from jaxgpt.data import pipelines, votes
-from jaxgpt.data.comparisons import Preference, tokenize_preferences
+from jaxgpt.data.comparisons import LEFT_OUT, Preference, choices_of, tokenize_preferences
 from jaxgpt.data.questions import questions
 from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.data.training_data import RowCounts
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import intervals, linear_reward, rollout
 from jaxgpt.rlhf.annotator import SimulatedAnnotator
 from jaxgpt.rlhf.linear_reward import LinearReward
+from jaxgpt.rlhf.reward import HeldoutMetrics, heldout_metrics
 from jaxgpt.runs import ask
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.saved_model import load_language_model
@@ -207,41 +211,37 @@ class VoteCollector:
                 time.sleep(0.3)  # the page collects the votes
             elif self.program is not None:
                 gold = self.program.gold([answer.text for answer in left[0].answers])
-                best = int(gold.argmax())
-                rest = tuple(i for i in range(len(gold)) if i != best)
-                shown = tuple(range(len(gold)))
                 name = f"{left[0].id}-{self.settings.annotator}"
-                self.store.vote(votes.Vote(name, left[0].id, self.program.name, "favourite", ((best,), rest), shown))
+                self.store.vote(votes.of_scores(name, left[0].id, self.program.name, gold))
             else:
                 ask.ask(self.store, "you", left[0], f"[{done + 1}/{total}]", self.rng)
 
 
-def learn(collector: VoteCollector, ridge: float) -> tuple[LinearReward, int, int, float]:
-    """(reward fitted to all picks, picks predicted in cross-validation, number of picks, picks predicted by chance)."""
-    found = [(task, vote) for task, vote in collector.picks(LEARN).items() if vote.kind == "favourite"]
-    if len(found) < 2:
-        raise UserError(f"{len(found)} picks are too few for a reward; pick more answers, skip fewer")
+def learn(collector: VoteCollector, ridge: float) -> tuple[LinearReward, HeldoutMetrics, RowCounts]:
+    """(reward fitted to all picks and ties, how well others like it predict the picks in cross-validation, votes)."""
+    every = collector.picks(LEARN)
+    left_out = Counter(LEFT_OUT[vote.kind] for vote in every.values() if vote.kind in LEFT_OUT)
+    found = [(task, vote) for task, vote in every.items() if vote.kind not in LEFT_OUT]
+    if sum(vote.kind != "tie" for _, vote in found) < 2:
+        raise UserError(f"{RowCounts(len(every), left_out)}: too few for a reward; pick more answers, skip fewer")
     most = max(len(vote.shown) for _, vote in found)
-    feature_BCF = np.stack(
-        [
-            np.pad(x, ((0, most - len(x)), (0, 0)))
-            for x in (collector.generator.features_of(collector.store.task(task)) for task, _ in found)
-        ]
-    )
-    present_BC = np.array([np.arange(most) < len(vote.shown) for _, vote in found])
-    choice_B = np.array([vote.tiers[0][0] for _, vote in found])
-    hits = 0
+    rows = [(n, among, best) for n, (_, vote) in enumerate(found) for among, best in choices_of(vote.tiers)]
+    features = [collector.generator.features_of(collector.store.task(task)) for task, _ in found]
+    feature_BCF = np.stack([np.pad(features[n], ((0, most - len(features[n])), (0, 0))) for n, _, _ in rows])
+    present_BC = np.array([np.isin(np.arange(most), among) for _, among, _ in rows])
+    choice_B = np.array([losses.TIE if best is None else best for _, _, best in rows])
+    vote_B, score_BC = np.array([n for n, _, _ in rows]), np.zeros(present_BC.shape)
     for part in np.array_split(np.arange(len(found)), min(6, len(found))):
-        others = np.setdiff1d(np.arange(len(found)), part)
-        reward = linear_reward.fit(feature_BCF[others], choice_B[others], present_BC[others], ridge)
-        guess = np.where(present_BC[part], reward.score(feature_BCF[part]), -np.inf).argmax(1)
-        hits += int((guess == choice_B[part]).sum())
-    return linear_reward.fit(feature_BCF, choice_B, present_BC, ridge), hits, len(found), (1 / present_BC.sum(1)).sum()
+        own_B = np.isin(vote_B, part)
+        reward = linear_reward.fit(feature_BCF[~own_B], choice_B[~own_B], present_BC[~own_B], ridge)
+        score_BC[own_B] = reward.score(feature_BCF[own_B])
+    measured = heldout_metrics(score_BC, choice_B, present_BC, [found[n][0] for n in vote_B])
+    return linear_reward.fit(feature_BCF, choice_B, present_BC, ridge), measured, RowCounts(len(every), left_out)
 
 
 def outcome(collector: VoteCollector) -> dict[str, Any]:
-    """The blind comparison: wins of best-of-n (a tie or two equal texts count half), each side's texts and mean words
-    per answer."""
+    """The blind comparison: wins of best-of-n (`votes.share_of`: a tie or two equal texts count half), each side's
+    texts and mean words per answer."""
     sides: dict[str, list[str]] = {BEST: [], SINGLE: []}
     wins, count, votes_ = 0.0, 0, collector.picks(BLIND)
     for task in collector.tasks(BLIND):
@@ -249,11 +249,11 @@ def outcome(collector: VoteCollector) -> dict[str, Any]:
         for name, answer in zip(by, task.answers, strict=True):
             sides.setdefault(name, []).append(answer.text)
         vote = votes_.get(task.id)
-        if vote is None or vote.kind not in ("favourite", "tie") or not {BEST, SINGLE}.issuperset(by):
+        if vote is None or not {BEST, SINGLE}.issuperset(by):
             continue
-        count += 1
-        same = task.answers[0].text == task.answers[1].text or vote.kind == "tie"
-        wins += 0.5 if same else float(by[vote.tiers[0][0]] == BEST)
+        share = votes.share_of(task, vote, by.index(BEST))
+        count += share is not None
+        wins += share or 0.0
     words = {name: float(np.mean([len(text.split()) for text in texts])) for name, texts in sides.items() if texts}
     return {"wins": wins, "count": count, "words": words, "texts": sides}
 
@@ -281,11 +281,11 @@ def main(settings: Settings) -> dict[str, Any]:
         print(f"\nWhich answer do you like best? {settings.prompts} prompts; {ask.KEYS}.")
     try:
         collector.collect(LEARN, settings.prompts)
-        reward, hits, count, chance = learn(collector, settings.ridge)
+        reward, measured, counts = learn(collector, settings.ridge)
         print(
-            f"\nA linear reward was fitted to your {count} picks. In cross-validation it predicts {hits} of {count} "
-            f"(chance: {chance:.0f}). Now {settings.blind} new prompts, blind: the best of {settings.best_of} answers "
-            "by this reward against a single answer."
+            f"\nA linear reward was fitted to your picks: {counts}. In cross-validation it predicts {measured}. "
+            f"Now {settings.blind} new prompts, blind: the best of {settings.best_of} answers by this reward against a "
+            "single answer."
         )
         with generator.changed:
             generator.reward = reward
@@ -296,12 +296,12 @@ def main(settings: Settings) -> dict[str, Any]:
         return {"picks": store.count()}
     found = outcome(collector)
     who = "you preferred it" if settings.annotator == "you" else f"the {settings.annotator} program preferred it"
-    print("\n" + report(settings, found, who, hits, count, chance))
+    print("\n" + report(settings, found, who))
     print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes")
-    return {"predicted": hits, "picks": count, "chance": chance, **found}
+    return {"predicted": measured._asdict(), "picks": counts.used, **found}
 
 
-def report(settings: Settings, found: dict[str, Any], who: str, hits: int, count: int, chance: float) -> str:
+def report(settings: Settings, found: dict[str, Any], who: str) -> str:
     """The result, what was done in the terms of the lecture notes, and what to do next."""
     file = settings.votes_file
     single, best = (found["words"].get(name, 0.0) for name in (SINGLE, BEST))

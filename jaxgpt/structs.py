@@ -50,7 +50,7 @@ class Preferences:
 
     tokens_BCT: Leaf  # int32: prompt and answer
     mask_BCT: Leaf  # bool: the answer's tokens, including its closing tag
-    choice_B: Leaf  # int32: index of the favourite
+    choice_B: Leaf  # int32: index of the favourite, or `losses.TIE`
     present_BC: Leaf  # bool: False where a prompt has fewer than C candidates
 
     @staticmethod

@@ -125,7 +125,7 @@ def study_parts(s: Settings, rankings: int) -> frontier.MethodRuns:
 
 def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     task = make_reviews_task(s.start / "sft", s.cache, s.prompts, s.ppo)
-    rankings = methods.load_rankings(task, s.start / "preferences/train.jsonl")[: s.limit]
+    rankings = methods.load_rankings(task, s.start / "preferences/train.jsonl", run.say, s.limit)
     proxy, every = load_reward_model(task, s.start / "reward"), study_parts(s, len(rankings))
     run.say(
         f"frontier: {s.seeds} seeds, {len(s.betas)} betas of PPO, {len(s.dpo_betas)} of DPO, best of "

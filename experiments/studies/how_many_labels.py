@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.data import formats
+from jaxgpt import losses
+from jaxgpt.data import formats, pipelines
 from jaxgpt.data.comparisons import TokenizedPreference
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
@@ -40,6 +41,7 @@ from jaxgpt.study.task import (
     evaluate_policies,
     evaluate_policy,
     make_reviews_task,
+    reward_scores,
     sample_task_answers,
 )
 
@@ -157,11 +159,16 @@ def label_pool(s: Settings, pool: dict[str, Any], condition: Condition, seed: in
 
 
 def agreement(s: Settings, task: Task, model: Params, pool: dict[str, Any]) -> float:
-    """How often the reward model's favourite of 4 held-out answers is the one with the highest gold reward."""
+    """How often the reward model's favourite of 4 held-out answers is the one with the highest gold reward; where n
+    have it, each counts 1 / n."""
     gold = np.array(pool["gold"])[s.pool :, :4]
-    rows = [[tuple(pool["rows"][(s.pool + n) * 8 + i]) for i in range(4)] for n in range(len(gold))]
-    best = [TokenizedPreference(tuple(four), int(own.argmax())) for four, own in zip(rows, gold, strict=True)]
-    return methods.favourite_accuracy(task, task.config, model, best)
+    rows = [pool["rows"][(s.pool + n) * 8 + i] for n in range(len(gold)) for i in range(4)]
+    longest = max(len(ids) for ids, _ in rows)
+    arrays = pipelines.padded_examples(rows, longest, len(rows))[0]
+    h = reward_scores(task, model, task.config, Batch(arrays["tokens"], arrays["mask"])).reshape(-1, 4)
+    best = gold == gold.max(axis=1, keepdims=True)
+    hits = losses.favourite_hits(jnp.asarray(h), jnp.asarray(best))
+    return float((np.asarray(hits) / best.sum(axis=1)).mean())
 
 
 def train_condition(
@@ -206,7 +213,7 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     task, plan = make_reviews_task(s.start, s.cache, s.prompts, s.ppo), make_conditions(s)
     people: list[TokenizedPreference] = []
     if s.people:
-        people = methods.load_rankings(task, Path(s.people))
+        people = methods.load_rankings(task, Path(s.people), run.say)
         plan.append(Condition("people", f"{len(people)} votes", len(people), 0, 0.0))
     reference = sample_task_answers(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
     program = many.make_ppo_trainer(

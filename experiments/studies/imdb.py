@@ -212,8 +212,8 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     with run.progress(steps + frontier.total_steps(every), "imdb") as bar:
         params, config = cells.model("reward", functools.partial(train_reward_model, s, task, others, bar), steps, bar)
         proxy = sharding.replicate(params, task.mesh), config
-        accuracy = methods.favourite_accuracy(task, config, proxy[0], held)
-        run.say(f"imdb: {len(rankings):,} pairs; the reward model agrees with {accuracy:.1%} of {len(held)} held out")
+        agreement = methods.heldout_metrics(task, config, proxy[0], held)
+        run.say(f"imdb: {len(rankings):,} pairs; held out, the reward model agrees with {agreement}")
         found = frontier.run_methods(every, FrontierSetup(task, proxy, few, s.seeds, s.seed, s.how, bar), cells)
     points = results.read_points(found)
     measures = {"gold": "true reward, log-odds of positive", "judge": "VADER, which no method learnt from"}
@@ -230,7 +230,10 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
             ("Continuations", results.answers_html(prompts, results.collect_first_answers(points))),
         ],
     )
-    return {"accuracy": accuracy, "points": results.summarise_points(points)}
+    return {
+        "accuracy": agreement.accuracy,
+        "points": results.summarise_points(points),
+    }
 
 
 def main(settings: Settings) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from jaxgpt.losses import kl
 from jaxgpt.models import transformer
 from jaxgpt.rlhf.intervals import best_of_n_kl_bound
 from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.rlhf.reward import HeldoutMetrics
 from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.progress import Bar
@@ -185,7 +186,7 @@ def measure_best_of(s: Settings, task: Task, proxies: dict[str, RewardModel], ba
 
 
 def report(
-    s: Settings, best: dict[str, Any], unpenalised: dict[str, Any], penalised: Any, accuracy: dict[str, float]
+    s: Settings, best: dict[str, Any], unpenalised: dict[str, Any], penalised: Any, accuracy: dict[str, HeldoutMetrics]
 ) -> Any:
     """Write overoptimisation.png and report.html; returns fits, accuracies and peaks."""
     start = np.array(best.pop("start"))
@@ -202,7 +203,7 @@ def report(
     rows, peaks = [], []
     for name, law in fits.items():
         numbers = ["{:.3f} [{:.3f}, {:.3f}]".format(*law[of][k]) for of in law for k in ("alpha", "beta")]
-        rows.append([name, f"{accuracy[name]:.1%}", *numbers])
+        rows.append([name, str(accuracy[name]), *numbers])
         by_n, n, nats = np.array(best[name]["gold"]).mean(1) - start.mean(), best[name]["n"], best[name]["kl"][-1]
         gold, kls = (
             np.convolve(np.mean(unpenalised[name][x], axis=0), np.ones(5) / 5, "valid") for x in ("gold", "kl")
@@ -249,13 +250,13 @@ def report(
             ),
         ],
     )
-    return {"fits": fits, "accuracy": accuracy, "peaks": peaks}
+    return {"fits": fits, "accuracy": {name: one.accuracy for name, one in accuracy.items()}, "peaks": peaks}
 
 
 def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     task = make_reviews_task(s.start / "sft", s.cache, s.prompts, s.ppo)
     rankings, heldout = (
-        methods.load_rankings(task, s.start / f"preferences/{split}.jsonl") for split in ("train", "heldout")
+        methods.load_rankings(task, s.start / f"preferences/{split}.jsonl", run.say) for split in ("train", "heldout")
     )
     if len(rankings) <= max(s.labels):
         raise UserError(f"{s.start} has {len(rankings)} preferences and labels is {s.labels}; set fewer labels")
@@ -293,7 +294,7 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
         largest = list(ppo.values())[-1]
         penalised = cells("paid", functools.partial(largest, s.penalty_beta, bar), s.iterations, bar)
     accuracy = {
-        name: methods.favourite_accuracy(task, config, params, heldout) for name, (params, config) in proxies.items()
+        name: methods.heldout_metrics(task, config, params, heldout) for name, (params, config) in proxies.items()
     }
     return report(s, best, unpenalised, penalised, accuracy)
 

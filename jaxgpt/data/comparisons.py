@@ -3,6 +3,8 @@
 Such a file can be written by hand; only these three fields are required:
 
     {"prompt": "Finish: a film", "answers": ["a film that sings .", "a film ."], "choice": 0}
+
+"choice": "tie" says that all answers are equally good.
 """
 
 import dataclasses
@@ -13,22 +15,24 @@ from typing import Any, Literal, NamedTuple
 from jaxgpt.data.jsonl import checked_text, read_rows, write_rows
 from jaxgpt.data.tokenizer import Row, Tokenizer, example_ids
 from jaxgpt.errors import UserError
+from jaxgpt.losses import TIE
 
 Kind = Literal["favourite", "ranking", "tie", "bad", "skip"]  # what an annotator can say about several answers
+LEFT_OUT: Mapping[str, str] = {"bad": "all bad", "skip": "skipped"}  # kinds that train nothing, in words
 Tiers = Sequence[Sequence[int]]  # indices of answers, best first; answers in one tier are tied
 _FIELDS = ("prompt", "answers", "choice", "ended", "meta")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """`answers[choice]` was preferred. `ended[i]` is False if answer i was cut off.
+    """`answers[choice]` was preferred, or all were found equally good. `ended[i]` is False if answer i was cut off.
 
     Answers may be identical or empty. Raises UserError if a field is invalid.
     """
 
     prompt: str
     answers: tuple[str, ...]
-    choice: int
+    choice: int | Literal["tie"]
     ended: tuple[bool, ...] = ()  # empty: all answers ended
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -38,8 +42,10 @@ class Preference:
             raise UserError(f"answers has length {len(self.answers)}: nothing to choose from; give two or more")
         for index, answer in enumerate(self.answers):
             checked_text(answer, f"answers[{index}]", blank=True)
-        if type(self.choice) is not int or not 0 <= self.choice < len(self.answers):
-            raise UserError(f"choice is {self.choice!r}; it must be a whole number from 0 to {len(self.answers) - 1}")
+        if self.choice != "tie" and (type(self.choice) is not int or not 0 <= self.choice < len(self.answers)):
+            raise UserError(
+                f'choice is {self.choice!r}; it must be a whole number from 0 to {len(self.answers) - 1}, or "tie"'
+            )
         if not self.ended:
             object.__setattr__(self, "ended", (True,) * len(self.answers))
         if len(self.ended) != len(self.answers) or any(type(flag) is not bool for flag in self.ended):
@@ -61,29 +67,48 @@ def read_preferences(path: Path) -> Iterator[Preference]:
         raise UserError(f"{path} holds no preferences; write one JSON object per line")
 
 
+def choices_of(tiers: Tiers) -> Iterator[tuple[list[int], int | None]]:
+    """Decompose a ranking into choices, (answers compared, the favourite): the best of all, the best of the rest, and
+    so on (Plackett 1975), so that the softmax losses of the choices sum to the loss of the ranking.
+
+    Each of several tied answers is chosen over all lower tiers (Breslow 1974). A single tier is a tie of its answers,
+    whose favourite is None; without tiers there is nothing."""
+    if len(tiers) == 1:
+        yield sorted(tiers[0]), None
+    for place, tier in enumerate(tiers[:-1]):
+        below = [i for lower in tiers[place + 1 :] for i in lower]
+        yield from ((sorted([best, *below]), best) for best in tier)
+
+
 def from_tiers(
     prompt: str, answers: Sequence[str], tiers: Tiers, ended: Sequence[bool] = (), meta: Mapping[str, Any] | None = None
 ) -> list[Preference]:
-    """Decompose a ranking into choices: the best of all answers, the best of the rest, and so on (Plackett 1975).
-
-    The softmax losses of the choices sum to the loss of the ranking. Each of several tied answers is chosen over all
-    lower tiers (Breslow 1974). With fewer than two tiers nothing is preferred, and the list is empty."""
+    """The choices of a ranking (see `choices_of`) as preferences."""
     found = []
-    for place, tier in enumerate(tiers[:-1]):
-        below = [i for lower in tiers[place + 1 :] for i in lower]
-        for best in tier:
-            among = sorted([best, *below])
-            texts, flags = tuple(answers[i] for i in among), tuple(ended[i] for i in among) if ended else ()
-            found.append(Preference(prompt, texts, among.index(best), flags, dict(meta or {})))
+    for among, best in choices_of(tiers):
+        texts, flags = tuple(answers[i] for i in among), tuple(ended[i] for i in among) if ended else ()
+        choice: int | Literal["tie"] = "tie" if best is None else among.index(best)
+        found.append(Preference(prompt, texts, choice, flags, dict(meta or {})))
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedPreference:
-    """A preference as token ids: one row (prompt and answer) per candidate, and the index of the favourite."""
+    """A preference as token ids: one row (prompt and answer) per candidate, and the index of the favourite or `TIE`."""
 
     rows: tuple[Row, ...]
     choice: int
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt's ids."""
+        return prompt_of(self.rows[0])
+
+
+def prompt_of(row: Row) -> tuple[int, ...]:
+    """The ids of a row that come before its answer."""
+    ids, roles = row
+    return tuple(ids[: list(roles).index(1)])
 
 
 def tokenize_preferences(tok: Tokenizer, preferences: Iterable[Preference]) -> list[TokenizedPreference]:
@@ -95,7 +120,8 @@ def tokenize_preferences(tok: Tokenizer, preferences: Iterable[Preference]) -> l
             ids, roles = example_ids(tok, preference.prompt, answer)
             cut = not ended and sum(roles) > 1  # an empty answer keeps its end tag: a row needs an answer token
             rows.append((ids[:-1], roles[:-1]) if cut else (ids, roles))
-        rankings.append(TokenizedPreference(tuple(rows), preference.choice))
+        choice = TIE if preference.choice == "tie" else preference.choice
+        rankings.append(TokenizedPreference(tuple(rows), choice))
     return rankings
 
 
@@ -112,6 +138,12 @@ def max_sizes(preferences: Sequence[TokenizedPreference]) -> MaxSizes:
     rows = [row for preference in preferences for row in preference.rows]
     candidates = max(len(preference.rows) for preference in preferences)
     return MaxSizes(candidates, max(len(ids) for ids, _ in rows), max(sum(roles) for _, roles in rows))
+
+
+def tie_rate(rankings: Sequence[TokenizedPreference]) -> float:
+    """How often people found all answers equally good, for `losses.preference_nll`: below 1 even if they always did."""
+    ties = sum(preference.choice == TIE for preference in rankings)
+    return ties / (len(rankings) + 1)
 
 
 def drop_long_preferences(

@@ -17,24 +17,23 @@ import hashlib
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.data import votes
 from jaxgpt.data.comparisons import (
+    LEFT_OUT,
     Kind,
     Preference,
-    TokenizedPreference,
-    drop_long_preferences,
     from_row,
     from_tiers,
     read_preferences,
-    tokenize_preferences,
     write_preferences,
 )
 from jaxgpt.data.jsonl import checked_text, read_rows, text_field, write_rows
-from jaxgpt.data.tokenizer import Tokenizer, gpt2_tokenizer
+from jaxgpt.data.tokenizer import gpt2_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_json, sha256_of_file, write_json
 
@@ -60,11 +59,18 @@ class Verdict:
 def load(path: Path) -> list[Preference]:
     """Preferences to train a reward model or DPO on, from a database of votes, our JSON Lines or any other format.
     Raises UserError if there are none."""
+    return load_counted(path)[0]
+
+
+def load_counted(path: Path) -> tuple[list[Preference], Counter[str]]:
+    """What `load` returns, and how many rows (or votes) were left out, by reason."""
     if votes.is_database(path):
-        return votes.read(path)
+        return votes.read_counted(path)
     if path.suffix != ".json" and _is_own_format(path):
-        return list(read_preferences(path))
-    judged, _ = read(path)
+        return list(read_preferences(path)), Counter()
+    judged, differ = read(path)
+    left_out = Counter(LEFT_OUT[verdict.kind] for verdict in judged if verdict.kind in LEFT_OUT)
+    left_out["earlier turns differ"] = differ
     found = [
         preference
         for verdict in judged
@@ -72,13 +78,7 @@ def load(path: Path) -> list[Preference]:
     ]
     if not found:
         raise UserError(f"{path} holds {len(judged)} verdicts but no preferences; it needs a favourite or a ranking")
-    return found
-
-
-def load_tokenized(path: Path, tok: Tokenizer, length: int) -> tuple[list[TokenizedPreference], int]:
-    """The preferences of a file or database whose rows have at most `length` tokens, and how many were dropped.
-    UserError if none is left."""
-    return drop_long_preferences(tokenize_preferences(tok, load(path)), length)
+    return found, +left_out
 
 
 def fingerprint(path: Path) -> str:
@@ -192,8 +192,7 @@ def _read_row(row: Row, where: str) -> Verdict | None:
         return _arena(row, where)
     if "answers" in row:
         given = from_row(row, where)
-        tiers = _favourite_tiers(given.choice, len(given.answers))
-        return Verdict(given.prompt, given.answers, "favourite", tiers, meta={**given.meta, "ended": list(given.ended)})
+        return _verdict_of(given, {**given.meta, "ended": list(given.ended)})
     if not {"chosen", "rejected"} <= row.keys():
         raise UserError(
             f"{where}: fields {', '.join(row)} match no known format; formats are {', '.join(WRITERS)}",
@@ -224,8 +223,11 @@ def _pair(sides: list[tuple[str, str]], tiers: Any, kind: Kind, models: tuple[st
     return Verdict(prompt, (first, second), kind, tiers, models)
 
 
-def _favourite_tiers(best: int, count: int) -> tuple[tuple[int, ...], ...]:
-    return ((best,), tuple(i for i in range(count) if i != best))
+def _verdict_of(given: Preference, meta: Row) -> Verdict:
+    every, best = range(len(given.answers)), given.choice
+    if best == "tie":
+        return Verdict(given.prompt, given.answers, "tie", (tuple(every),), meta=meta)
+    return Verdict(given.prompt, given.answers, "favourite", ((best,), tuple(i for i in every if i != best)), meta=meta)
 
 
 def _ziegler(row: Row, where: str) -> Verdict:
@@ -234,8 +236,7 @@ def _ziegler(row: Row, where: str) -> Verdict:
     if all(isinstance(text, list) for text in texts):
         tok = gpt2_tokenizer()
         texts = [tok.decode(ids) for ids in texts]
-    given = Preference(texts[0], tuple(texts[1:]), row.get("best", "missing"))
-    return Verdict(given.prompt, given.answers, "favourite", _favourite_tiers(given.choice, len(given.answers)))
+    return _verdict_of(Preference(texts[0], tuple(texts[1:]), row.get("best", "missing")), {})
 
 
 def _arena(row: Row, where: str) -> Verdict | None:
@@ -278,7 +279,7 @@ def _turns(messages: Sequence[Row], where: str) -> tuple[str, str]:
 
 
 def _preferred_tiers(verdict: Verdict) -> tuple[tuple[int, ...], ...]:
-    return verdict.tiers if verdict.kind in ("favourite", "ranking") else ()
+    return () if verdict.kind in LEFT_OUT else verdict.tiers
 
 
 def _pairs(verdict: Verdict) -> Iterator[tuple[str, str]]:

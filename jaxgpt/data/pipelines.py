@@ -201,7 +201,7 @@ def preference_batches(
 ) -> Batches:
     """Batches over `epochs` shuffled passes; an incomplete last batch is dropped.
 
-    Keys: tokens [B, C, T] int32; mask [B, C, T] bool, the answer and its </answer>; choice [B] int32;
+    Keys: tokens [B, C, T] int32; mask [B, C, T] bool, the answer and its </answer>; choice [B] int32, or `losses.TIE`;
     present [B, C] bool, False where a prompt has fewer than C candidates (C is the most that any ranking has).
     """
     whole = len(rankings) * epochs // batch * batch

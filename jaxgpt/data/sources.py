@@ -30,6 +30,7 @@ Split = Literal["train", "valid", "test"]
 EMBEDDED = "movie_reviews"
 HELD_OUT = 0.05
 _TFDS = "tfds:"
+_EARLIER: dict[str, tuple[Split, ...]] = {"train": (), "valid": ("train",), "test": ("train", "valid")}
 _Rows = list[tuple[str, ...]]
 
 
@@ -42,9 +43,15 @@ def documents(source: str, split: Split, cache: Path) -> list[str]:
 
 
 def examples(source: str, split: Split, cache: Path) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs for finetuning. 'valid' exists for the embedded data only."""
+    """(prompt, answer) pairs for finetuning. 'valid' exists for the embedded data only, whose 'valid' and 'test' leave
+    out prompts of earlier splits."""
     if source == EMBEDDED:
-        return [openings.review_example(text) for text in _one_line_reviews(split, cache)]
+        found, *earlier = (
+            [openings.review_example(text) for text in _one_line_reviews(part, cache)]
+            for part in (split, *_EARLIER.get(split, ()))
+        )
+        seen = {prompt for pairs in earlier for prompt, _ in pairs}
+        return [pair for pair in found if pair[0] not in seen]
     return [(row[0], row[1]) for row in _read_fields(source, split, ("prompt", "answer"))]
 
 
@@ -52,9 +59,8 @@ def prompts(source: str, split: Split, cache: Path) -> list[Prompt]:
     """Distinct prompts. 'valid' and 'test' of the embedded data leave out openings of texts in earlier splits."""
     if source != EMBEDDED:
         return [Prompt(text, "") for text in dict.fromkeys(row[0] for row in _read_fields(source, split, ("prompt",)))]
-    order: tuple[Split, ...] = ("train", "valid", "test")
     texts = _one_line_reviews(split, cache)
-    seen = [text for earlier in order[: order.index(split)] for text in _one_line_reviews(earlier, cache)]
+    seen = [text for earlier in _EARLIER[split] for text in _one_line_reviews(earlier, cache)]
     return openings.unseen_openings(texts, seen)
 
 

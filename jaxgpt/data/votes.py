@@ -20,20 +20,21 @@ import random
 import sqlite3
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from jaxgpt.data.comparisons import Kind, Preference, from_tiers
+from jaxgpt.data.comparisons import LEFT_OUT, Kind, Preference, from_tiers
 from jaxgpt.data.jsonl import checked_text
 from jaxgpt.errors import UserError
 
 FORMAT = 1
 HELD_OUT = 0.1  # fraction of the prompts, chosen by hash, that "votes.sqlite:heldout" selects
 PARTS = ("train", "heldout")
+REPEATED = "second votes by the same person"  # why a vote trains nothing, beside comparisons.LEFT_OUT
 LEASE = 600.0  # seconds for which a task shown to one annotator isn't offered to another
 _TABLES = """
 CREATE TABLE IF NOT EXISTS tasks (id TEXT PRIMARY KEY, prompt TEXT NOT NULL, doubt REAL NOT NULL, time REAL NOT NULL);
@@ -367,34 +368,60 @@ def is_database(path: Path) -> bool:
 
 def read(path: Path) -> list[Preference]:
     """The preferences in a database; "votes.sqlite:train" and "votes.sqlite:heldout" are 90 % and 10 % of the prompts,
-    split by hash, so that a prompt stays in its part as votes are added. Skips, ties of all answers, "all bad" and
-    repeat votes are left out. Raises UserError if nothing is left."""
+    split by hash, so that a prompt stays in its part as votes are added. Skips, "all bad" and repeat votes are left
+    out. Raises UserError if nothing is left."""
+    return read_counted(path)[0]
+
+
+def read_counted(path: Path) -> tuple[list[Preference], Counter[str]]:
+    """What `read` returns, and how many votes were left out, by reason."""
     file, part = _split(path)
     store = Store(file, create=False)
     try:
         tasks, votes = store.tasks(), store.votes()
     finally:
         store.close()
-    found = [
-        preference
-        for vote in votes
-        if not vote.again and part in ("", PARTS[hash_fraction(tasks[vote.task].prompt) < HELD_OUT])
-        for preference in preferences_of(tasks[vote.task], vote)
-    ]
+    found: list[Preference] = []
+    left_out: Counter[str] = Counter()
+    for vote in votes:
+        if part not in ("", PARTS[hash_fraction(tasks[vote.task].prompt) < HELD_OUT]):
+            continue
+        made = [] if vote.again else preferences_of(tasks[vote.task], vote)
+        found += made
+        left_out[REPEATED if vote.again else LEFT_OUT.get(vote.kind, "")] += not made
     if not found:
         kind = f" in the part {part!r}" if part else ""
         raise UserError(
             f"{file} holds no preferences{kind} yet ({len(votes)} votes); label more", experiment=("label",)
         )
-    return found
+    return found, +left_out
 
 
 def preferences_of(task: Task, vote: Vote) -> list[Preference]:
     """The preferences that a vote expresses (see `comparisons.from_tiers`)."""
     meta = {"annotator": vote.annotator, "vote": vote.id}
-    tiers = vote.tiers if vote.kind in ("favourite", "ranking") else ()
+    tiers = () if vote.kind in LEFT_OUT else vote.tiers
     answers, ended = [a.text for a in task.answers], [a.ended for a in task.answers]
     return from_tiers(task.prompt, answers, tiers, ended, meta)
+
+
+def of_scores(id_: str, task: str, annotator: str, score_C: np.ndarray) -> Vote:
+    """A program's vote: the answer with the highest score (the first of several), or a tie if all scores are equal."""
+    every = tuple(range(len(score_C)))
+    if (score_C == score_C[0]).all():
+        return Vote(id_, task, annotator, "tie", (every,), every)
+    best = int(score_C.argmax())
+    return Vote(id_, task, annotator, "favourite", ((best,), tuple(i for i in every if i != best)), every)
+
+
+def share_of(task: Task, vote: Vote, answer: int) -> float | None:
+    """How much of a vote one answer gets: 1 for the favourite, 1 / n where n are tied or have the same text as the
+    favourite, else 0; None for a vote that compares nothing (a skip, or all bad)."""
+    if vote.kind in LEFT_OUT:
+        return None
+    texts = [task.answers[i].text for i in vote.tiers[0]]
+    top = [i for i in vote.shown if task.answers[i].text in texts]
+    return (answer in top) / len(top)
 
 
 def part_path(file: Path, name: str) -> Path:

@@ -21,8 +21,10 @@ from jaxgpt.losses.policy import (
     value_clip,
 )
 from jaxgpt.losses.preferences import (
+    TIE,
     all_pairs_nll,
     bradley_terry_nll,
+    favourite_hits,
     favourites_nll,
     plackett_luce_nll,
     preference_nll,
@@ -36,6 +38,7 @@ from jaxgpt.losses.tokens import MASKED_LOGIT, entropy, label_smoothing, log_pro
 __all__ = [
     "LOG_RATIO_LIMIT",
     "MASKED_LOGIT",
+    "TIE",
     "Mean",
     "all_pairs_nll",
     "bradley_terry_nll",
@@ -44,6 +47,7 @@ __all__ = [
     "dpo",
     "dual_clip",
     "entropy",
+    "favourite_hits",
     "favourites_nll",
     "implicit_reward",
     "ipo",

@@ -3,9 +3,10 @@
 The worth of answer j is exp(s_j), where its score s_j is a reward model's h or DPO's beta log(pi / rho). Everything
 below is `favourites_nll` (Luce 1959; ties after Davidson 1970 and Firth et al. 2019) or a sequence of such choices.
 Scores are float [B, C]: B prompts, C candidates; `present` is False where a prompt has fewer. A prompt with no
-favourite, no candidate or a single candidate gives 0.
+favourite, no candidate or a single candidate gives 0. A choice is an index, or `TIE` where all candidates tie.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -16,6 +17,8 @@ from jaxgpt.losses.checks import expect, expect_value
 from jaxgpt.losses.mean import Mean, reduce
 from jaxgpt.losses.tokens import MASKED_LOGIT
 
+TIE = -1  # in place of a choice: a person found all candidates equally good
+
 
 def favourites_nll(
     scores_BC: Array, favourite_BC: Array, present_BC: Array | None = None, log_tie: Sequence[float] | Array = ()
@@ -25,8 +28,9 @@ def favourites_nll(
         P(S | A) = delta_|S| g(S) / sum_t delta_t sum_{T in A, |T| = t} g(T),   g(T) = prod_{i in T} exp(s_i)^(1 / |T|)
 
     favourite [..., C] bool marks S: one answer, or several that tie. `log_tie` = (log delta_2, log delta_3, ...) sets
-    how often two, three, ... answers tie; delta_1 = 1. Without it nothing ties, and P is the plain softmax over the
-    candidates (Luce; Ziegler et al. 2020, eq. 1). With C = 2 and one log_tie this is Davidson's model of pairs.
+    how often two, three, ... answers tie (numbers, or [C - 1, ...]: one per row); delta_1 = 1. Without it nothing ties,
+    and P is the plain softmax over the candidates (Luce; Ziegler et al. 2020, eq. 1). With C = 2 and one log_tie this
+    is Davidson's model of pairs.
     Raises ValueError (concrete values; otherwise under checkify) if more answers tie than `log_tie` allows, or if a
     favourite isn't present.
     """
@@ -65,24 +69,37 @@ def _log_subsets(scores_BC: Array, present_BC: Array, t: int) -> Array:
 
 
 def preference_nll(
-    scores_BC: Array, choice_B: Array, present_BC: Array | None = None, margin_B: Array | float = 0.0
+    scores_BC: Array,
+    choice_B: Array,
+    present_BC: Array | None = None,
+    margin_B: Array | float = 0.0,
+    tie_rate: float = 0.0,
 ) -> Array:
     """-log P(the chosen answer is the favourite of C candidates), [B]: the reward model's loss.
 
         J(phi) = -log( exp(h(x, y^b) - m) / (exp(h(x, y^b) - m) + sum_{j != b} exp(h(x, y^j))) )
 
     Ziegler et al. 2020, eq. 1; Bradley-Terry for C = 2; a margin m demands a score that much higher (Llama 2, eq. 2).
-    Raises ValueError (concrete values; otherwise under checkify) if a choice is outside 0..C-1.
+    With a `tie_rate` r above 0, a choice may be `TIE`, and `favourites_nll` has one more outcome, the tie of all:
+    log delta_C = log C + log r / (1 - r), so that r is its probability where all are worth the same.
+    Raises ValueError (concrete values; otherwise under checkify) if a choice is outside 0..C-1 and isn't such a tie.
     """
     expect(scores=(scores_BC, "float B C"), choice=(choice_B, "int B"), present=(present_BC, "bool B C"))
     C = scores_BC.shape[1]
-    expect_value((choice_B >= 0) & (choice_B < C), f"a choice is outside 0..{C - 1}, the {C} candidates")
+    lowest = TIE if tie_rate else 0
+    expect_value((choice_B >= lowest) & (choice_B < C), f"a choice is outside 0..{C - 1}, the {C} candidates")
     chosen_BC = choice_B[:, None] == jnp.arange(C)
     if present_BC is not None:
         chosen_BC &= present_BC.any(axis=1)[:, None]  # batch padding has no favourite
     expect(choice=(choice_B, "int B"), margin=(margin_B if jnp.ndim(margin_B) else None, "float B"))
     margin_B = jnp.broadcast_to(jnp.asarray(margin_B, scores_BC.dtype), choice_B.shape)
-    return favourites_nll(scores_BC - jnp.where(chosen_BC, margin_B[:, None], 0.0), chosen_BC, present_BC)
+    scores_BC = scores_BC - jnp.where(chosen_BC, margin_B[:, None], 0.0)
+    if not tie_rate:
+        return favourites_nll(scores_BC, chosen_BC, present_BC)
+    present_BC = jnp.ones_like(chosen_BC) if present_BC is None else present_BC
+    count_B, sizes = present_BC.sum(axis=1), jnp.arange(2, C + 1)[:, None]
+    log_tie_CB = jnp.where(count_B == sizes, jnp.log(sizes) + math.log(tie_rate / (1 - tie_rate)), -jnp.inf)
+    return favourites_nll(scores_BC, chosen_BC | (present_BC & (choice_B == TIE)[:, None]), present_BC, log_tie_CB)
 
 
 def bradley_terry_nll(chosen: Array, rejected: Array, margin: Array | float = 0.0) -> Array:
@@ -163,13 +180,27 @@ def reward_centering(scores_BC: Array, present_BC: Array | None = None) -> Array
     return jnp.square(jnp.where(True if present_BC is None else present_BC, scores_BC, 0.0).sum(axis=1))
 
 
-def preference_objective(scores_BC: Array, choice_B: Array, present_BC: Array) -> tuple[Mean, dict[str, Mean]]:
-    """The mean of `preference_nll`, and how often the favourite has the highest score (an n-way tie counts 1 / n, so
-    that equal scores give chance level). Prompts without candidates (batch padding) are not counted."""
-    real_B = present_BC.any(axis=1)
-    nll_B = preference_nll(scores_BC, choice_B, present_BC)
+def favourite_hits(scores_BC: Array, favourite_BC: Array, present_BC: Array | None = None) -> Array:
+    """How far the highest score is the favourite's, [B] float32: 1, 0, or the favourites' share of a tie at the top, so
+    that n equal scores count 1 / n, which is chance. A row without candidates gives 0. Every accuracy is a mean of
+    these."""
+    expect(scores=(scores_BC, "float B C"), favourite=(favourite_BC, "bool B C"), present=(present_BC, "bool B C"))
+    present_BC = jnp.ones_like(favourite_BC) if present_BC is None else present_BC
     scores_BC = jnp.where(present_BC, scores_BC, -jnp.inf)
     top_BC = present_BC & (scores_BC == scores_BC.max(axis=1, keepdims=True))
-    chosen_BC = choice_B[:, None] == jnp.arange(scores_BC.shape[1])
-    hit_B = (top_BC & chosen_BC).any(axis=1) / jnp.maximum(top_BC.sum(axis=1), 1)
-    return reduce(nll_B, real_B), {"accuracy": reduce(hit_B.astype(jnp.float32), real_B)}
+    share_B = (top_BC & favourite_BC).sum(axis=1, dtype=jnp.float32)
+    return share_B / jnp.maximum(top_BC.sum(axis=1, dtype=jnp.float32), 1)
+
+
+def preference_objective(
+    scores_BC: Array, choice_B: Array, present_BC: Array, tie_rate: float = 0.0
+) -> tuple[Mean, dict[str, Mean]]:
+    """The mean of `preference_nll`, and of `favourite_hits`. Prompts without candidates (batch padding) are not
+    counted; a `TIE` is not in the accuracy, and in the loss only with a `tie_rate` above 0."""
+    expect(scores=(scores_BC, "float B C"), choice=(choice_B, "int B"), present=(present_BC, "bool B C"))
+    has_favourite_B = present_BC.any(axis=1) & (choice_B != TIE)
+    counted_B = present_BC.any(axis=1) if tie_rate else has_favourite_B
+    choice_B = choice_B if tie_rate else jnp.where(choice_B == TIE, 0, choice_B)
+    nll_B = preference_nll(scores_BC, choice_B, present_BC, tie_rate=tie_rate)
+    hit_B = favourite_hits(scores_BC, choice_B[:, None] == jnp.arange(scores_BC.shape[1]), present_BC)
+    return reduce(nll_B, counted_B), {"accuracy": reduce(hit_B, has_favourite_B)}

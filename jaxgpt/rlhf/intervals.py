@@ -1,11 +1,14 @@
 """Statistics of answers: means with confidence intervals, win rates, calibration, diversity."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from jaxgpt.errors import UserError
+
+TOO_WIDE = 0.1  # half the width of a share's interval, above which the share says too little
+TOO_FEW = "too few to say"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +22,53 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def plus_minus(self, digits: int = 3) -> str:
+        """The mean and half the interval's width."""
+        half = (self.high - self.low) / 2
+        return f"{self.mean:.{digits}f} " + (
+            f"± {half:.{digits}f}" if np.isfinite(half) else "(too few for an interval)"
+        )
 
-def interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Mean ± 1.96 standard errors; the values must be independent (one per prompt)."""
+
+def interval(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None) -> Interval:
+    """Mean ± 1.96 standard errors. The values must be independent, one per prompt; or `clusters` names each value's
+    prompt, and only prompts are independent (Liang & Zeger 1986)."""
     x = np.asarray(values, np.float64)
-    if x.size < 2:
-        raise UserError(f"an interval needs at least 2 values, not {x.size}; evaluate on more prompts")
-    margin = 1.96 * x.std(ddof=1) / np.sqrt(x.size)
-    return Interval(float(x.mean()), float(x.mean() - margin), float(x.mean() + margin))
+    groups = len(set(clusters)) if clusters is not None else x.size
+    if groups < 2:
+        raise UserError(f"an interval needs at least 2 values, not {groups}; evaluate on more prompts")
+    return ratio_interval(x, np.ones_like(x), clusters)
+
+
+def ratio_interval(sums: np.ndarray, counts: np.ndarray, clusters: Sequence[Hashable] | None = None) -> Interval:
+    """The mean over all elements of rows that have a sum and a count each (nats and tokens, say), with the interval of
+    `interval`; it is infinite for a single row or cluster."""
+    mean, error = _mean_and_error(np.asarray(sums, np.float64), np.asarray(counts, np.float64), clusters)
+    return Interval(mean, mean - 1.96 * error, mean + 1.96 * error)
+
+
+def _mean_and_error(sums: np.ndarray, counts: np.ndarray, clusters: Sequence[Hashable] | None) -> tuple[float, float]:
+    """sum / count, and its standard error where clusters of rows are independent; infinite if there is only one."""
+    mean = float(sums.sum() / counts.sum())
+    deviations = np.asarray(sums - mean * counts, np.float64)
+    if clusters is not None:
+        index = {cluster: n for n, cluster in enumerate(dict.fromkeys(clusters))}
+        deviations = np.bincount([index[one] for one in clusters], deviations).astype(np.float64)
+    groups = len(deviations)
+    if groups < 2:
+        return mean, float("inf")
+    return mean, float(np.sqrt((deviations**2).sum() * groups / (groups - 1)) / counts.sum())
+
+
+def share(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None) -> Interval:
+    """The mean of values between 0 and 1 (hits or wins; a tie of n counts 1 / n) with an interval that holds for few
+    values too: Wilson's score (1927), `proportion`, for as many independent values as would vary that much."""
+    x = np.asarray(values, np.float64)
+    mean, error = _mean_and_error(x, np.ones_like(x), clusters)
+    count = float(x.size if clusters is None else len(set(clusters)))
+    if 0 < error < np.inf:
+        count = min(mean * (1 - mean) / error**2, x.size)
+    return proportion(mean * count, count)
 
 
 def crossed_interval(values_SN: np.ndarray, resamples: int = 1000) -> Interval:
@@ -81,7 +123,7 @@ def calibration(
     return table, float(error)
 
 
-def proportion(hits: float, count: int) -> Interval:
+def proportion(hits: float, count: float) -> Interval:
     """A fraction with its 95 % interval by Wilson's score (1927), which holds for few trials; ties count half."""
     if count < 1 or not 0 <= hits <= count:
         raise UserError(f"{hits} of {count} is no proportion; there must be at least one trial, and no more hits")
@@ -91,10 +133,21 @@ def proportion(hits: float, count: int) -> Interval:
     return Interval(p, float(max(middle - half, 0.0)), float(min(middle + half, 1.0)))
 
 
+def too_wide(found: Interval) -> bool:
+    """Whether half of a share's interval exceeds 10 points."""
+    return (found.high - found.low) / 2 > TOO_WIDE
+
+
+def in_percent(found: Interval, count: int) -> str:
+    """A held-out share with its number of rows and its interval; says so where those are too few to say anything."""
+    verdict = f": {TOO_FEW}" if too_wide(found) else ""
+    return f"{found.mean:.1%} of {count:,} (95 % interval {found.low:.1%} to {found.high:.1%}{verdict})"
+
+
 def in_words(name: str, hits: float, count: int) -> str:
     """A blind comparison as a sentence: how often one side won, and whether that can be chance."""
     found = proportion(hits, count)
-    verdict = "too few to be sure"
+    verdict = TOO_FEW if too_wide(found) else "as often as chance"
     if found.low > 0.5:
         verdict = "more often than chance"
     elif found.high < 0.5:

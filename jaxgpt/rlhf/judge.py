@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxgpt.errors import needs_extra
+from jaxgpt.rlhf.intervals import Interval, in_percent, share
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A classifier of reviews, and its accuracy on reviews that it has not seen."""
+    """A classifier of reviews, and its accuracy on reviews that it has not seen, with its 95 % interval."""
 
     classifier: "Pipeline"  # from scikit-learn
-    accuracy: float
+    accuracy: Interval
+    reviews: int  # on which the accuracy was measured
+
+    def __str__(self) -> str:
+        return in_percent(self.accuracy, self.reviews)
 
     def positive_probability(self, texts: Sequence[str]) -> np.ndarray:
         """P(positive) of each text."""
@@ -39,4 +44,5 @@ def fit_judge(train: tuple[Sequence[str], Sequence[int]], test: tuple[Sequence[s
         TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=4.0, max_iter=200)
     )
     classifier.fit(list(train[0]), list(train[1]))
-    return Judge(classifier, float(classifier.score(list(test[0]), list(test[1]))))
+    right = classifier.predict(list(test[0])) == np.array(test[1])
+    return Judge(classifier, share(right), len(right))

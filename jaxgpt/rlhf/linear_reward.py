@@ -4,7 +4,8 @@
                                  answer, each feature standardised over all candidate answers
     J(w) = mean over choices of -log( exp h(x, y^b) / sum_j exp h(x, y^j) ) + ridge |w|^2 / 2,    y^b: the chosen answer
 
-J is convex. Its first term is a reward model's softmax loss; the transformer is frozen and only the head w is trained.
+J is convex. Its first term is a reward model's loss (with ties, that of `losses.preference_nll`); the transformer is
+frozen and only the head w is trained.
 """
 
 import functools
@@ -62,22 +63,24 @@ def _features(params: Params, config: ModelConfig, rows: Batch) -> Array:
 
 
 def fit(feature_BCF: np.ndarray, choice_B: np.ndarray, present_BC: np.ndarray, ridge: float = 0.03) -> LinearReward:
-    """Minimise J over B choices among up to C answers each; `present_BC` marks the answers that exist. UserError if
-    there are no choices, a feature isn't finite, or the ridge isn't above 0 (without it, w may grow without bound)."""
+    """Minimise J over B choices among up to C answers each; `present_BC` marks the answers that exist, and a choice may
+    be `losses.TIE`. UserError if there are no choices, a feature isn't finite, or the ridge isn't above 0 (without it,
+    w may grow without bound)."""
     if not len(choice_B) or not np.isfinite(feature_BCF).all():
         raise UserError("a linear reward needs at least one choice, and every feature must be finite")
     if not ridge > 0:
         raise UserError(f"ridge is {ridge}; it must be above 0")
     shown_NF = feature_BCF[present_BC]
     mean_F, deviation_F = shown_NF.mean(0), shown_NF.std(0) + 1e-3
-    weight_F = _minimise((feature_BCF - mean_F) / deviation_F, choice_B, present_BC, ridge)
+    tie_rate = float((choice_B == losses.TIE).sum() / (len(choice_B) + 1))
+    weight_F = _minimise((feature_BCF - mean_F) / deviation_F, choice_B, present_BC, ridge, tie_rate)
     return LinearReward(np.asarray(weight_F), mean_F, deviation_F)
 
 
-@jax.jit
-def _minimise(z_BCF: Array, choice_B: Array, present_BC: Array, ridge: Array) -> Array:
+@functools.partial(jax.jit, static_argnames="tie_rate")
+def _minimise(z_BCF: Array, choice_B: Array, present_BC: Array, ridge: Array, tie_rate: float) -> Array:
     def objective(weight_F: Array) -> Array:
-        nll_B = losses.preference_nll(z_BCF @ weight_F, choice_B, present_BC)
+        nll_B = losses.preference_nll(z_BCF @ weight_F, choice_B, present_BC, tie_rate=tie_rate)
         return nll_B.mean() + ridge * (weight_F @ weight_F) / 2
 
     solver = optax.lbfgs()

@@ -6,7 +6,7 @@ Gain and bias are set so that h has mean 0 and standard deviation 1 on samples f
 2020). Parameters: {'model': GPT, 'head': scalar head, 'gain': (), 'bias': ()}.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from jaxgpt import losses
 from jaxgpt.config import ModelConfig
+from jaxgpt.errors import UserError
 from jaxgpt.losses import Mean, returns
 from jaxgpt.models import sharding, transformer
-from jaxgpt.rlhf.intervals import calibration
+from jaxgpt.rlhf.intervals import Interval, calibration, in_percent, ratio_interval, share
 from jaxgpt.structs import Array, Batch, Params, Preferences
 from jaxgpt.training.step import LossFn, Metrics, jit_on
 
@@ -46,17 +47,20 @@ def candidate_scores(params: Params, config: ModelConfig, preferences: Preferenc
     return score(params, config, preferences.rows).reshape(preferences.present_BC.shape)
 
 
-def loss(params: Params, config: ModelConfig, preferences: Preferences) -> tuple[Mean, dict[str, Mean]]:
-    """-log softmax(h)[choice], and how often the favourite has the highest reward."""
+def loss(
+    params: Params, config: ModelConfig, preferences: Preferences, tie_rate: float = 0.0
+) -> tuple[Mean, dict[str, Mean]]:
+    """-log softmax(h)[choice], and how often the favourite has the highest reward. For people's ties and `tie_rate` see
+    `losses.preference_nll`."""
     scores_BC = candidate_scores(params, config, preferences)
-    return losses.preference_objective(scores_BC, preferences.choice_B, preferences.present_BC)
+    return losses.preference_objective(scores_BC, preferences.choice_B, preferences.present_BC, tie_rate)
 
 
-def make_loss(config: ModelConfig) -> LossFn[Preferences]:
+def make_loss(config: ModelConfig, tie_rate: float = 0.0) -> LossFn[Preferences]:
     """`loss` in the form that a training step takes."""
 
     def loss_fn(params: Params, batch: Preferences, key: Array | None = None) -> tuple[Mean, Metrics]:
-        return loss(params, config, batch)
+        return loss(params, config, batch, tie_rate)
 
     return loss_fn
 
@@ -73,37 +77,74 @@ def normalise_on(params: Params, config: ModelConfig, batch: Batch) -> Params:
 
 
 class HeldoutMetrics(NamedTuple):
-    """How well rewards predict choices that were not trained on."""
+    """How well scores predict choices that were not trained on. People's ties are counted, and in no other figure."""
 
-    accuracy: float  # how often the favourite has the highest reward
-    chance: float  # accuracy of a uniform guess
+    accuracy: float  # mean of `losses.favourite_hits`: how often the favourite has the highest score
+    accuracy_interval: Interval  # 95 %, over prompts
+    choices: int  # those with a favourite
+    prompts: int  # that they are about; answers to one prompt are not independent
+    ties: int
+    chance: float  # accuracy of a uniform guess: the mean of 1 / C
     nll: float  # mean negative log-likelihood of the choices under softmax(h), nats
+    nll_interval: Interval  # 95 %, over prompts; infinite for a single one
+    chance_nll: float  # of a uniform guess: the mean of log C
     calibration: list[dict[str, float]]  # table of softmax(h) against choices, see `intervals.calibration`
     calibration_error: float
 
+    def __str__(self) -> str:
+        return f"{in_percent(self.accuracy_interval, self.choices)}, chance {self.chance:.1%}"
 
-def heldout_metrics(score_BC: np.ndarray, choice_B: np.ndarray, present_BC: np.ndarray) -> HeldoutMetrics:
-    """`HeldoutMetrics` from rewards [B, C], the favourite's index [B], and which candidates exist [B, C]; on the
-    host."""
-    logits_BC = np.where(present_BC, np.asarray(score_BC, np.float64), -np.inf)
+
+def heldout_metrics(
+    score_BC: np.ndarray, choice_B: np.ndarray, present_BC: np.ndarray, prompts: Sequence[Hashable] | None = None
+) -> HeldoutMetrics:
+    """`HeldoutMetrics` from scores [B, C], the favourite's index (or `TIE`) [B], which candidates exist [B, C], and
+    what each row's prompt is (without it, every row has its own); on the host. UserError if no row has a favourite."""
+    kept = np.flatnonzero(np.asarray(choice_B) != losses.TIE)
+    if not len(kept):
+        raise UserError(f"all {len(choice_B)} held-out preferences are ties; hold out some that have a favourite")
+    prompts = [prompts[int(i)] for i in kept] if prompts is not None else list(range(len(kept)))
+    choice_B, present_BC, ties = choice_B[kept], present_BC[kept], len(choice_B) - len(kept)
+    logits_BC = np.where(present_BC, np.asarray(score_BC, np.float64)[kept], -np.inf)
     chosen_BC = np.arange(logits_BC.shape[1]) == choice_B[:, None]
     logp_BC = logits_BC - np.logaddexp.reduce(logits_BC, axis=1, keepdims=True)
     table, error = calibration(np.exp(logp_BC)[present_BC], chosen_BC[present_BC])
+    arrays = map(jnp.asarray, (np.float32(logits_BC), chosen_BC, present_BC))
+    hit_B = np.asarray(losses.favourite_hits(*arrays), np.float64)
+    nll_B, count_B = -logp_BC[chosen_BC], present_BC.sum(1)
     return HeldoutMetrics(
-        accuracy=float((logits_BC.argmax(1) == choice_B).mean()),
-        chance=float((1 / present_BC.sum(1)).mean()),
-        nll=float(-logp_BC[chosen_BC].mean()),
+        accuracy=float(hit_B.mean()),
+        accuracy_interval=share(hit_B, prompts),
+        choices=len(kept),
+        prompts=len(set(prompts)),
+        ties=ties,
+        chance=float((1 / count_B).mean()),
+        nll=float(nll_B.mean()),
+        nll_interval=ratio_interval(nll_B, np.ones(len(kept)), prompts),
+        chance_nll=float(np.log(count_B).mean()),
         calibration=table,
         calibration_error=error,
     )
 
 
-def evaluate(params: Params, config: ModelConfig, batches: Iterable[Preferences], mesh: Mesh) -> HeldoutMetrics:
-    """`heldout_metrics` of host batches of one shape; rows without any candidate are padding and don't count."""
-    program = jit_on(mesh, lambda params, batch: candidate_scores(params, config, batch))
-    parts = []
+def evaluate(
+    scores: Callable[[Params, Preferences], Array], params: Params, batches: Iterable[Preferences], mesh: Mesh
+) -> HeldoutMetrics:
+    """`heldout_metrics` of host batches of one shape; rows without any candidate are padding and don't count.
+    `scores(params, batch)` gives [B, C]. Identical answers get one score, whatever their rounding."""
+    program, parts, prompts = jit_on(mesh, scores), [], []
     for batch in batches:
         real_B = np.asarray(batch.present_BC).any(1)
         score_BC = np.asarray(program(params, sharding.place_whole(batch, mesh)))
-        parts.append((score_BC[real_B], batch.choice_B[real_B], batch.present_BC[real_B]))
-    return heldout_metrics(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+        parts.append(
+            (_equal_where_identical(score_BC, batch)[real_B], batch.choice_B[real_B], batch.present_BC[real_B])
+        )
+        rows = zip(batch.tokens_BCT[real_B, 0], batch.mask_BCT[real_B, 0], strict=True)
+        prompts += [tokens_T[: int(mask_T.argmax())].tobytes() for tokens_T, mask_T in rows]
+    score_BC, choice_B, present_BC = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return heldout_metrics(score_BC, choice_B, present_BC, prompts)
+
+
+def _equal_where_identical(score_BC: np.ndarray, batch: Preferences) -> np.ndarray:
+    same_BCC = (batch.tokens_BCT[:, :, None] == batch.tokens_BCT[:, None]).all(-1)
+    return np.take_along_axis(score_BC, same_BCC.argmax(2), axis=1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import jax
@@ -14,9 +14,10 @@ from jaxgpt.decoding.generate import check_fits_block
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import reward
+from jaxgpt.rlhf.intervals import Interval, ratio_interval
 from jaxgpt.rlhf.policies import Policy, transformer_policy
 from jaxgpt.structs import Array, Batch, Experience, Params, Prompts
-from jaxgpt.training.step import jit_on, join_rows, split_rows
+from jaxgpt.training.step import jit_on, join_rows, make_row_nll, split_rows
 
 Rows = TypeVar("Rows")  # a pytree of arrays whose first axis is rows
 Result = TypeVar("Result")
@@ -102,6 +103,22 @@ def answer_log_probs(params: Params, policy: Policy, rows: Batch, batch: int, me
     """log P(y | x) of each host row in nats, [rows]: `policy.answer_logp` in batches of one shape."""
     program = _compile_answer_logp(mesh, policy)
     return np.asarray(map_in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
+
+
+@functools.lru_cache(maxsize=16)
+def _compile_row_nll(mesh: Mesh, config: ModelConfig) -> Callable[[Params, Batch], tuple[Array, Array]]:
+    return jit_on(mesh, make_row_nll(config))
+
+
+def heldout_nats(
+    params: Params, config: ModelConfig, batches: Sequence[Batch], mesh: Mesh, prompts: Sequence[Hashable] | None = None
+) -> Interval:
+    """Nats per masked token of host batches of one shape, with a 95 % interval over rows, or over the prompts that
+    `prompts` names for every row. Rows without masked tokens are padding."""
+    program = _compile_row_nll(mesh, config)
+    parts = [jax.device_get(program(params, sharding.place_whole(batch, mesh))) for batch in batches]
+    nats_N, count_N = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return ratio_interval(nats_N[count_N > 0], count_N[count_N > 0], prompts)
 
 
 @functools.lru_cache(maxsize=16)

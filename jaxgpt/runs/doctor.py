@@ -123,10 +123,11 @@ def check_forgetting(run: RunRecord) -> Iterator[Finding]:
 def check_reward_accuracy(run: RunRecord) -> Iterator[Finding]:
     """A reward model no better than guessing: the held-out likelihood of the choices is at chance level, or below."""
     nll, chance = run.results.get("nll"), run.results.get("chance")
-    if nll is not None and chance and nll > -0.99 * math.log(chance):
+    guess = run.results.get("chance_nll") or (-math.log(chance) if chance else math.inf)
+    if nll is not None and chance and nll > 0.99 * guess:
         yield Finding(
             "the reward model is guessing",
-            f"held-out loss {nll:.3f} nats, guessing {-math.log(chance):.3f}; accuracy {run.results['accuracy']:.1%}, "
+            f"held-out loss {nll:.3f} nats, guessing {guess:.3f}; accuracy {run.results['accuracy']:.1%}, "
             f"guessing {chance:.1%}",
             "more preferences, more consistent labels, or another learning rate",
         )
@@ -209,10 +210,7 @@ def check_kl_to_reference(run: RunRecord) -> Iterator[Finding]:
 
 
 def check_reward_hacking(run: RunRecord) -> Iterator[Finding]:
-    """The proxy reward rose while a measure that was not trained on fell.
-
-    Rose: the 95 % intervals don't overlap. Fell: both the mean and the interval's upper end are lower.
-    """
+    """The proxy reward rose while a measure that was not trained on fell; in both, the 95 % intervals part."""
     policies = run.results.get("policies", {})
     start = policies.get("SFT")
     for name, policy in policies.items():
@@ -220,7 +218,7 @@ def check_reward_hacking(run: RunRecord) -> Iterator[Finding]:
             continue
         for other in ("gold", "judge"):
             up = policy["reward"]["low"] > start["reward"]["high"]
-            if up and policy[other]["mean"] < start[other]["mean"] and policy[other]["high"] < start[other]["high"]:
+            if up and policy[other]["high"] < start[other]["low"]:
                 yield Finding(
                     f"{name} games the reward model",
                     f"proxy reward {start['reward']['mean']:.2f} -> {policy['reward']['mean']:.2f}, "
@@ -242,14 +240,65 @@ def check_overfitting(run: RunRecord) -> Iterator[Finding]:
         )
 
 
+def check_heldout_data(run: RunRecord) -> Iterator[Finding]:
+    """Held-out prompts that are also trained on."""
+    count = run.results.get("heldout_trained_on")
+    if count:
+        used = run.results.get("rows", {}).get("heldout", {}).get("used", "the")
+        yield Finding(
+            "what is measured on was trained on",
+            f"{count} of {used} held-out rows have prompts that are also trained on",
+            "the two files; until no prompt is in both, the held-out figures are too good",
+        )
+
+
+MAX_GROWTH = 1.25  # of answers' length under DPO
+MAX_END_LOG_RATIO = 0.5  # fall of the end tag's mean log-probability under DPO, nats
+
+
+def check_likelihoods(run: RunRecord) -> Iterator[Finding]:
+    """DPO after which both chosen and rejected answers are less likely than before, which is normal by itself, and
+    answers also end less readily, or (in a report beside the run) grow longer, end less often or repeat themselves."""
+    chosen, rejected, end = (run.curve(name) for name in ("chosen_reward", "rejected_reward", "end_log_ratio"))
+    if len(chosen) < MIN_CURVE_POINTS:
+        return
+    (_, high), (_, low) = quarter_means(chosen), quarter_means(rejected)
+    signs = list(sampled_signs(run.folder.parent / "report/done.json"))
+    if end and (last := quarter_means(end)[1]) < -MAX_END_LOG_RATIO:
+        signs.append(f"the end tag's log-probability {last:+.2f} nats against the reference")
+    if high < 0 and low < 0 and signs:
+        yield Finding(
+            "DPO makes all answers less likely, and answers run on",
+            f"implicit reward of chosen {high:.2f}, of rejected {low:.2f} in the last quarter; {'; '.join(signs)}",
+            "samples; a larger beta, a lower learning rate, or fewer epochs",
+        )
+
+
+def sampled_signs(path: Path) -> Iterator[str]:
+    """How a report's (or align's) DPO samples got worse than those before: longer, ended less often, less varied."""
+    results = read_json(path).get("results", {}) if path.exists() else {}
+    policies = {name.lower(): row for name, row in {**results.get("policies", {}), **results.get("models", {})}.items()}
+    before, after = policies.get("sft") or policies.get("before"), policies.get("dpo")
+    if not before or not after:
+        return
+    for name, unit in (("length", "tokens"), ("words", "words")):
+        if name in after and after[name]["low"] > MAX_GROWTH * before[name]["high"]:
+            yield f"answers grow from {before[name]['mean']:.1f} to {after[name]['mean']:.1f} {unit}"
+    if after["ended"]["high"] < before["ended"]["low"]:
+        yield f"{before['ended']['mean']:.0%} of the answers ended before, {after['ended']['mean']:.0%} after"
+    if after["distinct_2"] < before["distinct_2"] / 2:
+        yield f"distinct-2 falls from {before['distinct_2']:.2f} to {after['distinct_2']:.2f}"
+
+
 Check = Callable[[RunRecord], Iterator[Finding]]
 CHECKS: dict[str, tuple[Check, ...]] = {
     "pretrain": (check_finite, check_data_wait, check_loss_falls),
-    "sft": (check_finite, check_data_wait, check_loss_falls, check_forgetting),
-    "reward": (check_finite, check_data_wait, check_reward_accuracy),
+    "sft": (check_finite, check_data_wait, check_heldout_data, check_loss_falls, check_forgetting),
+    "reward": (check_finite, check_data_wait, check_heldout_data, check_reward_accuracy),
     "ppo": (check_finite, check_answer_lengths, check_sampler_agrees, check_value_function, check_kl_to_reference),
-    "dpo": (check_finite, check_data_wait, check_overfitting),
+    "dpo": (check_finite, check_data_wait, check_heldout_data, check_overfitting, check_likelihoods),
     "report": (check_reward_hacking,),
+    "align": (check_heldout_data,),
 }
 
 

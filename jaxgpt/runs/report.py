@@ -11,7 +11,8 @@ import numpy as np
 from jaxgpt.data.openings import Prompt
 from jaxgpt.errors import needs_extra
 from jaxgpt.files import write_json
-from jaxgpt.rlhf.intervals import Interval, interval, wins
+from jaxgpt.rlhf.intervals import TOO_FEW, Interval, interval, share, too_wide, wins
+from jaxgpt.rlhf.judge import Judge
 from jaxgpt.runs.pages import Html, embed_picture, escape, make_section, make_table, write_page
 
 with needs_extra("train"):
@@ -20,8 +21,8 @@ with needs_extra("train"):
 
 SHOWN_PROMPTS = 12  # prompts shown with every policy's answer; the first three come before the figures
 METHOD = """{count} held-out prompts, one answer each, all policies sampled at the same temperature; mean ± 95 %
-interval over prompts. Gold reward and preferences: {annotator}. Judge: a classifier fitted on human
-labels, never used in training, with {judge} accuracy on held-out reviews. Best-of-n picks the
+interval over prompts (text loss: over windows of text). Gold reward and preferences: {annotator}. Judge: a classifier
+fitted on human labels, never used in training, right about {judge} held-out reviews. Best-of-n picks the
 answer that the reward model scores highest; its KL is the upper bound log n − (n−1)/n."""
 ABOUT_ANSWERS = (
     "The base model was not trained on prompts: it continues the opening words. “…” marks an answer that was cut off."
@@ -42,7 +43,7 @@ class PolicyResults:
     opens: np.ndarray  # 0 or 1: starts with the words that the prompt asks for
     pretrained_nll: np.ndarray  # nats per token under the frozen pretrained model
     distinct_2: float
-    text_nats: float  # held-out language-model loss of the policy's model, nats per token
+    text_nats: Interval  # held-out language-model loss of the policy's model, nats per token
     kl: np.ndarray | None = None  # log pi - log rho of the sampled answer, nats
     kl_bound: float | None = None  # upper bound, where the KL is not measured
 
@@ -61,13 +62,13 @@ def summarise_policy(policy: PolicyResults, baseline: PolicyResults) -> dict[str
         "reward": interval(policy.reward),
         "judge": interval(policy.judge),
         "judge_gain": interval(policy.judge - baseline.judge),
-        "win_rate_gold": interval(wins(policy.gold, baseline.gold)),
-        "win_rate_judge": interval(wins(policy.judge, baseline.judge)),
+        "win_rate_gold": share(wins(policy.gold, baseline.gold)),
+        "win_rate_judge": share(wins(policy.judge, baseline.judge)),
         "kl": None if policy.kl is None else interval(policy.kl),
         "kl_bound": policy.kl_bound,
         "length": interval(policy.length),
-        "ended": interval(policy.ended),
-        "opens_as_asked": interval(policy.opens),
+        "ended": share(policy.ended),
+        "opens_as_asked": share(policy.opens),
         "pretrained_nll": interval(policy.pretrained_nll),
         "distinct_2": policy.distinct_2,
         "heldout_text_nats": policy.text_nats,
@@ -103,20 +104,27 @@ def format_value(row: dict[str, Any], name: str) -> str:
     return f"{value:.3f}"
 
 
-def make_terminal_table(rows: dict[str, dict[str, Any]]) -> Table:
+def format_wins(found: Interval) -> str:
+    """A win rate, with a question mark where the prompts are too few to say."""
+    return f"{found.mean:.0%}{'?' if too_wide(found) else ''}"
+
+
+def make_terminal_table(rows: dict[str, dict[str, Any]], count: int) -> Table:
     """The measures that fit 80 columns; the report has the rest, with their intervals."""
     table = Table(
-        title="Held-out prompts: mean ± 95 % interval; gain, judge gain and wins against SFT",
+        title=f"{count} held-out prompts: mean ± 95 % interval; gains and wins against SFT",
         title_justify="left",
         box=None,
         padding=(0, 1),
     )
+    if any(too_wide(row["win_rate_gold"]) for row in rows.values()):
+        table.caption = f"?: {TOO_FEW}"
     for title in ("policy", "gold", "gain (sd)", "judge gain", "KL (nats)", "wins", "ended", "tokens"):
         table.add_column(title, justify="left" if title == "policy" else "right", no_wrap=True)
     for name, row in rows.items():
         keys = ("gold", "gold_gain_in_baseline_sd", "judge_gain", "kl")
         intervals = [format_value(row, key).replace(" ± ", "±") for key in keys]
-        means = (f"{row['win_rate_gold'].mean:.0%}", f"{row['ended'].mean:.0%}", f"{row['length'].mean:.0f}")
+        means = (format_wins(row["win_rate_gold"]), f"{row['ended'].mean:.0%}", f"{row['length'].mean:.0f}")
         table.add_row(name, *intervals, *means)
     return table
 
@@ -126,14 +134,15 @@ def write_report(
     stages: Path,
     prompts: Sequence[Prompt],
     policies: Sequence[PolicyResults],
-    judge_accuracy: float,
+    judge: Judge,
     console: Console,
 ) -> dict[str, Any]:
     """Write report.html, report.json and the figures into `folder` and print the table; returns what report.json
     holds."""
     baseline = next(policy for policy in policies if policy.name == "SFT")
     rows = {policy.name: summarise_policy(policy, baseline) for policy in policies}
-    results = {"judge_accuracy": judge_accuracy, "prompts": len(prompts), "policies": _to_json(rows)}
+    accuracy = {"judge_accuracy": judge.accuracy.mean, "judge_accuracy_interval": judge.accuracy}
+    results = _to_json({**accuracy, "prompts": len(prompts), "policies": rows})
     figures = {
         "frontier.png": ("Gold reward against KL", lambda path: save_frontier_figure(path, policies, stages)),
         "scores.png": ("Distribution of gold rewards", lambda path: save_gold_histograms(path, policies)),
@@ -152,7 +161,7 @@ def write_report(
     gap = trained.gold - baseline.gold
     median = int(np.argsort(gap, kind="stable")[len(gap) // 2])
     annotator = _results(stages / "preferences").get("annotator", "simulated annotator")
-    about = METHOD.format(count=len(prompts), annotator=annotator, judge=f"{judge_accuracy:.1%}")
+    about = METHOD.format(count=len(prompts), annotator=annotator, judge=judge)
     write_page(
         folder,
         "From language model to assistant",
@@ -170,7 +179,7 @@ def write_report(
             ("More prompts", _sections(prompts, policies, range(3, SHOWN_PROMPTS))),
         ],
     )
-    console.print(make_terminal_table(rows))
+    console.print(make_terminal_table(rows, len(prompts)))
     return results
 
 
@@ -187,8 +196,8 @@ def verdict(rows: Mapping[str, Mapping[str, Any]], name: str, count: int) -> str
     row = rows[name]
     wins, judge, kl = row["win_rate_gold"], row["judge_gain"], row["kl"]
     preferred = f"The simulated annotator prefers {name} to SFT on {wins.mean:.0%} of {count} held-out prompts"
-    if wins.low <= 0.5:
-        preferred += ", which may be chance" if wins.high >= 0.5 else ""
+    if wins.low <= 0.5 <= wins.high:
+        preferred += f", {TOO_FEW}" if too_wide(wins) else ", which may be chance"
     finds = "more positive" if judge.low > 0 else "less positive" if judge.high < 0 else "neither better nor worse"
     drift = "" if kl is None else f", at a drift of {kl.mean:.1f} nats"
     cut = 1 - row["ended"].mean

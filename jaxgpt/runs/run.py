@@ -11,6 +11,7 @@ A folder holds settings.json, metrics.jsonl, log.txt, tensorboard/, done.json an
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -388,6 +389,8 @@ def results_to_json(value: Any) -> Any:
         return [results_to_json(inner) for inner in value]
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         return results_to_json(np.asarray(value).tolist())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return results_to_json(dataclasses.asdict(value))
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return settings_to_json(value)

@@ -4,19 +4,21 @@
 steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.data import formats, pipelines
-from jaxgpt.data.comparisons import TokenizedPreference, max_sizes
-from jaxgpt.losses import Mean
+from jaxgpt.data import pipelines
+from jaxgpt.data.comparisons import TokenizedPreference, max_sizes, tie_rate
+from jaxgpt.data.training_data import load_tokenized
+from jaxgpt.losses import TIE, Mean
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import dpo, reward
 from jaxgpt.rlhf.policies import transformer_policy
+from jaxgpt.rlhf.reward import HeldoutMetrics
 from jaxgpt.structs import Array, Batch, Params, Preferences
 from jaxgpt.study import many
 from jaxgpt.study.many import MetricsCallback, RunMapping
@@ -25,9 +27,16 @@ from jaxgpt.training import optim
 from jaxgpt.training.step import Metrics, make_nll
 
 
-def load_rankings(task: Task, path: Path) -> list[TokenizedPreference]:
-    """The preferences of a file or a database, encoded with the task's tokenizer; those too long are dropped."""
-    return formats.load_tokenized(path, task.tok, task.config.block)[0]
+def load_rankings(
+    task: Task, path: Path, say: Callable[[str], None], limit: int | None = None
+) -> list[TokenizedPreference]:
+    """The first `limit` preferences of a file or a database that fit the task's model, encoded with its tokenizer; says
+    what is left out."""
+    rankings, counts = load_tokenized(path, task.tok, task.config.block)
+    if limit is not None:
+        counts = counts.without(f"over --limit {limit}", len(rankings) - limit)
+    say(f"{path}: {counts}")
+    return rankings[:limit]
 
 
 def preference_batches(
@@ -70,9 +79,11 @@ def train_reward_models(
         first.append({**params, "head": jax.tree.map(lambda w: w * first_spread, params["head"])})
     splits = [optim.split(params, reward.trainable_names()) for params in first]  # trainable, frozen
 
+    ties = tie_rate([one for preferences in rankings for one in preferences])
+
     def loss_fn(params: Params, data: tuple[Params, Preferences], key: Array | None) -> tuple[Mean, Metrics]:
         scale, preferences = data
-        return reward.loss({**params, **scale}, config, preferences)
+        return reward.loss({**params, **scale}, config, preferences, ties)
 
     def batches(n: int) -> Iterator[tuple[Params, Preferences]]:
         scale = jax.tree.map(np.asarray, splits[n][1])  # gain and bias, different in each run
@@ -87,17 +98,16 @@ def train_reward_models(
     return [sharding.replicate(normalise(params), task.mesh) for params in merged]
 
 
-def favourite_accuracy(
+def heldout_metrics(
     task: Task, config: ModelConfig, params: Params, rankings: Sequence[TokenizedPreference]
-) -> float:
-    """The fraction of preferences whose favourite gets the highest score."""
-    length, hits = max_sizes(rankings).row, []
-    program = jax.jit(lambda batch: reward.candidate_scores(params, config, batch))
-    for arrays in pipelines.preference_eval(rankings, length, min(64, len(rankings))):
-        present = arrays["present"]
-        scores = np.where(present, np.asarray(program(Preferences.of(arrays))), -np.inf)
-        hits.append((scores.argmax(1) == arrays["choice"])[present.any(1)])
-    return float(np.concatenate(hits).mean())
+) -> HeldoutMetrics:
+    """How well a reward model predicts these preferences."""
+    batches = pipelines.preference_eval(rankings, max_sizes(rankings).row, min(64, len(rankings)))
+
+    def scores(params: Params, batch: Preferences) -> Array:
+        return reward.candidate_scores(params, config, batch)
+
+    return reward.evaluate(scores, params, map(Preferences.of, batches), task.mesh)
 
 
 def train_dpo_policies(
@@ -122,9 +132,11 @@ def train_dpo_policies(
         for preferences in preference_batches(rankings[n], length, batch, seeds[n]):
             yield np.float32(betas[n]), preferences
 
+    ties = tie_rate([one for preferences in rankings for one in preferences])
+
     def loss_fn(params: Params, data: tuple[Array, Preferences], key: Array | None) -> tuple[Mean, Metrics]:
         beta, preferences = data
-        return dpo.make_loss(policy, beta)(params, preferences, key)
+        return dpo.make_loss(policy, beta, ties)(params, preferences, key)
 
     batches_of_runs = many.zip_batches([batches(n) for n in range(len(seeds))])
     frozen, first = {"reference": task.start}, [{"policy": task.start}] * len(seeds)
@@ -145,7 +157,9 @@ def finetune_on_favourites(
     watch: MetricsCallback = lambda i, found: None,
     how: RunMapping = "vmap",
 ) -> list[Params]:
-    """Train one policy per run by next-token prediction on favourites alone (Preferred-FT, Rafailov et al. 2023)."""
+    """Train one policy per run by next-token prediction on favourites alone (Preferred-FT, Rafailov et al. 2023).
+    People's ties have none and are left out."""
+    rankings = [[one for one in preferences if one.choice != TIE] for preferences in rankings]
     length, _ = max_lengths(rankings)
     steps_per_epoch = min(map(len, rankings)) // batch
     tx = optim.adamw(

@@ -1,8 +1,7 @@
 """The one training step that every stage shares."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, ParamSpec, TypeVar
 
 import jax
@@ -53,9 +52,8 @@ Step = Callable[[TrainState, Data, Array | None], tuple[TrainState, Metrics]]
 
 @dataclasses.dataclass(frozen=True)
 class Program(Generic[Data]):
-    """A loss, its jitted step, and what that is compiled for: shapes, dtypes and shardings of state and batch."""
+    """A jitted step and what it is compiled for: shapes, dtypes and shardings of state and batch."""
 
-    loss: LossFn[Data]
     step: Step[Data]
     state: TrainState
     batch: Data
@@ -224,7 +222,7 @@ def make_program(
     sharding.check_batch(jax.tree.leaves(batch)[0].shape[0], microbatches, mesh)
     state = sharded_shapes(mesh, start, argument)
     step = jit_step(loss_fn, tx, mesh, state, microbatches=microbatches, spike=spike)
-    return Program(loss_fn, step, state, batch)
+    return Program(step, state, batch)
 
 
 def jit_on(
@@ -263,18 +261,15 @@ def sharded_shapes(
     return sharding.with_shardings(shapes, sharding.shardings_by_path(shapes, transformer.PARTITION, mesh))
 
 
-def evaluate(
-    loss: Callable[..., tuple[Mean, Metrics]], params: Params, batches: Iterable[Data], mesh: Mesh
-) -> dict[str, float]:
-    """Evaluate a (jitted) loss(params, batch): the loss and its metrics, each pooled over all batches.
+def make_row_nll(config: ModelConfig) -> Callable[[Params, Batch], tuple[Array, Array]]:
+    """The sum of -log P over each row's masked tokens, and their number, [B] each: `make_nll` row by row, from which an
+    interval can be made (`rlhf.intervals`)."""
 
-    `batches` is finite and not empty; every process must pass the same whole batches, as host arrays.
-    """
-    parts = []
-    for batch in batches:
-        objective, metrics = loss(params, sharding.place_whole(batch, mesh))
-        parts.append({"loss": objective, **metrics})
-    return to_floats(functools.reduce(pool_metrics, parts))
+    def rows(params: Params, batch: Batch) -> tuple[Array, Array]:
+        logp_BT, _ = transformer.token_log_probs(params, config, batch)
+        return losses.sequence_sum(-logp_BT, batch.mask_BT), batch.mask_BT.sum(axis=1)
+
+    return rows
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:

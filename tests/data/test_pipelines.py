@@ -196,6 +196,8 @@ def test_held_out_prompts_start_no_earlier_review(cache: Path, splits: dict[str,
             at = bisect.bisect_left(ordered, f"{prompt.opening} ")
             assert at == len(ordered) or not ordered[at].startswith(f"{prompt.opening} ")
         assert all(prompt.text.endswith(f'"{prompt.opening}"') for prompt in found)
+        asked = {prompt for prompt, _ in sources.examples(REVIEWS, split, cache)}  # type: ignore[arg-type]
+        assert len(asked) > least and not asked & {openings.review_example(text)[0] for text in seen}
         seen = seen + splits[f"rt_{split}"][0]
 
 

@@ -308,13 +308,15 @@ def test_the_choices_of_a_ranking_have_its_likelihood():
     np.testing.assert_allclose(*both(sets, choices, scores, np.array([[1, 3, 0, 2]])), rtol=1e-6)
 
 
-def test_ties_share_a_stage_and_one_tier_says_nothing():
+def test_ties_share_a_stage_and_one_tier_is_a_tie():
     found = from_tiers("p", ["a", "b", "c"], ((0, 2), (1,)), ended=[True, False, True])
     assert [(one.answers, one.choice, one.ended) for one in found] == [
         (("a", "b"), 0, (True, False)),
         (("b", "c"), 1, (False, True)),
     ]
-    assert from_tiers("p", ["a", "b"], ((0, 1),)) == from_tiers("p", ["a", "b"], ()) == []
+    (tie,) = from_tiers("p", ["a", "b", "c"], ((2, 0),), ended=[True, False, True])
+    assert (tie.answers, tie.choice, tie.ended) == (("a", "c"), "tie", (True, True))
+    assert from_tiers("p", ["a", "b"], ()) == []
 
 
 def test_the_two_parts_of_a_database_share_no_prompt_and_stay_as_it_grows(store):
@@ -333,14 +335,38 @@ def test_the_two_parts_of_a_database_share_no_prompt_and_stay_as_it_grows(store)
     assert formats.fingerprint(store.path) != before
 
 
-def test_skips_ties_and_all_bad_are_no_preferences(store):
+def test_ties_train_and_what_does_not_is_counted_by_reason(store, tmp_path):
+    """Skips, all bad and second votes: in a database, and in a file of another format."""
     for number, kind in enumerate(("tie", "bad", "skip")):
         store.vote(vote_of(task_of(number), kind=kind, tiers=((0, 1, 2),)))
     store.vote(vote_of(task_of(5), kind="ranking", tiers=((1,), (2,), (0,))))
-    assert [(one.answers[one.choice], len(one.answers)) for one in votes.read(store.path)] == [
-        ("answer 5.1", 3),
-        ("answer 5.2", 2),
+    store.vote(vote_of(task_of(5), id_="again"))
+    found, left_out = votes.read_counted(store.path)
+    assert [(one.answers[0], one.choice, len(one.answers)) for one in found] == [
+        ("answer 0.0", "tie", 3),
+        ("answer 5.0", 1, 3),
+        ("answer 5.0", 1, 2),
     ]
+    assert left_out == {"all bad": 1, "skipped": 1, "second votes by the same person": 1}
+    assert formats.load_counted(store.path) == (found, left_out)
+    judged = [Verdict("p", ("a", "b"), kind, ((0, 1),)) for kind in ("tie", "bad")]
+    formats.write(tmp_path / "arena.jsonl", [*judged, Verdict("p", ("a", "b"), "favourite", ((1,), (0,)))], "arena")
+    found, left_out = formats.load_counted(tmp_path / "arena.jsonl")
+    assert [one.choice for one in found] == ["tie", 1] and left_out == {"all bad": 1}
+    write_preferences(tmp_path / "ties.jsonl", found)
+    assert formats.load(tmp_path / "ties.jsonl") == found, "a tie comes back from our own format"
+    assert [one.kind for one in formats.read(tmp_path / "ties.jsonl")[0]] == ["tie", "favourite"]
+
+
+def test_a_vote_s_share_is_1_of_n_for_a_tie_or_the_same_text():
+    task = Task("p", tuple(map(Answer, ("a", "b", "a", "c"))))
+    favourite = Vote("v", task.id, "ada", "favourite", ((0,), (1, 2, 3)), (0, 1, 2, 3))
+    tie = Vote("v", task.id, "ada", "tie", ((0, 1),), (0, 1))
+    assert [votes.share_of(task, favourite, i) for i in range(4)] == [0.5, 0, 0.5, 0]
+    assert [votes.share_of(task, tie, i) for i in range(3)] == [0.5, 0.5, 0]
+    assert votes.share_of(task, dataclasses.replace(tie, kind="skip"), 0) is None
+    equal, one = (votes.of_scores("v", task.id, "short", np.array(x)) for x in ((-1.0, -1.0), (-2.0, -1.0)))
+    assert (equal.kind, equal.tiers, one.kind, one.tiers) == ("tie", ((0, 1),), "favourite", ((1,), (0,)))
 
 
 # ---- agreement ----

@@ -174,6 +174,15 @@ def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, t
     with pytest.raises(UserError, match="holds no preferences"):
         votes.Store(tmp_path / "empty.sqlite")
         assistant.main(dataclasses.replace(settings, labels=tmp_path / "empty.sqlite"))
+    long = [formats.Verdict(f"p {n}", ("good " * 99, "bad"), "favourite", ((0,), (1,))) for n in range(99)]
+    formats.import_verdicts(votes.Store(tmp_path / "long.sqlite"), long, "ada")
+    short = [dataclasses.replace(one, answers=("good", "bad")) for one in long[:30]]
+    formats.import_verdicts(votes.Store(tmp_path / "few.sqlite"), short, "ada")
+    large = dataclasses.replace(settings, dpo=dataclasses.replace(settings.dpo, batch=64))
+    for name, own, message in (("long", settings, "long.sqlite:train: none of"), ("few", large, "fill no batch of 64")):
+        with pytest.raises(UserError, match=message):
+            assistant.main(dataclasses.replace(own, labels=tmp_path / f"{name}.sqlite", run=tmp_path / name))
+        assert not (tmp_path / name).exists(), "before any stage has been run"
     with pytest.raises(UserError, match="not a database of votes"):
         assistant.main(dataclasses.replace(settings, labels=tmp_path / "votes.jsonl"))
 

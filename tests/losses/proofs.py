@@ -272,9 +272,9 @@ def conservative(logp_BC: Any, ref_logp_BC: Any, choice_B: Any, present_BC: Any,
     return np.array(values)
 
 
-def hits(scores_BC: np.ndarray, choice_B: np.ndarray, present_BC: np.ndarray) -> float:
-    rows = zip(scores_BC, choice_B, present_BC, strict=True)
-    return float(np.mean([(s[c] == s[p].max()) / (s[p] == s[p].max()).sum() for s, c, p in rows]))
+def hits(scores_BC: np.ndarray, favourite_BC: np.ndarray, present_BC: np.ndarray) -> np.ndarray:
+    rows = zip(scores_BC, favourite_BC, present_BC, strict=True)
+    return np.array([np.mean(f[p & (s == s[p].max())]) for s, f, p in rows])
 
 
 def odds(mean_logp: np.ndarray) -> np.ndarray:
@@ -486,9 +486,8 @@ PROOFS: dict[str, Proof] = {
         lambda **x: losses.preference_objective(**x)[0].value, lambda **x: preference(**x).mean(),
         candidates("scores_BC", "choice_B"), ("scores_BC",), rows=False, extreme=("scores_BC",),
     ),
-    "losses.preference_objective, accuracy": Proof(
-        lambda **x: losses.preference_objective(**x)[1]["accuracy"].value, hits, candidates("scores_BC", "choice_B"),
-        rows=False, extreme=("scores_BC",),
+    "losses.favourite_hits": Proof(
+        losses.favourite_hits, hits, candidates("scores_BC", "favourite_BC"), extreme=("scores_BC",)
     ),
     "losses.implicit_reward": Proof(
         lambda **x: losses.implicit_reward(**x, beta=0.3),
@@ -654,6 +653,7 @@ EXEMPT = {
     "losses.LOG_RATIO_LIMIT": "a number",
     "kl.LOG_RATIO_LIMIT": "a number",
     "losses.MASKED_LOGIT": "a number",
+    "losses.TIE": "a number",
     "kl.Estimate": "result of `estimate`",
     "kl.FixedKL": "does nothing; test_kl",
     "vocab_head.HeadOutputs": "result of `outputs`",

@@ -104,7 +104,7 @@ def whole(x):
 VALUES = {  # wrong for x = 3
     "preference_nll: a choice is outside 0..2": lambda x: losses.preference_nll(SCORES, whole(x) * jnp.arange(2)),
     "preference_nll: a choice is outside 0..2, the": lambda x: losses.preference_objective(
-        SCORES, whole(x) - jnp.array([3, 4]), SCORES < 1
+        SCORES, whole(x) - jnp.array([3, 5]), SCORES < 1
     ),
     "implicit_reward: beta is -": lambda x: losses.dpo(SCORES, SCORES, jnp.array([0, 1]), -1.0 * x),
     "implicit_reward: beta is -[13]": lambda x: losses.cdpo(SCORES, SCORES, jnp.array([0, 1]), -1.0 * x, 0.1),

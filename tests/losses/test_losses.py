@@ -238,6 +238,28 @@ def test_centering_doubt_and_agreement_by_hand():
     assert mean.count == metrics["accuracy"].count == 3
 
 
+def test_a_tie_of_all_is_one_more_outcome_and_as_frequent_as_asked_where_all_are_worth_the_same():
+    """P(tie of all) and P(each is the favourite) by hand, where three and where two are present, and padding."""
+    scores = np.log([[4.0, 2.0, 1.0], [4.0, 1.0, 9.0], [1.0, 1.0, 1.0], [9.0, 9.0, 9.0]])
+    present = np.array([[True] * 3, [True, True, False], [True] * 3, [False] * 3])
+    outcomes = np.array([losses.TIE, 0, 1])
+
+    def every(scores, present):
+        choose = lambda choice: jnp.where(present.any(1), choice, 0)  # noqa: E731
+        nll = jax.vmap(lambda c: losses.preference_nll(scores, choose(c), present, tie_rate=0.2))(outcomes)
+        mean, metrics = losses.preference_objective(scores, choose(outcomes[[0, 1, 0, 0]]), present, 0.2)
+        plain, _ = losses.preference_objective(scores, choose(outcomes[[0, 1, 0, 0]]), present)
+        return jnp.exp(-nll), mean, plain, metrics["accuracy"]
+
+    p, mean, plain, accuracy = jax.jit(every)(scores.astype(np.float32), present)
+    three, two = 7 + 0.75 * 8 ** (1 / 3), 5 + 0.5 * 2.0  # delta_3 = 3 / 4, delta_2 = 2 / 4: a fifth of the outcomes
+    by_hand = [[0.75 * 2 / three, 4 / three, 2 / three], [1 / two, 4 / two, 1 / two], [0.2, 0.8 / 3, 0.8 / 3], [1] * 3]
+    np.testing.assert_allclose(p.T, by_hand, rtol=1e-5)
+    assert (mean.count, plain.count, accuracy.count) == (3, 1, 1), "a tie trains, and is in no accuracy"
+    np.testing.assert_allclose(mean.sum, -np.log(p[[0, 1, 0], [0, 1, 2]]).sum(), rtol=1e-5)
+    np.testing.assert_allclose((plain.sum, accuracy.sum), (-np.log(4 / 5), 1), rtol=1e-5)
+
+
 def test_probabilities_of_all_outcomes_sum_to_one():
     """Over all sets of favourites, and all rankings. Those with more ties than log_tie allows have probability 0."""
     ties = np.array([[-np.inf] * 3, [0.3, -np.inf, -np.inf], [0.3, -0.5, -np.inf], [0.3, -0.5, 0.1]])

@@ -13,7 +13,7 @@ from jaxgpt.rlhf import dpo
 from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.structs import Batch, Preferences
 from jaxgpt.training import optim
-from tests.helpers import random_params
+from tests.helpers import random_params, score
 
 CONFIG = ModelConfig(layers=1, width=32, heads=2, block=8, vocab=10)
 
@@ -25,13 +25,45 @@ def every_answer() -> Preferences:
     return Preferences(rows[None], mask[None], np.zeros(1, np.int32), np.ones((1, len(rows)), bool))
 
 
+def reference_metrics(policy, reference, batch: Preferences, beta: float) -> dict[str, float]:
+    """What DPO logs, in float64, from the log-probabilities of tokens under both models."""
+
+    def logp(params):
+        tokens = np.asarray(score(params, CONFIG, batch.rows)[0], np.float64)
+        rows = [x[mask] for x, mask in zip(tokens, batch.rows.mask_BT, strict=True)]
+        return np.array([x.sum() for x in rows]), np.array([x[-1] for x in rows])
+
+    (pi, pi_end), (rho, rho_end) = logp(policy), logp(reference)
+    chosen, h = np.arange(len(pi)) == batch.choice_B[0], beta * (pi - rho)
+    length = batch.rows.mask_BT.sum(1)
+    found = {"margin": h[chosen][0] - h[~chosen].mean(), "end_log_ratio": (pi_end - rho_end).mean()}
+    for name, x in {"logp": pi, "reward": h, "length": length}.items():
+        found |= {f"chosen_{name}": x[chosen][0], f"rejected_{name}": x[~chosen].mean()}
+    return found
+
+
 def test_the_loss_starts_at_log_b_and_the_reference_gets_no_gradient():
-    params = {"policy": random_params(CONFIG), "reference": random_params(CONFIG)}
-    loss = dpo.make_loss(transformer_policy(CONFIG), beta=0.3)
-    value, slope = jax.jit(jax.value_and_grad(lambda p, batch: loss(p, batch, None)[0].value))(params, every_answer())
+    """And the metrics are those of a float64 reference; a row that a person found tied is in none of them."""
+    same = {"policy": random_params(CONFIG), "reference": random_params(CONFIG)}
+    loss, beta = dpo.make_loss(transformer_policy(CONFIG), beta=0.3), 0.3
+    batch = jax.tree.map(lambda x: np.concatenate([x, x]), every_answer()).replace(choice_B=np.array([2, losses.TIE]))
+
+    def value_of(params, batch):
+        objective, metrics = loss(params, batch, None)
+        return objective.value, metrics
+
+    run = jax.jit(jax.value_and_grad(value_of, has_aux=True))
+    (value, _), slope = run(same, batch)
     assert float(value) == pytest.approx(np.log(10), rel=1e-5)
     assert max(np.abs(x).max() for x in jax.tree.leaves(slope["reference"])) == 0.0
     assert max(np.abs(x).max() for x in jax.tree.leaves(slope["policy"])) > 0.0
+    other = {**same, "policy": random_params(CONFIG, seed=1)}
+    found = training.to_floats(run(other, batch)[0][1])
+    one = every_answer().replace(choice_B=np.array([2]))
+    wanted = reference_metrics(other["policy"], other["reference"], one, beta)
+    assert found.keys() == {*wanted, "accuracy"}
+    np.testing.assert_allclose([found[name] for name in wanted], list(wanted.values()), rtol=1e-4)
+    assert found["margin"] == pytest.approx(found["chosen_reward"] - found["rejected_reward"], rel=1e-4)
 
 
 @pytest.mark.slow

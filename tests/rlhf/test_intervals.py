@@ -10,9 +10,11 @@ from jaxgpt.rlhf.intervals import (
     best_of_n_kl_bound,
     calibration,
     distinct_2,
+    in_percent,
     in_words,
     interval,
     proportion,
+    share,
     wins,
 )
 
@@ -23,6 +25,38 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert np.mean([i.low <= 3.0 <= i.high for i in intervals]) == pytest.approx(0.95, abs=0.025)
     with pytest.raises(UserError, match="at least 2"):
         interval([1.0])
+
+
+def test_an_interval_counts_prompts_not_rows():
+    """Rows of one prompt that all agree are one observation: the interval is that of one row per prompt."""
+    rng = np.random.default_rng(0)
+    hits, nats = rng.integers(0, 2, 40).astype(float), rng.normal(size=40)
+    thrice = np.repeat(np.arange(40), 3).tolist()
+    for f, x in ((share, hits), (interval, nats)):
+        one, rows, clustered = f(x), f(np.repeat(x, 3)), f(np.repeat(x, 3), thrice)
+        np.testing.assert_allclose((clustered.mean, clustered.low, clustered.high), (one.mean, one.low, one.high))
+        assert rows.high - rows.low < 0.65 * (one.high - one.low)
+    with pytest.raises(UserError, match="at least 2"):
+        interval([1.0, 2.0, 3.0], ["p"] * 3)
+
+
+def test_a_share_covers_the_truth_whether_or_not_a_prompt_s_rows_agree():
+    """40 prompts with 1 to 4 rows each; all of a prompt's rows agree, or none depends on another. Where all rows are
+    hits, the interval is Wilson's for the number of prompts."""
+    rng = np.random.default_rng(1)
+    prompts = np.repeat(np.arange(40), 1 + np.arange(40) % 4)
+    for p in (0.3, 0.9):
+        for agree in (True, False):
+            drawn = rng.random((300, 40))[:, prompts] if agree else rng.random((300, len(prompts)))
+            found = [share(hits, prompts.tolist()) for hits in drawn < p]
+            assert np.mean([one.low <= p <= one.high for one in found]) > 0.91
+    assert share([1.0] * 6, "aabbcc") == proportion(3, 3) and share([1.0]) == proportion(1, 1)
+
+
+def test_a_share_of_few_rows_says_that_they_are_too_few():
+    few, many = share([1.0]), share([1.0, 0.0] * 200)
+    assert in_percent(few, 1) == "100.0% of 1 (95 % interval 20.7% to 100.0%: too few to say)"
+    assert in_percent(many, 400) == "50.0% of 400 (95 % interval 45.1% to 54.9%)"
 
 
 def test_wins_count_ties_as_half():
@@ -61,7 +95,7 @@ def test_a_proportion_covers_the_truth_for_few_trials_too():
 
 
 @pytest.mark.parametrize(
-    ("hits", "words"), [(7, "too few to be sure"), (10, "more often than chance"), (0, "less often than chance")]
+    ("hits", "words"), [(7, "too few to say"), (10, "more often than chance"), (0, "less often than chance")]
 )
 def test_a_comparison_in_words_claims_no_more_than_its_interval(hits, words):
     assert in_words("you preferred it", hits, 10).startswith(f"you preferred it in {hits} of 10: {words} (95 %")

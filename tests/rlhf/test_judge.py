@@ -9,5 +9,5 @@ def test_the_judge_learns_from_labels():
         ["a dull cold mess", "dull and cold", "a mess"],
     )
     judge = fit_judge((good + bad, [1, 1, 1, 0, 0, 0]), (["great", "dull"], [1, 0]))
-    assert judge.accuracy == 1.0
+    assert judge.accuracy.mean == 1.0 and str(judge).startswith("100.0% of 2 (95 % interval 34.2% to 100.0%: too few")
     assert judge.positive_probability(["great fun"])[0] > 0.5 > judge.positive_probability(["a dull mess"])[0]

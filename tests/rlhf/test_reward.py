@@ -7,7 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import training
+from jaxgpt import losses, training
+from jaxgpt.errors import UserError
+from jaxgpt.models import sharding
 from jaxgpt.rlhf import reward
 from jaxgpt.structs import Batch, Preferences
 from jaxgpt.training import optim
@@ -91,3 +93,27 @@ def test_rankings_that_are_all_padding_count_for_nothing():
     first, _ = loss(reward_params(), MODEL, jax.tree.map(lambda x: np.asarray(x)[[0, 0]], batch))  # twice
     assert float(both.count) == 1 and float(first.count) == 2
     np.testing.assert_allclose(both.value, first.value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("choice", [0, 1])
+def test_equal_scores_are_chance_whichever_was_chosen(choice):
+    """Identical answers, three to a prompt or two: 1/3 and 1/2, not 1 or 0. People's ties are in no figure."""
+    present = np.array([[True] * 3] * 3 + [[True, True, False]] * 2)
+    found = reward.heldout_metrics(np.zeros((5, 3)), np.array([choice] * 2 + [losses.TIE] + [choice] * 2), present)
+    assert found.accuracy == pytest.approx((2 / 3 + 1) / 4) == found.chance and (found.choices, found.ties) == (4, 1)
+    assert found.nll == pytest.approx((2 * np.log(3) + 2 * np.log(2)) / 4) == found.chance_nll
+    with pytest.raises(UserError, match="all 5 held-out preferences are ties"):
+        reward.heldout_metrics(np.zeros((5, 3)), np.full(5, losses.TIE), present)
+
+
+def test_held_out_figures_count_prompts_and_give_identical_answers_one_score():
+    """Whatever the rounding of their places in a batch; the first two rows are about one prompt."""
+    tokens = np.tile(np.arange(6, 12, dtype=np.int32), (4, 2, 1))
+    tokens[1, :, 4], tokens[2:, :, 0], tokens[3, 1, 5] = 40, 20, 30
+    batch = Preferences(
+        tokens, np.broadcast_to(np.arange(6) > 2, tokens.shape), np.zeros(4, np.int32), np.ones((4, 2), bool)
+    )
+    rounded = np.array([[0.0, 1e-7], [1e-7, 0.0], [0.5, 0.5000001], [1.0, 2.0]], np.float32)
+    found = reward.evaluate(lambda params, batch: params, rounded, [batch], sharding.data_mesh())
+    assert found.accuracy == 1.5 / 4 and (found.choices, found.prompts) == (4, 2)
+    assert str(found).startswith("37.5% of 4 (95 % interval") and "too few to say), chance 50.0%" in str(found)

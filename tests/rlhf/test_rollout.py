@@ -11,6 +11,7 @@ from jaxgpt import training
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import rollout
+from jaxgpt.structs import Batch
 from tests.helpers import TINY
 
 MODEL = dataclasses.replace(TINY, layers=1)
@@ -61,6 +62,23 @@ def test_devices_share_the_rows_and_change_nothing(devices):
     alone, together = sampled(), sampled(devices)
     assert together.texts == alone.texts
     np.testing.assert_array_equal(together.rows.tokens_BT, alone.rows.tokens_BT)
+
+
+def test_held_out_nats_are_per_token_over_all_rows_and_padding_is_none(monkeypatch):
+    """Two batches; 2 rows are padding; the first and third row are about one prompt. By hand, with tokens as nats."""
+    rng, mesh = np.random.default_rng(1), mesh_of(4)
+    tokens, mask = rng.integers(1, 9, (8, 5)), rng.random((8, 5)) < 0.7
+    mask[:, 1], mask[6:] = True, False
+    batches = [Batch(tokens[at : at + 4], mask[at : at + 4]) for at in (0, 4)]
+    program = training.jit_on(mesh, lambda params, rows: ((rows.tokens_BT * rows.mask_BT).sum(1), rows.mask_BT.sum(1)))
+    monkeypatch.setattr(rollout, "_compile_row_nll", lambda mesh, config: program)
+    found = rollout.heldout_nats({}, MODEL, batches, mesh, list("abacde"))
+    mean = (tokens * mask).sum() / mask.sum()
+    gaps = ((tokens - mean) * mask).sum(1)[:6]
+    error = np.sqrt((np.square([gaps[0] + gaps[2], *gaps[[1, 3, 4, 5]]]).sum()) * 5 / 4) / mask.sum()
+    np.testing.assert_allclose((found.mean, found.high - found.low), (mean, 2 * 1.96 * error), rtol=1e-6)
+    alone = rollout.heldout_nats({}, MODEL, batches, mesh, ["one prompt"] * 6)
+    assert alone.mean == found.mean and alone.plus_minus() == f"{mean:.3f} (too few for an interval)"
 
 
 def test_prompts_that_are_empty_or_too_long_are_named():

@@ -208,6 +208,41 @@ def test_a_hacked_reward(tmp_path):
     assert found(folder) == ["PPO games the reward model"]
 
 
+def test_a_reward_is_hacked_only_where_the_intervals_part(tmp_path):
+    """A gold reward whose mean and upper end fall, by less than its interval is wide, is not worse."""
+    for n, (gold, expected) in enumerate(((0.05, []), (-0.2, ["PPO games the reward model"]))):
+        policies = {"SFT": figures(0.1, -0.2), "PPO": figures(gold, 2.1)}
+        assert found(write(tmp_path / str(n), "report", [], {"policies": policies})) == expected
+
+
+def test_dpo_s_falling_likelihoods_are_reported_only_where_answers_run_on(tmp_path):
+    """Both chosen and rejected fall in every row; the end tag, length, end-of-answer rate or variety decides."""
+
+    def run(end: float = 0.0, chosen: float = -1.0, **after: float) -> list[str]:
+        folder = tmp_path / f"{end} {chosen} {after}"
+        rows = [{"chosen_reward": chosen, "rejected_reward": -3.0, "end_log_ratio": end} for _ in range(8)]
+        policies = {}
+        for name, row in {"SFT": {}, "DPO": after}.items():
+            row = {"length": 20.0, "ended": 0.9, "distinct_2": 0.6} | row
+            means = {key: {"mean": x, "low": 0.98 * x, "high": 1.02 * x} for key, x in row.items()}
+            policies[name] = {**means, "distinct_2": row["distinct_2"]}
+        write(folder, "report", [], {"policies": policies})
+        return found(write(folder, "dpo", rows))
+
+    assert run() == run(length=22.0) == run(end=-2.0, chosen=0.1) == []
+    for signs in ({"end": -2.0}, {"length": 30.0}, {"ended": 0.5}, {"distinct_2": 0.2}):
+        assert run(**signs) == ["DPO makes all answers less likely, and answers run on"], signs
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "align"])
+def test_held_out_prompts_that_were_trained_on(tmp_path, stage):
+    rows = {"heldout": {"read": 9, "used": 8, "left_out": {"longer than 64 tokens": 1}}}
+    assert found(write(tmp_path / "a", stage, [], {"heldout_trained_on": 0, "rows": rows})) == []
+    assert found(write(tmp_path / "b", stage, [], {"heldout_trained_on": 3, "rows": rows})) == [
+        "what is measured on was trained on"
+    ]
+
+
 def test_overfitted_preferences_and_forgotten_text(tmp_path):
     assert found(write(tmp_path, "dpo", [{"train_loss": 1.386}], {"heldout_nll": 2.0})) == [
         "the policy overfits the preferences"

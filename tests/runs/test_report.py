@@ -8,6 +8,8 @@ from rich.console import Console
 
 from jaxgpt.data.openings import Prompt
 from jaxgpt.files import write_json
+from jaxgpt.rlhf.intervals import Interval
+from jaxgpt.rlhf.judge import Judge
 from jaxgpt.runs import pages, report
 
 
@@ -20,7 +22,7 @@ def policy(name: str, gold: float, text: str = "a fine film") -> report.PolicyRe
         gold=gold + 0.1 * rng.random(6),
         **numbers,
         distinct_2=0.5,
-        text_nats=4.0,
+        text_nats=Interval(4.0, 3.9, 4.1),
         kl=np.full(6, 3.0),
     )
 
@@ -31,7 +33,8 @@ def write(folder, policies) -> tuple[dict, str]:
     write_json(folder / "stages/reward/done.json", {"results": {"calibration": table}})
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     prompts = [Prompt(f"<script>alert({i})</script>", "a") for i in range(6)]
-    results = report.write_report(folder, folder / "stages", prompts, policies, 0.75, console)
+    judge = Judge(None, Interval(0.75, 0.7, 0.8), 300)
+    results = report.write_report(folder, folder / "stages", prompts, policies, judge, console)
     return results, console.export_text()
 
 
@@ -82,7 +85,7 @@ def test_the_page_opens_with_a_verdict_and_chooses_no_cherries(written, tmp_path
     [
         (0.5, 0.4, ("on 100%", "judge finds its answers more positive")),
         (-0.5, -0.4, ("on 0% of 6 held-out prompts at", "judge finds its answers less positive")),
-        (0.0, 0.0, ("may be chance", "neither better nor worse")),
+        (0.0, 0.0, ("on 50% of 6 held-out prompts, too few to say", "neither better nor worse")),
     ],
 )
 def test_the_verdict_claims_no_more_than_the_intervals(gain, judged, says):

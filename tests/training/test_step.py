@@ -127,12 +127,3 @@ def test_rows_divided_among_eight_devices_give_the_same_step():
         sharding.check_batch(16, 3, mesh)
     with pytest.raises(UserError, match="9 rows doesn't divide among 8 devices"):
         sharding.check_rows(9, mesh, "a batch")
-
-
-def test_evaluation_pools_over_batches():
-    """Of 8 rows, each on its device, and of 5, which are whole on every one; with different numbers of targets."""
-    mesh, loss, params = sharding.data_mesh(), jax.jit(distance), {"w": np.ones(256, np.float32)}
-    a, b = points(8, seed=1), points(5, seed=2)
-    x_BD, mask_B = (np.concatenate(pair) for pair in zip(a, b, strict=True))
-    expected = np.square(x_BD - 1.0).mean(1)[mask_B].mean()
-    assert training.evaluate(loss, params, [a, b], mesh)["loss"] == pytest.approx(float(expected), rel=1e-5)
