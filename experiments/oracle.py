@@ -23,7 +23,7 @@ import math
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ import numpy as np
 import optax
 
 from jaxgpt import losses
+from jaxgpt.config import Count, Positive, Range, Seed, check_settings
 from jaxgpt.errors import UserError
 from jaxgpt.losses import kl, returns
 from jaxgpt.runs.cli import cli
@@ -44,20 +45,19 @@ class Settings:
     """2 CPU cores: about 35 s; KL(pi || pi*) ends below 0.001 nats for PPO, RLOO and DPO (docs/oracle.png)."""
 
     run: Path = Path("runs/oracle")
-    vocab: int = 3  # tokens; the last one is the stop token
-    tokens: int = 3  # of the longest answer; 3 make 15 answers
-    beta: float = 0.5  # reward units per nat
-    problems: int = 5  # each with its own reference, scores and random numbers
-    updates: int = 1000
-    answers: int = 240  # sampled per update
-    group: int = 3  # answers compared with each other
-    learning_rate: float = 0.03  # decays linearly to 0
-    seed: int = 0
+    vocab: Annotated[int, Range(2)] = 3  # tokens; the last one is the stop token
+    tokens: Count = 3  # of the longest answer; 3 make 15 answers
+    beta: Positive = 0.5  # reward units per nat
+    problems: Count = 5  # each with its own reference, scores and random numbers
+    updates: Count = 1000
+    answers: Count = 240  # sampled per update
+    group: Annotated[int, Range(2)] = 3  # answers compared with each other
+    learning_rate: Positive = 0.03  # decays linearly to 0
+    seed: Seed = 0
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.vocab < 2 or self.tokens < 1 or self.group < 2 or self.problems < 1:
-            raise UserError("vocab and group must be at least 2, tokens and problems at least 1")
+        check_settings(self)
         if self.answers % self.group:
             raise UserError(f"answers {self.answers} is not a multiple of group {self.group}; change one of them")
 

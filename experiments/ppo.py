@@ -8,13 +8,13 @@ adapts to hold the measured KL at a target, in nats per sequence. docs/ppo.md li
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgpt.config import ModelConfig, Range
+from jaxgpt.config import Count, CountOrZero, ModelConfig, Nonnegative, Positive, Seed
 from jaxgpt.data import sources
 from jaxgpt.data.pipelines import PromptBatches
 from jaxgpt.data.tokenizer import prompt_ids
@@ -47,18 +47,18 @@ class Settings(LoopSettings):
     model: Path = Path("runs/assistant/sft")
     reward: Path = Path("runs/assistant/reward")
     data: str = "movie_reviews"
-    iterations: int = 28
-    batch: int = 128  # answers per iteration
+    iterations: Count = 28
+    batch: Count = 128  # answers per iteration
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
-    lora: int = 0  # rank of the adapters to train instead of all weights
-    learning_rate: float = 3e-4  # decays linearly to 0
-    beta: Annotated[float, Range(0)] = 0.18  # reward units per nat, where the controller starts
-    target_kl: Annotated[float, Range(above=0)] = 6.0  # nats per sequence
-    horizon: Annotated[float, Range(above=0)] = 2000.0  # episodes over which beta adapts: larger is slower
+    lora: CountOrZero = 0  # rank of the adapters to train instead of all weights
+    learning_rate: Positive = 3e-4  # decays linearly to 0
+    beta: Nonnegative = 0.18  # reward units per nat, where the controller starts
+    target_kl: Positive = 6.0  # nats per sequence
+    horizon: Positive = 2000.0  # episodes over which beta adapts: larger is slower
     fixed_beta: bool = False  # keep beta where it starts
-    sample_every: int = 14  # iterations from one rollout kept for reading to the next
-    log_every: Annotated[int, Range(1)] = 1
-    seed: int = 4
+    sample_every: Count = 14  # iterations from one rollout kept for reading to the next
+    log_every: Count = 1
+    seed: Seed = 4
     cache: Path = cache_root() / "data"
     save: SaveConfig = SaveConfig(every=10)
 

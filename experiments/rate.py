@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxgpt.config import Count, Nonnegative, Positive, Seed, check_settings
 from jaxgpt.data import sources, votes
 from jaxgpt.data.questions import questions
 from jaxgpt.data.tokenizer import prompt_ids, text_reward
@@ -44,15 +45,18 @@ class Settings:
     run: Path = Path("runs/rated")
     model: Path = Path("runs/assistant/sft")
     prompts: str = "movie_reviews"  # or "questions", or files as for the other stages
-    iterations: int = 5
-    batch: int = 8  # answers rated before each update
+    iterations: Count = 5
+    batch: Count = 8  # answers rated before each update
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=4)
-    learning_rate: float = 1e-4
-    beta: float = 0.1  # stars per nat
-    seed: int = 0
+    learning_rate: Positive = 1e-4
+    beta: Nonnegative = 0.1  # stars per nat
+    seed: Seed = 0
     serve: ServeConfig = ServeConfig(port=8002)
     cache: Path = cache_root() / "data"
     fresh: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 PRESETS: dict[str, Settings] = {}

@@ -9,13 +9,13 @@ Writes report.html, PNG figures and report.json, and prints the table.
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, ModelConfig, Positive, Range, Seed, check_settings
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.openings import Prompt
 from jaxgpt.data.tokenizer import Row, Tokenizer, answer_text, example_ids, prompt_ids
@@ -46,20 +46,19 @@ class Settings:
     stages: Path = Path("runs/assistant")  # the folder that holds pretrain, sft, reward, ppo, dpo
     data: str = "movie_reviews"
     pretraining_data: str = "movie_reviews"
-    prompts: int = 500  # held out: no training prompt has the same opening
-    new_tokens: int = 40
-    temperature: float = 0.7  # of all policies, as in training
-    best_of: int = 4
-    unfinished_score: float = -1.0  # score of an answer that never ended, in place of the reward model's; as in ppo
-    eval_batches: int = 3  # batches of held-out text, `batch` windows each
-    batch: int = 256
-    seed: int = 6
+    prompts: Annotated[int, Range(2)] = 500  # held out: no training prompt has the same opening
+    new_tokens: Count = 40
+    temperature: Positive = 0.7  # of all policies, as in training
+    best_of: Annotated[int, Range(2)] = 4
+    unfinished_score: Annotated[float, Range()] = -1.0  # replaces the score of an answer that never ended; as in ppo
+    eval_batches: Count = 3  # batches of held-out text, `batch` windows each
+    batch: Count = 256
+    seed: Seed = 6
     cache: Path = cache_root() / "data"
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.prompts < 2 or self.best_of < 2:
-            raise UserError(f"prompts is {self.prompts} and best_of {self.best_of}; both must be at least 2")
+        check_settings(self)
 
 
 PRESETS = {

@@ -14,12 +14,12 @@ the pipeline: samples of the finetuned model), as in Ziegler et al. (2020).
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import optax
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, CountOrZero, ModelConfig, Nonnegative, Positive, Range, Seed
 from jaxgpt.data import formats, pipelines
 from jaxgpt.data.comparisons import MaxSizes, TokenizedPreference
 from jaxgpt.data.tokenizer import Tokenizer
@@ -47,16 +47,16 @@ class Settings(LoopSettings):
     model: Path = Path("runs/assistant/sft")
     preferences: Path = Path("runs/assistant/preferences/train.jsonl")
     heldout: Path = Path("runs/assistant/preferences/heldout.jsonl")
-    lora: int = 0  # rank of the adapters to train instead of all weights; 0: none
-    limit: int = 2500  # maximum number of preferences to learn from
-    epochs: int = 1
-    batch: int = 16  # prompts, each with its C answers
-    microbatches: int = 1
-    learning_rate: float = 5e-4  # falls linearly to 0
-    warmup: int = 10
-    reference_samples: int = 512  # answers that fix the scale of h
-    first_spread: float = 1.0  # standard deviation of h before training; small when labels are few
-    seed: int = 3
+    lora: CountOrZero = 0  # rank of the adapters to train instead of all weights; 0: none
+    limit: Count = 2500  # maximum number of preferences to learn from
+    epochs: Count = 1
+    batch: Count = 16  # prompts, each with its C answers
+    microbatches: Count = 1
+    learning_rate: Positive = 5e-4  # falls linearly to 0
+    warmup: CountOrZero = 10
+    reference_samples: Annotated[int, Range(2)] = 512  # answers that fix the scale of h
+    first_spread: Nonnegative = 1.0  # standard deviation of h before training; small when labels are few
+    seed: Seed = 3
     save: SaveConfig = SaveConfig(every=50)
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 import jax
 import optax
 
-from jaxgpt.config import ModelConfig, Range
+from jaxgpt.config import Count, CountOrZero, ModelConfig, Nonnegative, Positive, Range, Seed
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.comparisons import prompt_of
 from jaxgpt.data.tokenizer import Tokenizer
@@ -46,18 +46,18 @@ class Settings(LoopSettings):
     pretraining_data: str = "movie_reviews"  # its held-out text shows how much is forgotten
     all_tokens: bool = False  # train on the prompt's tokens too
     tags: bool = False  # use our <prompt> and <answer> even if the model has its own chat template
-    lora: int = 0  # rank of the adapters to train instead of all weights; 0: none
-    length: int = 512  # tokens per row, capped at the model's block
-    steps: int = 520
-    batch: int = 16  # rows of `length` tokens, each holding several examples
-    microbatches: int = 1
-    learning_rate: float = 2e-3
-    warmup: int = 20
-    weight_decay: float = 0.1
-    eval_every: int = 260
-    eval_batches: int = 24
-    log_every: Annotated[int, Range(1)] = 10
-    seed: int = 1
+    lora: CountOrZero = 0  # rank of the adapters to train instead of all weights; 0: none
+    length: Annotated[int, Range(2)] = 512  # tokens per row, capped at the model's block
+    steps: Count = 520
+    batch: Count = 16  # rows of `length` tokens, each holding several examples
+    microbatches: Count = 1
+    learning_rate: Positive = 2e-3
+    warmup: CountOrZero = 20
+    weight_decay: Nonnegative = 0.1
+    eval_every: Count = 260
+    eval_batches: Count = 24
+    log_every: Count = 10
+    seed: Seed = 1
     cache: Path = cache_root() / "data"
 
 

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxgpt import losses
-from jaxgpt.config import Range, check_settings, round_up
+from jaxgpt.config import Count, Positive, Range, Seed, check_settings, round_up
 from jaxgpt.data import pipelines, votes
 from jaxgpt.data.comparisons import LEFT_OUT, Preference, choices_of, tokenize_preferences
 from jaxgpt.data.questions import questions
@@ -36,7 +36,8 @@ from jaxgpt.rlhf.linear_reward import LinearReward
 from jaxgpt.rlhf.reward import HeldoutMetrics, heldout_metrics
 from jaxgpt.runs import ask
 from jaxgpt.runs.cli import cli
-from jaxgpt.runs.saved_model import load_language_model
+from jaxgpt.runs.endings import Stopped
+from jaxgpt.runs.saved_model import check_language_model, load_language_model
 from jaxgpt.structs import Batch
 from jaxgpt.web import label, server
 
@@ -56,12 +57,12 @@ class Settings:
     prompts: Annotated[int, Range(2)] = 24  # to learn your taste from
     candidates: Annotated[int, Range(2, 9)] = 4  # answers per prompt
     best_of: Annotated[int, Range(2)] = 8
-    blind: Annotated[int, Range(1)] = 10  # new prompts to compare on
+    blind: Count = 10  # new prompts to compare on
     new_tokens: Annotated[int, Range(4)] = 32
-    temperature: Annotated[float, Range(above=0)] = 1.0
-    ridge: Annotated[float, Range(above=0)] = 0.03
+    temperature: Positive = 1.0
+    ridge: Positive = 0.03
     serve: server.ServeConfig = server.ServeConfig()
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -260,6 +261,7 @@ def outcome(collector: VoteCollector) -> dict[str, Any]:
 
 def main(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
+    check_language_model(settings.model)  # before a database is created
     store = votes.Store(settings.votes_file)
     others = {str(one.origin.get("model", settings.model)) for task in store.tasks().values() for one in task.answers}
     if others - {str(settings.model)}:
@@ -291,7 +293,7 @@ def main(settings: Settings) -> dict[str, Any]:
             generator.reward = reward
             generator.changed.notify_all()
         collector.collect(BLIND, settings.blind)
-    except (KeyboardInterrupt, EOFError):
+    except (KeyboardInterrupt, EOFError, Stopped):
         print(f"\nstopped; {store.count()} picks are in {store.path}, and the same command resumes")
         return {"picks": store.count()}
     found = outcome(collector)

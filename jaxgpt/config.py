@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from jaxgpt.errors import UserError
@@ -11,8 +11,8 @@ from jaxgpt.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers a setting may take: `steps: Annotated[int, Range(1)] = 100`. `check_settings` rejects any other, and
-    --help shows the range."""
+    """The numbers a setting may take: `steps: Annotated[int, Range(1)] = 100`. `check_settings` rejects any other, NaN
+    and infinity included, and --help shows the range. `Range()`: any finite number."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -20,69 +20,90 @@ class Range:
     below: float = math.inf
 
     def __contains__(self, number: float) -> bool:
-        return self.least <= number <= self.most and self.above < number < self.below
+        return math.isfinite(number) and self.least <= number <= self.most and self.above < number < self.below
 
     def __str__(self) -> str:
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if math.isfinite(bound))
+        words = [f"{words} {bound:.10g}" for words, bound in bounds.items() if math.isfinite(bound)]
+        return " and ".join(words) or "any finite number"
 
 
-def check_settings(settings: Any, prefix: str = "") -> None:
+Count = Annotated[int, Range(1)]  # of something that there must be
+CountOrZero = Annotated[int, Range(0)]
+Counts = Annotated[tuple[int, ...], Range(1)]
+Positive = Annotated[float, Range(above=0)]
+Positives = Annotated[tuple[float, ...], Range(above=0)]
+Nonnegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # jax.random.key drops the bits above: 2**32 would repeat seed 0
+
+
+def check_settings(settings: Any) -> None:
     """For `__post_init__`: UserError if a field is outside its `Range` or not one of its `Literal`'s choices. Tuples
-    are checked element by element, and None is always allowed. `prefix`: the name of these settings and a dot."""
+    are checked number by number, and None is always allowed. The message begins with the field's name; whoever reads
+    nested settings (`runs.cli`, `runs.settings`) puts the path to them before it."""
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
         hint, value = hints[field.name], getattr(settings, field.name)
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else (value,)
         if value not in choices:
-            raise UserError(f"{prefix}{field.name} is {value!r}; choose {' or '.join(map(str, choices))}")
+            raise UserError(f"{field.name} is {value!r}; choose {' or '.join(map(str, choices))}")
         for allowed in (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range)):
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and number not in allowed:
-                    raise UserError(f"{prefix}{field.name} is {number}; it must be {allowed}")
+            for number in _numbers(value):
+                if number not in allowed:
+                    finite = "" if math.isfinite(number) or str(allowed) == str(Range()) else "finite and "
+                    raise UserError(f"{field.name} is {number}; it must be {finite}{allowed}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The number, those in a tuple of numbers or of tuples, or none for None."""
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _numbers(part)
+    elif value is not None:
+        yield value
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A transformer: like GPT-2 by default; other settings make it a GPT (2018) or a Llama, see PRESETS."""
 
-    layers: Annotated[int, Range(1)] = 4
-    width: Annotated[int, Range(1)] = 128
-    heads: Annotated[int, Range(1)] = 4
-    kv_heads: Annotated[int, Range(0)] = 0  # key/value heads, each for heads / kv_heads query heads; 0: one per head
-    block: Annotated[int, Range(1)] = 96  # maximum sequence length, in tokens
-    vocab: Annotated[int, Range(1)] = 2048  # rows of the embedding; a multiple of 128 is fastest
-    mlp_width: Annotated[int, Range(0)] = 0  # hidden units of the MLP; 0: 4 x width
+    layers: Count = 4
+    width: Count = 128
+    heads: Count = 4
+    kv_heads: CountOrZero = 0  # key/value heads, each for heads / kv_heads query heads; 0: one per head
+    block: Count = 96  # maximum sequence length, in tokens
+    vocab: Count = 2048  # rows of the embedding; a multiple of 128 is fastest
+    mlp_width: CountOrZero = 0  # hidden units of the MLP; 0: 4 x width
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: down(silu(gate x) * up x)
     norm: Literal["layer", "rms"] = "layer"  # rms: no mean, no bias
     norm_at: Literal["input", "output"] = "input"  # normalise a sub-layer's input, or the residual sum (Radford 2018)
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: Annotated[float, Range(above=1)] = 10_000.0  # rotary: wavelengths run from 2 pi to 2 pi theta tokens
     rope_factor: Annotated[float, Range(1)] = 1.0  # rotary: factor to stretch wavelengths beyond rope_block (Llama 3.1)
-    rope_block: Annotated[int, Range(1)] = 8192  # rotary: the block before stretching
+    rope_block: Count = 8192  # rotary: the block before stretching
     biases: bool = True  # whether dense layers have biases
     tied: bool = True  # whether the head shares the embedding's weights
     dropout: Annotated[float, Range(0, below=1)] = 0.0  # training only: applied where a PRNG key is given
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Positive = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products; parameters stay float32
     gradients: Literal["auto", "plain"] = "auto"  # auto: hand-written where that is faster; plain: all by JAX
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes; dots: all but matrix products
     scan: bool = False  # compile one layer and loop over it: compiles faster, runs slower on a CPU
-    logits_bytes: Annotated[int, Range(1)] = 512 * 2**20  # per device; larger logits are computed in tiles
+    logits_bytes: Count = 512 * 2**20  # per device; larger logits are computed in tiles
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # that programs are written for; auto: the mesh's devices
 
     def __post_init__(self) -> None:
-        check_settings(self, "model.")
+        check_settings(self)
         for large, small in (("width", "heads"), ("heads", "kv_heads")):
             if getattr(self, small) and getattr(self, large) % getattr(self, small):
                 raise UserError(
-                    f"model.{large} {getattr(self, large)} is not a multiple of model.{small} {getattr(self, small)}; "
+                    f"{large} {getattr(self, large)} is not a multiple of {small} {getattr(self, small)}; "
                     "change one of them"
                 )
         if self.positions == "rotary" and self.head_dim % 2:
             raise UserError(
-                f"model.width / model.heads is {self.head_dim}, but rotary positions need an even number; "
-                "change one of them"
+                f"width / heads is {self.head_dim}, but rotary positions need an even number; change one of them"
             )
 
     @property

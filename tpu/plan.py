@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from experiments import ppo, pretrain
 from jaxgpt import decoding
 from jaxgpt.config import PRESETS as MODELS
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, ModelConfig, check_settings
 from jaxgpt.data.tokenizer import ANSWER_END
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding, transformer
@@ -70,23 +70,26 @@ class Settings:
     topology: str = "v5e:4x4"  # generation and chips along each dimension: v5p:8x8x8, v6e:16x16
     steps: tuple[Step, ...] = ("train", "ppo", "decode")
     model: ModelConfig = dataclasses.replace(MODELS["gpt2"], dtype="bfloat16", scan=True)
-    batch: int = 256  # rows of model.block tokens per training step
-    microbatches: int = 1
-    prompts: int = 512  # per PPO iteration, and for decoding
-    prompt_tokens: int = 64
+    batch: Count = 256  # rows of model.block tokens per training step
+    microbatches: Count = 1
+    prompts: Count = 512  # per PPO iteration, and for decoding
+    prompt_tokens: Count = 64
     ppo: PPOConfig = PPOConfig(new_tokens=64, temperature=0.7, epochs=4)
     mesh: MeshConfig = MeshConfig()  # default: try several; otherwise only this one
-    tries: int = 3  # meshes to compile for each step, best estimates first
-    patience: int = 900  # time limit for one compilation, in seconds
+    tries: Count = 3  # meshes to compile for each step, best estimates first
+    patience: Count = 900  # time limit for one compilation, in seconds
     json: Path | None = None  # also write the results to this file
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not re.fullmatch(r"[a-z0-9]+:\d+(x\d+){1,2}", self.topology):
             raise UserError(f"topology is {self.topology!r}; write it like v5e:4x4 or v5p:2x2x2")
         if self.topology.partition(":")[0] not in CHIPS:
             raise UserError(f"unknown generation in topology {self.topology!r}; known: {', '.join(CHIPS)}")
-        if self.tries < 1 or not self.steps:
-            raise UserError("nothing to compile: tries must be at least 1, and steps must name at least one step")
+        if self.json and self.json.is_dir():
+            raise UserError(f"json is {self.json}, a folder; give a file")
+        if not self.steps:
+            raise UserError("steps is empty, so there is nothing to compile; name at least one step")
 
     @property
     def chip(self) -> Chip:

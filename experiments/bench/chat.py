@@ -19,12 +19,12 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from experiments.bench import harness
 from experiments.bench.harness import OURS
+from jaxgpt.config import Count, Range, check_settings
 from jaxgpt.data import wheels
-from jaxgpt.errors import UserError
 
 MODULE = "experiments.bench.chat"
 NAMES = {
@@ -42,13 +42,12 @@ class Settings:
 
     run: Path = Path("runs/bench_chat")
     torch_python: str = ""  # a Python that has the other libraries; "": this one
-    prompt: int = 50  # tokens
-    new_tokens: int = 64
-    repeats: int = 7  # turns of each program
+    prompt: Count = 50  # tokens
+    new_tokens: Annotated[int, Range(2)] = 64
+    repeats: Count = 7  # turns of each program
 
     def __post_init__(self) -> None:
-        if min(self.prompt, self.repeats) < 1 or self.new_tokens < 2:
-            raise UserError("prompt and repeats must be at least 1, and new_tokens at least 2")
+        check_settings(self)
 
 
 PRESETS: dict[str, Settings] = {}

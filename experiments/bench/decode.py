@@ -27,14 +27,14 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
 from experiments.bench import harness
 from experiments.bench.harness import OURS
 from jaxgpt.config import PRESETS as MODELS
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, CountOrZero, Counts, ModelConfig, Range, Seed, check_settings
 from jaxgpt.errors import UserError
 
 MODULE = "experiments.bench.decode"
@@ -50,22 +50,23 @@ class Settings:
 
     run: Path = Path("runs/bench_decode")
     models: tuple[str, ...] = ("small",)  # presets of jaxgpt.config
-    block: int = 256  # longest sequence; at most the preset's (0: the preset's)
-    vocab: int = 0  # size of the vocabulary (0: the preset's)
+    block: CountOrZero = 256  # longest sequence; at most the preset's (0: the preset's)
+    vocab: CountOrZero = 0  # size of the vocabulary (0: the preset's)
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    batches: tuple[int, ...] = (1, 16)
-    prompts: tuple[int, ...] = (16,)  # tokens per prompt
-    new_tokens: tuple[int, ...] = (200,)
-    repeats: int = 5  # turns of each decoder
+    batches: Counts = (1, 16)
+    prompts: Counts = (16,)  # tokens per prompt
+    new_tokens: Annotated[tuple[int, ...], Range(2)] = (200,)
+    repeats: Count = 5  # turns of each decoder
     rivals: tuple[str, ...] = ("dynamic", "compiled")  # Hugging Face's caches to compare with; none: only ours
     torch_python: str = ""  # a Python that has torch and transformers; "": this one
     prepare_once: bool = False  # prepare our weights for decoding once, ahead of time, instead of in each call
-    roof_mb: int = 1024  # size of the array read to measure memory bandwidth; much larger than the CPU's caches
-    seed: int = 0
+    roof_mb: Count = 1024  # size of the array read to measure memory bandwidth; much larger than the CPU's caches
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         harness.check_choices(self, {"models": MODELS, "dtypes": ("float32", "bfloat16"), "rivals": RIVALS})
-        harness.check_least(self, {"batches": 1, "prompts": 1, "new_tokens": 2, "repeats": 1, "roof_mb": 1})
+        harness.check_not_empty(self, "models", "dtypes", "batches", "prompts", "new_tokens")
         longest = max(self.prompts) + max(self.new_tokens)
         for name in self.models:
             if longest > self.config(name).block:

@@ -388,13 +388,11 @@ def check_choices(settings: Any, known: Mapping[str, Collection[str]]) -> None:
                 raise UserError(f"{name} has {value!r}; choose from {', '.join(names)}")
 
 
-def check_least(settings: Any, least: Mapping[str, int]) -> None:
-    """Raise UserError if one of the named settings, a number or a tuple, is below its minimum, contains such a number
-    or is empty."""
-    for name, smallest in least.items():
-        values = getattr(settings, name)
-        if min(values if isinstance(values, tuple) else (values,), default=-1) < smallest:
-            raise UserError(f"{name} is {values}; set values of at least {smallest}")
+def check_not_empty(settings: Any, *names: str) -> None:
+    """Raise UserError if one of the named settings, a tuple, is empty."""
+    for name in names:
+        if not getattr(settings, name):
+            raise UserError(f"{name} is empty; give at least one value")
 
 
 class Benchmark:

@@ -25,7 +25,7 @@ import numpy as np
 from experiments.bench import harness
 from experiments.bench.harness import OURS
 from jaxgpt.config import PRESETS as MODELS
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, ModelConfig, Seed, check_settings
 from jaxgpt.errors import UserError
 
 MODULE = "experiments.bench.ppo"
@@ -40,20 +40,18 @@ class Settings:
 
     run: Path = Path("runs/bench_ppo")
     model: str = "small"  # a preset of jaxgpt.config
-    batch: int = 64  # prompts, each with one answer
-    prompt: int = 16  # tokens per prompt
-    new_tokens: int = 32
-    epochs: int = 4
-    repeats: int = 5  # turns of each trainer
+    batch: Count = 64  # prompts, each with one answer
+    prompt: Count = 16  # tokens per prompt
+    new_tokens: Count = 32
+    epochs: Count = 4
+    repeats: Count = 5  # turns of each trainer
     torch_python: str = ""  # a Python that has torch and trl 1.12; "": this one
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.model not in MODELS:
             raise UserError(f"model is {self.model!r}; choose from {', '.join(MODELS)}")
-        for name in ("batch", "prompt", "new_tokens", "epochs", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
     def config(self) -> ModelConfig:

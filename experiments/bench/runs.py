@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.bench import harness
 from jaxgpt.config import PRESETS as MODELS
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, Counts, ModelConfig, Seed, check_settings
 from jaxgpt.data.tokenizer import train_char
 from jaxgpt.errors import UserError
 from jaxgpt.files import write_json
@@ -42,17 +42,18 @@ class Settings:
 
     run: Path = Path("runs/bench_runs")
     model: ModelConfig = MODELS["tiny"]
-    runs: tuple[int, ...] = (4,)  # at once
-    batch: int = 64  # answers per run and iteration
-    prompt: int = 16  # tokens
+    runs: Counts = (4,)  # at once
+    batch: Count = 64  # answers per run and iteration
+    prompt: Count = 16  # tokens
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
-    repeats: int = 3
-    seed: int = 0
+    repeats: Count = 3
+    seed: Seed = 0
     fresh: bool = True
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or min(self.runs) < 1 or self.prompt < 1:
-            raise UserError("turns, runs and prompt must be at least 1")
+        check_settings(self)
+        if not self.runs:
+            raise UserError("runs is empty; give at least one number")
 
 
 PRESETS = {

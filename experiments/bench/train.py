@@ -25,14 +25,14 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
 from experiments.bench import harness
 from experiments.bench.harness import OURS
 from jaxgpt.config import PRESETS as MODELS
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, CountOrZero, Counts, ModelConfig, Range, Seed, check_settings
 
 MODULE = "experiments.bench.train"
 RIVALS = {
@@ -53,22 +53,22 @@ class Settings:
     run: Path = Path("runs/bench_train")
     models: tuple[str, ...] = ("small",)  # presets of jaxgpt.config
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    batches: tuple[int, ...] = (12,)
-    blocks: tuple[int, ...] = (256,)  # tokens per row
-    layers: tuple[int, ...] = (0,)  # 0: the preset's
-    widths: tuple[int, ...] = (0,)  # 0: the preset's; others have heads of 64
-    vocab: int = 0  # 0: the preset's
-    steps: int = 3  # per turn
-    repeats: int = 5  # turns of each trainer
+    batches: Counts = (12,)
+    blocks: Annotated[tuple[int, ...], Range(2)] = (256,)  # tokens per row
+    layers: Annotated[tuple[int, ...], Range(0)] = (0,)  # 0: the preset's
+    widths: Annotated[tuple[int, ...], Range(0)] = (0,)  # 0: the preset's; others have heads of 64
+    vocab: CountOrZero = 0  # 0: the preset's
+    steps: Count = 3  # per turn
+    repeats: Count = 5  # turns of each trainer
     rivals: tuple[str, ...] = tuple(RIVALS)  # none: only ours
     torch_python: str = ""  # a Python that has torch and transformers; "": this one
-    roof_size: int = 2048  # rows and columns of the matrices whose product is the roof
-    seed: int = 0
+    roof_size: Count = 2048  # rows and columns of the matrices whose product is the roof
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         harness.check_choices(self, {"models": MODELS, "dtypes": ("float32", "bfloat16"), "rivals": RIVALS})
-        least = {"batches": 1, "blocks": 2, "layers": 0, "widths": 0, "steps": 1, "repeats": 1, "roof_size": 1}
-        harness.check_least(self, least)
+        harness.check_not_empty(self, "models", "dtypes", "batches", "blocks", "layers", "widths")
 
 
 PRESETS = {

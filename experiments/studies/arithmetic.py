@@ -18,13 +18,13 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, ModelConfig, Nonnegative, Positive, Range, Seed, check_settings
 from jaxgpt.data.tokenizer import Tokenizer, train_char
 from jaxgpt.errors import UserError
 from jaxgpt.losses import kl
@@ -50,27 +50,29 @@ class Settings:
 
     run: Path = Path("runs/arithmetic")
     model: ModelConfig = ModelConfig(layers=2, width=96, heads=4, block=32, vocab=384)
-    largest_summand: int = 99  # largest summand
-    max_dots: int = 6  # per demonstration, at most
-    heldout: int = 500  # sums that are never trained on
-    steps: int = 3000  # of training on demonstrations, at most
-    target_loss: float = 0.48  # nats per token at which that training ends: about half of the sums come out right
-    demonstrations: int = 128  # per step
-    learning_rate: float = 1e-3  # constant: if it decayed, RL's larger steps would undo what was learnt last
-    iterations: int = 300
-    prompts: int = 32  # per iteration
-    group_size: int = 8  # answers per prompt, for the methods with groups
+    largest_summand: Annotated[int, Range(9)] = 99  # largest summand
+    max_dots: Count = 6  # per demonstration, at most
+    heldout: Count = 500  # sums that are never trained on
+    steps: Count = 3000  # of training on demonstrations, at most
+    target_loss: Nonnegative = 0.48  # nats per token at which that training ends: about half of the sums come out right
+    demonstrations: Count = 128  # per step
+    learning_rate: Positive = 1e-3  # constant: if it decayed, RL's larger steps would undo what was learnt last
+    iterations: Count = 300
+    prompts: Count = 32  # per iteration
+    group_size: Annotated[int, Range(2)] = 8  # answers per prompt, for the methods with groups
     ppo: PPOConfig = PPOConfig(new_tokens=14, temperature=1.0, epochs=1, minibatches=2, unfinished_score=0.0)
-    rl_learning_rate: float = 3e-4
+    rl_learning_rate: Positive = 3e-4
     methods: tuple[str, ...] = ()  # names from `group_policy.METHODS`, or "PPO"; none: all of them
-    seeds: int = 2
+    seeds: Count = 2
     how: many.RunMapping = "vmap"
-    seed: int = 31
+    seed: Seed = 31
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.group_size < 2 or self.largest_summand < 9 or self.heldout >= (self.largest_summand + 1) ** 2 // 2:
-            raise UserError("each must be at least 2, largest at least 9, and heldout less than half of all sums")
+        check_settings(self)
+        sums = (self.largest_summand + 1) ** 2
+        if self.heldout >= sums // 2:
+            raise UserError(f"heldout is {self.heldout}; it must be less than half of the {sums} sums")
         if unknown := set(self.methods) - {*group_policy.METHODS, "PPO"}:
             raise UserError(f"unknown methods {sorted(unknown)}; choose from {[*group_policy.METHODS, 'PPO']}")
 

@@ -17,8 +17,9 @@ resample seeds and prompts. An interrupted study resumes after its last finished
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from jaxgpt.config import Count, Positive, Positives, Range, Seed, check_settings
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.rlhf.ppo import PPOConfig
@@ -41,32 +42,33 @@ class Settings:
 
     run: Path = Path("runs/frontier")
     start: Path = Path("runs/assistant")  # run folder whose sft, reward and preferences are used
-    seeds: int = 2
-    betas: tuple[float, ...] = (0.05, 0.15, 0.4, 1.0)  # of PPO, in reward units per nat
-    iterations: int = 24
-    batch: int = 64  # answers per iteration
+    seeds: Count = 2
+    betas: Positives = (0.05, 0.15, 0.4, 1.0)  # of PPO, in reward units per nat
+    iterations: Count = 24
+    batch: Count = 64  # answers per iteration
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
-    learning_rate: float = 5e-4
-    through_betas: tuple[float, ...] = (0.0, 0.05, 0.3)  # of backpropagation through the reward model
-    through_iterations: int = 16  # one update each
-    through_learning_rate: float = 5e-4
+    learning_rate: Positive = 5e-4
+    through_betas: Annotated[tuple[float, ...], Range(0)] = (0.0, 0.05, 0.3)  # of backpropagation through the reward
+    through_iterations: Count = 16  # one update each
+    through_learning_rate: Positive = 5e-4
     through: ThroughRewardConfig = ThroughRewardConfig()
-    dpo_betas: tuple[float, ...] = (0.03, 0.1, 0.5)
-    dpo_learning_rate: float = 2e-4
-    limit: int = 640  # preferences for DPO and for finetuning on favourites, at most
-    preference_batch: int = 16
-    favourites_learning_rate: float = 2e-4
-    epochs: int = 2  # of finetuning on favourites: one point for each number of epochs up to this
-    best_of: int = 64  # largest n
-    prompts: int = 250  # held out
+    dpo_betas: Positives = (0.03, 0.1, 0.5)
+    dpo_learning_rate: Positive = 2e-4
+    limit: Count = 640  # preferences for DPO and for finetuning on favourites, at most
+    preference_batch: Count = 16
+    favourites_learning_rate: Positive = 2e-4
+    epochs: Count = 2  # of finetuning on favourites: one point for each number of epochs up to this
+    best_of: Annotated[int, Range(2)] = 64  # largest n
+    prompts: Annotated[int, Range(2)] = 250  # held out
     how: many.RunMapping = "vmap"  # map: one run after another, in the same program
-    seed: int = 7
+    seed: Seed = 7
     cache: Path = cache_root() / "data"
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.seeds < 1 or not self.betas or min(*self.betas, *self.dpo_betas, 1.0) <= 0:
-            raise UserError("seeds must be at least 1, and PPO's and DPO's betas above 0")
+        check_settings(self)
+        if not self.betas:
+            raise UserError("betas is empty; give at least one for PPO")
 
 
 PRESETS = {

@@ -12,13 +12,14 @@ annotator reads the same number of answers in total, so 8 answers per prompt lea
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import losses
+from jaxgpt.config import Count, Counts, Nonnegative, Positive, Positives, Range, Seed, check_settings
 from jaxgpt.data import formats, pipelines
 from jaxgpt.data.comparisons import TokenizedPreference
 from jaxgpt.errors import UserError
@@ -54,34 +55,36 @@ class Settings:
 
     run: Path = Path("runs/how_many_labels")
     start: Path = Path("runs/assistant/sft")
-    pool: int = 640  # prompts, with 8 answers each
-    heldout: int = 100  # more such prompts, on which reward models are tested
-    labels: tuple[int, ...] = (40, 160, 640)  # choices among 4 answers, at the annotator's usual noise
-    noise_temperatures: tuple[float, ...] = (0.03, 0.6)  # temperatures of the annotator, besides the usual one
-    noise_labels: int = 640
-    answers_read: int = 1280  # answers the annotator reads in total where the number per prompt varies
+    pool: Count = 640  # prompts, with 8 answers each
+    heldout: Count = 100  # more such prompts, on which reward models are tested
+    labels: Counts = (40, 160, 640)  # choices among 4 answers, at the annotator's usual noise
+    noise_temperatures: Positives = (0.03, 0.6)  # temperatures of the annotator, besides the usual one
+    noise_labels: Count = 640
+    answers_read: Count = 1280  # answers the annotator reads in total where the number per prompt varies
     people: str = ""  # a file or database of people's preferences on these prompts
     annotator: SimulatedAnnotator = SimulatedAnnotator()
-    learning_rate: float = 5e-4
-    label_batch: int = 8
-    beta: float = 0.15
-    iterations: int = 16
-    batch: int = 64
+    learning_rate: Positive = 5e-4
+    label_batch: Count = 8
+    beta: Nonnegative = 0.15
+    iterations: Count = 16
+    batch: Count = 64
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
-    ppo_learning_rate: float = 5e-4
-    seeds: int = 2
-    prompts: int = 300  # held out, on which policies are measured
+    ppo_learning_rate: Positive = 5e-4
+    seeds: Count = 2
+    prompts: Annotated[int, Range(2)] = 300  # held out, on which policies are measured
     how: many.RunMapping = "vmap"
-    seed: int = 51
+    seed: Seed = 51
     cache: Path = cache_root() / "data"
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        most = max(*self.labels, self.noise_labels)
-        if most > 2 * self.pool or self.answers_read > 2 * self.pool or self.answers_read % 8:
+        check_settings(self)
+        if not self.labels:
+            raise UserError("labels is empty; give at least one number")
+        if max(*self.labels, self.noise_labels, self.answers_read) > 2 * self.pool or self.answers_read % 8:
             raise UserError(
-                f"labels, noise_labels and read must be at most twice the pool of {self.pool} prompts, and read a "
-                "multiple of 8"
+                f"labels, noise_labels and answers_read must be at most twice the pool of {self.pool} prompts, and "
+                "answers_read a multiple of 8"
             )
         if min(*self.labels, self.noise_labels, self.answers_read // 8) < self.label_batch:
             raise UserError(f"each condition needs at least label_batch = {self.label_batch} labels")

@@ -13,14 +13,14 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
 
+from jaxgpt.config import Count, Positive, Positives, Range, Seed, check_settings
 from jaxgpt.data import sources
 from jaxgpt.data.comparisons import TokenizedPreference
-from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding
 from jaxgpt.rlhf.annotator import gold_scores
@@ -45,29 +45,28 @@ class Settings:
 
     run: Path = Path("runs/imdb")
     start: Path = Path("runs/assistant/pretrain")
-    prefixes: int = 500  # whose continuations are compared
-    candidates: int = 4
-    betas: tuple[float, ...] = (0.05, 0.15, 0.5)  # of PPO, in standard deviations of the reward per nat
-    dpo_betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
-    seeds: int = 2
-    iterations: int = 24
-    batch: int = 64
+    prefixes: Count = 500  # whose continuations are compared
+    candidates: Annotated[int, Range(2)] = 4
+    betas: Positives = (0.05, 0.15, 0.5)  # of PPO, in standard deviations of the reward per nat
+    dpo_betas: Positives = (0.03, 0.1, 0.3, 1.0)
+    seeds: Count = 2
+    iterations: Count = 24
+    batch: Count = 64
     ppo: PPOConfig = PPOConfig(new_tokens=32, temperature=1.0, epochs=2, minibatches=2, unfinished_score=None)
-    learning_rate: float = 5e-4
-    pairs: int = 1600  # for DPO and for finetuning, at most
-    pair_batch: int = 32
-    reward_learning_rate: float = 5e-4
-    dpo_learning_rate: float = 2e-4
-    best_of: int = 32
-    prompts: int = 300  # held out
+    learning_rate: Positive = 5e-4
+    pairs: Count = 1600  # for DPO and for finetuning, at most
+    pair_batch: Count = 32
+    reward_learning_rate: Positive = 5e-4
+    dpo_learning_rate: Positive = 2e-4
+    best_of: Annotated[int, Range(2)] = 32
+    prompts: Annotated[int, Range(2)] = 300  # held out
     how: many.RunMapping = "vmap"
-    seed: int = 41
+    seed: Seed = 41
     cache: Path = cache_root() / "data"
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.candidates < 2 or self.best_of < 2 or self.seeds < 1:
-            raise UserError("candidates and best_of must be at least 2, seeds at least 1")
+        check_settings(self)
 
 
 PRESETS = {

@@ -11,11 +11,12 @@ while the answers turn into whatever it overrates: the samples, the judge and th
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.config import Count, Positive, Positives, Range, Seed, check_settings
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
@@ -38,23 +39,24 @@ class Settings:
 
     run: Path = Path("runs/kl_control")
     start: Path = Path("runs/assistant")  # run folder whose sft and reward are used
-    targets: tuple[float, ...] = (3.0, 8.0)  # nats per sequence
-    beta: float = 0.2  # initial value, in reward units per nat
-    horizon: float = 200.0  # episodes; Ziegler et al. used 10,000, of 2 million in all
-    seeds: int = 2
-    iterations: int = 36
-    batch: int = 64
+    targets: Positives = (3.0, 8.0)  # nats per sequence
+    beta: Positive = 0.2  # initial value, in reward units per nat
+    horizon: Positive = 200.0  # episodes; Ziegler et al. used 10,000, of 2 million in all
+    seeds: Count = 2
+    iterations: Count = 36
+    batch: Count = 64
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
-    learning_rate: float = 5e-4
-    prompts: int = 300  # held out
+    learning_rate: Positive = 5e-4
+    prompts: Annotated[int, Range(2)] = 300  # held out
     how: many.RunMapping = "vmap"
-    seed: int = 21
+    seed: Seed = 21
     cache: Path = cache_root() / "data"
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if not self.targets or min(self.targets) <= 0 or self.horizon <= 0 or self.seeds < 1:
-            raise UserError("targets, horizon and seeds must all be above 0")
+        check_settings(self)
+        if not self.targets:
+            raise UserError("targets is empty; give at least one")
 
 
 PRESETS = {

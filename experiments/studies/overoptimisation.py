@@ -16,13 +16,13 @@ log d = alpha / beta - 1. One more PPO run has a KL penalty, to see if that move
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, Counts, ModelConfig, Nonnegative, Positive, Range, Seed, check_settings
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.comparisons import TokenizedPreference
 from jaxgpt.data.tokenizer import example_ids
@@ -61,27 +61,26 @@ class Settings:
 
     run: Path = Path("runs/overoptimisation")
     start: Path = Path("runs/assistant")  # run folder whose sft, reward and preferences are used
-    sizes: tuple[tuple[int, int], ...] = ((1, 32), (2, 64))  # layers and width of smaller reward models
-    labels: tuple[int, ...] = (160,)  # smaller numbers of preferences, for reward models of the policy's size
-    steps: int = 400  # of pretraining a smaller model; finetuning takes half as many
-    learning_rate: float = 5e-4  # of reward models
-    label_batch: int = 16
-    best_of: int = 128  # answers per held-out prompt
-    prompts: int = 100  # held out
-    seeds: int = 2  # of PPO, per reward model
-    iterations: int = 36
-    batch: int = 64
+    sizes: Annotated[tuple[tuple[int, int], ...], Range(1)] = ((1, 32), (2, 64))  # layers and width of smaller models
+    labels: Counts = (160,)  # smaller numbers of preferences, for reward models of the policy's size
+    steps: Annotated[int, Range(2)] = 400  # of pretraining a smaller model; finetuning takes half as many
+    learning_rate: Positive = 5e-4  # of reward models
+    label_batch: Count = 16
+    best_of: Annotated[int, Range(4)] = 128  # answers per held-out prompt
+    prompts: Annotated[int, Range(2)] = 100  # held out
+    seeds: Count = 2  # of PPO, per reward model
+    iterations: Count = 36
+    batch: Count = 64
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
-    ppo_learning_rate: float = 1.1e-3
-    penalty_beta: float = 0.3  # beta of the run with a KL penalty, on the largest reward model and all labels
+    ppo_learning_rate: Positive = 1.1e-3
+    penalty_beta: Nonnegative = 0.3  # beta of the run with a KL penalty, on the largest reward model and all labels
     how: many.RunMapping = "vmap"
-    seed: int = 11
+    seed: Seed = 11
     cache: Path = cache_root() / "data"
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.best_of < 4 or self.seeds < 1:
-            raise UserError(f"best_of is {self.best_of} and seeds {self.seeds}; set at least 4 and 1")
+        check_settings(self)
 
 
 PRESETS = {
@@ -258,7 +257,7 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     rankings, heldout = (
         methods.load_rankings(task, s.start / f"preferences/{split}.jsonl", run.say) for split in ("train", "heldout")
     )
-    if len(rankings) <= max(s.labels):
+    if len(rankings) <= max(s.labels, default=0):
         raise UserError(f"{s.start} has {len(rankings)} preferences and labels is {s.labels}; set fewer labels")
     reference = sample_task_answers(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
     plan = plan_reward_models(s, task.config, len(rankings))

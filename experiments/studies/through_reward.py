@@ -13,7 +13,7 @@ unbiased: by their cosine, between independent halves of the answers, next to th
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from jaxgpt import losses
+from jaxgpt.config import Count, Nonnegative, Positive, Positives, Range, Seed, check_settings
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl, returns
@@ -55,23 +56,28 @@ class Settings:
 
     run: Path = Path("runs/through_reward")
     start: Path = Path("runs/assistant")  # run folder whose sft and reward are used
-    taus: tuple[float, ...] = (0.3, 1.0, 3.0)  # temperatures of the relaxation
-    beta: float = 0.05  # reward units per nat
-    seeds: int = 2
-    iterations: int = 40
-    batch: int = 64
-    learning_rate: float = 3e-4
+    taus: Positives = (0.3, 1.0, 3.0)  # temperatures of the relaxation
+    beta: Nonnegative = 0.05  # reward units per nat
+    seeds: Count = 2
+    iterations: Count = 40
+    batch: Count = 64
+    learning_rate: Positive = 3e-4
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7)  # how answers are sampled
-    compared_answers: int = 512  # answers whose gradients are compared
-    prompts: int = 300  # held out
+    compared_answers: Count = 512  # answers whose gradients are compared
+    prompts: Annotated[int, Range(2)] = 300  # held out
     how: many.RunMapping = "vmap"
-    seed: int = 61
+    seed: Seed = 61
     cache: Path = cache_root() / "data"
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if not self.taus or min(self.taus) <= 0 or self.seeds < 1 or self.compared_answers % (2 * self.batch):
-            raise UserError("taus and seeds must be above 0, and compared a multiple of twice the batch")
+        check_settings(self)
+        if not self.taus:
+            raise UserError("taus is empty; give at least one")
+        if self.compared_answers % (2 * self.batch):
+            raise UserError(
+                f"compared_answers is {self.compared_answers}, not a multiple of twice the batch {self.batch}"
+            )
 
 
 PRESETS = {

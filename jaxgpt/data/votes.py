@@ -117,13 +117,15 @@ class Store:
     """The database of tasks, votes and ratings. Safe for several threads and processes; open it once per process."""
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give a file, such as {path / 'votes.sqlite'}")
         if not create and not path.is_file():
             raise UserError(f"there is no database of votes at {path}", experiment=("label",))
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._lock = path, threading.RLock()
         self._leases: dict[str, tuple[str, float]] = {}
-        self._db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
         try:
+            self._db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _TABLES)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, FORMAT):

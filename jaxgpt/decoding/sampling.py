@@ -26,7 +26,7 @@ def temperature(logits: Array, t: float | Array) -> Array:
 
 
 def top_k(logits: Array, k: int) -> Array:
-    """Keep the k largest logits (and ties with the k-th)."""
+    """Keep the k largest logits and ties with the k-th; all of them if there are no more than k."""
     if k < 1:
         raise UserError(f"top-k is {k}; it must be at least 1")
     if k >= logits.shape[-1]:
@@ -38,14 +38,15 @@ def top_k(logits: Array, k: int) -> Array:
 def top_p(logits: Array, p: float | Array) -> Array:
     """Nucleus sampling: keep the smallest set of top tokens whose total probability reaches p (and ties).
 
-    Always keeps at least one (Holtzman et al. 2020). Nothing is sorted: the threshold, the largest logit at or above
-    which the tokens reach p, is found bit by bit, from the highest bit down.
+    Always keeps at least one, also at p = 0 (Holtzman et al. 2020). Nothing is sorted: the threshold, the largest
+    logit at or above which the tokens reach p, is found bit by bit, from the highest bit down.
     """
     if isinstance(p, (int, float)):
-        if not 0 < p <= 1:
-            raise UserError(f"top-p is {p}; it must be above 0 and at most 1")
+        if not 0 <= p <= 1:
+            raise UserError(f"top-p is {p}; it must be at least 0 and at most 1")
         if p == 1:
             return logits
+    p = jnp.maximum(p, float(jnp.finfo(jnp.float32).tiny))  # every threshold reaches 0, but only some reach more
     order = _sortable_bits(logits)
     probability = jax.nn.softmax(logits.astype(jnp.float32))
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, CountOrZero, ModelConfig, check_settings
 from jaxgpt.errors import UserError
 from jaxgpt.structs import Array
 
@@ -33,14 +33,12 @@ ROW_AXES = ("data", "fsdp")  # the mesh axes that shard the rows of a batch
 class MeshConfig:
     """Devices along each axis of the mesh. Their product is the number of devices."""
 
-    data: int = 0  # copies of the model; 0: all devices that the other axes leave
-    fsdp: int = 1  # shards of parameters and optimiser state, gathered where they are used
-    tensor: int = 1  # shards of every layer: heads, hidden units, vocabulary
+    data: CountOrZero = 0  # copies of the model; 0: all devices that the other axes leave
+    fsdp: Count = 1  # shards of parameters and optimiser state, gathered where they are used
+    tensor: Count = 1  # shards of every layer: heads, hidden units, vocabulary
 
     def __post_init__(self) -> None:
-        for name, least in (("data", 0), ("fsdp", 1), ("tensor", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"mesh.{name} is {getattr(self, name)}; it must be at least {least}")
+        check_settings(self)
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.config import Positive, check_settings
+from jaxgpt.errors import needs_extra
 
 if TYPE_CHECKING:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -21,16 +22,11 @@ if TYPE_CHECKING:
 class SimulatedAnnotator:
     """Prefers cheerful answers, or short ones, noisily: P(choose i) = softmax(gold / temperature)_i."""
 
-    temperature: float = 0.15
+    temperature: Positive = 0.15
     wish: Literal["cheerful", "short"] = "cheerful"
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(
-                f"annotator temperature is {self.temperature}; it must be above 0 (the smaller, the less noise)"
-            )
-        if self.wish not in ("cheerful", "short"):
-            raise UserError(f"annotator wish is {self.wish!r}; choose cheerful or short")
+        check_settings(self)
 
     @property
     def name(self) -> str:

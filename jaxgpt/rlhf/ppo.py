@@ -15,7 +15,7 @@ state: trainable 'policy' and 'value_head', frozen 'reference' and whatever the 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxgpt import losses
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, Fraction, ModelConfig, Nonnegative, Positive, Range, check_settings
 from jaxgpt.errors import UserError
 from jaxgpt.losses import Mean, kl, returns
 from jaxgpt.models import lora, sharding, transformer
@@ -44,24 +44,22 @@ HostReward = Callable[[Batch], ArrayLike]
 class PPOConfig:
     """How PPO samples and learns. Defaults follow Ziegler et al. 2020 where their values suit small models."""
 
-    new_tokens: int = 40  # maximum length of an answer
-    temperature: float = 1.0  # of the policy: sampling, training and reference alike
-    epochs: int = 4  # passes over each rollout
-    minibatches: int = 1  # updates per pass
-    clip: float = 0.2  # the probability ratio is clipped to [1 - clip, 1 + clip]
-    value_clip: float = 0.2  # a new value is clipped to this distance from the old one
-    value_weight: float = 0.1  # of the value loss, relative to the policy loss
-    gamma: float = 1.0  # discount per token
-    lam: float = 0.95  # lambda of generalised advantage estimation
+    new_tokens: Count = 40  # maximum length of an answer
+    temperature: Positive = 1.0  # of the policy: sampling, training and reference alike
+    epochs: Count = 4  # passes over each rollout
+    minibatches: Count = 1  # updates per pass
+    clip: Positive = 0.2  # the probability ratio is clipped to [1 - clip, 1 + clip]
+    value_clip: Positive = 0.2  # a new value is clipped to this distance from the old one
+    value_weight: Nonnegative = 0.1  # of the value loss, relative to the policy loss
+    gamma: Fraction = 1.0  # discount per token
+    lam: Fraction = 0.95  # lambda of generalised advantage estimation
     whiten_rewards: bool = False  # scale rewards to unit variance, keeping their mean
-    unfinished_score: float | None = -1.0  # replaces h for answers that never ended; None: h is kept
+    unfinished_score: Annotated[
+        float | None, Range()
+    ] = -1.0  # replaces h for answers that never ended; None: h is kept
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(f"ppo.temperature is {self.temperature}; sampling needs a temperature above 0")
-        for name in ("new_tokens", "epochs", "minibatches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ppo.{name} is {getattr(self, name)}; it must be at least 1")
+        check_settings(self)
 
 
 @struct.dataclass

@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import losses
-from jaxgpt.config import ModelConfig
-from jaxgpt.errors import UserError
+from jaxgpt.config import Count, ModelConfig, Positive, check_settings
 from jaxgpt.losses import Mean, kl
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import reward
@@ -31,13 +30,12 @@ from jaxgpt.training.step import LossFn, Metrics
 class ThroughRewardConfig:
     """Settings of the relaxation through which h is differentiated."""
 
-    tau: float = 1.0  # temperature of the relaxation
-    draws: int = 1  # of the Gumbel noise per sampled answer; their rewards are averaged
+    tau: Positive = 1.0  # temperature of the relaxation
+    draws: Count = 1  # of the Gumbel noise per sampled answer; their rewards are averaged
     straight_through: bool = True  # False: the reward model reads the mixture of embeddings itself
 
     def __post_init__(self) -> None:
-        if not self.tau > 0 or self.draws < 1:
-            raise UserError(f"tau is {self.tau} and draws {self.draws}; tau must be above 0 and draws at least 1")
+        check_settings(self)
 
 
 def conditional_gumbel(key: Array, logits: Array, tokens: Array) -> Array:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 
+from jaxgpt.config import Count, CountOrZero, check_settings
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import check_files, read_json, sha256_of_folder, write_json
@@ -34,12 +35,11 @@ T = TypeVar("T")
 class SaveConfig:
     """How often a run saves what it needs to resume."""
 
-    every: int = 100  # steps between checkpoints; 0: save only when the run is asked to stop
-    keep: int = 2  # how many checkpoints to keep, the newest ones
+    every: CountOrZero = 100  # steps between checkpoints; 0: save only when the run is asked to stop
+    keep: Count = 2  # how many checkpoints to keep, the newest ones
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.keep < 1:
-            raise UserError(f"save.every is {self.every} and save.keep {self.keep}; use at least 0 and at least 1")
+        check_settings(self)
 
 
 class ResumableIterator(Protocol):

@@ -7,6 +7,7 @@ line on stderr, plus the command that helps if there is one, and exits with stat
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import re
@@ -22,7 +23,8 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 from jaxgpt.config import Range
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import read_json, suggest_name
-from jaxgpt.runs.process import Stopped, join_processes, prepare_process, print_device
+from jaxgpt.runs.endings import Stopped, plain_endings, raise_at_ctrl_c
+from jaxgpt.runs.process import join_processes, prepare_process, print_device
 from jaxgpt.runs.settings import flatten_json, settings_from_json, settings_to_json
 
 with needs_extra("train"):
@@ -43,31 +45,23 @@ def cli(
 ) -> Result:
     """Read the settings from the command line, set the process up, print the device, and return `main(settings)`.
 
-    A UserError ends the process with status 2, Ctrl-C with 130 and SIGTERM with 75, each with one line on stderr."""
-    try:
+    See `plain_endings` for how the process ends otherwise."""
+    with plain_endings(functools.partial(_suggested_command, main), whole_process=argv is None):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _stop_on_sigterm)
         description = _description(main, settings_type)
         words = sys.argv[1:] if argv is None else argv
-        settings = parse(settings_type, presets, words, description)
+        settings = parse(settings_type, presets, words, description, _program(main))
         prepare_process()
         processes = _option(words, "--distributed")
         if processes is not None:
             join_processes(processes)
         print_device()
+        raise_at_ctrl_c()
         return main(settings)
-    except UserError as error:
-        print(f"error: {error}{_suggested_command(error, main)}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        sys.exit(stop.code)
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the newest checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
 
 
-def _suggested_command(error: UserError, main: Callable[..., Any]) -> str:
+def _suggested_command(main: Callable[..., Any], error: UserError) -> str:
     """The command of the experiment that the error names, if it is beside the running one or in the folder above."""
     running = getattr(sys.modules.get(main.__module__), "__file__", None)
     if not error.experiment or running is None:
@@ -88,14 +82,18 @@ def _short(path: Path) -> Path:
 
 
 def _stop_on_sigterm(number: int, frame: Any) -> NoReturn:
-    raise Stopped("the same command resumes from the newest checkpoint, if there is one", 75)
+    raise Stopped("SIGTERM received", 75)
 
 
 def parse(
-    settings_type: type[Settings], presets: Mapping[str, Settings], argv: Sequence[str], description: str = ""
+    settings_type: type[Settings],
+    presets: Mapping[str, Settings],
+    argv: Sequence[str],
+    description: str = "",
+    program: str | None = None,
 ) -> Settings:
     """Parse `argv` into settings. `--help` prints and exits; wrong options raise UserError (a value that does not parse
-    is reported by tyro, which exits with 2)."""
+    is reported by tyro, which exits with 2). `program`: its name in the usage line."""
     if get_type_hints(settings_type).get("model") is Path:  # both flags name the model to start from
         argv = [re.sub(r"^--model\.pretrained(?==|$)", "--model", word) for word in argv]
     start = _starting_values(settings_type, presets, argv)
@@ -104,6 +102,7 @@ def parse(
         with contextlib.redirect_stderr(complaint):
             command, unknown = tyro.cli(
                 _command_type(settings_type, presets, start),
+                prog=program,
                 args=list(argv),
                 description="\n\n".join(filter(None, [description, _presets_text(settings_type, presets)])),
                 return_unknown_args=True,
@@ -152,11 +151,16 @@ def _show_range(field: StructFieldSpec) -> StructFieldSpec:
 
 
 def _user_error(stop: BaseException) -> UserError | None:
-    """The UserError from the settings' own __post_init__ that made tyro stop, if there was one."""
+    """The UserError from the settings' own __post_init__ that made tyro stop, if there was one, with the path to those
+    settings before its message."""
+    place = ""
     cause: BaseException | None = stop
     while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__context__
-    return cause
+        place, cause = getattr(cause, "arg", place), cause.__context__
+    if cause is None:
+        return None
+    inside = str(place).removeprefix("values").removeprefix(".")
+    return UserError(f"{inside}.{cause}") if inside else cause
 
 
 def _starting_values(settings_type: type[Settings], presets: Mapping[str, Settings], argv: Sequence[str]) -> Settings:
@@ -220,6 +224,12 @@ def _command_type(settings_type: type[Settings], presets: Mapping[str, Settings]
     return dataclasses.make_dataclass("Command", fields, frozen=True)
 
 
+def _program(main: Callable[..., Any]) -> str | None:
+    """How the experiment is started, "python -m experiments.ppo"; None for a script."""
+    spec = getattr(sys.modules.get(main.__module__), "__spec__", None)
+    return f"python -m {spec.name}" if spec else None
+
+
 def _description(main: Callable[..., Any], settings_type: type) -> str:
     """The docstrings of the experiment's module and its settings, which give the command and what to expect."""
     module = sys.modules.get(main.__module__)
@@ -238,7 +248,9 @@ def _presets_text(settings_type: type, presets: Mapping[str, Any]) -> str:
             (key, value) for key, value in flatten_json(settings_to_json(settings)).items() if value != default.get(key)
         ]
         words = " ".join(f"--{key.replace('_', '-')} {_flag_value(value)}" for key, value in changed)
-        lines += textwrap.wrap(f"  {name:<10} {words or 'the defaults'}", width=96, subsequent_indent=" " * 13)
+        lines += textwrap.wrap(
+            f"  {name:<10} {words or 'the defaults'}", width=96, subsequent_indent=" " * 13, break_on_hyphens=False
+        )
     return "\n".join(["presets", *lines]) if presets else ""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_json
+from jaxgpt.runs.endings import plain_endings
 
 Row = Mapping[str, Any]
 
@@ -342,11 +343,12 @@ def find_run_folders(root: Path) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the findings and return the exit status: 0 if there are none, 1 if there are some, 2 if there is no run."""
+    """Print the findings and return the exit status: 0 if there are none, 1 if there are some. Exits with 2 if there is
+    no run."""
     parser = argparse.ArgumentParser(prog="python -m jaxgpt.runs.doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="a run folder, or one that holds several")
     found_any = False
-    try:
+    with plain_endings():
         for folder in find_run_folders(parser.parse_args(argv).folder):
             run = read_run_record(folder)
             state = "" if (folder / "done.json").exists() else ", not finished"
@@ -355,9 +357,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{run.stage}: {'nothing wrong found' if not findings else ''}".rstrip() + f" ({folder}{state})")
             for finding in findings:
                 print(f"  ! {finding.what}\n    {finding.evidence}\n    look at: {finding.advice}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return int(found_any)
 
 

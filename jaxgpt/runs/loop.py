@@ -24,19 +24,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Annotated, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxgpt.config import Range, check_settings
+from jaxgpt.config import Count, check_settings
 from jaxgpt.data.pipelines import check_tokens
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.models.sharding import MeshConfig
 from jaxgpt.runs.checkpoints import Checkpoints, ResumableIterator, SaveConfig
-from jaxgpt.runs.process import Stopped
+from jaxgpt.runs.endings import Stopped
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
 from jaxgpt.training.guard import GuardConfig
@@ -50,7 +50,7 @@ T = TypeVar("T")
 class LoopSettings:
     """Settings that all stages share."""
 
-    log_every: Annotated[int, Range(1)] = 10  # steps
+    log_every: Count = 10  # steps
     mesh: MeshConfig = MeshConfig()
     guard: GuardConfig = GuardConfig()
     save: SaveConfig = SaveConfig()
@@ -142,7 +142,7 @@ class Loop:
             count = {"tokens": step * self.tokens} if self.tokens else {}  # a Python int: int32 would overflow
             named = {self.names.get(name, name): value for name, value in floats.items()}
             self.run.log(step, {**named, **count, **waited})
-        if self._bar is not None:
+        if self._bar is not None and self._exit_code is None:  # Ctrl-C also ends `| tee`: nothing may be printed
             shown: dict[str, Any] = {name: floats[name] for name in self.shown if name in floats}
             self._bar.update(tokens=self.tokens if tokens is None else tokens, **shown)
         if heldout:
@@ -160,7 +160,7 @@ class Loop:
             self._checkpoints.save(step, state)
         if asked:
             self._checkpoints.wait()
-            raise Stopped(f"saved after step {step} of {self.total}; the same command resumes", self._exit_code or 75)
+            raise Stopped(f"saved after step {step} of {self.total}", self._exit_code or 75)
 
     def _check_guard(self, unchecked: int) -> None:
         while len(self._unchecked) > unchecked:
@@ -188,7 +188,8 @@ class Loop:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            self.run.say("saving after this step; press Ctrl-C again to quit at once")
+            with contextlib.suppress(BrokenPipeError):
+                self.run.say("saving after this step; press Ctrl-C again to quit at once")
             if jax.process_count() > 1:
                 os.kill(os.getpid(), signal.SIGTERM)
         self._exit_code = 130 if number == signal.SIGINT else 75

@@ -7,7 +7,9 @@ import logging
 import os
 import platform
 import socket
+import sys
 import time
+import warnings
 from typing import Any
 
 import jax
@@ -18,21 +20,22 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 
 
-class Stopped(Exception):  # noqa: N818  not an error
-    """The run was asked to stop, and has saved what it needs to resume. `code` is the exit status: 75 after SIGTERM
-    (which launch scripts take as "start it again"), 130 after Ctrl-C."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 def prepare_process() -> None:
     """Set up the allocator and the on-disk cache of compiled programs. Call once, before any array exists."""
     configure_malloc()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax also logs each error it raises, with a traceback
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
+        folder = cache_root() / "xla"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # once is enough
+            print(
+                f"note: can't write to {folder}, so programs are compiled again at each start; "
+                "set JAXGPT_CACHE to a folder that you may write to",
+                file=sys.stderr,
+            )
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def configure_malloc() -> bool:

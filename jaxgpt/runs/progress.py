@@ -93,7 +93,8 @@ def progress_bar(console: Console, total: int, label: str, *, done: int = 0, qui
         try:
             yield plain
         finally:
-            plain.line(finished=True)
+            with contextlib.suppress(BrokenPipeError):  # nothing reads it any more; what ended the loop matters more
+                plain.line(finished=True)
     else:
         columns = (
             TextColumn("{task.description}", style="bold", markup=False),

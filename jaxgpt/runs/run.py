@@ -32,6 +32,7 @@ import numpy as np
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import read_json, write_json
 from jaxgpt.pretrained import loading
+from jaxgpt.runs.endings import STOPS, tell_next_start
 from jaxgpt.runs.process import barrier, broadcast_from_first, prepare_process, print_device
 from jaxgpt.runs.progress import Bar, progress_bar
 from jaxgpt.runs.settings import flatten_json, settings_to_json
@@ -148,6 +149,9 @@ class Run:
         if kind is not None and self._log is not None:
             with contextlib.suppress(OSError):
                 self._log.write(f"stopped by {kind.__name__}: {error}\n".encode())
+        if isinstance(error, STOPS):
+            does = "resumes from the newest checkpoint" if self.has_checkpoint() else "starts again"
+            tell_next_start(error, f"the same command {does}")
         self._files.close()
         self._metrics = self._log = None
 
@@ -166,7 +170,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
-            if self.fresh or not any((self.folder / "checkpoints").glob("*/checkpoint.json")):
+            if self.fresh or not self.has_checkpoint():
                 for name in RUN_FILES:
                     path = self.folder / name
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
@@ -175,7 +179,8 @@ class Run:
             if self._forced:
                 self.say(f"WARNING: resuming with other settings ({self._forced})")
         except OSError as error:
-            raise UserError(f"can't write to the run folder {self.folder}: {error.strerror or error}") from None
+            reason = error.strerror or error
+            raise UserError(f"can't write to the run folder {self.folder} ({reason}); choose another --run") from None
         if wandb is not None:
             config = flatten_json(self._record)
             self._wandb = wandb.init(project=project, name=self.folder.name, dir=str(self.folder), config=config)
@@ -217,10 +222,14 @@ class Run:
         results = done.get("results") if isinstance(done, dict) else None
         return results if isinstance(results, dict) else None
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume from."""
+        return any((self.folder / "checkpoints").glob("*/checkpoint.json"))
+
     def _holds_results(self) -> bool:
         """False for a run that stopped (because of a wrong setting, say) before it measured anything."""
         metrics = self.folder / "metrics.jsonl"
-        if any((self.folder / "checkpoints").glob("*/checkpoint.json")):
+        if self.has_checkpoint():
             return True
         return (self.folder / "done.json").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 

@@ -94,12 +94,18 @@ def load_model(folder: Path, expected: Any = None) -> LoadedModel:
 
 def check_model(folder: Path) -> dict[str, Any]:
     """Check every byte of a model against its model.json, and return that record. UserError names what is wrong."""
+    record = read_record(folder)
+    check_files(folder, record["files"])
+    return record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A model's model.json. UserError if it isn't one."""
     record = read_json(folder / "model.json")
     if not isinstance(record, dict) or not {"format", "config", "params", "extra", "files"} <= record.keys():
         raise UserError(f"{folder / 'model.json'} is not a model's description; save the model again")
     if record["format"] != FORMAT:
         raise UserError(f"{folder} has format {record['format']}, but this version reads {FORMAT}; save it again")
-    check_files(folder, record["files"])
     return record
 
 
@@ -110,10 +116,18 @@ def load_language_model(folder: Path, use_tags: bool = False) -> LoadedModel:
     if loading.is_pretrained(folder):
         other = loading.load(folder, use_tags=use_tags)
         return LoadedModel(other.params, other.config, other.tokenizer, {} if other.chats else {"raw": True})
-    loaded = load_model(folder)
-    if "embed" not in loaded.params or loaded.tokenizer is None:
+    check_language_model(folder)
+    return load_model(folder)
+
+
+def check_language_model(folder: Path) -> None:
+    """UserError if `load_language_model` would find something else in `folder`; reads no weights."""
+    if loading.is_pretrained(folder):
+        return
+    found = _find_model(Path(os.path.abspath(folder)))
+    params = read_record(found)["params"]
+    if not any(name.startswith("embed/") for name in params) or not (found / "tokenizer.json").exists():
         raise UserError(f"{folder} holds no language model with a tokenizer; give a run of pretrain, sft, dpo or ppo")
-    return loaded
 
 
 def describe_params(params: Any) -> dict[str, str]:

@@ -49,7 +49,8 @@ def settings_from_json(kind: type[T], data: Any, where: str = "settings") -> T:
         return msgspec.convert(data, kind, dec_hook=_text_to_path)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, UserError):  # from the settings' own __post_init__
-            raise error.__cause__ from None
+            place = str(error).partition(" - at `$.")[2].rstrip("`")
+            raise UserError(f"{where}: {place and place + '.'}{error.__cause__}") from None
         raise UserError(f"{where}: {_explain(kind, data, str(error))}") from None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxgpt.errors import UserError
 from jaxgpt.runs.checkpoints import list_checkpoints, read_checkpoint
+from jaxgpt.runs.endings import plain_endings
 from jaxgpt.runs.saved_model import check_model
 
 
@@ -39,13 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print one line per model or checkpoint and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jaxgpt.runs.verify", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="anything that holds saved models or checkpoints")
-    try:
+    with plain_endings():
         found = verify(parser.parse_args(argv).folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for folder, problem in found:
-        print(f"DAMAGED  {folder}: {problem}" if problem else f"intact   {folder}")
+        for folder, problem in found:
+            print(f"DAMAGED  {folder}: {problem}" if problem else f"intact   {folder}")
     return int(any(problem for _, problem in found))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.files import read_json, write_json
+from jaxgpt.runs.endings import STOPS, tell_next_start
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run, results_to_json, run_fingerprint
 from jaxgpt.runs.saved_model import load_model, save_model
@@ -60,7 +61,11 @@ def run_study(
         if run.finished:
             run.say(f"{name}: already done, see {page}")
         else:
-            results = study(settings, run, ResultCache(run))
+            try:
+                results = study(settings, run, ResultCache(run))
+            except STOPS as stop:
+                tell_next_start(stop, "the same command resumes after the last finished part")
+                raise
             run.say(f"{name}: {page}")
             run.finish(results)
         return run.results

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxgpt.errors import UserError
+from jaxgpt.config import Count, Nonnegative, check_settings
 from jaxgpt.structs import Array
 
 T = TypeVar("T")
@@ -24,14 +24,11 @@ MIN_ACCEPTED = 20  # accepted losses before a spike can be recognised
 class GuardConfig:
     """When an update is skipped, and when the run stops. A loss that is not finite is always skipped."""
 
-    patience: int = 5  # skipped updates in a row after which the run stops
-    spike: float = 0.0  # skip a loss more than this many standard deviations above its running mean; 0: never
+    patience: Count = 5  # skipped updates in a row after which the run stops
+    spike: Nonnegative = 0.0  # skip a loss more than this many standard deviations above its running mean; 0: never
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise UserError(f"guard.patience is {self.patience}; it must be at least 1")
-        if self.spike < 0:
-            raise UserError(f"guard.spike is {self.spike}; give a number of standard deviations, or 0 to turn it off")
+        check_settings(self)
 
 
 @struct.dataclass

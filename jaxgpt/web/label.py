@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.config import Fraction, check_settings
 from jaxgpt.data import votes
 from jaxgpt.data.jsonl import checked_text
-from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.errors import needs_extra
 from jaxgpt.web import server
 from jaxgpt.web.server import ServeConfig, require_field
 
@@ -30,13 +31,11 @@ with needs_extra("web"):
 class LabelConfig:
     """Which prompts each annotator gets."""
 
-    overlap: float = 0.15  # fraction of prompts that every annotator gets, to measure how well they agree
-    repeat: float = 0.04  # repeated prompts per prompt an annotator has voted on, to measure their consistency
+    overlap: Fraction = 0.15  # fraction of prompts that every annotator gets, to measure how well they agree
+    repeat: Fraction = 0.04  # repeated prompts per prompt an annotator has voted on, to measure their consistency
 
     def __post_init__(self) -> None:
-        for name in ("overlap", "repeat"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be a fraction from 0 to 1")
+        check_settings(self)
 
 
 def application(

@@ -25,10 +25,12 @@ import socket
 import time
 import webbrowser
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+from jaxgpt.config import Range, check_settings
 from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.runs.endings import Stopped
 
 with needs_extra("web"):
     import uvicorn
@@ -64,13 +66,12 @@ class ServeConfig:
     """Where the page is served. Anywhere but on this machine it requires a token (generated if not given)."""
 
     host: str = "127.0.0.1"
-    port: int = 8000  # 0: any free one
+    port: Annotated[int, Range(0, 65535)] = 8000  # 0: any free one
     names: tuple[str, ...] = ()  # further host names to serve under, such as "lab-pc.local"
     token: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 65536:
-            raise UserError(f"serve.port is {self.port}; it must be 0 to 65535")
+        check_settings(self)
 
     def required_token(self) -> str:
         """The token that calls must carry, or '' for none."""
@@ -282,7 +283,7 @@ class _Connection(H11Protocol):
 
 
 class Server:
-    """A bound socket and its address; `run` serves until Ctrl-C or `stop`, which may come first."""
+    """A bound socket and its address; `run` serves until Ctrl-C, SIGTERM or `stop`, which may come first."""
 
     def __init__(self, config: ServeConfig, token: str) -> None:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -315,9 +316,9 @@ class Server:
         self._server = uvicorn.Server(settings)
 
     def run(self, app: ASGIApp) -> None:
-        """Serve until Ctrl-C or `stop`."""
+        """Serve until Ctrl-C, SIGTERM or `stop`."""
         self._server.config.app = app
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises Ctrl-C again once it has shut down
+        with contextlib.suppress(KeyboardInterrupt, Stopped):  # uvicorn raises the signal again once it has shut down
             self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:

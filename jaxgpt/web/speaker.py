@@ -12,14 +12,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import decoding
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Count, CountOrZero, Fraction, ModelConfig, Range, check_settings
 from jaxgpt.data.tokenizer import prompt_ids
 from jaxgpt.decoding import sampling
 from jaxgpt.errors import UserError
@@ -35,20 +35,13 @@ MIN_PROMPT_WIDTH = 32  # prompts are padded to this or the next power of two: fe
 class SamplingConfig:
     """How an answer is sampled."""
 
-    temperature: float = 0.7  # 0: always the most probable token
-    top_k: int = 0  # 0: off
-    top_p: float = 0.95
-    new_tokens: int = 256  # maximum length of an answer
+    temperature: Annotated[float, Range(0, below=100)] = 0.7  # 0: always the most probable token
+    top_k: CountOrZero = 0  # 0: off
+    top_p: Fraction = 0.95  # 0: only the most probable token
+    new_tokens: Count = 256  # maximum length of an answer
 
     def __post_init__(self) -> None:
-        if self.new_tokens < 1:
-            raise UserError(f"new_tokens is {self.new_tokens}; ask for at least 1")
-        if not 0 <= self.temperature < 100:
-            raise UserError(f"temperature is {self.temperature}; it must be 0 (the most probable token) to below 100")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; give how many tokens to sample from, or 0 for all")
+        check_settings(self)
 
     def sampler_and_filter(self) -> tuple[decoding.Sampler, sampling.Filter]:
         """The sampler and filter for `decoding.stream`. A new top-k compiles again; a new temperature or top-p

@@ -158,7 +158,7 @@ def test_the_experiment_runs_at_toy_size(tmp_path):
 
 
 def test_invalid_settings_are_refused():
-    with pytest.raises(UserError, match="beta above 0"):
+    with pytest.raises(UserError, match="beta is 0.0; it must be above 0"):
         random_walk.Settings(beta=0.0)
     with pytest.raises(UserError, match="nodes"):
         random_walk.Settings(nodes=2)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import assistant, chat, dpo, ppo, preferences, pretrain, reward, sft
+from experiments import assistant, blind, chat, dpo, label, ppo, preferences, pretrain, reward, sft
 from experiments.studies import (
     arithmetic,
     frontier,
@@ -292,10 +292,16 @@ def test_mistakes_are_one_line_and_come_before_training(finished, tmp_path, caps
     foreign = ("--run", str(tmp_path / "foreign"))
     assert "not a run folder" in fails(capsys, command(preferences), *foreign, *model)
     run = ("--run", str(tmp_path / "second"))
-    assert "nothing to choose from" in fails(capsys, command(preferences), *run, *model, "--candidates", "1")
+    assert "candidates is 1; it must be at least 2" in fails(
+        capsys, command(preferences), *run, *model, "--candidates", "1"
+    )
     wrong = ("--model", str(finished.run / "reward"))
     assert "no language model" in fails(capsys, command(preferences), *run, *wrong)
     assert "block" in fails(capsys, command(preferences), *run, *model, "--new-tokens", "60")
+    place = ("--votes", str(tmp_path / "votes.sqlite"), "--serve.port", "0", "--models", wrong[1])
+    assert "no language model" in fails(capsys, command(label), *place)  # not behind a page that waits for answers
+    assert "no language model" in fails(capsys, command(blind), *run, "--models", model[1], wrong[1])
+    assert not list(tmp_path.rglob("*.sqlite"))
     (tmp_path / "one.jsonl").write_text('{"prompt": "a", "answers": ["b"], "choice": 0}\n')
     one = str(tmp_path / "one.jsonl")
     run = ("--run", str(tmp_path / "third"))

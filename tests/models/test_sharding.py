@@ -326,7 +326,7 @@ def test_the_divided_sampler_believes_what_one_device_does(shape):
         ((3, 1, 1), "data 3 x fsdp 1 x tensor 1 doesn't fit 8 devices"),
         ((0, 3, 1), "data any x fsdp 3 x tensor 1 doesn't fit 8 devices"),
         ((0, 16, 1), "doesn't fit 8 devices"),
-        ((0, 0, 1), "mesh.fsdp is 0"),
+        ((0, 0, 1), "fsdp is 0"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(shape, message):

@@ -79,7 +79,7 @@ def test_a_settings_file_is_replayed(tmp_path):
         (["--preset", "small", "--settings", "x"], "--preset and --settings both choose the starting values; give one"),
         (["--settings", "/nowhere.json"], "/nowhere.json does not exist"),
         (["--learning-rate", "11"], "learning_rate is 11.0; choose at most 10"),
-        (["--model.width", "3"], "model.width 3 is not a multiple of model.heads 4"),
+        (["--model.width", "3"], "model.width 3 is not a multiple of heads 4"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(argv, message, capsys):
@@ -118,6 +118,7 @@ def test_help_shows_options_presets_and_the_command(capsys):
     assert stop.value.code == 0
     for text in ("python experiments/toy.py", "--preset {small,large}", "the run folder", "--kind {bpe,char}"):
         assert text in out
+    assert out.startswith("usage: python -m _pytest.outcomes [-h]")  # where this test's main is
     assert "--learning-rate 0.5" in out and "--model.layers 12 --fast True" in out  # what the presets change
 
 
@@ -169,7 +170,9 @@ def test_an_error_that_names_an_experiment_ends_in_its_command(monkeypatch, caps
         (Range(1), 0, "at least 1"),
         (Range(above=1), 1, "above 1"),
         (Range(0, below=1), 1.0, "at least 0 and below 1"),
-        (Range(0, 2), float("nan"), "at least 0 and at most 2"),
+        (Range(0, 2), math.nan, "at least 0 and at most 2"),
+        (Range(0), math.inf, "at least 0"),
+        (Range(), -math.inf, "any finite number"),
     ],
     ids=str,
 )
@@ -180,21 +183,24 @@ def test_one_range_serves_every_way_in_and_the_help(capsys, ok, refused, words):
         rate: Annotated[float | None, ok] = None
 
         def __post_init__(self) -> None:
-            check_settings(self, "inner.")
+            check_settings(self)
 
     @dataclasses.dataclass(frozen=True)
     class Outer:
         inner: Inner = Inner((0.5,) if 0.5 in ok else (1.5,))
 
     for wrong, name in (({"rate": refused}, "rate"), ({"rates": (refused,)}, "rates")):
-        message = re.escape(f"inner.{name} is {float(refused)}; it must be {words}")
-        with pytest.raises(UserError, match=message.replace(r"\.0;", r"(\.0)?;")):
+        finite = "" if math.isfinite(refused) or ok == Range() else "finite and "
+        message = f"{name} is {float(refused)}; it must be {finite}{words}"
+        with pytest.raises(UserError) as error:
             Inner(**{"rates": (), **wrong})
-        if not math.isnan(refused):  # JSON has no NaN
-            with pytest.raises(UserError, match=message):
-                settings_from_json(Outer, {"inner": json.loads(json.dumps({"rates": [], **wrong}))})
-        with pytest.raises(UserError, match=message):
+        assert str(error.value).replace(f"{refused};", f"{float(refused)};") == message
+        if math.isfinite(refused):  # JSON has no other numbers
+            with pytest.raises(UserError, match=re.escape(f"here: inner.{message}")):
+                settings_from_json(Outer, {"inner": json.loads(json.dumps({"rates": [], **wrong}))}, "here")
+        with pytest.raises(UserError) as error:
             parse(Outer, {}, [f"--inner.{name}", str(refused)])
+        assert str(error.value) == f"inner.{message}"
     with pytest.raises(SystemExit):
         parse(Outer, {}, ["--help"])
     assert words in " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -234,7 +240,7 @@ def test_settings_round_trip_through_json():
         ({"sources": ["a", 1]}, "here: sources[1] must be text, not 1"),
         ({"run": 3}, "here: run must be a path, not 3"),
         ([], "here: the top level must be an object, not []"),
-        ({"learning_rate": 11}, "learning_rate is 11.0; choose at most 10"),
+        ({"learning_rate": 11}, "here: learning_rate is 11.0; choose at most 10"),
     ],
 )
 def test_json_that_does_not_fit_is_refused_by_name(data, message):

@@ -280,7 +280,8 @@ def test_the_torn_line_of_a_killed_run_is_left_out_and_another_is_refused(tmp_pa
 
 
 def test_the_command(tmp_path, capsys):
-    assert doctor.main([str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main([str(tmp_path)])
     folder = write(tmp_path, "reward", [], {"nll": 1.41, "chance": 0.25, "accuracy": 0.26})
     assert doctor.main([str(folder)]) == 1
     told = capsys.readouterr().out

@@ -162,7 +162,7 @@ def edit(folder: Path, change) -> None:
         (lambda r: r.update(format=99), "has format 99, but this version reads 2"),
         (lambda r: r.pop("files"), "is not a model's description"),
         (lambda r: r["config"].update(widht=8), "unknown setting widht; did you mean width"),
-        (lambda r: r["config"].update(width=7), "model.width 7 is not a multiple"),
+        (lambda r: r["config"].update(width=7), "model.json: width 7 is not a multiple"),
         (lambda r: r["params"].update({"head/w": "float32[9]"}), r"head/w is float32\[8\], not float32\[9\]"),
         (lambda r: r["params"].pop("head/w"), "head/w is unknown"),
     ],

@@ -136,5 +136,5 @@ def test_a_score_that_is_not_finite_moves_nothing_in_ppo():
 
 @pytest.mark.parametrize("wrong", [{"patience": 0}, {"spike": -1.0}])
 def test_senseless_settings_are_refused(wrong):
-    with pytest.raises(UserError, match=f"guard.{next(iter(wrong))}"):
+    with pytest.raises(UserError, match=next(iter(wrong))):
         guard.GuardConfig(**wrong)

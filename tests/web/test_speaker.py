@@ -121,9 +121,9 @@ def test_sampling_settings_mean_what_they_say(scope):
         return [piece.token for piece in pieces]
 
     greedy = said(0, 0.0)
-    assert greedy and greedy == said(1, 0.0) == said(5, 1.0, top_p=1e-6)
+    assert greedy and greedy == said(1, 0.0) == said(5, 1.0, top_p=1e-6) == said(6, 1.0, top_p=0)
     assert said(0, 2.0) != said(1, 2.0)
-    for changes in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"new_tokens": 0}):
+    for changes in ({"temperature": -1}, {"top_p": -0.1}, {"top_p": 1.5}, {"top_k": -1}, {"new_tokens": 0}):
         with pytest.raises(UserError, match=next(iter(changes))):
             SamplingConfig(**changes)
 
@@ -222,7 +222,7 @@ def test_rollouts_are_named_not_opened_by_path(page, name):
         ({"turns": [{"prompt": "word " * 500}]}, 400, "write a shorter one"),
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": "hot"}, 400, "wrong type"),
-        ({"top_p": 0}, 400, "top_p"),
+        ({"top_p": -0.1}, 400, "top_p"),
         ({"top_k": 7}, 400, "top_k must be one of"),
         ({"new_tokens": 0}, 400, "new_tokens"),
         ({"seed": 1.5}, 400, "wrong type"),

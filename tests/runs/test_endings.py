@@ -1,0 +1,192 @@
+"""Programs end in one line: Ctrl-C at any moment, a reader that has gone, files that can't be used."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from experiments import chat
+from jaxgpt.data.votes import Store
+from jaxgpt.errors import UserError
+from jaxgpt.runs import process
+from jaxgpt.runs.endings import Stopped, plain_endings
+from jaxgpt.runs.loop import Loop
+from jaxgpt.runs.run import Run
+from jaxgpt.study.cells import run_study
+from jaxgpt.web.server import ServeConfig, Server
+from tests.runs.test_run import Settings
+
+ROOT = Path(__file__).parents[2]
+CACHE = Path("/nowhere/cache")
+
+
+@pytest.mark.parametrize("program", ["experiments.studies.imdb", "tpu.plan", "jaxgpt.runs.verify"])
+def test_ctrl_c_while_importing_is_one_line(tmp_path, program):
+    """Ctrl-C arrives in the middle of an import, here of a JAX that presses it."""
+    (tmp_path / "jax.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('late')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-m", program], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("no such data; name another"), 2, "error: no such data; name another"),
+        (Stopped("SIGTERM received", 75), 75, "stopped: SIGTERM received"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            2,
+            "can't use /x (Permission denied); check",
+        ),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", b"/x/y"), 2, "can't use /x/y (Not a directory); check"),
+        (OSError(errno.EROFS, "Read-only file system", str(CACHE / "tfds")), 2, "set JAXGPT_CACHE to a folder that"),
+        (OSError(errno.ENOENT, "No such file or directory", str(CACHE / "tfds")), 2, "set JAXGPT_CACHE to a folder"),
+    ],
+)
+def test_what_is_no_bug_ends_in_one_line(capsys, monkeypatch, error, status, line):
+    monkeypatch.setenv("JAXGPT_CACHE", str(CACHE))
+    with pytest.raises(SystemExit) as stop, plain_endings():
+        raise error
+    said = capsys.readouterr().err
+    assert stop.value.code == status and line in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), FileNotFoundError(2, "No such file", "/x"), BrokenPipeError()])
+def test_a_bug_is_raised_as_it_is(bug):
+    with pytest.raises(type(bug)) as raised, plain_endings():
+        raise bug
+    assert raised.value is bug
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "line"),
+    [
+        ("print('a' * 9, flush=True)", 141, ""),
+        ("print('a' * 9)", 141, ""),  # found out only at the end
+        ("print('help'); sys.exit()", 0, ""),
+        ("with Stage(): print('a', flush=True)", 141, "stopped: nothing reads the output any more; goes on\n"),
+    ],
+)
+def test_a_reader_that_has_gone_leaves_no_traceback(body, status, line):
+    """`| head` has ended: silence, unless a run was stopped that way."""
+    program = f"""
+import sys
+from jaxgpt.runs.endings import plain_endings, tell_next_start
+class Stage:
+    def __enter__(self): pass
+    def __exit__(self, kind, error, traceback): tell_next_start(error, "goes on")
+with plain_endings():
+    {body}
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (status, line)
+
+
+def test_whoever_is_stopped_says_what_the_same_command_does(tmp_path, capsys):
+    """A run without a checkpoint starts again, one with a checkpoint resumes; a study keeps its finished parts; the
+    rest, such as a server, says nothing."""
+
+    def ending(body) -> str:
+        with pytest.raises(SystemExit), plain_endings():
+            body()
+        return capsys.readouterr().err
+
+    def stop(*_) -> dict:
+        raise Stopped("SIGTERM received", 75)
+
+    def run() -> None:
+        with Run(tmp_path / "run", Settings(), "sft"):
+            stop()
+
+    assert ending(stop) == "stopped: SIGTERM received\n"
+    assert ending(run) == "stopped: SIGTERM received; the same command starts again\n"
+    (tmp_path / "run/checkpoints/1").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/1/checkpoint.json").touch()
+    assert ending(run) == "stopped: SIGTERM received; the same command resumes from the newest checkpoint\n"
+    settings = Settings(run=tmp_path / "study")
+    said = "stopped: SIGTERM received; the same command resumes after the last finished part\n"
+    assert ending(lambda: run_study("study", settings, {}, stop)) == said
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt(), Stopped("SIGTERM received", 75)])
+def test_a_signal_ends_a_server_as_planned(monkeypatch, signal):
+    bound = Server(ServeConfig(port=0), "")
+    bound._socket.close()
+
+    def run(**_) -> None:
+        raise signal  # as uvicorn does after it has shut down
+
+    monkeypatch.setattr(bound._server, "run", run)
+    bound.run(lambda *_: None)
+
+
+def test_ctrl_c_in_chat_stops_the_answer_and_not_the_chat(monkeypatch, capsys):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    class Chat:
+        speaker = SimpleNamespace(config=SimpleNamespace(layers=1, width=8))
+
+        def __init__(self, settings) -> None:
+            self.last = ""
+
+        def reply(self, text, key):
+            yield f"{text} "
+            if text == "long":
+                press()
+            yield "to the end"
+
+    lines = iter(["long", None, "short", "/quit"])
+    monkeypatch.setattr(chat, "Chat", Chat)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines) or press())
+    chat.main(chat.Settings())
+    said = capsys.readouterr().out.splitlines()[1:]
+    leave = "/quit or Ctrl-D to leave)"
+    assert said == [f"long  (stopped; {leave}", "", f"({leave}", "short to the end"]
+
+
+def test_ctrl_c_saves_though_it_ended_the_reader_too(monkeypatch):
+    """`| tee log` gets the same Ctrl-C: nothing that would be printed may keep the loop from saving."""
+
+    def gone(*_):
+        raise BrokenPipeError
+
+    loop = Loop.__new__(Loop)
+    loop.run, loop._exit_code = SimpleNamespace(say=gone), None
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    loop._on_signal(2, None)
+    assert loop._exit_code == 130
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_a_folder_is_no_database(tmp_path, create):
+    with pytest.raises(UserError, match=r"is a folder; give a file, such as .*votes.sqlite"):
+        Store(tmp_path, create=create)
+
+
+def test_a_cache_that_cant_be_written_is_said_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "file"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(process, "configure_malloc", lambda: False)
+    process.prepare_process()
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: can't write to {tmp_path}/file/xla") and said.count("\n") == 1
