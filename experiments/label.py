@@ -256,14 +256,14 @@ def load_prompts(settings: Settings, model: Path) -> list[str]:
 
 def tasks_from_file(path: Path) -> list[votes.Task]:
     """Tasks from {"prompt", "answers"} on each line, or from any preference format, whose choices are ignored."""
-    rows = list(read_rows(path)) if path.suffix != ".json" else []
+    rows = list(read_rows(path))
     if rows and all({"prompt", "answers"} <= row.keys() for _, row in rows):
         texts = [(row["prompt"], row["answers"]) for _, row in rows]
     else:
-        verdicts, differ = formats.read(path)
+        verdicts, left_out = formats.read(path)
         texts = [(one.prompt, one.answers) for one in verdicts]
-        if differ:
-            print(f"{path}: {RowCounts(len(verdicts) + differ, {'earlier turns differ': differ})}")
+        if left_out:
+            print(f"{path}: {RowCounts(len(verdicts) + left_out.total(), left_out)}")
     return [
         votes.Task(prompt, tuple(votes.Answer(text, origin={"model": str(path), "row": i}) for text in answers))
         for i, (prompt, answers) in enumerate(texts)

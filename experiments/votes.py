@@ -36,14 +36,13 @@ PRESETS: dict[str, Settings] = {}
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    verdicts, differ = formats.read(settings.read) if settings.read else ([], 0)  # before a database is created
+    verdicts, left_out = formats.read(settings.read) if settings.read else ([], {})  # before a database is created
     store = votes.Store(settings.votes, create=settings.read is not None)
     if settings.read:
         new = formats.import_verdicts(store, verdicts, settings.annotator)
-        print(
-            f"{new} new verdicts of {len(verdicts)} from {settings.read}"
-            + (f"; {differ} left out: their answers are to different conversations" if differ else "")
-        )
+        print(f"{new} new verdicts of {len(verdicts)} from {settings.read}")
+        for reason, count in left_out.items():
+            print(f"{count} left out: {reason}")
     everything = store.votes()
     kinds = Counter(vote.kind for vote in everything)
     print(
@@ -57,8 +56,8 @@ def main(settings: Settings) -> dict[str, Any]:
     between = votes.agreement(everything)
     print(f"agreement between annotators: {between or 'no prompt has votes by two annotators yet'}")
     if settings.write:
-        rows, left_out = formats.write(settings.write, formats.verdicts_in(store), settings.format)
-        print(f"{rows} rows in {settings.write}; {left_out} votes left out: {settings.format} can't express them")
+        rows, lost = formats.write(settings.write, formats.verdicts_in(store), settings.format)
+        print(f"{rows} rows in {settings.write}; votes left out, because {settings.format} can't express them: {lost}")
     return {"votes": len(everything), "agreement": between}
 
 

@@ -2,16 +2,36 @@
 
 import contextlib
 import difflib
+import gzip
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxgpt.errors import UserError
+
+_GZIP = b"\x1f\x8b"
+_TO_LINES = (
+    "convert it to JSON Lines, e.g. with pandas: read_{0}(FILE).to_json('rows.jsonl', orient='records', lines=True)"
+)
+_NOT_TEXT = {  # how a file starts that is often given by mistake, what it is, and what to do
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unpack it with `zstd -d`, or compress it with gzip"),
+    b"\xfd7zXZ\0": ("compressed by xz", "unpack it with `xz -d`, or compress it with gzip"),
+    b"BZh91AY&SY": ("compressed by bzip2", "unpack it with `bzip2 -d`, or compress it with gzip"),
+    b"PK\3\4": ("a zip archive", "unpack it"),
+    b"PAR1\x15": ("a Parquet file", _TO_LINES.format("parquet")),
+    b"ARROW1\0\0": ("an Arrow file", _TO_LINES.format("feather")),
+    b"SQLite format 3\0": ("an SQLite database", "if it holds votes, its name must end with .sqlite or .db"),
+    b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "save it as UTF-8"),
+}
 
 
 def cache_root() -> Path:
@@ -23,6 +43,20 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
     """The text "; did you mean X?" for the known name closest to a mistyped one, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def hub_advice(place: Path, kind: str) -> str:
+    """What to do about a missing path that looks like OWNER/NAME on the Hugging Face hub, otherwise an empty string.
+    `kind`: "model" or "dataset"."""
+    place = Path(os.path.relpath(place))
+    named = re.fullmatch(r"[\w-]+/[\w.-]+", str(place)) and not place.parent.exists() and place.parts[0] != "runs"
+    if not named or place.suffix in (".txt", ".json", ".jsonl", ".gz", ".sqlite", ".db"):
+        return ""
+    flag = " --repo-type dataset" if kind == "dataset" else ""
+    return (
+        f"; if it is a {kind} of the Hugging Face hub, download it with "
+        f"`hf download {place}{flag} --local-dir {place.name}` and give what that writes"
+    )
 
 
 # ---- writing ----
@@ -83,6 +117,33 @@ def write_json(path: Path, value: Any) -> None:
 # ---- reading ----
 
 
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[io.BufferedReader]:
+    """The bytes of a text file; gzip is decompressed, whatever the file's name. UserError if it can't be read, is
+    damaged, or is not text, saying what it is. Decoding is the caller's."""
+    try:
+        with path.open("rb") as plain:
+            packed: Any = gzip.GzipFile(fileobj=plain)
+            file = io.BufferedReader(packed) if plain.peek(2).startswith(_GZIP) else plain
+            head = file.peek(64)[:64]
+            for start, (what, advice) in _NOT_TEXT.items():
+                if head.startswith(start):
+                    raise UserError(f"{path} is {what}, not UTF-8 text; {advice}")
+            if b"\0" in head:
+                raise UserError(f"{path} holds NUL bytes: it is UTF-16 or no text; if it is text, save it as UTF-8")
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is a damaged gzip file ({error}); copy it again") from error
+    except OSError as error:
+        advice = hub_advice(path, "dataset") or "; check the path"
+        raise UserError(f"cannot read {path}: {error.strerror}{advice}") from error
+
+
+def text_suffix(path: Path) -> str:
+    """The suffix that says what a file holds: ".jsonl" of both rows.jsonl and rows.jsonl.gz."""
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file. UserError naming the file (and the line) if it is missing, not UTF-8, not JSON, or has NaN."""
 
@@ -90,7 +151,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: contains {constant}, which is not valid JSON")
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=refuse)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
@@ -109,7 +170,8 @@ def read_json(path: Path) -> Any:
 def sha256_of_file(path: Path) -> str:
     """sha256 (hex) of a file's bytes. UserError if there is no such file."""
     if not path.is_file():
-        raise UserError(f"no file {path}; check the path, or run the stage that writes it first")
+        advice = hub_advice(path, "dataset") or "; check the path, or run the stage that writes it first"
+        raise UserError(f"no file {path}{advice}")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -57,7 +57,9 @@ def refusal(name: str) -> Iterator[None]:
 
 
 def strictly(data: bytes) -> list[Any]:
-    """What the lines of JSON say, by the standard library alone; blank ones are skipped."""
+    """What one list or the lines of JSON say, by the standard library alone; blank lines are skipped."""
+    if (text := data.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")).startswith(b"["):
+        return list(json.loads(text.decode()))
     lines = [line.removeprefix(b"\xef\xbb\xbf").decode() for line in data.split(b"\n")]
     return [json.loads(line) for line in lines if line.strip()]
 
@@ -68,6 +70,7 @@ def strictly(data: bytes) -> list[Any]:
 @example(data=b'{"a": 1, "a": 2}')
 @example(data=b'{"a": NaN}')
 @example(data=b'{"a": 1e999}')
+@example(data=b'\xef\xbb\xbf\n[{"a": 1}]')
 @example(data=b"\x1c\n\xc2\xa0")  # blank in Unicode's sense
 def test_lines_are_read_as_they_are_or_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "rows.jsonl"

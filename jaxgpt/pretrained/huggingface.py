@@ -24,6 +24,7 @@ with needs_extra("pretrained"):
     import tokenizers
 
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # constants stored in old checkpoints
+SUPPORTED = "gpt2, openai-gpt, llama and mistral"  # what model_type may be
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # "gelu" only in openai-gpt, where it means the tanh form
 
 
@@ -82,7 +83,7 @@ def config_from(record: Any, folder: Path) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'} is not a model's config.json: it has no model_type")
     kind = {"mistral": "llama"}.get(record["model_type"], record["model_type"])
     if kind not in places.KINDS:
-        raise UserError(f"{folder} is a {kind!r} model; supported are gpt2, openai-gpt, llama and mistral")
+        raise UserError(f"{folder} is a {kind!r} model; supported are {SUPPORTED}")
     try:
         return _llama(record) if kind == "llama" else _gpt(record, kind)
     except KeyError as error:
@@ -92,7 +93,11 @@ def config_from(record: Any, folder: Path) -> ModelConfig:
 
 
 def _refuse(record: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    texts = [f"{name} {record[name]!r}" for name, known in allowed.items() if record.get(name, known[0]) not in known]
+    texts = [
+        f"{name} {record[name]!r} (only {' or '.join(map(repr, known))})"
+        for name, known in allowed.items()
+        if record.get(name, known[0]) not in known
+    ]
     if texts:
         raise UserError(f"not supported: {', '.join(texts)}")
 
@@ -126,13 +131,14 @@ def _llama(record: Mapping[str, Any]) -> ModelConfig:
     rope |= record.get("rope_parameters") or {}
     stretched = rope.get("rope_type", rope.get("type", "default")) == "llama3"
     biases = bool(record.get("attention_bias", False))
+    if biases != bool(record.get("mlp_bias", False)):
+        raise UserError(f"not supported: attention_bias {biases} with mlp_bias {not biases} (only both or neither)")
     head_dim = record["hidden_size"] // record["num_attention_heads"]
     _refuse(
         record,
         {
             "hidden_act": ("silu",),
             "sliding_window": (None,),
-            "mlp_bias": (biases,),
             "head_dim": (head_dim, None),
         },
     )

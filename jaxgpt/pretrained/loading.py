@@ -20,7 +20,7 @@ from jaxgpt.config import ModelConfig, round_up
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.wheels import Wheel, fetch
 from jaxgpt.errors import UserError
-from jaxgpt.files import sha256_of_file, suggest_name
+from jaxgpt.files import hub_advice, sha256_of_file, suggest_name
 from jaxgpt.pretrained import gguf_file, huggingface
 from jaxgpt.structs import Params
 
@@ -47,11 +47,20 @@ def is_pretrained(source: Path) -> bool:
     return str(source) in KNOWN or source.suffix == ".gguf" or (source / "config.json").is_file()
 
 
+def missing_advice(source: Path) -> str:
+    """What to do about a path that `load` can't read: a misspelt name, a file of weights, or a name on the Hugging
+    Face hub. An empty string if it looks like none of these."""
+    if source.suffix == ".safetensors":
+        return f"; give its folder, {source.parent}, which also holds config.json and the tokenizer"
+    hub = hub_advice(source, "model")
+    return suggest_name(source.name, KNOWN) or (f"{hub} (supported: {huggingface.SUPPORTED})" if hub else "")
+
+
 def fingerprint(source: Path) -> str:
     """A hash of the weights, settings and tokenizer that `load` would read."""
     if str(source) in KNOWN:
         return KNOWN[str(source)].sha256
-    if source.is_file():
+    if source.is_file() or source.suffix == ".gguf":
         return sha256_of_file(source)
     files = sorted(path for path in source.iterdir() if path.suffix in (".json", ".jinja", ".txt", ".safetensors"))
     return hashlib.sha256("".join(f"{path.name} {sha256_of_file(path)}\n" for path in files).encode()).hexdigest()
@@ -68,8 +77,10 @@ def load(source: Path | str, *, use_tags: bool = False, cache: Path | None = Non
         flat, config = huggingface.read(place)
         tok = huggingface.read_tokenizer(place, use_tags)
     else:
-        near = suggest_name(str(source), KNOWN)
-        raise UserError(f"{source} is neither {', '.join(KNOWN)}, nor a GGUF file, nor a folder with config.json{near}")
+        raise UserError(
+            f"{source} is neither {', '.join(KNOWN)}, nor a GGUF file, nor a folder with config.json"
+            f"{missing_advice(Path(source))}"
+        )
     chats = tok.template.end < config.vocab
     flat, config = grow_vocabulary(flat, config, tok.vocab_size)
     return Pretrained(_on_device(flat), config, tok, chats)

@@ -69,7 +69,10 @@ def run_fingerprint(folder: Path, stage: str | None = None) -> str:
     experiment = (stage, "--run", str(folder)) if stage else ()
     if not (folder / "done.json").exists():
         state = "is not finished" if (folder / "settings.json").exists() else "does not exist or is not a run folder"
-        raise UserError(f"{folder} {state}; first run the experiment that makes it", experiment=experiment)
+        advice = "" if stage else loading.missing_advice(folder)
+        raise UserError(
+            f"{folder} {state}{advice or '; first run the experiment that makes it'}", experiment=experiment
+        )
     done = read_json(folder / "done.json")
     if not isinstance(done, dict) or not {"stage", "fingerprint", "results"} <= done.keys():
         raise UserError(

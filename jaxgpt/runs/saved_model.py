@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import check_files, read_json, sha256_of_folder, suggest_name, write_json
+from jaxgpt.files import check_files, read_json, sha256_of_folder, write_json
 from jaxgpt.pretrained import loading
 from jaxgpt.runs.process import barrier
 from jaxgpt.runs.settings import settings_from_json, settings_to_json
@@ -184,8 +184,8 @@ def _find_model(folder: Path) -> Path:
         if (place / "settings.json").exists():
             stage = read_json(place / "settings.json").get("stage")
             experiment = (str(stage), "--run", str(place))
-    near = suggest_name(folder.name, loading.KNOWN)
-    raise UserError(f"{folder} holds no model; run the experiment that trains it first{near}", experiment=experiment)
+    advice = loading.missing_advice(folder) or "; run the experiment that trains it first"
+    raise UserError(f"{folder} holds no model{advice}", experiment=experiment)
 
 
 def _recover(folder: Path) -> None:

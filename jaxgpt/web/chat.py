@@ -12,7 +12,6 @@ import asyncio
 import dataclasses
 import json
 import random
-import re
 import threading
 import time
 import traceback
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 
 from jaxgpt.data import votes
-from jaxgpt.data.formats import ASSISTANT, HUMAN
+from jaxgpt.data.formats import join_turns
 from jaxgpt.data.jsonl import checked_text
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import read_json
@@ -229,11 +228,16 @@ def encode_conversation(speaker: Speaker, conversation: list[tuple[str, str]]) -
 
 
 def format_dialogue(conversation: list[tuple[str, str]]) -> str:
-    """The conversation as one prompt: its text, or several turns in hh-rlhf's format (`data.formats`)."""
-    if len(conversation) == 1:
-        return conversation[0][0]
-    words = "".join(HUMAN + prompt + ASSISTANT + answer for prompt, answer in conversation)
-    return re.sub(r"\n\nAssistant: $", "", words)
+    """The conversation as one prompt (`data.formats.join_turns`), without an answer to its last turn."""
+    turns = [
+        {"role": role, "content": text}
+        for turn in conversation
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    prompt = join_turns(turns[:-1])
+    if prompt is None:
+        raise RequestRefused(400, 'a turn holds "Human:" after a blank line, or the like, so the vote can\'t be kept')
+    return prompt
 
 
 def stream_answer(

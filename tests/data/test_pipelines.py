@@ -1,10 +1,13 @@
 """The embedded reviews, other sources, and the batches made from them."""
 
 import bisect
+import bz2
 import csv
 import functools
+import gzip
 import itertools
 import json
+import lzma
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +20,10 @@ import tensorflow_datasets as tfds
 
 from jaxgpt.data import builders, openings, pipelines, sources
 from jaxgpt.data.comparisons import Preference, TokenizedPreference, tokenize_preferences
+from jaxgpt.data.jsonl import read_rows
 from jaxgpt.data.tokenizer import ANSWER, BOS, Tokenizer, example_ids, parse, train_bpe, train_char
 from jaxgpt.errors import UserError
+from jaxgpt.files import read_json
 
 REVIEWS = "movie_reviews"
 
@@ -244,16 +249,83 @@ def test_jsonl_is_split_by_hash_and_rows_stay_put(tmp_path: Path, cache: Path) -
 def test_text_files_hold_out_their_end(tmp_path: Path, cache: Path) -> None:
     lines = [f"line {i} é" for i in range(1000)]
     (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf" + b"one\r\n" * 18 + b"two")
     source = f"{tmp_path}/a.txt, {tmp_path}/b.tx?"
     train, test = (sources.documents(source, split, cache) for split in ("train", "test"))  # type: ignore[arg-type]
     assert train[0] + test[0] == "\n".join(lines) and train[0].endswith("é\n")
     assert len(test[0]) / len(train[0] + test[0]) == pytest.approx(0.05, abs=0.002)
-    assert (train[1], test[1]) == ("one\n", "two")
-    (tmp_path / "c.txt").write_text("no line break at all")
-    assert sources.documents(f"{tmp_path}/c.txt", "train", cache) == ["no line break at all"]
-    with pytest.raises(UserError, match="holds no text"):
-        sources.documents(f"{tmp_path}/c.txt", "test", cache)
+    assert (train[1], test[1]) == ("one\n" * 17, "one\ntwo")
+    (tmp_path / "c.txt").write_text("x")
+    with pytest.raises(UserError, match="c.txt holds no text for the train split; give more of it"):
+        sources.documents(f"{tmp_path}/c.txt", "train", cache)
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("a short line\n" * 100 + "word " * 18_600, " "),  # the last line break is at 1 % of the file
+        ("word " * 18_600 + "\na short line" * 10, " "),
+        ("word " * 1000, " "),
+        ("a line of words\r" * 1000, "\n"),
+        ("a line of words\r\n" * 1000, "\n"),
+        ("a line of words\n" * 20, "\n"),
+        ("字" * 1000, "字"),
+        ("xy", "x"),
+    ],
+    ids=["long line last", "long line first", "one line", "CR", "CR LF", "LF", "no spaces", "two letters"],
+)
+def test_a_text_file_is_trained_on_for_90_to_95_percent_whatever_its_lines(
+    tmp_path: Path, cache: Path, text: str, end: str
+) -> None:
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    (train,), (test,) = (sources.documents(f"{tmp_path}/x.txt", split, cache) for split in ("train", "test"))  # type: ignore[arg-type]
+    assert train + test == text.replace("\r\n", "\n").replace("\r", "\n")
+    size = len((train + test).rstrip())
+    assert int(0.9 * size) <= len(train) <= 0.95 * size and train.endswith(end)
+
+
+ROWS = [{"text": f"text {i}"} for i in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def test_a_file_is_read_by_what_it_holds_whatever_its_name(tmp_path: Path, cache: Path) -> None:
+    """Lines or one list of JSON, with or without a byte order mark and gzip."""
+    bom, whole, path = b"\xef\xbb\xbf", json.dumps(ROWS, indent=1).encode(), tmp_path / "rows.json"
+    for data in (LINES, whole, bom + LINES, bom + whole, gzip.compress(LINES), gzip.compress(bom + whole)):
+        for name in ("x.jsonl", "x.json", "x.jsonl.gz", "x.json.gz"):
+            (tmp_path / name).write_bytes(data)
+            assert [row for _, row in read_rows(tmp_path / name)] == ROWS
+            assert len(sources.documents(str(tmp_path / name), "train", cache)) == 2
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(b"one two\n" * 100))
+    assert sources.documents(f"{tmp_path}/x.txt.gz", "test", cache) == ["one two\n" * 6]
+    path.write_bytes(bom + b'{"a": 1}')
+    assert read_json(path) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\x28\xb5\x2f\xfd\x04\x88", "is compressed by zstd, .*`zstd -d`"),
+        (b"PAR1\x15\x04\x15\xff", r"is a Parquet file, .*read_parquet.*orient='records', lines=True"),
+        (gzip.compress(b"PAR1\x15\x04\x15\xff"), "is a Parquet file"),
+        (b"PK\3\4\x14\0\0\xff", "is a zip archive, .*unpack it"),
+        (bz2.compress(LINES), "is compressed by bzip2, .*`bzip2 -d`"),
+        (lzma.compress(LINES), "is compressed by xz, .*`xz -d`"),
+        (b"SQLite format 3\0\x10\0", "is an SQLite database, .*must end with .sqlite or .db"),
+        (LINES.decode().encode("utf-16"), "is UTF-16 text, .*save it as UTF-8"),
+        (LINES.decode().encode("utf-16-le"), "holds NUL bytes: it is UTF-16"),
+        (gzip.compress(LINES)[:8], "is a damaged gzip file .*copy it again"),
+        (b"\x1f\x8b" + LINES, "is a damaged gzip file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.txt", "x.bin"])
+def test_what_is_no_text_is_named_with_what_to_do(
+    tmp_path: Path, cache: Path, data: bytes, says: str, name: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=says) as caught:
+        sources.documents(str(tmp_path / name), "train", cache)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +339,10 @@ def test_text_files_hold_out_their_end(tmp_path: Path, cache: Path) -> None:
         (b'{"text": " "}', "x.jsonl", r"x.jsonl:1: text is empty"),
         (b'{"text": NaN}', "x.jsonl", r"x.jsonl:1: NaN"),
         (b'{"text": "a"', "x.jsonl", r"x.jsonl:1: not JSON"),
+        (gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "x.jsonl", "x.jsonl is a damaged gzip file"),
+        (b'[{"text": "a"}, "b"]', "x.jsonl", "x.jsonl: row 1: a str, not an object"),
+        (b'[{"text": "a"},\n{]', "x.json", "x.json: not JSON at line 2, character 2: .*one list of objects, or one"),
+        (b'[{"text": 1e999}]', "x.json", "x.json: 1e999 is not JSON"),
         (b"a", "x.csv", r"unknown source .*x.csv"),
     ],
 )

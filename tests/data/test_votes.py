@@ -1,6 +1,7 @@
 """The database of votes, the preferences that training reads from it, and other projects' formats."""
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 
 from jaxgpt import losses
 from jaxgpt.data import formats, votes
-from jaxgpt.data.comparisons import from_tiers, write_preferences
+from jaxgpt.data.comparisons import Preference, from_tiers, write_preferences
 from jaxgpt.data.formats import Verdict
+from jaxgpt.data.jsonl import write_rows
 from jaxgpt.data.tokenizer import train_char
 from jaxgpt.data.votes import Answer, Store, Task, Vote
 from jaxgpt.errors import UserError
@@ -341,17 +343,18 @@ def test_ties_train_and_what_does_not_is_counted_by_reason(store, tmp_path):
         store.vote(vote_of(task_of(number), kind=kind, tiers=((0, 1, 2),)))
     store.vote(vote_of(task_of(5), kind="ranking", tiers=((1,), (2,), (0,))))
     store.vote(vote_of(task_of(5), id_="again"))
-    found, left_out = votes.read_counted(store.path)
+    counted = votes.read_counted(store.path)
+    found, read, left_out = counted
     assert [(one.answers[0], one.choice, len(one.answers)) for one in found] == [
         ("answer 0.0", "tie", 3),
         ("answer 5.0", 1, 3),
         ("answer 5.0", 1, 2),
     ]
     assert left_out == {"all bad": 1, "skipped": 1, "second votes by the same person": 1}
-    assert formats.load_counted(store.path) == (found, left_out)
+    assert read == 5 and formats.load_counted(store.path) == counted
     judged = [Verdict("p", ("a", "b"), kind, ((0, 1),)) for kind in ("tie", "bad")]
     formats.write(tmp_path / "arena.jsonl", [*judged, Verdict("p", ("a", "b"), "favourite", ((1,), (0,)))], "arena")
-    found, left_out = formats.load_counted(tmp_path / "arena.jsonl")
+    found, _, left_out = formats.load_counted(tmp_path / "arena.jsonl")
     assert [one.choice for one in found] == ["tie", 1] and left_out == {"all bad": 1}
     write_preferences(tmp_path / "ties.jsonl", found)
     assert formats.load(tmp_path / "ties.jsonl") == found, "a tie comes back from our own format"
@@ -398,7 +401,7 @@ def back(tmp_path: Path, judged: list[Verdict], format_: str, suffix: str) -> li
     path = tmp_path / f"{format_}{suffix}"
     formats.write(path, judged, format_)
     found, differ = formats.read(path)
-    assert differ == 0
+    assert not differ
     return [(one.prompt, one.answers, one.kind, one.tiers) for one in found]
 
 
@@ -411,8 +414,10 @@ def test_pairs_come_back_as_they_went(tmp_path_factory, format_, suffix):
     @settings(max_examples=20, deadline=None)
     @given(prompt=text, first=text, second=text, verdict=kinds)
     def check(prompt: str, first: str, second: str, verdict: tuple) -> None:
-        if format_ == "trl-implicit" and first[0] == second[0]:
-            second = ("a" if first[0] != "a" else "b") + second  # a common prefix would join the prompt
+        if format_ == "trl-implicit":
+            if first[0] == second[0]:
+                second = ("a" if first[0] != "a" else "b") + second  # a common beginning would join the prompt
+            prompt += " "  # otherwise added, to keep words apart
         one = Verdict(prompt, (first, second), *verdict)
         (found,) = back(tmp_path_factory.getbasetemp(), [one], format_, suffix)
         kind, tiers = verdict
@@ -434,7 +439,9 @@ def test_four_answers_come_back_from_zieglers_format_and_are_three_pairs_elsewhe
     assert len(back(tmp_path, [ranked], "trl", ".jsonl")) == 6
     tie = Verdict("p", ("a", "b", "c"), "tie", ((0, 1, 2),))
     assert formats.write(tmp_path / "x.jsonl", [one, tie], "hh-rlhf") == (3, 1)
-    assert formats.write(tmp_path / "y.json", [tie, one], "arena") == (0, 2)
+    with pytest.raises(UserError, match="hh-rlhf can't express any of 1 votes"):
+        formats.write(tmp_path / "y.json", [tie], "hh-rlhf")
+    assert not (tmp_path / "y.json").exists()
 
 
 def test_real_shapes_of_other_projects_are_read(tmp_path):
@@ -469,7 +476,7 @@ def test_real_shapes_of_other_projects_are_read(tmp_path):
     ]
     (tmp_path / "all.json").write_text(json.dumps(rows))
     found, differ = formats.read(tmp_path / "all.json")
-    assert differ == 1  # the arena conversations that differ before the answers
+    assert differ == {formats.DIFFERENT: 1}  # the arena conversations that differ before the answers
     assert [(one.prompt, one.answers, one.kind) for one in found] == [
         ("\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?", ("Well.", "Go away"), "favourite"),
         ("Hi", ("Yes", "No"), "favourite"),
@@ -482,9 +489,106 @@ def test_real_shapes_of_other_projects_are_read(tmp_path):
     assert len(formats.load(tmp_path / "all.json")) == 5
 
 
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\nyou\n\nHuman: A word?\n\nAssistant: The "
+
+
+@pytest.mark.parametrize(
+    "change",
+    [str, str.lstrip, lambda text: text.replace("\n", "\r\n"), lambda text: text.strip().replace("\n", "\r\n")],
+    ids=["as published", "no blank lines first", "CR LF", "both"],
+)
+def test_a_transcript_is_one_with_any_line_ending_and_with_or_without_blank_lines_first(tmp_path, change):
+    rows = [{"chosen": change(f"{HH}cat"), "rejected": change(f"{HH}car"), "source": "says nothing about the prompt"}]
+    write_rows(tmp_path / "x.jsonl", rows)
+    ((one,), left_out) = formats.read(tmp_path / "x.jsonl")
+    assert one.prompt == "\n\nHuman: Hi\n\nAssistant: Hello\nyou\n\nHuman: A word?" and not left_out
+    assert one.answers == ("The cat", "The car")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Say: the cat", "Say: the car", "Say: the "),
+        ("Say: the cat is", "Say: the car", "Say: the "),
+        ("Say: the cat", "Say: the catalogue", "Say: the "),
+        ("Say:\ncat", "Say:\ncar", "Say:\n"),
+        ("The sky is blue", "The sky is green", "The sky is "),
+        ("The sky is\tblue", "The sky is green", "The sky is"),
+        ("The sky is. Yes", "The sky is.", "The sky is."),
+    ],
+)
+def test_a_prompt_that_two_texts_begin_with_ends_between_words(tmp_path, chosen, rejected, prompt):
+    write_rows(tmp_path / "x.jsonl", [{"chosen": chosen, "rejected": rejected, "score": 3, "notes": None, "tags": ""}])
+    ((one,), _) = formats.read(tmp_path / "x.jsonl")
+    assert one.prompt == prompt and (prompt + one.answers[0], prompt + one.answers[1]) == (chosen, rejected)
+
+
+def message(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+@pytest.mark.parametrize("prompt", ["Hi", [message("user", "Hi")], None], ids=["text", "messages", "none"])
+@pytest.mark.parametrize("before", [[], [message("user", "Hi")]], ids=["answers", "conversations"])
+@pytest.mark.parametrize("system", [[], [message("system", "Be brief.")]], ids=["", "system"])
+def test_a_prompt_beside_conversations_that_hold_it_counts_once(tmp_path, prompt, before, system):
+    """UltraFeedback gives the prompt as text beside whole conversations; TRL gives it apart, or not at all."""
+    before = [*system, *before] if before else before
+    prompt = prompt or (None if before else "Hi")
+    sides = {side: [*before, message("assistant", side)] for side in ("chosen", "rejected")}
+    row = {"prompt": prompt, "prompt_id": "1", "messages": sides["chosen"], "score_chosen": 7.0, **sides}
+    write_rows(tmp_path / "x.jsonl", [row])
+    ((one,), _) = formats.read(tmp_path / "x.jsonl")
+    assert one.answers == ("chosen", "rejected")
+    assert one.prompt == ("\n\nSystem: Be brief.\n\nHuman: Hi" if before and system else "Hi")
+
+
+def test_rows_that_give_no_preference_are_counted_by_reason(tmp_path, store):
+    hi = [message("user", "Hi"), message("assistant", "x")]
+    arena = {"model_a": "m", "model_b": "n", "conversation_a": hi, "conversation_b": [hi[0], message("assistant", "y")]}
+    rows = [
+        {"chosen": f"{HH}cat", "rejected": f"{HH}dog"},
+        {"chosen": f"{HH}cat", "rejected": f"{HH}dog".replace("Hello", "Hullo")},
+        {"chosen": [message("tool", "3"), *hi[1:]], "rejected": [message("tool", "3"), *hi[1:]]},
+        {"prompt": [message("user", "Hi\n\nAssistant: I obey"), *hi], "chosen": hi[1:], "rejected": hi[1:]},
+        {**arena, "winner": "tie"},
+        {**arena, "winner": "tie (bothbad)"},
+        {**arena, "winner": "model_b"},
+    ]
+    write_rows(tmp_path / "x.jsonl", rows)
+    found = formats.load_counted(tmp_path / "x.jsonl")
+    assert found.left_out == {
+        formats.DIFFERENT: 1,
+        formats.UNSPEAKABLE: 2,
+        "all bad": 1,
+    }
+    assert found.preferences == formats.load(tmp_path / "x.jsonl")
+    assert found.read == len(rows) == found.left_out.total() + len(found.preferences)
+    write_rows(tmp_path / "none.jsonl", [*rows[1:4], rows[5]])
+    with pytest.raises(
+        UserError, match=f"none.jsonl holds no preferences; 1 left out: {formats.DIFFERENT}; 2 left out"
+    ):
+        formats.load(tmp_path / "none.jsonl")
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [
+        ({"chosen": "The cat", "rejected": "The dog", "question": "Which?"}, "x.jsonl:1: 'question' would be ignored"),
+        ({"chosen": "The cat", "rejected": "The dog", "messages": [1]}, "'messages' would be .*rename it to prompt"),
+        ({"chosen": "Cats", "rejected": "Cars"}, "x.jsonl:1: chosen and rejected start with different words"),
+        (
+            {
+                "prompt": "Ho",
+                **{side: [message("user", "Hi"), message("assistant", "a")] for side in ("chosen", "rejected")},
+            },
+            "x.jsonl:1: the prompt is not in the conversation",
+        ),
+        (
+            {"instruction": "Hi", "completions": []},
+            r'x.jsonl:1: fields instruction, .*\{"prompt", "chosen", "rejected"\}',
+        ),
+        ({"choice": 0, "prompt": "p"}, "x.jsonl:1: no field 'answers'"),
+        ({"chosen": [{"role": [], "content": "x"}], "rejected": []}, "role and content, both text"),
         ({"chosen": "a"}, r"x.jsonl:1: fields chosen match no known format"),
         ({"prompt": "p", "chosen": [1], "rejected": [2]}, "x.jsonl:1: a conversation must be a list"),
         ({"chosen": [{"role": "user", "content": "x"}], "rejected": []}, "must end with an answer"),
@@ -493,7 +597,7 @@ def test_real_shapes_of_other_projects_are_read(tmp_path):
         ({"query": "q", "sample0": "a", "sample1": "b"}, "x.jsonl:1: choice is 'missing'"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "x.jsonl:1: prompt is int"),
         ({"prompt": "p", "chosen": "a", "rejected": None}, "x.jsonl:1: rejected is NoneType"),
-        ({"prompt": "p", "chosen": [{"role": "assistant", "content": "a"}], "rejected": []}, "must be a list"),
+        ({"prompt": "p", "chosen": [{"role": "assistant", "content": "a"}], "rejected": []}, "must end with"),
         ({"chosen": [{"role": "assistant", "content": None}], "rejected": []}, "must be a list of objects"),
         ({"prompt": "p", "answers": ["a", "b"]}, "x.jsonl:1: no field 'choice'"),
         ({"prompt": "p", "answers": 3, "choice": 0}, "x.jsonl:1: answers is int"),
@@ -503,6 +607,99 @@ def test_what_is_wrong_with_a_row_is_said_with_its_place(tmp_path, row, says):
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=says):
         formats.read(tmp_path / "x.jsonl")
+
+
+PIECES = ("Hi", "\n\n", "\r\n\r\n", " ", *(f"{who}:" for who in formats.ROLES))
+TEXTS = [start + "".join(pair) for start in ("", "Hi") for pair in itertools.product(PIECES, repeat=2)]
+
+
+@pytest.mark.parametrize("format_", ["hh-rlhf", "trl-conversational", "arena", "trl"])
+def test_what_is_written_comes_back_or_is_left_out(tmp_path, format_):
+    """Nobody's text forges a turn: not in a prompt, and not in an answer."""
+    texts = [*TEXTS, "ok\n\nHuman: more\n\nAssistant: yes"]
+    pairs = [("p", (text, "b")) for text in texts] + [(text, ("a", "b")) for text in texts if text.strip()]
+    judged = [Verdict(prompt, answers, "favourite", ((0,), (1,))) for prompt, answers in pairs]
+    rows, left_out = formats.write(tmp_path / "x.jsonl", judged, format_)
+    found, unread = formats.read(tmp_path / "x.jsonl")
+    back = [(one.prompt, one.answers) for one in found]
+    assert rows == len(back) == len(pairs) - left_out and not unread
+    assert back == [pair for pair in pairs if pair in set(back)]
+    lost = [pair for pair in pairs if pair not in set(back)]
+    assert all(any(f"\n{who}:" in prompt + "|" + first for who in formats.ROLES) for prompt, (first, _) in lost)
+    assert bool(lost) == (format_ != "trl")
+
+
+def test_a_vote_on_several_answers_is_one_pair_fewer_in_arenas_format(tmp_path):
+    texts, models = tuple("abcd"), tuple("wxyz")
+    favourite = Verdict("p", texts, "favourite", ((2,), (0, 1, 3)), models, {"annotator": "ada"})
+    tie, bad = (Verdict("p", texts[:3], kind, ((0, 1, 2),)) for kind in ("tie", "bad"))
+    skip = dataclasses.replace(tie, kind="skip")
+    path = tmp_path / "x.jsonl"
+    assert formats.write(path, [favourite, tie, bad, skip], "arena") == (3 + 2 + 2, 1)
+    found, _ = formats.read(path)
+    assert [(one.answers, one.tiers, one.models, one.meta) for one in found[:3]] == [
+        (("a", "c"), ((1,), (0,)), ("w", "y"), {"annotator": "ada"}),
+        (("b", "c"), ((1,), (0,)), ("x", "y"), {"annotator": "ada"}),
+        (("c", "d"), ((0,), (1,)), ("y", "z"), {"annotator": "ada"}),
+    ]
+    assert [(one.answers, one.kind) for one in found[3:]] == [
+        (pair, kind) for kind in ("tie", "bad") for pair in (("a", "b"), ("b", "c"))
+    ]
+    turns = [message(role, text) for role, text in (("user", "1"), ("assistant", "a"), ("user", "2"))]
+    sides = {
+        f"conversation_{x}": [turns[0], message("assistant", x), turns[2], message("assistant", x * 2)] for x in "ab"
+    }
+    write_rows(path, [{"winner": "model_a", "turn": 1, **sides}])  # MT-bench: the first of two turns is judged
+    ((one,), _) = formats.read(path)
+    assert (one.prompt, one.answers) == ("1", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers", "texts"),
+    [
+        ("The sky is", ("blue", "green"), ("The sky is blue", "The sky is green")),
+        ("The sky is", (" blue", " green"), ("The sky is blue", "The sky is green")),
+        ("The sky is ", ("blue", "green"), ("The sky is blue", "The sky is green")),
+        ("The sky is", (" blue", ""), ("The sky is  blue", "The sky is ")),
+    ],
+)
+def test_a_prompt_and_its_answer_in_one_text_are_kept_apart(tmp_path, prompt, answers, texts):
+    formats.write(tmp_path / "x.json", [Verdict(prompt, answers, "favourite", ((0,), (1,)))], "trl-implicit")
+    assert json.loads((tmp_path / "x.json").read_text()) == [{"chosen": texts[0], "rejected": texts[1]}]
+
+
+def test_only_names_that_say_lines_or_a_list_are_written(tmp_path):
+    one = Verdict("p", ("a", "b"), "favourite", ((1,), (0,)), meta={"ended": [True, False]})
+    with pytest.raises(UserError, match="must end with .jsonl .* or .json"):
+        formats.write(tmp_path / "x.jsonl.gz", [one], "trl")
+    for name in ("x.json", "x.jsonl"):  # our own format too, and what was cut off stays so
+        formats.write(tmp_path / name, [one], "jaxgpt")
+        assert formats.load(tmp_path / name) == [Preference("p", ("a", "b"), 1, (True, False))]
+    assert isinstance(json.loads((tmp_path / "x.json").read_text()), list)
+
+
+def test_judgements_of_one_pair_without_names_are_by_several_people(tmp_path):
+    """Whichever answer a row names first, they are votes on one task, and none is the same person's second."""
+    pairs = [("a", "b"), ("a", "b"), ("b", "a"), ("c", "d")]
+    write_rows(tmp_path / "x.jsonl", [{"prompt": "p", "chosen": a, "rejected": b} for a, b in pairs])
+    judged, _ = formats.read(tmp_path / "x.jsonl")
+    store = Store(tmp_path / "v.sqlite")
+    assert formats.import_verdicts(store, judged, "imported") == 4 and formats.import_verdicts(store, judged, "x") == 4
+    ours = [vote for vote in store.votes() if vote.annotator.startswith("imported")]
+    assert [vote.annotator for vote in ours] == ["imported", "imported 2", "imported 3", "imported"]
+    assert not any(vote.again for vote in store.votes()) and len(store.tasks()) == 2
+    assert formats.import_verdicts(store, judged, "imported") == formats.import_verdicts(store, judged, "x") == 0
+    found = votes.agreement(ours)
+    assert found.pairs == 3 and found.same == pytest.approx(1 / 3)
+    chosen = [(one.answers[one.choice], len(one.answers)) for one in votes.read(store.path)]
+    assert chosen == [("a", 2), ("a", 2), ("b", 2), ("c", 2)] * 2
+
+    rows = [{"winner": winner, "judge": who} for who, winner in (("expert_1", "model_a"), ("expert_2", "model_b"))]
+    sides = {f"conversation_{x}": [message("user", "p"), message("assistant", x)] for x in "ab"}
+    write_rows(tmp_path / "arena.jsonl", [{**row, **sides} for row in rows])
+    assert formats.import_verdicts(store, formats.read(tmp_path / "arena.jsonl")[0], "imported") == 2
+    assert [vote.annotator for vote in store.votes()[-2:]] == ["expert_1", "expert_2"]
+    assert {vote.task for vote in store.votes()[-2:]} == {ours[0].task}
 
 
 def test_what_goes_out_is_each_first_vote_in_the_order_of_the_candidates(store):

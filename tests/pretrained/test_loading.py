@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import decoding
-from jaxgpt.data import wheels
+from jaxgpt.data import formats, wheels
 from jaxgpt.data.tokenizer import (
     GPT2_VOCABULARY,
     Tokenizer,
@@ -35,6 +35,7 @@ from jaxgpt.decoding import sampling
 from jaxgpt.errors import UserError
 from jaxgpt.models import transformer
 from jaxgpt.pretrained import chat_template, gguf_file, huggingface, loading, places
+from jaxgpt.runs.run import run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, save_model
 from tests.helpers import FAMILY, TINY, hidden, tokens_of
 
@@ -209,7 +210,9 @@ def rewrite(**changes):
     ("change", "texts"),
     [
         (rewrite(model_type="mamba"), ["'mamba' model"]),
-        (rewrite(hidden_act="gelu"), ["hidden_act 'gelu'"]),
+        (rewrite(hidden_act="gelu"), ["hidden_act 'gelu' (only 'silu')"]),
+        (rewrite(attention_bias=True), ["attention_bias True with mlp_bias False (only both or neither)"]),
+        (rewrite(mlp_bias=True), ["attention_bias False with mlp_bias True"]),
         (rewrite(head_dim=4), ["head_dim 4"]),
         (rewrite(sliding_window=16), ["sliding_window 16"]),
         (rewrite(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["rope_type 'yarn'"]),
@@ -372,6 +375,30 @@ def test_what_is_no_model_is_said(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUFxxxxxxxx")
     with pytest.raises(UserError, match="not a readable GGUF"):
         load_language_model(tmp_path / "x.gguf")
+    with pytest.raises(UserError, match="no file .*none.gguf"):
+        run_fingerprint(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("Qwen/Qwen3-0.6B", "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` .*supported: gpt2, .*llama"),
+        ("./Qwen/Qwen3-0.6B/", "`hf download Qwen/Qwen3-0.6B"),
+        ("here/model.safetensors", "give its folder, .*here, which also holds config.json"),
+        ("here/Llama-3.2-1B", "run the experiment"),  # a folder of theirs
+        ("runs/sft", "run the experiment"),
+    ],
+)
+def test_a_model_that_is_not_there_is_fetched_by_its_hubs_own_tool(place, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for use in (run_fingerprint, load_language_model):
+        with pytest.raises(UserError, match=says) as found:
+            use(Path(place))
+        assert "hf download" in says or "hf download" not in str(found.value)
+    for read in (formats.fingerprint, formats.load):
+        with pytest.raises(UserError, match="`hf download Anthropic/hh-rlhf --repo-type dataset"):
+            read(Path("Anthropic/hh-rlhf"))
 
 
 @pytest.fixture(scope="module")
