@@ -31,7 +31,9 @@ BREAKS = {
     "causality": Break(
         "models/cpu_layers", "jnp.tril(jnp.ones((T, T), bool))", "jnp.tril(jnp.ones((T, T), bool), 1)", "transformer"
     ),
-    "mask count": Break("losses/mean", "mask.sum().astype(jnp.float32)", "jnp.float32(mask.size)", "losses proofs"),
+    "mask count": Break(
+        "losses/mean", "mask.sum().astype(values.dtype)", "jnp.asarray(mask.size, values.dtype)", "losses proofs"
+    ),
     "KL sign": Break("losses/kl", "    return logp - ref_logp\n", "    return ref_logp - logp\n", "kl proofs"),
     "GAE lambda": Break("losses/returns", "gamma * lam * advantage_B", "gamma * advantage_B", "returns proofs"),
     "position": Break(

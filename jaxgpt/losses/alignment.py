@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.losses.checks import expect, expect_value
+from jaxgpt.losses.checks import expect, expect_value, promote
+from jaxgpt.losses.mean import reduce
 from jaxgpt.losses.preferences import preference_nll, smooth_choice, soft_preference_nll
 
 
@@ -23,7 +24,8 @@ def implicit_reward(logp_sum: Array, ref_logp_sum: Array, beta: float | Array) -
     """
     expect(logp_sum=(logp_sum, "float ..."), ref_logp_sum=(ref_logp_sum, "float ..."))
     expect_value(beta >= 0, "beta is {beta}; it can't be negative", beta=beta)
-    return beta * (logp_sum - ref_logp_sum)
+    logp_sum, ref_logp_sum = promote(logp_sum, ref_logp_sum)
+    return jnp.asarray(beta, logp_sum.dtype) * (logp_sum - ref_logp_sum)
 
 
 def dpo(
@@ -62,6 +64,7 @@ def ipo(chosen_log_ratio: Array, rejected_log_ratio: Array, tau: float) -> Array
     """
     expect(chosen_log_ratio=(chosen_log_ratio, "float ..."), rejected_log_ratio=(rejected_log_ratio, "float ..."))
     expect_value(tau > 0, "tau is {tau}; it must be above 0", tau=tau)
+    chosen_log_ratio, rejected_log_ratio = promote(chosen_log_ratio, rejected_log_ratio)
     return jnp.square(chosen_log_ratio - rejected_log_ratio - 1.0 / (2.0 * tau))
 
 
@@ -72,9 +75,7 @@ def kto_reference(mismatched_log_ratio_B: Array, mask_B: Array | None = None) ->
     It is a statistic of the whole batch: compute it before splitting the batch.
     """
     expect(mismatched_log_ratio=(mismatched_log_ratio_B, "float ..."), mask=(mask_B, "bool ..."))
-    mask_B = jnp.ones(mismatched_log_ratio_B.shape, bool) if mask_B is None else mask_B
-    mean = jnp.where(mask_B, mismatched_log_ratio_B, 0.0).sum() / jnp.maximum(mask_B.sum(), 1)
-    return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
+    return jax.lax.stop_gradient(jnp.maximum(reduce(mismatched_log_ratio_B, mask_B).value, 0.0))
 
 
 def kto(
@@ -97,6 +98,8 @@ def kto(
         reference=(reference_array, "float ..."),
     )
     expect_value(beta >= 0, "beta is {beta}; it can't be negative", beta=beta)
+    (log_ratio,) = promote(log_ratio)
+    beta, reference = (jnp.asarray(x, log_ratio.dtype) for x in (beta, reference))
     margin = beta * (log_ratio - reference)
     return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-margin), undesirable_weight * jax.nn.sigmoid(margin))
 
@@ -104,7 +107,7 @@ def kto(
 def log_odds(mean_logp: Array) -> Array:
     """log( P / (1 - P) ) for P = exp(mean log-probability of an answer's tokens), clipped to P <= exp(-1e-6)."""
     expect(mean_logp=(mean_logp, "float ..."))
-    mean_logp = jnp.minimum(mean_logp, -1e-6)
+    mean_logp = jnp.minimum(promote(mean_logp)[0], -1e-6)
     near_one = mean_logp > -math.log(2.0)
     log_complement = jnp.where(  # log(1 - P), accurate on both sides of P = 1/2; inner wheres keep gradients finite
         near_one,
@@ -121,6 +124,7 @@ def orpo(chosen_mean_logp: Array, rejected_mean_logp: Array, weight: float) -> A
     Needs no reference model.
     """
     expect(chosen_mean_logp=(chosen_mean_logp, "float ..."), rejected_mean_logp=(rejected_mean_logp, "float ..."))
+    chosen_mean_logp, rejected_mean_logp = promote(chosen_mean_logp, rejected_mean_logp)
     log_odds_ratio = log_odds(chosen_mean_logp) - log_odds(rejected_mean_logp)
     return -chosen_mean_logp - weight * jax.nn.log_sigmoid(log_odds_ratio)
 
@@ -133,4 +137,5 @@ def simpo(chosen_mean_logp: Array, rejected_mean_logp: Array, beta: float, gamma
     """
     expect(chosen_mean_logp=(chosen_mean_logp, "float ..."), rejected_mean_logp=(rejected_mean_logp, "float ..."))
     expect_value(beta >= 0, "beta is {beta}; it can't be negative", beta=beta)
+    chosen_mean_logp, rejected_mean_logp = promote(chosen_mean_logp, rejected_mean_logp)
     return -jax.nn.log_sigmoid(beta * (chosen_mean_logp - rejected_mean_logp) - gamma)

@@ -4,6 +4,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
@@ -37,6 +38,16 @@ def expect(**arguments: tuple[ArrayLike | None, str]) -> None:
             if sizes.setdefault(axis, size) != size:
                 raise ValueError(f"{found}; {expected} with {axis} = {sizes[axis]} as in `{origin[axis]}`")
             origin.setdefault(axis, name)
+
+
+def promote(*arrays: ArrayLike) -> tuple[Array, ...]:
+    """The arrays as float64 if one of them is, otherwise as float32.
+
+    Every function of `losses` computes in this dtype and returns it: bfloat16 can't count to 1,000, and float16 ends at
+    65,504. The cast is explicit, so that `jax.numpy_dtype_promotion("strict")` allows it.
+    """
+    dtype = jnp.float64 if any(jnp.result_type(x) == jnp.float64 for x in arrays) else jnp.float32
+    return tuple(jnp.asarray(x, dtype) for x in arrays)
 
 
 def expect_value(ok: ArrayLike, message: str, **values: ArrayLike) -> None:

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.losses.checks import expect
+from jaxgpt.losses.checks import expect, promote
 from jaxgpt.losses.mean import sequence_sum
+from jaxgpt.losses.tokens import expected
 
 # Log-ratios are clipped to [-20, 20] before exponentiating: products with e^20 = 4.9e8 stay finite.
 LOG_RATIO_LIMIT = 20.0
@@ -26,12 +27,14 @@ LOG_RATIO_LIMIT = 20.0
 def k1(logp: Array, ref_logp: Array) -> Array:
     """d = log pi - log rho, in nats: unbiased, can be negative."""
     expect(logp=(logp, "float ..."), ref_logp=(ref_logp, "float ..."))
+    logp, ref_logp = promote(logp, ref_logp)
     return logp - ref_logp
 
 
 def k2(logp: Array, ref_logp: Array) -> Array:
     """d^2 / 2: biased, low variance, never negative."""
     expect(logp=(logp, "float ..."), ref_logp=(ref_logp, "float ..."))
+    logp, ref_logp = promote(logp, ref_logp)
     return 0.5 * jnp.square(logp - ref_logp)
 
 
@@ -41,6 +44,7 @@ def k3(logp: Array, ref_logp: Array) -> Array:
     The value itself is not capped (some libraries cap it at 10): one token with rho >> pi can dominate a batch.
     """
     expect(logp=(logp, "float ..."), ref_logp=(ref_logp, "float ..."))
+    logp, ref_logp = promote(logp, ref_logp)
     d = jnp.clip(logp - ref_logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return jnp.expm1(-d) + d
 
@@ -48,12 +52,14 @@ def k3(logp: Array, ref_logp: Array) -> Array:
 def exact(logits: Array, ref_logits: Array) -> Array:
     """sum_v pi_v (log pi_v - log rho_v) for one prefix, in nats: both [..., V] -> [...].
 
-    Exact for each prefix; summed over sampled prefixes it is still only an estimate of the sequence's KL.
+    Exact for each prefix; summed over sampled prefixes it is still only an estimate of the sequence's KL. Logits may be
+    -inf: a token with pi_v = 0 adds 0, and the KL is +inf, with a gradient of 0, where rho_v = 0 < pi_v.
     """
     expect(logits=(logits, "float ... V"), ref_logits=(ref_logits, "float ... V"))
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
-    ref_logp = jax.nn.log_softmax(ref_logits.astype(jnp.float32))
-    return jnp.sum(jnp.exp(logp) * (logp - ref_logp), axis=-1)
+    logp, ref_logp = map(jax.nn.log_softmax, promote(logits, ref_logits))
+    unbounded = (ref_logp == -jnp.inf) & (logp > -jnp.inf)
+    finite = expected(logp, jnp.where(unbounded, 0.0, logp - ref_logp))
+    return jnp.where(unbounded.any(axis=-1), jnp.inf, finite)
 
 
 def sequence_kl(logp_BT: Array, ref_logp_BT: Array, mask_BT: Array) -> Array:
@@ -145,7 +151,8 @@ class AdaptiveKL:
         if self.unit not in units:
             raise ValueError(f"AdaptiveKL: unit is {self.unit!r}; choose sequence or token")
         error = jnp.clip(units[self.unit] / self.target - 1.0, -0.2, 0.2)
-        return dataclasses.replace(self, beta=self.beta * (1.0 + error * measured.sequences / self.horizon))
+        beta = jnp.asarray(self.beta, error.dtype)
+        return dataclasses.replace(self, beta=beta * (1.0 + error * measured.sequences / self.horizon))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["beta"], meta_fields=[])

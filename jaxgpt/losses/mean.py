@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.losses.checks import expect
+from jaxgpt.losses.checks import expect, promote
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["sum", "count"], meta_fields=[])
@@ -37,11 +37,10 @@ def reduce(values: Array, mask: Array | None = None) -> Mean:
     Returning sum and count rather than a mean lets parts of a batch add up to exactly the whole batch's mean.
     """
     expect(values=(values, "float ..."), mask=(mask, "bool ..."))
-    values = jnp.asarray(values)
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    (values,) = promote(values)
     if mask is None:
-        return Mean(values.sum(), jnp.asarray(values.size, jnp.float32))
-    return Mean(jnp.where(mask, values, 0).sum(), mask.sum().astype(jnp.float32))
+        return Mean(values.sum(), jnp.asarray(values.size, values.dtype))
+    return Mean(jnp.where(mask, values, 0).sum(), mask.sum().astype(values.dtype))
 
 
 def combine(
@@ -65,7 +64,7 @@ def combine(
 def sequence_sum(values_BT: Array, mask_BT: Array) -> Array:
     """The sum over each row's masked tokens, [B]: turns nats per token into nats per answer."""
     expect(values=(values_BT, "float ... T"), mask=(mask_BT, "bool ... T"))
-    values_BT = values_BT.astype(jnp.promote_types(values_BT.dtype, jnp.float32))
+    (values_BT,) = promote(values_BT)
     return jnp.where(mask_BT, values_BT, 0).sum(axis=-1)
 
 
@@ -76,4 +75,5 @@ def sequence_mean(values_BT: Array, mask_BT: Array) -> Array:
     `reduce(values_BT, mask_BT)` weights all tokens equally (DAPO); so does `sequence_sum` divided by a constant length,
     without depending on the batch's lengths (Dr. GRPO).
     """
-    return sequence_sum(values_BT, mask_BT) / jnp.maximum(mask_BT.sum(axis=-1), 1)
+    total_B = sequence_sum(values_BT, mask_BT)
+    return total_B / jnp.maximum(mask_BT.sum(axis=-1), 1).astype(total_B.dtype)

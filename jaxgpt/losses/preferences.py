@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.losses.checks import expect, expect_value
+from jaxgpt.losses.checks import expect, expect_value, promote
 from jaxgpt.losses.mean import Mean, reduce
 from jaxgpt.losses.tokens import MASKED_LOGIT
 
@@ -37,20 +37,21 @@ def favourites_nll(
     expect(
         scores=(scores_BC, "float ... C"), favourite=(favourite_BC, "bool ... C"), present=(present_BC, "bool ... C")
     )
+    (scores_BC,) = promote(scores_BC)
     if present_BC is None:
         present_BC = jnp.ones_like(favourite_BC)
     size = favourite_BC.sum(axis=-1)
-    log_delta = [jnp.zeros(()), *jnp.asarray(log_tie, scores_BC.dtype)]
+    log_delta = [jnp.zeros((), scores_BC.dtype), *jnp.asarray(log_tie, scores_BC.dtype)]
     expect_value(size <= len(log_delta), f"more than {len(log_delta)} answers tie; extend log_tie to larger ties")
     expect_value(present_BC | ~favourite_BC, "a favourite is not present")
     any_favourite = size > 0
     # Rows without favourites end as 0 but must stay finite until then: give them equal scores. Only differences
     # matter, so subtracting the maximum keeps large scores precise.
     scores_BC = jnp.where(present_BC & any_favourite[..., None], scores_BC, 0.0)
-    top_B1 = jnp.where(present_BC, scores_BC, MASKED_LOGIT).max(axis=-1, keepdims=True)
+    top_B1 = jnp.where(present_BC, scores_BC, MASKED_LOGIT).max(axis=-1, keepdims=True, initial=MASKED_LOGIT)
     scores_BC = scores_BC - jax.lax.stop_gradient(jnp.maximum(top_B1, MASKED_LOGIT / 2))
     totals = [delta + _log_subsets(scores_BC, present_BC, t) for t, delta in enumerate(log_delta, 1)]
-    mean = jnp.where(favourite_BC, scores_BC, 0.0).sum(axis=-1) / jnp.maximum(size, 1)
+    mean = jnp.where(favourite_BC, scores_BC, 0.0).sum(axis=-1) / jnp.maximum(size, 1).astype(scores_BC.dtype)
     delta = sum(jnp.where(size == t, log_delta[t - 1], 0.0) for t in range(1, len(log_delta) + 1))
     total = totals[0] if len(totals) == 1 else jax.nn.logsumexp(jnp.stack(totals, -1), axis=-1)
     return jnp.where(any_favourite, total - (delta + mean), 0.0)
@@ -62,7 +63,7 @@ def _log_subsets(scores_BC: Array, present_BC: Array, t: int) -> Array:
     if t == 1:
         return jax.nn.logsumexp(worth, axis=-1)
     # Elementary symmetric polynomials, one answer at a time: e_k <- e_k + w e_{k-1}, in log space.
-    sums = [jnp.zeros(worth.shape[:-1])] + [jnp.full(worth.shape[:-1], MASKED_LOGIT)] * t
+    sums = [jnp.zeros(worth.shape[:-1], worth.dtype)] + [jnp.full(worth.shape[:-1], MASKED_LOGIT, worth.dtype)] * t
     for c in range(worth.shape[-1]):
         sums = sums[:1] + [jnp.logaddexp(sums[k], sums[k - 1] + worth[..., c]) for k in range(1, t + 1)]
     return jnp.maximum(sums[t], MASKED_LOGIT)
@@ -85,7 +86,7 @@ def preference_nll(
     Raises ValueError (concrete values; otherwise under checkify) if a choice is outside 0..C-1 and isn't such a tie.
     """
     expect(scores=(scores_BC, "float B C"), choice=(choice_B, "int B"), present=(present_BC, "bool B C"))
-    C = scores_BC.shape[1]
+    (scores_BC,), C = promote(scores_BC), scores_BC.shape[1]
     lowest = TIE if tie_rate else 0
     expect_value((choice_B >= lowest) & (choice_B < C), f"a choice is outside 0..{C - 1}, the {C} candidates")
     chosen_BC = choice_B[:, None] == jnp.arange(C)
@@ -106,7 +107,8 @@ def bradley_terry_nll(chosen: Array, rejected: Array, margin: Array | float = 0.
     """-log sigmoid(s_chosen - s_rejected - margin), one value per pair (Bradley & Terry 1952; InstructGPT, eq. 1)."""
     array = margin if jnp.ndim(margin) else None
     expect(chosen=(chosen, "float ..."), rejected=(rejected, "float ..."), margin=(array, "float ..."))
-    return -jax.nn.log_sigmoid(chosen - rejected - margin)
+    chosen, rejected = promote(chosen, rejected)
+    return -jax.nn.log_sigmoid(chosen - rejected - jnp.asarray(margin, chosen.dtype))
 
 
 def plackett_luce_nll(
@@ -122,6 +124,7 @@ def plackett_luce_nll(
     expect(scores=(scores_BC, "float B C"), rank=(rank_BC, "int B C"), present=(present_BC, "bool B C"))
     C = scores_BC.shape[1]
     expect_value((rank_BC >= -1) & (rank_BC < C), f"a rank is outside -1..{C - 1}")
+    (scores_BC,) = promote(scores_BC)
     present_BC = jnp.ones(rank_BC.shape, bool) if present_BC is None else present_BC
     stage_C1 = jnp.arange(C)[:, None]
     favourite_BCC = (rank_BC[:, None, :] == stage_C1) & present_BC[:, None, :]
@@ -136,7 +139,7 @@ def all_pairs_nll(scores_BC: Array, rank_BC: Array, present_BC: Array | None = N
     Ranks as in `plackett_luce_nll`; tied answers form no pair, and neither do two unranked ones.
     """
     expect(scores=(scores_BC, "float B C"), rank=(rank_BC, "int B C"), present=(present_BC, "bool B C"))
-    C = scores_BC.shape[1]
+    (scores_BC,), C = promote(scores_BC), scores_BC.shape[1]
     expect_value((rank_BC >= -1) & (rank_BC < C), f"a rank is outside -1..{C - 1}")
     rank_BC = jnp.where(rank_BC < 0, C, rank_BC)
     better_BCC = rank_BC[:, :, None] < rank_BC[:, None, :]
@@ -144,7 +147,7 @@ def all_pairs_nll(scores_BC: Array, rank_BC: Array, present_BC: Array | None = N
         better_BCC &= present_BC[:, :, None] & present_BC[:, None, :]
     gap_BCC = jnp.where(better_BCC, scores_BC[:, :, None] - scores_BC[:, None, :], 0.0)
     nll_BCC = jnp.where(better_BCC, -jax.nn.log_sigmoid(gap_BCC), 0.0)
-    return nll_BCC.sum(axis=(1, 2)) / jnp.maximum(better_BCC.sum(axis=(1, 2)), 1)
+    return nll_BCC.sum(axis=(1, 2)) / jnp.maximum(better_BCC.sum(axis=(1, 2)), 1).astype(nll_BCC.dtype)
 
 
 def soft_preference_nll(scores_BC: Array, weight_BC: Array, present_BC: Array | None = None) -> Array:
@@ -153,10 +156,12 @@ def soft_preference_nll(scores_BC: Array, weight_BC: Array, present_BC: Array | 
     For vote shares of several annotators, exact preference probabilities, or label noise (`smooth_choice`).
     """
     expect(scores=(scores_BC, "float B C"), weight=(weight_BC, "float B C"), present=(present_BC, "bool B C"))
+    scores_BC, weight_BC = promote(scores_BC, weight_BC)
     if present_BC is None:
         present_BC = jnp.ones(scores_BC.shape, bool)
     logp_BC = jax.nn.log_softmax(jnp.where(present_BC, scores_BC, MASKED_LOGIT), axis=1)
-    return -jnp.where(present_BC, weight_BC * logp_BC, 0.0).sum(axis=1)
+    counted_BC = present_BC & ((weight_BC != 0) | (logp_BC > -jnp.inf))  # 0 log 0 is 0
+    return -jnp.where(counted_BC, weight_BC * jnp.where(counted_BC, logp_BC, 0.0), 0.0).sum(axis=1)
 
 
 def smooth_choice(choice_B: Array, present_BC: Array, epsilon: float) -> Array:
@@ -168,28 +173,29 @@ def smooth_choice(choice_B: Array, present_BC: Array, epsilon: float) -> Array:
     chosen_BC = choice_B[:, None] == jnp.arange(C)
     expect_value((~chosen_BC | present_BC | ~present_BC.any(1, keepdims=True)), "a favourite is not present")
     chosen_BC &= present_BC
-    others_B1 = present_BC.sum(axis=1, keepdims=True) - 1
+    others_B1 = present_BC.sum(axis=1, keepdims=True).astype(jnp.float32) - 1
     doubt_B1 = jnp.where(others_B1 > 0, epsilon, 0.0)
     weight_BC = jnp.where(chosen_BC, 1.0 - doubt_B1, doubt_B1 / jnp.maximum(others_B1, 1))
-    return jnp.where(present_BC, weight_BC, 0.0).astype(jnp.float32)
+    return jnp.where(present_BC, weight_BC, 0.0)
 
 
 def reward_centering(scores_BC: Array, present_BC: Array | None = None) -> Array:
     """(sum_c s_c)^2, [B]: a term (weight ~0.01) that pins down the scores' free offset (Eisenstein et al. 2023)."""
     expect(scores=(scores_BC, "float B C"), present=(present_BC, "bool B C"))
+    (scores_BC,) = promote(scores_BC)
     return jnp.square(jnp.where(True if present_BC is None else present_BC, scores_BC, 0.0).sum(axis=1))
 
 
 def favourite_hits(scores_BC: Array, favourite_BC: Array, present_BC: Array | None = None) -> Array:
-    """How far the highest score is the favourite's, [B] float32: 1, 0, or the favourites' share of a tie at the top, so
+    """How far the highest score is the favourite's, [B]: 1, 0, or the favourites' share of a tie at the top, so
     that n equal scores count 1 / n, which is chance. A row without candidates gives 0. Every accuracy is a mean of
     these."""
     expect(scores=(scores_BC, "float B C"), favourite=(favourite_BC, "bool B C"), present=(present_BC, "bool B C"))
     present_BC = jnp.ones_like(favourite_BC) if present_BC is None else present_BC
-    scores_BC = jnp.where(present_BC, scores_BC, -jnp.inf)
+    scores_BC = jnp.where(present_BC, promote(scores_BC)[0], -jnp.inf)
     top_BC = present_BC & (scores_BC == scores_BC.max(axis=1, keepdims=True))
-    share_B = (top_BC & favourite_BC).sum(axis=1, dtype=jnp.float32)
-    return share_B / jnp.maximum(top_BC.sum(axis=1, dtype=jnp.float32), 1)
+    share_B = (top_BC & favourite_BC).sum(axis=1, dtype=scores_BC.dtype)
+    return share_B / jnp.maximum(top_BC.sum(axis=1, dtype=scores_BC.dtype), 1)
 
 
 def preference_objective(

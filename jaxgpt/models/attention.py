@@ -6,19 +6,23 @@ each is then shared by a group of adjacent query heads (Ainslie et al. 2023).
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec as P
 
+from jaxgpt.errors import UserError
 from jaxgpt.models import sharding
 from jaxgpt.structs import Array
 
 if TYPE_CHECKING:
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
+Tree = TypeVar("Tree")
 Implementation = Literal["xla", "cudnn"]
 SPLASH_TILES = (512, 256, 128)  # tile sizes along queries and keys; the largest that divides T is used
 
@@ -43,7 +47,9 @@ def cudnn(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None
     T, K = q_BTHK.shape[1], q_BTHK.shape[3]
     supported = q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and K <= 128 and T % 2 == 0
     supported = supported and float(jax.local_devices(backend="gpu")[0].compute_capability) >= 8.0
-    return attend(q_BTHK, k_BTHK, v_BTHK, segments_BT, "cudnn" if supported else "xla")
+    if not supported:
+        return attend(q_BTHK, k_BTHK, v_BTHK, segments_BT, "xla")
+    return attend(*reverse_mode_only((q_BTHK, k_BTHK, v_BTHK)), segments_BT, "cudnn")
 
 
 def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None, interpret: bool = False) -> Array:
@@ -53,6 +59,7 @@ def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | Non
     tile = next((tile for tile in SPLASH_TILES if T % tile == 0), None)
     if tile is None:
         return attend(q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    q_BTHK, k_BTHK, v_BTHK = reverse_mode_only((q_BTHK, k_BTHK, v_BTHK))
     k_BTHK, v_BTHK = (repeat_for_heads(x, H) for x in (k_BTHK, v_BTHK))
     mesh = jax.sharding.get_abstract_mesh()
     heads = "tensor" if H % mesh.shape.get("tensor", 1) == 0 and "tensor" in mesh.shape else None
@@ -95,3 +102,37 @@ def _segment_ids(segments_BT: Array) -> "SegmentIds":
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     return kernels.SegmentIds(q=segments_BT, kv=segments_BT)
+
+
+def reverse_mode_only(tree: Tree) -> Tree:
+    """The same arrays, which can't be differentiated in forward mode.
+
+    For inputs of a function whose gradient is not JAX's own: forward mode fails there anyway, possibly only while
+    compiling, and this error names the setting that allows it. Raises UserError.
+    """
+
+    def mark(x: object) -> object:
+        return _mark.bind(x) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return jax.tree.map(mark, tree)
+
+
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise UserError(
+        "this model's gradients have no forward mode (jvp, jacfwd, hessian); "
+        'use ModelConfig(gradients="plain"), or --model.gradients plain'
+    )
+
+
+# Both are the identity. In reverse mode `_tangent` is only transposed; forward mode has to compute it, and refuses.
+_mark, _tangent = Primitive("reverse_mode_only"), Primitive("reverse_mode_only_tangent")
+for _identity in (_mark, _tangent):
+    _identity.def_abstract_eval(lambda x: x)
+_mark.def_impl(lambda x: x)
+batching.defvectorized(_mark)
+mlir.register_lowering(_mark, lambda _, x: [x])
+ad.primitive_jvps[_mark] = lambda primals, tangents: (_mark.bind(*primals), _tangent.bind(*tangents))
+_tangent.def_impl(_refuse)
+batching.primitive_batchers[_tangent] = _refuse
+mlir.register_lowering(_tangent, _refuse)
+ad.deflinear2(_tangent, lambda cotangent, tangent: [cotangent])

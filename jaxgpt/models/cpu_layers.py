@@ -3,10 +3,12 @@
 XLA's CPU compiler fuses element-wise work into the transposed operands of the backward pass's matrix products, which
 then miss its fast kernels. `CPU_LAYERS` computes each weight's gradient as a single product x^T dy of arrays that a
 barrier has materialised, and saves only what the gradient needs. Outputs are the same as those of the plain layers, and
-gradients are equal up to rounding; only reverse-mode differentiation is supported.
+gradients are equal up to rounding; only reverse-mode differentiation is supported, and
+`CPU_LAYERS` says so.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -257,4 +259,10 @@ def _vocab_logits_backward(saved: Saved, dy: Array) -> tuple[Array, Array]:
 
 _fast_vocab_logits.defvjp(_vocab_logits_forward, _vocab_logits_backward)
 
-CPU_LAYERS = Layers(_fast_dense, _fast_norm, _fast_gelu, _fast_swiglu, _fast_attend, _fast_vocab_logits)
+
+def _reverse_mode_only(layer: Callable[..., Array]) -> Callable[..., Array]:
+    return lambda *arguments: layer(*attention.reverse_mode_only(arguments))
+
+
+_FAST = (_fast_dense, _fast_norm, _fast_gelu, _fast_swiglu, _fast_attend, _fast_vocab_logits)
+CPU_LAYERS = Layers(*(_reverse_mode_only(layer) for layer in _FAST))

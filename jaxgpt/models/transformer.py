@@ -25,6 +25,7 @@ from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.losses import vocab_head
+from jaxgpt.losses.checks import expect_value
 from jaxgpt.models import attention, sharding
 from jaxgpt.models.cpu_layers import CPU_LAYERS
 from jaxgpt.models.layers import COLUMN_PARALLEL, ROW_PARALLEL, Attend, Layers, plain_layers, vocab_logits
@@ -354,8 +355,8 @@ def token_log_probs(
 ) -> tuple[Array, Array]:
     """log P(token t | tokens before t) at `temperature`, [B, T] float32 with 0 at t = 0, and hidden states [B, T, D].
 
-    With `window`, only that many tokens of each row, starting at its first target, go through the vocabulary head; the
-    others get 0. It must be at least the longest answer's length. Every stage uses this function: finetuning, the
+    With `window`, only that many tokens of each row, starting at its first target, go through the vocabulary head, and
+    the others get 0; all targets must lie in it (`target_window`). Every stage uses this function: finetuning, the
     reward model, DPO, PPO, the reference policy, and the check of the sampler's log-probabilities.
     """
     h_BTD = hidden(
@@ -384,12 +385,14 @@ def answer_logp(
 class Window:
     """W consecutive targets of each row, predicted from the positions before them.
 
-    `take` gathers what was computed one position before each target; `put` sets values at the targets and 0 elsewhere.
+    `take` gathers what was computed one position before each target; `put` sets values at the targets and 0 elsewhere,
+    but NaN at a target that the window doesn't hold.
     """
 
     first_B: Array
     width: int
     length: int
+    missed_BT: Array | None = None
 
     @property
     def _target_BW(self) -> Array:
@@ -408,20 +411,30 @@ class Window:
         return jnp.take_along_axis(tokens_BT, self._target_BW, axis=1)
 
     def put(self, x_BW: Array) -> Array:
-        """Scatter [B, W] back to [B, T], with 0 outside the window."""
+        """Scatter [B, W] back to [B, T], with 0 outside the window, and NaN at targets there."""
         if self.width == self.length - 1:
             return jnp.pad(x_BW, ((0, 0), (1, 0)))
         offset_BT = jnp.arange(self.length) - self.first_B[:, None]
         inside_BT = (offset_BT >= 0) & (offset_BT < self.width)
-        return jnp.where(inside_BT, jnp.take_along_axis(x_BW, jnp.clip(offset_BT, 0, self.width - 1), axis=1), 0.0)
+        outside_BT = 0.0 if self.missed_BT is None else jnp.where(self.missed_BT, jnp.nan, 0.0)
+        index_BT = jnp.clip(offset_BT, 0, self.width - 1)
+        return jnp.where(inside_BT, jnp.take_along_axis(x_BW, index_BT, axis=1), outside_BT)
 
 
 def target_window(mask_BT: Array, width: int | None) -> Window:
-    """The window of `width` targets starting at each row's first one; all T - 1 without a width."""
+    """The window of `width` targets starting at each row's first one; all T - 1 without a width.
+
+    Raises ValueError if a row's last target lies outside (where the mask is concrete, or under checkify); a compiled
+    program gives NaN there, never a sum that lacks some tokens.
+    """
     T = mask_BT.shape[1]
     if width is None or width >= T - 1:
         return Window(jnp.ones(mask_BT.shape[0], jnp.int32), T - 1, T)
-    return Window(jnp.maximum(jnp.argmax(mask_BT, axis=1), 1), width, T)
+    first_B = jnp.maximum(jnp.argmax(mask_BT, axis=1), 1)
+    missed_BT = mask_BT & (jnp.arange(T) >= first_B[:, None] + width)
+    message = "an answer reaches beyond the window of {width} tokens; raise the window (a policy's new_tokens)"
+    expect_value(~missed_BT, message, width=width)
+    return Window(first_B, width, T, missed_BT)
 
 
 def at_last_token(x_BT: Array, mask_BT: Array) -> Array:

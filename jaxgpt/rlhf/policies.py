@@ -48,7 +48,8 @@ class Policy:
         return Experience(rows, logp_BT, answers)
 
     def logp(self, params: Params, rows: Batch) -> Array:
-        """log P(token t | tokens before t), [B, T]; 0 outside the window of `new_tokens` that starts the answer."""
+        """log P(token t | tokens before t), [B, T]. Outside the window of `new_tokens` that starts the answer it is 0,
+        and NaN for tokens of the answer (see `transformer.target_window`)."""
         window = transformer.target_window(rows.mask_BT, self.new_tokens)
         h_BWD = window.take(self.hidden(params, rows.tokens_BT))
         return window.put(self.predict(params, h_BWD, window.targets(rows.tokens_BT))[0])
@@ -61,7 +62,7 @@ class Policy:
         """Log-probabilities, entropies, and the values of a critic that reads the same hidden states.
 
         PPO's old log-probabilities and its loss both come from here: at the same shapes, the first ratio is exactly 1.
-        All are 0 outside the window of `logp`."""
+        Outside the window of `logp` all are as there."""
         window = transformer.target_window(rows.mask_BT, self.new_tokens)
         h_BWD = window.take(self.hidden(params, rows.tokens_BT))
         logp_BW, entropy_BW = self.predict(params, h_BWD, window.targets(rows.tokens_BT))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxgpt.config import ModelConfig
 from jaxgpt.decoding.generate import check_fits_block
 from jaxgpt.errors import UserError
-from jaxgpt.models import sharding
+from jaxgpt.models import sharding, transformer
 from jaxgpt.rlhf import reward
 from jaxgpt.rlhf.intervals import Interval, ratio_interval
 from jaxgpt.rlhf.policies import Policy, transformer_policy
@@ -100,7 +100,10 @@ def _compile_answer_logp(mesh: Mesh, policy: Policy) -> Callable[[Params, Batch]
 
 
 def answer_log_probs(params: Params, policy: Policy, rows: Batch, batch: int, mesh: Mesh) -> np.ndarray:
-    """log P(y | x) of each host row in nats, [rows]: `policy.answer_logp` in batches of one shape."""
+    """log P(y | x) of each host row in nats, [rows]: `policy.answer_logp` in batches of one shape.
+
+    Raises ValueError for an answer longer than the policy's window."""
+    transformer.target_window(rows.mask_BT, policy.new_tokens)
     program = _compile_answer_logp(mesh, policy)
     return np.asarray(map_in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
 

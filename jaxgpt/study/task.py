@@ -257,15 +257,15 @@ def best_of_n_kl(logp_N: np.ndarray, score_N: np.ndarray, n: int) -> float:
         KL = E[ (n - 1) log F + log( (1 - (1 - p / F)^n) / (p / F) ) ]
 
     Where no score has much probability the second term is log n, and the KL is log n - (n - 1) / n, which is an upper
-    bound. p is an answer's own probability, or, if several of the N have its score, their fraction of N; log F is
-    replaced by its mean given the rank among N.
+    bound. Where several of the N have a score, F and p are fractions of N, so that a policy with one answer has a KL of
+    0. Elsewhere p is the answer's own probability, and log F is replaced by its mean given the rank among N.
     """
     with needs_extra("eval"):
         from scipy.special import digamma
 
     N, score_N = len(score_N), np.asarray(score_N)
-    count_N = (score_N[:, None] == score_N).sum(1)
-    log_f = digamma((score_N[:, None] >= score_N).sum(1)) - digamma(N + 1)
+    count_N, rank_N = (score_N[:, None] == score_N).sum(1), (score_N[:, None] >= score_N).sum(1)
+    log_f = np.where(count_N > 1, np.log(rank_N / N), digamma(rank_N) - digamma(N + 1))
     log_p = np.where(count_N > 1, np.log(count_N / N), logp_N)
     share = np.clip(np.exp(log_p - log_f), 1e-300, 1 - 1e-12)
     gain = np.log(-np.expm1(n * np.log1p(-share))) - np.log(share)

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import decoding
+from jaxgpt import decoding, losses
 from jaxgpt.config import Count, CountOrZero, Fraction, ModelConfig, Range, check_settings
 from jaxgpt.data.tokenizer import prompt_ids
 from jaxgpt.decoding import sampling
 from jaxgpt.errors import UserError
+from jaxgpt.losses import kl
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import reward, rollout
 from jaxgpt.runs.saved_model import load_language_model, load_model
@@ -193,21 +194,21 @@ def _look(
 ) -> tuple[Array | None, ...]:
     """(logp, entropy, ref_logp, kl, value), each [B, T] and 0 outside the answer, or None."""
     before = transformer.target_window(rows.mask_BT, window)
-    targets_BW1 = before.targets(rows.tokens_BT)[..., None]
+    targets_BW = before.targets(rows.tokens_BT)
 
-    def log_probs(params: Params) -> tuple[Array, Array]:
+    def logits_of(params: Params) -> tuple[Array, Array]:
         h_BWD = before.take(transformer.hidden(params, config, rows.tokens_BT))
-        return jax.nn.log_softmax(transformer.unembed(params, h_BWD).astype(jnp.float32) / temperature), h_BWD
+        return transformer.unembed(params, h_BWD) / temperature, h_BWD
 
-    logp_BWV, h_BWD = log_probs(params)
-    of = lambda logp_BWV: before.put(jnp.take_along_axis(logp_BWV, targets_BW1, axis=-1)[..., 0])  # noqa: E731
-    entropy_BT = before.put(-(jnp.exp(logp_BWV) * logp_BWV).sum(-1))
+    logits_BWV, h_BWD = logits_of(params)
+    logp_BT = before.put(losses.log_prob(logits_BWV, targets_BW))
+    entropy_BT = before.put(losses.entropy(logits_BWV))
     value_BT = None if critic is None else before.put(transformer.apply_scalar_head(critic, h_BWD))
     if reference is None:
-        return of(logp_BWV), entropy_BT, None, None, value_BT
-    ref_BWV, _ = log_probs(reference)
-    kl_BT = before.put((jnp.exp(logp_BWV) * (logp_BWV - ref_BWV)).sum(-1))
-    return of(logp_BWV), entropy_BT, of(ref_BWV), kl_BT, value_BT
+        return logp_BT, entropy_BT, None, None, value_BT
+    ref_logits_BWV, _ = logits_of(reference)
+    ref_logp_BT = before.put(losses.log_prob(ref_logits_BWV, targets_BW))
+    return logp_BT, entropy_BT, ref_logp_BT, before.put(kl.exact(logits_BWV, ref_logits_BWV)), value_BT
 
 
 _score = jax.jit(reward.score, static_argnums=1)

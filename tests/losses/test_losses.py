@@ -9,7 +9,7 @@ import pytest
 from scipy.special import softmax
 
 from jaxgpt import losses
-from jaxgpt.losses import reduce
+from jaxgpt.losses import kl, reduce, vocab_head
 
 LOG2 = np.log(2)
 
@@ -62,16 +62,23 @@ def test_losses_add():
 
 
 def test_three_ways_to_reduce_answers_of_different_length():
+    """And an answer without tokens, which counts as 0 unless it is left out."""
+
     def f(values, mask):
+        means, sums, real = losses.sequence_mean(values, mask), losses.sequence_sum(values, mask), mask.any(axis=1)
         return {
             "tokens alike": reduce(values, mask).value,
-            "answers alike": reduce(losses.sequence_mean(values, mask)).value,
-            "a constant length": reduce(losses.sequence_sum(values, mask) / 4).value,
+            "answers alike": reduce(means, real).value,
+            "answers alike, with the empty one": reduce(means).value,
+            "a constant length": reduce(sums / 4, real).value,
+            "a constant length, with the empty one": reduce(sums / 4).value,
         }
 
-    values = np.array([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    mask = np.array([[True, False, False, False], [True, True, True, True]])
-    agree(run(f, values, mask), {"tokens alike": 7 / 5, "answers alike": 2.0, "a constant length": 7 / 8})
+    values = np.array([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [9.0, 9.0, 9.0, 9.0]])
+    mask = np.arange(4) < np.array([[1], [4], [0]])
+    expected = {"tokens alike": 7 / 5, "answers alike": 2, "answers alike, with the empty one": 4 / 3}
+    expected |= {"a constant length": 7 / 8, "a constant length, with the empty one": 7 / 12}
+    agree(run(f, values, mask), expected)
 
 
 # ---- tokens
@@ -100,6 +107,32 @@ def test_token_losses_by_hand():
         "label_smoothing of 0": 2 * LOG2,
     }
     agree(run(f, np.log([0.5, 0.25, 0.25]) + 7.0, np.array(1)), expected)
+
+
+def test_a_token_of_probability_zero_adds_nothing():
+    """Logits of -inf, as some samplers and padded vocabularies have them: 0 log 0 is 0, in values and gradients."""
+    with np.errstate(divide="ignore"):
+        logits, ref = np.log([0.5, 0.5, 0]) + 3, np.log([[0.25, 0.5, 0.25], [0.25, 0.75, 0], [0, 0.5, 0.5]])
+
+    def f(x, ref, token):
+        head = vocab_head.tiled_head_outputs(jnp.ones((1, 1)), x[:, None], token[None])
+        return {
+            "entropy": losses.entropy(x),
+            "head": head.entropy[0],
+            "label_smoothing": losses.label_smoothing(x, token, 0.0),
+            "votes": losses.soft_preference_nll(x[None], jnp.array([[0.5, 0.5, 0.0]]))[0],
+            "kl": kl.exact(jnp.broadcast_to(x, ref.shape), ref),
+        }
+
+    def finite(x, ref, token):
+        found = f(x, ref[:2], token)
+        return sum(leaf.sum() for leaf in jax.tree.leaves(found)), f(x, ref, token)
+
+    slopes, found = run(jax.grad(finite, (0, 1), has_aux=True), logits, ref, np.array(1))
+    far = [0.5 * LOG2, 0.5 * LOG2 + 0.5 * np.log(2 / 3), np.inf]  # rho = 0 < pi is infinitely far
+    agree(found, {**dict.fromkeys(found, LOG2), "kl": far}, rtol=1e-6)
+    assert all(np.isfinite(slope).all() for slope in slopes)
+    assert np.isposinf(run(lambda x: losses.label_smoothing(x, np.array(1), 0.1), logits))
 
 
 def test_log_prob_gradient_is_one_hot_minus_softmax():

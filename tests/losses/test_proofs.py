@@ -148,10 +148,11 @@ def cases(name: str) -> dict[str, Case]:
 
 @functools.cache
 def outcome(name: str) -> dict[str, tuple]:
-    """{case: (outputs, gradients)}, all computed by one program."""
+    """{case: (outputs, gradients)}, all computed by one program, without implicit promotion of dtypes."""
     stacked = [arrays(case.given) for case in cases(name).values()]
     stacked = {n: np.stack([x[n] for x in stacked]) for n in stacked[0]}
-    found = jax.device_get(jax.jit(jax.vmap(lambda x: with_gradient(name, x)))(stacked))
+    with jax.numpy_dtype_promotion("strict"):
+        found = jax.device_get(jax.jit(jax.vmap(lambda x: with_gradient(name, x)))(stacked))
     return {case: jax.tree.map(lambda leaf, i=i: leaf[i], found) for i, case in enumerate(cases(name))}
 
 
@@ -264,6 +265,36 @@ def test_nothing_to_count_gives_zero(name):
     for leaf, expected in zip(leaves, EMPTY.get(name, [0] * len(leaves)), strict=True):
         assert (leaf == expected).all()
     assert all((slope == 0).all() for slope in slopes.values())
+
+
+def empty(name: str, size: int) -> dict[str, jax.Array]:
+    """Zeros in the inputs' shapes, without the axis of this size."""
+    return arrays(
+        {n: np.zeros([d * (d != size) for d in a.shape], a.dtype) for n, a in cases(name)["seed 0"].given.items()}
+    )
+
+
+def test_an_empty_batch_is_no_error():
+    """No tokens, or no rows."""
+    for name in PROOFS:
+        has_time = any(SIZE.T in a.shape for a in cases(name)["seed 0"].given.values())
+        for size in (SIZE.T, SIZE.B) if name.startswith("vocab_head") else (SIZE.T if has_time else SIZE.B,):
+            jax.eval_shape(PROOFS[name].ours, **empty(name, size))
+
+
+@pytest.mark.parametrize("given", ["bfloat16", "float64"])
+@where(lambda name, proof: name not in ("losses.smooth_choice", "returns.last_token_mask"))  # no numbers go in
+def test_dtypes_are_promoted_at_entry_and_never_by_chance(name, given):
+    """bfloat16 is cast to float32 before anything is computed, float64 stays, and nothing is promoted implicitly."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        x = {
+            n: jnp.asarray(a.astype(given) if a.dtype.kind == "f" else a)
+            for n, a in cases(name)["seed 0"].given.items()
+        }
+        program, found = jax.make_jaxpr(PROOFS[name].ours, return_shape=True)(**x)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {given.replace("bfloat16", "float32")}
+    if not name.startswith("vocab_head"):  # its product is in the dtype of the hidden states
+        assert str(program).count(":bf16[") == sum(a.dtype == "bfloat16" for a in x.values())
 
 
 @where(lambda name, proof: "present_BC" in TAKES[name] and name not in NO_RIVAL)

@@ -83,22 +83,52 @@ def test_numbers_that_are_all_alike_have_no_spread():
     assert gain == 1.0 and bias == pytest.approx(-1000.1)
 
 
-def test_gae_equals_a_loop():
+def in_a_loop(reward, value, mask, gamma: float, lam: float):
+    """Advantages of one row, [T]: from one masked token to the next is one step, with all rewards on the way."""
+    expected, steps = np.zeros(len(mask)), np.flatnonzero(mask)
+    following = ahead = 0.0
+    for t, end in reversed(list(zip(steps, [*steps[1:], steps[-1] + 1] if len(steps) else [], strict=True))):
+        delta = reward[t:end].sum() + gamma * following - value[t]
+        expected[t] = ahead = delta + gamma * lam * ahead
+        following = value[t]
+    return expected
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_gae_equals_a_loop(gaps):
     mask, reward, value, _ = ragged()
-    reward, settings = reward * mask, [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.97, 0.0)]
+    mask = np.random.default_rng(0).random(mask.shape) < 0.5 if gaps else mask
+    settings = [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.97, 0.0)]
     found = map(np.asarray, gaes(reward, value, mask, *np.array(settings).T))
     for (gamma, lam), advantage, target in zip(settings, *found, strict=True):
-        expected = np.zeros(mask.shape)
-        for b in range(len(mask)):
-            following = ahead = 0.0
-            for t in np.flatnonzero(mask[b])[::-1]:
-                delta = reward[b, t] + gamma * following - value[b, t]
-                expected[b, t] = ahead = delta + gamma * lam * ahead
-                following = value[b, t]
+        rows = zip(reward, value, mask, strict=True)
+        expected = np.stack([in_a_loop(*row, gamma, lam) for row in rows])
         named = f"gamma {gamma}, lambda {lam}"
         np.testing.assert_allclose(advantage, expected, rtol=1e-4, atol=1e-5, err_msg=named)
         np.testing.assert_allclose(target, np.where(mask, expected + value, 0), rtol=1e-4, atol=1e-5, err_msg=named)
         assert (advantage[~mask] == 0).all() and (target[~mask] == 0).all(), named
+
+
+def test_credit_crosses_a_gap_in_one_step():
+    """Two tokens, a tool's output, two tokens, and a reward of 1 at the end or inside the gap."""
+    mask, end, inside = np.array([1, 1, 0, 1, 1], bool), np.eye(5)[4], np.eye(5)[2]
+    none, values = np.zeros(5), np.array([0.1, 0.2, 9.0, 0.4, 0.5])
+    cases = [  # reward, value, gamma, lambda, advantages
+        (end, none, 1.0, 1.0, [1, 1, 0, 1, 1]),
+        (end, none, 1.0, 0.5, [0.125, 0.25, 0, 0.5, 1]),
+        (end, none, 0.9, 1.0, [0.729, 0.81, 0, 0.9, 1]),
+        (end, values, 1.0, 0.5, [0.2875, 0.375, 0, 0.35, 0.5]),
+        (inside, none, 0.9, 0.5, [0.45, 1, 0, 0, 0]),
+    ]
+    *given, expected = (np.array(x, np.float32) for x in zip(*cases, strict=True))
+
+    def f(reward, value, gamma, lam):
+        row = reward[None], value[None], mask[None]
+        return returns.gae(*row, gamma, lam)[0][0], returns.rewards_to_go(row[0], row[2], gamma)[0]
+
+    advantage, to_go = run(jax.vmap(f), *given)
+    np.testing.assert_allclose(advantage, expected, rtol=1e-5)
+    np.testing.assert_allclose(to_go[[0, 2, 4]], [[1, 1, 0, 1, 1], expected[2], [0.9, 1, 0, 0, 0]], rtol=1e-5)
 
 
 def test_lambda_one_is_return_minus_value():

@@ -133,6 +133,22 @@ def test_rematerialised_layers_keep_less():
     assert kept("full") < kept("dots") < kept("none")
 
 
+def test_forward_mode_through_hand_written_gradients_names_the_setting():
+    """Also in a compiled program, and for derivatives of gradients; reverse mode and vmap combine as ever."""
+
+    def total(x):
+        return cpu_layers.CPU_LAYERS.gelu(x).sum()
+
+    x, both = np.ones(3, np.float32), np.ones((2, 3), np.float32)
+    slope = functools.partial(jax.jvp, total, (x,))
+    refused = (slope, jax.jit(slope).lower, jax.jit(lambda t: jax.jvp(jax.jit(total), (x,), t)).lower)
+    for derivative in (*refused, lambda t: jax.jacfwd(total)(*t), lambda t: jax.hessian(total)(*t)):
+        with pytest.raises(UserError, match='gradients="plain"'):
+            derivative((x,))
+    jax.jit(jax.vmap(jax.grad(total))).lower(both)
+    jax.jit(jax.grad(lambda both: jax.vmap(total)(both).sum())).lower(both)
+
+
 def test_plain_gradients_allow_forward_mode():
     config = dataclasses.replace(TINY, layers=1, gradients="plain")
 

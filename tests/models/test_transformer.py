@@ -123,6 +123,17 @@ def test_a_window_around_the_answer_gives_the_same_log_probs_and_gradients():
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=str(window))
 
 
+def test_a_window_that_does_not_hold_an_answer_is_refused():
+    """Where the mask is known; a compiled program has NaN in the place of the tokens that it doesn't hold."""
+    mask = np.array([[0, 1, 1, 0, 0, 0], [0, 0, 1, 0, 0, 1]], bool)  # the second has a gap
+    for width in (4, 5):
+        transformer.target_window(mask, width)
+    with pytest.raises(ValueError, match=r"beyond the window of 3 tokens; raise the window \(a policy's new_tokens\)"):
+        transformer.target_window(mask, 3)
+    found = jax.jit(lambda mask: transformer.target_window(mask, 3).put(jnp.ones((2, 3))))(mask)
+    np.testing.assert_array_equal(found, [[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, np.nan]])
+
+
 @pytest.mark.parametrize("width", [None, 15, 40])
 def test_a_window_as_wide_as_the_rows_is_none(width):
     window = transformer.target_window(np.arange(16)[None] >= 3, width)

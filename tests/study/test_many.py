@@ -209,7 +209,17 @@ def test_best_of_kl_is_that_of_the_enumerated_distribution():
     draws = rng.choice(6, size=(200, 400), p=p)
     found = np.mean([best_of_n_kl(np.log(p[row]), score[row], n) for row in draws])
     assert exact < best_of_n_kl_bound(n) - 0.2
-    assert found == pytest.approx(exact, abs=0.03)
+    assert found == pytest.approx(exact, abs=0.01)
+
+
+def test_best_of_kl_counts_ties_at_the_top():
+    """A policy with a single answer stays as it is: 0. Where 3/4 tie for the best, best-of-n gives them 1 - (1/4)^n."""
+    for n in (1, 4, 16):
+        assert best_of_n_kl(np.zeros(16), np.ones(16), n) == pytest.approx(0, abs=1e-9)
+        score, top = np.repeat([1.0, 0.0], [768, 256]), 1 - 0.25**n
+        exact = top * np.log(top / 0.75) + (1 - top) * np.log((1 - top) / 0.25)
+        found = best_of_n_kl(np.log(np.where(score == 1, 0.75, 0.25)), score, n)
+        assert found == pytest.approx(exact, abs=1e-3), n
 
 
 def test_a_crossed_interval_widens_with_either_spread():
