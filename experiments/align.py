@@ -33,7 +33,7 @@ from jaxgpt.config import Count, CountOrZero, Positive, Seed, check_settings
 from jaxgpt.data.jsonl import read_rows, write_rows
 from jaxgpt.data.questions import mentions_subject
 from jaxgpt.data.questions import questions as questions_about_things
-from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.data.templates import answer_text, prompt_ids
 from jaxgpt.data.training_data import LoadedData, RowCounts, count_trained_on
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import rollout

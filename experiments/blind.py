@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxgpt.config import Count, Positive, Seed, check_settings
 from jaxgpt.data import sources, votes
-from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.data.templates import answer_text, prompt_ids
 from jaxgpt.data.training_data import RowCounts
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root, read_json

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 
 from jaxgpt.config import Seed
+from jaxgpt.data.templates import Turn
 from jaxgpt.errors import UserError
 from jaxgpt.runs.cli import cli
 from jaxgpt.structs import Array
@@ -50,26 +51,24 @@ class Chat:
     def __init__(self, settings: Settings) -> None:
         self.speaker = Speaker(settings.model, int8=settings.int8, raw=settings.raw)
         self.sampling: SamplingConfig = settings
-        self.history: list[int] = []
+        self.history: list[Turn] = []
         self.last, self.stats = "", "no answer yet"
 
     def reply(self, text: str, key: Array) -> Iterator[str]:
-        """Yield the answer's text in pieces, as tokens are sampled. The history is dropped once the conversation is
-        too long for the model."""
-        ids = self.speaker.prompt(text, self.history)
-        block = self.speaker.config.block
-        if self.history and len(ids) + min(self.sampling.new_tokens, block // 2) > block:
-            self.history, ids = [], self.speaker.prompt(text)
+        """Yield the answer's text in pieces, as tokens are sampled. The oldest turns are forgotten where the
+        conversation is too long for the model."""
+        ids = self.speaker.prompt(text, self.history, self.sampling.new_tokens)
         started, first_token_at = time.monotonic(), 0.0
         sampled: list[int] = []
+        said = ""
         for token, piece in self.speaker.generate(ids, self.sampling, key):
             first_token_at = first_token_at or time.monotonic()
             sampled.append(token)
+            said += piece
             if piece:
                 yield piece
         ended = time.monotonic()
-        if self.speaker.is_multi_turn:
-            self.history = [*ids, *sampled, self.speaker.stop]
+        self.history.append((text, said))
         speed = max(len(sampled) - 1, 0) / max(ended - first_token_at, 1e-9)
         self.stats = (
             f"prompt of {len(ids)} tokens in {(first_token_at or ended) - started:.2f} s, then {len(sampled)} tokens "

@@ -31,7 +31,7 @@ from jaxgpt.data import formats, pipelines, sources, votes
 from jaxgpt.data.comparisons import Preference, tokenize_preferences
 from jaxgpt.data.jsonl import read_rows
 from jaxgpt.data.questions import questions
-from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.data.templates import answer_text, prompt_ids
 from jaxgpt.data.training_data import RowCounts
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding

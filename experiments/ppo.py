@@ -17,7 +17,7 @@ import optax
 from jaxgpt.config import Count, CountOrZero, ModelConfig, Nonnegative, Positive, Seed
 from jaxgpt.data import sources
 from jaxgpt.data.pipelines import PromptBatches
-from jaxgpt.data.tokenizer import prompt_ids
+from jaxgpt.data.templates import prompt_ids
 from jaxgpt.data.training_data import LoadedData, RowCounts
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root

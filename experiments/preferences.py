@@ -19,7 +19,8 @@ import numpy as np
 from jaxgpt.config import Count, ModelConfig, Positive, Range, Seed, check_settings
 from jaxgpt.data import sources
 from jaxgpt.data.comparisons import Preference, write_preferences
-from jaxgpt.data.tokenizer import Tokenizer, answer_text, prompt_ids
+from jaxgpt.data.templates import answer_text, prompt_ids
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.training_data import LoadedData, RowCounts
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding

@@ -150,9 +150,9 @@ def main(settings: Settings) -> dict[str, Any]:
 
 def sample(params: Params, config: ModelConfig, tok: Tokenizer, key: Array, mesh: jax.sharding.Mesh) -> str:
     """The beginning of a document, sampled at temperature 0.8."""
-    stop, new_tokens = tok.template.separator, min(32, config.block - 1)
+    start, stop, new_tokens = tok.document_ids(""), tok.template.separator, min(32, config.block - 1)
     return rollout.sample_answers(
-        params, config, [[stop]], key, tok.decode, mesh, new_tokens=new_tokens, stop=stop, batch=1, temperature=0.8
+        params, config, [start], key, tok.decode, mesh, new_tokens=new_tokens, stop=stop, batch=1, temperature=0.8
     ).texts[0]
 
 

@@ -21,7 +21,7 @@ import optax
 from jaxgpt.config import Count, Nonnegative, Positive, Seed, check_settings
 from jaxgpt.data import sources, votes
 from jaxgpt.data.questions import questions
-from jaxgpt.data.tokenizer import prompt_ids, text_reward
+from jaxgpt.data.templates import prompt_ids, text_reward
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
 from jaxgpt.rlhf import ppo, rollout

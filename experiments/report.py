@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from jaxgpt.config import Count, ModelConfig, Positive, Range, Seed, check_settings
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.openings import Prompt
-from jaxgpt.data.tokenizer import Row, Tokenizer, answer_text, example_ids, prompt_ids
+from jaxgpt.data.templates import answer_text, example_ids, prompt_ids
+from jaxgpt.data.tokenizer import Row, Tokenizer
 from jaxgpt.data.training_data import RowCounts, load_windows
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
@@ -110,7 +111,7 @@ class Evaluator:
     def pretrained_nll(self, texts: list[str]) -> np.ndarray:
         """Nats per token of each text as a document, end token included, under the frozen pretrained model."""
         end = self.tok.template.separator
-        ids = [[end, *self.tok.encode(text)[: self.config.block - 2], end] for text in texts]
+        ids = [[*self.tok.document_ids(text)[: self.config.block - 1], end] for text in texts]
         rows = pad_rows(self, [(row, [1] * len(row)) for row in ids], all_tokens=True)
         return -self.log_probs(self.pretrained, rows, 1.0) / rows.mask_BT.sum(1)
 
@@ -156,7 +157,7 @@ def sample_base_answers(bench: Evaluator, prompts: list[Prompt], key: Array) -> 
     """The pretrained model knows no tags: it continues the opening words (or the prompt) as raw text. Its text is then
     appended to the prompt as an answer, so that reward and length are comparable with the others'."""
     starts = [prompt.opening or prompt.text for prompt in prompts]
-    begun = [[bench.tok.template.separator, *bench.tok.encode(start)] for start in starts]
+    begun = [bench.tok.document_ids(start) for start in starts]
     sampled = bench.sample(bench.pretrained, begun, key, raw=True)
     texts = [start + text for start, text in zip(starts, sampled.texts, strict=True)]
     pairs = [example_ids(bench.tok, prompt.text, text) for prompt, text in zip(prompts, texts, strict=True)]

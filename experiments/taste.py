@@ -26,7 +26,7 @@ from jaxgpt.config import Count, Positive, Range, Seed, check_settings, round_up
 from jaxgpt.data import pipelines, votes
 from jaxgpt.data.comparisons import LEFT_OUT, Preference, choices_of, tokenize_preferences
 from jaxgpt.data.questions import questions
-from jaxgpt.data.tokenizer import answer_text, prompt_ids
+from jaxgpt.data.templates import answer_text, prompt_ids
 from jaxgpt.data.training_data import RowCounts
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding

@@ -42,9 +42,7 @@ BREAKS = {
     "temperature": Break("losses/vocab_head", "    logits = logits / temperature\n", "", "vocab_head proofs"),
     "resume position": Break("data/pipelines", "self._iterator.set_state(state", "dict(state", "pipelines checkpoints"),
     "guard": Break("training/guard", "jnp.isfinite(loss) & jnp.isfinite(grad_norm)", "jnp.isfinite(loss)", "guard"),
-    "template escape": Break(
-        "data/tokenizer", "core.encode_special_tokens = True", "core.encode_special_tokens = False", "tokenizer"
-    ),
+    "template escape": Break("data/tokenizer", "_core.encode(text,", "_core.encode(self.mark(text),", "tokenizer"),
     "vote order": Break("data/votes", "json.dumps(vote.tiers)", "json.dumps(vote.tiers[::-1])", "votes"),
     "sharding spec": Break("models/transformer", '"up/kernel": P(*COLUMN_PARALLEL)', '"up/kernel": P()', "sharding"),
     "sampler filter": Break("decoding/sampling", "keepdims=True) >= p\n", "keepdims=True) > 0\n", "sampling"),

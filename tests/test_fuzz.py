@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from experiments import dpo, ppo, pretrain
 from jaxgpt.data.comparisons import read_preferences
 from jaxgpt.data.jsonl import read_rows, write_rows
-from jaxgpt.data.tokenizer import ANSWER_END, example_ids, parse, prompt_ids, train_bpe
+from jaxgpt.data.templates import example_ids, parse, prompt_ids
+from jaxgpt.data.tokenizer import ANSWER_END, train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_json
 from jaxgpt.runs import checkpoints, doctor

@@ -117,7 +117,7 @@ def make_task(s: Settings) -> Task:
         texts = sources.documents(sources.EMBEDDED, split, s.cache)
         chosen = rng.permutation(len(texts))[:count]
         begun = [tok.encode(texts[i][:200])[: int(rng.integers(2, 9))] for i in chosen]
-        return [[tok.template.separator, *ids] for ids in begun]
+        return [[*tok.template.begin, *ids] for ids in begun]
 
     mesh = sharding.data_mesh()
     return Task(

@@ -25,7 +25,7 @@ import numpy as np
 from jaxgpt.config import Count, Counts, ModelConfig, Nonnegative, Positive, Range, Seed, check_settings
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.comparisons import TokenizedPreference
-from jaxgpt.data.tokenizer import example_ids
+from jaxgpt.data.templates import example_ids
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl

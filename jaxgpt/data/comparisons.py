@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from jaxgpt.data.jsonl import checked_text, read_rows, write_rows
-from jaxgpt.data.tokenizer import Row, Tokenizer, example_ids
+from jaxgpt.data.templates import example_ids
+from jaxgpt.data.tokenizer import Row, Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.losses import TIE
 

@@ -88,19 +88,22 @@ class PromptBatches(Iterator[ArrayBatch]):
 
 
 def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndarray:
-    """int32 [N]: <bos> doc <bos> doc ... <bos>, cached in `cache`/streams by the hash of documents and tokenizer."""
+    """int32 [N]: <bos> doc <bos> doc ... <bos>, cached in `cache`/streams by the hash of documents and tokenizer. For a
+    model of others: what its tokenizer prepends, doc, separator, and so on."""
     docs = [doc for doc in docs if doc]
     if not docs:
         raise UserError("no text to tokenize: every document is empty; choose another source")
     path = cache / "streams" / f"{sha256_of_texts([tok.fingerprint, *docs])[:32]}.npy"
     if path.is_file():
         return np.load(path)
-    separator = tok.template.separator
-    parts = [np.array([separator], np.int32)]
+    begin, separator = tok.template.begin, tok.template.separator
+    between = (separator,) if begin == (separator,) else (separator, *begin)
+    parts = [np.array(begin, np.int32)]
     for at in range(0, len(docs), 1000):
         for ids in tok.encode_batch(docs[at : at + 1000]):
-            parts.append(np.array([*ids, separator], np.int32))
+            parts.append(np.array([*ids, *between], np.int32))
     stream = np.concatenate(parts)
+    stream = stream[: len(stream) - len(between) + 1]  # it ends with the separator
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         np.save(file, stream)

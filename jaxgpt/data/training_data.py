@@ -20,7 +20,8 @@ from jaxgpt.data.comparisons import (
     tie_rate,
     tokenize_preferences,
 )
-from jaxgpt.data.tokenizer import Row, Tokenizer, example_ids
+from jaxgpt.data.templates import example_ids
+from jaxgpt.data.tokenizer import Row, Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.losses import TIE
 from jaxgpt.structs import Batch

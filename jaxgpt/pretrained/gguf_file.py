@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.data.tokenizer import Tokenizer, append_tags
+from jaxgpt.data.tokenizer import Tokenizer, prepend
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.pretrained import chat_template, places
-from jaxgpt.pretrained.huggingface import separator_of
+from jaxgpt.pretrained import places
+from jaxgpt.pretrained.huggingface import make_tokenizer
 
 with needs_extra("pretrained"):
     import tokenizers
@@ -163,7 +163,7 @@ def _tokenizer(file: GGUFFile, use_tags: bool) -> Tokenizer:
     for name in ("bos", "eos", "unknown", "padding"):
         if (i := file.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             names[f"{ {'unknown': 'unk', 'padding': 'pad'}.get(name, name) }_token"] = tokens[i]
-    separator, source = separator_of(core, names.get("eos_token")), file.get("tokenizer.chat_template")
-    if use_tags or source is None:
-        return Tokenizer(core, append_tags(core, separator))
-    return Tokenizer(core, chat_template.read(core, source, names, separator, str(file.path)))
+    if file.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and "bos_token" in names:  # as llama.cpp decides
+        prepend(core, [vocab[names["bos_token"]]])
+    source = None if use_tags else file.get("tokenizer.chat_template")
+    return make_tokenizer(core, source, names, str(file.path))

@@ -15,16 +15,29 @@ from typing import Any
 import jax
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.data.tokenizer import Template, Tokenizer, append_tags, gpt2_core, read_merges
+from jaxgpt.data.templates import chat_tokenizer
+from jaxgpt.data.tokenizer import (
+    BOS,
+    PROMPT,
+    SPECIALS,
+    Template,
+    Tokenizer,
+    append_tags,
+    gpt2_core,
+    prepend,
+    prepended,
+    read_merges,
+)
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import read_json, write_json
-from jaxgpt.pretrained import chat_template, places
+from jaxgpt.pretrained import places
 
 with needs_extra("pretrained"):
     import tokenizers
 
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # constants stored in old checkpoints
 SUPPORTED = "gpt2, openai-gpt, llama and mistral"  # what model_type may be
+_NAMED = ("bos_token", "eos_token", "pad_token")
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # "gelu" only in openai-gpt, where it means the tanh form
 
 
@@ -217,26 +230,47 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 def read_tokenizer(folder: Path, use_tags: bool = False) -> Tokenizer:
     """A folder's tokenizer.json (or GPT-2's vocab.json and merges.txt) with its chat template or,
     without one or with `use_tags`, with our tags. Raises UserError if there is no readable tokenizer."""
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     core = _read_core(folder)
+    settings: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        settings |= read_json(folder / file) if (folder / file).is_file() else {}
     names: dict[str, str] = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+    for name in (*_NAMED, "unk_token"):
         token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         names |= {name: token} if isinstance(token, str) else {}
+    first = core.token_to_id(names.get("bos_token", ""))
+    if settings.get("add_bos_token") and first is not None and not prepended(core):
+        prepend(core, [first])
+    source = None if use_tags else _chat_template(folder, settings)
+    return make_tokenizer(core, source, names, str(folder))
+
+
+def make_tokenizer(core: tokenizers.Tokenizer, source: str | None, names: Mapping[str, str], where: str) -> Tokenizer:
+    """The tokenizer with a chat template, or with our tags if `source` is None."""
     separator = separator_of(core, names.get("eos_token"))
-    source = None if use_tags else chat_template.of_folder(folder, settings)
     if source is None:
-        return Tokenizer(core, append_tags(core, separator))
-    return Tokenizer(core, chat_template.read(core, source, names, separator, str(folder)))
+        return Tokenizer(core, append_tags(core, separator, names))
+    return chat_tokenizer(core, source, names, separator, where)
 
 
-def separator_of(core: tokenizers.Tokenizer, eos: str | None) -> int:
-    """The id of the token that separated documents in pretraining, 0 if unknown."""
-    for name in ("<|endoftext|>", "<|end_of_text|>", "<bos>", eos or "", "</s>"):
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    found = settings.get("chat_template")
+    if isinstance(found, list):  # several named templates
+        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+    return found
+
+
+def separator_of(core: tokenizers.Tokenizer, eos: str | None) -> int | None:
+    """The id of the token that separated documents in pretraining, None if unknown."""
+    if core.token_to_id(SPECIALS[PROMPT]) == PROMPT:  # a model trained here
+        return BOS
+    for name in ("<|endoftext|>", "<|end_of_text|>", eos or "", "</s>"):
         if (found := core.token_to_id(name)) is not None:
             return int(found)
-    return 0
+    return None
 
 
 def _read_core(folder: Path) -> tokenizers.Tokenizer:
@@ -277,33 +311,45 @@ def write(folder: Path, params: Any, config: ModelConfig, tok: Tokenizer | None 
     new.mkdir(parents=True)
     save_file(places.to_tensors(flat, config), new / "model.safetensors", metadata={"format": "pt"})
     if tok is not None:
-        end, separator = tok.template.end, tok.template.separator
-        record |= {"eos_token_id": end, "bos_token_id": separator, "pad_token_id": separator}
-        write_json(new / "generation_config.json", {"eos_token_id": end, "bos_token_id": separator})
-        (new / "tokenizer.json").write_text(tok.to_json(), encoding="utf-8")
+        core = tokenizers.Tokenizer.from_str(tok.to_json())
+        if prepended(core) != tok.template.begin:
+            prepend(core, tok.template.begin)
+        (new / "tokenizer.json").write_text(core.to_str(pretty=True), encoding="utf-8")
+        names = special_names(tok)
+        ids: dict[str, Any] = {f"{name}_id": core.token_to_id(names.get(name, "")) for name in _NAMED}
+        ends = [i for i in (tok.template.end, ids["eos_token_id"]) if i is not None]
+        ids["eos_token_id"] = ends if len(set(ends)) > 1 else ends[0]
+        record |= ids
+        write_json(new / "generation_config.json", {name: i for name, i in ids.items() if i is not None})
         write_json(
             new / "tokenizer_config.json",
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": tok.tag(end),
-                "bos_token": tok.tag(separator),
+                **names,
                 "clean_up_tokenization_spaces": False,
                 "model_max_length": config.block,
             },
         )
-        (new / "chat_template.jinja").write_text(jinja_template(tok), encoding="utf-8")
+        (new / "chat_template.jinja").write_text(tok.template.jinja or jinja_template(tok), encoding="utf-8")
     write_json(new / "config.json", record)
     os.replace(new, folder)
 
 
+def special_names(tok: Tokenizer) -> dict[str, str]:
+    """bos_token, eos_token and pad_token: the model's own where it has them; no token is made one for its id."""
+    template = tok.template
+    begin = {"bos_token": tok.tag(template.begin[0])} if template.begin else {}
+    return {**begin, "eos_token": tok.tag(template.end), **template.names}
+
+
 def jinja_template(tok: Tokenizer) -> str:
-    """Our template as a Jinja chat template, for other programs."""
+    """Our tags as a Jinja chat template, for other programs."""
     template: Template = tok.template
     before, between, end, turn = (
-        json.dumps(tok.show(ids), ensure_ascii=False)
-        for ids in (template.before, template.between, [template.end], template.turn or template.before)
+        json.dumps(text, ensure_ascii=False)
+        for text in (template.before, template.between, template.closing, template.turn or template.before)
     )
-    text = "message['content'] | trim" if template.strip else "message['content']"
+    text = "message['content'] | trim" if template.prompt_strip[0] else "message['content']"
     return (
         "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
         "{{- (" + before + " if loop.first else " + turn + ") + (" + text + ") + " + between + " -}}"

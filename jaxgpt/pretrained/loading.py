@@ -81,7 +81,7 @@ def load(source: Path | str, *, use_tags: bool = False, cache: Path | None = Non
             f"{source} is neither {', '.join(KNOWN)}, nor a GGUF file, nor a folder with config.json"
             f"{missing_advice(Path(source))}"
         )
-    chats = tok.template.end < config.vocab
+    chats = bool(tok.template.jinja)
     flat, config = grow_vocabulary(flat, config, tok.vocab_size)
     return Pretrained(_on_device(flat), config, tok, chats)
 

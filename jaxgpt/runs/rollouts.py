@@ -5,7 +5,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxgpt.data.tokenizer import Tokenizer, answer_text
+from jaxgpt.data.templates import answer_text
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.files import write_json
 from jaxgpt.rlhf.ppo import Targets
 from jaxgpt.structs import Array
@@ -33,7 +34,7 @@ def save_rollout(
         answers.append(
             {
                 "prompt": tok.show(rollout.tokens_BT[b, : positions[0]]),
-                "tokens": [tok.show([t]) for t in rollout.tokens_BT[b, positions]],
+                "tokens": tok.show_each(rollout.tokens_BT[b, positions]),
                 "score": float(rollout.score_B[b]),
                 "ended": bool(rollout.ended_B[b]),
                 **{name: x[b, positions].tolist() for name, x in arrays.items()},

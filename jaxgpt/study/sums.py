@@ -6,7 +6,8 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import pipelines
-from jaxgpt.data.tokenizer import Tokenizer, answer_text, example_ids, prompt_ids
+from jaxgpt.data.templates import answer_text, example_ids, prompt_ids
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.models import sharding
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.structs import Batch, Params

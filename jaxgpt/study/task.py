@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import sources
-from jaxgpt.data.tokenizer import Tokenizer, answer_text, prompt_ids
+from jaxgpt.data.templates import answer_text, prompt_ids
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import rollout

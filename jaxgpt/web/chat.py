@@ -25,6 +25,7 @@ import numpy as np
 from jaxgpt.data import votes
 from jaxgpt.data.formats import join_turns
 from jaxgpt.data.jsonl import checked_text
+from jaxgpt.data.templates import Turn
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import read_json
 from jaxgpt.runs.run import run_fingerprint
@@ -125,7 +126,8 @@ def application(
             )
             if how.top_k not in TOP_K:
                 raise RequestRefused(400, f"top_k must be one of {', '.join(map(str, TOP_K))}")
-            ids = encode_conversation(seat.speaker, parse_turns(data))
+            *earlier, (prompt, _) = parse_turns(data)
+            ids = seat.speaker.prompt(prompt, earlier, how.new_tokens)
             seat.speaker.answer_budget(ids, how.new_tokens)
             if seat.queued >= MAX_QUEUED:
                 raise RequestRefused(429, f"{seat.name} already has {MAX_QUEUED} answers waiting; try again later")
@@ -202,7 +204,7 @@ def application(
     return server.application("chat", calls, serve, token, (Route("/api/say", say, methods=["POST"]),))
 
 
-def parse_turns(data: dict[str, Any]) -> list[tuple[str, str]]:
+def parse_turns(data: dict[str, Any]) -> list[Turn]:
     """(prompt, answer) of each turn; the last turn has no answer yet."""
     found = []
     for turn in require_field(data, "turns", list):
@@ -216,18 +218,7 @@ def parse_turns(data: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def encode_conversation(speaker: Speaker, conversation: list[tuple[str, str]]) -> list[int]:
-    """The conversation as ids; a model not trained on conversations sees only the last prompt."""
-    ids: list[int] = []
-    if speaker.is_multi_turn:
-        for prompt, answer in conversation[:-1]:
-            ids = [*speaker.prompt(prompt, ids), *speaker.tok.encode(answer), speaker.stop]
-            if len(ids) > speaker.config.block // 2:
-                ids = []  # drop the oldest turns
-    return speaker.prompt(conversation[-1][0], ids)
-
-
-def format_dialogue(conversation: list[tuple[str, str]]) -> str:
+def format_dialogue(conversation: list[Turn]) -> str:
     """The conversation as one prompt (`data.formats.join_turns`), without an answer to its last turn."""
     turns = [
         {"role": role, "content": text}
@@ -269,7 +260,7 @@ def answer_report(
 ) -> dict[str, Any]:
     """Everything the page shows about an answer, token by token."""
     seen = seat.inspector.look(ids, answer, how.temperature)
-    tokens = token_texts(seat.speaker, answer)
+    tokens = seat.speaker.tok.show_each(answer)
 
     def listed(x: np.ndarray | None) -> list[float] | None:
         return None if x is None else [round(float(v), 5) for v in x]
@@ -287,18 +278,3 @@ def answer_report(
         "seconds": seconds,
         "how": {**dataclasses.asdict(how), "seed": seed},
     }
-
-
-def token_texts(speaker: Speaker, ids: list[int]) -> list[str]:
-    """One text per token, which together make up the answer: a character of several tokens belongs to the last of
-    them, and one that was cut off is left out."""
-    found, said = [], ""
-    for n in range(len(ids)):
-        if speaker.tok.is_special(ids[n]):
-            found.append(speaker.tok.tag(ids[n]))
-            continue
-        whole = speaker.tok.decode(ids[: n + 1])
-        more = "" if whole.endswith("\ufffd") else whole[len(said) :]
-        said += more
-        found.append(more)
-    return found

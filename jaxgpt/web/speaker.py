@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxgpt import decoding, losses
 from jaxgpt.config import Count, CountOrZero, Fraction, ModelConfig, Range, check_settings
-from jaxgpt.data.tokenizer import prompt_ids
+from jaxgpt.data.templates import Turn, prompt_ids, without_opening
 from jaxgpt.decoding import sampling
 from jaxgpt.errors import UserError
 from jaxgpt.losses import kl
@@ -66,7 +66,7 @@ def _make_filter(top_k: int) -> Callable[..., Array]:
 
 
 class StreamedToken(NamedTuple):
-    """One token as it is sampled, and the text that it completes: '' while a character is incomplete."""
+    """A sampled token, and the text that it completes: '' in the middle of a character."""
 
     token: int
     text: str
@@ -92,11 +92,18 @@ class Speaker:
         """The token that ends an answer."""
         return int(self.tok.template.separator if self.raw else self.tok.template.end)
 
-    def prompt(self, text: str, history: Sequence[int] = ()) -> list[int]:
-        """The ids that an answer is sampled after; `history`: a conversation, including its last answer's end."""
+    def prompt(self, text: str, history: Sequence[Turn] = (), new_tokens: int = 0) -> list[int]:
+        """The ids that an answer is sampled after. `history`: earlier turns as they were sampled, for a model that
+        learnt conversations; the oldest are left out where `new_tokens` more would not fit."""
         if self.raw:
-            return [self.tok.template.separator, *self.tok.encode(text)]
-        return prompt_ids(self.tok, text, history)
+            return self.tok.document_ids(text)
+        turns = history if self.is_multi_turn else ()
+        history = [(earlier, without_opening(self.tok, answer)) for earlier, answer in turns]
+        ids = prompt_ids(self.tok, text, history)
+        while history and len(ids) + min(new_tokens, self.config.block // 2) > self.config.block:
+            history = history[1:]
+            ids = prompt_ids(self.tok, text, history)
+        return ids
 
     def answer_budget(self, ids: Sequence[int], new_tokens: int) -> int:
         """How many tokens may follow. UserError if the prompt is too long for the model."""
@@ -108,7 +115,7 @@ class Speaker:
         return room
 
     def generate(self, ids: Sequence[int], how: SamplingConfig, key: Array) -> Iterator[StreamedToken]:
-        """Sample an answer, yielding its tokens as they come."""
+        """Sample an answer, yielding its tokens as they come: those of one character together."""
         room = self.answer_budget(ids, how.new_tokens)
         width = min(max(MIN_PROMPT_WIDTH, 1 << (len(ids) - 1).bit_length()), self.config.block - room)
         tokens, length = rollout.pad_prompts([ids], width)
@@ -124,14 +131,7 @@ class Speaker:
             sample=sample,
             filter_logits=filter_logits,
         )
-        seen: list[int] = []
-        said = ""
-        for token in stream:
-            seen.append(token)
-            whole = self.tok.decode(seen)
-            more = "" if whole.endswith("\ufffd") else whole[len(said) :]
-            said += more
-            yield StreamedToken(token, more)
+        yield from map(StreamedToken._make, self.tok.token_texts(stream))
 
 
 class TokenFigures(NamedTuple):

@@ -15,7 +15,8 @@ from jaxgpt.data.comparisons import (
     tokenize_preferences,
     write_preferences,
 )
-from jaxgpt.data.tokenizer import ANSWER_END, parse, train_char
+from jaxgpt.data.templates import parse
+from jaxgpt.data.tokenizer import ANSWER_END, train_char
 from jaxgpt.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)

@@ -21,7 +21,8 @@ import tensorflow_datasets as tfds
 from jaxgpt.data import builders, openings, pipelines, sources
 from jaxgpt.data.comparisons import Preference, TokenizedPreference, tokenize_preferences
 from jaxgpt.data.jsonl import read_rows
-from jaxgpt.data.tokenizer import ANSWER, BOS, Tokenizer, example_ids, parse, train_bpe, train_char
+from jaxgpt.data.templates import example_ids, parse
+from jaxgpt.data.tokenizer import ANSWER, BOS, Tokenizer, train_bpe, train_char
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_json
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxgpt.data import templates
 from jaxgpt.data import tokenizer as tk
 from jaxgpt.errors import UserError
 
@@ -38,13 +39,13 @@ def test_round_trip_is_exact_and_makes_no_tags(tok: tk.Tokenizer, text: str) -> 
 @settings(max_examples=40, deadline=None)
 @given(prompt=unicode_text | tag_text, answer=unicode_text | tag_text, padding=st.integers(0, 3), ended=st.booleans())
 def test_parse_inverts_the_template(tok: tk.Tokenizer, prompt: str, answer: str, padding: int, ended: bool) -> None:
-    ids, roles = tk.example_ids(tok, prompt, answer)
+    ids, roles = templates.example_ids(tok, prompt, answer)
     row = (ids if ended else ids[:-1]) + [tk.PAD] * padding
-    assert tk.parse(tok, np.array(row)) == tk.Example(prompt, answer, ended)
-    head = tk.prompt_ids(tok, prompt)
+    assert templates.parse(tok, np.array(row)) == templates.Example(prompt, answer, ended)
+    head = templates.prompt_ids(tok, prompt)
     assert ids[: len(head)] == head and roles == [0] * len(head) + [1] * (len(ids) - len(head))
     assert ids[-1] == tk.ANSWER_END
-    assert tk.answer_text(tok, row[len(head) :]) == answer
+    assert templates.answer_text(tok, row[len(head) :]) == answer
 
 
 @pytest.mark.parametrize(
@@ -63,17 +64,34 @@ def test_parse_inverts_the_template(tok: tk.Tokenizer, prompt: str, answer: str,
 )
 def test_parse_refuses_anything_else(ids: list[int]) -> None:
     with pytest.raises(ValueError):
-        tk.parse(BPE, ids)
+        templates.parse(BPE, ids)
 
 
 def test_answer_stops_at_its_first_end_and_shows_tags() -> None:
     ids = [*BPE.encode("good"), tk.ANSWER_END, *BPE.encode("more"), tk.ANSWER_END]
-    assert tk.answer_text(BPE, ids) == "good"
-    assert tk.answer_text(BPE, ids[:2]) == BPE.decode(ids[:2])
-    row = [tk.BOS, *tk.example_ids(BPE, "p </prompt>", "a")[0], tk.PAD, tk.PAD]
+    assert templates.answer_text(BPE, ids) == "good"
+    assert templates.answer_text(BPE, ids[:2]) == BPE.decode(ids[:2])
+    row = [tk.BOS, *templates.example_ids(BPE, "p </prompt>", "a")[0], tk.PAD, tk.PAD]
     assert BPE.show(row) == "<bos><prompt>p </prompt></prompt><answer>a</answer>"
     assert BPE.decode(row) == "p </prompt>a"
     assert BPE.decode([BPE.encode("z")[0], BPE.vocab_size + 7]) == "z"  # a padded vocabulary has such ids
+
+
+@both
+@settings(max_examples=40, deadline=None)
+@given(text=unicode_text, cut=st.integers(0, 9), ended=st.booleans())
+def test_the_texts_of_tokens_are_their_whole_text_wherever_they_end(
+    tok: tk.Tokenizer, text: str, cut: int, ended: bool
+) -> None:
+    """Inside a character, too."""
+    ids = tok.encode(text.replace("\ufffd", "") + "é日🙂")
+    ids = ids[: max(len(ids) - cut, 0)] + [tk.ANSWER_END] * ended
+    found = list(tok.token_texts(iter(ids)))
+    said = "".join(text for _, text in found)
+    assert [token for token, _ in found] == ids
+    assert said == tok.decode(ids) or tok is CHAR  # which decodes no byte of a row of bytes that breaks off
+    whole = max(n for n in range(len(ids) + 1) if "\ufffd" not in tok.decode(ids[:n]))
+    assert said.startswith(tok.decode(ids[:whole])) and said.endswith("\ufffd") == (tok.decode(ids)[-1:] == "\ufffd")
 
 
 def test_specials_have_their_ids_and_sizes_are_kept() -> None:

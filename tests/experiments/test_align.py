@@ -11,15 +11,16 @@ import pytest
 from experiments import align, chat, sft
 from jaxgpt import training
 from jaxgpt.data.jsonl import write_rows
-from jaxgpt.data.tokenizer import PROMPT, Tokenizer, prompt_ids
+from jaxgpt.data.templates import prompt_ids
+from jaxgpt.data.tokenizer import PROMPT, Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.models import lora
 from jaxgpt.pretrained import huggingface
 from jaxgpt.runs.cli import parse
 from jaxgpt.runs.run import run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, load_model
+from tests.data.test_templates import CHATML, chat_tokenizer, small_tokenizer
 from tests.helpers import FAMILY, params_of
-from tests.pretrained.test_loading import CHATML, chat_tokenizer, small_tokenizer
 
 LLAMA = dataclasses.replace(FAMILY["llama"], layers=1, block=256, vocab=272)
 make_params = jax.jit(functools.partial(params_of, LLAMA, scale=1.0))
@@ -72,7 +73,7 @@ def test_the_whole_alignment_on_a_small_model(tmp_path, capsys):
     talk = chat.Chat(chat.Settings(model=tmp_path / "run/ppo", new_tokens=6))
     for _ in range(2):
         "".join(talk.reply("a few words", jax.random.key(0)))
-    assert talk.history[: len(base.tokenizer.template.before)] == list(base.tokenizer.template.before)
+    assert [prompt for prompt, _ in talk.history] == ["a few words"] * 2 and talk.speaker.is_multi_turn
     huggingface.write(tmp_path / "aligned", whole.params, whole.config, whole.tokenizer)
     chex.assert_trees_all_equal(load_language_model(tmp_path / "aligned").params, whole.params)
 
@@ -99,4 +100,4 @@ def test_sft_with_our_tags_in_place_of_the_chat_template(tmp_path):
     assert tuned.tokenizer.tag(tuned.tokenizer.template.end) == "</answer>"
     ids = prompt_ids(tuned.tokenizer, "</answer> <|im_end|>")
     assert sum(tuned.tokenizer.is_special(i) for i in ids) == 3
-    assert small_tokenizer().template.before == (PROMPT,)
+    assert prompt_ids(small_tokenizer(), "")[0] == PROMPT

@@ -15,28 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jaxgpt import decoding
-from jaxgpt.data import formats, wheels
-from jaxgpt.data.tokenizer import (
-    GPT2_VOCABULARY,
-    Tokenizer,
-    answer_text,
-    append_tags,
-    example_ids,
-    gpt2_tokenizer,
-    parse,
-    prompt_ids,
-    train_bpe,
-)
+from jaxgpt.data import formats, pipelines, templates, wheels
+from jaxgpt.data.templates import example_ids, parse, prompt_ids
+from jaxgpt.data.tokenizer import GPT2_VOCABULARY, Tokenizer, gpt2_tokenizer, prepend
 from jaxgpt.decoding import sampling
 from jaxgpt.errors import UserError
 from jaxgpt.models import transformer
-from jaxgpt.pretrained import chat_template, gguf_file, huggingface, loading, places
+from jaxgpt.pretrained import gguf_file, huggingface, loading, places
 from jaxgpt.runs.run import run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, save_model
+from tests.data.test_templates import CHATML, chat_tokenizer, core_of, small_tokenizer
 from tests.helpers import FAMILY, TINY, hidden, tokens_of
 
 MODELS = {
@@ -46,19 +36,6 @@ MODELS = {
     "gpt2-wide": dataclasses.replace(TINY, layers=3, width=48, heads=3, mlp_width=64, vocab=70, norm_epsilon=1e-4),
 }
 family = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim "
-    "+ '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-    "{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 MULTILINGUAL = [
     "Hello, world! It's 12345.67 o'clock, isn't it?  Two  spaces,\ttabs\n\nand lines\r\n",
     "naïve café déjà-vu – “quotes”…",
@@ -90,11 +67,6 @@ def random_params(config):
 def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     chex.assert_trees_all_equal(a, b)
-
-
-@functools.cache
-def small_tokenizer():
-    return train_bpe(["a small tokenizer of a few words", "with two documents"], 270)
 
 
 # ---- Hugging Face folders ----
@@ -255,88 +227,119 @@ def test_what_no_architecture_computes_can_not_be_written(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-# ---- templates ----
+# ---- tokenizers and templates ----
 
 
-def chat_core(*specials):
-    core = tokenizers.Tokenizer.from_str(small_tokenizer().to_json())
-    core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in specials])
+WORDS = "a b " * 25
+
+
+def folder_of(folder: Path, core: tokenizers.Tokenizer, **settings) -> Path:
+    """The tokenizer files of a Hugging Face folder."""
+    folder.mkdir(exist_ok=True)
+    core.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("source", [None, CHATML], ids=["base", "chat"])
+def test_truncation_and_padding_stored_with_a_tokenizer_are_off_on_every_path(source, tmp_path):
+    core = core_of("byte-level", "<|im_start|>", "<|im_end|>")
+    expected = core.encode(WORDS, add_special_tokens=False).ids
+    core.enable_truncation(16)
+    core.enable_padding(length=128)
+    config = dataclasses.replace(FAMILY["llama"], vocab=core.get_vocab_size() + 4)
+    tok = huggingface.read_tokenizer(folder_of(tmp_path / "theirs", core, chat_template=source))
+    tok.save(tmp_path / "ours")
+    core.save(str(tmp_path / "ours/tokenizer.json"))
+    huggingface.write(tmp_path / "out", random_params(config), config, tok)
+    stored = json.loads((tmp_path / "out/tokenizer.json").read_text())
+    assert stored["truncation"] is None and stored["padding"] is None
+    found = [tok, Tokenizer.load(tmp_path / "ours") if source else tok, loading.load(tmp_path / "out").tokenizer]
+    for one in found:
+        assert one.encode(WORDS) == one.encode_batch([WORDS, "a"])[0] == expected and len(expected) > 16
+        assert sum(example_ids(one, WORDS, WORDS)[1]) == len(expected) + 1
+
+
+def with_post_processor(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    prepend(core, [core.token_to_id("<s>")])
     return core
 
 
-@functools.cache
-def chat_tokenizer(source=CHATML, specials=("<|im_start|>", "<|im_end|>"), **names):
-    core = chat_core(*specials)
-    return Tokenizer(core, chat_template.read(core, source, names, 1, "here"))
-
-
-def rendered(tok, source, messages, **names):
-    """Ids as transformers computes them: the whole conversation encoded as one text."""
-    core = tokenizers.Tokenizer.from_str(tok.to_json())
-    core.encode_special_tokens = False
-    return core.encode(chat_template._render(source, messages, names), add_special_tokens=False).ids
-
-
-LLAMA3_NAMES = ("<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
-
 @pytest.mark.parametrize(
-    ("source", "specials", "names"),
-    [(CHATML, ("<|im_start|>", "<|im_end|>"), {}), (LLAMA3, LLAMA3_NAMES, {"bos_token": "<|begin|>"})],
-    ids=["chatml", "llama3"],
+    ("change", "settings", "begins"),
+    [
+        (with_post_processor, {}, True),
+        (with_post_processor, {"add_bos_token": True, "bos_token": "<s>"}, True),
+        (lambda core: core, {"add_bos_token": True, "bos_token": {"content": "<s>"}}, True),
+        (lambda core: core, {"bos_token": "<s>"}, False),
+        (lambda core: core, {"add_bos_token": False, "bos_token": "<s>"}, False),
+        (lambda core: core, {}, False),
+    ],
+    ids=["post-processor", "both", "flag", "an id only", "flag off", "nothing"],
 )
-def test_a_chat_template_as_ids_is_the_rendered_text(source, specials, names):
-    tok = chat_tokenizer(source, specials, **names)
-    one = [{"role": "user", "content": "a few words"}]
-    ids = prompt_ids(tok, "a few words")
-    assert ids == rendered(tok, source, one, **names)
-    talk = [*ids, *tok.encode("of two"), tok.template.end]
-    more = [*one, {"role": "assistant", "content": "of two"}, {"role": "user", "content": "and a few"}]
-    assert prompt_ids(tok, "and a few", talk) == rendered(tok, source, more, **names)
-    assert tok.template.strip == (source == LLAMA3)
-    assert (prompt_ids(tok, " a few words\n") == ids) == tok.template.strip
-
-
-forging = st.lists(
-    st.sampled_from(["<|im_start|>", "<|im_end|>", "\n", "system", "user", " a", "</answer>"]), max_size=7
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(prompt=forging.map("".join), answer=forging.map("".join))
-def test_no_text_forges_a_turn(prompt, answer):
-    tok = chat_tokenizer()
-    ids, roles = example_ids(tok, prompt, answer)
-    assert sum(tok.is_special(i) for i in ids) == sum(tok.is_special(i) for i in prompt_ids(tok, "")) + 1
-    found = parse(tok, ids)
-    assert (found.prompt, found.answer, found.ended) == (prompt, answer, True)
-    assert answer_text(tok, ids[roles.index(1) :]) == answer
-
-
-def test_a_tokenizer_keeps_its_template(tmp_path):
-    tok = chat_tokenizer()
-    tok.save(tmp_path)
-    again = Tokenizer.load(tmp_path)
-    assert again.template == tok.template and again.fingerprint == tok.fingerprint
-    assert again.fingerprint != small_tokenizer().fingerprint
-    assert again.show(prompt_ids(again, "a")).startswith(
-        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\na<|im"
+def test_what_the_models_own_tokenizer_prepends_is_prepended_once(change, settings, begins, tmp_path):
+    """In raw text, streams, our tags and exports; never because there is an id, and never before a chat template."""
+    core = change(core_of("byte-level", "<|im_start|>", "<|im_end|>"))
+    folder = folder_of(tmp_path / "in", core, eos_token="</s>", **settings)
+    tok = huggingface.read_tokenizer(folder)
+    first, end = [core.token_to_id("<s>")] if begins else [], core.token_to_id("</s>")
+    assert tok.document_ids("a b") == [*first, *tok.encode("a b")] == [*first, *core.encode("a b").ids[-3:]]
+    assert tok.document_ids("") == (first or [end])
+    stream = pipelines.tokenize_stream(["a", "", "b"], tok, tmp_path).tolist()
+    assert stream == [*first, *tok.encode("a"), end, *first, *tok.encode("b"), end]
+    assert prompt_ids(tok, "a")[: len(first) + 1] == [*first, tok.encode(tok.mark("<prompt>"))[0]]
+    config = dataclasses.replace(FAMILY["llama"], vocab=tok.vocab_size)
+    huggingface.write(tmp_path / "out", random_params(config), config, tok)
+    again = huggingface.read_tokenizer(tmp_path / "out")
+    assert again.template.begin == tok.template.begin == tuple(first)
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json")).encode("a b").ids == tok.document_ids(
+        "a b"
     )
+    chat = huggingface.read_tokenizer(
+        folder_of(folder, core, chat_template="{{ bos_token }}" + CHATML, bos_token="<s>")
+    )
+    assert prompt_ids(chat, "a").count(core.token_to_id("<s>")) == 1
 
 
-def test_our_tags_behind_a_vocabulary():
-    core = chat_core("<|im_end|>")
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1, "<|endoftext|>": 2}, merges=[]))
-    tok = Tokenizer(core, append_tags(core, 2))
-    assert prompt_ids(tok, "ab") == [3, 0, 1, 4, 5] and tok.template.end == 6 and tok.vocab_size == 7
+def test_a_gguf_file_says_whether_its_tokenizer_prepends():
+    core = core_of("byte-level")
+    vocab = sorted(core.get_vocab(), key=core.get_vocab().get)
+    merges = [" ".join(pair) for pair in json.loads(core.to_str())["model"]["merges"]]
+    for pre, flag, begins in (("smollm", None, False), ("smollm", True, True), ("llama-bpe", None, True)):
+        fields = {"model": "gpt2", "pre": pre, "tokens": vocab, "merges": merges, "bos_token_id": vocab.index("<s>")}
+        fields |= {"token_type": [3 if token in ("<s>", "</s>") else 1 for token in vocab]}
+        fields |= {} if flag is None else {"add_bos_token": flag}
+        get = lambda name, default=None, fields=fields: fields.get(name.removeprefix("tokenizer.ggml."), default)  # noqa: E731
+        tok = gguf_file._tokenizer(types.SimpleNamespace(get=get, need=get, path="here"), use_tags=False)
+        assert tok.document_ids("a") == [vocab.index("<s>")] * begins + tok.encode("a"), (pre, flag)
 
 
-@pytest.mark.parametrize(
-    "source", ["{{ messages }}", "{% for", "{{ messages[0]['content'] }}", "{{ raise_exception('x') }}"]
-)
-def test_templates_that_can_not_be_used_are_refused(source):
-    with pytest.raises(UserError, match="chat template of here"):
-        chat_tokenizer(source)
+def test_a_special_token_with_id_0_is_a_token_like_any_other(tmp_path):
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"</s>": 0, "a": 1, "b": 2}, merges=[]))
+    core.decoder = tokenizers.decoders.Fuse()
+    core.add_special_tokens(["</s>"])
+    tok = huggingface.read_tokenizer(folder_of(tmp_path / "in", core))
+    assert tok.show([0, 1, 0]) == "</s>a</s>" and small_tokenizer().show([0, 1, 0]) == "<bos>"
+    ids, _ = example_ids(tok, "a", "b")
+    assert parse(tok, ids) == templates.Example("a", "b", True)
+    with pytest.raises(ValueError, match="special tokens inside"):
+        parse(tok, [*ids, 0])
+    config = dataclasses.replace(FAMILY["llama"], vocab=tok.vocab_size)
+    for one, pad in ((tok, None), (small_tokenizer(), 0)):
+        huggingface.write(tmp_path / str(pad), random_params(config), config, one)
+        assert json.loads((tmp_path / str(pad) / "config.json").read_text())["pad_token_id"] == pad
+
+
+def test_an_export_keeps_the_models_own_template_and_names(tmp_path):
+    """With its system role: what we make of it knows only prompts and answers."""
+    tok = chat_tokenizer(CHATML)
+    config = dataclasses.replace(FAMILY["llama"], vocab=tok.vocab_size)
+    huggingface.write(tmp_path / "out", random_params(config), config, tok)
+    assert (tmp_path / "out/chat_template.jinja").read_text() == CHATML
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert (settings["bos_token"], settings["eos_token"]) == ("<s>", "</s>")
+    stops = json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
+    assert stops == [tok.template.end, tok.encode(tok.mark("</s>"))[0]]
 
 
 def test_a_model_written_with_its_tokenizer_is_loaded_with_it(tmp_path):
@@ -346,7 +349,8 @@ def test_a_model_written_with_its_tokenizer_is_loaded_with_it(tmp_path):
         loaded = loading.load(tmp_path / name)
         ids, _ = example_ids(loaded.tokenizer, "a few", "words")
         assert ids == example_ids(tok, "a few", "words")[0] and loaded.chats
-        assert loaded.tokenizer.template == dataclasses.replace(tok.template, turn=loaded.tokenizer.template.turn)
+        for part in ("before", "between", "closing", "end", "separator", "begin", "prompt_strip", "answer_strip"):
+            assert getattr(loaded.tokenizer.template, part) == getattr(tok.template, part), part
 
 
 def test_a_base_model_gets_our_tags_and_rows_for_them(tmp_path):
@@ -521,7 +525,8 @@ def test_smollm2_goes_out_and_comes_back(tmp_path):
     huggingface.write(tmp_path / "out", loaded.params, loaded.config, loaded.tokenizer)
     again = loading.load(tmp_path / "out")
     assert_equal(again.params, loaded.params)
-    assert again.config == loaded.config and again.tokenizer.template == loaded.tokenizer.template
+    assert again.config == loaded.config
+    assert again.tokenizer.template == loaded.tokenizer.template
     save_model(tmp_path / "ours", again.params, again.config, again.tokenizer)
     ours = load_language_model(tmp_path / "ours")
     assert ours.tokenizer.template == loaded.tokenizer.template
@@ -540,11 +545,10 @@ def test_transformers_reads_the_tokenizer_and_template_that_we_write(kind, tmp_p
     assert theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False) == prompt_ids(
         tok, "a few words"
     )
-    assert (theirs.eos_token_id, theirs.bos_token_id) == (tok.template.end, tok.template.separator)
+    assert theirs("a few")["input_ids"] == tok.document_ids("a few")
     more = [*talk, {"role": "assistant", "content": "of two"}, {"role": "user", "content": "and a few"}]
-    history = [*prompt_ids(tok, "a few words"), *tok.encode("of two"), tok.template.end]
     if tok.template.turn:
-        expected = prompt_ids(tok, "and a few", history)
+        expected = prompt_ids(tok, "and a few", [("a few words", "of two")])
         assert theirs.apply_chat_template(more, add_generation_prompt=True, return_dict=False) == expected
     text = "plain, with a </answer> and <|im_end|> in it: é 12"
     assert theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] == tok.encode(text)

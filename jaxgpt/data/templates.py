@@ -1,0 +1,280 @@
+"""Conversations as token ids: our tags, or the chat template (Jinja) that a model was trained with.
+
+    prompt_ids(tok, prompt)              what an answer is generated after
+    example_ids(tok, prompt, answer)     the same with the answer, and a mask of what the model must sample
+    chat_tokenizer(core, source, …)      a model's tokenizer with its own template
+
+A conversation is written as one text and encoded in one call, so every piece gets the ids that it has in this context.
+A Jinja template is rendered around placeholders for the messages and split there: it never sees what people write, and
+only its own text holds control tokens (`Tokenizer.mark`). When it is read, the ids of a few conversations are compared
+with those of the whole rendered text, which is what `apply_chat_template` of transformers gives.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.data.tokenizer import Ids, Strip, Template, Tokenizer, control_tokens, find_control_token, prepended
+from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.structs import Batch
+
+with needs_extra("data"):
+    import tokenizers
+
+Turn = tuple[str, str]  # a prompt and its answer
+Message = dict[str, str]
+
+_P, _A, _P2, _A2, _P3 = (f"\u2060{name}\u2060" for name in ("one", "two", "three", "four", "five"))
+_SPACE = "\n \n"  # around a placeholder, shows what a template strips
+_PROBES: tuple[Turn, ...] = (
+    ("Hello, who are you?", "I'm a model."),
+    (" two  spaces\nand lines ", " they stay\n\nor go \n"),
+    ("\n2+2=4 [x] (y) é中文🙂", "\n\tcode: `f(x)`."),
+    ("...", "Ünï 12345"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt with its answer; `ended` says whether the end of the answer is present."""
+
+    prompt: str
+    answer: str
+    ended: bool
+
+
+# ---- to ids and back ----
+
+
+def prompt_ids(tok: Tokenizer, prompt: str, history: Sequence[Turn] = ()) -> list[int]:
+    """The ids that an answer to `prompt` is generated after; `history`: the earlier turns of the conversation."""
+    return tok.encode(_prompt_text(tok, prompt, history))
+
+
+def example_ids(tok: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of a prompt with its answer, and a role for each: 1 for all that the model must sample, which is the answer
+    with its end; otherwise 0. Raises UserError if the model's template has no finished answers of this form."""
+    template = tok.template
+    if template.refused:
+        raise UserError(f"answers can't be trained on or scored with this model's chat template: {template.refused}")
+    context, rest = tok.encode_after(*_texts(tok, prompt, answer))
+    return context + rest, [0] * len(context) + [1] * len(rest)
+
+
+def parse(tok: Tokenizer, ids: Ids) -> Example:
+    """The inverse of `example_ids`; padding after the end is ignored. Raises ValueError for any other sequence."""
+    row, template = [int(i) for i in ids], tok.template
+    while row and row[-1] == tok.pad:
+        row.pop()
+    before, between, opening, closing = map(
+        tok.mark, (template.before, template.between, template.opening, template.closing)
+    )
+    start, middle, rest = tok.decode_marked(row).partition(between)
+    prompt, answer = start.removeprefix(before), rest.removeprefix(opening).removesuffix(closing)
+    if not middle or not start.startswith(before):
+        raise ValueError(f"not a prompt with an answer: {tok.show(row)[:80]!r}")
+    if tok.has_control_token(prompt + answer):
+        raise ValueError(f"special tokens inside the text: {tok.show(row)[:80]!r}")
+    return Example(prompt, answer, rest.endswith(closing))
+
+
+def answer_text(tok: Tokenizer, ids: Ids) -> str:
+    """The text of generated `ids` up to the first end of an answer, or all of it."""
+    row, template = [int(i) for i in ids], tok.template
+    return without_opening(tok, tok.decode(row[: row.index(template.end)] if template.end in row else row))
+
+
+def text_reward(reward_fn: Callable[[list[str], list[str]], Any], tok: Tokenizer) -> Callable[[Batch], Any]:
+    """Adapt reward_fn(prompts, answers) -> scores to rows of token ids, for `ppo.host_iteration`."""
+
+    def on_rows(rows: Batch) -> Any:
+        prompts, answers = [], []
+        for tokens_T, mask_T in zip(rows.tokens_BT, rows.mask_BT, strict=True):
+            prompts.append(tok.decode(tokens_T[: int(np.argmax(mask_T))]))
+            answers.append(answer_text(tok, tokens_T[mask_T]))
+        return reward_fn(prompts, answers)
+
+    return on_rows
+
+
+def _texts(tok: Tokenizer, prompt: str, answer: str) -> tuple[str, str]:
+    """What a model is given, and what it must sample."""
+    template = tok.template
+    said = tok.mark(template.opening) + _strip(answer, template.answer_strip) + tok.mark(template.closing)
+    return _prompt_text(tok, prompt), said
+
+
+def _prompt_text(tok: Tokenizer, prompt: str, history: Sequence[Turn] = ()) -> str:
+    template = tok.template
+    text = tok.mark(template.before)
+    for earlier, answer in history:
+        how, thinking = template.past_strip, answer.rpartition("</think>")
+        if template.thinking_strip and thinking[1]:
+            how, answer = template.thinking_strip, thinking[2]
+        text += _strip(earlier, template.prompt_strip) + tok.mark(template.past)
+        text += _strip(answer, how) + tok.mark(template.closing + template.turn)
+    return text + _strip(prompt, template.prompt_strip) + tok.mark(template.between)
+
+
+def without_opening(tok: Tokenizer, answer: str) -> str:
+    """The text of a sampled answer without the template's own, such as an empty <think> block, before it."""
+    opening = tok.template.opening
+    return answer.removeprefix(tok.decode(tok.encode(tok.mark(opening)))) if opening else answer
+
+
+def _strip(text: str, how: Strip) -> str:
+    left, right = ({"": "", "\n": "\n", "space": None}[side] for side in how)
+    return text.lstrip(left).rstrip(right)
+
+
+# ---- a model's own template ----
+
+
+def chat_tokenizer(
+    core: tokenizers.Tokenizer, source: str, names: Mapping[str, str], separator: int | None, where: str
+) -> Tokenizer:
+    """The tokenizer of a model with the Jinja template `source`. `names`: the strings that templates refer to as
+    bos_token, eos_token and the like. `where` is named in errors. Raises UserError if the template can't be split, if
+    answers don't end with a control token, or, naming what differs, if its ids would not be those of the whole text."""
+    try:
+        tok = Tokenizer(core, _split(core, source, names, separator))
+    except UserError as error:
+        raise UserError(f"the chat template of {where} can't be used: {error}") from error
+    except Exception as error:  # Jinja's errors, and placeholders that don't occur exactly once
+        why = "it writes today's date, so its ids change daily" if "strftime_now" in str(error) else error
+        raise UserError(f"the chat template of {where} can't be used ({type(error).__name__}: {why})") from error
+    if difference := _first_difference(tok, core):
+        raise UserError(f"the chat template of {where} can't be used: {difference}")
+    return tok
+
+
+def render(source: str, messages: Sequence[Message], names: Mapping[str, str], *, ask: bool) -> str:
+    """Render a Jinja template as transformers does, in a sandbox; `ask`: with what an answer is generated after. There
+    is no `strftime_now`: with today's date in it, a template would change daily."""
+    settings = {"tools": None, "documents": None, "add_generation_prompt": ask}
+    return str(_compile(source).render(messages=list(messages), **settings, **names))
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> Any:
+    with needs_extra("pretrained"):
+        from jinja2.exceptions import TemplateError
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks what is trained on; here it is only its content."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(x: Any, ensure_ascii: bool = False, **how: Any) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, **how)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(source)
+
+
+def _messages(*texts: str) -> list[Message]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def _split(core: tokenizers.Tokenizer, source: str, names: Mapping[str, str], separator: int | None) -> Template:
+    """The parts of a Jinja template. Raises ValueError, or Jinja's own errors, if it can't be split."""
+
+    def rendered(*texts: str) -> str:
+        return render(source, _messages(*texts), names, ask=len(texts) % 2 == 1)
+
+    controls = control_tokens(core)
+    asked = rendered(_P)
+    before, between = asked.split(_P)
+    to_answer, after = rendered(_P, _A).split(_A)
+    found = find_control_token(controls, after)
+    if found is None:
+        raise ValueError(f"it ends answers with {after[:20]!r}, without a special token")
+    end, stop = found
+    template = Template(
+        before,
+        between,
+        closing=after[:stop],
+        end=end,
+        separator=end if separator is None else separator,
+        begin=prepended(core),
+        opening=to_answer.removeprefix(asked),
+        prompt_strip=_stripped(lambda text: rendered(text).removeprefix(before).removesuffix(between), _P),
+        jinja=source,
+        names=dict(names),
+    )
+    with contextlib.suppress(Exception):  # Jinja's errors: a template of one turn
+        template = _with_turns(template, controls, rendered)
+    if not to_answer.startswith(asked):
+        shown = to_answer.removeprefix(before + _P)
+        why = f"it asks for an answer after {between!r} but writes a finished one after {shown!r}"
+        return dataclasses.replace(template, opening="", refused=why)
+    strip = _stripped(lambda text: rendered(_P, text).removeprefix(to_answer).removesuffix(after), _A)
+    return dataclasses.replace(template, answer_strip=strip)
+
+
+def _with_turns(template: Template, controls: Mapping[int, str], rendered: Callable[..., str]) -> Template:
+    """The template with what stands around earlier turns, unless later turns are written differently from the first."""
+    before, between, closing = template.before, template.between, template.closing
+    to_past, rest = rendered(_P, _A, _P2).split(_A)
+    past, turn = to_past.removeprefix(before + _P), rest.removeprefix(closing).removesuffix(_P2 + between)
+    if find_control_token(controls, past) is None:
+        return template
+    if rendered(_P, _A, _P2, _A2, _P3) != "".join(
+        [before, _P, past, _A, closing, turn, _P2, past, _A2, closing, turn, _P3, between]
+    ):
+        return template
+    put = lambda text: rendered(_P, text, _P2).removeprefix(to_past).removesuffix(rest)  # noqa: E731
+    thought = f"<think>\n{_P3}\n</think>"
+    dropped = _P3 not in put(thought + _A)
+    thinking_strip = _stripped(lambda text: put(thought + text), _A) if dropped else ()
+    return dataclasses.replace(
+        template, past=past, turn=turn, past_strip=_stripped(put, _A), thinking_strip=thinking_strip
+    )
+
+
+def _stripped(put: Callable[[str], str], placeholder: str) -> Strip:
+    """What is removed at either side of a text that is put into a template."""
+    left, right = put(_SPACE + placeholder + _SPACE).split(placeholder)
+    kinds = {_SPACE: "", _SPACE[1:]: "\n", "": "space"}
+    if left not in kinds or right[::-1] not in kinds:
+        raise ValueError(f"it writes {left!r} and {right!r} for {_SPACE!r} at the sides of a text")
+    return kinds[left], kinds[right[::-1]]
+
+
+def _first_difference(tok: Tokenizer, core: tokenizers.Tokenizer) -> str:
+    """What tells our ids of a few conversations from those of the rendered text, encoded as a whole; "" if nothing."""
+    template = tok.template
+    core.encode_special_tokens = False
+    for i, (prompt, answer) in enumerate(_PROBES):
+        history = _PROBES[:i] if template.turn else ()
+        said = [text for turn in history for text in turn]
+        found = {"the prompt": (prompt_ids(tok, prompt, history), [*said, prompt])}
+        if not template.refused:
+            found["the answer"] = tok.encode("".join(_texts(tok, prompt, answer))), [prompt, answer]
+        for what, (ids, texts) in found.items():
+            text = render(template.jinja, _messages(*texts), template.names, ask=len(texts) % 2 == 1)
+            expected = core.encode(text, add_special_tokens=False).ids
+            expected = expected if len(texts) % 2 else expected[: len(ids)]
+            if ids != expected:
+                at = next((i for i, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1]), -1)
+                ours, theirs = tok.show(ids[at:][:3]), tok.show(expected[at:][:3])
+                return f"{what} {texts[-1]!r} has {theirs!r} at token {at}, where its parts give {ours!r}"
+    return ""
