@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt.errors import UserError
 from jaxgpt.losses import MASKED_LOGIT
@@ -46,7 +47,7 @@ def top_p(logits: Array, p: float | Array) -> Array:
             raise UserError(f"top-p is {p}; it must be at least 0 and at most 1")
         if p == 1:
             return logits
-    p = jnp.maximum(p, float(jnp.finfo(jnp.float32).tiny))  # every threshold reaches 0, but only some reach more
+    p = jnp.maximum(p, float(np.finfo(np.float32).tiny))  # every threshold reaches 0, but only some reach more
     order = _sortable_bits(logits)
     probability = jax.nn.softmax(logits.astype(jnp.float32))
 
