@@ -68,7 +68,8 @@ class Chat:
             if piece:
                 yield piece
         ended = time.monotonic()
-        self.history.append((text, said))
+        if self.speaker.is_multi_turn:
+            self.history.append((text, said))
         speed = max(len(sampled) - 1, 0) / max(ended - first_token_at, 1e-9)
         self.stats = (
             f"prompt of {len(ids)} tokens in {(first_token_at or ended) - started:.2f} s, then {len(sampled)} tokens "

@@ -349,8 +349,8 @@ def test_the_gpu_preset_steps():
     for name, program in {
         "pretrain": pretrain.build(two(gpu.pretrain, model=config), mesh),
         "sft": sft.build(two(gpu.sft), config, mesh),
-        "reward": reward.build(two(gpu.reward), config, MaxSizes(2, 16, 8), 10, mesh),
-        "dpo": dpo.build(two(gpu.dpo), config, MaxSizes(2, 16, 8), 10, mesh),
+        "reward": reward.build(two(gpu.reward), config, MaxSizes(2, 16, 16), 10, mesh),
+        "dpo": dpo.build(two(gpu.dpo), config, MaxSizes(2, 16, 16), 10, mesh),
     }.items():
         state, batch = some(program.state), some(program.batch)
         trainable = {"policy": params} if name == "dpo" else {"model": params} if name == "reward" else params
