@@ -8,8 +8,8 @@ are the logits of a softmax classifier:
 
     J(phi) = -log( exp h(x, y^b) / sum_j exp h(x, y^j) )
 
-Afterwards h is shifted and scaled to mean 0 and standard deviation 1 over the answers of the held-out preferences (in
-the pipeline: samples of the finetuned model), as in Ziegler et al. (2020).
+Afterwards h gets mean 0 and standard deviation 1 over held-out answers, as in Ziegler et al. (2020), but not over those
+that were cut off: PPO replaces their scores, which lie so far below that all other differences would shrink.
 """
 
 import dataclasses
@@ -116,7 +116,7 @@ def main(settings: Settings) -> dict[str, Any]:
         order = {"seed": settings.seed, "epochs": settings.epochs, "part": share.index, "parts": share.count}
         batches = pipelines.preference_batches(data.train, data.size.row, settings.batch, **order)
         program = build(settings, config, data.size, data.steps, mesh, data.tie_rate)
-        reference = reference_rows(data.heldout, data.size.row, settings.reference_samples)
+        reference = reference_rows(data.heldout, data.size.row, settings.reference_samples, tok.template.end)
         normalise = jit_on(mesh, lambda params: reward.normalise_on(params, config, reference))
         params = normalise(sharding.replicate(reward.init(jax.random.key(settings.seed), start, config.width), mesh))
         params = {**params, "head": jax.tree.map(lambda w: w * settings.first_spread, params["head"])}
@@ -147,9 +147,11 @@ def main(settings: Settings) -> dict[str, Any]:
         return run.finish({**figures._asdict(), "annotator_ceiling": ceiling, **data.record()})
 
 
-def reference_rows(rankings: list[TokenizedPreference], length: int, count: int) -> Batch:
-    """The first candidate answers of the held-out preferences: they fix the scale of h."""
-    rows = [row for ranking in rankings for row in ranking.rows][:count]
+def reference_rows(rankings: list[TokenizedPreference], length: int, count: int, end: int) -> Batch:
+    """The first held-out answers that end with the tag `end`, or of all if hardly any do: they fix the scale of h."""
+    every = [row for ranking in rankings for row in ranking.rows]
+    ended = [row for row in every if row[0][-1] == end]
+    rows = (ended if len(ended) > 1 else every)[:count]
     arrays = pipelines.padded_examples(rows, length, len(rows))[0]
     return Batch(arrays["tokens"], arrays["mask"])
 

@@ -387,7 +387,9 @@ def test_the_saved_reward_model_is_normalised(finished):
     saved = load_model(finished.run / "reward")
     preferences = formats.load(finished.run / "preferences/heldout.jsonl")
     rankings, _ = drop_long_preferences(tokenize_preferences(saved.tokenizer, preferences), saved.config.block)
-    rows = reward.reference_rows(rankings, saved.config.block, finished.reward.reference_samples)
+    rows = reward.reference_rows(
+        rankings, saved.config.block, finished.reward.reference_samples, saved.tokenizer.template.end
+    )
     score = np.asarray(jax.jit(reward_model.score, static_argnums=1)(saved.params, saved.config, rows))
     assert score.mean() == pytest.approx(0, abs=1e-3) and score.std() == pytest.approx(1, abs=1e-2)
     assert optim.split(saved.params, reward_model.trainable_names())[1].keys() == {"gain", "bias"}
