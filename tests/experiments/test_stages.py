@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import assistant, blind, chat, dpo, label, ppo, preferences, pretrain, reward, sft
+from experiments import align, assistant, blind, chat, dpo, label, ppo, preferences, pretrain, reward, sft
 from experiments.studies import (
     arithmetic,
     frontier,
@@ -169,6 +169,8 @@ def test_people_s_labels_take_the_place_of_the_simulated_annotator_s(finished, t
     assert "preferences" not in stages and len(stages) == 6
     assert str(stages["reward"].preferences).endswith("votes.sqlite:train")
     assert str(stages["dpo"].heldout).endswith("votes.sqlite:heldout")
+    of_chat_model = dict(align.stage_settings(align.Settings(labels=settings.labels)))
+    assert preferences not in of_chat_model and of_chat_model[dpo].preferences == stages["dpo"].preferences
     own = dataclasses.replace(stages["reward"], model=finished.run / "sft")
     assert reward.main(own)["annotator_ceiling"] is None
     with pytest.raises(UserError, match="holds no preferences"):
