@@ -191,7 +191,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> Table:
     """The results of `measure` as a table for the terminal."""
     count = found["rows"]["heldout"]["used"]
-    grid = Table(title=f"{count} held-out questions about things that no stage has seen; 95 % intervals", box=None)
+    grid = Table(title=f"95 % intervals over {count} held-out questions about things that no stage has seen", box=None)
     for column in ("", "words", "better", "KL, nats", "names it", "ended", "distinct-2"):
         grid.add_column(column, no_wrap=True)
     measures = {"words": 1, "better_than_before": 2, "kl_nats_per_sequence": 1, "names_the_thing": 2}

@@ -1,4 +1,4 @@
-"""Stage 7: compare what the stages achieve on held-out prompts, with 95 % intervals.
+"""Stage 7: compare what the stages achieve on held-out prompts, with 95 % intervals over prompts.
 
     python -m experiments.report --stages runs/mine --run runs/mine/report
 

@@ -4,7 +4,8 @@
 
 Prompts are sums such as "37+85". A demonstration is a random number of dots followed by the result: "...122". Training
 on them stops while most sums still come out wrong. Then each method learns from sampled answers and a host function
-that reads the number after the dots: 1 if it is right, otherwise 0. The held-out sums are never trained on.
+that reads the number after the dots: 1 if it is right, otherwise 0. The held-out sums are never trained on, nor are
+their mirrors ("85+37").
 
 The dots mean nothing, so any change in their number is the method's doing. GRPO (Shao et al. 2024) divides an answer's
 loss by its length and a group's advantages by their standard deviation. Liu et al. (2025) showed both to be biases: a
@@ -30,7 +31,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses import kl
 from jaxgpt.models import sharding, transformer
 from jaxgpt.rlhf import group_policy
-from jaxgpt.rlhf.intervals import interval
+from jaxgpt.rlhf.intervals import HOW_TO_READ, SeedSummary, summarise_seeds
 from jaxgpt.rlhf.ppo import Controller, PPOConfig
 from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
@@ -52,7 +53,7 @@ class Settings:
     model: ModelConfig = ModelConfig(layers=2, width=96, heads=4, block=32, vocab=384)
     largest_summand: Annotated[int, Range(9)] = 99  # largest summand
     max_dots: Count = 6  # per demonstration, at most
-    heldout: Count = 500  # sums that are never trained on
+    heldout: Count = 500  # sums of pairs of numbers that are never trained on, in either order
     steps: Count = 3000  # of training on demonstrations, at most
     target_loss: Nonnegative = 0.48  # nats per token at which that training ends: about half of the sums come out right
     demonstrations: Count = 128  # per step
@@ -70,9 +71,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        sums = (self.largest_summand + 1) ** 2
-        if self.heldout >= sums // 2:
-            raise UserError(f"heldout is {self.heldout}; it must be less than half of the {sums} sums")
+        pairs = (self.largest_summand + 1) * (self.largest_summand + 2) // 2
+        if self.heldout >= pairs // 2:
+            raise UserError(f"heldout is {self.heldout}; it must be less than half of the {pairs} pairs of numbers")
         if unknown := set(self.methods) - {*group_policy.METHODS, "PPO"}:
             raise UserError(f"unknown methods {sorted(unknown)}; choose from {[*group_policy.METHODS, 'PPO']}")
 
@@ -177,6 +178,21 @@ def train_method(s: Settings, task: Task, name: str, bar: Bar) -> dict[str, Any]
     }
 
 
+ENDS = ("length_right", "length_wrong", "entropy")  # curves whose last iterations are reported
+
+
+def measure_end(one: dict[str, Any], first: dict[str, Any]) -> dict[str, SeedSummary]:
+    """What a method solves and how that differs from the first method's, paired by seed and sum; and each seed's mean
+    over its last 5 iterations of the lengths and the entropy."""
+    solved_SN = np.array(one["solved"])
+    curves = {name: [figures.running_mean([own], 9)[-1] for own in one["curves"][name]] for name in ENDS}
+    return {
+        "solved": summarise_seeds(solved_SN),
+        "difference": summarise_seeds(solved_SN - np.array(first["solved"])),
+        **{name: summarise_seeds(np.array(values)) for name, values in curves.items()},
+    }
+
+
 def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     tok, prompts = train_char([sums.CHARACTERS]), sums.split_sums(s.largest_summand, s.heldout, s.seed)
     if tok.vocab_size > s.model.vocab:
@@ -187,40 +203,50 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
             "start", lambda: (train_on_demonstrations(s, tok, prompts[0], bar), s.model), s.steps, bar
         )
         task = sums.make_sums_task(s.model, start, tok, prompts, s.ppo)
-        before = interval(
-            sums.correctness_rewards(sample_task_answers(task, task.start, task.heldout, jax.random.key(s.seed)).texts)
-        )
-        run.say(f"arithmetic: {before.mean:.1%} of the held-out sums solved after demonstrations")
+        answers = sample_task_answers(task, task.start, task.heldout, jax.random.key(s.seed))
+        before = summarise_seeds(sums.correctness_rewards(answers.texts)[None])
+        run.say(f"arithmetic: {before} of the {s.heldout} held-out sums solved after demonstrations")
         found = {
             name: cells(name, functools.partial(train_method, s, task, name, bar), s.iterations, bar)
             for name in methods
         }
     figures.plot_arithmetic(s.run / "arithmetic.png", found, s.group_size)
-    rows = [["demonstrations alone", str(before), "", "", ""]]
-    for name, one in found.items():
-        end = [figures.running_mean(one["curves"][k], 9)[-1] for k in ("length_right", "length_wrong", "entropy")]
-        solved = " ".join(f"{np.mean(own):.1%}" for own in one["solved"])
-        rows.append([name, solved, *(f"{x:.2f}" for x in end)])
-        run.say(f"{name}: {solved}")
-    answers = zip(*(one["texts"] for one in found.values()), strict=True)
+    ends = {name: measure_end(one, next(iter(found.values()))) for name, one in found.items()}
+    first = methods[0]
+    rows = [["demonstrations alone", str(before), "", "", "", ""]]
+    for name, end in ends.items():
+        values = [end["solved"].text(), "" if name == first else end["difference"].text()]
+        rows.append([name, *values, *(f"{end[k].mean:.2f}" for k in ENDS)])
+        run.say(
+            f"{name}: solved {values[0]}; minus {first}'s, paired: {values[1] or '-'}; "
+            + ", ".join(f"{k} {end[k].text(2)}" for k in ENDS)
+        )
+    texts = zip(*(one["texts"] for one in found.values()), strict=True)
     pages.write_page(
         s.run,
         "Sums that a program checks",
-        f"{s.heldout} held-out sums, {s.seeds} seeds; every method learns from {s.prompts * s.group_size} answers at a "
-        "time.",
+        f"{s.heldout} held-out sums, whose mirrors are not trained on either, {s.seeds} seeds; every method learns "
+        f"from {s.prompts * s.group_size} answers at a time. {HOW_TO_READ}",
         [
             ("", s.run / "arithmetic.png"),
             (
                 "At the end",
                 pages.make_table(
-                    ("method", "held-out sums solved, by seed", "tokens, right", "tokens, wrong", "entropy, nats"),
+                    (
+                        "method",
+                        "held-out sums solved",
+                        f"minus {first}'s, paired by seed and sum",
+                        "tokens, right",
+                        "tokens, wrong",
+                        "entropy, nats",
+                    ),
                     rows,
                 ),
             ),
-            ("Answers", pages.make_table(tuple(found), list(answers))),
+            ("Answers", pages.make_table(tuple(found), list(texts))),
         ],
     )
-    return {"before": before.mean, "solved": {name: np.mean(one["solved"], axis=1) for name, one in found.items()}}
+    return {"before": before, "split": "pairs of numbers", "methods": ends}
 
 
 def main(settings: Settings) -> dict[str, Any]:

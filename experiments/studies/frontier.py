@@ -3,15 +3,16 @@
     make frontier                                        `make assistant` (once), then this
     python -m experiments.studies.frontier --start runs/mine --betas 0.05 0.2 0.8 --seeds 4
 
-All methods start from the same finetuned model and use the same preferences. PPO maximises the learned reward minus
-beta KL, for each beta and seed; so does backpropagation through the reward model, by its derivative instead of a
-policy gradient (`jaxgpt/rlhf/through_reward.py`); DPO uses the preferences themselves, for each beta and seed;
-best-of-n picks by the learned reward; the last one finetunes on the favourites alone ("preferred-FT", Rafailov et al.
-2023). A run is a pure function of arrays, so a whole grid is one compiled program: `jax.vmap`, sharded over devices.
+All methods start from the same finetuned model and use the same preferences, those of the reward model. PPO maximises
+the learned reward minus beta KL, for each beta and seed; so does backpropagation through the reward model, by its
+derivative instead of a policy gradient (`jaxgpt/rlhf/through_reward.py`); DPO uses the preferences themselves, for each
+beta and seed; best-of-n picks by the learned reward; the last one finetunes on the favourites alone ("preferred-FT",
+Rafailov et al. 2023). A run is a pure function of arrays, so a whole grid is one compiled program: `jax.vmap`, sharded
+over devices.
 
 Measured on held-out prompts against KL(pi || start) in nats per sequence: the annotator's gold reward, which training
-sees only through noisy choices; the reward model; and a judge fitted on people's labels. Bands are 95 % intervals that
-resample seeds and prompts. An interrupted study resumes after its last finished part.
+sees only through noisy choices; the reward model; and a judge fitted on people's labels. Bands are the range of the
+seeds, from 5 seeds on a t-interval over them. An interrupted study resumes after its last finished part.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from typing import Annotated, Any, ClassVar
 
 from jaxgpt.config import Count, Positive, Positives, Range, Seed, check_settings
 from jaxgpt.errors import UserError
-from jaxgpt.files import cache_root
+from jaxgpt.files import cache_root, read_json
+from jaxgpt.rlhf.intervals import HOW_TO_READ
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.rlhf.through_reward import ThroughRewardConfig
 from jaxgpt.runs import pages
@@ -36,7 +38,8 @@ from jaxgpt.training import optim
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """30 minutes on one CPU core; best-of-n gains most per nat, PPO goes furthest (docs/results.md)."""
+    """Half an hour on one CPU core when DPO had 640 preferences; best-of-n gains most per nat, PPO goes furthest
+    (docs/results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
@@ -54,7 +57,6 @@ class Settings:
     through: ThroughRewardConfig = ThroughRewardConfig()
     dpo_betas: Positives = (0.03, 0.1, 0.5)
     dpo_learning_rate: Positive = 2e-4
-    limit: Count = 640  # preferences for DPO and for finetuning on favourites, at most
     preference_batch: Count = 16
     favourites_learning_rate: Positive = 2e-4
     epochs: Count = 2  # of finetuning on favourites: one point for each number of epochs up to this
@@ -83,7 +85,6 @@ PRESETS = {
         best_of=4,
         through_iterations=2,
         prompts=12,
-        limit=16,
         preference_batch=8,
         ppo=PPOConfig(new_tokens=12, temperature=0.7, epochs=1, minibatches=1),
     ),
@@ -93,7 +94,6 @@ PRESETS = {
         dpo_betas=(0.01, 0.03, 0.1, 0.3, 1.0),
         iterations=60,
         batch=256,
-        limit=2200,
         best_of=256,
         prompts=900,
     ),
@@ -127,7 +127,8 @@ def study_parts(s: Settings, rankings: int) -> frontier.MethodRuns:
 
 def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     task = make_reviews_task(s.start / "sft", s.cache, s.prompts, s.ppo)
-    rankings = methods.load_rankings(task, s.start / "preferences/train.jsonl", run.say, s.limit)
+    limit = read_json(s.start / "reward/settings.json")["settings"]["limit"]  # DPO's preferences are the reward model's
+    rankings = methods.load_rankings(task, s.start / "preferences/train.jsonl", run.say, limit)
     proxy, every = load_reward_model(task, s.start / "reward"), study_parts(s, len(rankings))
     run.say(
         f"frontier: {s.seeds} seeds, {len(s.betas)} betas of PPO, {len(s.dpo_betas)} of DPO, best of "
@@ -141,16 +142,17 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     pages.write_page(
         s.run,
         "The reward-KL frontier",
-        f"{s.prompts} held-out prompts, {s.seeds} seeds; 95 % intervals resample seeds and prompts. Gold rewards and "
-        "preferences come from a simulated annotator (VADER). Best-of-n picks by the reward model; its measured KL is "
-        "close to the bound log n - (n - 1) / n.",
+        f"{s.prompts} held-out prompts, {s.seeds} seeds; {len(rankings):,} preferences, the same for reward model, DPO "
+        "and finetuning. Gold rewards and preferences come from a simulated annotator (VADER). Best-of-n picks by the "
+        f"reward model; its measured KL is close to the bound log n - (n - 1) / n. {HOW_TO_READ}",
         [
             ("", s.run / "frontier.png"),
             ("All points", results.points_table(points)),
             ("Answers", results.answers_html(prompts, results.collect_first_answers(points))),
         ],
     )
-    return results.summarise_points(points)
+    results.say_points(run.say, points)
+    return {"preferences": len(rankings), "points": results.summarise_points(points)}
 
 
 def main(settings: Settings) -> dict[str, Any]:

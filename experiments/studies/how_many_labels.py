@@ -26,6 +26,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
 from jaxgpt.rlhf.annotator import SimulatedAnnotator
+from jaxgpt.rlhf.intervals import HOW_TO_READ, summarise_seeds
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
@@ -39,6 +40,7 @@ from jaxgpt.study.task import (
     Evaluation,
     Task,
     answer_examples,
+    distinct_prompts,
     evaluate_policies,
     evaluate_policy,
     make_reviews_task,
@@ -139,10 +141,21 @@ def make_conditions(s: Settings) -> list[Condition]:
     return found + [Condition("answers to choose from", f"{b}", s.answers_read // b, b, usual) for b in (2, 4, 8)]
 
 
+def pool_prompts(s: Settings, task: Task) -> list[list[int]]:
+    """The distinct prompts of the pool, then those held out."""
+    order = np.random.default_rng(s.seed).permutation(len(task.prompts))
+    return distinct_prompts((task.prompts[i] for i in order), s.pool + s.heldout)
+
+
+def leave_out_measured(s: Settings, task: Task, people: list[TokenizedPreference]) -> list[TokenizedPreference]:
+    """People's preferences, without those about prompts on which reward models or policies are measured."""
+    measured = set(map(tuple, pool_prompts(s, task)[s.pool :] + task.heldout))
+    return [one for one in people if one.prompt not in measured]
+
+
 def make_pool(s: Settings, task: Task) -> dict[str, Any]:
     """Sample 8 answers per prompt, in the pool and held out: rows of ids, and gold rewards [prompts, 8]."""
-    chosen = np.random.default_rng(s.seed).permutation(len(task.prompts))[: s.pool + s.heldout]
-    ids = [task.prompts[i] for i in chosen for _ in range(8)]
+    ids = [prompt for prompt in pool_prompts(s, task) for _ in range(8)]
     answers = sample_task_answers(task, task.start, ids, jax.random.key(s.seed))
     return {"rows": answer_examples(answers), "gold": task.gold(answers.texts).reshape(-1, 8)}
 
@@ -216,7 +229,9 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     task, plan = make_reviews_task(s.start, s.cache, s.prompts, s.ppo), make_conditions(s)
     people: list[TokenizedPreference] = []
     if s.people:
-        people = methods.load_rankings(task, Path(s.people), run.say)
+        read = methods.load_rankings(task, Path(s.people), run.say)
+        people = leave_out_measured(s, task, read)
+        run.say(f"{s.people}: {len(read) - len(people)} left out, about prompts that are held out")
         plan.append(Condition("people", f"{len(people)} votes", len(people), 0, 0.0))
     reference = sample_task_answers(task, task.start, task.prompts[:256], jax.random.key(s.seed)).rows
     program = many.make_ppo_trainer(
@@ -239,14 +254,14 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
             agreements.setdefault(one.group, []).append(found["agreement"])
             run.say(
                 f"{one.group} {one.label}: gold {point['gold']}, KL {point['kl'].mean:.2f} nats, "
-                f"picks the best {np.mean(found['agreement']):.1%}"
+                f"picks the best {summarise_seeds(np.array(found['agreement']))}"
             )
     figures.plot_label_counts(s.run / "how_many_labels.png", groups, agreements, start)
     pages.write_page(
         s.run,
         "How many labels?",
-        f"Gold reward of PPO on {s.prompts} held-out prompts, {s.seeds} seeds (95 % "
-        f"intervals resample seeds and prompts), beta {s.beta:g}. Labels come from a simulated annotator (VADER), at "
+        f"Gold reward of PPO on {s.prompts} held-out prompts, {s.seeds} seeds, "
+        f"beta {s.beta:g}. {HOW_TO_READ} Labels come from a simulated annotator (VADER), at "
         f"temperature {s.annotator.temperature:g} unless stated otherwise.",
         [("", s.run / "how_many_labels.png"), ("All conditions", results.points_table(groups))],
     )

@@ -7,11 +7,15 @@ Prompts are the first 2 to 8 tokens of IMDb reviews. The true reward is a sentim
 frontier of true reward against KL compares PPO on the true reward, PPO on a reward model learnt from the pairs, DPO on
 the pairs, finetuning on the preferred ones, and best-of-n by the learned reward. VADER, which no method learns from, is
 the independent check.
+
+What must be new is the prefix: no held-out prefix is among those trained on, and the reward model is
+tested on pairs of prefixes that none of its own pairs has. Every method learns from the same pairs.
 """
 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -24,6 +28,7 @@ from jaxgpt.data.comparisons import TokenizedPreference
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding
 from jaxgpt.rlhf.annotator import gold_scores
+from jaxgpt.rlhf.intervals import HOW_TO_READ
 from jaxgpt.rlhf.judge import Judge, fit_judge
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs import pages
@@ -34,7 +39,7 @@ from jaxgpt.runs.saved_model import load_language_model
 from jaxgpt.study import figures, frontier, many, methods, results
 from jaxgpt.study.cells import ResultCache, run_study
 from jaxgpt.study.frontier import FrontierSetup
-from jaxgpt.study.task import RewardModel, Task, answer_examples, sample_task_answers
+from jaxgpt.study.task import RewardModel, Task, answer_examples, distinct_prompts, sample_task_answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Settings:
 
     run: Path = Path("runs/imdb")
     start: Path = Path("runs/assistant/pretrain")
-    prefixes: Count = 500  # whose continuations are compared
+    prefixes: Count = 500  # whose continuations are compared, to learn from
+    heldout: Count = 100  # more such prefixes, on which the reward model is tested
     candidates: Annotated[int, Range(2)] = 4
     betas: Positives = (0.05, 0.15, 0.5)  # of PPO, in standard deviations of the reward per nat
     dpo_betas: Positives = (0.03, 0.1, 0.3, 1.0)
@@ -54,12 +60,11 @@ class Settings:
     batch: Count = 64
     ppo: PPOConfig = PPOConfig(new_tokens=32, temperature=1.0, epochs=2, minibatches=2, unfinished_score=None)
     learning_rate: Positive = 5e-4
-    pairs: Count = 1600  # for DPO and for finetuning, at most
     pair_batch: Count = 32
     reward_learning_rate: Positive = 5e-4
     dpo_learning_rate: Positive = 2e-4
     best_of: Annotated[int, Range(2)] = 32
-    prompts: Annotated[int, Range(2)] = 300  # held out
+    prompts: Annotated[int, Range(2)] = 300  # held-out prefixes, on which policies are measured
     how: many.RunMapping = "vmap"
     seed: Seed = 41
     cache: Path = cache_root() / "data"
@@ -78,7 +83,7 @@ PRESETS = {
         seeds=1,
         iterations=2,
         batch=8,
-        pairs=16,
+        heldout=4,
         pair_batch=8,
         best_of=4,
         prompts=12,
@@ -91,9 +96,9 @@ PRESETS = {
         seeds=6,
         iterations=100,
         batch=256,
-        pairs=48_000,
+        heldout=500,
         best_of=128,
-        prompts=1000,
+        prompts=900,
     ),
 }
 
@@ -113,19 +118,19 @@ def make_task(s: Settings) -> Task:
     judge = fit_judge(*labelled)
     rng = np.random.default_rng(s.seed)
 
-    def prefixes(split: sources.Split, count: int) -> list[list[int]]:
+    def prefixes(split: sources.Split) -> Iterator[list[int]]:
         texts = sources.documents(sources.EMBEDDED, split, s.cache)
-        chosen = rng.permutation(len(texts))[:count]
-        begun = [tok.encode(texts[i][:200])[: int(rng.integers(2, 9))] for i in chosen]
-        return [[*tok.template.begin, *ids] for ids in begun]
+        for i in rng.permutation(len(texts)):
+            yield [*tok.template.begin, *tok.encode(texts[i][:200])[: int(rng.integers(2, 9))]]
 
     mesh = sharding.data_mesh()
+    train = list(itertools.islice(prefixes("train"), max(4000, 2 * (s.prefixes + s.heldout))))
     return Task(
         config,
         tok,
         sharding.replicate(start, mesh),
-        prefixes("train", 4000),
-        prefixes("test", s.prompts),
+        train,
+        distinct_prompts(prefixes("test"), s.prompts, train),
         functools.partial(log_odds, judge),
         gold_scores,
         lambda ids, mask: tok.decode(ids),
@@ -135,18 +140,22 @@ def make_task(s: Settings) -> Task:
     )
 
 
-def make_pairs(s: Settings, task: Task) -> list[list[Any]]:
-    """All pairs of continuations of each prefix, the better one first: [[tokens, roles], [tokens, roles]]."""
-    ids = [row for row in task.prompts[: s.prefixes] for _ in range(s.candidates)]
+def make_pairs(s: Settings, task: Task) -> dict[str, list[list[Any]]]:
+    """All pairs of continuations of each prefix, the better one first: [[tokens, roles], [tokens, roles]]. Those
+    "heldout" are of other prefixes than those of "train"."""
+    prefixes = distinct_prompts(task.prompts, s.prefixes + s.heldout)
+    ids = [row for row in prefixes for _ in range(s.candidates)]
     answers = sample_task_answers(task, task.start, ids, jax.random.key(s.seed))
     gold = task.gold(answers.texts)
     rows = answer_examples(answers)
-    found = []
-    for first in range(0, len(rows), s.candidates):
-        for i, j in itertools.combinations(range(first, first + s.candidates), 2):
+    found: dict[str, list[list[Any]]] = {"train": [], "heldout": []}
+    for n in range(len(prefixes)):
+        for i, j in itertools.combinations(range(n * s.candidates, (n + 1) * s.candidates), 2):
             if gold[i] != gold[j]:
-                found.append([rows[i], rows[j]] if gold[i] > gold[j] else [rows[j], rows[i]])
-    return [found[i] for i in np.random.default_rng(s.seed).permutation(len(found))]
+                pair = [rows[i], rows[j]] if gold[i] > gold[j] else [rows[j], rows[i]]
+                found["train" if n < s.prefixes else "heldout"].append(pair)
+    order = np.random.default_rng(s.seed).permutation(len(found["train"]))
+    return {**found, "train": [found["train"][i] for i in order]}
 
 
 def train_reward_model(s: Settings, task: Task, rankings: list[TokenizedPreference], bar: Bar) -> RewardModel:
@@ -204,16 +213,22 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     task = make_task(s)
     with run.progress(1, "imdb, pairs") as bar:
         made = cells("pairs", functools.partial(make_pairs, s, task), 1, bar)
-    rankings = [TokenizedPreference(tuple((ids, roles) for ids, roles in pair), 0) for pair in made]
-    held = rankings[-min(64, len(rankings) // 4) :]
-    others, few = rankings[: -len(held)], rankings[: s.pairs]
-    every, steps = parts(s, len(few)), len(others) // s.pair_batch
+    rankings, held = (
+        [TokenizedPreference(tuple((ids, roles) for ids, roles in pair), 0) for pair in made[split]]
+        for split in ("train", "heldout")
+    )
+    every, steps = parts(s, len(rankings)), len(rankings) // s.pair_batch
     with run.progress(steps + frontier.total_steps(every), "imdb") as bar:
-        params, config = cells.model("reward", functools.partial(train_reward_model, s, task, others, bar), steps, bar)
+        params, config = cells.model(
+            "reward", functools.partial(train_reward_model, s, task, rankings, bar), steps, bar
+        )
         proxy = sharding.replicate(params, task.mesh), config
         agreement = methods.heldout_metrics(task, config, proxy[0], held)
-        run.say(f"imdb: {len(rankings):,} pairs; held out, the reward model agrees with {agreement}")
-        found = frontier.run_methods(every, FrontierSetup(task, proxy, few, s.seeds, s.seed, s.how, bar), cells)
+        run.say(
+            f"imdb: {len(rankings):,} pairs of {s.prefixes} prefixes; of those of {s.heldout} others the reward model "
+            f"predicts {agreement}"
+        )
+        found = frontier.run_methods(every, FrontierSetup(task, proxy, rankings, s.seeds, s.seed, s.how, bar), cells)
     points = results.read_points(found)
     measures = {"gold": "true reward, log-odds of positive", "judge": "VADER, which no method learnt from"}
     figures.plot_frontier(s.run / "imdb.png", points, measures)
@@ -221,16 +236,23 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     pages.write_page(
         s.run,
         "Positive reviews",
-        f"{s.prompts} held-out prefixes of 2 to 8 tokens, {s.seeds} seeds; 95 % "
-        "intervals resample seeds and prompts. The true reward is a classifier fitted on people's labels.",
+        f"{s.prompts} held-out prefixes of 2 to 8 tokens, none of them trained on, {s.seeds} seeds; "
+        f"{len(rankings):,} pairs, the same for every method. On pairs of {s.heldout} other prefixes the reward model "
+        f"predicts {agreement}. The true reward is a classifier fitted on people's labels. {HOW_TO_READ}",
         [
             ("", s.run / "imdb.png"),
             ("All points", results.points_table(points)),
             ("Continuations", results.answers_html(prompts, results.collect_first_answers(points))),
         ],
     )
+    results.say_points(run.say, points)
     return {
+        "split": "prefixes",
+        "pairs": len(rankings),
         "accuracy": agreement.accuracy,
+        "accuracy_interval": agreement.accuracy_interval,
+        "heldout_pairs": agreement.choices,
+        "heldout_prefixes": agreement.prompts,
         "points": results.summarise_points(points),
     }
 

@@ -20,7 +20,7 @@ from jaxgpt.config import Count, Positive, Positives, Range, Seed, check_setting
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
-from jaxgpt.rlhf.intervals import crossed_interval, distinct_2
+from jaxgpt.rlhf.intervals import HOW_TO_READ, distinct_2, summarise_seeds
 from jaxgpt.rlhf.ppo import Controller, PPOConfig
 from jaxgpt.runs import pages
 from jaxgpt.runs.cli import cli
@@ -103,15 +103,16 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
     figures.plot_kl_control(s.run / "kl_control.png", found, {name: target for name, (_, target) in controls.items()})
     points = results.read_points({name: {"": one["seen"]} for name, one in found.items()})
     last = {name: np.array(one["curves"]["kl"])[:, -max(s.iterations // 4, 2) :] for name, one in found.items()}
-    held = {name: crossed_interval(kl) for name, kl in last.items()}
+    held = {name: summarise_seeds(kl.mean(1)) for name, kl in last.items()}  # one number per run: iterations depend
     variety = {name: [distinct_2(one["texts"]) for one in found[name]["seen"]] for name in found}
-    rows = [[name, f"{held[name].mean:.2f}", *(f"{x:.2f}" for x in own)] for name, own in variety.items()]
+    rows = [[name, held[name].text(2), *(f"{x:.2f}" for x in own)] for name, own in variety.items()]
     prompts = [task.tok.show(ids) for ids in task.heldout[:12]]
     pages.write_page(
         s.run,
         "KL under control",
         "PPO whose KL penalty follows the measured KL towards a target (dotted), and PPO without a penalty. "
-        f"{s.seeds} seeds each; curves are running means over 5 iterations.",
+        f"{s.prompts} held-out prompts, {s.seeds} seeds each; curves are running means over 5 iterations. "
+        f"{HOW_TO_READ}",
         [
             ("", s.run / "kl_control.png"),
             ("Held-out prompts", results.points_table(points)),
@@ -122,8 +123,9 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
             ("Answers", results.answers_html(prompts, results.collect_first_answers(points))),
         ],
     )
+    results.say_points(run.say, points)
     for name, one in held.items():
-        run.say(f"{name}: KL {one.mean:.2f} in the last quarter")
+        run.say(f"{name}: KL {one.text(2)} in the last quarter")
     kept = {name: {"target": controls[name][1], "last_quarter": dataclasses.asdict(one)} for name, one in held.items()}
     return {"held": kept, "policies": results.summarise_points(points), "distinct_2": variety}
 

@@ -8,9 +8,10 @@ d = sqrt(KL to the start), Gao et al. found for the gain R in gold reward
 
     best-of-n   R(d) = d (alpha - beta d)          RL   R(d) = d (alpha - beta log d)
 
-Both are fitted here by least squares, with 95 % intervals (best-of-n: resampled prompts; PPO: resampled blocks of
-iterations, each seed separately). beta > 0 means overoptimisation: the gold reward peaks, at d = alpha / 2 beta and at
-log d = alpha / beta - 1. One more PPO run has a KL penalty, to see if that moves the frontier or only stops on it.
+Both are fitted here by least squares: best-of-n with 95 % intervals over prompts, which are resampled, PPO to each
+seed's run, whose iterations depend on each other. beta > 0 means overoptimisation: the gold reward peaks, at
+d = alpha / 2 beta and at log d = alpha / beta - 1. One more PPO run has a KL penalty, to see if that moves the frontier
+or only stops on it.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
 from jaxgpt.models import transformer
-from jaxgpt.rlhf.intervals import best_of_n_kl_bound
+from jaxgpt.rlhf.intervals import HOW_TO_READ, best_of_n_kl_bound
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.rlhf.reward import HeldoutMetrics
 from jaxgpt.runs import pages
@@ -201,7 +202,7 @@ def report(
     figures.plot_overoptimisation(s.run / "overoptimisation.png", best, unpenalised, penalised, start.mean(), fits)
     rows, peaks = [], []
     for name, law in fits.items():
-        numbers = ["{:.3f} [{:.3f}, {:.3f}]".format(*law[of][k]) for of in law for k in ("alpha", "beta")]
+        numbers = [law[of][k].text() for of in law for k in ("alpha", "beta")]
         rows.append([name, str(accuracy[name]), *numbers])
         by_n, n, nats = np.array(best[name]["gold"]).mean(1) - start.mean(), best[name]["n"], best[name]["kl"][-1]
         gold, kls = (
@@ -224,7 +225,7 @@ def report(
         "Overoptimisation",
         "Gold reward gained over the finetuned model (from VADER, whose noisy choices are the labels) against the "
         "distance sqrt(KL). Best-of-n: a pool of answers to held-out prompts; its KL is measured. PPO: the answers of "
-        "each training iteration, without a KL penalty; crosses: with one.",
+        f"each training iteration, without a KL penalty, one fit per seed; crosses: with one. {HOW_TO_READ}",
         [
             ("", s.run / "overoptimisation.png"),
             (

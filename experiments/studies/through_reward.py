@@ -28,6 +28,7 @@ from jaxgpt.files import cache_root
 from jaxgpt.losses import kl, returns
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import reward, through_reward
+from jaxgpt.rlhf.intervals import HOW_TO_READ
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.rlhf.through_reward import ThroughRewardConfig
 from jaxgpt.runs import pages
@@ -173,7 +174,8 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
         s.run,
         "Through the reward model",
         f"{s.prompts} held-out prompts, {s.seeds} seeds, beta {s.beta:g}. The "
-        "objective sees the sampled tokens' embeddings, or (mixtures) weighted means of all tokens' embeddings.",
+        "objective sees the sampled tokens' embeddings, or (mixtures) weighted means of all tokens' embeddings. "
+        f"{HOW_TO_READ}",
         [
             ("", s.run / "through_reward.png"),
             ("Held-out prompts", results.points_table(points)),
@@ -181,6 +183,7 @@ def study(s: Settings, run: Run, cells: ResultCache) -> dict[str, Any]:
             ("Answers", results.answers_html(prompts, results.collect_first_answers(points))),
         ],
     )
+    results.say_points(run.say, points)
     for name, value in cosines.items():
         run.say(f"{name}: cosine to the policy gradient {value:.3f}")
     return {"cosines": cosines, "policies": results.summarise_points(points)}

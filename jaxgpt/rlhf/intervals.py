@@ -5,10 +5,13 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, needs_extra
 
 TOO_WIDE = 0.1  # half the width of a share's interval, above which the share says too little
 TOO_FEW = "too few to say"
+SEEDS_FOR_AN_INTERVAL = 5  # with fewer, each seed's own value says more than an interval as wide as t would make it
+OVER_SEEDS = ("range of seeds", "95 % t-interval over seeds")
+OVER_PROMPTS = "95 % interval over prompts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,38 @@ class Interval:
         return f"{self.mean:.{digits}f} " + (
             f"± {half:.{digits}f}" if np.isfinite(half) else "(too few for an interval)"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedSummary:
+    """A mean over runs that differ in their seed, and what so many seeds say about it (`summarise_seeds`)."""
+
+    mean: float
+    low: float
+    high: float
+    spread: str  # what `low` and `high` are: the range of 2 to 4 seeds, an interval over more, or one over prompts
+    seeds: tuple[float, ...]  # each seed's own mean
+    prompts: Interval | None  # 95 % interval over prompts: for these very runs on other prompts
+
+    def text(self, digits: int = 3) -> str:
+        """The mean; of 2 to 4 seeds each one's own in parentheses; and in brackets an interval, over seeds from 5 of
+        them on, otherwise over prompts."""
+        parts = [f"{self.mean:.{digits}f}"]
+        if 1 < len(self.seeds) < SEEDS_FOR_AN_INTERVAL:
+            parts.append(f"({', '.join(f'{one:.{digits}f}' for one in self.seeds)})")
+        shown = self if self.spread == OVER_SEEDS[1] else self.prompts
+        if shown is not None and shown.low < shown.high:
+            parts.append(f"[{shown.low:.{digits}f}, {shown.high:.{digits}f}]")
+        return " ".join(parts)
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+HOW_TO_READ = (
+    "In parentheses each seed's own mean, where there are 2 to 4. In brackets the 95 % interval over prompts of these "
+    f"very runs, or from {SEEDS_FOR_AN_INTERVAL} seeds on Student's t-interval over seeds."
+)
 
 
 def interval(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None) -> Interval:
@@ -71,19 +106,26 @@ def share(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | N
     return proportion(mean * count, count)
 
 
-def crossed_interval(values_SN: np.ndarray, resamples: int = 1000) -> Interval:
-    """The mean over S runs and the N prompts that all of them answered, with a 95 % percentile bootstrap that
-    resamples both runs and prompts (Owen 2007), so it covers other seeds and other prompts. With three runs it is still
-    too narrow (a t-interval over the three would be wider)."""
-    x = np.atleast_2d(np.asarray(values_SN, np.float64))
-    if x.shape[1] < 2:
-        raise UserError(f"an interval needs at least 2 values, not {x.shape[1]}; evaluate on more prompts")
-    rng = np.random.default_rng(0)
-    S, N = x.shape
-    run_weights = rng.multinomial(S, np.full(S, 1 / S), resamples) / S
-    prompt_weights = rng.multinomial(N, np.full(N, 1 / N), resamples) / N
-    low, high = np.quantile(((run_weights @ x) * prompt_weights).sum(1), [0.025, 0.975])
-    return Interval(float(x.mean()), float(low), float(high))
+def summarise_seeds(values: np.ndarray) -> SeedSummary:
+    """The mean of [S, N] values over S seeds and the N prompts that all of them answered, or of one value per seed [S].
+
+    From 5 seeds on with Student's 95 % interval, mean ± t_{S-1} sd / sqrt(S) over the seeds' own means, which are what
+    is independent: it covers other seeds on these prompts. To compare two settings give their differences, paired by
+    seed and prompt. Iterations of one run are not independent either: give each run's mean over them."""
+    x_SN = np.asarray(values, np.float64)
+    x_SN = x_SN[:, None] if x_SN.ndim == 1 else x_SN
+    S, N = x_SN.shape
+    seeds_S, mean = x_SN.mean(1), float(x_SN.mean())
+    prompts = interval(x_SN.mean(0)) if N > 1 else None
+    low, high, spread = float(seeds_S.min()), float(seeds_S.max()), OVER_SEEDS[0]
+    if S >= SEEDS_FOR_AN_INTERVAL:
+        with needs_extra("eval"):
+            from scipy.special import stdtrit
+        half = float(stdtrit(S - 1, 0.975) * seeds_S.std(ddof=1) / np.sqrt(S))
+        low, high, spread = mean - half, mean + half, OVER_SEEDS[1]
+    elif S == 1 and prompts is not None:
+        low, high, spread = prompts.low, prompts.high, OVER_PROMPTS
+    return SeedSummary(mean, low, high, spread, tuple(seeds_S.tolist()), prompts)
 
 
 def wins(scores: np.ndarray, baseline: np.ndarray) -> np.ndarray:

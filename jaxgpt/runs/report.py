@@ -112,7 +112,7 @@ def format_wins(found: Interval) -> str:
 def make_terminal_table(rows: dict[str, dict[str, Any]], count: int) -> Table:
     """The measures that fit 80 columns; the report has the rest, with their intervals."""
     table = Table(
-        title=f"{count} held-out prompts: mean ± 95 % interval; gains and wins against SFT",
+        title=f"mean ± 95 % interval over {count} held-out prompts; gains and wins against SFT",
         title_justify="left",
         box=None,
         padding=(0, 1),

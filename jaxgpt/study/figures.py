@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxgpt.runs.report import new_figure
 from jaxgpt.study import laws
-from jaxgpt.study.results import MEASURES, Point, PointsByMethod
+from jaxgpt.study.results import MEASURES, Point, PointsByMethod, describe_bands
 
 StudyResults = Mapping[str, Mapping[str, Any]]  # by run, method or reward model: the contents of its cell of the study
 
@@ -37,7 +37,7 @@ def _over_iterations(
 
 def plot_frontier(path: Path, methods: PointsByMethod, measures: Mapping[str, str] = MEASURES) -> None:
     """Each measure against the KL (on a square-root scale, as in Gao et al. 2022): one line per method through its
-    settings with a band of 95 % intervals, and a small dot per run."""
+    settings with a band (`results.describe_bands`), and a small dot per run."""
     picture, axes = new_figure(1, len(measures), 4.6 * len(measures), 4.2)
     for axis, (measure, label) in zip(axes[0], measures.items(), strict=True):
         for n, (method, points) in enumerate(methods.items()):
@@ -56,6 +56,7 @@ def plot_frontier(path: Path, methods: PointsByMethod, measures: Mapping[str, st
         far = axis.get_xlim()[1]
         axis.set_xticks([x for x in (0, 1, 3, 10, 30, 100, 300) if x <= far])
     axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, 0].set_title(describe_bands(methods), fontsize=8)
     picture.savefig(path)
 
 
@@ -67,7 +68,8 @@ def plot_overoptimisation(
     start: float,
     fits: Mapping[str, Mapping[laws.Law, laws.LawFit]],
 ) -> None:
-    """Gain in gold reward (lines: fits), reward model and judge against the distance d, for best-of-n and for PPO."""
+    """Gain in gold reward (lines: fits, one per seed), reward model and judge against the distance d, for best-of-n and
+    for PPO."""
     picture, axes = new_figure(2, 3, 15, 8)
     for n, name in enumerate(best):
         color, far = f"C{n}", laws.kl_distance(np.array(best[name]["kl"]))
@@ -80,7 +82,8 @@ def plot_overoptimisation(
             axis.plot(d.ravel(), value.ravel(), ".", ms=3, color=color, alpha=0.5)
         for axis, (law, fit), end in zip(axes[:, 0], fits[name].items(), (far.max(), d.max()), strict=True):
             x = np.linspace(0.1, end, 60)
-            axis.plot(x, laws.gold_gain(law, x, fit["alpha"][0], fit["beta"][0]), color=color, lw=1.3)
+            for alpha, beta in zip(fit["alpha"].seeds, fit["beta"].seeds, strict=True):
+                axis.plot(x, laws.gold_gain(law, x, alpha, beta), color=color, lw=1.3)
     d = laws.kl_distance(np.array(paid["kl"]))
     axes[1, 0].plot(d.ravel(), np.ravel(paid["gold"]) - start, "x", ms=3, color="k", label="with KL penalty")
     for column, title in enumerate(("gain in gold reward", "the reward model's own score", "judge, P(positive)")):
@@ -152,6 +155,8 @@ def plot_label_counts(
         x, gold = np.arange(len(points)), [point["gold"] for point in points]
         half = [[g.mean - g.low for g in gold], [g.high - g.mean for g in gold]]
         axes[0, n].errorbar(x, [g.mean for g in gold], half, marker="o", capsize=3, color=f"C{n}")
+        for place, point in enumerate(points):
+            axes[0, n].plot(np.full(len(point.runs), place), point.run_means("gold"), ".", color=f"C{n}", alpha=0.6)
         axes[0, n].axhline(start["gold"].mean, color="0.6", ls=":", lw=1)
         axes[1, n].plot(x, np.array(agreements[group]), "o", color=f"C{n}", alpha=0.5)
         axes[1, n].plot(x, np.mean(agreements[group], axis=1), color=f"C{n}")
@@ -162,5 +167,6 @@ def plot_label_counts(
     golds = [start["gold"], *(point["gold"] for points in groups.values() for point in points)]
     axes[0, 0].set_ylim(min(one.low for one in golds) - 0.02, max(one.high for one in golds) + 0.02)
     axes[0, 0].set_ylabel("gold reward after PPO (dotted: before)")
+    axes[0, 0].set_title(describe_bands(groups).replace("bands", "bars"), fontsize=8)
     axes[1, 0].set_ylabel("picks the best of 4 (chance 0.25)")
     picture.savefig(path)

@@ -1,4 +1,4 @@
-"""The laws of overoptimisation (Gao et al. 2022), fitted by least squares with intervals.
+"""The laws of overoptimisation (Gao et al. 2022), fitted by least squares.
 
 With d = sqrt(KL to the start in nats), the gain R in gold reward from optimising a learned reward was found to be
 
@@ -7,13 +7,16 @@ With d = sqrt(KL to the start in nats), the gain R in gold reward from optimisin
 beta > 0 is overoptimisation: R peaks at d = alpha / (2 beta) for best-of-n and at log d = alpha / beta - 1 for RL.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 
+from jaxgpt.rlhf.intervals import OVER_PROMPTS, Interval, SeedSummary, summarise_seeds
+
 Law = Literal["best-of-n", "RL"]
-LawFit = dict[str, list[float]]  # alpha and beta: [estimate, low, high] of a 95 % percentile interval
+LawFit = dict[str, SeedSummary]  # of alpha and beta
+PARAMETERS = ("alpha", "beta")
 BEND_TERMS: dict[Law, Callable[[np.ndarray], np.ndarray]] = {"best-of-n": lambda d: d, "RL": np.log}
 
 
@@ -30,32 +33,25 @@ def least_squares(law: Law, d_N: np.ndarray, gain_N: np.ndarray) -> np.ndarray:
 
 
 def fit_best_of_n_law(kl_n: np.ndarray, gain_nP: np.ndarray, draws: int = 500) -> LawFit:
-    """Fit the best-of-n law over every n, from each prompt's gain; prompts are resampled for the intervals."""
+    """Fit the best-of-n law over every n, from each prompt's gain, with an interval over resampled prompts."""
     rng, d, P = np.random.default_rng(0), kl_distance(kl_n), gain_nP.shape[1]
     resampled = [least_squares("best-of-n", d, gain_nP[:, rng.integers(P, size=P)].mean(1)) for _ in range(draws)]
-    return _with_interval(least_squares("best-of-n", d, gain_nP.mean(1)), resampled)
+    low, high = np.quantile(np.array(resampled), [0.025, 0.975], axis=0)
+    found = zip(PARAMETERS, least_squares("best-of-n", d, gain_nP.mean(1)), low, high, strict=True)
+    return {
+        name: SeedSummary(mean, down, up, OVER_PROMPTS, (mean,), Interval(mean, down, up))
+        for name, mean, down, up in found
+    }
 
 
-def fit_rl_law(kl_SI: np.ndarray, gain_SI: np.ndarray, block: int = 5, least: float = 0.1, draws: int = 500) -> LawFit:
-    """Fit the RL law to all iterations of all seeds whose KL is above `least` nats (a measured KL may be below 0);
-    blocks of neighbouring iterations are resampled for the intervals."""
-    rng, d_SI = np.random.default_rng(0), kl_distance(kl_SI)
-
-    def one(index: np.ndarray) -> np.ndarray:
-        d, own = d_SI[:, index].ravel(), gain_SI[:, index].ravel()
-        return least_squares("RL", d[d**2 > least], own[d**2 > least])
-
-    every = np.arange(d_SI.shape[1])
-    blocks = every[: len(every) // block * block].reshape(-1, block)
-    resampled = [one(blocks[rng.integers(len(blocks), size=len(blocks))].ravel()) for _ in range(draws)]
-    return _with_interval(one(every), resampled)
+def fit_rl_law(kl_SI: np.ndarray, gain_SI: np.ndarray, least: float = 0.1) -> LawFit:
+    """Fit the RL law to each seed's run, over the iterations whose KL is above `least` nats (a measured KL may be below
+    0). One run's iterations depend on each other, so that runs alone say how sure a fit is."""
+    d_SI = kl_distance(kl_SI)
+    each = [least_squares("RL", d[d**2 > least], own[d**2 > least]) for d, own in zip(d_SI, gain_SI, strict=True)]
+    return dict(zip(PARAMETERS, map(summarise_seeds, np.transpose(each)), strict=True))
 
 
 def kl_distance(kl: np.ndarray) -> np.ndarray:
     """d from KL estimates, some of which may be slightly below 0."""
     return np.sqrt(np.maximum(kl, 0.0))
-
-
-def _with_interval(estimate: np.ndarray, resampled: Sequence[np.ndarray]) -> LawFit:
-    low, high = np.quantile(np.array(resampled), [0.025, 0.975], axis=0)
-    return {name: [estimate[i], low[i], high[i]] for i, name in enumerate(("alpha", "beta"))}

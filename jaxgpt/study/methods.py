@@ -34,7 +34,7 @@ def load_rankings(
     what is left out."""
     rankings, counts = load_tokenized(path, task.tok, task.config.block)
     if limit is not None:
-        counts = counts.without(f"over --limit {limit}", len(rankings) - limit)
+        counts = counts.without(f"beyond the first {limit:,}", len(rankings) - limit)
     say(f"{path}: {counts}")
     return rankings[:limit]
 

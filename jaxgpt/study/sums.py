@@ -29,10 +29,12 @@ def correctness_rewards(texts: Sequence[str]) -> np.ndarray:
 
 
 def split_sums(largest: int, heldout: int, seed: int) -> tuple[list[str], list[str]]:
-    """All sums of two numbers up to `largest` as shuffled prompts: those to train on, and `heldout` others."""
-    every = [f"{a}+{b}" for a in range(largest + 1) for b in range(largest + 1)]
-    order = np.random.default_rng(seed).permutation(len(every))
-    return [every[i] for i in order[heldout:]], [every[i] for i in order[:heldout]]
+    """Sums of two numbers up to `largest` as shuffled prompts: those to train on, and `heldout` others. A pair of
+    numbers is held out whatever their order: one of its two sums is measured on, and its mirror is in neither part."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.permutation([(a, b) for a in range(largest + 1) for b in range(a + 1)])
+    train = rng.permutation(sorted({f"{x}+{y}" for a, b in pairs[heldout:] for x, y in ((a, b), (b, a))}))
+    return train.tolist(), [f"{a}+{b}" for a, b in rng.permuted(pairs[:heldout], axis=1)]
 
 
 def make_sums_task(

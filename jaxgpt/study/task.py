@@ -1,7 +1,7 @@
 """The task of a study's policies, and how their answers are measured."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.data import sources
 from jaxgpt.data.templates import answer_text, prompt_ids
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.training_data import count_trained_on
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import rollout
@@ -30,7 +31,8 @@ TextMeasure = Callable[[Sequence[str]], np.ndarray]
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A starting model and the prompts it answers. `gold` is the true reward, which the preferences come from; `judge`
-    is an independent classifier that no stage learns from. Both get `text(ids, mask)` of an answer's row."""
+    is an independent classifier that no stage learns from. Both get `text(ids, mask)` of an answer's row. UserError if
+    a prompt is both trained and measured on."""
 
     config: ModelConfig
     tok: Tokenizer
@@ -43,6 +45,10 @@ class Task:
     stop: int
     algorithm: PPOConfig  # its new_tokens, temperature and unfinished_score apply to every method
     mesh: Mesh
+
+    def __post_init__(self) -> None:
+        if shared := count_trained_on(map(tuple, self.heldout), map(tuple, self.prompts)):
+            raise UserError(f"{shared} of {len(self.heldout)} held-out prompts are also trained on; hold out others")
 
     @property
     def policy(self) -> Policy:
@@ -64,6 +70,15 @@ class Task:
         """The scores, but `unfinished_score` (if set) where an answer never ended."""
         fixed = self.algorithm.unfinished_score
         return score if fixed is None else np.where(ended, score, fixed)
+
+
+def distinct_prompts(prompts: Iterable[Sequence[int]], count: int, known: Iterable[Sequence[int]] = ()) -> list[Ids]:
+    """The first `count` distinct prompts that are not `known`. UserError if there are fewer."""
+    seen = set(map(tuple, known))
+    found = list(dict.fromkeys(one for one in map(tuple, prompts) if one not in seen))
+    if len(found) < count:
+        raise UserError(f"there are only {len(found):,} new prompts, not {count:,}; ask for fewer")
+    return [list(ids) for ids in found[:count]]
 
 
 def make_reviews_task(model_folder: Path, cache: Path, heldout: int, algorithm: PPOConfig) -> Task:

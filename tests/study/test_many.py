@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import types
 
 import chex
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.studies import arithmetic, how_many_labels
+from experiments.studies import arithmetic, how_many_labels, imdb
 from jaxgpt.data.comparisons import TokenizedPreference
 from jaxgpt.data.tokenizer import train_char
 from jaxgpt.errors import UserError
@@ -21,17 +22,19 @@ from jaxgpt.losses import kl, reduce
 from jaxgpt.models import sharding, transformer
 from jaxgpt.rlhf import group_policy, reward, through_reward
 from jaxgpt.rlhf.annotator import SimulatedAnnotator
-from jaxgpt.rlhf.intervals import best_of_n_kl_bound, crossed_interval
+from jaxgpt.rlhf.intervals import best_of_n_kl_bound
 from jaxgpt.rlhf.ppo import PPOConfig
+from jaxgpt.rlhf.rollout import SampledAnswers
 from jaxgpt.runs.run import Run
 from jaxgpt.structs import Batch
-from jaxgpt.study import figures, laws, many, methods, sums
+from jaxgpt.study import figures, laws, many, methods, results, sums
 from jaxgpt.study.cells import ResultCache
 from jaxgpt.study.task import (
     Evaluation,
     Task,
     best_of_n_kl,
     best_of_n_weights,
+    distinct_prompts,
     evaluate_answers,
     log_probs,
     sample_task_answers,
@@ -222,16 +225,6 @@ def test_best_of_kl_counts_ties_at_the_top():
         assert found == pytest.approx(exact, abs=1e-3), n
 
 
-def test_a_crossed_interval_widens_with_either_spread():
-    rng = np.random.default_rng(0)
-    prompts, seeds = rng.normal(size=200), np.array([[-0.3], [0.0], [0.3]])
-    one = crossed_interval(prompts)
-    assert one.high - one.low == pytest.approx(2 * 1.96 * prompts.std() / np.sqrt(200), rel=0.15)
-    assert (wide := crossed_interval(prompts + seeds)).high - wide.low > 1.5 * (one.high - one.low)
-    same = crossed_interval(np.stack([prompts] * 3))
-    assert same.high - same.low == pytest.approx(one.high - one.low, rel=0.1)
-
-
 # ---- through the reward model ----
 
 
@@ -307,18 +300,24 @@ def test_a_running_mean_passes_over_what_is_missing():
     np.testing.assert_allclose(figures.running_mean(curves, 3), [2.0, 7 / 3, 4.0, 4.0, 5.0])
 
 
-def test_the_intervals_of_a_fit_hold_what_made_the_data():
-    """Prompts, or iterations, differ only by noise; a KL estimate may be below 0."""
+def test_a_fit_of_iterations_counts_runs_not_iterations():
+    """Prompts differ by noise; runs by noise, and by an offset that all iterations of one share. A KL may be below 0.
+    Two runs give their range, six an interval that holds what made the data, however many iterations they have."""
     rng, kl_n = np.random.default_rng(0), np.array([0.2, 0.6, 1.2, 1.8, 2.5])
     gain_nP = laws.gold_gain("best-of-n", np.sqrt(kl_n), 0.5, 0.1)[:, None] + 0.05 * rng.normal(size=(5, 80))
-    kl_SI = np.stack([np.linspace(-0.01, 40, 60)] * 2)
+    kl_SI = np.stack([np.linspace(-0.01, 40, 60)] * 6)
+    own_S = 0.7 + 0.05 * rng.normal(size=(6, 1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        clean_SI = np.where(kl_SI > 0.1, laws.gold_gain("RL", laws.kl_distance(kl_SI), 0.7, 0.2), 0.0)
-    fits = laws.fit_best_of_n_law(kl_n, gain_nP), laws.fit_rl_law(kl_SI, clean_SI + 0.05 * rng.normal(size=kl_SI.shape))
-    for fit, made in zip(fits, ({"alpha": 0.5, "beta": 0.1}, {"alpha": 0.7, "beta": 0.2}), strict=True):
-        for name, value in made.items():
-            estimate, low, high = fit[name]
-            assert low < value < high and low < estimate < high and high - low < 0.2, (name, fit)
+        gain_SI = np.where(kl_SI > 0.1, laws.gold_gain("RL", laws.kl_distance(kl_SI), own_S, 0.2), 0.0)
+    gain_SI += 0.01 * rng.normal(size=kl_SI.shape)
+    made = {"alpha": 0.5, "beta": 0.1}, {"alpha": 0.7, "beta": 0.2}
+    for fit, true in zip((laws.fit_best_of_n_law(kl_n, gain_nP), laws.fit_rl_law(kl_SI, gain_SI)), made, strict=True):
+        for name, value in true.items():
+            assert fit[name].low < value < fit[name].high and fit[name].high - fit[name].low < 0.2, (name, fit)
+    twice = laws.fit_rl_law(np.repeat(kl_SI, 2, axis=1), np.repeat(gain_SI, 2, axis=1))
+    assert twice["alpha"].high == pytest.approx(fit["alpha"].high)
+    pair = laws.fit_rl_law(kl_SI[:2], gain_SI[:2])["alpha"]
+    assert (pair.low, pair.high) == (min(pair.seeds), max(pair.seeds)) and pair.spread == "range of seeds"
 
 
 def test_cells_are_made_once_a_study(tmp_path):
@@ -361,9 +360,74 @@ def test_a_sum_is_right_or_wrong(text, right):
     assert sums.is_correct_sum(text) is right
 
 
-def test_sums_are_held_out():
+def test_a_held_out_sum_is_not_trained_on_in_either_order():
     train, heldout = sums.split_sums(99, 500, seed=31)
-    assert len(heldout) == 500 and len(train) == 9500 and not set(train) & set(heldout)
+    mirrors = {"+".join(one.split("+")[::-1]) for one in heldout}
+    assert not {*train} & ({*heldout} | mirrors) and len({*heldout}) == 500
+    assert len({*train} | {*heldout} | mirrors) == 100**2 and len({*train}) == len(train)
+    assert any(one not in heldout for one in mirrors)  # larger and smaller number first
+    with pytest.raises(UserError, match="less than half of the 5050 pairs"):
+        arithmetic.Settings(heldout=2525)
+
+
+def test_a_held_out_prompt_is_never_trained_on():
+    task = tiny_task()
+    with pytest.raises(UserError, match="1 of 2 held-out prompts are also trained on"):
+        dataclasses.replace(task, prompts=[*task.prompts, task.heldout[0]])
+    drawn = [[1, 2], [1, 3], [1, 2], [4], [1, 5]]
+    assert distinct_prompts(drawn, 2, known=[(1, 3)]) == [[1, 2], [4]]
+    with pytest.raises(UserError, match="only 4 new prompts, not 5"):
+        distinct_prompts(drawn, 5)
+
+
+def test_pairs_are_held_out_by_their_prefix(monkeypatch):
+    """A prefix drawn twice counts once, so none is in both parts; every pair puts the better continuation first."""
+    s = dataclasses.replace(imdb.PRESETS["toy"], prefixes=3, heldout=2, candidates=3)
+    prefixes = [[1, 5], [1, 6], [1, 5], [1, 7], [1, 8], [1, 6], [1, 9]]
+    gold = np.random.default_rng(0).permutation(15).astype(float)
+
+    def sample(task, params, ids, key):
+        rows = Batch(np.array([[*row, 20 + n] for n, row in enumerate(ids)]), np.array([[0, 0, 1]] * len(ids), bool))
+        return SampledAnswers([""] * len(ids), rows, np.ones(len(ids), bool))
+
+    monkeypatch.setattr(imdb, "sample_task_answers", sample)
+    task = dataclasses.replace(tiny_task(), prompts=prefixes, heldout=[[1, 4]], gold=lambda texts: gold)
+    made = imdb.make_pairs(s, task)
+    seen = {split: {(*ids[:2],) for pair in pairs for ids, _ in pair} for split, pairs in made.items()}
+    assert seen == {"train": {(1, 5), (1, 6), (1, 7)}, "heldout": {(1, 8), (1, 9)}}
+    assert {split: len(pairs) for split, pairs in made.items()} == {"train": 9, "heldout": 6}
+    assert all(
+        gold[better[2] - 20] > gold[worse[2] - 20] for pairs in made.values() for (better, _), (worse, _) in pairs
+    )
+
+
+def test_votes_on_held_out_prompts_are_left_out():
+    s, task = types.SimpleNamespace(seed=0, pool=2, heldout=1), tiny_task()
+    pool = how_many_labels.pool_prompts(s, task)
+    votes = [TokenizedPreference((([*ids, 2], [*[0] * len(ids), 1]),) * 2, 0) for ids in (*task.prompts, *task.heldout)]
+    assert [list(one.prompt) for one in how_many_labels.leave_out_measured(s, task, votes)] == sorted(
+        pool[:2], key=task.prompts.index
+    )
+
+
+def test_a_gain_is_paired_by_seed_and_prompt():
+    """What seeds and prompts do to both settings alike cancels; best-of-n's one run is compared with the mean run."""
+    rng = np.random.default_rng(0)
+    seed_S, prompt_N = rng.normal(size=(6, 1)), rng.normal(size=50)
+
+    def point(values_SN):
+        numbers = dict.fromkeys(("judge", "logp", "kl", "length", "ended", "proxy"), prompt_N)
+        return results.Point("", [Evaluation([], gold=row, **numbers) for row in values_SN])
+
+    start, other = point(seed_S + prompt_N), point(seed_S + prompt_N + 0.5)
+    gain, own = other.gain(start, "gold"), other["gold"]
+    assert gain.mean == pytest.approx(0.5) and gain.high - gain.low < 1e-9 < 0.5 < own.high - own.low
+    one = point([prompt_N + 0.5]).gain(start, "gold")
+    assert one.mean == pytest.approx(0.5 - seed_S.mean()) and one.spread == "95 % interval over prompts"
+    assert (
+        results.summarise_points({"start": [start], "x": [other]}, ["gold"])["x"][0]["gold_gain"]["spread"]
+        == own.spread
+    )
 
 
 def test_demonstrations_are_right_whatever_their_dots():
