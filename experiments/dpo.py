@@ -50,7 +50,7 @@ class Settings(LoopSettings):
     epochs: Count = 1
     batch: Count = 16  # prompts, each with its C answers
     microbatches: Count = 1
-    learning_rate: Positive = 2e-4  # decays linearly to 0
+    learning_rate: Positive = 5e-4  # decays linearly to 0
     warmup: CountOrZero = 10
     seed: Seed = 5
     save: SaveConfig = SaveConfig(every=50)

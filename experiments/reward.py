@@ -52,7 +52,7 @@ class Settings(LoopSettings):
     epochs: Count = 1
     batch: Count = 16  # prompts, each with its C answers
     microbatches: Count = 1
-    learning_rate: Positive = 5e-4  # falls linearly to 0
+    learning_rate: Positive = 2e-3  # falls linearly to 0
     warmup: CountOrZero = 10
     reference_samples: Annotated[int, Range(2)] = 512  # answers that fix the scale of h
     first_spread: Nonnegative = 1.0  # standard deviation of h before training; small when labels are few
