@@ -14,11 +14,11 @@ NAMES = {  # a heading, and how a policy's figures in report.json are shown belo
     "KL to SFT, nats a sequence": lambda p: plus_minus(p["kl"]) if p["kl"] else bound(p["kl_bound"]),
     "wins against SFT (gold)": lambda p: plus_minus(p["win_rate_gold"]),
     "answers that end by themselves": lambda p: f"{p['ended']['mean']:.0%}",
-    "answers that open as asked": lambda p: f"{p['opens']['mean']:.0%}",
+    "answers that open as asked": lambda p: f"{p['opens_as_asked']['mean']:.0%}",
     "tokens an answer": lambda p: plus_minus(p["length"], 1),
     "nats a token under the frozen pretrained model": lambda p: plus_minus(p["pretrained_nll"]),
     "distinct-2": lambda p: f"{p['distinct_2']:.2f}",
-    "held-out text, nats a token": lambda p: f"{p['text_nats']:.2f}" if p["text_nats"] else "",
+    "held-out text, nats a token": lambda p: f"{p['heldout_text_nats']['mean']:.2f}" if p["heldout_text_nats"] else "",
 }
 
 

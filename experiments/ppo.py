@@ -52,8 +52,8 @@ class Settings(LoopSettings):
     ppo: PPOConfig = PPOConfig(new_tokens=40, temperature=0.7, epochs=2, minibatches=2)
     lora: CountOrZero = 0  # rank of the adapters to train instead of all weights
     learning_rate: Positive = 3e-4  # decays linearly to 0
-    beta: Nonnegative = 0.14  # reward units per nat, where the controller starts
-    target_kl: Positive = 8.0  # nats per sequence
+    beta: Nonnegative = 0.12  # reward units per nat, where the controller starts
+    target_kl: Positive = 9.0  # nats per sequence
     horizon: Positive = 2000.0  # episodes over which beta adapts: larger is slower
     fixed_beta: bool = False  # keep beta where it starts
     sample_every: Count = 14  # iterations from one rollout kept for reading to the next
