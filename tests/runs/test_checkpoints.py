@@ -265,13 +265,13 @@ def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(tmp_path, tok
 @pytest.mark.slow
 def test_ctrl_c_saves_and_a_second_one_quits_at_once(tmp_path, tok):
     with pytest.raises(Stopped) as stop:
-        train_run(tmp_path / "once", tok, visit=lambda i: i == 5 and os.kill(os.getpid(), signal.SIGINT))
+        train_run(tmp_path / "once", tok, visit=lambda i: i == 5 and signal.raise_signal(signal.SIGINT))
     assert stop.value.code == 130 and train_run(tmp_path / "once", tok, until=6)[0] == 6
 
     def twice(i):
         if i == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
