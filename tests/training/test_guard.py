@@ -117,7 +117,7 @@ def test_running_moments_are_those_of_the_accepted_losses():
 @pytest.mark.slow
 def test_a_score_that_is_not_finite_moves_nothing_in_ppo():
     config, tx = dataclasses.replace(TINY, layers=1), optim.adam_tf(optax.constant_schedule(1e-3))
-    settings = PPOConfig(new_tokens=4, epochs=2, unfinished_score=float("nan"))
+    settings = PPOConfig(new_tokens=4, epochs=2, unfinished_score=None)
     policy = ppo.policy_of(config, settings, stop=5)
     state = jax.jit(lambda key: ppo.init(policy, transformer.init(key, config), tx, {}))(jax.random.key(1))
     before = bits((state.trainable, state.opt_state))
