@@ -10,6 +10,7 @@ best of 8 answers by that reward with a single answer, without knowing which is 
 same command resumes, and `experiments.reward` and `experiments.dpo` can train on them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -300,6 +301,11 @@ def main(settings: Settings) -> dict[str, Any]:
     who = "you preferred it" if settings.annotator == "you" else f"the {settings.annotator} program preferred it"
     print("\n" + report(settings, found, who))
     print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes")
+    if settings.web:
+        state[0] = ""  # then the page says that all is done
+        print("the page stays open until you press Ctrl-C", flush=True)
+        with contextlib.suppress(KeyboardInterrupt, Stopped):
+            threading.Event().wait()
     return {"predicted": measured._asdict(), "picks": counts.used, **found}
 
 
