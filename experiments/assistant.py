@@ -30,7 +30,7 @@ from jaxgpt.runs.cli import cli
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """8 minutes and 2.3 GB on 2 CPU cores (docs/results.md). Set a stage's field like this: --ppo.iterations 100."""
+    """10 minutes and 2.3 GB on 2 CPU cores (docs/results.md). Set a stage's field like this: --ppo.iterations 100."""
 
     run: Path = Path("runs/assistant")
     pretrain: experiments.pretrain.Settings = experiments.pretrain.PRESETS["laptop"]
