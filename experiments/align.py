@@ -115,7 +115,6 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     """(stage, settings) pairs in order; each stage's folder below `run` feeds the next."""
     root, questions = settings.run, str(settings.run / "questions.jsonl")
     files = name_preference_files(root, settings.labels)
-    stages = {name: stage for name, stage in STAGES.items() if name != "preferences" or not settings.labels}
     sampling: dict[str, Any] = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
     changes: dict[str, dict[str, Any]] = {
         "preferences": {"model": settings.model, "data": questions, "annotator": settings.annotator, **sampling},
@@ -129,7 +128,7 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
         },
         "dpo": {"model": settings.model, "lora": settings.lora, "temperature": settings.temperature, **files},
     }
-    return chain_stages(settings, stages, changes)
+    return chain_stages(settings, STAGES, changes)
 
 
 def measure(settings: Settings) -> dict[str, Any]:

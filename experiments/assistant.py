@@ -71,7 +71,6 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     """(stage, settings) pairs in order; each stage has a folder below `run`, which later stages read. With `labels`,
     people's votes replace the preferences stage."""
     root, files = settings.run, name_preference_files(settings.run, settings.labels)
-    stages = {name: stage for name, stage in STAGES.items() if name != "preferences" or not settings.labels}
     sampling: dict[str, Any] = {"temperature": settings.temperature, "new_tokens": settings.new_tokens}
     changes: dict[str, dict[str, Any]] = {
         "pretrain": {},
@@ -86,7 +85,7 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
         "dpo": {"model": root / "sft", "temperature": settings.temperature, **files},
         "report": {"stages": root, **sampling},
     }
-    return chain_stages(settings, stages, changes)
+    return chain_stages(settings, STAGES, changes)
 
 
 def main(settings: Settings) -> dict[str, Any]:

@@ -110,26 +110,25 @@ def main(settings: Settings) -> dict[str, Any]:
         results: dict[str, Any] = {"annotator": settings.annotator.name, "candidates": settings.candidates}
         held_out: sources.Split = "valid" if settings.data == sources.EMBEDDED else "test"
         counts: dict[str, RowCounts] = {}
-        parts: tuple[tuple[str, sources.Split, int], ...]
-        parts = (("train", "train", settings.prompts), ("heldout", held_out, settings.heldout))
-        for n, (name, split, count) in enumerate(parts):
+        parts: tuple[tuple[str, str, sources.Split, int], ...]
+        parts = (("train", "prompts", "train", settings.prompts), ("heldout", "heldout", held_out, settings.heldout))
+        for n, (name, option, split, count) in enumerate(parts):
             prompts, found = choose_prompts(settings, split, count, rng)
-            option = ("prompts", "heldout")[n]
             counts[option] = RowCounts(found).without(f"over --{option} {count}", found - count)
             repeated = f", then repeated to make {count:,}" if count > found else ""
-            run.say(f"preferences: {('prompts', 'held out')[n]}: {counts[option]}{repeated}")
+            run.say(f"preferences: {'prompts' if name == 'train' else 'held out'}: {counts[option]}{repeated}")
             with run.progress(count * (settings.candidates - settings.experts), f"answers ({name})") as bar:
                 key = jax.random.fold_in(jax.random.key(settings.seed), n)
                 texts, ended = sample_candidates(settings, params, config, tok, prompts, key, mesh, bar)
             annotator = {"annotator": settings.annotator.name, "temperature": settings.annotator.temperature}
             gold_BC = settings.annotator.gold([text for row in texts for text in row]).reshape(count, -1)
-            wanted_BC = (
+            judged_BC = (
                 gold_BC if settings.unfinished_score is None else np.where(ended, gold_BC, settings.unfinished_score)
             )
-            choices = settings.annotator.choose(wanted_BC, rng)
+            choices = settings.annotator.choose(judged_BC, rng)
             preferences = (
                 Preference(prompt, tuple(row), int(choice), tuple(map(bool, end)), {**annotator, "gold": gold.tolist()})
-                for (prompt, _), row, end, choice, gold in zip(prompts, texts, ended, choices, wanted_BC, strict=True)
+                for (prompt, _), row, end, choice, gold in zip(prompts, texts, ended, choices, judged_BC, strict=True)
             )
             if jax.process_index() == 0:
                 write_preferences(settings.run / f"{name}.jsonl", preferences)
@@ -138,7 +137,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 "gold_mean": float(gold_BC.mean()),
                 "gold_std": float(gold_BC.std()),
                 "ended": float(ended.mean()),
-                "annotator_ceiling": settings.annotator.ceiling(wanted_BC),
+                "annotator_ceiling": settings.annotator.ceiling(judged_BC),
             }
         train = results["train"]
         run.say(

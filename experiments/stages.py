@@ -14,9 +14,12 @@ def chain_stages(
 ) -> list[tuple[Any, Any]]:
     """(stage, settings) pairs in order. Each stage starts from its own settings, the field of `settings` with its name.
     It gets a folder of that name below `settings.run`; `settings.seed` is added to its seed; it is rerun if either
-    `fresh` is set; and `changes[name]` replaces further fields, such as the folders of earlier stages."""
+    `fresh` is set; and `changes[name]` replaces further fields, such as the folders of earlier stages. People's votes
+    (`settings.labels`) take the place of the preferences stage."""
     chosen = []
     for name, stage in stages.items():
+        if name == "preferences" and settings.labels:
+            continue
         own = getattr(settings, name)
         common = {
             "run": settings.run / name,

@@ -3,6 +3,7 @@ from them. On one device, except for one slow test."""
 
 import dataclasses
 import json
+import runpy
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.data import formats, sources, votes
 from jaxgpt.data.comparisons import (
     MaxSizes,
+    TokenizedPreference,
     drop_long_preferences,
     read_preferences,
     tokenize_preferences,
@@ -383,6 +385,23 @@ def test_settings_files_and_folders_are_as_the_readme_says(finished):
         Path(finished.run / "ppo/model/tokenizer.json").exists()
         and Path(finished.run / "ppo/model/template.json").exists()
     )
+
+
+def test_the_scale_of_the_reward_comes_from_answers_that_ended():
+    """PPO replaces the scores of the others. Where hardly any ended, all are used."""
+    cut, ended = ([2, 7, 4, 9], [0, 0, 1, 1]), ([2, 7, 4, 5], [0, 0, 1, 1])
+    found = reward.reference_rows([TokenizedPreference((cut, ended), 1)] * 3, 8, 2, end=5)
+    assert found.tokens_BT[:, 3].tolist() == [5, 5]
+    found = reward.reference_rows([TokenizedPreference((cut, cut), 1)] * 3, 8, 4, end=5)
+    assert found.tokens_BT[:, 3].tolist() == [9] * 4
+
+
+def test_the_tables_of_the_docs_are_made_from_runs(finished, capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "docs/results.py"))["main"]([finished.run])
+    shown = capsys.readouterr().out
+    figures = results(finished, "report")["policies"]["PPO"]
+    assert f"| PPO | {figures['gold']['mean']:.2f} ± " in shown and f"| PPO | {figures['distinct_2']:.2f} |" in shown
+    assert f"| {results(finished, 'reward')['accuracy']:.1%} |" in shown
 
 
 def test_the_saved_reward_model_is_normalised(finished):

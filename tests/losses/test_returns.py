@@ -83,7 +83,7 @@ def test_numbers_that_are_all_alike_have_no_spread():
     assert gain == 1.0 and bias == pytest.approx(-1000.1)
 
 
-def in_a_loop(reward, value, mask, gamma: float, lam: float):
+def gae_by_loop(reward, value, mask, gamma: float, lam: float):
     """Advantages of one row, [T]: from one masked token to the next is one step, with all rewards on the way."""
     expected, steps = np.zeros(len(mask)), np.flatnonzero(mask)
     following = ahead = 0.0
@@ -102,7 +102,7 @@ def test_gae_equals_a_loop(gaps):
     found = map(np.asarray, gaes(reward, value, mask, *np.array(settings).T))
     for (gamma, lam), advantage, target in zip(settings, *found, strict=True):
         rows = zip(reward, value, mask, strict=True)
-        expected = np.stack([in_a_loop(*row, gamma, lam) for row in rows])
+        expected = np.stack([gae_by_loop(*row, gamma, lam) for row in rows])
         named = f"gamma {gamma}, lambda {lam}"
         np.testing.assert_allclose(advantage, expected, rtol=1e-4, atol=1e-5, err_msg=named)
         np.testing.assert_allclose(target, np.where(mask, expected + value, 0), rtol=1e-4, atol=1e-5, err_msg=named)
