@@ -20,7 +20,7 @@ CORE := $(foreach name,test_golden test_attention test_sharding test_generate te
           test_plan,$(wildcard tests/$(name).py tests/*/$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help assistant taste blind frontier label chat chat-web test test-all coverage breaks soak test-core lint set-up clean
+.PHONY: help assistant taste blind frontier label chat chat-web test test-all coverage breaks soak torture test-core lint set-up clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [ARGS=\"--preset gpu\"]"
@@ -65,6 +65,9 @@ breaks: $(STAMP)  ## break the library in twelve places and check that a quick t
 
 soak: $(STAMP)  ## kill every stage 20 times and check that the results are bit-identical (about an hour; ARGS: its flags)
 	@$(PY) -m tests.slow.soak $(ARGS)
+
+torture: $(STAMP)  ## damage files, places and processes at random: nothing may be falsified (ARGS: its flags)
+	@$(PY) -m tests.torture $(ARGS)
 
 test-core: $(STAMP)  ## run the quick tests of the core modules, e.g. for a second Python version
 	@$(PY) -m pytest $(WORKERS) -m "not slow" $(CORE) $(ARGS)

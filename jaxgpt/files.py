@@ -114,6 +114,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """`write_json` for a file that decides a result: it also holds the sha256 of its own content."""
+    if "sha256" in record:
+        raise ValueError("a record's own sha256 is added by write_record")
+    write_json(path, {**record, "sha256": _sha256_of_record(record)})
+
+
+def _sha256_of_record(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 # ---- reading ----
 
 
@@ -162,6 +174,31 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply") from None
+    except ValueError as error:  # a whole number of thousands of digits, or a path with a NUL
+        raise UserError(f"{path}: can't be read ({error})") from None
+
+
+def read_record(path: Path, names: Iterable[str], advice: str, *, older: Iterable[str] = ()) -> dict[str, Any]:
+    """The content of a file by `write_record`, without its hash: a JSON object that has exactly these names. UserError
+    with `advice` if its content is not what was written.
+
+    `older`: the names of files that jaxgpt 0.1.0 wrote, without a hash; empty: none is accepted."""
+    try:
+        record = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from None
+    if isinstance(record, dict) and "sha256" not in record and set(record) == set(older):
+        return record
+    digest = record.pop("sha256", None) if isinstance(record, dict) else None
+    try:
+        whole = digest is not None and digest == _sha256_of_record(record)
+    except ValueError:  # 1e999 is infinite
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged or was edited (its checksum differs); {advice}")
+    if record.keys() != set(names):
+        raise UserError(f"{path} was written by another version of jaxgpt, or is another kind of file; {advice}")
+    return record
 
 
 # ---- hashing ----
