@@ -1,4 +1,4 @@
-"""What every kind of torture uses. A case is held if the program gives the right answer, or one line saying what is wrong.
+"""What every kind of torture uses: a case is held if the program gives the right answer, or one line on what is wrong.
 
 A kind is an endless generator of outcomes: "" for a case that was held, otherwise what happened, with all that it takes
 to see it again. `python -m tests.torture` draws from it with a seed; a traceback is an outcome like any other.
