@@ -75,6 +75,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        sync_names(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -95,6 +96,44 @@ def create_folder(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have all that is below `folder` on the disk, its names included, and no longer in memory: what is read next comes
+    from the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_names(path)
+            continue
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+    sync_names(folder)
+
+
+def sync_names(folder: Path) -> None:
+    """Have the names of a folder's files on the disk. Some file systems can't do that for a folder, and needn't."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def refuse_pattern(path: Path) -> None:
+    """UserError for a path that a model can't be stored under: Orbax takes it for a pattern of file names."""
+    whole = os.path.abspath(path)
+    found = sorted(set(whole) & set("[]*?\\"))
+    if found or not whole.isprintable():
+        named = " ".join(found) or "a character that can't be printed"
+        raise UserError(
+            f"the path {whole!r} holds {named}, which models and checkpoints can't be stored under; choose another"
+        )
 
 
 def _umask() -> int:
@@ -187,13 +226,15 @@ def read_record(path: Path, names: Iterable[str], advice: str, *, older: Iterabl
         record = read_json(path)
     except UserError as error:
         raise UserError(f"{error}; {advice}") from None
-    if isinstance(record, dict) and "sha256" not in record and set(record) == set(older):
+    if isinstance(record, dict) and "sha256" not in record and record and set(record) == set(older):
         return record
     digest = record.pop("sha256", None) if isinstance(record, dict) else None
     try:
-        whole = digest is not None and digest == _sha256_of_record(record)
+        whole = digest is None or digest == _sha256_of_record(record)
     except ValueError:  # 1e999 is infinite
         whole = False
+    if digest is None:
+        raise UserError(f"{path} was not written by jaxgpt, or is damaged (it holds no checksum); {advice}")
     if not whole:
         raise UserError(f"{path} is damaged or was edited (its checksum differs); {advice}")
     if record.keys() != set(names):

@@ -7,6 +7,7 @@ and what the run was made with) and the sha256 of every file. A folder without c
 
 import dataclasses
 import os
+import re
 import shutil
 import threading
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import jax
 from jaxgpt.config import Count, CountOrZero, check_settings
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import check_files, read_json, sha256_of_folder, write_json
+from jaxgpt.files import check_files, read_record, sha256_of_folder, sync_folder, write_record
 from jaxgpt.runs.process import barrier, broadcast_from_first
 from jaxgpt.runs.run import Run
 from jaxgpt.runs.saved_model import check_params_match, describe_params
@@ -26,8 +27,9 @@ from jaxgpt.runs.saved_model import check_params_match, describe_params
 with needs_extra("train"):
     from orbax.checkpoint import v1 as ocp
 
-FORMAT = 1
+FORMAT = 2  # 2: checkpoint.json holds its own sha256
 RECORD = "checkpoint.json"
+NAMES = ("format", "step", "run", "tokenizer", "arrays", "data", "position", "devices", "files")
 T = TypeVar("T")
 
 
@@ -107,6 +109,7 @@ class Checkpoints:
         except UserError as error:
             return str(error)
         pairs = {
+            "run": (record["run"], self.run.fingerprint),
             "tokenizer": (record["tokenizer"], self.tok.fingerprint),
             "data": (record["data"]["fingerprint"], self.batches.get_state()["fingerprint"]),
         }
@@ -123,6 +126,7 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Start writing a checkpoint; returns once the previous one is complete and this one is copied to the host."""
         self.wait()
+        self.run.check_folder()
         folder = self.folder / str(step)
         first = jax.process_index() == 0
         record = {
@@ -149,7 +153,10 @@ class Checkpoints:
             try:
                 response.result()
                 if first:
-                    write_json(folder / RECORD, {**record, "files": sha256_of_folder(folder)})
+                    files = sha256_of_folder(folder)
+                    sync_folder(folder)
+                    self.run.check_folder()
+                    write_record(folder / RECORD, {**record, "files": files})
                     for old in [one for one in list_checkpoints(self.folder) if one != folder][self.config.keep - 1 :]:
                         shutil.rmtree(old, ignore_errors=True)
             except Exception as error:  # raised by `wait`
@@ -175,7 +182,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints below a run's checkpoints/, newest first, unfinished ones included."""
     if not folder.is_dir():
         return []
-    return sorted((one for one in folder.iterdir() if one.name.isdigit()), key=lambda one: -int(one.name))
+    numbered = [one for one in folder.iterdir() if re.fullmatch("[1-9][0-9]*", one.name)]
+    return sorted(numbered, key=lambda one: -int(one.name))
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
@@ -183,12 +191,11 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     what is wrong."""
     if not (folder / RECORD).exists():
         raise UserError(f"{folder} is unfinished: it has no {RECORD}")
-    record = read_json(folder / RECORD)
-    required = {"format", "step", "run", "tokenizer", "arrays", "data", "position", "devices", "files"}
-    if not isinstance(record, dict) or not required <= record.keys():
-        raise UserError(f"{folder / RECORD} is damaged")
+    record = read_record(folder / RECORD, NAMES, "an older checkpoint may be whole")
     if record["format"] != FORMAT:
         raise UserError(f"{folder} has format {record['format']}, but this version reads {FORMAT}")
+    if folder.name != str(record["step"]):
+        raise UserError(f"{folder} holds the checkpoint of step {record['step']}: it was renamed; rename it back")
     check_files(folder, record["files"])
     return record
 

@@ -197,6 +197,11 @@ def _read_settings(settings_type: type[Settings], file: Path) -> Settings:
     data = read_json(path)
     if isinstance(data, dict) and {"stage", "settings"} <= data.keys():
         data = data["settings"]
+    for name in ("fresh", "force"):
+        if isinstance(data, dict) and data.get(name):
+            raise UserError(
+                f"{path}: {name} is {data[name]}; a file can't replace a run: leave it out, and give --{name}"
+            )
     return settings_from_json(settings_type, data, where=str(path))
 
 

@@ -12,7 +12,6 @@ A folder holds settings.json, metrics.jsonl, log.txt, tensorboard/, done.json an
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -29,9 +28,11 @@ from typing import IO, Any, Self
 import jax
 import numpy as np
 
+from jaxgpt.data import formats
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import read_json, write_json
+from jaxgpt.files import read_json, read_record, refuse_pattern, sha256_of_file, write_record
 from jaxgpt.pretrained import loading
+from jaxgpt.runs.claim import Claim
 from jaxgpt.runs.endings import STOPS, tell_next_start
 from jaxgpt.runs.process import barrier, broadcast_from_first, prepare_process, print_device
 from jaxgpt.runs.progress import Bar, progress_bar
@@ -58,6 +59,8 @@ RUN_FILES = (  # removed when a run starts over
 )
 MAKE_ROOM = "free some space; the same command then resumes from the newest checkpoint"
 FLUSH_SECONDS = 10.0  # between flushes of TensorBoard's event file
+SETTINGS = ("stage", "settings", "inputs", "versions")  # what settings.json holds
+DONE = ("stage", "fingerprint", "results", "files")  # and done.json
 PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -73,15 +76,53 @@ def run_fingerprint(folder: Path, stage: str | None = None) -> str:
         raise UserError(
             f"{folder} {state}{advice or '; first run the experiment that makes it'}", experiment=experiment
         )
-    done = read_json(folder / "done.json")
-    if not isinstance(done, dict) or not {"stage", "fingerprint", "results"} <= done.keys():
-        raise UserError(
-            f"{folder / 'done.json'} is damaged; run the experiment again",
-            experiment=(*experiment, "--fresh") if stage else (),
-        )
+    try:
+        done = read_done(folder)
+    except UserError as error:
+        raise UserError(str(error), experiment=(*experiment, "--fresh") if stage else ()) from None
     if stage is not None and done["stage"] != stage:
         raise UserError(f"{folder} is a run of {done['stage']!r}, but one of {stage!r} is needed; give another folder")
+    check_outputs(folder, done)
     return str(done["fingerprint"])
+
+
+def read_done(folder: Path) -> dict[str, Any]:
+    """A finished run's done.json. UserError if it is damaged; one of jaxgpt 0.1.0 is read as if it named no files."""
+    path = folder / "done.json"
+    done = read_record(path, DONE, "restore it from a copy, or make the run again", older=DONE[:3])
+    done.setdefault("files", {})
+    if not all(isinstance(done[name], kind) for name, kind in zip(DONE, (str, str, dict, dict), strict=True)):
+        raise UserError(f"{path} is not a run's; give the folder of a run")
+    return done
+
+
+def check_outputs(folder: Path, done: Mapping[str, Any], *, measured: bool = False) -> None:
+    """UserError if a file that a finished run wrote for later stages has changed since; `measured`: or its metrics."""
+    for name, digest in done["files"].items():
+        if (measured or name != "metrics.jsonl") and (
+            not (folder / name).is_file() or sha256_of_file(folder / name) != digest
+        ):
+            raise UserError(
+                f"{folder / name} is not what the run in {folder} wrote: it was altered, damaged or removed since; "
+                "restore it from a copy, or give a copy in a folder of its own if the change is meant"
+            )
+
+
+def input_fingerprint(path: Path) -> str:
+    """The fingerprint of a file of preferences, to pass as an input to a stage. UserError if a finished run wrote the
+    file and it has changed since."""
+    place = Path(str(path).partition(":")[0])
+    if (place.parent / "done.json").exists():
+        done = read_done(place.parent)
+        check_outputs(place.parent, {"files": {name: x for name, x in done["files"].items() if name == place.name}})
+    return formats.fingerprint(path)
+
+
+def _outputs(folder: Path) -> dict[str, str]:
+    """What later stages and the doctor read of a finished run: {name: sha256}. A model vouches for its own files."""
+    names = ["settings.json", *(path.name for path in folder.glob("*.jsonl"))]
+    names += [f"{path.parent.name}/model.json" for path in folder.glob("*/model.json")]
+    return {name: sha256_of_file(folder / name) for name in sorted(names)}
 
 
 class Run:
@@ -117,7 +158,9 @@ class Run:
         self._record = {"stage": stage, "settings": written, "inputs": dict(inputs or {})}
         self._places = PLACE_FIELDS | set(getattr(type(settings), "PLACE_FIELDS", ()))
         self._files = contextlib.ExitStack()
+        self._holder = Claim(self.folder, self.say)
         self._metrics: IO[bytes] | None = None
+        self._metrics_bytes, self._metrics_hash = 0, hashlib.sha256()
         self._log: IO[bytes] | None = None
         self._curves: _Curves | None = None
         self._wandb: Any = None
@@ -172,12 +215,16 @@ class Run:
             wandb = _import_wandb()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._holder.take()
+            self._files.callback(self._holder.release)
+            done = self._inspect()  # another process may have finished it just now
+            if done is not None:
+                return done
             if self.fresh or not self.has_checkpoint():
                 for name in RUN_FILES:
                     path = self.folder / name
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-            write_json(self.folder / "settings.json", self._record | {"versions": _versions()})
+            write_record(self.folder / "settings.json", self._record | {"versions": _versions()})
             self._open()
             if self._forced:
                 self.say(f"WARNING: resuming with other settings ({self._forced})")
@@ -190,16 +237,6 @@ class Run:
             self._files.callback(self._wandb.finish)
         return None
 
-    def _lock(self) -> None:
-        """Lock the folder until exit, or until the process ends for any other reason."""
-        lock = self._files.enter_context(open(self.folder / ".lock", "w"))  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.folder} is in use by another process; choose another --run") from None
-        except OSError:
-            pass  # some network file systems have no locks
-
     def _open(self) -> None:
         """Open both files unbuffered, so that closing them doesn't retry a write that failed."""
         self._metrics = self._files.enter_context(open(self.folder / "metrics.jsonl", "ab", buffering=0))  # noqa: SIM115
@@ -207,6 +244,7 @@ class Run:
 
     def _inspect(self) -> dict[str, Any] | None:
         """The results of a finished run with the same settings, or None if it has yet to run; changes nothing."""
+        refuse_pattern(self.folder)
         found = self._read_found()
         if found is None or self.fresh or not self._holds_results():
             return None
@@ -221,9 +259,13 @@ class Run:
             )
         if not path.exists():
             return None
-        done = read_json(path)
-        results = done.get("results") if isinstance(done, dict) else None
-        return results if isinstance(results, dict) else None
+        results: dict[str, Any] = read_done(self.folder)["results"]
+        return results
+
+    def check_folder(self) -> None:
+        """UserError if the folder was moved, deleted or taken over by another process since the run began."""
+        if self._metrics is not None:
+            self._holder.check()
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume from."""
@@ -247,13 +289,27 @@ class Run:
             if {entry.name for entry in self.folder.iterdir()} - {".lock"}:
                 raise UserError(f"{self.folder} is not empty and is not a run folder; choose another --run")
             return None
-        found = read_json(path)
-        if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("settings", "inputs")):
+        try:
+            found = read_record(path, SETTINGS, "restore it from a copy, or choose another --run", older=SETTINGS)
+        except UserError:
+            if not self._is_own():
+                raise
+            return self._record
+        if not all(isinstance(found[key], dict) for key in ("settings", "inputs")):
             raise UserError(f"{path} is not a run's settings file; choose another --run")
-        if found.get("stage") != self.stage:
-            mismatch = f"a run of {found.get('stage')!r}, not {self.stage!r}"
+        if found["stage"] != self.stage:
+            mismatch = f"a run of {found['stage']!r}, not {self.stage!r}"
             raise UserError(f"{self.folder} holds {mismatch}; choose another --run")
         return found
+
+    def _is_own(self) -> bool:
+        """Whether another record in the folder says that it is a run with these settings: settings.json was lost."""
+        for path in (self.folder / "done.json", *(self.folder / "checkpoints").glob("*/checkpoint.json")):
+            with contextlib.suppress(UserError):
+                found = read_json(path)
+                if isinstance(found, dict) and self.fingerprint in (found.get("run"), found.get("fingerprint")):
+                    return True
+        return False
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl, {"step", "time" (seconds since the start), name: number, …}, and add the same
@@ -270,7 +326,10 @@ class Run:
         try:
             text = (json.dumps(line, allow_nan=False) + "\n").encode()
             while text:  # a nearly full disk may take only part of it
-                text = text[self._metrics.write(text) :]
+                size = self._metrics.write(text)
+                self._metrics_hash.update(text[:size])
+                self._metrics_bytes += size
+                text = text[size:]
             if self._curves is None:
                 self._curves = _Curves(self.folder / "tensorboard", int(step))
                 self._files.callback(self._curves.close)
@@ -280,25 +339,33 @@ class Run:
         if self._wandb is not None:
             self._wandb.log(finite, step=int(step))
 
-    def position(self) -> dict[str, float]:
+    def position(self) -> dict[str, Any]:
         """The current end of the metrics, for `rewind`; all before it is safely on the disk (or in the bucket)."""
-        end = 0
         if self._metrics is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._metrics.fileno())
-            end = os.fstat(self._metrics.fileno()).st_size
-        return {"metrics_bytes": end, "seconds": time.monotonic() - self._started}
+        return {
+            "metrics_bytes": self._metrics_bytes,
+            "metrics_sha256": self._metrics_hash.hexdigest(),
+            "seconds": time.monotonic() - self._started,
+        }
 
-    def rewind(self, position: Mapping[str, float] | None) -> None:
+    def rewind(self, position: Mapping[str, Any] | None) -> None:
         """Drop the metrics written after `position` (None: all), including the incomplete last line of a killed run."""
         end, seconds = (0, 0.0) if position is None else (int(position["metrics_bytes"]), position["seconds"])
         self._started = time.monotonic() - seconds
         if self._metrics is None:
             return
-        found = os.fstat(self._metrics.fileno()).st_size
-        if found < end:
-            self.say(f"WARNING: metrics.jsonl has {found} bytes but had {end} at the checkpoint: some metrics are lost")
-        os.truncate(self._metrics.fileno(), min(found, end))
+        with open(self.folder / "metrics.jsonl", "rb") as file:
+            kept = file.read(end)
+        self._metrics_bytes, self._metrics_hash = len(kept), hashlib.sha256(kept)
+        if position is not None and self._metrics_hash.hexdigest() != position["metrics_sha256"]:
+            lost = f"it has {len(kept)} bytes but had {end}" if len(kept) < end else "other bytes"
+            self.say(
+                f"WARNING: metrics.jsonl is not what it was at the checkpoint ({lost}): its figures so far can't be "
+                "trusted; the model is not affected"
+            )
+        os.truncate(self._metrics.fileno(), len(kept))
 
     def say(self, text: str) -> None:
         """Report a milestone in one line, on the terminal (above a live progress bar) and in log.txt."""
@@ -322,8 +389,10 @@ class Run:
         they must be JSON values: numbers (arrays become numbers or lists, NaN becomes null), text, lists and dicts."""
         self.finished, self.results = True, results_to_json(results)
         if self._first:
+            self.check_folder()
+            self.position()  # the metrics are on the disk
             done = {"stage": self.stage, "fingerprint": self.fingerprint, "results": self.results}
-            write_json(self.folder / "done.json", done)
+            write_record(self.folder / "done.json", {**done, "files": _outputs(self.folder)})
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # nothing is left to resume
         barrier("run finished")  # another stage of this process may read the folder next
         return self.results

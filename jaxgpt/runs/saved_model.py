@@ -3,7 +3,9 @@
 `save_model` replaces the folder in one step; `load_model` checks every byte and shape before it returns anything.
 """
 
+import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,17 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import check_files, read_json, sha256_of_folder, write_json
+from jaxgpt.files import (
+    check_files,
+    read_json,
+    read_record,
+    refuse_pattern,
+    sha256_of_folder,
+    sync_folder,
+    sync_names,
+    write_record,
+)
+from jaxgpt.models import transformer
 from jaxgpt.pretrained import loading
 from jaxgpt.runs.process import barrier
 from jaxgpt.runs.settings import settings_from_json, settings_to_json
@@ -22,7 +34,8 @@ from jaxgpt.runs.settings import settings_from_json, settings_to_json
 with needs_extra("train"):
     from orbax.checkpoint import v1 as ocp
 
-FORMAT = 2  # 2: each head's q, k and v are stored together in qkv
+FORMAT = 3  # 2: each head's q, k and v are stored together in qkv; 3: model.json holds its own sha256
+RECORD = ("format", "config", "params", "extra", "files")
 
 
 class LoadedModel(NamedTuple):
@@ -42,6 +55,7 @@ def save_model(
     `tokenizer` is anything with `save(folder)`; `extra` is any JSON. With several processes, all of them must call
     this, on a file system they share. UserError if `folder` holds anything but a model."""
     folder = Path(os.path.abspath(folder))
+    refuse_pattern(folder)
     _recover(folder)
     if folder.exists() and not (folder / "model.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not a saved model; choose another folder")
@@ -64,11 +78,14 @@ def save_model(
             "extra": dict(extra or {}),
             "files": sha256_of_folder(new),
         }
-        write_json(new / "model.json", record)
+        write_record(new / "model.json", record)
+        sync_folder(new)
+        check_model(new)  # read back before anything older is removed
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
         os.replace(new, folder)
+        sync_names(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     barrier("save: done")
 
@@ -78,9 +95,11 @@ def load_model(folder: Path, expected: Any = None) -> LoadedModel:
     (such as `jax.eval_shape(init, key, config)`) that the parameters must match.
 
     UserError if there is no model, a file is missing or altered, or shapes differ (each parameter is named)."""
+    refuse_pattern(folder)
     folder = _find_model(Path(os.path.abspath(folder)))
     record = check_model(folder)
     config = settings_from_json(ModelConfig, record["config"], where=str(folder / "model.json"))
+    _check_shapes(folder, config, record["params"])
     if expected is not None:
         check_params_match(folder, describe_params(expected), record["params"], "the program expects")
     params = _load_params(folder, record["params"])
@@ -94,18 +113,24 @@ def load_model(folder: Path, expected: Any = None) -> LoadedModel:
 
 def check_model(folder: Path) -> dict[str, Any]:
     """Check every byte of a model against its model.json, and return that record. UserError names what is wrong."""
-    record = read_record(folder)
+    record = read_description(folder)
     check_files(folder, record["files"])
     return record
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """A model's model.json. UserError if it isn't one."""
-    record = read_json(folder / "model.json")
-    if not isinstance(record, dict) or not {"format", "config", "params", "extra", "files"} <= record.keys():
-        raise UserError(f"{folder / 'model.json'} is not a model's description; save the model again")
-    if record["format"] != FORMAT:
+def read_description(folder: Path) -> dict[str, Any]:
+    """A model's model.json. UserError if it isn't one, is damaged, or is of another format."""
+    path, advice = folder / "model.json", "save the model again, or copy its whole folder again"
+    record = read_record(path, RECORD, advice, older=RECORD)
+    formats = (FORMAT, 2)
+    if record["format"] not in formats:
         raise UserError(f"{folder} has format {record['format']}, but this version reads {FORMAT}; save it again")
+    for name, kind in (("config", dict), ("params", dict), ("extra", dict), ("files", dict)):
+        if not isinstance(record[name], kind):
+            raise UserError(f"{path}: {name} is not an object; {advice}")
+    for name in ("params", "files"):
+        if not all(isinstance(value, str) for value in record[name].values()):
+            raise UserError(f"{path}: {name} holds something other than text; {advice}")
     return record
 
 
@@ -125,7 +150,7 @@ def check_language_model(folder: Path) -> None:
     if loading.is_pretrained(folder):
         return
     found = _find_model(Path(os.path.abspath(folder)))
-    params = read_record(found)["params"]
+    params = read_description(found)["params"]
     if not any(name.startswith("embed/") for name in params) or not (found / "tokenizer.json").exists():
         raise UserError(f"{folder} holds no language model with a tokenizer; give a run of pretrain, sft, dpo or ppo")
 
@@ -157,6 +182,27 @@ def check_params_match(folder: Path, expected: Mapping[str, str], found: Mapping
     texts = param_differences(expected, found)
     if texts:
         raise UserError("\n  ".join([f"{folder} does not hold the parameters {which}:", *texts]))
+
+
+def _check_shapes(folder: Path, config: ModelConfig, params: Mapping[str, str]) -> None:
+    """UserError unless the transformer in `params` has the shapes of the configuration. Every layer is compared
+    with one layer's shapes, so that a wrong number of layers costs nothing."""
+    inside = [name.removesuffix("embed/tokens_VD") for name in params if name.endswith("embed/tokens_VD")]
+    if not inside:
+        return  # adapters, or a head alone
+    one = jax.eval_shape(lambda: transformer.init(jax.random.key(0), dataclasses.replace(config, layers=1)))
+    one_layer = {name: text.partition("[")[2] for name, text in describe_params(one).items()}
+    layers = {name.removeprefix(inside[0]).split("/")[0] for name in params if name.startswith(inside[0] + "block_")}
+    if layers != {f"block_{n}" for n in range(min(config.layers, len(layers) + 1))}:
+        raise UserError(f"{folder} holds {len(layers)} layers, but its model.json says {config.layers}; save it again")
+    for name, text in params.items():
+        own = re.sub(r"^block_\d+/", "block_0/", name.removeprefix(inside[0]))
+        if name.startswith(inside[0]) and own in one_layer and text.partition("[")[2] != one_layer[own]:
+            expected = f"[{one_layer[own]}"
+            raise UserError(f"{folder}: {name} is {text}, but the configuration in model.json needs {expected}")
+    missing = sorted(name for name in one_layer if inside[0] + name not in params)
+    if missing:
+        raise UserError(f"{folder} has no {missing[0]}, which the configuration in model.json needs; save it again")
 
 
 def _load_params(folder: Path, described: Mapping[str, str]) -> Any:

@@ -131,7 +131,7 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path):
     with pytest.raises(UserError, match="can't write to the run folder"):
         finish(tmp_path / "thesis.tex" / "below")
     (tmp_path / "settings.json").write_text('{"editor": "vim"}')
-    with pytest.raises(UserError, match="is not a run's settings file"):
+    with pytest.raises(UserError, match="was not written by jaxgpt"):
         finish(tmp_path)
 
 
