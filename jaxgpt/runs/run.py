@@ -86,6 +86,15 @@ def run_fingerprint(folder: Path, stage: str | None = None) -> str:
     return str(done["fingerprint"])
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """A run's settings.json. UserError if it is damaged, or of something else."""
+    path = folder / "settings.json"
+    found = read_record(path, SETTINGS, "restore it from a copy, or choose another --run", older=SETTINGS)
+    if not all(isinstance(found[name], kind) for name, kind in zip(SETTINGS, (str, dict, dict, dict), strict=True)):
+        raise UserError(f"{path} is not a run's settings file; choose another --run")
+    return found
+
+
 def read_done(folder: Path) -> dict[str, Any]:
     """A finished run's done.json. UserError if it is damaged; one of jaxgpt 0.1.0 is read as if it named no files."""
     path = folder / "done.json"
@@ -290,13 +299,11 @@ class Run:
                 raise UserError(f"{self.folder} is not empty and is not a run folder; choose another --run")
             return None
         try:
-            found = read_record(path, SETTINGS, "restore it from a copy, or choose another --run", older=SETTINGS)
+            found = read_settings(self.folder)
         except UserError:
             if not self._is_own():
                 raise
             return self._record
-        if not all(isinstance(found[key], dict) for key in ("settings", "inputs")):
-            raise UserError(f"{path} is not a run's settings file; choose another --run")
         if found["stage"] != self.stage:
             mismatch = f"a run of {found['stage']!r}, not {self.stage!r}"
             raise UserError(f"{self.folder} holds {mismatch}; choose another --run")

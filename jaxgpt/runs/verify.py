@@ -1,4 +1,4 @@
-"""Check every byte of saved models and checkpoints against the sha256 written beside them.
+"""Check every byte of runs, saved models and checkpoints against the sha256 written beside them.
 
 python -m jaxgpt.runs.verify runs/assistant       exit status 0: all intact; 1: something is damaged; 2: nothing found
 """
@@ -12,20 +12,28 @@ from typing import Any
 from jaxgpt.errors import UserError
 from jaxgpt.runs.checkpoints import list_checkpoints, read_checkpoint
 from jaxgpt.runs.endings import plain_endings
+from jaxgpt.runs.run import check_outputs, read_done, read_settings
 from jaxgpt.runs.saved_model import check_model
 
 
 def verify(root: Path) -> list[tuple[Path, str]]:
-    """(folder, what is wrong with it or "") for each model and checkpoint below `root`. UserError if there is none."""
-    found = []
+    """(folder, what is wrong with it or "") for each run, model and checkpoint below `root`. UserError if there is
+    none."""
+    found = [(path.parent, _problem(_check_run, path.parent)) for path in sorted(root.rglob("settings.json"))]
     for path in sorted({root, *(one.parent for one in root.rglob("model.json"))}):
         if (path / "model.json").exists():
             found.append((path, _problem(check_model, path)))
     for folder in sorted(root.rglob("checkpoints")):
         found += [(step, _problem(read_checkpoint, step)) for step in reversed(list_checkpoints(folder))]
     if not found:
-        raise UserError(f"no saved model or checkpoint below {root}; give a folder that holds one")
+        raise UserError(f"no run, saved model or checkpoint below {root}; give a folder that holds one")
     return found
+
+
+def _check_run(folder: Path) -> None:
+    read_settings(folder)
+    if (folder / "done.json").exists():
+        check_outputs(folder, read_done(folder), measured=True)
 
 
 def _problem(check: Callable[[Path], Any], folder: Path) -> str:
@@ -37,9 +45,9 @@ def _problem(check: Callable[[Path], Any], folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print one line per model or checkpoint and return the exit status."""
+    """Print one line for each run, model or checkpoint and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jaxgpt.runs.verify", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path, help="anything that holds saved models or checkpoints")
+    parser.add_argument("folder", type=Path, help="anything that holds runs, saved models or checkpoints")
     with plain_endings():
         found = verify(parser.parse_args(argv).folder)
         for folder, problem in found:

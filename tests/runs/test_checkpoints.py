@@ -177,6 +177,12 @@ def damage(kind: str, folder: Path) -> None:
             os.truncate(folder / "checkpoint.json", 50)
         case "tokenizer":
             flip(folder / "tokenizer.json")
+        case "another value":
+            path = folder / "checkpoint.json"
+            path.write_text(path.read_text().replace('"next_index": ', '"next_index": 1'))
+        case "another name":
+            path = folder / "checkpoint.json"
+            path.write_text(path.read_text().replace("tokens_VD", "tokens_VE"))
 
 
 DAMAGES = {
@@ -186,6 +192,8 @@ DAMAGES = {
     "half-written": "is unfinished",
     "torn record": "checkpoint.json",
     "tokenizer": "tokenizer.json is damaged",
+    "another value": "checkpoint.json is damaged",
+    "another name": "checkpoint.json is damaged",
 }
 
 
@@ -198,6 +206,38 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tok, k
     first, _ = train_run(run, tok, until=7)
     assert first == 7
     assert f"WARNING: skipped checkpoint 9: {run / 'checkpoints/9'}" in (run / "log.txt").read_text()
+
+
+def test_a_renamed_checkpoint_is_passed_over(run, tok):
+    (run / "checkpoints/9").rename(run / "checkpoints/11")
+    (run / "checkpoints/²").mkdir()  # a digit to Python, but no number
+    first, _ = train_run(run, tok, until=7)
+    assert first == 7
+    assert "holds the checkpoint of step 9: it was renamed" in (run / "log.txt").read_text()
+
+
+def test_another_runs_checkpoint_is_refused_unless_forced(run, tok, tmp_path):
+    train_run(tmp_path / "other", tok, until=10, settings=Settings(seed=1))
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(tmp_path / "other/checkpoints", run / "checkpoints")
+    with pytest.raises(UserError, match=r"other inputs \(run \w{12} there, \w{12} now\)"):
+        train_run(run, tok)
+    assert train_run(run, tok, until=10, settings=Settings(force=True))[0] == 10
+
+
+def test_metrics_altered_before_the_checkpoint_are_said(run, tok):
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step": 2', '"step": 1'))
+    assert train_run(run, tok, until=10)[0] == 10
+    assert "metrics.jsonl is not what it was at the checkpoint (other bytes)" in (run / "log.txt").read_text()
+
+
+def test_nothing_is_saved_into_a_folder_that_was_moved(tmp_path, tok):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="was moved, deleted or taken over"):
+        train_run(run, tok, visit=lambda i: i == 5 and run.rename(tmp_path / "moved"))
+    assert not run.exists()
+    assert train_run(tmp_path / "moved", tok)[0] == 4  # after the checkpoint of step 3
 
 
 @pytest.mark.slow

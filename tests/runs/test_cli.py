@@ -55,6 +55,21 @@ def test_flags_change_a_preset():
     assert ask("--preset=large", "--no-fast", "--model.width", 256) == Settings(model=ModelConfig(layers=12, width=256))
 
 
+@pytest.mark.parametrize("name", ["fresh", "force"])
+def test_a_settings_file_can_not_replace_a_run(tmp_path, name):
+    @dataclasses.dataclass(frozen=True)
+    class Replacing:
+        fresh: bool = False
+        force: bool = False
+
+    path = tmp_path / "s.json"
+    write_json(path, {name: True})
+    with pytest.raises(UserError, match=f"{name} is True; a file can't replace a run"):
+        parse(Replacing, {}, ["--settings", str(path)])
+    write_json(path, {name: False})
+    assert parse(Replacing, {}, ["--settings", str(path)]) == Replacing()
+
+
 def test_a_settings_file_is_replayed(tmp_path):
     alone, run = tmp_path / "alone.json", tmp_path / "run"
     write_json(alone, settings_to_json(OTHER))

@@ -23,7 +23,9 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root, write_json
 from jaxgpt.runs import process, progress
-from jaxgpt.runs.run import Run, print_device, run_fingerprint
+from jaxgpt.runs.run import Run, input_fingerprint, print_device, run_fingerprint
+from jaxgpt.runs.saved_model import save_model
+from jaxgpt.runs.verify import verify
 
 ROOT = Path(__file__).parents[2]
 
@@ -179,6 +181,70 @@ def test_a_later_stage_needs_a_finished_run(tmp_path):
     (tmp_path / "done" / "done.json").write_text("{}")
     with pytest.raises(UserError, match="is damaged"):
         run_fingerprint(tmp_path / "done", "sft")
+
+
+def test_what_a_finished_run_wrote_is_compared_before_it_is_used(tmp_path):
+    rows, metrics = tmp_path / "train.jsonl", tmp_path / "metrics.jsonl"
+    with Run(tmp_path, Settings(), "sft") as run:
+        rows.write_text('{"prompt": "a", "answers": ["b", "c"], "choice": 0}\n')
+        run.log(1, {"loss": 2.0})
+        run.finish({})
+    whole, other = rows.read_text(), rows.read_text().replace("0", "1")
+    input_fingerprint(rows), run_fingerprint(tmp_path, "sft")
+    rows.write_text(other)
+    for use in (lambda: input_fingerprint(rows), lambda: run_fingerprint(tmp_path, "sft")):
+        with pytest.raises(UserError, match=r"train.jsonl is not what the run in .* wrote"):
+            use()
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy/train.jsonl").write_text(other)
+    input_fingerprint(tmp_path / "copy/train.jsonl")  # a change that is meant
+    rows.write_text(whole)
+    metrics.write_text(metrics.read_text().replace("2", "3"))
+    run_fingerprint(tmp_path, "sft")  # no later stage reads metrics, but `verify` does
+    (_, problem), *_ = verify(tmp_path)
+    assert "metrics.jsonl is not what the run" in problem
+
+
+def test_a_damaged_settings_file_ends_no_run_that_another_record_knows(tmp_path):
+    finish(tmp_path, results={"loss": 0.5})
+    path = tmp_path / "settings.json"
+    path.write_text(path.read_text().replace("0.1", "0.2"))
+    assert finish(tmp_path).results == {"loss": 0.5}
+    with pytest.raises(UserError, match="settings.json is damaged or was edited"):
+        finish(tmp_path, dataclasses.replace(Settings(), lr=0.2))
+
+
+def test_records_of_version_0_1_0_are_read(tmp_path):
+    finish(tmp_path, results={"loss": 0.5})
+    for name, added in (("settings.json", ["sha256"]), ("done.json", ["sha256", "files"])):
+        record = json.loads((tmp_path / name).read_text())
+        write_json(tmp_path / name, {key: value for key, value in record.items() if key not in added})
+    assert finish(tmp_path).results == {"loss": 0.5} and run_fingerprint(tmp_path, "sft")
+
+
+def test_a_run_that_finishes_while_another_one_starts_is_not_replaced(tmp_path, monkeypatch):
+    """The second start looked into the folder before the first had finished, and locks it after."""
+    with Run(tmp_path, Settings(), "sft") as first:
+        first.log(1, {"loss": 1.0})
+        second = Run(tmp_path, Settings(), "sft")
+        take = second._holder.take
+
+        def finish_first() -> None:
+            first.finish({"loss": 1.0})
+            first._files.close()
+            take()
+
+        monkeypatch.setattr(second._holder, "take", finish_first)
+        with second:
+            assert second.finished and second.results == {"loss": 1.0}
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a*", "what?", "back\\slash", "line\nbreak", "\udcff"])
+def test_a_path_that_models_cannot_be_stored_under_is_refused_before_work(tmp_path, name):
+    for use in (lambda: finish(tmp_path / name / "x"), lambda: save_model(tmp_path / name, {}, ModelConfig())):
+        with pytest.raises(UserError, match="models and checkpoints can't be stored under"):
+            use()
+    assert not list(tmp_path.iterdir())
 
 
 def test_metrics_are_lines_of_json(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.tokenizer import train_char
 from jaxgpt.errors import UserError
+from jaxgpt.files import write_json
 from jaxgpt.models import transformer
 from jaxgpt.runs import saved_model
 from jaxgpt.runs.saved_model import describe_params, load_model, param_differences, save_model
@@ -166,6 +167,46 @@ def test_a_model_json_that_does_not_fit_is_refused(copy, change, message):
     edit_record(copy / "model.json", change)
     with pytest.raises(UserError, match=message):
         load_model(copy)
+
+
+def test_a_new_model_is_read_back_before_the_old_one_goes(tmp_path, monkeypatch):
+    save_model(tmp_path / "m", small(0), CONFIG)
+    sync = saved_model.sync_folder
+
+    def spoiled_on_its_way_to_the_disk(folder: Path) -> None:
+        sync(folder)
+        path = max(
+            (path for path in (folder / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+        )
+        path.write_bytes(path.read_bytes()[:-1])
+
+    monkeypatch.setattr(saved_model, "sync_folder", spoiled_on_its_way_to_the_disk)
+    with pytest.raises(UserError, match="is damaged"):
+        save_model(tmp_path / "m", small(1), CONFIG)
+    assert_same(load_model(tmp_path / "m").params, small(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab": 4096}, r"tokens_VD is float32\[32,8\], but the configuration in model.json needs \[4096,8\]"),
+        ({"layers": 10**9}, "holds 2 layers, but its model.json says 1000000000"),
+        ({"layers": 1}, "holds 2 layers, but its model.json says 1"),
+        ({"mlp": "swiglu"}, "has no block_0/gate/"),
+    ],
+)
+def test_shapes_are_compared_with_the_configuration_before_a_byte_is_loaded(copy, monkeypatch, change, message):
+    edit_record(copy / "model.json", lambda record: record["config"].update(change))
+    monkeypatch.setattr(saved_model, "_load_params", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=message):
+        load_model(copy)
+
+
+def test_a_model_of_version_0_1_0_is_read(copy):
+    record = json.loads((copy / "model.json").read_text())
+    del record["sha256"]
+    write_json(copy / "model.json", {**record, "format": 2})
+    assert_same(load_model(copy).params, make_params())
 
 
 def test_unreadable_parameters(copy):

@@ -9,7 +9,9 @@ first of each kind.
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import itertools
 import random
 import sys
@@ -39,7 +41,8 @@ def torture(kind: Kind, seed: str, cases: int, seconds: float) -> list[str]:
     """The outcomes of a kind, until either limit is reached."""
     end = time.monotonic() + seconds
     found = []
-    with tempfile.TemporaryDirectory() as folder:
+    said = io.StringIO()  # what runs say on the terminal
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         for outcome in itertools.islice(kind.outcomes(random.Random(seed), Path(folder)), cases):
             found.append(outcome)
             if time.monotonic() > end:
