@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -234,8 +235,15 @@ def test_metrics_altered_before_the_checkpoint_are_said(run, tok):
 
 def test_nothing_is_saved_into_a_folder_that_was_moved(tmp_path, tok):
     run = tmp_path / "run"
+
+    def move(step: int) -> None:
+        if step == 5:
+            while not (run / "checkpoints/3/checkpoint.json").exists():
+                time.sleep(0.01)
+            run.rename(tmp_path / "moved")
+
     with pytest.raises(UserError, match="was moved, deleted or taken over"):
-        train_run(run, tok, visit=lambda i: i == 5 and run.rename(tmp_path / "moved"))
+        train_run(run, tok, visit=move)
     assert not run.exists()
     assert train_run(tmp_path / "moved", tok)[0] == 4  # after the checkpoint of step 3
 
@@ -366,7 +374,7 @@ def test_senseless_settings_are_refused(wrong):
 def test_verify_says_when_there_is_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         verify.main([str(tmp_path)])
-    assert "no saved model or checkpoint" in capsys.readouterr().err
+    assert "no run, saved model or checkpoint" in capsys.readouterr().err
 
 
 def test_a_models_flipped_bit_is_found(tmp_path, capsys):
