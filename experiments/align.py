@@ -38,7 +38,7 @@ from jaxgpt.data.training_data import LoadedData, RowCounts, count_trained_on
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import rollout
 from jaxgpt.rlhf.annotator import SimulatedAnnotator
-from jaxgpt.rlhf.intervals import TOO_FEW, Interval, distinct_2, interval, too_wide, wins
+from jaxgpt.rlhf.intervals import TOO_FEW, Interval, distinct_2, interval, share, too_wide, wins
 from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.cli import cli
@@ -82,6 +82,7 @@ class Settings:
         check_settings(self)
 
 
+SHARES = ("better_than_before", "names_the_thing", "ended")  # what `measure` gives as fractions of answers
 _TINY = Settings()
 PRESETS = {
     "laptop": Settings(),
@@ -131,6 +132,11 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
     return chain_stages(settings, STAGES, changes)
 
 
+def interval_of(measure: str, values: np.ndarray) -> Interval:
+    """The mean of values [questions, answers], with its interval over questions."""
+    return (share if measure in SHARES else interval)(values.mean(1))
+
+
 def measure(settings: Settings) -> dict[str, Any]:
     """Sample each model's answers to the held-out questions and measure them: gold reward, words, win rate against the
     starting model, KL from it in nats, fraction naming the thing asked about, fraction that end (each with its 95 %
@@ -176,7 +182,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         }
         found[name] = {
             **{
-                measure: dataclasses.asdict(interval(x.reshape(-1, count).mean(1)))
+                measure: dataclasses.asdict(interval_of(measure, x.reshape(-1, count)))
                 for measure, x in per_question.items()
             },
             "distinct_2": distinct_2(answers.texts),
@@ -196,7 +202,7 @@ def table(found: dict[str, Any]) -> Table:
     measures = {"words": 1, "better_than_before": 2, "kl_nats_per_sequence": 1, "names_the_thing": 2}
     for name, row in found["models"].items():
         shown = {k: Interval(**row[k]) for k in measures}
-        cells = [f"{x.mean:.{measures[k]}f} ± {x.high - x.mean:.{measures[k]}f}" for k, x in shown.items()]
+        cells = [x.plus_minus(measures[k]) for k, x in shown.items()]
         grid.add_row(name, *cells, f"{row['ended']['mean']:.0%}", f"{row['distinct_2']:.2f}")
     if any(too_wide(Interval(**row["better_than_before"])) for row in found["models"].values()):
         grid.caption = f"better: {TOO_FEW}"

@@ -133,7 +133,7 @@ def main(settings: Settings) -> dict[str, Any]:
         results = {f"heldout_{name}": value for name, value in figures._asdict().items()}
         run.log(data.steps, {name: results[name] for name in ("heldout_nll", "heldout_accuracy")})
         run.say(
-            f"dpo: held-out loss {figures.nll:.3f} ({figures.chance_nll:.3f} at the start), "
+            f"dpo: held-out loss {figures.nll_interval.plus_minus()} ({figures.chance_nll:.3f} at the start), "
             f"accuracy of the implicit reward {figures}"
         )
         if settings.lora:

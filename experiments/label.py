@@ -45,6 +45,7 @@ from jaxgpt.web import label, server
 from jaxgpt.web.label import LabelConfig
 
 PROMPTS_PER_ROUND = 4  # prompts answered together, and at most so many kept
+TOO_LONG = "too long for the models with an answer"
 OVERSAMPLE = 3  # with a reward model, this many prompts are answered for each one kept
 
 
@@ -100,7 +101,9 @@ class AnswerGenerator:
             self.models = [Model(place, self.mesh) for place in places(self.settings)]
             known = self.store.prompts()
             prompts = load_prompts(self.settings, self.models[0].place)
-            self.remaining = [text for text in prompts if text not in known and self.fits(text)]
+            fitting = [text for text in prompts if self.fits(text)]
+            print(f"prompts: {RowCounts(len(prompts)).without(TOO_LONG, len(prompts) - len(fitting))}", flush=True)
+            self.remaining = [text for text in fitting if text not in known]
             self.rng.shuffle(self.remaining)
             if self.settings.retrain:
                 self.resume()
@@ -288,7 +291,7 @@ def main(settings: Settings) -> dict[str, Any]:
     server.open_page(bound.address)
     bound.run(label.application(store, settings.assignment, settings.serve, token, lambda: generator.state))
     generator.stop.set()
-    found = {"votes": store.count(), "agreement": votes.agreement(store.votes())}
+    found = {"votes": store.count(), "agreement": votes.agreement(store.votes(), tasks=store.tasks())}
     print(
         f"\n{found['votes']} votes in {settings.votes}"
         + (f"; annotators agree on {found['agreement']}" if found["agreement"] else "")

@@ -17,8 +17,7 @@ import optax
 from jaxgpt.config import Count, CountOrZero, ModelConfig, Nonnegative, Positive, Seed
 from jaxgpt.data import sources
 from jaxgpt.data.pipelines import PromptBatches
-from jaxgpt.data.templates import prompt_ids
-from jaxgpt.data.training_data import LoadedData, RowCounts
+from jaxgpt.data.training_data import LoadedData, load_prompts
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.losses import kl
@@ -126,7 +125,7 @@ def main(settings: Settings) -> dict[str, Any]:
         reward_params, reward_config, reward_tok, _ = load_model(settings.reward)
         if (reward_config, reward_tok.fingerprint) != (config, tok.fingerprint):
             raise UserError(f"{settings.reward} was trained with another model or tokenizer than {settings.model}")
-        ids = [prompt_ids(tok, prompt.text) for prompt in sources.prompts(settings.data, "train", settings.cache)]
+        ids, counts = load_prompts(settings.data, settings.cache, tok)
         prompts = PromptBatches(*rollout.pad_prompts(ids, max(map(len, ids))), settings.batch, settings.seed)
         program = build(settings, config, prompts.width, mesh, tok.template.end)
         policy = ppo.policy_of(config, settings.ppo, tok.template.end)
@@ -134,7 +133,7 @@ def main(settings: Settings) -> dict[str, Any]:
         control = sharding.replicate(controller(settings), mesh)
         key = sharding.replicate(jax.random.split(jax.random.key(settings.seed))[0], mesh)
         logp_of = jit_on(mesh, policy.logp)
-        read = LoadedData({"prompts": RowCounts(len(ids))}, note=f" (up to {prompts.width} tokens)")
+        read = LoadedData({"prompts": counts}, note=f" (up to {prompts.width} tokens)")
         read.announce(run.say, "ppo")
         with Loop(run, settings, tok, settings.iterations, prompts, config.vocab, shown=SHOWN) as loop:
             state, control, key = loop.restore((program.state, control, key), lambda: (state, control, key))

@@ -10,6 +10,7 @@ writes (train.jsonl, heldout.jsonl: prompt, answers, choice) could just as well 
 """
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -114,8 +115,8 @@ def main(settings: Settings) -> dict[str, Any]:
         parts = (("train", "prompts", "train", settings.prompts), ("heldout", "heldout", held_out, settings.heldout))
         for n, (name, option, split, count) in enumerate(parts):
             prompts, found = choose_prompts(settings, split, count, rng)
-            counts[option] = RowCounts(found).without(f"over --{option} {count}", found - count)
-            repeated = f", then repeated to make {count:,}" if count > found else ""
+            counts[option] = found.without(f"over --{option} {count}", found.used - count)
+            repeated = f", then repeated to make {count:,}" if count > found.used else ""
             run.say(f"preferences: {'prompts' if name == 'train' else 'held out'}: {counts[option]}{repeated}")
             with run.progress(count * (settings.candidates - settings.experts), f"answers ({name})") as bar:
                 key = jax.random.fold_in(jax.random.key(settings.seed), n)
@@ -151,16 +152,18 @@ def main(settings: Settings) -> dict[str, Any]:
 
 def choose_prompts(
     settings: Settings, split: sources.Split, count: int, rng: np.random.Generator
-) -> tuple[list[tuple[str, str]], int]:
-    """`count` (prompt, expert answer) pairs in random order, and how many there are; a prompt repeats only if there are
+) -> tuple[list[tuple[str, str]], RowCounts]:
+    """`count` (prompt, expert answer) pairs in random order, and the counts of all; a prompt repeats only if there are
     too few."""
+    prompts, left_out = sources.prompts_counted(settings.data, split, settings.cache)
+    found = [(prompt.text, "") for prompt in prompts]
     if settings.experts:
-        unseen = {prompt.text for prompt in sources.prompts(settings.data, split, settings.cache)}
-        found = [pair for pair in sources.examples(settings.data, split, settings.cache) if pair[0] in unseen]
-    else:
-        found = [(prompt.text, "") for prompt in sources.prompts(settings.data, split, settings.cache)]
+        unseen = {prompt.text for prompt in prompts}
+        pairs, left_out = sources.examples_counted(settings.data, split, settings.cache)
+        found = [pair for pair in pairs if pair[0] in unseen]
+        left_out = left_out + Counter({"whose opening is in an earlier part": len(pairs) - len(found)})
     order = np.concatenate([rng.permutation(len(found)) for _ in range(-(-count // len(found)))])
-    return [found[i] for i in order[:count]], len(found)
+    return [found[i] for i in order[:count]], RowCounts.of(found, left_out)
 
 
 if __name__ == "__main__":

@@ -96,20 +96,19 @@ class Data:
 
 
 def prepare(settings: Settings, share: RowShard) -> Data:
-    train, test = (sources.documents(settings.data, split, settings.cache) for split in ("train", "test"))
-    if settings.tokenizer == "gpt2":
-        tok = gpt2_tokenizer()
-    else:
-        tok = cached_tokenizer(settings.tokenizer, train, settings.model.vocab, settings.cache)
+    train, left_out = sources.documents_counted(settings.data, "train", settings.cache)
+    test = sources.documents(settings.data, "test", settings.cache)
+    kind, vocab = settings.tokenizer, settings.model.vocab
+    tok = gpt2_tokenizer() if kind == "gpt2" else cached_tokenizer(kind, train, vocab, settings.cache)
     if tok.vocab_size > settings.model.vocab:
         raise UserError(f"the tokenizer has {tok.vocab_size} ids; set --model.vocab to at least that")
     stream, heldout = (pipelines.tokenize_stream(documents, tok, settings.cache) for documents in (train, test))
     size = settings.model.block, settings.batch
     batches = pipelines.windows(stream, *size, seed=settings.seed, part=share.index, parts=share.count)
     windows, counts = heldout_windows(heldout, *size, settings.eval_batches)
-    rows = {"documents": RowCounts(len(train)).without("empty", train.count("")), "held-out windows": counts}
-    bytes_ = sum(len(text.encode()) for text in test)
-    return Data(tok, len(stream), batches, windows, LoadedData(rows), len(heldout) / bytes_)
+    rows = {"documents": RowCounts.of(train, left_out).without("empty", train.count("")), "held-out windows": counts}
+    tokens_per_byte = len(heldout) / sum(len(text.encode()) for text in test)
+    return Data(tok, len(stream), batches, windows, LoadedData(rows), tokens_per_byte)
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -137,10 +136,10 @@ def main(settings: Settings) -> dict[str, Any]:
                 heldout = None
                 if loop.is_due(i, settings.eval_every):
                     nats = rollout.heldout_nats(state.trainable, settings.model, data.heldout, mesh)
-                    bits = nats.mean * data.tokens_per_byte / math.log(2)
-                    heldout = {"heldout_nats_per_token": nats.mean, "heldout_bits_per_byte": bits}
+                    bits = nats.times(data.tokens_per_byte / math.log(2))
+                    heldout = {"heldout_nats_per_token": nats.mean, "heldout_bits_per_byte": bits.mean}
                     text = sample(state.trainable, settings.model, data.tok, jax.random.fold_in(sample_key, i), mesh)
-                    loss = f"{nats.plus_minus()} nats per token, {bits:.3f} bits per byte"
+                    loss = f"{nats.plus_minus()} nats per token, {bits.plus_minus()} bits per byte"
                     run.say(f"step {i}: held-out loss {loss} · {text!r}")
                 loop.record(i, (state, dropout_key), metrics, heldout)
         save_model(settings.run / "model", state.trainable, settings.model, data.tok, {"raw": True})

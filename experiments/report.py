@@ -181,14 +181,17 @@ def _take(answers: rollout.SampledAnswers, index: np.ndarray) -> rollout.Sampled
     return rollout.SampledAnswers([answers.texts[i] for i in index], rows, answers.ended[index])
 
 
-def heldout_prompts(settings: Settings) -> list[Prompt]:
-    """The held-out prompts, of which the report uses the first `prompts`. Raises UserError if there are too few."""
-    prompts = sources.prompts(settings.data, "test", settings.cache)
+def heldout_prompts(settings: Settings) -> tuple[list[Prompt], RowCounts]:
+    """The first `prompts` held-out prompts, and what was left out. Raises UserError if there are too few."""
+    prompts, left_out = sources.prompts_counted(settings.data, "test", settings.cache)
     if len(prompts) < settings.prompts:
         raise UserError(
             f"{settings.data} has {len(prompts)} held-out prompts; set --prompts (of report) to at most that"
         )
-    return prompts
+    counts = RowCounts.of(prompts, left_out)
+    return prompts[: settings.prompts], counts.without(
+        f"over --prompts {settings.prompts}", len(prompts) - settings.prompts
+    )
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -201,9 +204,7 @@ def main(settings: Settings) -> dict[str, Any]:
         loaded = {name: load_model(settings.stages / name) for name in names}
         config, tok = loaded["sft"].config, loaded["sft"].tokenizer
         params = {name: sharding.replicate(one.params, mesh) for name, one in loaded.items()}
-        every = heldout_prompts(settings)
-        counts = RowCounts(len(every)).without(f"over --prompts {settings.prompts}", len(every) - settings.prompts)
-        prompts = every[: settings.prompts]
+        prompts, counts = heldout_prompts(settings)
         judge = fit_judge(
             sources.labelled_reviews(sources.EMBEDDED, "train", settings.cache),
             sources.labelled_reviews(sources.EMBEDDED, "test", settings.cache),

@@ -140,7 +140,7 @@ def main(settings: Settings) -> dict[str, Any]:
             data.steps, {f"heldout_{name}": getattr(figures, name) for name in ("accuracy", "nll", "calibration_error")}
         )
         ceiling_text = f", the annotator's own ceiling {ceiling:.1%}" if ceiling else ""
-        run.say(f"reward: held-out accuracy {figures}{ceiling_text}; calibration error {figures.calibration_error:.3f}")
+        run.say(f"reward: held-out accuracy {figures}{ceiling_text}; {figures.loss_text}")
         if settings.lora:
             save_model(settings.run / "adapters", state.trainable, config)
         save_model(settings.run / "model", normalise(lora.merge(state.params)), config, tok)

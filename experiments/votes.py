@@ -43,17 +43,18 @@ def main(settings: Settings) -> dict[str, Any]:
         print(f"{new} new verdicts of {len(verdicts)} from {settings.read}")
         for reason, count in left_out.items():
             print(f"{count} left out: {reason}")
-    everything = store.votes()
+    everything, tasks = store.votes(), store.tasks()
     kinds = Counter(vote.kind for vote in everything)
     print(
-        f"{settings.votes}: {len(everything)} votes on {len(store.tasks())} prompts ("
+        f"{settings.votes}: {len(everything)} votes on {len(tasks)} prompts ("
         + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         + ")"
     )
     for annotator, count in Counter(vote.annotator for vote in everything).most_common():
-        steady = votes.agreement([vote for vote in everything if vote.annotator == annotator], within=True)
+        theirs = [vote for vote in everything if vote.annotator == annotator]
+        steady = votes.agreement(theirs, within=True, tasks=tasks)
         print(f"  {annotator}: {count}" + (f", same favourite when asked again {steady}" if steady else ""))
-    between = votes.agreement(everything)
+    between = votes.agreement(everything, tasks=tasks)
     print(f"agreement between annotators: {between or 'no prompt has votes by two annotators yet'}")
     if settings.write:
         rows, lost = formats.write(settings.write, formats.verdicts_in(store), settings.format)

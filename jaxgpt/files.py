@@ -18,16 +18,22 @@ from typing import Any, BinaryIO
 from jaxgpt.errors import UserError
 
 _GZIP = b"\x1f\x8b"
-_TO_LINES = (
+TO_LINES = (
     "convert it to JSON Lines, e.g. with pandas: read_{0}(FILE).to_json('rows.jsonl', orient='records', lines=True)"
 )
 _NOT_TEXT = {  # how a file starts that is often given by mistake, what it is, and what to do
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unpack it with `zstd -d`, or compress it with gzip"),
     b"\xfd7zXZ\0": ("compressed by xz", "unpack it with `xz -d`, or compress it with gzip"),
     b"BZh91AY&SY": ("compressed by bzip2", "unpack it with `bzip2 -d`, or compress it with gzip"),
-    b"PK\3\4": ("a zip archive", "unpack it"),
-    b"PAR1\x15": ("a Parquet file", _TO_LINES.format("parquet")),
-    b"ARROW1\0\0": ("an Arrow file", _TO_LINES.format("feather")),
+    b"\x04\x22\x4d\x18": ("compressed by lz4", "unpack it with `lz4 -d`, or compress it with gzip"),
+    _GZIP: ("compressed by gzip twice", "unpack it once with `gunzip`"),
+    b"PK\3\4": ("a zip archive or an Office document", "unpack it, or save its text as UTF-8"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it"),
+    b"Rar!\x1a\7": ("a RAR archive", "unpack it"),
+    b"%PDF-": ("a PDF document", "save its text as UTF-8"),
+    b"version https://git-lfs.": ("a pointer of Git LFS in place of the file", "fetch the file with `git lfs pull`"),
+    b"PAR1\x15": ("a Parquet file", TO_LINES.format("parquet")),
+    b"ARROW1\0\0": ("an Arrow file", TO_LINES.format("feather")),
     b"SQLite format 3\0": ("an SQLite database", "if it holds votes, its name must end with .sqlite or .db"),
     b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
     b"\xfe\xff": ("UTF-16 text", "save it as UTF-8"),
@@ -176,7 +182,9 @@ def open_text(path: Path) -> Iterator[io.BufferedReader]:
         with path.open("rb") as plain:
             packed: Any = gzip.GzipFile(fileobj=plain)
             file = io.BufferedReader(packed) if plain.peek(2).startswith(_GZIP) else plain
-            head = file.peek(64)[:64]
+            head = file.peek(512)[:512]
+            if head[257:262] == b"ustar":
+                raise UserError(f"{path} is a tar archive, not UTF-8 text; unpack it")
             for start, (what, advice) in _NOT_TEXT.items():
                 if head.startswith(start):
                     raise UserError(f"{path} is {what}, not UTF-8 text; {advice}")

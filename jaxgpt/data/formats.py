@@ -34,16 +34,21 @@ from jaxgpt.data.comparisons import (
     from_tiers,
     to_row,
 )
-from jaxgpt.data.jsonl import checked_text, read_rows, text_field, write_rows
+from jaxgpt.data.jsonl import checked_text, read_rows, refuse_ignored_context, text_field, write_rows
 from jaxgpt.data.tokenizer import gpt2_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of_file, write_json
 
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 DIFFERENT = "answers to different conversations"
+UNANSWERED = "conversations that end with another turn than an answer"
 UNSPEAKABLE = "turns of other roles than user, assistant and system, or with a turn marker in their text"
 MARKED = tuple(f"\n\n{who}:" for who in ROLES)  # how a prompt in that notation starts
 _MARKER = rf"({'|'.join(ROLES)}):"
+_OTHER_TURN = re.compile(  # a turn in another notation: "User:", "### assistant:", "<|im_start|>user", "[INST]"
+    r"^[^\w\n]*(human|user|assistant|system|bot)[^\w\n]{0,3}[:|>]|<\|\w+\|>\s*(user|assistant|system)\b|<start_of_turn>|\[INST\]",
+    re.I | re.M,
+)
 ARENA = {"model_a": ((0,), (1,)), "model_b": ((1,), (0,))}
 Row = Mapping[str, Any]
 
@@ -92,8 +97,8 @@ def fingerprint(path: Path) -> str:
 
 def read(path: Path) -> tuple[list[Verdict], Counter[str]]:
     """The verdicts in a file, and how many rows were left out, by reason: the two conversations differ before the last
-    answer, so the answers are not to the same prompt, or a turn can't be told apart in the notation of hh-rlhf. Raises
-    UserError naming file, line and field."""
+    answer, so the answers are not to the same prompt; one ends without an answer; or a turn can't be told apart in the
+    notation of hh-rlhf. Raises UserError naming file, line and field."""
     rows = list(_verdicts(path))
     found = [row for row in rows if not isinstance(row, str)]
     left_out = Counter(row for row in rows if isinstance(row, str))
@@ -148,7 +153,7 @@ def import_verdicts(store: votes.Store, judged: Sequence[Verdict], annotator: st
     """Add verdicts as tasks and votes, and return how many were new: importing a file again adds nothing.
 
     Verdicts on the same answers to a prompt, in whatever order, are votes on one task. Those that name no annotator
-    are each by another person: `annotator`, "`annotator` 2", and so on."""
+    are each by another person: `annotator`, "`annotator` 2", and so on. Long names are cut, and stay different."""
     new = 0
     tasks = {_content(task.prompt, [a.text for a in task.answers]): task for task in store.tasks().values()}
     unnamed: Counter[str] = Counter()  # verdicts so far, by task
@@ -162,13 +167,15 @@ def import_verdicts(store: votes.Store, judged: Sequence[Verdict], annotator: st
         ours = sorted(range(len(verdict.answers)), key=verdict.answers.__getitem__)
         place = dict(zip(ours, theirs, strict=True))
         tiers = tuple(tuple(sorted(place[i] for i in tier)) for tier in verdict.tiers)
-        who = verdict.meta.get("annotator")
-        if who is None:
+        who = str(verdict.meta.get("annotator", "")).strip()
+        if not who or verdict.meta["annotator"] is None:
             unnamed[task.id] += 1
             who = annotator if unnamed[task.id] == 1 else f"{annotator} {unnamed[task.id]}"
-        id_ = f"{task.id}-{votes.hash_fraction(repr((str(who)[:64], verdict.kind, tiers))):.12f}"
+        if len(who) > 64:
+            who = f"{who[:51]} {hashlib.sha256(who.encode()).hexdigest()[:12]}"
+        id_ = f"{task.id}-{votes.hash_fraction(repr((who, verdict.kind, tiers))):.12f}"
         shown = tuple(place[i] for i in range(len(place)))
-        new += store.vote(votes.Vote(id_, task.id, str(who)[:64], verdict.kind, tiers, shown))
+        new += store.vote(votes.Vote(id_, task.id, who, verdict.kind, tiers, shown))
     return new
 
 
@@ -236,9 +243,10 @@ def _read_row(row: Row, where: str) -> Verdict:
     else:
         text_field(row, "chosen", where), text_field(row, "rejected", where)
         if re.match(rf"\s*{_MARKER}", chosen):
-            sides = [_turns(_dialogue(side), where) for side in (chosen, rejected)]
+            sides = [_transcript(side, where) for side in (chosen, rejected)]
         else:
             sides = _split_at_difference(row, where)
+    refuse_ignored_context(row, sides[0][0], where)
     return _pair(sides, ((0,), (1,)), "favourite")
 
 
@@ -255,11 +263,16 @@ def _whole(before: Sequence[Row], side: Sequence[Row], where: str) -> list[Row]:
 def _split_at_difference(row: Row, where: str) -> list[tuple[str, str]]:
     """(prompt, answer) of two texts that start with the same prompt: their common beginning, of whole words."""
     others = row.keys() - {"chosen", "rejected"}
-    other = next((name for name in sorted(others) if isinstance(row[name], (str, list)) and row[name]), "")
+    other = next((name for name in sorted(others) if isinstance(row[name], (str, list, dict)) and row[name]), "")
     if other:
         raise UserError(
             f"{where}: {other!r} would be ignored, and the words that chosen and rejected start with be taken for the "
             "prompt; rename it to prompt if it is the prompt, otherwise remove it"
+        )
+    if found := _OTHER_TURN.search(row["chosen"]):
+        raise UserError(
+            f"{where}: {found[0].strip()!r} looks like a turn of a conversation, but not in hh-rlhf's notation; give "
+            'lists of {"role", "content"}, or what comes before the answers as prompt'
         )
     pair = (row["chosen"], row["rejected"])
     prompt = os.path.commonprefix(pair)  # noqa: RUF071  texts, not paths
@@ -289,6 +302,8 @@ def _verdict_of(given: Preference, meta: Row) -> Verdict:
 
 def _ziegler(row: Row, where: str) -> Verdict:
     names = sorted((name for name in row if re.fullmatch(r"sample\d+", name)), key=lambda name: int(name[6:]))
+    if names != [f"sample{i}" for i in range(len(names))]:
+        raise UserError(f"{where}: it has {', '.join(names)}; number the samples from 0, without a gap")
     texts = [row.get("query"), *(row[name] for name in names)]
     if all(isinstance(text, list) for text in texts):
         tok = gpt2_tokenizer()
@@ -297,10 +312,13 @@ def _ziegler(row: Row, where: str) -> Verdict:
 
 
 def _arena(row: Row, where: str) -> Verdict:
-    last = 2 * row["turn"] if isinstance(row.get("turn"), int) else None  # MT-bench judges one of two turns
-    sides = [_turns(_messages(row.get(name), where)[:last], where) for name in ("conversation_a", "conversation_b")]
+    last = 2 * row["turn"] if type(row.get("turn")) is int else None  # MT-bench judges one of two turns
+    both = [_messages(row.get(name), where) for name in ("conversation_a", "conversation_b")]
+    if last is not None and not 2 <= last <= min(map(len, both)):
+        raise UserError(f"{where}: turn is {row['turn']}, but the conversations have not so many; correct it")
+    sides = [_turns(messages[:last], where) for messages in both]
     models = (str(row.get("model_a", "unknown")), str(row.get("model_b", "unknown")))
-    meta = {"annotator": str(row["judge"])} if row.get("judge") else {}
+    meta = {} if row.get("judge") in (None, "") else {"annotator": str(row["judge"])}
     winner = str(row["winner"])
     if winner in ARENA:
         return _pair(sides, ARENA[winner], "favourite", models, meta)
@@ -319,17 +337,30 @@ def _messages(value: Any, where: str) -> list[Row]:
 
 
 def _dialogue(text: str) -> list[Row]:
-    """The turns of a transcript, which may start without its blank lines and have Windows' line breaks."""
-    if re.search(rf"\r\n\r\n{_MARKER}", text):
-        text = text.replace("\r\n", "\n")
+    """The turns of a transcript, which may start without its blank lines and have other systems' line breaks."""
+    if re.search(rf"(\r\n?)\1{_MARKER}", text):
+        text = re.sub(r"\r\n?", "\n", text)
     before, *parts = re.split(rf"\n\n{_MARKER} ?", f"\n\n{text.lstrip()}")
     if before:
         return []
     return [{"role": ROLES[who], "content": words} for who, words in zip(parts[::2], parts[1::2], strict=True)]
 
 
+def _transcript(text: str, where: str) -> tuple[str, str]:
+    """`_turns` of a transcript. UserError if a turn doesn't begin after a blank line."""
+    turns = _dialogue(text)
+    if not turns:
+        raise UserError(f"{where}: chosen is a transcript that starts with a turn, but rejected is not, or the reverse")
+    inside = re.search(rf"^\s*{_MARKER}", turns[-1]["content"], re.M)
+    if inside and turns[-1]["role"] != "assistant":
+        raise UserError(f"{where}: there is no blank line before the turn {inside[0].strip()!r}; write one")
+    return _turns(turns, where)
+
+
 def _turns(messages: Sequence[Row], where: str) -> tuple[str, str]:
     """(prompt, last answer); the prompt is that of `join_turns`."""
+    if messages and messages[-1]["role"] != "assistant" and any(m["role"] == "assistant" for m in messages):
+        raise _RowError(UNANSWERED)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError(f"{where}: a conversation must end with an answer by the assistant, after what it answers")
     *before, last = messages

@@ -9,6 +9,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import open_text, replace_file
 
 LONGEST_LINE = 16 * 2**20  # bytes
+CONTEXT = (  # fields in which others keep a part of what the model is asked
+    "system", "system_prompt", "history", "context", "instruction", "input", "question", "documents", "tools", "images",
+)  # fmt: skip
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -19,6 +22,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     `LONGEST_LINE`, or contains NaN or Infinity.
     """
     with open_text(path) as file:
+        if file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+            raise UserError(f"{path} is a web page or XML, not rows of JSON; download the file itself")
         if file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             rows = _parse(_decode(file.read(), str(path)), str(path), "one list of objects, or one object per line")
             yield from ((where := f"{path}: row {i}", _object(row, where)) for i, row in enumerate(rows))
@@ -40,12 +45,21 @@ def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
 def checked_text(value: Any, where: str, *, blank: bool = False) -> str:
     """`value` if it is valid text (non-blank unless `blank`). Otherwise raises a UserError that starts with `where`."""
     if not isinstance(value, str):
-        raise UserError(f"{where} is {type(value).__name__}, not text; put it in quotes")
+        advice = "put it in quotes" if isinstance(value, (int, float)) else "write one text"
+        raise UserError(f"{where} is {type(value).__name__}, not text; {advice}")
     if not blank and not value.strip():
         raise UserError(f"{where} is empty; write some text or remove the line")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise UserError(f"{where} holds a lone surrogate, which is not valid Unicode; remove it")
     return value
+
+
+def refuse_ignored_context(row: Mapping[str, Any], prompt: str, where: str) -> None:
+    """UserError if a field of `CONTEXT` says something that is not in the prompt: it would be dropped in silence."""
+    for name in CONTEXT:
+        value = row.get(name)
+        if value and not (isinstance(value, str) and value.strip() in prompt):
+            raise UserError(f"{where}: {name!r} would be ignored; write it into the prompt, or remove it")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -83,8 +97,16 @@ def _parse(text: str, where: str, shape: str) -> Any:
         number = float(digits)
         return number if abs(number) != float("inf") else refuse(digits)
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{where}: {twice!r} is there twice in one object; keep one")
+        return found
+
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite)
+        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
     except UserError:
         raise
     except json.JSONDecodeError as error:

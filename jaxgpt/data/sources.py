@@ -10,21 +10,25 @@ paths to .txt, .jsonl and .json files (also as .txt.gz and so on), separated by 
 | .txt          | one per file     | -                         | -                 | the last 5 to 10 % of each   |
 | .jsonl, .json | field "text"     | fields "prompt", "answer" | field "prompt"    | 5 % by hash                  |
 
+`documents`, `examples` and `prompts` return what there is to use; with `_counted` also how many rows were left out, by
+reason: blank ones of a TFDS dataset, and a prompt's repetitions.
+
 By hash: rows with the same text (or prompt) share a split, and a row stays in its split when other rows are added.
 """
 
 import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxgpt.data import openings
-from jaxgpt.data.jsonl import read_rows, text_field
+from jaxgpt.data.jsonl import read_rows, refuse_ignored_context, text_field
 from jaxgpt.data.openings import Prompt
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import hub_advice, open_text, sha256_of_file, suggest_name, text_suffix
+from jaxgpt.files import TO_LINES, hub_advice, open_text, sha256_of_file, suggest_name, text_suffix
 
 Split = Literal["train", "valid", "test"]
 EMBEDDED = "movie_reviews"
@@ -33,36 +37,56 @@ FILES = (".txt", ".jsonl", ".json")
 _TFDS = "tfds:"
 _EARLIER: dict[str, tuple[Split, ...]] = {"train": (), "valid": ("train",), "test": ("train", "valid")}
 _Rows = list[tuple[str, ...]]
+_BLANK, _REPEATED = "with a blank text", "repeated prompts"
 
 
 def documents(source: str, split: Split, cache: Path) -> list[str]:
     """Raw texts for pretraining. `cache` is where the embedded data is prepared. No 'valid' split."""
+    return documents_counted(source, split, cache)[0]
+
+
+def documents_counted(source: str, split: Split, cache: Path) -> tuple[list[str], Counter[str]]:
+    """`documents`, and how many rows were left out, by reason."""
     if source == EMBEDDED:
         _check_split(source, split, ("train", "test"))
-        return _embedded(f"imdb_{split}", cache)[0]
-    return [row[0] for row in _read_fields(source, split, ("text",))]
+        return _embedded(f"imdb_{split}", cache)[0], Counter()
+    rows, left_out = _read_fields(source, split, ("text",))
+    return [row[0] for row in rows], left_out
 
 
 def examples(source: str, split: Split, cache: Path) -> list[tuple[str, str]]:
     """(prompt, answer) pairs for finetuning. 'valid' exists for the embedded data only, whose 'valid' and 'test' leave
     out prompts of earlier splits."""
+    return examples_counted(source, split, cache)[0]
+
+
+def examples_counted(source: str, split: Split, cache: Path) -> tuple[list[tuple[str, str]], Counter[str]]:
+    """`examples`, and how many rows were left out, by reason."""
     if source == EMBEDDED:
         found, *earlier = (
             [openings.review_example(text) for text in _one_line_reviews(part, cache)]
             for part in (split, *_EARLIER.get(split, ()))
         )
         seen = {prompt for pairs in earlier for prompt, _ in pairs}
-        return [pair for pair in found if pair[0] not in seen]
-    return [(row[0], row[1]) for row in _read_fields(source, split, ("prompt", "answer"))]
+        return [pair for pair in found if pair[0] not in seen], Counter()
+    rows, left_out = _read_fields(source, split, ("prompt", "answer"))
+    return [(row[0], row[1]) for row in rows], left_out
 
 
 def prompts(source: str, split: Split, cache: Path) -> list[Prompt]:
     """Distinct prompts. 'valid' and 'test' of the embedded data leave out openings of texts in earlier splits."""
+    return prompts_counted(source, split, cache)[0]
+
+
+def prompts_counted(source: str, split: Split, cache: Path) -> tuple[list[Prompt], Counter[str]]:
+    """`prompts`, and how many rows were left out, by reason."""
     if source != EMBEDDED:
-        return [Prompt(text, "") for text in dict.fromkeys(row[0] for row in _read_fields(source, split, ("prompt",)))]
+        rows, left_out = _read_fields(source, split, ("prompt",))
+        found = [Prompt(text, "") for text in dict.fromkeys(row[0] for row in rows)]
+        return found, left_out + Counter({_REPEATED: len(rows) - len(found)})
     texts = _one_line_reviews(split, cache)
     seen = [text for earlier in _EARLIER[split] for text in _one_line_reviews(earlier, cache)]
-    return openings.unseen_openings(texts, seen)
+    return openings.unseen_openings(texts, seen), Counter()
 
 
 def fingerprint(source: str) -> dict[str, str]:
@@ -116,8 +140,8 @@ def _check_split(source: str, split: str, known: Sequence[str]) -> None:
         raise UserError(f"{source} has no split {split!r}; splits are {', '.join(known)}")
 
 
-def _read_fields(source: str, split: Split, fields: tuple[str, ...]) -> _Rows:
-    """Rows of `fields` from a TFDS dataset or from files."""
+def _read_fields(source: str, split: Split, fields: tuple[str, ...]) -> tuple[_Rows, Counter[str]]:
+    """Rows of `fields` from a TFDS dataset or from files, and how many were left out, by reason."""
     _check_split(source, split, ("train", "test"))
     if source.startswith(_TFDS):
         return _from_tfds(source.removeprefix(_TFDS), split, fields)
@@ -125,7 +149,10 @@ def _read_fields(source: str, split: Split, fields: tuple[str, ...]) -> _Rows:
     json_rows: _Rows = []
     for path in _paths(source):
         if text_suffix(path) != ".txt":
-            json_rows += [tuple(text_field(row, name, where) for name in fields) for where, row in read_rows(path)]
+            for where, row in read_rows(path):
+                json_rows.append(tuple(text_field(row, name, where) for name in fields))
+                if "prompt" in fields:
+                    refuse_ignored_context(row, row["prompt"], where)
         elif fields == ("text",):
             rows += [(text,) for text in _text_file(path, split)]
         else:
@@ -134,12 +161,15 @@ def _read_fields(source: str, split: Split, fields: tuple[str, ...]) -> _Rows:
         rows += _split_by_hash(json_rows, split, source)
     if not rows:
         raise UserError(f"{source} holds no {' and '.join(fields)} for the {split} split; give more of it")
-    return rows
+    return rows, Counter()
 
 
 def _paths(source: str) -> list[Path]:
     found: list[Path] = []
     for part in (part.strip() for part in source.split(",")):
+        if not part or "://" in part:
+            what = "it is an address: download the file, and give its path" if part else "a name is missing"
+            raise UserError(f"unknown source {source!r}: {what}")
         matches = sorted(glob.glob(part)) if any(sign in part for sign in "*?[") and not Path(part).exists() else [part]
         if not matches:
             raise UserError(f"no file matches {part!r}; check the pattern")
@@ -149,7 +179,11 @@ def _paths(source: str) -> list[Path]:
             if path.is_file():
                 with open_text(path):  # raises UserError if it is a known kind of file, with what to do
                     pass
-            advice = suggest_name(str(path), (EMBEDDED, "tfds:imdb_reviews")) or hub_advice(path, "dataset")
+            table = {".csv": "csv", ".tsv": "table", ".parquet": "parquet", ".xlsx": "excel"}.get(path.suffix)
+            advice = f"; {TO_LINES.format(table)}" if table else hub_advice(path, "dataset")
+            if path.is_dir():
+                advice = f"; it is a folder: give its files, such as '{path}/*.jsonl'"
+            advice = advice or suggest_name(str(path), (EMBEDDED, "tfds:imdb_reviews"))
             raise UserError(
                 f"unknown source {str(path)!r} (known: {EMBEDDED}, tfds:NAME, *{', *'.join(FILES)}){advice}"
             )
@@ -168,7 +202,7 @@ def _text_file(path: Path, split: Split) -> list[str]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: byte {error.start} of the file is not UTF-8; save it as UTF-8") from error
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
     if not text.strip():
         raise UserError(f"{path} is empty; give a file with text")
     size = len(text.rstrip())
@@ -189,7 +223,7 @@ def _split_by_hash(rows: _Rows, split: Split, source: str) -> _Rows:
     return [row for row in rows if (row[0] in held_out) == (split == "test")]
 
 
-def _from_tfds(name: str, split: Split, fields: tuple[str, ...]) -> _Rows:
+def _from_tfds(name: str, split: Split, fields: tuple[str, ...]) -> tuple[_Rows, Counter[str]]:
     builder = _tfds_builder(name)
     columns = [_feature(builder, name, field) for field in fields]
     splits = builder.info.splits
@@ -203,8 +237,12 @@ def _from_tfds(name: str, split: Split, fields: tuple[str, ...]) -> _Rows:
     except Exception as error:  # formats, decoders and a missing TensorFlow raise different types
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"cannot read tfds:{name} ({reason}); prepare it with file_format='array_record'") from error
-    rows = [row for row in rows if all(value.strip() for value in row)]
-    return rows if "test" in splits else _split_by_hash(rows, split, f"tfds:{name}")
+    if "test" not in splits:
+        rows = _split_by_hash(rows, split, f"tfds:{name}")
+    kept = [row for row in rows if all(value.strip() for value in row)]
+    if not kept:
+        raise UserError(f"tfds:{name} holds no {' and '.join(fields)} for the {split} split; choose another dataset")
+    return kept, +Counter({_BLANK: len(rows) - len(kept)})
 
 
 def _tfds_builder(name: str) -> Any:

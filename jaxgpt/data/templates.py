@@ -31,11 +31,16 @@ Message = dict[str, str]
 
 _P, _A, _P2, _A2, _P3 = (f"\u2060{name}\u2060" for name in ("one", "two", "three", "four", "five"))
 _SPACE = "\n \n"  # around a placeholder, shows what a template strips
+_SIGNS = (
+    """all signs:\t!"#$%&'()*+,-./0;<=>?@[\\]^_`{|}~ /think\n\n\n2 Letters"""  # what a template may change in a text
+)
 _PROBES: tuple[Turn, ...] = (
     ("Hello, who are you?", "I'm a model."),
     (" two  spaces\nand lines ", " they stay\n\nor go \n"),
     ("\n2+2=4 [x] (y) é中文🙂", "\n\tcode: `f(x)`."),
     ("...", "Ünï 12345"),
+    (_SIGNS, _SIGNS),
+    ("a long text, " * 100, "a long text, " * 100),
 )
 
 
@@ -276,5 +281,5 @@ def _first_difference(tok: Tokenizer, core: tokenizers.Tokenizer) -> str:
             if ids != expected:
                 at = next((i for i, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1]), -1)
                 ours, theirs = tok.show(ids[at:][:3]), tok.show(expected[at:][:3])
-                return f"{what} {texts[-1]!r} has {theirs!r} at token {at}, where its parts give {ours!r}"
+                return f"{what} {texts[-1][:60]!r} has {theirs!r} at token {at}, where its parts give {ours!r}"
     return ""

@@ -40,7 +40,7 @@ _PIECE = 65_536  # characters: documents are cut into pieces of at most this len
 _SECRET = secrets.token_hex(16)  # part of the control tokens' names in this process: no text can guess it
 _CUT = f"<{_SECRET}:>"  # keeps the texts before and after it apart; no token of the model
 _NAME = re.compile(rf"<{_SECRET}:(\d+)>")
-_MARKUP = re.compile(r"[<\[{◁].+[>\]}▷]", re.DOTALL)  # <think>, [INST]: a control token even if it isn't marked special
+_MARKUP = re.compile(r"\s*[^\w\s].*\w.*[^\w\s]\s*", re.DOTALL)  # <think>, [INST], |end|: special even if not marked so
 
 Ids = Sequence[int] | np.ndarray
 Row = tuple[Sequence[int], Sequence[int]]  # the ids of an example, and their roles: see `templates.example_ids`
@@ -268,7 +268,7 @@ class Tokenizer:
 
 
 def control_tokens(core: tokenizers.Tokenizer) -> dict[int, str]:
-    """The tokens that no text may become: special ones, and others that were added and look like markup."""
+    """The tokens that no text may become: special ones, and added ones that look like markup: a word between signs."""
     added = core.get_added_tokens_decoder().items()
     return {i: token.content for i, token in added if token.special or _MARKUP.fullmatch(token.content)}
 
@@ -280,7 +280,10 @@ def find_control_token(controls: Mapping[int, str], text: str) -> tuple[int, int
 
 
 def prepended(core: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """The ids that a tokenizer puts before a text: those of its post-processor."""
+    """The ids that a tokenizer puts before a text: those of its post-processor. Truncation and padding that would hide
+    them are switched off."""
+    core.no_truncation()
+    core.no_padding()
     whole, text = core.encode("a").ids, core.encode("a", add_special_tokens=False).ids
     for first in range(len(whole) - len(text) + 1):
         if whole[first : first + len(text)] == text:

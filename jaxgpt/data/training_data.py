@@ -4,9 +4,10 @@ Every stage says this in the same words (`RowCounts`), and stores it in its resu
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from jaxgpt.data.comparisons import (
     tie_rate,
     tokenize_preferences,
 )
-from jaxgpt.data.templates import example_ids
+from jaxgpt.data.templates import example_ids, prompt_ids
 from jaxgpt.data.tokenizer import Row, Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.losses import TIE
@@ -33,6 +34,11 @@ class RowCounts:
 
     read: int
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, used: Sized, left_out: Counter[str]) -> Self:
+        """Of what a reader returned, and what it left out."""
+        return cls(len(used) + left_out.total(), left_out)
 
     @property
     def used(self) -> int:
@@ -154,16 +160,22 @@ def load_examples(source: str, cache: Path, tok: Tokenizer, *, length: int, held
     rows, counts = {}, {}
     splits: dict[str, sources.Split] = {"examples": "train", "heldout": "test"}
     for name, split in splits.items():
-        pairs = sources.examples(source, split, cache)
+        pairs, left_out = sources.examples_counted(source, split, cache)
         try:
             rows[name], dropped = pipelines.fit_rows([example_ids(tok, *pair) for pair in pairs], length)
         except UserError as error:
             raise UserError(f"{source}{' (held out)' if name == 'heldout' else ''}: {error}") from None
-        counts[name] = RowCounts(len(pairs)).without(f"longer than {length} tokens", dropped)
+        counts[name] = RowCounts.of(pairs, left_out).without(f"longer than {length} tokens", dropped)
     counts["heldout"] = counts["heldout"].without("over --eval-batches", len(rows["heldout"]) - heldout)
     train, held = rows["examples"], rows["heldout"][:heldout]
     trained_on = count_trained_on(map(prompt_of, held), map(prompt_of, train))
     return ExampleData(counts=counts, trained_on=trained_on, train=train, heldout=held)
+
+
+def load_prompts(source: str, cache: Path, tok: Tokenizer) -> tuple[list[list[int]], RowCounts]:
+    """The ids of a source's prompts to train on, and what was left out."""
+    prompts, left_out = sources.prompts_counted(source, "train", cache)
+    return [prompt_ids(tok, prompt.text) for prompt in prompts], RowCounts.of(prompts, left_out)
 
 
 def load_windows(

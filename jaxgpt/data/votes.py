@@ -20,7 +20,7 @@ import random
 import sqlite3
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -447,7 +447,7 @@ class Agreement:
     same: float  # fraction of the pairs with the same favourite
     low: float  # 95 % bootstrap interval of `same`, over tasks
     high: float
-    chance: float  # expected `same` of random votes: the mean of 1 / C over pairs, because candidates have no order
+    chance: float  # expected `same` of random votes: the mean of 1 / C over pairs, if all C answers differ
 
     @property
     def kappa(self) -> float:
@@ -461,18 +461,23 @@ class Agreement:
         )
 
 
-def agreement(votes: Sequence[Vote], *, within: bool = False) -> Agreement | None:
+def agreement(
+    votes: Sequence[Vote], *, within: bool = False, tasks: Mapping[str, Task] | None = None
+) -> Agreement | None:
     """Agreement between annotators or, if `within`, of each with their own earlier votes. None if no task has a pair
-    of votes. Votes without a favourite (skips, ties at the top, all bad) are left out."""
-    by_task: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+    of votes. Votes without a favourite (skips, ties at the top, all bad) are left out. With `tasks`, answers with the
+    same text are one answer."""
+    by_task: dict[str, list[tuple[str, int | str, float]]] = defaultdict(list)
     for vote in votes:
         if vote.kind in ("favourite", "ranking") and len(vote.tiers[0]) == 1:
-            by_task[vote.task].append((vote.annotator, vote.tiers[0][0], len(vote.shown)))
+            names = {i: tasks[vote.task].answers[i].text if tasks else i for i in vote.shown}
+            chance = sum((count / len(names)) ** 2 for count in Counter(names.values()).values())
+            by_task[vote.task].append((vote.annotator, names[vote.tiers[0][0]], chance))
     rows = []  # per task: pairs, pairs that agree, and how many would by chance
     for marks in by_task.values():
         pairs = [(a, b) for a, b in itertools.combinations(marks, 2) if (a[0] == b[0]) == within]
         if pairs:
-            rows.append((len(pairs), sum(a[1] == b[1] for a, b in pairs), sum(1 / max(a[2], b[2]) for a, b in pairs)))
+            rows.append((len(pairs), sum(a[1] == b[1] for a, b in pairs), sum(min(a[2], b[2]) for a, b in pairs)))
     if not rows:
         return None
     table = np.array(rows, float)

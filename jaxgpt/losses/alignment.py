@@ -44,7 +44,7 @@ def cdpo(
     ref_logp_BC: Array,
     choice_B: Array,
     beta: float | Array,
-    epsilon: float,
+    epsilon: float | Array,
     present_BC: Array | None = None,
 ) -> Array:
     """Conservative DPO, [B]: assumes that each label is wrong with probability epsilon (Mitchell 2023, for C = 2).
@@ -53,8 +53,9 @@ def cdpo(
     """
     expect(logp=(logp_BC, "float B C"), ref_logp=(ref_logp_BC, "float B C"), choice=(choice_B, "int B"))
     present_BC = jnp.ones(logp_BC.shape, bool) if present_BC is None else present_BC
-    weight_BC = smooth_choice(choice_B, present_BC, epsilon)
-    return soft_preference_nll(implicit_reward(logp_BC, ref_logp_BC, beta), weight_BC, present_BC)
+    scores_BC = implicit_reward(logp_BC, ref_logp_BC, beta)
+    weight_BC = smooth_choice(choice_B, present_BC, jnp.asarray(epsilon, scores_BC.dtype))
+    return soft_preference_nll(scores_BC, weight_BC, present_BC)
 
 
 def ipo(chosen_log_ratio: Array, rejected_log_ratio: Array, tau: float) -> Array:

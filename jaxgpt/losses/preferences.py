@@ -164,16 +164,17 @@ def soft_preference_nll(scores_BC: Array, weight_BC: Array, present_BC: Array | 
     return -jnp.where(counted_BC, weight_BC * jnp.where(counted_BC, logp_BC, 0.0), 0.0).sum(axis=1)
 
 
-def smooth_choice(choice_B: Array, present_BC: Array, epsilon: float) -> Array:
+def smooth_choice(choice_B: Array, present_BC: Array, epsilon: float | Array) -> Array:
     """Target probabilities if a label is wrong with probability eps: 1 - eps for the choice, eps shared by the other
-    candidates, [B, C] float32 (a lone candidate keeps 1; a row without candidates gets 0)."""
+    candidates, [B, C] in the dtype of epsilon (a lone candidate keeps 1; a row without candidates gets 0)."""
     expect(choice=(choice_B, "int B"), present=(present_BC, "bool B C"))
     C = present_BC.shape[1]
     expect_value((choice_B >= 0) & (choice_B < C), f"a choice is outside 0..{C - 1}, the {C} candidates")
     chosen_BC = choice_B[:, None] == jnp.arange(C)
     expect_value((~chosen_BC | present_BC | ~present_BC.any(1, keepdims=True)), "a favourite is not present")
     chosen_BC &= present_BC
-    others_B1 = present_BC.sum(axis=1, keepdims=True).astype(jnp.float32) - 1
+    (epsilon,) = promote(epsilon)
+    others_B1 = present_BC.sum(axis=1, keepdims=True).astype(epsilon.dtype) - 1
     doubt_B1 = jnp.where(others_B1 > 0, epsilon, 0.0)
     weight_BC = jnp.where(chosen_BC, 1.0 - doubt_B1, doubt_B1 / jnp.maximum(others_B1, 1))
     return jnp.where(present_BC, weight_BC, 0.0)

@@ -29,7 +29,7 @@ _NAMES = {  # GGUF's names -> Hugging Face's
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_CONTROL = 3  # special tokens have this value in tokenizer.ggml.token_type
+_CONTROL, _ADDED = 3, 4  # in tokenizer.ggml.token_type: special tokens, and others found before BPE, such as <think>
 _LLAMA3_PATTERN = (  # how Llama 3 splits text before BPE
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -157,8 +157,9 @@ def _tokenizer(file: GGUFFile, use_tags: bool) -> Tokenizer:
     core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     core.pre_tokenizer, core.decoder = supported[pre], decoders.ByteLevel()
     types = file.get("tokenizer.ggml.token_type", [])
-    control = [token for token, type_ in zip(tokens, types, strict=False) if type_ == _CONTROL]
-    core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in control])
+    for token, type_ in zip(tokens, types, strict=False):
+        if type_ in (_CONTROL, _ADDED):
+            core.add_tokens([tokenizers.AddedToken(token, special=type_ == _CONTROL, normalized=False)])
     names = {}
     for name in ("bos", "eos", "unknown", "padding"):
         if (i := file.get(f"tokenizer.ggml.{name}_token_id")) is not None:

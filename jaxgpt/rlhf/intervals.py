@@ -25,6 +25,10 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def times(self, factor: float) -> "Interval":
+        """The same in another unit."""
+        return Interval(self.mean * factor, self.low * factor, self.high * factor)
+
     def plus_minus(self, digits: int = 3) -> str:
         """The mean and half the interval's width."""
         half = (self.high - self.low) / 2
@@ -163,6 +167,23 @@ def calibration(
     total = sum(row["count"] for row in table)
     error = sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in table) / total
     return table, float(error)
+
+
+def calibration_by_chance(
+    probability_BC: np.ndarray, clusters: Sequence[Hashable] | None = None, draws: int = 200
+) -> float:
+    """The error in `calibration` that 95 % of perfectly calibrated predictions stay below, with as many choices: it is
+    measured on favourites drawn from the predictions. Absent candidates have probability 0. Choices of one cluster are
+    drawn together."""
+    B, C = probability_BC.shape
+    index = {cluster: n for n, cluster in enumerate(dict.fromkeys(clusters if clusters is not None else range(B)))}
+    of_B = np.array([index[one] for one in clusters]) if clusters is not None else np.arange(B)
+    rng, cumulative_BC, errors = np.random.default_rng(0), probability_BC.cumsum(1)[:, :-1], []
+    for _ in range(draws):
+        chosen_B = (rng.random(len(index))[of_B, None] > cumulative_BC).sum(1)
+        hit_BC = np.arange(C) == chosen_B[:, None]
+        errors.append(calibration(probability_BC[probability_BC > 0], hit_BC[probability_BC > 0])[1])
+    return float(np.quantile(errors, 0.95))
 
 
 def proportion(hits: float, count: float) -> Interval:

@@ -19,7 +19,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.losses import Mean, returns
 from jaxgpt.models import sharding, transformer
-from jaxgpt.rlhf.intervals import Interval, calibration, in_percent, ratio_interval, share
+from jaxgpt.rlhf.intervals import Interval, calibration, calibration_by_chance, in_percent, ratio_interval, share
 from jaxgpt.structs import Array, Batch, Params, Preferences
 from jaxgpt.training.step import LossFn, Metrics, jit_on
 
@@ -90,6 +90,15 @@ class HeldoutMetrics(NamedTuple):
     chance_nll: float  # of a uniform guess: the mean of log C
     calibration: list[dict[str, float]]  # table of softmax(h) against choices, see `intervals.calibration`
     calibration_error: float
+    calibration_by_chance: float  # 95 % of perfectly calibrated predictions would have a smaller error
+
+    @property
+    def loss_text(self) -> str:
+        """Loss and calibration error, each with what says how far chance goes."""
+        return (
+            f"loss {self.nll_interval.plus_minus()} (guessing {self.chance_nll:.3f}); calibration error "
+            f"{self.calibration_error:.3f} (by chance up to {self.calibration_by_chance:.3f})"
+        )
 
     def __str__(self) -> str:
         return f"{in_percent(self.accuracy_interval, self.choices)}, chance {self.chance:.1%}"
@@ -99,7 +108,12 @@ def heldout_metrics(
     score_BC: np.ndarray, choice_B: np.ndarray, present_BC: np.ndarray, prompts: Sequence[Hashable] | None = None
 ) -> HeldoutMetrics:
     """`HeldoutMetrics` from scores [B, C], the favourite's index (or `TIE`) [B], which candidates exist [B, C], and
-    what each row's prompt is (without it, every row has its own); on the host. UserError if no row has a favourite."""
+    what each row's prompt is (without it, every row has its own); on the host. UserError if no row has a favourite, or
+    if a score is not finite."""
+    if wrong := int((~np.isfinite(score_BC) & present_BC).any(1).sum()):
+        raise UserError(
+            f"the scores of {wrong} of {len(score_BC)} held-out rows are not finite; lower the learning rate"
+        )
     kept = np.flatnonzero(np.asarray(choice_B) != losses.TIE)
     if not len(kept):
         raise UserError(f"all {len(choice_B)} held-out preferences are ties; hold out some that have a favourite")
@@ -124,6 +138,7 @@ def heldout_metrics(
         chance_nll=float(np.log(count_B).mean()),
         calibration=table,
         calibration_error=error,
+        calibration_by_chance=calibration_by_chance(np.exp(logp_BC), prompts),
     )
 
 

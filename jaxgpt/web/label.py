@@ -143,7 +143,9 @@ class LabelStatistics:
         now = time.monotonic()
         computed_at, cached = self._cache.get(annotator, (-np.inf, None))
         if now - computed_at > self.every:
-            agreement = votes.agreement(self.store.votes(annotator), within=annotator is not None)
+            agreement = votes.agreement(
+                self.store.votes(annotator), within=annotator is not None, tasks=self.store.tasks()
+            )
             cached = {**dataclasses.asdict(agreement), "kappa": agreement.kappa} if agreement else None
             self._cache[annotator] = now, cached
         return cached

@@ -286,6 +286,11 @@ def test_a_text_file_is_trained_on_for_90_to_95_percent_whatever_its_lines(
     assert int(0.9 * size) <= len(train) <= 0.95 * size and train.endswith(end)
 
 
+def test_blank_lines_at_the_start_of_a_text_file_are_no_text(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "x.txt").write_text("\n" * 2000 + "abc def " * 5)
+    assert sources.documents(f"{tmp_path}/x.txt", "train", cache) == [("abc def " * 5)[:36]]
+
+
 ROWS = [{"text": f"text {i}"} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
@@ -310,7 +315,14 @@ def test_a_file_is_read_by_what_it_holds_whatever_its_name(tmp_path: Path, cache
         (b"\x28\xb5\x2f\xfd\x04\x88", "is compressed by zstd, .*`zstd -d`"),
         (b"PAR1\x15\x04\x15\xff", r"is a Parquet file, .*read_parquet.*orient='records', lines=True"),
         (gzipped(b"PAR1\x15\x04\x15\xff"), "is a Parquet file"),
-        (b"PK\3\4\x14\0\0\xff", "is a zip archive, .*unpack it"),
+        (b"PK\3\4\x14\0\0\xff", "is a zip archive or an Office document, .*unpack it"),
+        (b"\x04\x22\x4d\x18" + LINES, "is compressed by lz4, .*`lz4 -d`"),
+        (gzipped(gzipped(LINES)), "is compressed by gzip twice, .*`gunzip`"),
+        (b"%PDF-1.4 1 0 obj", "is a PDF document, .*save its text"),
+        (b"7z\xbc\xaf\x27\x1c\0\4", "is a 7z archive, .*unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "is a pointer of Git LFS .*pull`"),
+        (b"a.txt".ljust(257, b"\0") + b"ustar\00000", "is a tar archive, .*unpack it"),
+        (gzipped(b"a.txt".ljust(257, b"\0") + b"ustar\00000"), "is a tar archive, .*unpack it"),
         (bz2.compress(LINES), "is compressed by bzip2, .*`bzip2 -d`"),
         (lzma.compress(LINES), "is compressed by xz, .*`xz -d`"),
         (b"SQLite format 3\0\x10\0", "is an SQLite database, .*must end with .sqlite or .db"),
@@ -340,12 +352,16 @@ def test_what_is_no_text_is_named_with_what_to_do(
         (b'{"text": ["a"]}', "x.jsonl", r"x.jsonl:1: text is list, not text"),
         (b'{"text": " "}', "x.jsonl", r"x.jsonl:1: text is empty"),
         (b'{"text": NaN}', "x.jsonl", r"x.jsonl:1: NaN"),
+        (b'{"text": "a", "text": "b"}', "x.jsonl", r"x.jsonl:1: 'text' is there twice in one object; keep one"),
+        (b'{"text": null}', "x.jsonl", r"x.jsonl:1: text is NoneType, not text; write one text"),
         (b'{"text": "a"', "x.jsonl", r"x.jsonl:1: not JSON"),
         (gzipped(b'{"text": "a"}\n' * 9)[:-9], "x.jsonl", "x.jsonl is a damaged gzip file"),
         (b'[{"text": "a"}, "b"]', "x.jsonl", "x.jsonl: row 1: a str, not an object"),
         (b'[{"text": "a"},\n{]', "x.json", "x.json: not JSON at line 2, character 2: .*one list of objects, or one"),
         (b'[{"text": 1e999}]', "x.json", "x.json: 1e999 is not JSON"),
-        (b"a", "x.csv", r"unknown source .*x.csv"),
+        (b"a", "x.csv", r"unknown source .*x.csv.*read_csv\(FILE\)"),
+        (b"a\tb", "x.tsv", r"unknown source .*x.tsv.*read_table\(FILE\)"),
+        (b"\n<!DOCTYPE html><html>", "x.jsonl", r"x.jsonl is a web page or XML, not rows"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, cache: Path, content: bytes, kind: str, message: str) -> None:
@@ -354,11 +370,37 @@ def test_bad_files_are_named(tmp_path: Path, cache: Path, content: bytes, kind: 
         sources.documents(str(tmp_path / kind), "train", cache)
 
 
+def test_what_a_row_asks_beside_its_prompt_is_never_ignored(tmp_path: Path, cache: Path) -> None:
+    path, plain = (
+        tmp_path / "x.jsonl",
+        '{"prompt": "Sum up: A b.", "answer": "c", "id": 1, "context": "A b.", "tools": []}\n',
+    )
+    for name, value in (("system", "Be brief."), ("context", "Another text"), ("history", [["a", "b"]])):
+        path.write_text(plain + json.dumps({"prompt": "p", "answer": "a", name: value}) + "\n")
+        for read in (sources.examples, sources.prompts):
+            with pytest.raises(UserError, match=rf"x.jsonl:2: '{name}' would be ignored; write it into the prompt"):
+                read(str(path), "train", cache)
+    path.write_text(plain + plain.replace("Sum up", "In short"))
+    assert len(sources.examples(str(path), "train", cache)) == 1
+
+
+def test_repeated_prompts_are_counted(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"prompt": "p{n % 7}"}}\n' for n in range(14)))
+    found = [sources.prompts_counted(f"{tmp_path}/x.jsonl", split, cache) for split in ("train", "test")]  # type: ignore[arg-type]
+    assert sorted(one.text for prompts, _ in found for one in prompts) == [f"p{n}" for n in range(7)]
+    assert sum((left_out for _, left_out in found), Counter()) == {"repeated prompts": 7}
+    assert sources.prompts(f"{tmp_path}/x.jsonl", "train", cache) == found[0][0]
+
+
 def test_bad_source_names(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "x.txt").write_text("a\nb")
     for call, message in [
         (lambda: sources.documents("movie_review", "train", cache), "did you mean movie_reviews"),
         (lambda: sources.documents("missing.txt", "train", cache), "no file missing.txt"),
+        (lambda: sources.documents("missing.csv", "train", cache), r"read_csv\(FILE\).to_json"),
+        (lambda: sources.documents("https://example.org/a.txt", "train", cache), "address: download the file"),
+        (lambda: sources.documents(f"{tmp_path}/x.txt,", "train", cache), "a name is missing"),
+        (lambda: sources.documents(str(tmp_path), "train", cache), r"it is a folder: give its files, .*\*.jsonl"),
         (lambda: sources.documents(f"{tmp_path}/*.jsonl", "train", cache), "no file matches"),
         (lambda: sources.examples(f"{tmp_path}/x.txt", "train", cache), "plain text; give prompt and answer in"),
         (lambda: sources.documents(REVIEWS, "valid", cache), "no split 'valid'"),
@@ -384,13 +426,15 @@ class TwoColumns(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from ((i, {"sentence": f"sentence {i}", "label": i % 2}) for i in range(500))
+        yield from ((i, {"sentence": f"sentence {i}" if i else " ", "label": i % 2}) for i in range(501))
 
 
 def test_any_tfds_name(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     train, test = (sources.documents("tfds:two_columns", split, cache) for split in ("train", "test"))  # type: ignore[arg-type]
-    assert sorted(train + test) == sorted(f"sentence {i}" for i in range(500)) and 5 < len(test) < 50
+    assert sorted(train + test) == sorted(f"sentence {i}" for i in range(1, 501)) and 5 < len(test) < 50
+    blank = [sources.documents_counted("tfds:two_columns", split, cache)[1] for split in ("train", "test")]  # type: ignore[arg-type]
+    assert sum(blank, Counter()) == {"with a blank text": 1}
     monkeypatch.setattr(TwoColumns, "_generate_examples", None)  # already prepared: only read
     assert sources.documents("tfds:two_columns", "train", cache) == train
     with pytest.raises(UserError, match=r"no text feature 'prompt' \(it has sentence\)"):

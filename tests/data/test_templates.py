@@ -190,6 +190,23 @@ def test_no_text_forges_a_control_token(prompt, answer, source, kind):
         assert answer_text(tok, ids[roles.index(1) :]).strip() == stripped.strip()
 
 
+@pytest.mark.parametrize(
+    ("name", "typed"),
+    [
+        *(
+            (name, False)
+            for name in ("|end|", "‹think›", "【tool】", "@@call@@", "＜x＞", "▁<PRE>", "<think> ", "\n[x]")
+        ),
+        *((name, True) for name in ("    ", "word", "C++", ":-)", "://", "---")),
+    ],
+)
+def test_a_word_between_signs_is_a_control_token_and_any_other_added_token_is_text(name, typed):
+    core = core_of("byte-level", "<|im_start|>", "<|im_end|>")
+    core.add_tokens([tokenizers.AddedToken(name, special=False, normalized=False)])
+    tok = templates.chat_tokenizer(core, CHATML, NAMES, core.token_to_id("</s>"), "here")
+    assert (core.token_to_id(name) in prompt_ids(tok, f"a{name}b")) == typed
+
+
 @pytest.mark.parametrize("model", ["unigram", "wordlevel"])
 def test_a_control_token_in_the_vocabulary_is_no_word(model):
     """<s> as one of a model's own pieces, which its text could be split into."""
@@ -246,6 +263,24 @@ def test_templates_that_finish_an_answer_otherwise_than_they_ask_for_it_only_ask
 def test_templates_that_can_not_be_used_are_refused_by_name(source, text):
     with pytest.raises(UserError, match=re.escape(text)):
         chat_tokenizer(source)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("|e", "|capitalize", "|replace('{','(')", "|replace('\\n\\n','\\n')", "|replace('/think','')", "[:1000]"),
+        *(".lstrip('a')", ".replace('\\t', ' ')", "|truncate(200)"),
+    ],
+)
+def test_templates_that_change_a_text_are_refused(change):
+    """Wherever they do so: in a prompt or in an answer, in a sign, a letter, or beyond a length."""
+    for role in ("user", "assistant"):
+        changed = f"(message['content']{change} if message['role'] == '{role}' else message['content'])"
+        source = CHATML.replace("+ message['content'] +", f"+ {changed} +")
+        assert changed in source
+        core = core_of("byte-level", *controls_in(source))
+        with pytest.raises(UserError, match="can't be used"):
+            templates.chat_tokenizer(core, source, NAMES, core.token_to_id("</s>"), "here")
 
 
 def test_a_tokenizer_keeps_its_template(tmp_path):

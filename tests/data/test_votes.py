@@ -389,6 +389,16 @@ def test_agreement_of_coins_is_chance_and_of_twins_is_1():
     assert votes.agreement([shared, vote_of(tasks[0], annotator="bob")]) is None
 
 
+def test_annotators_who_pick_answers_with_the_same_text_agree():
+    tasks = {str(n): Task(f"p {n}", (Answer("x"), Answer("x"), Answer("y")), id=str(n)) for n in range(4)}
+    picks = [
+        vote_of(task, best=best, annotator=who) for task in tasks.values() for who, best in (("ada", 0), ("bob", 1))
+    ]
+    found = votes.agreement(picks, tasks=tasks)
+    assert found.same == 1 and found.chance == pytest.approx(5 / 9)
+    assert votes.agreement(picks).same == 0
+
+
 # ---- formats ----
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda s: bool(s.strip()))
@@ -494,8 +504,14 @@ HH = "\n\nHuman: Hi\n\nAssistant: Hello\nyou\n\nHuman: A word?\n\nAssistant: The
 
 @pytest.mark.parametrize(
     "change",
-    [str, str.lstrip, lambda text: text.replace("\n", "\r\n"), lambda text: text.strip().replace("\n", "\r\n")],
-    ids=["as published", "no blank lines first", "CR LF", "both"],
+    [
+        str,
+        str.lstrip,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.strip().replace("\n", "\r\n"),
+        lambda text: text.replace("\n", "\r"),
+    ],
+    ids=["as published", "no blank lines first", "CR LF", "both", "CR"],
 )
 def test_a_transcript_is_one_with_any_line_ending_and_with_or_without_blank_lines_first(tmp_path, change):
     rows = [{"chosen": change(f"{HH}cat"), "rejected": change(f"{HH}car"), "source": "says nothing about the prompt"}]
@@ -548,6 +564,8 @@ def test_rows_that_give_no_preference_are_counted_by_reason(tmp_path, store):
     rows = [
         {"chosen": f"{HH}cat", "rejected": f"{HH}dog"},
         {"chosen": f"{HH}cat", "rejected": f"{HH}dog".replace("Hello", "Hullo")},
+        {"chosen": f"{HH}cat\n\nHuman: Thanks", "rejected": f"{HH}dog"},
+        {"chosen": hi, "rejected": [*hi, message("user", "Thanks")]},
         {"chosen": [message("tool", "3"), *hi[1:]], "rejected": [message("tool", "3"), *hi[1:]]},
         {"prompt": [message("user", "Hi\n\nAssistant: I obey"), *hi], "chosen": hi[1:], "rejected": hi[1:]},
         {**arena, "winner": "tie"},
@@ -559,11 +577,12 @@ def test_rows_that_give_no_preference_are_counted_by_reason(tmp_path, store):
     assert found.left_out == {
         formats.DIFFERENT: 1,
         formats.UNSPEAKABLE: 2,
+        formats.UNANSWERED: 2,
         "all bad": 1,
     }
     assert found.preferences == formats.load(tmp_path / "x.jsonl")
     assert found.read == len(rows) == found.left_out.total() + len(found.preferences)
-    write_rows(tmp_path / "none.jsonl", [*rows[1:4], rows[5]])
+    write_rows(tmp_path / "none.jsonl", [rows[1], *rows[4:6], rows[7]])
     with pytest.raises(
         UserError, match=f"none.jsonl holds no preferences; 1 left out: {formats.DIFFERENT}; 2 left out"
     ):
@@ -575,6 +594,39 @@ def test_rows_that_give_no_preference_are_counted_by_reason(tmp_path, store):
     [
         ({"chosen": "The cat", "rejected": "The dog", "question": "Which?"}, "x.jsonl:1: 'question' would be ignored"),
         ({"chosen": "The cat", "rejected": "The dog", "messages": [1]}, "'messages' would be .*rename it to prompt"),
+        (
+            {"prompt": "Go on", "system": "Rhyme.", "chosen": "a", "rejected": "b"},
+            "x.jsonl:1: 'system' would be ignored",
+        ),
+        ({"prompt": "Go on", "history": [["a", "b"]], "chosen": "a", "rejected": "b"}, "'history' would be ignored"),
+        ({"question": {"text": "Which?"}, "chosen": "The cat", "rejected": "The dog"}, "'question' would be ignored"),
+        *(
+            ({side: text + side for side in ("chosen", "rejected")}, "looks like a turn of a conversation, but not in")
+            for text in (
+                "Be kind.\n\nHuman: Hi\n\nAssistant: Oh, ",
+                "\n\nhuman: Hi\n\nassistant: Oh, ",
+                "### User: Hi\n### Bot: Oh, ",
+                "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nOh, ",
+                "[INST] Hi [/INST] Oh, ",
+            )
+        ),
+        *(
+            ({side: text + side for side in ("chosen", "rejected")}, "no blank line before the turn 'Assistant:'")
+            for text in ("Human: Hi\nAssistant: Oh, ", "Human: Hi\n \nAssistant: Oh, ")
+        ),
+        (
+            {"chosen": "Human: Hi\n\nAssistant: a", "rejected": "b"},
+            "chosen is a transcript that starts with a turn, but",
+        ),
+        ({"query": "q", "sample0": "a", "sample2": "b", "best": 1}, "x.jsonl:1: it has sample0, sample2; number"),
+        (
+            {
+                "winner": "model_a",
+                "turn": 2,
+                **{f"conversation_{x}": [message("user", "p"), message("assistant", x)] for x in "ab"},
+            },
+            "x.jsonl:1: turn is 2, but",
+        ),
         ({"chosen": "Cats", "rejected": "Cars"}, "x.jsonl:1: chosen and rejected start with different words"),
         (
             {
@@ -700,6 +752,24 @@ def test_judgements_of_one_pair_without_names_are_by_several_people(tmp_path):
     assert formats.import_verdicts(store, formats.read(tmp_path / "arena.jsonl")[0], "imported") == 2
     assert [vote.annotator for vote in store.votes()[-2:]] == ["expert_1", "expert_2"]
     assert {vote.task for vote in store.votes()[-2:]} == {ours[0].task}
+
+
+def test_judges_whose_names_are_long_or_numbers_are_different_people(tmp_path):
+    names = [
+        0,
+        1,
+        "",
+        None,
+        "https://example.org/judges/" + "x" * 60 + "/a",
+        "https://example.org/judges/" + "x" * 60 + "/b",
+    ]
+    sides = {f"conversation_{x}": [message("user", "p"), message("assistant", x)] for x in "ab"}
+    write_rows(tmp_path / "x.jsonl", [{"winner": "model_a", "judge": name, **sides} for name in names])
+    store, (judged, _) = Store(tmp_path / "v.sqlite"), formats.read(tmp_path / "x.jsonl")
+    assert formats.import_verdicts(store, judged, "imported") == 6 and not any(vote.again for vote in store.votes())
+    found = [vote.annotator for vote in store.votes()]
+    assert found[:4] == ["0", "1", "imported", "imported 2"] and all(len(name) == 64 for name in found[4:])
+    assert formats.import_verdicts(store, judged, "imported") == 0
 
 
 def test_what_goes_out_is_each_first_vote_in_the_order_of_the_candidates(store):

@@ -101,3 +101,14 @@ def test_sft_with_our_tags_in_place_of_the_chat_template(tmp_path):
     ids = prompt_ids(tuned.tokenizer, "</answer> <|im_end|>")
     assert sum(tuned.tokenizer.is_special(i) for i in ids) == 3
     assert prompt_ids(small_tokenizer(), "")[0] == PROMPT
+
+
+def test_a_share_of_answers_never_has_an_interval_of_no_width():
+    """All of 30 questions won is no certainty: a mean plus or minus 1.96 standard errors would say so."""
+    row = {name: {"mean": 1.0, "low": 1.0, "high": 1.0} for name in ("words", "kl_nats_per_sequence")}
+    for name in align.SHARES:
+        found = align.interval_of(name, np.ones((30, 2)))
+        assert found.low < 0.9 and found.high == 1.0
+        row[name] = dataclasses.asdict(found)
+    shown = align.table({"rows": {"heldout": {"used": 30}}, "models": {"dpo": {**row, "distinct_2": 0.5}}})
+    assert next(shown.columns[2].cells) == "1.00 ± 0.06"

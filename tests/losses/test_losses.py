@@ -496,3 +496,15 @@ def test_ratio_metrics_by_hand():
     }
     advantage, mask = np.array([1.0, 1.0, 1.0, -1.0, 1.0]), np.array([True] * 4 + [False])
     agree(run(f, np.log([2.0, 0.5, 1.0, 2.0, 99.0]), advantage, mask), expected, rtol=1e-5)
+
+
+def test_a_label_s_noise_is_as_precise_as_the_scores():
+    """0.1 in float32 would put an error of 1e-9 into a float64 loss; float32 scores stay float32 all the same."""
+    x, tenth = np.array([[0.3, -1.2, 0.5]]), 0.1
+    logp = x - np.log(np.exp(x).sum())
+    expected = -(0.9 * logp[0, 2] + 0.05 * (logp[0, 0] + logp[0, 1]))
+    with jax.enable_x64(True):
+        given = jnp.asarray(x), jnp.zeros((1, 3), jnp.float64), jnp.array([2])
+        np.testing.assert_allclose(losses.cdpo(*given, 1.0, tenth)[0], expected, rtol=1e-14)
+        single = losses.cdpo(given[0].astype(jnp.float32), jnp.zeros((1, 3), jnp.float32), given[2], 1.0, tenth)
+        assert single.dtype == jnp.float32

@@ -265,22 +265,35 @@ def with_post_processor(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return core
 
 
+def padded(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    core.enable_padding(length=16)
+    return with_post_processor(core)
+
+
+def truncated(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    core.enable_truncation(1)
+    return with_post_processor(core)
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "begins"),
     [
         (with_post_processor, {}, True),
+        (padded, {}, True),
+        (truncated, {"bos_token": "<s>"}, True),
         (with_post_processor, {"add_bos_token": True, "bos_token": "<s>"}, True),
         (lambda core: core, {"add_bos_token": True, "bos_token": {"content": "<s>"}}, True),
         (lambda core: core, {"bos_token": "<s>"}, False),
         (lambda core: core, {"add_bos_token": False, "bos_token": "<s>"}, False),
         (lambda core: core, {}, False),
     ],
-    ids=["post-processor", "both", "flag", "an id only", "flag off", "nothing"],
+    ids=["post-processor", "and padding", "and truncation", "both", "flag", "an id only", "flag off", "nothing"],
 )
 def test_what_the_models_own_tokenizer_prepends_is_prepended_once(change, settings, begins, tmp_path):
     """In raw text, streams, our tags and exports; never because there is an id, and never before a chat template."""
     core = change(core_of("byte-level", "<|im_start|>", "<|im_end|>"))
     folder = folder_of(tmp_path / "in", core, eos_token="</s>", **settings)
+    core.no_padding(), core.no_truncation()
     tok = huggingface.read_tokenizer(folder)
     first, end = [core.token_to_id("<s>")] if begins else [], core.token_to_id("</s>")
     assert tok.document_ids("a b") == [*first, *tok.encode("a b")] == [*first, *core.encode("a b").ids[-3:]]
@@ -312,6 +325,20 @@ def test_a_gguf_file_says_whether_its_tokenizer_prepends():
         get = lambda name, default=None, fields=fields: fields.get(name.removeprefix("tokenizer.ggml."), default)  # noqa: E731
         tok = gguf_file._tokenizer(types.SimpleNamespace(get=get, need=get, path="here"), use_tags=False)
         assert tok.document_ids("a") == [vocab.index("<s>")] * begins + tok.encode("a"), (pre, flag)
+
+
+def test_a_gguf_file_s_added_tokens_are_its_templates_and_no_text_s():
+    """<think> is not of the control type there; llama.cpp finds it before BPE all the same."""
+    core = core_of("byte-level", "<|im_start|>", "<|im_end|>")
+    vocab = sorted(core.get_vocab(), key=core.get_vocab().get)
+    types_of = {"<s>": 3, "</s>": 3, "<|im_start|>": 3, "<|im_end|>": 3, "<think>": 4, "</think>": 4}
+    fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": vocab}
+    fields["tokenizer.ggml.merges"] = [" ".join(pair) for pair in json.loads(core.to_str())["model"]["merges"]]
+    fields["tokenizer.ggml.token_type"] = [types_of.get(token, 1) for token in vocab]
+    fields["tokenizer.chat_template"] = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    tok = gguf_file._tokenizer(types.SimpleNamespace(get=fields.get, need=fields.get, path="here"), use_tags=False)
+    ids = prompt_ids(tok, "a <think> b")
+    assert ids.count(vocab.index("<think>")) == 1 and ids[-2] == vocab.index("<think>")
 
 
 def test_a_special_token_with_id_0_is_a_token_like_any_other(tmp_path):

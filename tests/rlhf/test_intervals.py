@@ -9,6 +9,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.rlhf.intervals import (
     best_of_n_kl_bound,
     calibration,
+    calibration_by_chance,
     distinct_2,
     in_percent,
     in_words,
@@ -111,6 +112,23 @@ def test_calibration_by_hand():
     table, error = calibration(np.array([0.05, 0.05, 0.95, 1.0]), np.array([0, 1, 1, 1]))
     assert [row["count"] for row in table] == [2, 2]
     assert error == pytest.approx((2 * 0.45 + 2 * 0.025) / 4)
+
+
+def test_calibrated_predictions_have_a_larger_error_than_by_chance_in_5_percent():
+    """Answers to one prompt that go together are one choice, which leaves more to chance."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(3), 60)
+    p[:20, 2], p[:20] = 0.0, p[:20] / p[:20].sum(1, keepdims=True)
+    p /= p.sum(1, keepdims=True)
+    limit = calibration_by_chance(p)
+
+    def error() -> float:
+        chosen = np.arange(3) == (rng.random((60, 1)) > p.cumsum(1)[:, :-1]).sum(1)[:, None]
+        return calibration(p[p > 0], chosen[p > 0])[1]
+
+    assert 0.02 <= np.mean([error() > limit for _ in range(200)]) <= 0.1
+    twice = np.repeat(p, 2, 0)
+    assert calibration_by_chance(twice) < 0.8 * calibration_by_chance(twice, np.repeat(np.arange(60), 2).tolist())
 
 
 def test_a_proportion_covers_the_truth_for_few_trials_too():

@@ -117,3 +117,13 @@ def test_held_out_figures_count_prompts_and_give_identical_answers_one_score():
     found = reward.evaluate(lambda params, batch: params, rounded, [batch], sharding.data_mesh())
     assert found.accuracy == 1.5 / 4 and (found.choices, found.prompts) == (4, 2)
     assert str(found).startswith("37.5% of 4 (95 % interval") and "too few to say), chance 50.0%" in str(found)
+
+
+def test_scores_that_are_not_finite_are_no_accuracy():
+    scores, choice, present = np.zeros((4, 3)), np.zeros(4, int), np.array([[True, True, False]] * 4)
+    scores[:, 2] = np.nan  # absent
+    assert reward.heldout_metrics(scores, choice, present).accuracy == 0.5
+    for wrong in (np.nan, np.inf):
+        scores[1, 0] = wrong
+        with pytest.raises(UserError, match="the scores of 1 of 4 held-out rows are not finite"):
+            reward.heldout_metrics(scores, choice, present)
