@@ -2,6 +2,7 @@
 
     python -m experiments.votes                                          summarise runs/label/votes.sqlite
     python -m experiments.votes --read hh.jsonl                          add the verdicts of a file, in any format below
+    python -m experiments.votes --read a.sqlite --votes b.sqlite         add the votes of a database, also a damaged one
     python -m experiments.votes --write out.jsonl --format trl           export all votes
 
 Formats: jaxgpt, trl, trl-implicit, trl-conversational, hh-rlhf, lm-human-preferences, arena (jaxgpt/data/formats.py).
@@ -22,7 +23,7 @@ class Settings:
     """Takes seconds."""
 
     votes: Path = Path("runs/label/votes.sqlite")
-    read: Path | None = None  # a file of verdicts to add; adding it again changes nothing
+    read: Path | None = None  # verdicts to add: a file or a database; adding it again changes nothing
     write: Path | None = None  # a file to write
     format: str = "jaxgpt"  # of the file to write
     annotator: str = "imported"  # for verdicts that name none
@@ -35,14 +36,24 @@ class Settings:
 PRESETS: dict[str, Settings] = {}
 
 
+def add(source: Path, settings: Settings) -> votes.Store:
+    """Read verdicts, then create the database if there is none, and add them."""
+    if votes.is_database(source):
+        other = votes.Store.rescued(source)
+        store = votes.Store(settings.votes)
+        print(f"{store.add_all(other)} new votes from {source}")
+        return store
+    verdicts, left_out = formats.read(source)
+    store = votes.Store(settings.votes)
+    new = formats.import_verdicts(store, verdicts, settings.annotator)
+    print(f"{new} new verdicts of {len(verdicts)} from {source}")
+    for reason, count in left_out.items():
+        print(f"{count} left out: {reason}")
+    return store
+
+
 def main(settings: Settings) -> dict[str, Any]:
-    verdicts, left_out = formats.read(settings.read) if settings.read else ([], {})  # before a database is created
-    store = votes.Store(settings.votes, create=settings.read is not None)
-    if settings.read:
-        new = formats.import_verdicts(store, verdicts, settings.annotator)
-        print(f"{new} new verdicts of {len(verdicts)} from {settings.read}")
-        for reason, count in left_out.items():
-            print(f"{count} left out: {reason}")
+    store = add(settings.read, settings) if settings.read else votes.Store(settings.votes, read_only=True)
     everything, tasks = store.votes(), store.tasks()
     kinds = Counter(vote.kind for vote in everything)
     print(

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import gzip
 import hashlib
 import io
@@ -9,11 +10,12 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from jaxgpt.errors import UserError
 
@@ -43,6 +45,12 @@ _NOT_TEXT = {  # how a file starts that is often given by mistake, what it is, a
 def cache_root() -> Path:
     """Where compiled programs and prepared data are cached: $JAXGPT_CACHE, or ~/.cache/jaxgpt."""
     return Path(os.environ.get("JAXGPT_CACHE") or Path.home() / ".cache" / "jaxgpt").expanduser()
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Say on stderr that something was wrong and what was done about it: once per process."""
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
@@ -284,3 +292,89 @@ def check_files(folder: Path, expected: Mapping[str, str]) -> None:
         if found.get(name) != digest:
             state = "is damaged (its checksum differs)" if name in found else "is missing"
             raise UserError(f"{folder / name} {state}; save it again, or copy the whole folder again")
+
+
+# ---- caches ----
+
+T = TypeVar("T")
+_HASHES = "sha256.json"  # in each folder of the cache: the hash of every other file there
+_scratch: dict[Path, tempfile.TemporaryDirectory[str]] = {}  # in place of folders that can't be written
+
+
+def cached(folder: Path, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[Path, T], None]) -> T:
+    """What `make` returns, kept in a folder of the cache that `write` fills and `read` reads.
+
+    A damaged folder is named on stderr and made again. If it can't be written, that is only said."""
+    with contextlib.suppress(FileNotFoundError):  # another process has just removed a damaged one
+        if _is_intact(folder):
+            return read(folder)
+    made = make()
+    try:
+        _fill(folder, lambda new: write(new, made))
+    except OSError as error:
+        _warn_unwritable(folder, error)
+    return made
+
+
+def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """The same for what is used as a folder. If it can't be written, a temporary one that is removed when the process
+    ends takes its place."""
+    if _is_intact(folder):
+        return folder
+    if folder in _scratch:
+        return Path(_scratch[folder].name)
+    try:
+        _fill(folder, fill)
+        return folder
+    except OSError as error:
+        place = _replace_unwritable(folder, error)
+        fill(place)
+        return place
+
+
+def writable_folder(folder: Path) -> Path:
+    """`folder`, made if there is none; where it can't be written to, an empty one until the process ends."""
+    if folder in _scratch:
+        return Path(_scratch[folder].name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except OSError as error:
+        return _replace_unwritable(folder, error)
+
+
+def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
+    with create_folder(folder) as new:
+        fill(new)
+        write_record(new / _HASHES, {"files": sha256_of_folder(new)})
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether a folder of the cache holds what was written there; a damaged one is removed."""
+    if not os.path.lexists(folder):
+        return False
+    try:
+        check_files(folder, read_record(folder / _HASHES, ("files",), "")["files"])
+        return True
+    except (UserError, OSError):
+        warn_once(f"{folder} was damaged, or written by an older version; it is made again")
+    with (
+        contextlib.suppress(OSError),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside,
+    ):
+        os.replace(folder, Path(aside) / "damaged")  # in one step: another process may have made it again
+    return False
+
+
+def _replace_unwritable(folder: Path, error: OSError) -> Path:
+    _warn_unwritable(folder, error)
+    _scratch[folder] = tempfile.TemporaryDirectory(prefix="jaxgpt.")
+    return Path(_scratch[folder].name)
+
+
+def _warn_unwritable(path: Path, error: OSError) -> None:
+    warn_once(
+        f"can't write to {path} ({error.strerror or error}), so it is made again at each start; "
+        "set JAXGPT_CACHE to a folder that you may write to, or free some space"
+    )

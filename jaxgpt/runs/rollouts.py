@@ -1,13 +1,14 @@
 """Rollouts saved for people to read: rollouts/NNNNNN.json in a PPO run, which the chat page shows token by token."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxgpt.data.templates import answer_text
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.files import write_json
+from jaxgpt.files import read_record, write_record
 from jaxgpt.rlhf.ppo import Targets
 from jaxgpt.structs import Array
 
@@ -43,5 +44,11 @@ def save_rollout(
     if jax.process_index() == 0:
         (folder / "rollouts").mkdir(exist_ok=True)
         path = folder / "rollouts" / f"{iteration:06d}.json"
-        write_json(path, {"iteration": iteration, "beta": beta, "answers": answers})
+        write_record(path, {"iteration": iteration, "beta": beta, "answers": answers})
     return answer_text(tok, rollout.tokens_BT[0, rollout.mask_BT[0]])
+
+
+def load_rollout(path: Path) -> dict[str, Any]:
+    """What `save_rollout` wrote. UserError if it is damaged."""
+    names = ("iteration", "beta", "answers")
+    return read_record(path, names, "choose another iteration", older=names)

@@ -28,7 +28,6 @@ from typing import IO, Any, Self
 import jax
 import numpy as np
 
-from jaxgpt.data import formats
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import read_json, read_record, refuse_pattern, sha256_of_file, write_record
 from jaxgpt.pretrained import loading
@@ -115,16 +114,6 @@ def check_outputs(folder: Path, done: Mapping[str, Any], *, measured: bool = Fal
                 f"{folder / name} is not what the run in {folder} wrote: it was altered, damaged or removed since; "
                 "restore it from a copy, or give a copy in a folder of its own if the change is meant"
             )
-
-
-def input_fingerprint(path: Path) -> str:
-    """The fingerprint of a file of preferences, to pass as an input to a stage. UserError if a finished run wrote the
-    file and it has changed since."""
-    place = Path(str(path).partition(":")[0])
-    if (place.parent / "done.json").exists():
-        done = read_done(place.parent)
-        check_outputs(place.parent, {"files": {name: x for name, x in done["files"].items() if name == place.name}})
-    return formats.fingerprint(path)
 
 
 def _outputs(folder: Path) -> dict[str, str]:

@@ -1,18 +1,22 @@
 """A study and its parts, each saved as soon as it is done: a stopped study resumes after the last saved part."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.files import read_json, write_json
+from jaxgpt.errors import UserError
+from jaxgpt.files import read_record, write_record
 from jaxgpt.runs.endings import STOPS, tell_next_start
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run, results_to_json, run_fingerprint
 from jaxgpt.runs.saved_model import load_model, save_model
 from jaxgpt.structs import Params
+
+T = TypeVar("T")
 
 
 class ResultCache:
@@ -28,12 +32,13 @@ class ResultCache:
         """What `make` returns, or returned in an earlier start of the same study: JSON (numbers, text, lists, dicts).
         `make` advances the bar by `steps` itself; for a cached result, this does."""
         path = self.folder / f"{_file(name)}.json"
-        kept = read_json(path) if path.exists() else None
-        if isinstance(kept, dict) and kept.get("study") == self.run.fingerprint:
+        names = ("study", "found")
+        kept = self._read(path, lambda: read_record(path, names, "", older=names))
+        if kept and kept["study"] == self.run.fingerprint:
             bar.update(steps)
             return kept["found"]
         found = results_to_json(make())
-        write_json(path, {"study": self.run.fingerprint, "found": found})
+        write_record(path, {"study": self.run.fingerprint, "found": found})
         return found
 
     def model(
@@ -41,14 +46,24 @@ class ResultCache:
     ) -> tuple[Params, ModelConfig]:
         """The same for a model that other parts of the study need."""
         folder = self.folder / _file(name)
-        if (folder / "model.json").exists():
-            kept = load_model(folder)
-            if kept.extra.get("study") == self.run.fingerprint:
-                bar.update(steps)
-                return kept.params, kept.config
+        kept = self._read(folder, lambda: load_model(folder))
+        if kept and kept.extra.get("study") == self.run.fingerprint:
+            bar.update(steps)
+            return kept.params, kept.config
         params, config = make()
         save_model(folder, params, config, extra={"study": self.run.fingerprint})
         return params, config
+
+    def _read(self, path: Path, read: Callable[[], T]) -> T | None:
+        """An earlier part; None if there is none, and if it is damaged: then it is removed, with a line of notice."""
+        if not os.path.lexists(path):
+            return None
+        try:
+            return read()
+        except UserError as error:
+            self.run.say(f"WARNING: {str(error).partition(';')[0]}; this part is made again")
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return None
 
 
 def run_study(

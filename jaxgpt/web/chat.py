@@ -27,7 +27,7 @@ from jaxgpt.data.formats import join_turns
 from jaxgpt.data.jsonl import checked_text
 from jaxgpt.data.templates import Turn
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import read_json
+from jaxgpt.runs.rollouts import load_rollout
 from jaxgpt.runs.run import run_fingerprint
 from jaxgpt.web import server
 from jaxgpt.web.server import RequestRefused, ServeConfig, require_field
@@ -109,7 +109,7 @@ def application(
         name = require_field(data, "name", str)
         if name not in kept:
             raise RequestRefused(404, "no such rollout")
-        return await run_in_threadpool(read_json, kept[name])
+        return await run_in_threadpool(load_rollout, kept[name])
 
     async def say(request: Request) -> Response:
         try:

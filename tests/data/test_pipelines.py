@@ -144,6 +144,31 @@ def test_prepare_survives_a_kill(few_rows: int, tmp_path: Path, monkeypatch: pyt
     assert sum(len(builders.load(tmp_path, split)[0]) for split in builders.SPLITS) == few_rows
 
 
+def test_damaged_reviews_are_prepared_again(
+    few_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the cache is full: then they are prepared elsewhere, for this process."""
+    load = getattr(builders.load, "__wrapped__", builders.load)  # without the memory of the fixture above
+    whole = load(tmp_path, "rt_train")
+    (path,) = tmp_path.rglob("*-rt_train.array_record*")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    assert load(tmp_path, "rt_train") == load(tmp_path, "rt_train") == whole
+    assert capsys.readouterr().err.count("was damaged") == 1
+
+    def full(*_: Any) -> None:
+        raise RuntimeError("Failed to finalize: write() failed: No space left on device; writing there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builders.MovieReviews, "download_and_prepare", full)
+        with pytest.raises(OSError, match="^No space left on device$"):
+            builders._prepare(tmp_path)
+    (tmp_path / "file").touch()
+    assert load(tmp_path / "file", "rt_train") == whole
+    assert "can't write to" in capsys.readouterr().err
+
+
 def test_two_processes_may_prepare_at_once(few_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builders._csv_rows
 
@@ -444,7 +469,9 @@ def test_any_tfds_name(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPa
 # --- streams and windows
 
 
-def test_stream_has_a_bos_around_every_document(tmp_path: Path, tok: Tokenizer) -> None:
+def test_stream_has_a_bos_around_every_document(
+    tmp_path: Path, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     docs = ["a film", "", "the plot </answer>"]
     stream = pipelines.tokenize_stream(docs, tok, tmp_path)
     assert stream.dtype == np.int32
@@ -452,9 +479,8 @@ def test_stream_has_a_bos_around_every_document(tmp_path: Path, tok: Tokenizer) 
     other = train_char(docs)
     assert not np.array_equal(pipelines.tokenize_stream(docs, other, tmp_path), stream)
     assert len(list((tmp_path / "streams").iterdir())) == 2
-    (path,) = (p for p in (tmp_path / "streams").iterdir() if np.array_equal(np.load(p), stream))
-    np.save(path, stream + 1)
-    assert np.array_equal(pipelines.tokenize_stream(docs, tok, tmp_path), stream + 1)  # it came from the cache
+    monkeypatch.setattr(pipelines, "_join_documents", None)  # from here on only the cache can supply it
+    assert np.array_equal(pipelines.tokenize_stream(docs, tok, tmp_path), stream)
     with pytest.raises(UserError, match="every document is empty"):
         pipelines.tokenize_stream(["", ""], tok, tmp_path)
 

@@ -33,12 +33,14 @@ from jaxgpt.data.comparisons import (
     write_preferences,
 )
 from jaxgpt.errors import UserError
+from jaxgpt.files import sha256_of_file
 from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import make_mesh
 from jaxgpt.rlhf import ppo as ppo_algorithm
 from jaxgpt.rlhf import reward as reward_model
 from jaxgpt.rlhf.annotator import gold_scores
 from jaxgpt.runs import doctor
+from jaxgpt.runs.run import read_done
 from jaxgpt.runs.saved_model import load_model
 from jaxgpt.structs import Prompts
 from jaxgpt.study.frontier import FrontierSetup
@@ -105,6 +107,12 @@ def test_the_annotator_gives_cut_answers_the_fixed_low_score(finished):
     texts = gold_scores([answer for row in rows for answer in row["answers"]]).reshape(ended.shape)
     np.testing.assert_array_equal([row["meta"]["gold"] for row in rows], np.where(ended, texts, -1.0))
     assert (~ended).any()
+
+
+def test_the_files_of_preferences_are_in_the_results_with_their_hashes(finished):
+    names = ("train.jsonl", "heldout.jsonl")
+    hashes = {name: sha256_of_file(finished.run / "preferences" / name) for name in names}
+    assert hashes.items() <= read_done(finished.run / "preferences")["files"].items()
 
 
 def test_the_reward_is_compared_with_chance_and_ceiling(finished):

@@ -175,10 +175,10 @@ def test_ctrl_c_saves_though_it_ended_the_reader_too(monkeypatch):
     assert loop._exit_code == 130
 
 
-@pytest.mark.parametrize("create", [True, False])
-def test_a_folder_is_no_database(tmp_path, create):
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_folder_is_no_database(tmp_path, read_only):
     with pytest.raises(UserError, match=r"is a folder; give a file, such as .*votes.sqlite"):
-        Store(tmp_path, create=create)
+        Store(tmp_path, read_only=read_only)
 
 
 def test_a_cache_that_cant_be_written_is_said_once(tmp_path, monkeypatch, capsys):

@@ -20,10 +20,11 @@ import pytest
 from rich.console import Console
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.data import formats
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root, write_json
 from jaxgpt.runs import process, progress
-from jaxgpt.runs.run import Run, input_fingerprint, print_device, run_fingerprint
+from jaxgpt.runs.run import Run, print_device, run_fingerprint
 from jaxgpt.runs.saved_model import save_model
 from jaxgpt.runs.verify import verify
 
@@ -190,14 +191,14 @@ def test_what_a_finished_run_wrote_is_compared_before_it_is_used(tmp_path):
         run.log(1, {"loss": 2.0})
         run.finish({})
     whole, other = rows.read_text(), rows.read_text().replace("0", "1")
-    input_fingerprint(rows), run_fingerprint(tmp_path, "sft")
+    formats.fingerprint(rows), run_fingerprint(tmp_path, "sft")
     rows.write_text(other)
-    for use in (lambda: input_fingerprint(rows), lambda: run_fingerprint(tmp_path, "sft")):
-        with pytest.raises(UserError, match=r"train.jsonl is not what the run in .* wrote"):
+    for use in (lambda: formats.fingerprint(rows), lambda: run_fingerprint(tmp_path, "sft")):
+        with pytest.raises(UserError, match=r"train.jsonl is not what (its run|the run in .*) wrote"):
             use()
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy/train.jsonl").write_text(other)
-    input_fingerprint(tmp_path / "copy/train.jsonl")  # a change that is meant
+    formats.fingerprint(tmp_path / "copy/train.jsonl")  # a change that is meant
     rows.write_text(whole)
     metrics.write_text(metrics.read_text().replace("2", "3"))
     run_fingerprint(tmp_path, "sft")  # no later stage reads metrics, but `verify` does
