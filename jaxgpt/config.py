@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
@@ -20,7 +21,7 @@ class Range:
     below: float = math.inf
 
     def __contains__(self, number: float) -> bool:
-        return math.isfinite(number) and self.least <= number <= self.most and self.above < number < self.below
+        return _is_finite(number) and self.least <= number <= self.most and self.above < number < self.below
 
     def __str__(self) -> str:
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
@@ -51,8 +52,12 @@ def check_settings(settings: Any) -> None:
         for allowed in (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range)):
             for number in _numbers(value):
                 if number not in allowed:
-                    finite = "" if math.isfinite(number) or str(allowed) == str(Range()) else "finite and "
+                    finite = "" if _is_finite(number) or str(allowed) == str(Range()) else "finite and "
                     raise UserError(f"{field.name} is {number}; it must be {finite}{allowed}")
+
+
+def _is_finite(number: float) -> bool:
+    return abs(number) <= sys.float_info.max  # math.isfinite raises OverflowError for larger whole numbers
 
 
 def _numbers(value: Any) -> Iterator[float]:

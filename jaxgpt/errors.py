@@ -26,3 +26,9 @@ def needs_extra(extra: str) -> Iterator[None]:
         if package in ("", "jaxgpt"):
             raise
         raise UserError(f'{package} is not installed; run pip install "jaxgpt[{extra}]"') from error
+
+
+def printable(text: str, most: int = 200) -> str:
+    """A stranger's text as part of a one-line message: without line breaks or control characters, and not long."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return shown if len(text) <= most else f"{shown} …"

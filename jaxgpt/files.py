@@ -7,17 +7,19 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, printable
 
 _GZIP = b"\x1f\x8b"
 TO_LINES = (
@@ -212,13 +214,27 @@ def text_suffix(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file. UserError naming the file (and the line) if it is missing, not UTF-8, not JSON, or has NaN."""
+    """Parse a JSON file. UserError naming the file (and the line) if it is missing, not UTF-8, not JSON, or has NaN, an
+    infinite number, or a name twice in an object."""
 
     def refuse(constant: str) -> Any:
         raise UserError(f"{path}: contains {constant}, which is not valid JSON")
 
+    def finite(text: str) -> float:
+        return number if math.isfinite(number := float(text)) else refuse(text[:20])
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise UserError(f"{path}: has the name {printable(repr(twice), 60)} twice in one object")
+        return found
+
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=refuse)
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:

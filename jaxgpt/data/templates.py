@@ -7,33 +7,46 @@
 A conversation is written as one text and encoded in one call, so every piece gets the ids that it has in this context.
 A Jinja template is rendered around placeholders for the messages and split there: it never sees what people write, and
 only its own text holds control tokens (`Tokenizer.mark`). When it is read, the ids of a few conversations are compared
-with those of the whole rendered text, which is what `apply_chat_template` of transformers gives.
+with those of the whole rendered text, which is what `apply_chat_template` of transformers gives. It is rendered in a
+process of its own, under limits of time and memory.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxgpt.data import jinja_process
+from jaxgpt.data.jinja_process import Message
 from jaxgpt.data.tokenizer import Ids, Strip, Template, Tokenizer, control_tokens, find_control_token, prepended
-from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.errors import UserError, needs_extra, printable
 from jaxgpt.structs import Batch
 
 with needs_extra("data"):
     import tokenizers
 
 Turn = tuple[str, str]  # a prompt and its answer
-Message = dict[str, str]
 
 _P, _A, _P2, _A2, _P3 = (f"\u2060{name}\u2060" for name in ("one", "two", "three", "four", "five"))
 _SPACE = "\n \n"  # around a placeholder, shows what a template strips
 _SIGNS = (
     """all signs:\t!"#$%&'()*+,-./0;<=>?@[\\]^_`{|}~ /think\n\n\n2 Letters"""  # what a template may change in a text
 )
+
+
+def _spaced(placeholder: str) -> str:
+    return _SPACE + placeholder + _SPACE
+
+
+_THOUGHT = f"<think>\n{_P3}\n</think>"
 _PROBES: tuple[Turn, ...] = (
     ("Hello, who are you?", "I'm a model."),
     (" two  spaces\nand lines ", " they stay\n\nor go \n"),
@@ -42,6 +55,17 @@ _PROBES: tuple[Turn, ...] = (
     (_SIGNS, _SIGNS),
     ("a long text, " * 100, "a long text, " * 100),
 )
+_SPOKEN = [text for turn in _PROBES for text in turn]
+_CONVERSATIONS: tuple[tuple[str, ...], ...] = (  # all that is ever rendered
+    *[(_P, _A, _P2, _A2, _P3)[:n] for n in (1, 2, 3, 5)],
+    (_spaced(_P),),
+    (_P, _spaced(_A)),
+    *[(_P, text, _P2) for text in (_spaced(_A), _THOUGHT + _A, _THOUGHT + _spaced(_A))],
+    *[(prompt,) for prompt, _ in _PROBES],
+    *_PROBES,
+    *[tuple(_SPOKEN[:n]) for n in range(3, len(_SPOKEN), 2)],
+)
+SECONDS, MEMORY = 2.0, 512 * 2**20  # that rendering them all may take: of processor time, and bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,49 +174,46 @@ def chat_tokenizer(
         tok = Tokenizer(core, _split(core, source, names, separator))
     except UserError as error:
         raise UserError(f"the chat template of {where} can't be used: {error}") from error
-    except Exception as error:  # Jinja's errors, and placeholders that don't occur exactly once
-        why = "it writes today's date, so its ids change daily" if "strftime_now" in str(error) else error
-        raise UserError(f"the chat template of {where} can't be used ({type(error).__name__}: {why})") from error
+    except ValueError as error:  # Jinja's errors, and placeholders that don't occur exactly once
+        raise UserError(f"the chat template of {where} can't be used: {printable(str(error))}") from error
     if difference := _first_difference(tok, core):
         raise UserError(f"the chat template of {where} can't be used: {difference}")
     return tok
 
 
-def render(source: str, messages: Sequence[Message], names: Mapping[str, str], *, ask: bool) -> str:
-    """Render a Jinja template as transformers does, in a sandbox; `ask`: with what an answer is generated after. There
-    is no `strftime_now`: with today's date in it, a template would change daily."""
-    settings = {"tools": None, "documents": None, "add_generation_prompt": ask}
-    return str(_compile(source).render(messages=list(messages), **settings, **names))
-
-
 @functools.lru_cache(maxsize=16)
-def _compile(source: str) -> Any:
+def _render_all(source: str, names: tuple[tuple[str, str], ...]) -> Mapping[tuple[str, ...], tuple[str, str]]:
+    """A text, or what is wrong, for each of the conversations that a template is read from and tested on, rendered in a
+    process with limits (`data.jinja_process`). UserError if the template exceeds them."""
     with needs_extra("pretrained"):
-        from jinja2.exceptions import TemplateError
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        import jinja2  # noqa: F401
 
-    class Generation(Extension):
-        """{% generation %} marks what is trained on; here it is only its content."""
+    conversations = [_messages(*texts) for texts in _CONVERSATIONS]
+    job = {"source": source, "names": dict(names), "conversations": conversations, "seconds": SECONDS, "memory": MEMORY}
+    command = [sys.executable, "-SP", jinja_process.__file__]  # starts in a fraction of the time without site
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8"}
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(job).encode(), env=environment, capture_output=True, timeout=30 * SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"it takes more than {error.timeout:g} s to render") from None
+    if hasattr(signal, "SIGPROF") and done.returncode == -signal.SIGPROF:
+        raise UserError(f"it takes more than {SECONDS:g} s to render a few short conversations")
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [
+            f"Jinja died of it, {done.returncode}"
+        ]
+        raise UserError(printable(said[0]))
+    return dict(zip(_CONVERSATIONS, map(tuple, json.loads(done.stdout)), strict=True))
 
-        tags = {"generation"}  # noqa: RUF012
 
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(x: Any, ensure_ascii: bool = False, **how: Any) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, **how)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    return environment.from_string(source)
+def _render(source: str, names: Mapping[str, str], texts: Sequence[str]) -> str:
+    """One of `_CONVERSATIONS`, rendered. Raises ValueError with what is wrong with the template."""
+    text, wrong = _render_all(source, tuple(names.items()))[tuple(texts)]
+    if wrong:
+        raise ValueError("it writes today's date, so its ids change daily" if "strftime_now" in wrong else wrong)
+    return text
 
 
 def _messages(*texts: str) -> list[Message]:
@@ -203,7 +224,7 @@ def _split(core: tokenizers.Tokenizer, source: str, names: Mapping[str, str], se
     """The parts of a Jinja template. Raises ValueError, or Jinja's own errors, if it can't be split."""
 
     def rendered(*texts: str) -> str:
-        return render(source, _messages(*texts), names, ask=len(texts) % 2 == 1)
+        return _render(source, names, texts)
 
     controls = control_tokens(core)
     asked = rendered(_P)
@@ -225,7 +246,7 @@ def _split(core: tokenizers.Tokenizer, source: str, names: Mapping[str, str], se
         jinja=source,
         names=dict(names),
     )
-    with contextlib.suppress(Exception):  # Jinja's errors: a template of one turn
+    with contextlib.suppress(ValueError):  # Jinja's errors: a template of one turn
         template = _with_turns(template, controls, rendered)
     if not to_answer.startswith(asked):
         shown = to_answer.removeprefix(before + _P)
@@ -247,9 +268,8 @@ def _with_turns(template: Template, controls: Mapping[int, str], rendered: Calla
     ):
         return template
     put = lambda text: rendered(_P, text, _P2).removeprefix(to_past).removesuffix(rest)  # noqa: E731
-    thought = f"<think>\n{_P3}\n</think>"
-    dropped = _P3 not in put(thought + _A)
-    thinking_strip = _stripped(lambda text: put(thought + text), _A) if dropped else ()
+    dropped = _P3 not in put(_THOUGHT + _A)
+    thinking_strip = _stripped(lambda text: put(_THOUGHT + text), _A) if dropped else ()
     return dataclasses.replace(
         template, past=past, turn=turn, past_strip=_stripped(put, _A), thinking_strip=thinking_strip
     )
@@ -257,7 +277,7 @@ def _with_turns(template: Template, controls: Mapping[int, str], rendered: Calla
 
 def _stripped(put: Callable[[str], str], placeholder: str) -> Strip:
     """What is removed at either side of a text that is put into a template."""
-    left, right = put(_SPACE + placeholder + _SPACE).split(placeholder)
+    left, right = put(_spaced(placeholder)).split(placeholder)
     kinds = {_SPACE: "", _SPACE[1:]: "\n", "": "space"}
     if left not in kinds or right[::-1] not in kinds:
         raise ValueError(f"it writes {left!r} and {right!r} for {_SPACE!r} at the sides of a text")
@@ -275,7 +295,7 @@ def _first_difference(tok: Tokenizer, core: tokenizers.Tokenizer) -> str:
         if not template.refused:
             found["the answer"] = tok.encode("".join(_texts(tok, prompt, answer))), [prompt, answer]
         for what, (ids, texts) in found.items():
-            text = render(template.jinja, _messages(*texts), template.names, ask=len(texts) % 2 == 1)
+            text = _render(template.jinja, template.names, texts)
             expected = core.encode(text, add_special_tokens=False).ids
             expected = expected if len(texts) % 2 else expected[: len(ids)]
             if ids != expected:

@@ -11,8 +11,10 @@ Ids 0-5 are the tags of `SPECIALS` in every tokenizer trained here:
 A pretrained model's tokenizer has its own chat template, or our tags after its vocabulary (`data.templates`).
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import random
 import re
 import secrets
@@ -24,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxgpt.data.wheels import Wheel, fetch
-from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.errors import UserError, needs_extra, printable
 from jaxgpt.files import cached, read_json, sha256_of_texts
 
 with needs_extra("data"):
@@ -40,6 +42,8 @@ _PIECE = 65_536  # characters: documents are cut into pieces of at most this len
 _SECRET = secrets.token_hex(16)  # part of the control tokens' names in this process: no text can guess it
 _CUT = f"<{_SECRET}:>"  # keeps the texts before and after it apart; no token of the model
 _NAME = re.compile(rf"<{_SECRET}:(\d+)>")
+_SAMPLE = "Hello, who are you?\n\t don't  2+2=4 é中文🙂 \u0301\xa0"
+_MOST_GROWTH = 256  # times as long as a text that what a tokenizer makes of it may be
 _MARKUP = re.compile(r"\s*[^\w\s].*\w.*[^\w\s]\s*", re.DOTALL)  # <think>, [INST], |end|: special even if not marked so
 
 Ids = Sequence[int] | np.ndarray
@@ -138,7 +142,7 @@ class Tokenizer:
         if template.end not in self._controls or not self._finder.search(template.between):
             raise UserError("this template delimits answers without special tokens, so text could forge them")
         self.template = template
-        self.vocab_size: int = core.get_vocab_size()
+        self.vocab_size: int = 1 + max(core.get_vocab().values(), default=-1)  # ids may have gaps
         self.pad = PAD if self._controls.get(PAD) == SPECIALS[PAD] else None  # the id 0 of others is any token
         self.fingerprint: str = sha256_of_texts([json.dumps(template.to_json()), self._json])
 
@@ -155,8 +159,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without tags. Raises UserError for lone surrogates, which are not Unicode text."""
         try:
-            return self._core.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
+            with tokenizer_errors("the model's tokenizer can't encode a text"):
+                return self._core.encode(text, add_special_tokens=False).ids
+        except UserError as error:
+            if not isinstance(error.__cause__, TypeError):
+                raise
             shown = self._unmark(text)
             at = next((i for i, character in enumerate(shown) if "\ud800" <= character <= "\udfff"), 0)
             near = shown[max(at - 20, 0) : at + 20]
@@ -178,8 +185,9 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         try:
-            found = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError:
+            with tokenizer_errors("the model's tokenizer can't encode a text"):
+                found = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
+        except UserError:
             return [self.encode(text) for text in texts]  # this raises for the invalid text
         return [encoding.ids for encoding in found]
 
@@ -223,6 +231,11 @@ class Tokenizer:
         """The content of tokenizer.json."""
         return json.dumps(json.loads(self._json), indent=2, ensure_ascii=False)
 
+    def tokens_from(self, first: int) -> dict[int, str]:
+        """The tokens with ids of at least `first`."""
+        vocab = tokenizers.Tokenizer.from_str(self._json).get_vocab() if self.vocab_size > first else {}
+        return {i: token for token, i in vocab.items() if i >= first}
+
     def tag(self, token: int) -> str:
         """The name of a control token."""
         return self._controls[token]
@@ -253,11 +266,9 @@ class Tokenizer:
         for name in ("tokenizer.json", "template.json"):
             if not (folder / name).is_file():
                 raise UserError(f"no {name} in {folder}; give a folder where a run saved a model or tokenizer")
-        try:
+        with tokenizer_errors(f"the tokenizer in {folder} is unreadable; delete it and run again"):
             record = json.loads((folder / "template.json").read_text(encoding="utf-8"))
             core = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        except Exception as error:  # the tokenizers package raises bare Exception
-            raise UserError(f"the tokenizer in {folder} is unreadable ({error}); delete it and run again") from error
         try:
             old = isinstance(record, dict) and record.get("version") == 2
             return Tokenizer(core, _of_version_2(core, record) if old else Template.from_json(record))
@@ -265,6 +276,81 @@ class Tokenizer:
             raise
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{folder}/template.json is unreadable ({error}); train the model again") from error
+
+
+@contextlib.contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Turn whatever the tokenizers package raises into a UserError that begins with `what`: its panics, too, which are
+    no `Exception`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({printable(str(error))})") from error
+
+
+def check_parts(record: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if a tokenizer.json, parsed, has bad ids, would make far more text or ids of a text than it has,
+    or draws its tokens at random."""
+    model = record.get("model")
+    model = model if isinstance(model, dict) else {}
+    vocab, added = model.get("vocab"), record.get("added_tokens")
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    check_ids(ids, len(vocab) if isinstance(vocab, list) else 0, where)
+    if model.get("dropout"):
+        raise UserError(f"{where}: model.dropout is {model['dropout']!r:.20}, so ids would be random; set it to null")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if len(str(model.get(name))) > 64:
+            raise UserError(f"{where}: model.{name} has more than 64 characters")
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (growth := _growth(record.get(part))) > _MOST_GROWTH:
+            raise UserError(f"{where}: {part} can make a text {growth:.3g} times as long; at most {_MOST_GROWTH}")
+
+
+def check_ids(ids: Sequence[Any], others: int, where: str) -> None:
+    """Raise UserError for ids that are no whole numbers or far beyond the number of tokens: the tokenizers package
+    makes tables up to the largest. `others`: how many more tokens there are."""
+    most = 2 * (len(ids) + others) + 1000
+    for i in ids:
+        if type(i) is not int or not 0 <= i <= most:
+            shown = printable(repr(i), 40) if isinstance(i, str | int | float) else f"of type {type(i).__name__}"
+            raise UserError(f"{where}: a token's id is {shown}, not a whole number from 0 to {most}")
+
+
+def _growth(part: Any) -> float:
+    """How many times as long a part of a tokenizer.json can make a text, about."""
+    inner = part if isinstance(part, list) else list(part.values()) if isinstance(part, dict) else []
+    product = math.prod(map(_growth, inner), start=1.0)
+    if not isinstance(part, dict):
+        return product
+    match part:
+        case {"type": "ByteLevel"}:
+            return 2 * product
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if old:
+            return product * max(1, len(new) / len(old))
+        case {"type": "Replace", "content": str(new)} | {"type": "Prepend", "prepend": str(new)}:
+            return product * (1 + len(new))
+        case {"type": "TemplateProcessing", "special_tokens": dict(tokens)}:
+            ids = (len(token["ids"]) for token in tokens.values() if isinstance(token, dict) and "ids" in token)
+            return product * (1 + max(ids, default=0) * (len(part.get("single", [])) + len(part.get("pair", []))))
+    return product
+
+
+def check_tokenizer(core: tokenizers.Tokenizer, where: str) -> None:
+    """Raise UserError if two tokens have the same id, or if a short text can't be encoded and decoded."""
+    with tokenizer_errors(f"the tokenizer of {where} is unusable"):
+        vocab = core.get_vocab()
+        if len(set(vocab.values())) < len(vocab):
+            names: dict[int, str] = {}
+            for token, i in vocab.items():
+                if i in names:
+                    raise UserError(f"the tokenizer of {where} has the id {i} twice: {token!r:.40}, {names[i]!r:.40}")
+                names[i] = token
+        core.decode(core.encode(_SAMPLE).ids)
 
 
 def control_tokens(core: tokenizers.Tokenizer) -> dict[int, str]:

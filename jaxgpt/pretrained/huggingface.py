@@ -23,19 +23,26 @@ from jaxgpt.data.tokenizer import (
     Template,
     Tokenizer,
     append_tags,
+    check_ids,
+    check_parts,
+    check_tokenizer,
     gpt2_core,
     prepend,
     prepended,
     read_merges,
+    tokenizer_errors,
 )
-from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import read_json, write_json
+from jaxgpt.errors import UserError, needs_extra, printable
+from jaxgpt.files import write_json
 from jaxgpt.pretrained import places
+from jaxgpt.pretrained.checked import Fields, check_place, read_object, read_text
 
 with needs_extra("pretrained"):
     import tokenizers
 
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # constants stored in old checkpoints
+_DTYPES = ("F32", "F16", "BF16", "F64")
+MOST_LAYERS = 10_000
 SUPPORTED = "gpt2, openai-gpt, llama and mistral"  # what model_type may be
 _NAMED = ("bos_token", "eos_token", "pad_token")
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # "gelu" only in openai-gpt, where it means the tanh form
@@ -47,22 +54,33 @@ def read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     with needs_extra("pretrained"):
         from safetensors import safe_open
 
-    config = config_from(read_json(folder / "config.json"), folder)
+    config = config_from(read_object(folder / "config.json"), folder)
     files = {}
     for path in _weight_files(folder):
         try:
-            files[path] = safe_open(path, framework="numpy")
+            files[path] = safe_open(check_place(path), framework="numpy")
+        except UserError:
+            raise
         except Exception as error:  # errors of safetensors or the system
-            raise UserError(f"{path} can't be read ({error}); copy it again") from error
-    where = {_full_name(name): (file, name) for file in files.values() for name in file.keys()}  # noqa: SIM118
-    shapes = {name: tuple(file.get_slice(own).get_shape()) for name, (file, own) in where.items()}
-    shapes = {name: shape for name, shape in shapes.items() if not _BUFFERS.search(name)}
-    if config.tied:
-        shapes.pop("lm_head.weight", None)
+            raise UserError(f"{path} can't be read ({printable(str(error))}); copy it again") from error
+    where: dict[str, tuple[Any, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, file in files.items():
+        for own in file.keys():  # noqa: SIM118
+            name, stored = _full_name(own), file.get_slice(own)
+            if _BUFFERS.search(name) or (config.tied and name == "lm_head.weight"):
+                continue
+            if name in where:
+                raise UserError(f"{path} has {printable(name)} a second time; download the whole model again")
+            if stored.get_dtype() not in _DTYPES:
+                raise UserError(
+                    f"{path}: {printable(name)} is of type {stored.get_dtype()}, not {' or '.join(_DTYPES)}"
+                )
+            where[name], shapes[name] = (file, own), tuple(stored.get_shape())
     texts = places.tensor_errors(config, shapes)
     if texts:
         raise UserError("\n  ".join([f"{folder} does not hold the tensors that its config.json implies:", *texts]))
-    return places.to_params(lambda name: where[name][0].get_tensor(where[name][1]), config), config
+    return places.to_params(lambda name: where[name][0].get_tensor(where[name][1]), config, folder), config
 
 
 def _full_name(name: str) -> str:
@@ -73,8 +91,11 @@ def _full_name(name: str) -> str:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if any(Path(name).name != name for name in names):
+        listed = Fields(read_object(index), index).inner("weight_map").values()
+        if not all(isinstance(name, str) for name in listed):
+            raise UserError(f"{index}: weight_map does not map tensors to files; download the whole model again")
+        names = sorted(set(listed))
+        if any(Path(name).name != name or not printable(name) == name for name in names):
             raise UserError(f"{index} names files outside its folder; don't use this checkpoint")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
@@ -92,33 +113,37 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def config_from(record: Any, folder: Path) -> ModelConfig:
     """Our settings for a config.json. Raises UserError for unsupported architectures and options."""
+    file = folder / "config.json"
     if not isinstance(record, dict) or "model_type" not in record:
-        raise UserError(f"{folder / 'config.json'} is not a model's config.json: it has no model_type")
-    kind = {"mistral": "llama"}.get(record["model_type"], record["model_type"])
+        raise UserError(f"{file} is not a model's config.json: it has no model_type")
+    fields = Fields(record, file)
+    named = fields.text("model_type")
+    kind = {"mistral": "llama"}.get(named, named)
     if kind not in places.KINDS:
-        raise UserError(f"{folder} is a {kind!r} model; supported are {SUPPORTED}")
+        raise UserError(f"{folder} is a {printable(repr(kind), 60)} model; supported are {SUPPORTED}")
     try:
-        return _llama(record) if kind == "llama" else _gpt(record, kind)
-    except KeyError as error:
-        raise UserError(f"{folder / 'config.json'} has no {error.args[0]}") from error
+        return _llama(fields) if kind == "llama" else _gpt(fields, kind)
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+        raise error if str(file) in str(error) else UserError(f"{file}: {error}") from error
 
 
 def _refuse(record: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    def same(value: Any, known: Any) -> bool:  # true is not 1
+        return value == known and isinstance(value, bool) == isinstance(known, bool)
+
     texts = [
-        f"{name} {record[name]!r} (only {' or '.join(map(repr, known))})"
+        f"{name} {printable(repr(record[name]), 60)} (only {' or '.join(map(repr, known))})"
         for name, known in allowed.items()
-        if record.get(name, known[0]) not in known
+        if not any(same(record.get(name, known[0]), value) for value in known)
     ]
     if texts:
         raise UserError(f"not supported: {', '.join(texts)}")
 
 
-def _gpt(record: Mapping[str, Any], kind: str) -> ModelConfig:
+def _gpt(fields: Fields, kind: str) -> ModelConfig:
     activation = "activation_function" if kind == "gpt2" else "afn"
     _refuse(
-        record,
+        fields.values,
         {
             activation: _TANH[: 2 if kind == "gpt2" else 3],
             "tie_word_embeddings": (True,),
@@ -128,53 +153,53 @@ def _gpt(record: Mapping[str, Any], kind: str) -> ModelConfig:
         },
     )
     return ModelConfig(
-        layers=record["n_layer"],
-        width=record["n_embd"],
-        heads=record["n_head"],
-        block=record["n_positions"],
-        vocab=record["vocab_size"],
-        mlp_width=record.get("n_inner") or 0,
+        layers=fields.count("n_layer", most=MOST_LAYERS),
+        width=fields.count("n_embd"),
+        heads=fields.count("n_head"),
+        block=fields.count("n_positions"),
+        vocab=fields.count("vocab_size"),
+        mlp_width=fields.count("n_inner", 0),
         norm_at="input" if kind == "gpt2" else "output",
-        norm_epsilon=record.get("layer_norm_epsilon", 1e-5),
+        norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),
     )
 
 
-def _llama(record: Mapping[str, Any]) -> ModelConfig:
-    rope = {"rope_theta": record.get("rope_theta", 1e4), **(record.get("rope_scaling") or {})}
-    rope |= record.get("rope_parameters") or {}
-    stretched = rope.get("rope_type", rope.get("type", "default")) == "llama3"
-    biases = bool(record.get("attention_bias", False))
-    if biases != bool(record.get("mlp_bias", False)):
+def _llama(fields: Fields) -> ModelConfig:
+    rope_values = {"rope_theta": fields.values.get("rope_theta", 1e4), **fields.inner("rope_scaling")}
+    rope = Fields(rope_values | fields.inner("rope_parameters"), fields.where)
+    stretched = rope.values.get("rope_type", rope.values.get("type", "default")) == "llama3"
+    biases = fields.flag("attention_bias")
+    if biases != fields.flag("mlp_bias"):
         raise UserError(f"not supported: attention_bias {biases} with mlp_bias {not biases} (only both or neither)")
-    head_dim = record["hidden_size"] // record["num_attention_heads"]
+    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     _refuse(
-        record,
+        fields.values,
         {
             "hidden_act": ("silu",),
             "sliding_window": (None,),
-            "head_dim": (head_dim, None),
+            "head_dim": (width // heads, None),
         },
     )
-    _refuse(rope, {"rope_type": ("default", "llama3"), "type": ("default", "llama3")})
+    _refuse(rope.values, {"rope_type": ("default", "llama3"), "type": ("default", "llama3")})
     if stretched:
-        _refuse(rope, {"low_freq_factor": (1.0,), "high_freq_factor": (4.0,)})
+        _refuse(rope.values, {"low_freq_factor": (1.0,), "high_freq_factor": (4.0,)})
     return ModelConfig(
-        layers=record["num_hidden_layers"],
-        width=record["hidden_size"],
-        heads=record["num_attention_heads"],
-        kv_heads=record.get("num_key_value_heads") or 0,
-        block=record["max_position_embeddings"],
-        vocab=record["vocab_size"],
+        layers=fields.count("num_hidden_layers", most=MOST_LAYERS),
+        width=width,
+        heads=heads,
+        kv_heads=fields.count("num_key_value_heads", 0),
+        block=fields.count("max_position_embeddings"),
+        vocab=fields.count("vocab_size"),
         mlp="swiglu",
-        mlp_width=record["intermediate_size"],
+        mlp_width=fields.count("intermediate_size"),
         norm="rms",
         positions="rotary",
-        rope_theta=float(rope["rope_theta"]),
+        rope_theta=rope.number("rope_theta", above=1),
         biases=biases,
-        rope_factor=float(rope["factor"]) if stretched else 1.0,
-        rope_block=rope["original_max_position_embeddings"] if stretched else 8192,
-        tied=record.get("tie_word_embeddings", False),
-        norm_epsilon=record.get("rms_norm_eps", 1e-6),
+        rope_factor=rope.number("factor") if stretched else 1.0,
+        rope_block=rope.count("original_max_position_embeddings") if stretched else 8192,
+        tied=fields.flag("tie_word_embeddings"),
+        norm_epsilon=fields.number("rms_norm_eps", 1e-6),
     )
 
 
@@ -233,34 +258,38 @@ def read_tokenizer(folder: Path, use_tags: bool = False) -> Tokenizer:
     core = _read_core(folder)
     settings: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        settings |= read_json(folder / file) if (folder / file).is_file() else {}
+        settings |= read_object(folder / file) if (folder / file).is_file() else {}
+    fields = Fields(settings, folder / "tokenizer_config.json")
     names: dict[str, str] = {}
     for name in (*_NAMED, "unk_token"):
         token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
-        names |= {name: token} if isinstance(token, str) else {}
+        names |= {} if token is None else {name: Fields({name: token}, fields.where).text(name)}
     first = core.token_to_id(names.get("bos_token", ""))
-    if settings.get("add_bos_token") and first is not None and not prepended(core):
+    if fields.flag("add_bos_token") and first is not None and not prepended(core):
         prepend(core, [first])
-    source = None if use_tags else _chat_template(folder, settings)
+    source = None if use_tags else _chat_template(folder, fields)
     return make_tokenizer(core, source, names, str(folder))
 
 
 def make_tokenizer(core: tokenizers.Tokenizer, source: str | None, names: Mapping[str, str], where: str) -> Tokenizer:
-    """The tokenizer with a chat template, or with our tags if `source` is None."""
+    """The tokenizer with a chat template, or with our tags if `source` is None. UserError if it is of no use."""
+    check_tokenizer(core, where)
     separator = separator_of(core, names.get("eos_token"))
-    if source is None:
-        return Tokenizer(core, append_tags(core, separator, names))
-    return chat_tokenizer(core, source, names, separator, where)
+    with tokenizer_errors(f"the tokenizer of {where} is unusable"):
+        if source is None:
+            return Tokenizer(core, append_tags(core, separator, names))
+        return chat_tokenizer(core, source, names, separator, where)
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+def _chat_template(folder: Path, fields: Fields) -> str | None:
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    found = settings.get("chat_template")
+        return read_text(folder / "chat_template.jinja")
+    found = fields.values.get("chat_template")
     if isinstance(found, list):  # several named templates
-        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
-    return found
+        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    return Fields({"chat_template": found}, fields.where).text("chat_template", None)
 
 
 def separator_of(core: tokenizers.Tokenizer, eos: str | None) -> int | None:
@@ -274,17 +303,21 @@ def separator_of(core: tokenizers.Tokenizer, eos: str | None) -> int | None:
 
 
 def _read_core(folder: Path) -> tokenizers.Tokenizer:
-    try:
-        if (folder / "tokenizer.json").is_file():
-            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        merges = read_merges((folder / "merges.txt").read_text(encoding="utf-8"))
-        return gpt2_core(read_json(folder / "vocab.json"), merges)
-    except UserError:
-        raise
-    except Exception as error:  # the tokenizers package raises bare Exception
-        raise UserError(
-            f"{folder} has neither a readable tokenizer.json nor vocab.json and merges.txt ({error}); copy them there"
-        ) from error
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        with tokenizer_errors(f"{file} is unreadable"):
+            check_parts(read_object(file), str(file))
+            core = tokenizers.Tokenizer.from_file(str(file))
+            core.no_padding()  # before the first text: it may be to any length
+            core.no_truncation()
+            return core
+    with tokenizer_errors(
+        f"{folder} has neither a readable tokenizer.json nor vocab.json and merges.txt; copy them there"
+    ):
+        merges = read_merges(read_text(folder / "merges.txt"))
+        vocab = read_object(folder / "vocab.json")
+        check_ids(list(vocab.values()), 0, str(folder / "vocab.json"))
+        return gpt2_core(vocab, merges)
 
 
 # ---- writing ----

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import ModelConfig, round_up
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import SPECIALS, Tokenizer
 from jaxgpt.data.wheels import Wheel, fetch
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, printable
 from jaxgpt.files import hub_advice, sha256_of_file, suggest_name
 from jaxgpt.pretrained import gguf_file, huggingface
 from jaxgpt.structs import Params
@@ -82,8 +82,19 @@ def load(source: Path | str, *, use_tags: bool = False, cache: Path | None = Non
             f"{missing_advice(Path(source))}"
         )
     chats = bool(tok.template.jinja)
+    _check_rows(tok, config, place)
     flat, config = grow_vocabulary(flat, config, tok.vocab_size)
     return Pretrained(_on_device(flat), config, tok, chats)
+
+
+def _check_rows(tok: Tokenizer, config: ModelConfig, place: Path) -> None:
+    """UserError if the model has no row for a token that its tokenizer came with."""
+    for i, token in tok.tokens_from(config.vocab).items():
+        if token not in SPECIALS:
+            raise UserError(
+                f"the tokenizer of {place} has the id {i}, {printable(repr(token), 60)}, but the model has only "
+                f"{config.vocab} rows; download both again"
+            )
 
 
 def grow_vocabulary(params: Params, config: ModelConfig, vocab: int) -> tuple[Params, ModelConfig]:

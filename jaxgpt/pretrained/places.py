@@ -6,12 +6,13 @@ Tensors go by Hugging Face's names, in three architectures: "gpt2" (its Conv1D h
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, printable
 
 KINDS = ("gpt2", "openai-gpt", "llama")
 _CONV = {
@@ -56,25 +57,36 @@ def to_tensors(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, np.nda
     return found
 
 
-def to_params(read: Callable[[str], np.ndarray], config: ModelConfig) -> dict[str, Any]:
-    """Our nested float32 parameters, from read(name), which returns Hugging Face's tensor of that name."""
+def to_params(read: Callable[[str], np.ndarray], config: ModelConfig, where: Path) -> dict[str, Any]:
+    """Our nested float32 parameters, from read(name), which returns Hugging Face's tensor of that name. Raises
+    UserError naming `where` and the tensor if it can't be read or holds a number that is not finite."""
+
+    def finite(name: str) -> np.ndarray:
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                x = read(name).astype(np.float32)
+        except Exception as error:  # of the package that reads it
+            raise UserError(f"{where}: {name} can't be read ({printable(str(error))})") from error
+        if not np.isfinite(x).all():
+            raise UserError(f"{where}: {name} holds NaN or infinite numbers; download the model again")
+        return x
+
     params: dict[str, Any] = {}
     for place in places(config):
         *folders, last = place.path.split("/")
         inner = functools.reduce(lambda tree, folder: tree.setdefault(folder, {}), folders, params)
-        inner[last] = np.ascontiguousarray(place.join(*(read(name).astype(np.float32) for name in place.shapes)))
+        inner[last] = np.ascontiguousarray(place.join(*map(finite, place.shapes)))
     return params
 
 
 def tensor_errors(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One message for each tensor that is missing, unexpected, or of the wrong shape."""
+    """One message for each tensor that is missing, unexpected, or of the wrong shape, up to 20."""
     wanted = {name: shape for place in places(config) for name, shape in place.shapes.items()}
     texts = [f"{name} is missing" for name in wanted if name not in found]
-    texts += [f"{name} is not part of this architecture" for name in found if name not in wanted]
+    texts += [f"{printable(name)} is not part of this architecture" for name in found if name not in wanted]
     both = [name for name in wanted if name in found]
-    return texts + [
-        f"{name} has shape {found[name]}, not {wanted[name]}" for name in both if found[name] != wanted[name]
-    ]
+    texts += [f"{name} has shape {found[name]}, not {wanted[name]}" for name in both if found[name] != wanted[name]]
+    return texts if len(texts) <= 20 else [*texts[:20], f"and {len(texts) - 20} more"]
 
 
 # ---- the layouts ----

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from jaxgpt.data import templates
+from jaxgpt.data import jinja_process, templates
 from jaxgpt.data.templates import answer_text, example_ids, parse, prompt_ids
 from jaxgpt.data.tokenizer import TAGS, Tokenizer, append_tags, gpt2_core, train_bpe
 from jaxgpt.errors import UserError
@@ -125,7 +125,7 @@ def whole_text_ids(tok: Tokenizer, *texts: str) -> list[int]:
     """What transformers computes: the model's own tokenizer on the whole conversation, in which text can forge."""
     core = tokenizers.Tokenizer.from_str(tok.to_json())
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    text = templates.render(tok.template.jinja, messages, NAMES, ask=len(texts) % 2 == 1)
+    text = jinja_process.render(tok.template.jinja, messages, NAMES, ask=len(texts) % 2 == 1)
     return core.encode(text, add_special_tokens=False).ids
 
 
@@ -254,7 +254,7 @@ def test_templates_that_finish_an_answer_otherwise_than_they_ask_for_it_only_ask
         ("{% for", "TemplateSyntaxError"),
         ("{{ strftime_now('%d') }}" + CHATML, "writes today's date"),
         ("{% for m in messages %}{{ m.content }}{{ '</s>' if m.role == 'user' }}{% endfor %}", "ends answers with ''"),
-        ("{{ raise_exception('x') }}", "(TemplateError: x)"),
+        ("{{ raise_exception('x') }}", "used: TemplateError: x"),
         (CHATML.replace("['content']", "['content'].replace('  ', ' ')"), "the prompt ' two  spaces"),
         (CHATML.replace("['content']", "['content'].replace('\n \n', '\n')"), "at the sides of a text"),
         ("{% for m in messages %}{{ m.content + ('\nA: ' if loop.index % 2 else '</s>') }}{% endfor %}", "could forge"),

@@ -24,6 +24,7 @@ from jaxgpt.decoding import sampling
 from jaxgpt.errors import UserError
 from jaxgpt.models import transformer
 from jaxgpt.pretrained import gguf_file, huggingface, loading, places
+from jaxgpt.pretrained.checked import Fields
 from jaxgpt.runs.run import run_fingerprint
 from jaxgpt.runs.saved_model import load_language_model, save_model
 from tests.data.test_templates import CHATML, chat_tokenizer, core_of, small_tokenizer
@@ -320,10 +321,10 @@ def test_a_gguf_file_says_whether_its_tokenizer_prepends():
     merges = [" ".join(pair) for pair in json.loads(core.to_str())["model"]["merges"]]
     for pre, flag, begins in (("smollm", None, False), ("smollm", True, True), ("llama-bpe", None, True)):
         fields = {"model": "gpt2", "pre": pre, "tokens": vocab, "merges": merges, "bos_token_id": vocab.index("<s>")}
-        fields |= {"token_type": [3 if token in ("<s>", "</s>") else 1 for token in vocab]}
+        fields |= {"token_type": np.asarray([3 if token in ("<s>", "</s>") else 1 for token in vocab])}
         fields |= {} if flag is None else {"add_bos_token": flag}
-        get = lambda name, default=None, fields=fields: fields.get(name.removeprefix("tokenizer.ggml."), default)  # noqa: E731
-        tok = gguf_file._tokenizer(types.SimpleNamespace(get=get, need=get, path="here"), use_tags=False)
+        values = Fields({f"tokenizer.ggml.{name}": value for name, value in fields.items()}, "here")
+        tok = gguf_file._tokenizer(types.SimpleNamespace(fields=values, path="here"), use_tags=False)
         assert tok.document_ids("a") == [vocab.index("<s>")] * begins + tok.encode("a"), (pre, flag)
 
 
@@ -529,7 +530,7 @@ def test_smollm2_speaks_as_in_transformers():
         )
         assert found == expected
     core = tf.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    source = gguf_file.GGUFFile(file).get("tokenizer.chat_template")
+    source = gguf_file.GGUFFile(file).fields.text("tokenizer.chat_template")
     both = tokenizers.pre_tokenizers.Digits(individual_digits=True), tokenizers.pre_tokenizers.ByteLevel(False)
     for text in MULTILINGUAL:
         if "١" in text:  # transformers ignores the file's field that asks for single digits
