@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.errors import UserError
 from jaxgpt.files import read_json
+from jaxgpt.runs.endings import plain_endings
+from jaxgpt.runs.run_record import read_results
 
 NAMES = {  # a heading, and how a policy's figures in report.json are shown below it
     "gold score": lambda p: plus_minus(p["gold"]),
@@ -31,8 +34,7 @@ def bound(nats: float | None) -> str:
 
 
 def results(run: Path, stage: str) -> dict[str, Any]:
-    found: Any = read_json(run / stage / "done.json")
-    return found["results"]
+    return read_results(run / stage, stage)
 
 
 def stage_rows(run: Path) -> dict[str, str]:
@@ -73,4 +75,12 @@ def main(runs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]])
+    with plain_endings():
+        try:
+            main([Path(name) for name in sys.argv[1:]])
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"a figure is missing or is no number ({error!r}); give finished runs of all stages"
+            ) from None

@@ -36,6 +36,7 @@ from jaxgpt.data.training_data import RowCounts
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import reward, rollout
+from jaxgpt.rlhf.intervals import check_finite
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.run import run_fingerprint
 from jaxgpt.runs.saved_model import check_language_model, load_language_model, load_model
@@ -237,6 +238,7 @@ def make_uncertainty(run: Path, settings: Settings, mesh: jax.sharding.Mesh) -> 
             return 0.0
         arrays = next(iter(pipelines.preference_eval(ranking, min(config.block, -(-longest // 64) * 64), 1)))
         h = np.asarray(program(params, sharding.place_whole(Preferences.of(arrays), mesh)), np.float64)[0]
+        check_finite(h, "scores of the reward model")
         p = np.exp(h - np.logaddexp.reduce(h))
         return float(-(p * np.log(np.maximum(p, 1e-30))).sum() / np.log(len(answers)))
 

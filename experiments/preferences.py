@@ -22,7 +22,7 @@ from jaxgpt.data import sources
 from jaxgpt.data.comparisons import Preference, write_preferences
 from jaxgpt.data.templates import answer_text, prompt_ids
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.data.training_data import LoadedData, RowCounts
+from jaxgpt.data.training_data import LoadedData, RowCounts, count_trained_on
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import rollout
@@ -111,10 +111,12 @@ def main(settings: Settings) -> dict[str, Any]:
         results: dict[str, Any] = {"annotator": settings.annotator.name, "candidates": settings.candidates}
         held_out: sources.Split = "valid" if settings.data == sources.EMBEDDED else "test"
         counts: dict[str, RowCounts] = {}
+        asked: dict[str, list[str]] = {}
         parts: tuple[tuple[str, str, sources.Split, int], ...]
         parts = (("train", "prompts", "train", settings.prompts), ("heldout", "heldout", held_out, settings.heldout))
         for n, (name, option, split, count) in enumerate(parts):
             prompts, found = choose_prompts(settings, split, count, rng)
+            asked[name] = [prompt for prompt, _ in prompts]
             counts[option] = found.without(f"over --{option} {count}", found.used - count)
             repeated = f", then repeated to make {count:,}" if count > found.used else ""
             run.say(f"preferences: {'prompts' if name == 'train' else 'held out'}: {counts[option]}{repeated}")
@@ -138,6 +140,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 "gold_mean": float(gold_BC.mean()),
                 "gold_std": float(gold_BC.std()),
                 "ended": float(ended.mean()),
+                "equal_answers": sum(len(set(row)) == 1 for row in texts),
                 "annotator_ceiling": settings.annotator.ceiling(judged_BC),
             }
         train = results["train"]
@@ -146,7 +149,9 @@ def main(settings: Settings) -> dict[str, Any]:
             f"; gold {train['gold_mean']:.3f} (sd {train['gold_std']:.3f}), {train['ended']:.0%} ended by themselves, "
             f"best possible accuracy {results['heldout']['annotator_ceiling']:.1%}"
         )
-        run.finish({**results, **LoadedData(counts).record()})
+        data = LoadedData(counts, count_trained_on(asked["heldout"], asked["train"]))
+        data.warn(run.say, "preferences")
+        run.finish({**results, **data.record()})
         return run.results
 
 

@@ -19,7 +19,7 @@ from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import Count, CountOrZero, ModelConfig, Nonnegative, Positive, Seed
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.tokenizer import Tokenizer, cached_tokenizer, gpt2_tokenizer
-from jaxgpt.data.training_data import LoadedData, RowCounts, heldout_windows
+from jaxgpt.data.training_data import LoadedData, RowCounts, count_trained_on, heldout_windows
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding, transformer
@@ -107,8 +107,8 @@ def prepare(settings: Settings, share: RowShard) -> Data:
     batches = pipelines.windows(stream, *size, seed=settings.seed, part=share.index, parts=share.count)
     windows, counts = heldout_windows(heldout, *size, settings.eval_batches)
     rows = {"documents": RowCounts.of(train, left_out).without("empty", train.count("")), "held-out windows": counts}
-    tokens_per_byte = len(heldout) / sum(len(text.encode()) for text in test)
-    return Data(tok, len(stream), batches, windows, LoadedData(rows), tokens_per_byte)
+    loaded, bytes_ = LoadedData(rows, count_trained_on(filter(None, test), train)), len("".join(test).encode())
+    return Data(tok, len(stream), batches, windows, loaded, len(heldout) / bytes_)
 
 
 def main(settings: Settings) -> dict[str, Any]:

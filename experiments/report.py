@@ -20,7 +20,7 @@ from jaxgpt.data import pipelines, sources
 from jaxgpt.data.openings import Prompt
 from jaxgpt.data.templates import answer_text, example_ids, prompt_ids
 from jaxgpt.data.tokenizer import Row, Tokenizer
-from jaxgpt.data.training_data import RowCounts, load_windows
+from jaxgpt.data.training_data import LoadedData, RowCounts, count_trained_on, load_windows
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding
@@ -31,7 +31,7 @@ from jaxgpt.rlhf.judge import Judge, fit_judge
 from jaxgpt.rlhf.policies import transformer_policy
 from jaxgpt.runs.cli import cli
 from jaxgpt.runs.process import broadcast_from_first
-from jaxgpt.runs.report import PolicyResults, write_report
+from jaxgpt.runs.report import PolicyResults, read_stages, write_report
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_model
 from jaxgpt.structs import Array, Batch, Params
@@ -200,7 +200,7 @@ def main(settings: Settings) -> dict[str, Any]:
     with Run(settings.run, settings, stage="report", inputs=inputs) as run:
         if run.finished:
             return run.results
-        mesh = sharding.data_mesh()
+        stages, mesh = read_stages(settings.stages), sharding.data_mesh()
         loaded = {name: load_model(settings.stages / name) for name in names}
         config, tok = loaded["sft"].config, loaded["sft"].tokenizer
         params = {name: sharding.replicate(one.params, mesh) for name, one in loaded.items()}
@@ -243,8 +243,11 @@ def main(settings: Settings) -> dict[str, Any]:
                 bar.update()
         results: dict[str, Any] = {}
         if jax.process_index() == 0:
-            results = write_report(run.folder, settings.stages, prompts, policies, judge, run.console)
-            results["rows"] = {"heldout": counts.record()}
+            results = write_report(run.folder, stages, prompts, policies, judge, run.console)
+            trained = [prompt.text for prompt in sources.prompts(settings.data, "train", settings.cache)]
+            data = LoadedData({"heldout": counts}, count_trained_on([prompt.text for prompt in prompts], trained))
+            data.warn(run.say, "report")
+            results |= data.record()
         results = broadcast_from_first(results)
         run.say(f"report: {settings.run / 'report.html'}")
         run.finish(results)

@@ -140,9 +140,10 @@ def main(settings: Settings) -> dict[str, Any]:
                     after = rollout.heldout_nats(state.params, config, data.raw, mesh)
                     heldout = {"heldout_answer_nats_per_token": answers.mean, "pretraining_nats_per_token": after.mean}
                 loop.record(i, (state, dropout_key), metrics, heldout)
+        factor = math.exp(min(after.mean - before.mean, 700))
         run.say(
             f"sft: held-out answers {answers.plus_minus()} nats per token · pretraining's held-out text "
-            f"{before.mean:.3f} -> {after.plus_minus()} (perplexity x {math.exp(after.mean - before.mean):.2f})"
+            f"{before.mean:.3f} -> {after.plus_minus()} (perplexity x {factor:.3g})"
         )
         if settings.lora:
             save_model(settings.run / "adapters", state.trainable, config)

@@ -19,7 +19,7 @@ from jaxgpt.data.templates import example_ids, parse, prompt_ids
 from jaxgpt.data.tokenizer import ANSWER_END, train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_json
-from jaxgpt.runs import checkpoints, doctor
+from jaxgpt.runs import checkpoints, run_record
 from jaxgpt.runs.saved_model import load_model
 from jaxgpt.runs.settings import flatten_json, settings_from_json, settings_to_json
 
@@ -161,7 +161,7 @@ def test_records_of_runs_models_and_checkpoints_are_refused_by_name(tmp_path: Pa
     with refusal("model.json"):
         load_model(tmp_path)
     with refusal("settings.json"):
-        doctor.read_run_record(tmp_path)
+        run_record.read_run_record(tmp_path)
 
 
 TOK = train_bpe(["the quick brown fox </answer> <prompt> " * 3], 300)

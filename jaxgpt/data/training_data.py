@@ -71,7 +71,7 @@ class LoadedData:
     """What a stage says about its data, and stores."""
 
     counts: Mapping[str, RowCounts]  # of what is learned from, by its name ("preferences", "examples"), and "heldout"
-    trained_on: int = 0  # held-out rows whose prompt is also trained on
+    trained_on: int = 0  # held-out rows whose prompt is also trained on; of raw text, whole documents
     note: str = ""  # more about what is learned from
     same_file: bool = False
 
@@ -79,15 +79,25 @@ class LoadedData:
         """Say what was read, used and left out, and warn if prompts are trained on and measured on."""
         for name, counts in self.counts.items():
             say(f"{stage}: {'held out' if name == 'heldout' else f'{name}{self.note}'}: {counts}")
-        if self.trained_on:
+        self.warn(say, stage)
+
+    def warn(self, say: Callable[[str], None], stage: str) -> None:
+        """Say if what is measured on is also trained on."""
+        if self.trained_on and "heldout" in self.counts:
             count = f"{self.trained_on:,} of {self.counts['heldout'].used:,} held-out rows"
             same = " (both are the same file)" if self.same_file else ""
             say(f"{stage}: WARNING: {count} have prompts that are trained on{same}: the figures are too good")
+        elif self.trained_on:
+            count = f"{self.trained_on:,} held-out documents"
+            say(f"{stage}: WARNING: {count} are also trained on: the figures are too good")
 
     def record(self) -> dict[str, Any]:
         """The same for a run's results."""
         rows = {name: counts.record() for name, counts in self.counts.items()}
-        return {"rows": rows, **({"heldout_trained_on": self.trained_on} if "heldout" in rows else {})}
+        return {
+            "rows": rows,
+            **({"heldout_trained_on": self.trained_on} if any("held" in name for name in rows) else {}),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +108,12 @@ class PreferenceData(LoadedData):
     heldout: list[TokenizedPreference]
     size: MaxSizes  # of all
     steps: int  # batches in all epochs
+    equal_answers: int  # preferences to learn from whose answers are all equal: they teach nothing
     tie_rate: float  # how often people found all answers equally good
+
+    def record(self) -> dict[str, Any]:
+        """The same for a run's results."""
+        return {**super().record(), "equal_answers": self.equal_answers}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +165,7 @@ def load_preference_data(
         heldout=held,
         size=size,
         steps=steps,
+        equal_answers=sum(len({tuple(ids) for ids, _ in one.rows}) == 1 for one in train),
         tie_rate=tie_rate(train),
     )
 

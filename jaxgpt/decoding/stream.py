@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxgpt.config import ModelConfig
 from jaxgpt.decoding import sampling
 from jaxgpt.decoding.generate import SEGMENT, Sampler, check_fits_block, decode_step, grow_cache, prefill, prepare
+from jaxgpt.errors import UserError
 from jaxgpt.structs import Array, KVCache, Params
 
 
@@ -29,7 +30,7 @@ def stream(
 
     The cache doubles when it is full. Parameters that already went through `prepare` are used as they are. A new
     `sample` or `filter_logits` is compiled again, so pass the same functions each time; the numbers held by a
-    `jax.tree_util.Partial` may change without recompiling."""
+    `jax.tree_util.Partial` may change without recompiling. UserError if a logit is not finite."""
     P = prompt_BP.shape[1]
     check_fits_block(config, P, new_tokens)
     stops = {stop} if isinstance(stop, int) else set(stop)
@@ -41,6 +42,8 @@ def stream(
     cache, token_B = _first_token(params, config, prompt_BP, length_B, room, first, **chosen)
     for t, step_key in enumerate([*rest, None]):
         token = int(token_B[0])
+        if token < 0:
+            raise UserError("the model's logits are NaN or infinite: train it again with a lower learning rate")
         if token in stops:
             return
         yield token
@@ -57,6 +60,12 @@ def _as_partial(function: Callable[..., Array]) -> jax.tree_util.Partial:
     return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
 
 
+def _draw(key: Array, logits_BV: Array, sample: Sampler, filter_logits: sampling.Filter) -> Array:
+    """A token of each row; -1 where a logit is not finite, and any token would be false."""
+    finite_B = jnp.isfinite(logits_BV).all(axis=-1)
+    return jnp.where(finite_B, sample(key, filter_logits(logits_BV)), -1)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 4))
 def _first_token(
     params: Params,
@@ -70,7 +79,7 @@ def _first_token(
     filter_logits: sampling.Filter,
 ) -> tuple[KVCache, Array]:
     cache, logits_BV = prefill(params, config, prompt_BP, length_B, slots)
-    return cache, sample(key, filter_logits(logits_BV))
+    return cache, _draw(key, logits_BV, sample, filter_logits)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 5), donate_argnums=2)
@@ -88,4 +97,4 @@ def _next_token(
     filter_logits: sampling.Filter,
 ) -> tuple[KVCache, Array]:
     cache, logits_BV = decode_step(params, config, cache, token_B, length_B, prompt_slots, t)
-    return cache, sample(key, filter_logits(logits_BV))
+    return cache, _draw(key, logits_BV, sample, filter_logits)

@@ -152,7 +152,8 @@ class AdaptiveKL:
             raise ValueError(f"AdaptiveKL: unit is {self.unit!r}; choose sequence or token")
         error = jnp.clip(units[self.unit] / self.target - 1.0, -0.2, 0.2)
         beta = jnp.asarray(self.beta, error.dtype)
-        return dataclasses.replace(self, beta=beta * (1.0 + error * measured.sequences / self.horizon))
+        factor = 1.0 + error * measured.sequences / self.horizon
+        return dataclasses.replace(self, beta=jnp.where(jnp.isfinite(factor), beta * factor, beta))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["beta"], meta_fields=[])

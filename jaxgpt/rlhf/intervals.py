@@ -69,6 +69,18 @@ HOW_TO_READ = (
 )
 
 
+def check_finite(values: np.ndarray, what: str) -> np.ndarray:
+    """The values, if all are finite. UserError otherwise: a model's numbers overflow, though its weights are finite
+    (`runs.saved_model` makes sure), and every figure made of them would be false."""
+    wrong = int((~np.isfinite(values)).sum())
+    if wrong:
+        raise UserError(
+            f"{wrong:,} of {values.size:,} {what} are NaN or infinite: the model's numbers overflow; train it again "
+            "with a lower learning rate, or use another temperature"
+        )
+    return values
+
+
 def interval(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None) -> Interval:
     """Mean ± 1.96 standard errors. The values must be independent, one per prompt; or `clusters` names each value's
     prompt, and only prompts are independent (Liang & Zeger 1986)."""

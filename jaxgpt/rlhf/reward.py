@@ -19,7 +19,15 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.losses import Mean, returns
 from jaxgpt.models import sharding, transformer
-from jaxgpt.rlhf.intervals import Interval, calibration, calibration_by_chance, in_percent, ratio_interval, share
+from jaxgpt.rlhf.intervals import (
+    Interval,
+    calibration,
+    calibration_by_chance,
+    check_finite,
+    in_percent,
+    ratio_interval,
+    share,
+)
 from jaxgpt.structs import Array, Batch, Params, Preferences
 from jaxgpt.training.step import LossFn, Metrics, jit_on
 
@@ -110,10 +118,7 @@ def heldout_metrics(
     """`HeldoutMetrics` from scores [B, C], the favourite's index (or `TIE`) [B], which candidates exist [B, C], and
     what each row's prompt is (without it, every row has its own); on the host. UserError if no row has a favourite, or
     if a score is not finite."""
-    if wrong := int((~np.isfinite(score_BC) & present_BC).any(1).sum()):
-        raise UserError(
-            f"the scores of {wrong} of {len(score_BC)} held-out rows are not finite; lower the learning rate"
-        )
+    check_finite(np.asarray(score_BC)[np.asarray(present_BC)], "scores of held-out answers")
     kept = np.flatnonzero(np.asarray(choice_B) != losses.TIE)
     if not len(kept):
         raise UserError(f"all {len(choice_B)} held-out preferences are ties; hold out some that have a favourite")

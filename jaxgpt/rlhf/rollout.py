@@ -14,7 +14,7 @@ from jaxgpt.decoding.generate import check_fits_block
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding, transformer
 from jaxgpt.rlhf import reward
-from jaxgpt.rlhf.intervals import Interval, ratio_interval
+from jaxgpt.rlhf.intervals import Interval, check_finite, ratio_interval
 from jaxgpt.rlhf.policies import Policy, transformer_policy
 from jaxgpt.structs import Array, Batch, Experience, Params, Prompts
 from jaxgpt.training.step import jit_on, join_rows, make_row_nll, split_rows
@@ -83,6 +83,7 @@ def sample_answers(
         full = chunk + [chunk[-1]] * (batch - len(chunk))
         padded = sharding.place_whole(Prompts(*pad_prompts(full, longest)), mesh)
         experience = program(params, padded, jax.random.fold_in(key, at))
+        check_finite(np.asarray(experience.logp_BT), "log-probabilities of sampled tokens")
         parts.append(_first_rows((experience.rows, experience.answers), len(chunk)))
         label(len(chunk))
     rows, answers = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
@@ -105,7 +106,8 @@ def answer_log_probs(params: Params, policy: Policy, rows: Batch, batch: int, me
     Raises ValueError for an answer longer than the policy's window."""
     transformer.target_window(rows.mask_BT, policy.new_tokens)
     program = _compile_answer_logp(mesh, policy)
-    return np.asarray(map_in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
+    found = map_in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh)
+    return check_finite(np.asarray(found), "log-probabilities of answers")
 
 
 @functools.lru_cache(maxsize=16)
@@ -121,6 +123,7 @@ def heldout_nats(
     program = _compile_row_nll(mesh, config)
     parts = [jax.device_get(program(params, sharding.place_whole(batch, mesh))) for batch in batches]
     nats_N, count_N = (np.concatenate(part) for part in zip(*parts, strict=True))
+    check_finite(nats_N, "held-out losses")
     return ratio_interval(nats_N[count_N > 0], count_N[count_N > 0], prompts)
 
 
@@ -132,7 +135,8 @@ def _compile_reward(mesh: Mesh, config: ModelConfig) -> Callable[[Params, Batch]
 def reward_scores(params: Params, config: ModelConfig, rows: Batch, batch: int, mesh: Mesh) -> np.ndarray:
     """h(x, y) of each host row, [rows]: `reward.score` in batches of one shape."""
     program = _compile_reward(mesh, config)
-    return np.asarray(map_in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh))
+    found = map_in_batches(lambda part: program(params, part), rows, min(batch, len(rows.mask_BT)), mesh)
+    return check_finite(np.asarray(found), "scores of the reward model")
 
 
 def map_in_batches(f: Callable[[Rows], Result], rows: Rows, batch: int, mesh: Mesh) -> Result:

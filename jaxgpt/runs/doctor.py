@@ -2,40 +2,24 @@
 
     python -m jaxgpt.runs.doctor runs/assistant         a run folder, or one that holds several
 
-The exit status is 0 if nothing is wrong, 1 if something is, 2 if there is no run.
-Each check is a function of one run's `RunRecord`; its thresholds are the constants above it. docs/metrics.md explains
-the metrics.
+The exit status is 0 if nothing is wrong, 1 if something is or a run can't be read, 2 if there is no run.
+Each check is a function of one run's `run_record.RunRecord`; its thresholds are the constants above it. docs/metrics.md
+explains the metrics.
 """
 
 import argparse
 import dataclasses
-import json
+import itertools
 import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxgpt.errors import UserError
-from jaxgpt.files import read_json
+from jaxgpt.rlhf.intervals import TOO_FEW, TOO_WIDE
 from jaxgpt.runs.endings import plain_endings
-
-Row = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class RunRecord:
-    """The contents of a run folder: its stage, its settings, one row per log line, and the results once finished."""
-
-    folder: Path
-    stage: str
-    settings: Mapping[str, Any]
-    rows: Sequence[Row]
-    results: Mapping[str, Any]
-
-    def curve(self, name: str) -> list[float]:
-        """The finite values of a metric, in order."""
-        return [row[name] for row in self.rows if row.get(name) is not None]
+from jaxgpt.runs.run_record import RunRecord, Span, read_run_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +32,8 @@ class Finding:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean."""
-    return math.fsum(values) / len(values)
+    """The arithmetic mean; NaN, which no check takes for a fault, if there are no values."""
+    return math.fsum(value / len(values) for value in values) if values else math.nan
 
 
 def quarter_means(curve: Sequence[float]) -> tuple[float, float]:
@@ -64,16 +48,23 @@ MIN_CURVE_POINTS = 8  # iterations or log lines that a curve needs before it is 
 
 
 def check_finite(run: RunRecord) -> Iterator[Finding]:
-    """Losses or gradients that are NaN or infinite."""
+    """Losses, gradients or results that are NaN or infinite."""
     skipped = run.curve("skipped")
-    names = sorted({name for row in run.rows for name in row.get("nonfinite", ())})
+    rows = [(row.step, [name for name, value in row.figures.items() if value is None]) for row in run.rows]
+    names = sorted({name for _, found in rows for name in found})
     if names or (skipped and skipped[-1] > 0):
         evidence = f"{skipped[-1]:.0f} updates skipped" if skipped else "no count of skipped updates"
         if names:
-            first = next(row["step"] for row in run.rows if row.get("nonfinite"))
-            evidence += f"; not finite, first at step {first}: {', '.join(names)}"
+            first = next(step for step, found in rows if found)
+            evidence += f"; not finite, first at step {first:.0f}: {', '.join(names)}"
         yield Finding(
             "losses or gradients were not finite", evidence, "the data, a lower learning rate, or training in float32"
+        )
+    if run.not_finite:
+        yield Finding(
+            "results are not finite",
+            f"not finite: {', '.join(run.not_finite)}",
+            "the model that was measured: its numbers overflow; a lower learning rate",
         )
 
 
@@ -86,9 +77,9 @@ def check_data_wait(run: RunRecord) -> Iterator[Finding]:
     If the loop also waits for the device, data isn't the bottleneck.
     """
     data, device = run.curve("seconds_data"), run.curve("seconds_device")
-    times = run.curve("time")
+    times = [row.time for row in run.rows]
     if len(data) >= 2 and times[-1] > times[0]:
-        waited, worked, elapsed = math.fsum(data[1:]), math.fsum(device[1:]), times[-1] - times[0]
+        waited, worked, elapsed = sum(data[1:]), sum(device[1:]), times[-1] - times[0]
         if waited > MAX_DATA_WAIT * elapsed and worked < 0.1 * waited:
             yield Finding(
                 "the device waits for data",
@@ -107,12 +98,37 @@ def check_loss_falls(run: RunRecord) -> Iterator[Finding]:
             yield Finding("the training loss does not fall", evidence, "the learning rate, the warm-up and the data")
 
 
-MAX_FORGETTING = 2.0  # rise of the loss on pretraining text, nats per token (the new format alone costs about half)
+BLOCKS = 8  # parts of a curve whose means are compared
+MAX_RISE = 0.5  # of what the loss had fallen before
+RISE_ERRORS = 4.0  # standard errors of a block's mean that a rise must exceed
+
+
+def check_loss_stays_down(run: RunRecord) -> Iterator[Finding]:
+    """A training loss that fell and then rose again: it diverged late."""
+    curve = run.curve("train_nats_per_token") or run.curve("train_loss")
+    size = len(curve) // BLOCKS
+    if size < 2:
+        return
+    blocks = [curve[-(n + 1) * size : len(curve) - n * size] for n in reversed(range(BLOCKS))]
+    means = [mean(block) for block in blocks]
+    best = min(means)
+    fall, rise = means[0] - best, means[-1] - best
+    squares = [(a - b) * (a - b) / 2 for block in blocks for a, b in itertools.pairwise(block)]
+    error = math.sqrt(mean(squares) / size)  # from neighbours, so that the trend adds nothing
+    if fall > RISE_ERRORS * error and rise > max(MAX_RISE * fall, RISE_ERRORS * error):
+        yield Finding(
+            "the training loss rose after it had fallen",
+            f"{means[0]:.3f} -> {best:.3f} -> {means[-1]:.3f} (means over {size} log lines)",
+            "a lower learning rate, a longer warm-up; an earlier checkpoint was better",
+        )
+
+
+MAX_FORGETTING = 2.5  # rise of the loss on pretraining text, nats per token; the default run's is 1.9 to 2.1
 
 
 def check_forgetting(run: RunRecord) -> Iterator[Finding]:
     """Finetuning that forgets what pretraining learned."""
-    before, after = run.results.get("pretraining_nats_before"), run.results.get("pretraining_nats_after")
+    before, after = run.results.pretraining_nats_before, run.results.pretraining_nats_after
     if before is not None and after is not None and after - before > MAX_FORGETTING:
         yield Finding(
             "finetuning wiped out what pretraining learned",
@@ -123,13 +139,12 @@ def check_forgetting(run: RunRecord) -> Iterator[Finding]:
 
 def check_reward_accuracy(run: RunRecord) -> Iterator[Finding]:
     """A reward model no better than guessing: the held-out likelihood of the choices is at chance level, or below."""
-    nll, chance = run.results.get("nll"), run.results.get("chance")
-    guess = run.results.get("chance_nll") or (-math.log(chance) if chance else math.inf)
+    nll, chance, accuracy = run.results.nll, run.results.chance, run.results.accuracy or 0.0
+    guess = run.results.chance_nll or (-math.log(chance) if chance else math.inf)
     if nll is not None and chance and nll > 0.99 * guess:
         yield Finding(
             "the reward model is guessing",
-            f"held-out loss {nll:.3f} nats, guessing {guess:.3f}; accuracy {run.results['accuracy']:.1%}, "
-            f"guessing {chance:.1%}",
+            f"held-out loss {nll:.3f} nats, guessing {guess:.3f}; accuracy {accuracy:.1%}, guessing {chance:.1%}",
             "more preferences, more consistent labels, or another learning rate",
         )
 
@@ -140,7 +155,7 @@ def check_answer_lengths(run: RunRecord) -> Iterator[Finding]:
     if len(lengths) < MIN_CURVE_POINTS:
         return
     (first, last), (_, ends) = quarter_means(lengths), quarter_means(ended)
-    limit = run.settings.get("ppo", {}).get("new_tokens", math.inf)
+    limit = run.settings.ppo.new_tokens or math.inf
     if last < 0.25 * first and last < 5:
         yield Finding(
             "answers collapsed to the end token",
@@ -161,9 +176,7 @@ MAX_SAMPLER_GAP = {"float32": 1e-3, "bfloat16": 0.5}  # nats per token
 def check_sampler_agrees(run: RunRecord) -> Iterator[Finding]:
     """A sampler and a trainer whose log-probabilities of the same tokens, under the same parameters, differ."""
     gaps, errors = run.curve("sampler_gap_max"), run.curve("ratio_error_first")
-    if gaps and max(gaps) > (
-        limit := MAX_SAMPLER_GAP.get(str(run.settings.get("dtype", "float32")), MAX_SAMPLER_GAP["float32"])
-    ):
+    if gaps and max(gaps) > (limit := MAX_SAMPLER_GAP.get(run.settings.dtype, MAX_SAMPLER_GAP["float32"])):
         yield Finding(
             "the sampler's policy is not the trainer's",
             f"log-probabilities of the same tokens differ by up to {max(gaps):.2g} nats (limit {limit:.0e})",
@@ -199,7 +212,7 @@ def check_kl_to_reference(run: RunRecord) -> Iterator[Finding]:
     if len(curve) < MIN_CURVE_POINTS:
         return
     _, last = quarter_means(curve)
-    fixed, target = run.settings.get("fixed_beta", True), run.settings.get("target_kl")
+    fixed, target = run.settings.fixed_beta, run.settings.target_kl
     limit = mean(lengths[-len(lengths) // 4 :]) if fixed or not target else 3 * target
     if last > limit:
         against = "1 nat per token" if fixed or not target else f"3 x target_kl of {target}"
@@ -210,20 +223,33 @@ def check_kl_to_reference(run: RunRecord) -> Iterator[Finding]:
         )
 
 
+def parts(lower: Span | None, upper: Span | None) -> bool:
+    """Whether the intervals part: `lower` ends before `upper` begins."""
+    return bool(lower and upper) and below(lower.high, upper.low)  # type: ignore[union-attr]
+
+
+def below(a: float | None, b: float | None) -> bool:
+    """Whether both are known and a < b."""
+    return a is not None and b is not None and a < b
+
+
+def show(span: Span | None) -> str:
+    """A mean as evidence."""
+    return "?" if span is None or span.mean is None else f"{span.mean:.2f}"
+
+
 def check_reward_hacking(run: RunRecord) -> Iterator[Finding]:
     """The proxy reward rose while a measure that was not trained on fell; in both, the 95 % intervals part."""
-    policies = run.results.get("policies", {})
-    start = policies.get("SFT")
-    for name, policy in policies.items():
-        if not start or name in ("SFT", "base") or not (policy.get("reward") and start.get("reward")):
+    start = run.results.policies.get("SFT")
+    for name, policy in run.results.policies.items():
+        if not start or name in ("SFT", "base") or not parts(start.reward, policy.reward):
             continue
-        for other in ("gold", "judge"):
-            up = policy["reward"]["low"] > start["reward"]["high"]
-            if up and policy[other]["high"] < start[other]["low"]:
+        for other, before, after in (("gold", start.gold, policy.gold), ("judge", start.judge, policy.judge)):
+            if parts(after, before):
                 yield Finding(
                     f"{name} games the reward model",
-                    f"proxy reward {start['reward']['mean']:.2f} -> {policy['reward']['mean']:.2f}, "
-                    f"but {other} {start[other]['mean']:.2f} -> {policy[other]['mean']:.2f}",
+                    f"proxy reward {show(start.reward)} -> {show(policy.reward)}, "
+                    f"but {other} {show(before)} -> {show(after)}",
                     "its answers in the report; a larger beta, fewer iterations, or more preferences",
                 )
                 break
@@ -231,7 +257,7 @@ def check_reward_hacking(run: RunRecord) -> Iterator[Finding]:
 
 def check_overfitting(run: RunRecord) -> Iterator[Finding]:
     """A held-out loss more than 10 % above the training loss at the start."""
-    nll = run.results.get("heldout_nll")
+    nll = run.results.heldout_nll
     curve = run.curve("train_loss")
     if nll is not None and curve and nll > 1.1 * curve[0]:
         yield Finding(
@@ -243,9 +269,9 @@ def check_overfitting(run: RunRecord) -> Iterator[Finding]:
 
 def check_heldout_data(run: RunRecord) -> Iterator[Finding]:
     """Held-out prompts that are also trained on."""
-    count = run.results.get("heldout_trained_on")
+    count = run.results.heldout_trained_on
     if count:
-        used = run.results.get("rows", {}).get("heldout", {}).get("used", "the")
+        used = run.results.rows["heldout"].used if "heldout" in run.results.rows else "the"
         yield Finding(
             "what is measured on was trained on",
             f"{count} of {used} held-out rows have prompts that are also trained on",
@@ -264,7 +290,7 @@ def check_likelihoods(run: RunRecord) -> Iterator[Finding]:
     if len(chosen) < MIN_CURVE_POINTS:
         return
     (_, high), (_, low) = quarter_means(chosen), quarter_means(rejected)
-    signs = list(sampled_signs(run.folder.parent / "report/done.json"))
+    signs = list(sampled_signs(run.folder.parent / "report"))
     if end and (last := quarter_means(end)[1]) < -MAX_END_LOG_RATIO:
         signs.append(f"the end tag's log-probability {last:+.2f} nats against the reference")
     if high < 0 and low < 0 and signs:
@@ -275,88 +301,145 @@ def check_likelihoods(run: RunRecord) -> Iterator[Finding]:
         )
 
 
-def sampled_signs(path: Path) -> Iterator[str]:
+def sampled_signs(report: Path) -> Iterator[str]:
     """How a report's (or align's) DPO samples got worse than those before: longer, ended less often, less varied."""
-    results = read_json(path).get("results", {}) if path.exists() else {}
-    policies = {name.lower(): row for name, row in {**results.get("policies", {}), **results.get("models", {})}.items()}
+    try:
+        results = read_run_record(report).results
+    except UserError:
+        return  # there is none; or it is damaged, which is said of the report itself
+    policies = {name.lower(): row for name, row in {**results.policies, **results.models}.items()}
     before, after = policies.get("sft") or policies.get("before"), policies.get("dpo")
     if not before or not after:
         return
-    for name, unit in (("length", "tokens"), ("words", "words")):
-        if name in after and after[name]["low"] > MAX_GROWTH * before[name]["high"]:
-            yield f"answers grow from {before[name]['mean']:.1f} to {after[name]['mean']:.1f} {unit}"
-    if after["ended"]["high"] < before["ended"]["low"]:
-        yield f"{before['ended']['mean']:.0%} of the answers ended before, {after['ended']['mean']:.0%} after"
-    if after["distinct_2"] < before["distinct_2"] / 2:
-        yield f"distinct-2 falls from {before['distinct_2']:.2f} to {after['distinct_2']:.2f}"
+    lengths = (("tokens", before.length, after.length), ("words", before.words, after.words))
+    for unit, old, new in lengths:
+        if old and new and old.high is not None and below(MAX_GROWTH * old.high, new.low):
+            yield f"answers grow from {show(old)} to {show(new)} {unit}"
+    if parts(after.ended, before.ended):
+        yield f"{show(before.ended)} of the answers ended before, {show(after.ended)} after"
+    if before.distinct_2 is not None and below(after.distinct_2, before.distinct_2 / 2):
+        yield f"distinct-2 falls from {before.distinct_2:.2f} to {after.distinct_2:.2f}"
+
+
+MAX_EQUAL = 0.1  # share of preferences whose answers are all equal
+
+
+def check_identical_answers(run: RunRecord) -> Iterator[Finding]:
+    """A model that gives the same answer to everything, or preferences between equal answers."""
+    results, same = run.results, []
+    if len(run.rollout) > 1 and len(set(run.rollout)) == 1:
+        same.append(f"all {len(run.rollout)} answers of the newest rollout are {run.rollout[0]!r:.60}")
+    for name, policy in {**results.policies, **results.models}.items():
+        texts = policy.distinct_texts if policy.distinct_texts is not None else len(set(policy.answers))
+        if texts == 1 and max(results.prompts, len(policy.answers)) > 1:
+            same.append(f"{name} gives one answer to all prompts")
+    if same:
+        advice = "its training: a larger beta, a lower learning rate, fewer steps"
+        yield Finding("all answers are the same", "; ".join(same), advice)
+    counts = [(part.equal_answers, part.preferences) for part in (results.train, results.heldout) if part]
+    if "preferences" in results.rows:
+        counts.append((results.equal_answers, results.rows["preferences"].used))
+    for equal, every in counts:
+        if equal > MAX_EQUAL * every:
+            yield Finding(
+                "preferences between equal answers",
+                f"{equal} of {every} rows have answers that are all equal: nothing can be learned from them",
+                "the model that wrote them, its temperature, or the file",
+            )
+
+
+def check_enough_rows(run: RunRecord) -> Iterator[Finding]:
+    """Held-out rows so few that a share's interval is wider than ±10 points."""
+    spans = {"accuracy": run.results.accuracy_interval or run.results.heldout_accuracy_interval}
+    for name, policy in {**run.results.policies, **run.results.models}.items():
+        if name not in ("SFT", "before"):
+            spans[f"{name}'s win rate"] = policy.win_rate_gold or policy.better_than_before
+    wide = {name: span for name, span in spans.items() if span and not narrow(span)}
+    if wide:
+        name, span = max(wide.items(), key=lambda one: -(one[1].low or 0.0))
+        yield Finding(
+            f"{TOO_FEW}: the held-out rows are few",
+            f"{', '.join(wide)}: intervals wider than ±{TOO_WIDE:.0%}, {name} {show(span)} "
+            f"[{span.low or 0:.2f}, {1 if span.high is None else span.high:.2f}]",
+            "more held-out rows, before any of these figures is compared",
+        )
+
+
+def narrow(span: Span) -> bool:
+    """Whether a share's interval says enough."""
+    return span.low is not None and span.high is not None and (span.high - span.low) / 2 <= TOO_WIDE
 
 
 Check = Callable[[RunRecord], Iterator[Finding]]
 CHECKS: dict[str, tuple[Check, ...]] = {
-    "pretrain": (check_finite, check_data_wait, check_loss_falls),
-    "sft": (check_finite, check_data_wait, check_heldout_data, check_loss_falls, check_forgetting),
-    "reward": (check_finite, check_data_wait, check_heldout_data, check_reward_accuracy),
-    "ppo": (check_finite, check_answer_lengths, check_sampler_agrees, check_value_function, check_kl_to_reference),
-    "dpo": (check_finite, check_data_wait, check_heldout_data, check_overfitting, check_likelihoods),
+    "pretrain": (check_data_wait, check_loss_falls, check_loss_stays_down),
+    "sft": (check_data_wait, check_loss_falls, check_loss_stays_down, check_forgetting),
+    "preferences": (),
+    "reward": (check_data_wait, check_reward_accuracy, check_loss_stays_down),
+    "ppo": (check_answer_lengths, check_sampler_agrees, check_value_function, check_kl_to_reference),
+    "dpo": (check_data_wait, check_overfitting, check_loss_stays_down, check_likelihoods),
     "report": (check_reward_hacking,),
-    "align": (check_heldout_data,),
+    "align": (),
 }
+EVERY_STAGE: tuple[Check, ...] = (check_finite, check_heldout_data, check_identical_answers, check_enough_rows)
 
 
-# ---- reading ----
-
-
-def read_run_record(folder: Path) -> RunRecord:
-    """Read a run folder. A killed run's last line may be cut short; any other unreadable line is a UserError."""
-    about = read_json(folder / "settings.json")
-    if not isinstance(about, dict) or not isinstance(about.get("settings"), dict) or "stage" not in about:
-        raise UserError(f"{folder / 'settings.json'} is not a run's settings file; give the folder of a run")
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line else {}
-        except json.JSONDecodeError:
-            row = {} if number == len(lines) else None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} is not a line of metrics; the file was edited or damaged after the run")
-        rows += [row] if row else []
-    done = read_json(folder / "done.json") if (folder / "done.json").exists() else {}
-    return RunRecord(folder, str(about["stage"]), about["settings"], rows, done.get("results", {}))
+# ---- running them ----
 
 
 def run_checks(run: RunRecord) -> list[Finding]:
     """The findings of all checks that apply to the run's stage."""
-    return [finding for check in CHECKS.get(run.stage, ()) for finding in check(run)]
+    return [finding for check in (*EVERY_STAGE, *CHECKS.get(run.stage, ())) for finding in check(run)]
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a folder holds a file of a run, or can't be looked into although it should be one."""
+    try:
+        return bool({"settings.json", "metrics.jsonl", "done.json"} & set(os.listdir(folder)))
+    except (FileNotFoundError, NotADirectoryError):
+        return folder.name in CHECKS
+    except OSError:
+        return True
 
 
 def find_run_folders(root: Path) -> list[Path]:
     """`root` if it is a run folder, otherwise the run folders in it, in pipeline order."""
-    if (root / "settings.json").exists():
+    if root.is_dir() and is_run_folder(root):
         return [root]
-    runs = [one.parent for one in root.glob("*/settings.json")] if root.is_dir() else []
+    runs = [one for one in root.iterdir() if is_run_folder(one)] if root.is_dir() else []
     if not runs:
         raise UserError(f"{root} is not a run folder and contains none")
     order = {name: n for n, name in enumerate(CHECKS)}
     return sorted(runs, key=lambda one: (order.get(one.name, len(order)), one.name))
 
 
+def examine(folder: Path) -> tuple[list[str], bool]:
+    """What to print about a run folder, and whether anything is wrong."""
+    try:
+        run = read_run_record(folder)
+    except UserError as error:
+        return [f"{folder.name}: could not be read: {error}; run the stage again, or copy its folder again"], True
+    place = f"({folder}{'' if run.finished else ', not finished'})"
+    if run.stage not in CHECKS:
+        return [f"{run.stage}: not checked: the doctor knows no stage of this name {place}"], False
+    findings = run_checks(run)
+    lines = [f"{run.stage}: {'' if findings else 'nothing wrong found '}{place}"]
+    for finding in findings:
+        lines += [f"  ! {finding.what}", f"    {finding.evidence}", f"    look at: {finding.advice}"]
+    return lines, bool(findings)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the findings and return the exit status: 0 if there are none, 1 if there are some. Exits with 2 if there is
-    no run."""
+    """Print the findings and return the exit status: 0 if there are none, 1 if there are some or a run can't be read.
+    Exits with 2 if there is no run."""
     parser = argparse.ArgumentParser(prog="python -m jaxgpt.runs.doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="a run folder, or one that holds several")
     found_any = False
     with plain_endings():
         for folder in find_run_folders(parser.parse_args(argv).folder):
-            run = read_run_record(folder)
-            state = "" if (folder / "done.json").exists() else ", not finished"
-            findings = run_checks(run)
-            found_any = found_any or bool(findings)
-            print(f"{run.stage}: {'nothing wrong found' if not findings else ''}".rstrip() + f" ({folder}{state})")
-            for finding in findings:
-                print(f"  ! {finding.what}\n    {finding.evidence}\n    look at: {finding.advice}")
+            lines, wrong = examine(folder)
+            found_any = found_any or wrong
+            print("\n".join(lines))
     return int(found_any)
 
 

@@ -90,7 +90,7 @@ class Loop:
         self._bar: Bar | None = None
         self._batch: Any = None  # the current step's
         self._exit_code: int | None = None  # set by a signal that asks to stop
-        self._unchecked: deque[tuple[int, Any, Any]] = deque()
+        self._unchecked: deque[tuple[int, Metrics, Any]] = deque()
         self._waited = {"seconds_data": 0.0, "seconds_device": 0.0}
         self._cleanup = contextlib.ExitStack()
 
@@ -147,7 +147,7 @@ class Loop:
             self._bar.update(tokens=self.tokens if tokens is None else tokens, **shown)
         if heldout:
             self.run.log(step, heldout)
-        self._unchecked.append((step, metrics["skipped_in_a_row"], self._batch))
+        self._unchecked.append((step, metrics, self._batch))
         self._save_if_due(step, state)
         return floats
 
@@ -163,18 +163,22 @@ class Loop:
             raise Stopped(f"saved after step {step} of {self.total}", self._exit_code or 75)
 
     def _check_guard(self, unchecked: int) -> None:
+        count = step = 0
         while len(self._unchecked) > unchecked:
-            step, skipped, batch = self._unchecked.popleft()
+            step, metrics, batch = self._unchecked.popleft()
             before = time.monotonic()
-            count = int(np.max(np.asarray(skipped)))
+            count = int(np.max(np.asarray(metrics["skipped_in_a_row"])))
             self._waited["seconds_device"] += time.monotonic() - before
             if count >= self.settings.guard.patience:
                 raise UserError(
-                    f"{count} updates in a row were skipped, the last at step {step}: loss or gradient was not finite"
-                    + (" or jumped" if self.settings.guard.spike else "")
-                    + "; the parameters are unchanged. Look at the last batch "
-                    + f"({_write_batch(self.run.folder / f'bad_batch_{step}.npz', batch)}), or lower the learning rate"
+                    f"{count} updates in a row were skipped, the last at step {step}: {_what_was_wrong(metrics)}"
+                    "; the parameters are unchanged. Look at the last batch "
+                    f"({_write_batch(self.run.folder / f'bad_batch_{step}.npz', batch)}), or lower the learning rate"
                 )
+        if unchecked == 0 and count and step == self.total:
+            self.run.say(
+                f"{self.run.stage}: WARNING: the last {count} updates were skipped: {_what_was_wrong(metrics)}"
+            )
 
     # ---- signals ----
 
@@ -204,6 +208,11 @@ class Loop:
     ) -> None:
         self._cleanup.close()
         self._checkpoints.wait(report=kind is None)
+
+
+def _what_was_wrong(metrics: Metrics) -> str:
+    names = sorted(name for name, value in to_floats(metrics).items() if not np.isfinite(value))
+    return f"not finite: {', '.join(names)}" if names else "the update was not finite, or the loss jumped"
 
 
 def _write_batch(path: Path, batch: Any) -> Path:

@@ -1,7 +1,6 @@
 """The report: a table of policies with intervals, figures, and the same prompts answered by each stage, on one page."""
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.data.openings import Prompt
-from jaxgpt.errors import needs_extra
+from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import write_json
 from jaxgpt.rlhf.intervals import TOO_FEW, Interval, interval, share, too_wide, wins
 from jaxgpt.rlhf.judge import Judge
 from jaxgpt.runs.pages import Html, embed_picture, escape, make_section, make_table, write_page
+from jaxgpt.runs.run import results_to_json
+from jaxgpt.runs.run_record import FINISHED, RunRecord, read_run_record
 
 with needs_extra("train"):
     from rich.console import Console
@@ -71,6 +72,7 @@ def summarise_policy(policy: PolicyResults, baseline: PolicyResults) -> dict[str
         "opens_as_asked": share(policy.opens),
         "pretrained_nll": interval(policy.pretrained_nll),
         "distinct_2": policy.distinct_2,
+        "distinct_texts": len(set(policy.texts)),
         "heldout_text_nats": policy.text_nats,
     }
 
@@ -131,18 +133,18 @@ def make_terminal_table(rows: dict[str, dict[str, Any]], count: int) -> Table:
 
 def write_report(
     folder: Path,
-    stages: Path,
+    stages: Mapping[str, RunRecord],
     prompts: Sequence[Prompt],
     policies: Sequence[PolicyResults],
     judge: Judge,
     console: Console,
 ) -> dict[str, Any]:
     """Write report.html, report.json and the figures into `folder` and print the table; returns what report.json
-    holds."""
+    holds. `stages`: from `read_stages`."""
     baseline = next(policy for policy in policies if policy.name == "SFT")
     rows = {policy.name: summarise_policy(policy, baseline) for policy in policies}
     accuracy = {"judge_accuracy": judge.accuracy.mean, "judge_accuracy_interval": judge.accuracy}
-    results = _to_json({**accuracy, "prompts": len(prompts), "policies": rows})
+    results: dict[str, Any] = results_to_json({**accuracy, "prompts": len(prompts), "policies": rows})
     figures = {
         "frontier.png": ("Gold reward against KL", lambda path: save_frontier_figure(path, policies, stages)),
         "scores.png": ("Distribution of gold rewards", lambda path: save_gold_histograms(path, policies)),
@@ -160,8 +162,8 @@ def write_report(
     trained = policies[-1]
     gap = trained.gold - baseline.gold
     median = int(np.argsort(gap, kind="stable")[len(gap) // 2])
-    annotator = _results(stages / "preferences").get("annotator", "simulated annotator")
-    about = METHOD.format(count=len(prompts), annotator=annotator, judge=judge)
+    annotator = stages["preferences"].results.annotator if "preferences" in stages else ""
+    about = METHOD.format(count=len(prompts), annotator=annotator or "simulated annotator", judge=judge)
     write_page(
         folder,
         "From language model to assistant",
@@ -181,14 +183,6 @@ def write_report(
     )
     console.print(make_terminal_table(rows, len(prompts)))
     return results
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {key: _to_json(inner) for key, inner in value.items()}
-    return value
 
 
 def verdict(rows: Mapping[str, Mapping[str, Any]], name: str, count: int) -> str:
@@ -215,16 +209,18 @@ def _answers(i: int, prompts: Sequence[Prompt], policies: Sequence[PolicyResults
     return make_section(prompts[i].text, zip(names, texts, strict=True))
 
 
-def _results(folder: Path) -> dict[str, Any]:
-    path = folder / "done.json"
-    return json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
+def read_stages(folder: Path) -> dict[str, RunRecord]:
+    """The records of the stages in a folder, whose curves the report draws. UserError if one is damaged: call this
+    before anything is sampled."""
+    try:
+        return {name: read_run_record(folder / name) for name in FINISHED if (folder / name / "done.json").exists()}
+    except UserError as error:
+        raise UserError(f"{error}; run that stage again with --fresh") from None
 
 
-def _curve(folder: Path, name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one metric of a run."""
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+def _curve(run: RunRecord | None, name: str) -> tuple[list[float], list[float]]:
+    """(steps, values) of one metric of a run; none where there is no run."""
+    points = run.points(name) if run else []
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -241,11 +237,11 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> Any:
     return figure, axes
 
 
-def save_frontier_figure(path: Path, policies: Sequence[PolicyResults], stages: Path) -> None:
+def save_frontier_figure(path: Path, policies: Sequence[PolicyResults], stages: Mapping[str, RunRecord]) -> None:
     """Gold reward, judge and reward model against sequence KL, with intervals, and PPO's course during training."""
     figure, axes = new_figure(1, 3, 13, 4)
     panels = (("gold", "gold reward"), ("judge", "judge, P(positive)"), ("reward", "reward model, h"))
-    (_, path_x), (_, path_y) = (_curve(stages / "ppo", name) for name in ("kl", "score"))
+    (_, path_x), (_, path_y) = (_curve(stages.get("ppo"), name) for name in ("kl", "score"))
     axes[0, 2].plot(path_x, path_y, color="0.75", lw=1, label="PPO, during training")
     for axis, (measure, label) in zip(axes[0], panels, strict=True):
         for policy in policies:
@@ -280,7 +276,7 @@ def save_gold_histograms(path: Path, policies: Sequence[PolicyResults]) -> None:
     figure.savefig(path)
 
 
-def save_training_curves(path: Path, stages: Path) -> None:
+def save_training_curves(path: Path, stages: Mapping[str, RunRecord]) -> None:
     """The training curves of every stage."""
     panels = (
         ("pretrain", "nats per token", {"train_nats_per_token": "training", "heldout_nats_per_token": "held out"}),
@@ -297,7 +293,7 @@ def save_training_curves(path: Path, stages: Path) -> None:
     figure, axes = new_figure(2, 3, 11, 5.5)
     for axis, (stage, unit, curves) in zip(axes.flat, panels, strict=True):
         for name, label in curves.items():
-            steps, values = _curve(stages / stage, name)
+            steps, values = _curve(stages.get(stage), name)
             axis.plot(steps, values, marker="o" if len(steps) < 10 else None, ms=3, label=label)
         axis.set_title(stage, fontsize=10)
         axis.set_ylabel(unit)
@@ -307,14 +303,14 @@ def save_training_curves(path: Path, stages: Path) -> None:
     figure.savefig(path)
 
 
-def save_calibration_figure(path: Path, stages: Path) -> None:
+def save_calibration_figure(path: Path, stages: Mapping[str, RunRecord]) -> None:
     """Predicted probability of a candidate against how often it was chosen."""
     figure, axes = new_figure(1, 1, 4, 3.6)
-    table = _results(stages / "reward").get("calibration", [])
+    table = stages["reward"].results.calibration if "reward" in stages else ()
     axis = axes[0, 0]
     axis.plot([0, 1], [0, 1], color="0.6", ls=":")
-    sizes = [4 + 60 * row["count"] / max(r["count"] for r in table) for row in table]
-    axis.scatter([row["predicted"] for row in table], [row["observed"] for row in table], s=sizes)
+    sizes = [4 + 60 * row.count / max(r.count for r in table) for row in table]
+    axis.scatter([row.predicted for row in table], [row.observed for row in table], s=sizes)
     axis.set_xlabel("predicted P(chosen)")
     axis.set_ylabel("chosen")
     figure.savefig(path)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError, needs_extra
@@ -53,9 +54,11 @@ def save_model(
     """Write a model, replacing any in `folder`; whenever the process is killed, the old or the new one remains.
 
     `tokenizer` is anything with `save(folder)`; `extra` is any JSON. With several processes, all of them must call
-    this, on a file system they share. UserError if `folder` holds anything but a model."""
+    this, on a file system they share. UserError if `folder` holds anything but a model, or a parameter is not finite.
+    """
     folder = Path(os.path.abspath(folder))
     refuse_pattern(folder)
+    check_params_finite(params, f"{folder} is not written, because", "lower the learning rate")
     _recover(folder)
     if folder.exists() and not (folder / "model.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not a saved model; choose another folder")
@@ -94,7 +97,8 @@ def load_model(folder: Path, expected: Any = None) -> LoadedModel:
     """Load the model saved in `folder` or `folder`/model. `expected` may be a tree of arrays or `jax.ShapeDtypeStruct`s
     (such as `jax.eval_shape(init, key, config)`) that the parameters must match.
 
-    UserError if there is no model, a file is missing or altered, or shapes differ (each parameter is named)."""
+    UserError if there is no model, a file is missing or altered, shapes differ or numbers are not finite (each
+    parameter is named), or the tokenizer has more ids than the model."""
     refuse_pattern(folder)
     folder = _find_model(Path(os.path.abspath(folder)))
     record = check_model(folder)
@@ -103,11 +107,13 @@ def load_model(folder: Path, expected: Any = None) -> LoadedModel:
     if expected is not None:
         check_params_match(folder, describe_params(expected), record["params"], "the program expects")
     params = _load_params(folder, record["params"])
+    check_params_finite(params, f"{folder} can't be used:", "train that model again, with a lower learning rate")
     tokenizer = None
     if (folder / "tokenizer.json").exists():
         from jaxgpt.data.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(folder)
+        check_vocabulary(folder, tokenizer, config)
     return LoadedModel(params, config, tokenizer, record["extra"])
 
 
@@ -140,6 +146,8 @@ def load_language_model(folder: Path, use_tags: bool = False) -> LoadedModel:
     language model with its tokenizer."""
     if loading.is_pretrained(folder):
         other = loading.load(folder, use_tags=use_tags)
+        check_params_finite(other.params, f"{folder} can't be used:", "copy or convert its weights again")
+        check_vocabulary(folder, other.tokenizer, other.config)
         return LoadedModel(other.params, other.config, other.tokenizer, {} if other.chats else {"raw": True})
     check_language_model(folder)
     return load_model(folder)
@@ -153,6 +161,30 @@ def check_language_model(folder: Path) -> None:
     params = read_description(found)["params"]
     if not any(name.startswith("embed/") for name in params) or not (found / "tokenizer.json").exists():
         raise UserError(f"{folder} holds no language model with a tokenizer; give a run of pretrain, sft, dpo or ppo")
+
+
+def check_params_finite(params: Any, words: str, advice: str) -> None:
+    """UserError that begins with `words` and names the parameters that hold NaN or infinite numbers, if any do."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    names = [jax.tree_util.keystr(at, simple=True, separator="/") for at, leaf in leaves if not _is_finite(leaf)]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(f"{words} NaN or infinite numbers are in {', '.join(names[:3])}{more}; {advice}")
+
+
+def _is_finite(leaf: Any) -> bool:
+    """On the host: compiling a program for the device takes longer than reading even a large model."""
+    parts = [shard.data for shard in leaf.addressable_shards] if isinstance(leaf, jax.Array) else [leaf]
+    return all(bool(np.isfinite(np.asarray(part)).all()) for part in parts)
+
+
+def check_vocabulary(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
+    """UserError if a text could become a token that the model doesn't have: looking it up would clamp or give NaN."""
+    if tokenizer.vocab_size > config.vocab:
+        raise UserError(
+            f"{folder} can't be used: its tokenizer has ids up to {tokenizer.vocab_size - 1}, and its model only "
+            f"{config.vocab} of them; put the tokenizer there that the model was trained with"
+        )
 
 
 def describe_params(params: Any) -> dict[str, str]:

@@ -113,8 +113,8 @@ def make_train_step(
     another) give the gradient of the whole batch, even if their masks mark different numbers of tokens. Under
     `jax.pmap` or `jax.shard_map`, `axis_name` pools the devices' sums; under `jax.jit` with shardings it is not needed.
 
-    A loss or gradient that is not finite changes nothing but the guard's counts (`jaxgpt.training.guard`), which are
-    the metrics `skipped` and `skipped_in_a_row`; a `spike` above 0 also skips updates whose loss is more than
+    A loss, gradient or update that is not finite changes nothing but the guard's counts (`jaxgpt.training.guard`),
+    which are the metrics `skipped` and `skipped_in_a_row`; a `spike` above 0 also skips updates whose loss is more than
     that many standard deviations above its running mean.
     """
 
@@ -152,7 +152,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         loss, grad_norm = objective.value, optax.tree.norm(grads)
-        admitted = guard.accepts(state.guard, loss, grad_norm, spike)
+        admitted = guard.accepts(state.guard, loss, grad_norm, optax.tree.norm(updates), spike)
         count, trainable, opt_state = guard.select(
             admitted, (state.step + 1, trainable, opt_state), (state.step, state.trainable, state.opt_state)
         )

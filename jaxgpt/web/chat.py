@@ -250,6 +250,8 @@ def stream_answer(
             if ended:
                 answer.append(seat.speaker.stop)
             yield json.dumps({"done": answer_report(seat, ids, answer, how, ended, seconds, seed)}) + "\n"
+    except UserError as error:
+        yield json.dumps({"error": str(error)}) + "\n"
     except Exception as error:  # shown on the page: nothing else sees this thread's errors
         traceback.print_exc()
         yield json.dumps({"error": f"this answer failed ({type(error).__name__})"}) + "\n"

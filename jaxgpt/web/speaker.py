@@ -26,6 +26,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.losses import kl
 from jaxgpt.models import transformer
 from jaxgpt.rlhf import reward, rollout
+from jaxgpt.rlhf.intervals import check_finite
 from jaxgpt.runs.saved_model import load_language_model, load_model
 from jaxgpt.structs import Array, Batch, Params
 
@@ -176,7 +177,10 @@ class TokenInspector:
             self.speaker.params, self.reference, self.critic, config, rows, window, jnp.float32(temperature or 1.0)
         )
         score = None if self.reward_model is None else float(_score(*self.reward_model, rows)[0])
-        logp, entropy, *rest = (None if x is None else np.asarray(x)[0][mask] for x in found)
+        figures = [None if x is None else np.asarray(x)[0][mask] for x in found]
+        for x in [*figures, score]:
+            check_finite(np.asarray(0.0 if x is None else x), "figures of an answer")
+        logp, entropy, *rest = figures
         assert logp is not None and entropy is not None
         ref_logp, kl, value = rest
         return TokenFigures(logp, entropy, ref_logp, kl, value, score)

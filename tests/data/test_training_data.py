@@ -7,7 +7,7 @@ import pytest
 
 from jaxgpt.data.comparisons import Preference, write_preferences
 from jaxgpt.data.tokenizer import train_char
-from jaxgpt.data.training_data import RowCounts, load_preference_data, load_tokenized
+from jaxgpt.data.training_data import LoadedData, RowCounts, load_preference_data, load_tokenized
 from jaxgpt.errors import UserError
 
 TOK = train_char(["prompt answer 0123456789 "])
@@ -68,3 +68,19 @@ def test_a_file_of_which_nothing_can_be_used_is_named(tmp_path):
         load(tmp_path / "t.jsonl", write(tmp_path / "ties.jsonl", 4, ties=4))
     with pytest.raises(UserError, match=r"few.jsonl: 3 preferences x 1 epochs fill no batch of 4"):
         load(few, few)
+
+
+def test_preferences_between_equal_answers_are_counted(tmp_path):
+    rows = [Preference(f"prompt {n}", ("an", "an" if n < 3 else "answer"), 0) for n in range(8)]
+    write_preferences(tmp_path / "t.jsonl", rows)
+    data = load(tmp_path / "t.jsonl", write(tmp_path / "h.jsonl", 4, start=8))
+    assert data.record()["equal_answers"] == 3
+
+
+def test_raw_text_that_is_trained_on_and_measured_on_is_said_and_stored():
+    lines = []
+    data = LoadedData({"documents": RowCounts(9), "held-out windows": RowCounts(4)}, trained_on=2)
+    data.announce(lines.append, "pretrain")
+    assert lines[2] == "pretrain: WARNING: 2 held-out documents are also trained on: the figures are too good"
+    assert data.record()["heldout_trained_on"] == 2
+    assert "heldout_trained_on" not in LoadedData({"prompts": RowCounts(9)}).record(), "PPO holds nothing out"

@@ -1,5 +1,6 @@
 """KL estimators against the exact divergence, and the controllers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -63,6 +64,11 @@ def test_adaptive_beta_moves_towards_the_target():
     """The error is clipped at 0.2."""
     found = updated(6.0, 60.0, 5.4, -1.0, target=6.0)
     np.testing.assert_allclose(found, [0.1, 0.1 * 1.02, 0.1 * 0.99, 0.1 * 0.98], rtol=1e-6)
+
+
+def test_a_kl_that_was_not_measured_leaves_beta_alone():
+    measured = kl.Estimate(*[np.float32(np.nan)] * len(dataclasses.fields(kl.Estimate)))
+    assert float(kl.AdaptiveKL(jnp.float32(0.1)).update(measured).beta) == np.float32(0.1)
 
 
 def test_the_unit_of_the_target_is_named():

@@ -335,9 +335,9 @@ def test_a_gguf_file_s_added_tokens_are_its_templates_and_no_text_s():
     types_of = {"<s>": 3, "</s>": 3, "<|im_start|>": 3, "<|im_end|>": 3, "<think>": 4, "</think>": 4}
     fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": vocab}
     fields["tokenizer.ggml.merges"] = [" ".join(pair) for pair in json.loads(core.to_str())["model"]["merges"]]
-    fields["tokenizer.ggml.token_type"] = [types_of.get(token, 1) for token in vocab]
+    fields["tokenizer.ggml.token_type"] = np.array([types_of.get(token, 1) for token in vocab], np.int32)
     fields["tokenizer.chat_template"] = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
-    tok = gguf_file._tokenizer(types.SimpleNamespace(get=fields.get, need=fields.get, path="here"), use_tags=False)
+    tok = gguf_file._tokenizer(types.SimpleNamespace(fields=Fields(fields, Path("here")), path="here"), use_tags=False)
     ids = prompt_ids(tok, "a <think> b")
     assert ids.count(vocab.index("<think>")) == 1 and ids[-2] == vocab.index("<think>")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from jaxgpt import training
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding
 from jaxgpt.rlhf import rollout
-from jaxgpt.structs import Batch
+from jaxgpt.rlhf.policies import transformer_policy
+from jaxgpt.rlhf.reward import heldout_metrics
+from jaxgpt.structs import Answers, Batch, Experience
 from tests.helpers import TINY
 
 MODEL = dataclasses.replace(TINY, layers=1)
@@ -94,3 +97,44 @@ def test_minibatches_give_the_rows_in_order():
     x = np.arange(12.0, dtype=np.float32).reshape(6, 2)
     doubled = jax.jit(lambda x: rollout.map_in_minibatches(lambda part: part * 2, x, 3))
     np.testing.assert_array_equal(doubled(x), x * 2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_never_a_result(monkeypatch, bad):
+    """Samples, log-probabilities, scores of the reward model and held-out losses, in stages and studies alike."""
+    mesh, rows = mesh_of(1), Batch(np.full((2, 4), 7), np.array([[False, True, True, True]] * 2))
+    values = np.array([1.0, bad], np.float32)
+    answers = Answers(np.full((2, 3), 7), np.array([[0, 0, 0], [0, 0, bad]]), np.full(2, 3), np.ones(2, bool))
+    experience = Experience(rows, np.pad(answers.logp_BA, ((0, 0), (1, 0))), answers)
+    for name, result in (
+        ("_compile_collect", experience),
+        ("_compile_answer_logp", values),
+        ("_compile_reward", values),
+        ("_compile_row_nll", (values, np.ones(2))),
+    ):
+        monkeypatch.setattr(rollout, name, lambda *about, result=result: lambda *inputs: result)
+    policy, how = transformer_policy(MODEL, new_tokens=3), {"new_tokens": 3, "stop": 5, "batch": 2}
+    calls = {
+        "1 of 8 log-probabilities of sampled tokens": lambda: rollout.sample_answers(
+            {}, MODEL, PROMPTS[:2], jax.random.key(0), str, mesh, **how
+        ),
+        "1 of 2 log-probabilities of answers": lambda: rollout.answer_log_probs({}, policy, rows, 2, mesh),
+        "1 of 2 scores of the reward model": lambda: rollout.reward_scores({}, MODEL, rows, 2, mesh),
+        "1 of 2 held-out losses": lambda: rollout.heldout_nats({}, MODEL, [rows], mesh),
+        "1 of 2 scores of held-out answers": lambda: heldout_metrics(
+            np.array([[1.0, bad]]), np.array([0]), np.ones((1, 2), bool)
+        ),
+    }
+    for words, call in calls.items():
+        with pytest.raises(UserError, match=f"{words} are NaN or infinite: .* lower learning rate"):
+            call()
+
+
+def test_a_streamed_token_is_never_drawn_from_numbers_that_are_not_finite(monkeypatch):
+    stream = sys.modules["jaxgpt.decoding.stream"]
+    logits = np.array([[0.0, 1.0], [0.0, np.nan], [np.inf, 0.0]], np.float32)
+    drawn = stream._draw(jax.random.key(0), logits, lambda key, x: x.argmax(-1), lambda x: x)
+    assert drawn.tolist() == [1, -1, -1]
+    monkeypatch.setattr(stream, "_first_token", lambda *about, **how: (None, np.array([-1])))
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        list(stream.stream({"head_DV": 0}, MODEL, np.ones((1, 2)), np.ones(1), jax.random.key(0), new_tokens=2, stop=5))

@@ -353,12 +353,16 @@ def test_a_run_of_bad_batches_ends_with_the_last_one_on_disk(tmp_path, tok, wher
 
     settings = Settings()
     step = jax.jit(training.make_train_step(loss, TX), donate_argnums=0)
-    with Run(tmp_path, settings, "sft") as run, pytest.raises(UserError, match="2 updates in a row were skipped"):
+    with (
+        Run(tmp_path, settings, "sft") as run,
+        pytest.raises(UserError, match="2 updates in a row were skipped") as stopped,
+    ):
         state = training.init_state({"w": jnp.ones(3)}, TX)
         with Loop(run, settings, tok, STEPS, Poisoned(), 64) as loop:
             for i, arrays in loop:
                 state, metrics = step(state, jnp.asarray(arrays["value"], jnp.float32), None)
                 loop.record(i, state, metrics)
+    assert "not finite: grad_norm, loss; the parameters are unchanged" in str(stopped.value)
     (bad,) = tmp_path.glob("bad_batch_*.npz")
     stored = np.load(bad, allow_pickle=False)
     np.testing.assert_array_equal(stored["tokens"], where + 1)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import json
+import random
 from pathlib import Path
 
 import jax
@@ -13,15 +15,18 @@ import pytest
 
 from jaxgpt import training
 from jaxgpt.errors import UserError
+from jaxgpt.files import write_record
 from jaxgpt.losses import kl
 from jaxgpt.rlhf import ppo
 from jaxgpt.rlhf.intervals import interval
 from jaxgpt.rlhf.ppo import PPOConfig
-from jaxgpt.runs import doctor
+from jaxgpt.runs import doctor, run_record
 from jaxgpt.runs.run import Run
+from jaxgpt.runs.run_record import read_run_record
 from jaxgpt.structs import Prompts
 from jaxgpt.training import optim
 from tests.helpers import TINY, params_of, prompts_of
+from tests.torture import doctor as crafted
 
 ONE = dataclasses.replace(TINY, layers=1)
 CONFIG = PPOConfig(new_tokens=12, epochs=2, unfinished_score=0.0)
@@ -51,6 +56,10 @@ def healthy_ppo(n=24):
     ]
 
 
+DPO = {"chosen_reward": 0.1, "rejected_reward": -0.1, "skipped": 0.0}
+TRAINED = [{"train_loss": 1.3, "train_nats_per_token": 5.0, "skipped": 0.0}]  # as little as a finished run logs
+
+
 def write(folder: Path, stage: str, rows, results=None, settings=None) -> Path:
     with Run(folder / stage, settings or Settings(), stage) as run:
         for i, row in enumerate(rows, 1):
@@ -61,7 +70,7 @@ def write(folder: Path, stage: str, rows, results=None, settings=None) -> Path:
 
 
 def found(folder: Path) -> list[str]:
-    return [finding.what for finding in doctor.run_checks(doctor.read_run_record(folder))]
+    return [finding.what for finding in doctor.run_checks(read_run_record(folder))]
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +80,11 @@ def healthy(tmp_path_factory) -> Path:
         {"train_nats_per_token": 6 - 0.1 * i, "skipped": 0.0, "seconds_data": 0.0, "seconds_device": 0.1}
         for i in range(20)
     ]
-    write(root, "pretrain", falling, {})
+    write(root, "pretrain", falling, {"heldout_nats_per_token": 4.9})
     write(root, "sft", falling, {"pretraining_nats_before": 5.1, "pretraining_nats_after": 6.0})
-    write(root, "reward", [], {"nll": 1.17, "chance": 0.25, "accuracy": 0.48})
-    write(root, "ppo", healthy_ppo(), {})
-    write(root, "dpo", [{"train_loss": 1.386}, {"train_loss": 1.2}], {"heldout_nll": 1.3})
+    write(root, "reward", TRAINED, {"nll": 1.17, "chance": 0.25, "accuracy": 0.48})
+    write(root, "ppo", healthy_ppo(), {"score": 2.3, "kl": 6.0})
+    write(root, "dpo", [{"train_loss": 1.386, **DPO}, {"train_loss": 1.2, **DPO}], {"heldout_nll": 1.3})
     write(root, "report", [], {"policies": {"SFT": figures(0.1, -0.2), "PPO": figures(0.6, 2.1)}})
     return root
 
@@ -186,7 +195,7 @@ def test_updates_that_were_not_finite(tmp_path):
 
 def test_a_dead_reward_model(tmp_path):
     """tests/experiments/test_stages.py trains one."""
-    folder = write(tmp_path, "reward", [], {"nll": 1.41, "chance": 0.25, "accuracy": 0.26})
+    folder = write(tmp_path, "reward", TRAINED, {"nll": 1.41, "chance": 0.25, "accuracy": 0.26})
     assert found(folder) == ["the reward model is guessing"]
 
 
@@ -234,21 +243,23 @@ def test_dpo_s_falling_likelihoods_are_reported_only_where_answers_run_on(tmp_pa
         assert run(**signs) == ["DPO makes all answers less likely, and answers run on"], signs
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "align"])
+@pytest.mark.parametrize("stage", [stage for stage in crafted.STAGES if stage != "ppo"])  # which measures nothing
 def test_held_out_prompts_that_were_trained_on(tmp_path, stage):
     rows = {"heldout": {"read": 9, "used": 8, "left_out": {"longer than 64 tokens": 1}}}
-    assert found(write(tmp_path / "a", stage, [], {"heldout_trained_on": 0, "rows": rows})) == []
-    assert found(write(tmp_path / "b", stage, [], {"heldout_trained_on": 3, "rows": rows})) == [
+    own: dict = crafted.STAGES[stage][1] | {"rows": rows}
+    lines = [{"train_nats_per_token": 5.0, **DPO, **line} for line in TRAINED]
+    assert found(write(tmp_path / "a", stage, lines, {**own, "heldout_trained_on": 0})) == []
+    assert found(write(tmp_path / "b", stage, lines, {**own, "heldout_trained_on": 3})) == [
         "what is measured on was trained on"
     ]
 
 
 def test_overfitted_preferences_and_forgotten_text(tmp_path):
-    assert found(write(tmp_path, "dpo", [{"train_loss": 1.386}], {"heldout_nll": 2.0})) == [
+    assert found(write(tmp_path, "dpo", [{"train_loss": 1.386, **DPO}], {"heldout_nll": 2.0})) == [
         "the policy overfits the preferences"
     ]
     lost = {"pretraining_nats_before": 3.0, "pretraining_nats_after": 6.5}
-    assert found(write(tmp_path, "sft", [], lost)) == ["finetuning wiped out what pretraining learned"]
+    assert found(write(tmp_path, "sft", TRAINED, lost)) == ["finetuning wiped out what pretraining learned"]
 
 
 def test_a_loss_that_does_not_fall(tmp_path):
@@ -266,7 +277,117 @@ def test_starvation(tmp_path):
         assert found(folder) == expected
 
 
+def test_a_loss_that_rose_after_it_had_fallen(tmp_path):
+    """Noise alone, a plateau and a rise that is small beside the fall before are no divergence."""
+    noise = np.random.default_rng(0).normal(0, 0.05, 64)
+    falls = np.linspace(6, 4, 64)
+    curves = {
+        "falls": (falls, False),
+        "plateau": (np.maximum(falls, 5), False),
+        "rises a little": (np.concatenate([falls[::2], np.linspace(4, 4.3, 32)]), False),
+        "diverges": (np.concatenate([falls[::2], np.linspace(4, 5.5, 32)]), True),
+    }
+    for name, (curve, bad) in curves.items():
+        rows = [{"train_nats_per_token": x} for x in curve + noise]
+        expected = ["the training loss rose after it had fallen"] if bad else []
+        assert found(write(tmp_path / name, "pretrain", rows)) == expected, name
+
+
+def test_answers_that_are_all_the_same(tmp_path):
+    rows = {"preferences": {"read": 40, "used": 40, "left_out": {}}}
+    part = {"preferences": 40, "equal_answers": 0}
+    cases = {
+        "preferences": ({"train": part, "heldout": {**part, "equal_answers": 40}}, "preferences between equal answers"),
+        "reward": ({"rows": rows, "equal_answers": 9}, "preferences between equal answers"),
+        "dpo": ({"rows": rows, "equal_answers": 9}, "preferences between equal answers"),
+        "report": ({"policies": {"PPO": {"distinct_texts": 1}}, "prompts": 9}, "all answers are the same"),
+        "align": ({"models": {"dpo": {"answers": ["", ""]}}}, "all answers are the same"),
+    }
+    for stage, (results, what) in cases.items():
+        lines = [{**DPO, **line} for line in TRAINED] if stage in ("reward", "dpo") else []
+        folder = write(tmp_path, stage, lines, crafted.STAGES[stage][1] | results)
+        assert found(folder) == [what], stage
+    folder = write(tmp_path, "ppo", healthy_ppo())
+    (folder / "rollouts").mkdir()
+    for texts, expected in ((["a", "b"], []), (["a", "a"], ["all answers are the same"])):
+        kept = {"iteration": 1, "beta": 0.1, "answers": [{"tokens": [text, "</answer>"]} for text in texts]}
+        write_record(folder / "rollouts/000001.json", kept)
+        assert found(folder) == expected
+
+
+def test_held_out_rows_that_are_too_few_to_say(tmp_path):
+    wide = {"mean": 0.6, "low": 0.45, "high": 0.72}
+    policies = {"SFT": {}, "PPO": {"win_rate_gold": wide}}
+    cases = {
+        "reward": {"accuracy_interval": wide},
+        "dpo": {"heldout_accuracy_interval": wide},
+        "report": {"policies": policies},
+    }
+    for stage, results in cases.items():
+        lines = [{**DPO, **line} for line in TRAINED] if stage != "report" else []
+        folder = write(tmp_path, stage, lines, crafted.STAGES[stage][1] | results)
+        assert found(folder) == ["too few to say: the held-out rows are few"], stage
+
+
+def test_a_result_that_was_not_finite(tmp_path):
+    results = {"nll": np.nan, "chance": 0.25, "accuracy": 0.3}
+    assert found(write(tmp_path, "reward", TRAINED, results)) == ["results are not finite"]
+
+
 # ---- reading ----
+
+
+def test_a_run_that_can_not_be_read_is_named_and_the_others_are_still_checked(tmp_path, capsys):
+    """Each in one line, with status 1; and of none of them is nothing wrong."""
+    shapes = {"link": "loop", "folder": "folder", "binary": b"\x00\xff", "deep": b"[" * 100_000, "list": b"[]"}
+    for name in ("settings.json", "metrics.jsonl", "done.json"):
+        for kind, content in shapes.items():
+            root = tmp_path / f"{name} {kind}"
+            root.mkdir()
+            for stage in ("sft", "reward"):
+                crafted.write(root / stage, crafted.records(stage))
+            path = root / "sft" / name
+            path.unlink()
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                path.mkdir() if kind == "folder" else path.symlink_to(path)
+            assert doctor.main([str(root)]) == 1
+            first, second = capsys.readouterr().out.splitlines()
+            assert first.startswith("sft: could not be read: ") and str(path) in first
+            assert second.startswith("reward: nothing wrong found")
+
+
+def test_a_finished_run_without_its_figures_was_damaged(tmp_path):
+    for stage, (line, results) in crafted.STAGES.items():
+        for name in run_record.FINISHED[stage][1]:
+            content = crafted.records(stage)
+            content["done.json"]["results"] = {k: v for k, v in results.items() if k != name}
+            crafted.write(tmp_path / f"{stage} {name}", content)
+            with pytest.raises(UserError, match=f"done.json holds no results.{name}"):
+                read_run_record(tmp_path / f"{stage} {name}")
+        if line:
+            crafted.write(tmp_path / f"{stage} metrics", {**crafted.records(stage), "metrics.jsonl": []})
+            with pytest.raises(UserError, match=r"metrics.jsonl holds no"):
+                read_run_record(tmp_path / f"{stage} metrics")
+
+
+def test_a_value_of_the_wrong_type_is_told_in_plain_words(tmp_path):
+    content = crafted.records("dpo")
+    content["done.json"]["results"]["heldout_nll"] = "1.3"
+    crafted.write(tmp_path / "dpo", content)
+    with pytest.raises(UserError, match=r"done.json is damaged: heldout_nll must be a number, not text"):
+        read_run_record(tmp_path / "dpo")
+
+
+def test_a_stage_without_checks_is_not_called_well(tmp_path, capsys):
+    assert doctor.main([str(write(tmp_path, "frontier", [], {"anything": [1]}))]) == 0
+    assert "nothing wrong" not in capsys.readouterr().out
+
+
+def test_crafted_records_end_in_one_line(tmp_path):
+    outcomes = crafted.crafted_records(random.Random(0), tmp_path)
+    assert [outcome for outcome in itertools.islice(outcomes, 100) if outcome] == []
 
 
 def test_the_torn_line_of_a_killed_run_is_left_out_and_another_is_refused(tmp_path):
@@ -276,13 +397,13 @@ def test_the_torn_line_of_a_killed_run_is_left_out_and_another_is_refused(tmp_pa
     assert found(folder) == []
     (folder / "metrics.jsonl").write_text('{"step": 1, "sco\n' + text)
     with pytest.raises(UserError, match=r"metrics.jsonl:1 is not a line of metrics"):
-        doctor.read_run_record(folder)
+        read_run_record(folder)
 
 
 def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         doctor.main([str(tmp_path)])
-    folder = write(tmp_path, "reward", [], {"nll": 1.41, "chance": 0.25, "accuracy": 0.26})
+    folder = write(tmp_path, "reward", TRAINED, {"nll": 1.41, "chance": 0.25, "accuracy": 0.26})
     assert doctor.main([str(folder)]) == 1
     told = capsys.readouterr().out
     assert "! the reward model is guessing" in told and "held-out loss 1.410 nats, guessing 1.386" in told

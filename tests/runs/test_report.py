@@ -7,10 +7,11 @@ import pytest
 from rich.console import Console
 
 from jaxgpt.data.openings import Prompt
-from jaxgpt.files import write_json
+from jaxgpt.errors import UserError
 from jaxgpt.rlhf.intervals import Interval
 from jaxgpt.rlhf.judge import Judge
 from jaxgpt.runs import pages, report
+from tests.torture import doctor as crafted
 
 
 def policy(name: str, gold: float, text: str = "a fine film") -> report.PolicyResults:
@@ -28,13 +29,14 @@ def policy(name: str, gold: float, text: str = "a fine film") -> report.PolicyRe
 
 
 def write(folder, policies) -> tuple[dict, str]:
-    (folder / "stages/reward").mkdir(parents=True)
-    table = [{"predicted": 0.3, "observed": 0.25, "count": 10}]
-    write_json(folder / "stages/reward/done.json", {"results": {"calibration": table}})
+    (folder / "stages").mkdir(parents=True)
+    content = crafted.records("reward")
+    content["done.json"]["results"] |= {"calibration": [{"predicted": 0.3, "observed": 0.25, "count": 10}]}
+    crafted.write(folder / "stages/reward", content)
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     prompts = [Prompt(f"<script>alert({i})</script>", "a") for i in range(6)]
     judge = Judge(None, Interval(0.75, 0.7, 0.8), 300)
-    results = report.write_report(folder, folder / "stages", prompts, policies, judge, console)
+    results = report.write_report(folder, report.read_stages(folder / "stages"), prompts, policies, judge, console)
     return results, console.export_text()
 
 
@@ -120,3 +122,20 @@ def test_a_page_escapes_everything_but_html(tmp_path):
         assert f"<{letter}>" not in text and f"&lt;{letter}&gt;" in text
     assert "<tr><th>&lt;c&gt;</th><td><small>d</small></td></tr>" in text
     assert '<img alt="&quot;i&quot;" src="data:image/png;base64,iVBORw==">' in text and "{l}" in text
+
+
+def test_a_damaged_stage_is_named_before_anything_is_drawn(tmp_path):
+    for name in ("metrics.jsonl", "done.json"):
+        for stage in ("reward", "ppo"):
+            crafted.write(tmp_path / name / stage, crafted.records(stage))
+        (tmp_path / name / "ppo" / name).write_bytes(b"{")
+        with pytest.raises(UserError, match=f"ppo/{name}.*; run that stage again with --fresh"):
+            report.read_stages(tmp_path / name)
+
+
+def test_a_figure_that_is_not_finite_is_null_in_the_report(tmp_path):
+    """Squares of scores near the end of what a float holds overflow."""
+    huge = dataclasses.replace(policy("PPO", 0.5), reward=np.array([-1e300, 1.0, 2.0, 3.0, 4.0, 5.0]))
+    with np.errstate(over="ignore"):
+        results, _ = write(tmp_path, [policy("SFT", 0.0), huge])
+    assert results["policies"]["PPO"]["reward"]["low"] is None

@@ -1,5 +1,6 @@
 """Saved models load back exactly, or are refused with the reason."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.data.tokenizer import train_char
+from jaxgpt.data.tokenizer import Tokenizer, train_char
 from jaxgpt.errors import UserError
 from jaxgpt.files import write_json
 from jaxgpt.models import transformer
@@ -20,7 +22,7 @@ from jaxgpt.runs import saved_model
 from jaxgpt.runs.saved_model import describe_params, load_model, param_differences, save_model
 from tests.helpers import edit_record
 
-CONFIG = ModelConfig(layers=2, width=8, heads=2, block=16, vocab=32, dtype="bfloat16")
+CONFIG = ModelConfig(layers=2, width=8, heads=2, block=16, vocab=512, dtype="bfloat16")
 
 
 def make_params(seed: int = 0):
@@ -189,7 +191,7 @@ def test_a_new_model_is_read_back_before_the_old_one_goes(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab": 4096}, r"tokens_VD is float32\[32,8\], but the configuration in model.json needs \[4096,8\]"),
+        ({"vocab": 4096}, r"tokens_VD is float32\[512,8\], but the configuration in model.json needs \[4096,8\]"),
         ({"layers": 10**9}, "holds 2 layers, but its model.json says 1000000000"),
         ({"layers": 1}, "holds 2 layers, but its model.json says 1"),
         ({"mlp": "swiglu"}, "has no block_0/gate/"),
@@ -207,6 +209,41 @@ def test_a_model_of_version_0_1_0_is_read(copy):
     del record["sha256"]
     write_json(copy / "model.json", {**record, "format": 2})
     assert_same(load_model(copy).params, make_params())
+
+
+@pytest.mark.parametrize(("bad", "dtype"), [(np.nan, np.float32), (np.inf, jnp.bfloat16), (-np.inf, np.float16)])
+def test_a_parameter_that_is_not_finite_is_named_and_neither_saved_nor_loaded(tmp_path, monkeypatch, bad, dtype):
+    params = {"head": {"w": np.array([1, bad, 1], dtype), "bias": np.float32(0.5)}, "steps": np.int32(3)}
+    with pytest.raises(UserError, match="m is not written, because NaN or infinite numbers are in head/w; lower"):
+        save_model(tmp_path / "m", params, CONFIG)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(saved_model, "check_params_finite", lambda *words: None)
+        save_model(tmp_path / "m", params, CONFIG)
+    with pytest.raises(
+        UserError, match="m can't be used: NaN or infinite numbers are in head/w; train that model again"
+    ):
+        load_model(tmp_path / "m")
+
+
+def test_many_parameters_that_are_not_finite_are_counted():
+    with pytest.raises(UserError, match="are in 0, 1, 2 and 6 more; advice"):
+        saved_model.check_params_finite([np.float32(np.nan)] * 9, "words", "advice")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
+    """One id too many is enough, whether it is counted or behind a gap."""
+    tokenizer = train_char(["a film"])
+    for vocab in (tokenizer.vocab_size, tokenizer.vocab_size - 1):
+        save_model(tmp_path / "m", small(), dataclasses.replace(CONFIG, vocab=vocab), tokenizer)
+        if vocab == tokenizer.vocab_size:
+            load_model(tmp_path / "m")
+    with pytest.raises(UserError, match=f"ids up to {vocab}, and its model only {vocab} of them"):
+        load_model(tmp_path / "m")
+    record = json.loads(tokenizer.to_json())
+    last = max(record["model"]["vocab"], key=record["model"]["vocab"].__getitem__)
+    record["model"]["vocab"][last] = 900
+    assert Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(record))).vocab_size == 901
 
 
 def test_unreadable_parameters(copy):

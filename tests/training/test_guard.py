@@ -72,6 +72,17 @@ def test_a_gradient_that_is_not_finite_counts_though_the_loss_is():
     np.testing.assert_array_equal(state.trainable["w"], 1.0)
 
 
+@pytest.mark.parametrize("rate", [1e10, 1e25, 1e38, 1e39])
+def test_an_update_that_could_overflow_the_parameters_is_skipped(rate):
+    """Loss and gradient are finite; a large finite step is made, and no parameter ever becomes NaN or infinite."""
+    tx = optax.adamw(rate, weight_decay=0.1)
+    step, state = jax.jit(training.make_train_step(square, tx)), training.init_state({"w": np.ones((), np.float32)}, tx)
+    for batch in good(4):
+        state, metrics = step(state, batch, None)
+        assert np.isfinite(state.trainable["w"])
+    assert int(metrics["skipped"]) > 0 and (int(state.step) > 0) == (rate < 1e20)
+
+
 def test_those_in_a_row_are_counted():
     nan = full(np.nan)
     _, metrics = trained([*good(2), nan, nan, nan])
@@ -110,8 +121,8 @@ def test_running_moments_are_those_of_the_accepted_losses():
         (weights @ kept**2) / weights.sum() - ((weights @ kept) / weights.sum()) ** 2
     )
     admits = jax.jit(functools.partial(guard.accepts, spike=3.0))
-    assert admits(state, np.float32(0.999 * limit), np.float32(1))
-    assert not admits(state, np.float32(1.001 * limit), np.float32(1))
+    assert admits(state, np.float32(0.999 * limit), np.float32(1), np.float32(1))
+    assert not admits(state, np.float32(1.001 * limit), np.float32(1), np.float32(1))
 
 
 @pytest.mark.slow
