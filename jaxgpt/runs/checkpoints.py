@@ -20,7 +20,7 @@ from jaxgpt.config import Count, CountOrZero, check_settings
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import check_files, read_record, sha256_of_folder, sync_folder, write_record
-from jaxgpt.runs.process import barrier, broadcast_from_first
+from jaxgpt.runs.process import barrier, broadcast_from_first, describe_rounding, differences_in_rounding
 from jaxgpt.runs.run import Run
 from jaxgpt.runs.saved_model import check_params_match, describe_params
 
@@ -86,8 +86,7 @@ class Checkpoints:
         else:
             self.run.say("WARNING: the data has changed since the checkpoint: reading it from the beginning (--force)")
         self.run.rewind(record["position"])
-        there, here = record["devices"], _devices()
-        moved = "" if there == here else f", on {here} (saved on {there}): equal up to rounding, not bit for bit"
+        moved = differences_in_rounding(record["devices"], describe_rounding(shapes))
         self.run.say(f"{self.run.stage}: resumed after step {record['step']} of {total}{moved}")
         return state
 
@@ -116,8 +115,8 @@ class Checkpoints:
         changed = [f"{name} {there[:12]} there, {now[:12]} now" for name, (there, now) in pairs.items() if there != now]
         if changed and not force:
             return (
-                f"{folder} was made with other inputs ({'; '.join(changed)}); restore them, pass --force to resume "
-                "anyway, or --fresh to start again"
+                f"{folder} was made with other inputs ({'; '.join(changed)}); restore them, choose another --run, or "
+                "pass --force to resume with what is there now"
             )
         return None
 
@@ -137,7 +136,7 @@ class Checkpoints:
             "arrays": describe_params(state),
             "data": self.batches.get_state(),
             "position": self.run.position(),
-            "devices": _devices(),
+            "devices": describe_rounding(state),
         }
         try:
             if first:
@@ -207,11 +206,6 @@ def load_state(folder: Path, shapes: T) -> T:
         return ocp.load(folder / "state", target)
     except Exception as error:  # whatever Orbax or its storage raises, the file is unusable
         raise UserError(f"{folder / 'state'} can't be read ({type(error).__name__}: {error})") from error
-
-
-def _devices() -> str:
-    """What decides how numbers are rounded, for example "8 x cpu in 2 processes"."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind} in {jax.process_count()} processes"
 
 
 def _cant_write(folder: Path, error: Exception) -> str:

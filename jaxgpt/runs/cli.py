@@ -23,8 +23,15 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 from jaxgpt.config import Range
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import read_json, suggest_name
-from jaxgpt.runs.endings import Stopped, plain_endings, raise_at_ctrl_c
-from jaxgpt.runs.process import join_processes, prepare_process, print_device
+from jaxgpt.runs.endings import (
+    Stopped,
+    go_on_without_output,
+    plain_endings,
+    raise_at_ctrl_c,
+    take_hangup_as_sigterm,
+)
+from jaxgpt.runs.peers import join_processes
+from jaxgpt.runs.process import prepare_process, print_device
 from jaxgpt.runs.settings import flatten_json, settings_from_json, settings_to_json
 
 with needs_extra("train"):
@@ -45,17 +52,21 @@ def cli(
 ) -> Result:
     """Read the settings from the command line, set the process up, print the device, and return `main(settings)`.
 
-    See `plain_endings` for how the process ends otherwise."""
-    with plain_endings(functools.partial(_suggested_command, main), whole_process=argv is None):
+    See `plain_endings` for how the process ends otherwise. A program that fills a run folder goes on when its output
+    can't be written."""
+    with plain_endings(functools.partial(_suggested_command, main), whole_process=argv is None) as ending:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _stop_on_sigterm)
+            take_hangup_as_sigterm()
         description = _description(main, settings_type)
         words = sys.argv[1:] if argv is None else argv
         settings = parse(settings_type, presets, words, description, _program(main))
+        if hasattr(settings, "run"):
+            go_on_without_output()
         prepare_process()
         processes = _option(words, "--distributed")
         if processes is not None:
-            join_processes(processes)
+            ending.siblings = join_processes(processes)
         print_device()
         raise_at_ctrl_c()
         return main(settings)

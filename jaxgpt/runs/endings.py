@@ -4,19 +4,19 @@ that this works from the first moment."""
 import contextlib
 import errno
 import os
-import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, TextIO, cast
 
 from jaxgpt.errors import UserError
 
 UNUSABLE = {  # a file or folder that this user can't use, which is no bug
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
+GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, will not come back
 
 
 class Stopped(Exception):  # noqa: N818  not an error
@@ -26,6 +26,10 @@ class Stopped(Exception):  # noqa: N818  not an error
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+class LostOutput(BrokenPipeError):  # noqa: N818
+    """What is printed can't be written any more."""
 
 
 STOPS = (KeyboardInterrupt, Stopped, BrokenPipeError)
@@ -39,55 +43,93 @@ def tell_next_start(stop: BaseException, words: str) -> None:
         setattr(stop, "next_start", words)  # noqa: B010  exceptions have no such attribute to type
 
 
+class Siblings(Protocol):
+    """The other processes of a run: see `runs.peers`."""
+
+    def settle(self) -> None: ...  # noqa: D102
+    def leave(self, status: int, *, together: bool) -> None: ...  # noqa: D102
+
+
+class Ending:
+    """How this program ends. With `siblings`, they are told, and the process ends at once: JAX would wait for them."""
+
+    def __init__(self) -> None:
+        self.siblings: Siblings | None = None
+
+    def end(self, line: str, status: int, *, together: bool = False, at_once: bool = False) -> NoReturn:
+        """Print the line on stderr and exit. `together`: all siblings end here."""
+        if line:
+            _complain(line)
+        if self.siblings is not None:
+            self.siblings.leave(status, together=together)
+            at_once = True
+        if at_once:
+            _drop_unread_output()
+            os._exit(status)
+        sys.exit(status)
+
+
 @contextlib.contextmanager
 def plain_endings(
     suggest: Callable[[UserError], str] = lambda error: "", *, whole_process: bool = False
-) -> Iterator[None]:
+) -> Iterator[Ending]:
     """End the process with one line on stderr, not a traceback.
 
     Status 2 after a UserError (followed by what `suggest` returns) or for a file that can't be used, 130 after Ctrl-C,
-    75 after SIGTERM, 141 when nothing reads the output any more (silently, unless a run was stopped).
-    `tell_next_start` adds what the same command will do.
+    75 after SIGTERM, 141 when nothing reads the output any more (silently, unless a run was stopped; see
+    `go_on_without_output`). `tell_next_start` adds what the same command will do.
 
     `whole_process`: the process then ends at once after Ctrl-C, and while a background thread is alive: what still
     computes when Python shuts down would crash in C++."""
+    _check_output()
+    ending = Ending()
     try:
-        yield
+        yield ending
         sys.stdout.flush()
-        if whole_process and any(thread.daemon for thread in threading.enumerate()):
-            _end("", 0, at_once=True)
-    except UserError as error:
-        _end(f"error: {error}{suggest(error)}", 2)
-    except Stopped as stop:
-        _end(f"stopped: {stop}{_next_start(stop)}", stop.code)
+        if ending.siblings is not None or (whole_process and any(one.daemon for one in threading.enumerate())):
+            ending.end("", 0, together=True, at_once=True)
     except KeyboardInterrupt as stop:
-        _end(f"interrupted{_next_start(stop)}", 130, at_once=whole_process)
-    except BrokenPipeError as stop:
-        if not _drop_unread_output():
+        ending.end(f"interrupted{_next_start(stop)}", 130, at_once=whole_process)
+    except Stopped as stop:
+        ending.end(f"stopped: {stop}{_next_start(stop)}", stop.code, together=True)
+    except LostOutput as stop:
+        if stop.errno not in GONE:
+            ending.end(f"error: can't write the output ({stop.strerror}){_next_start(stop)}", 2)
+        said = _next_start(stop)
+        ending.end(f"stopped: nothing reads the output any more{said}" if said else "", 141)
+    except Exception as error:
+        if ending.siblings is not None:  # an error may only follow from the death of one of them
+            ending.siblings.settle()
+        line = _in_one_line(error, suggest)
+        if line:
+            ending.end(line, 2)
+        if ending.siblings is None:
             raise
-        _end(f"stopped: nothing reads the output any more{_next_start(stop)}" if _next_start(stop) else "", 141)
-    except OSError as error:
-        from jaxgpt.files import cache_root  # takes longer to import than all above
-
-        if error.filename is None:
-            raise
-        path = Path(os.fsdecode(error.filename))
-        in_cache = path.is_relative_to(cache_root())
-        if error.errno not in UNUSABLE and not in_cache:
-            raise
-        advice = "set JAXGPT_CACHE to a folder that you may write to" if in_cache else "check the path"
-        _end(f"error: can't use {path} ({error.strerror}); {advice}", 2)
+        sys.excepthook(*cast(Any, sys.exc_info()))
+        ending.end("", 1)
     finally:
         _drop_unread_output()
 
 
-def _end(line: str, status: int, *, at_once: bool = False) -> NoReturn:
-    if line:
+def _in_one_line(error: Exception, suggest: Callable[[UserError], str]) -> str:
+    """What to say about an error that the user can mend; an empty string for a bug."""
+    if isinstance(error, UserError):
+        return f"error: {error}{suggest(error)}"
+    if not isinstance(error, OSError) or error.filename is None:
+        return ""
+    from jaxgpt.files import cache_root  # takes longer to import than all above
+
+    path = Path(os.fsdecode(error.filename))
+    in_cache = path.is_relative_to(cache_root())
+    if error.errno not in UNUSABLE and not in_cache:
+        return ""
+    advice = "set JAXGPT_CACHE to a folder that you may write to" if in_cache else "check the path"
+    return f"error: can't use {path} ({error.strerror}); {advice}"
+
+
+def _complain(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal is gone
         print(line, file=sys.stderr, flush=True)
-    if at_once:
-        _drop_unread_output()
-        os._exit(status)
-    sys.exit(status)
 
 
 def _next_start(stop: BaseException) -> str:
@@ -95,21 +137,87 @@ def _next_start(stop: BaseException) -> str:
     return f"; {words}" if words else ""
 
 
-def _drop_unread_output() -> bool:
-    """Whether the program that read stdout has ended (`| head`). What is left is dropped: otherwise Python would
-    complain about it at exit."""
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
+# ---- the output ----
+
+
+class _Output:
+    """A stream that may stop taking what is written. If it is `needed`, LostOutput is raised; otherwise the rest is
+    dropped, after one note on stderr where there is one to give."""
+
+    def __init__(self, stream: TextIO, *, needed: bool, note: str = "") -> None:
+        self._stream, self.needed, self._note = stream, needed, note
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._fail(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        if self.needed:
+            raise LostOutput(error.errno, error.strerror) from None
+        note, self._note = self._note, ""
+        if note:
+            _complain(note.format(error.strerror))
+        if error.errno in GONE:
+            self.drop()
+
+    def drop(self) -> None:
+        """Write nothing from here on, not even what was kept for a second try."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _check_output() -> None:
+    """Notice when the output can't be written; an unwritable stderr stops nothing."""
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:  # not in tests that capture it
+        sys.stdout = cast(TextIO, _Output(sys.stdout, needed=True))
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:
+        sys.stderr = cast(TextIO, _Output(sys.stderr, needed=False))
+
+
+def go_on_without_output() -> None:
+    """From here on, nothing stops because the output can't be written (`| head`, a closed terminal, a full disk): a run
+    says all in its log.txt too."""
+    if isinstance(sys.stdout, _Output):
+        sys.stdout.needed = False
+        sys.stdout._note = "note: the output can't be written ({}); the run goes on, and its log.txt has the rest"
+
+
+def _drop_unread_output() -> None:
+    """Python would complain about it at exit."""
     try:
-        output = sys.stdout.fileno()
-    except OSError:  # a test's
-        return False
-    poll = select.poll()
-    poll.register(output, 0)  # reports only errors
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    return True
+        sys.stdout.flush()
+    except OSError:
+        if isinstance(sys.stdout, _Output):
+            sys.stdout.drop()
+
+
+def open_closed_streams() -> None:
+    """Open /dev/null for each of stdin, stdout and stderr that was closed (`>&-`). Otherwise the next file to be opened
+    would get its number, and whatever a C library prints."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            stream = open(number, "r" if number == 0 else "w", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
+# ---- signals ----
 
 
 def quit_at_ctrl_c() -> None:
@@ -126,6 +234,16 @@ def raise_at_ctrl_c() -> None:
     """From here on Ctrl-C raises KeyboardInterrupt again, so that `finally` and `with` clean up."""
     if signal.getsignal(signal.SIGINT) is _quit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def take_hangup_as_sigterm() -> None:
+    """A closed terminal (SIGHUP) asks to stop, as SIGTERM does, unless `nohup` has had it ignored."""
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _pass_on)
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _quit(number: int, frame: Any) -> NoReturn:

@@ -10,8 +10,9 @@ The loop resumes at the step after the checkpoint, with results bit-identical to
 batches, shows progress, writes metrics.jsonl every `log_every` steps, saves every `save.every` steps, and stops after
 `guard.patience` skipped updates in a row, leaving the last batch in the run folder.
 
-On SIGTERM (preemption) it saves after the current step and exits with code 75; on Ctrl-C it does the same with code
-130, and a second Ctrl-C quits at once. With several processes, all of them run the same loop.
+On SIGTERM (preemption) or SIGHUP (a closed terminal; not under nohup) it saves after the current step and exits with
+code 75; on Ctrl-C it does the same with code 130, and a second Ctrl-C quits at once. With several processes, all of
+them run the same loop.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.models.sharding import MeshConfig
 from jaxgpt.runs.checkpoints import Checkpoints, ResumableIterator, SaveConfig
-from jaxgpt.runs.endings import Stopped
+from jaxgpt.runs.endings import Stopped, take_hangup_as_sigterm
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
 from jaxgpt.training.guard import GuardConfig
@@ -187,6 +188,8 @@ class Loop:
             several = jax.process_count() > 1  # then jax.distributed handles SIGTERM and tells all processes
             for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
                 self._cleanup.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            self._cleanup.callback(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP))
+            take_hangup_as_sigterm()
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

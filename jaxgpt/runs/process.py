@@ -1,22 +1,22 @@
-"""The process an experiment runs in: its allocator, compilation cache, devices and sibling processes."""
+"""The process an experiment runs in: its allocator, compilation cache and devices; `runs.peers` has its siblings."""
 
 import contextlib
 import ctypes
+import importlib.metadata
 import json
 import logging
 import os
 import platform
-import socket
+import re
 import sys
-import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 
 
@@ -24,18 +24,34 @@ def prepare_process() -> None:
     """Set up the allocator and the on-disk cache of compiled programs. Call once, before any array exists."""
     configure_malloc()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax also logs each error it raises, with a traceback
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = cache_root() / "xla"
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # once is enough
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
+        folder = str(cache_root() / "xla")
+        jax.config.update("jax_compilation_cache_dir", folder)
+    _say_once_that_programs_are_not_cached(folder)
+
+
+def _say_once_that_programs_are_not_cached(folder: str) -> None:
+    """A cache that can't be used (no permission, a full disk, a damaged entry) costs time and nothing else: JAX's
+    warning for every program becomes one note."""
+    show = warnings.showwarning
+    said: set[str] = set()
+
+    def note(message: Warning | str, *rest: Any, **more: Any) -> None:
+        found = re.match(r"Error (reading|writing) persistent compilation cache entry for .*?: (.*)", str(message))
+        if not found:
+            return show(message, *rest, **more)
+        verb = {"reading": "read from", "writing": "written to"}[found[1]]
+        if verb not in said:
+            said.add(verb)
             print(
-                f"note: can't write to {folder}, so programs are compiled again at each start; "
-                "set JAXGPT_CACHE to a folder that you may write to",
+                f"note: compiled programs can't be {verb} {folder} ({found[2]}), so they are compiled again at each "
+                "start; make room there, delete it, or set JAXGPT_CACHE to a folder that you may write to",
                 file=sys.stderr,
             )
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+    warnings.showwarning = note
+    warnings.filterwarnings("always", "Error (reading|writing) persistent compilation cache")
 
 
 def configure_malloc() -> bool:
@@ -53,11 +69,59 @@ def describe_devices() -> str:
     devices = jax.devices()
     name = devices[0].device_kind
     if devices[0].platform == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        name = f"cpu ({cores} cores)"
+        name = f"cpu ({count_cores()} cores)"
     count = f"{len(devices)} x " if len(devices) > 1 else ""
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"device: {count}{name}{processes}, jax {jax.__version__}"
+
+
+ROUNDING_PACKAGES = ("jax", "jaxlib", "flax", "optax")
+
+
+def describe_rounding(arrays: Any) -> dict[str, str]:
+    """All that decides how numbers are rounded: two runs that agree in it give the same bits. `arrays`: a tree of
+    arrays or their shapes, whose mesh counts."""
+    devices = jax.devices()
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arrays))
+    mesh: Mapping[str, int] = next(
+        (one.mesh.shape for one in shardings if isinstance(one, jax.sharding.NamedSharding)), {}
+    )
+    found = {
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": str(jax.process_count()),
+        "mesh": " x ".join(f"{name} {size}" for name, size in mesh.items()),
+    }
+    if devices[0].platform == "cpu":
+        found["cpu"] = f"{_cpu_kind()}, {count_cores()} cores"
+    return found | {name: importlib.metadata.version(name) for name in ROUNDING_PACKAGES}
+
+
+def differences_in_rounding(there: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What to add to "resumed" if the bits may differ; an empty string otherwise. `there`: what a checkpoint says."""
+    changed = [
+        f"{name} {there[name] or 'none'} there, {now.get(name) or 'none'} now"
+        for name in there
+        if there[name] != now.get(name)
+    ]
+    return f"; equal up to rounding, not bit for bit ({'; '.join(changed)})" if changed else ""
+
+
+def count_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_kind() -> str:
+    """For example "AMD EPYC, family 25, model 17": XLA compiles for the CPU that it finds."""
+    fields = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    if "model name" in fields:
+        kinds = [f"{name.split()[-1]} {fields[name]}" for name in ("cpu family", "model") if name in fields]
+        return ", ".join([fields["model name"], *kinds])
+    return platform.processor() or platform.machine()
 
 
 def print_device() -> None:
@@ -82,107 +146,3 @@ def barrier(name: str) -> None:
     """Wait until every process has reached this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"jaxgpt {name}")
-
-
-# ---- several processes ----
-
-
-def join_processes(text: str, patience: float = 300.0) -> None:
-    """Join several processes that share their devices (`jax.distributed`). Call before any array exists.
-
-    "auto" asks the environment (a Cloud TPU slice, GKE, Slurm, Open MPI). "HOST:PORT,COUNT,INDEX" gives the address of
-    process 0, the number of processes, and the index of this one. UserError if the text is neither, or if processes
-    are still missing after `patience` seconds, naming them: jax alone would abort with a C++ stack trace.
-    """
-    if text == "auto":
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"--distributed auto found no cluster here ({_first_line(error)}); "
-                "give --distributed HOST:PORT,COUNT,INDEX"
-            ) from None
-        return
-    host, port, count, index = _parse_address(text)
-    if index == 0:
-        _gather(port, count, patience)
-    else:
-        _report_to(host, port, count, index, patience)
-    jax.distributed.initialize(f"{host}:{port}", num_processes=count, process_id=index)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _parse_address(text: str) -> tuple[str, int, int, int]:
-    with contextlib.suppress(ValueError):
-        address, *numbers = text.split(",")
-        host, _, port_text = address.rpartition(":")
-        port, (count, index) = int(port_text), map(int, numbers)
-        if host and 0 < port < 2**16 and 0 <= index < count:
-            return host, port, count, index
-    raise UserError(
-        f"--distributed {text} is neither auto nor HOST:PORT,COUNT,INDEX with INDEX below COUNT (10.0.0.2:8476,4,0)"
-    )
-
-
-def _gather(port: int, count: int, patience: float) -> None:
-    """Process 0: wait until every other process has connected, then release them all."""
-    deadline = time.monotonic() + patience
-    waiting: dict[int, socket.socket] = {}
-    with contextlib.ExitStack() as open_sockets:
-        try:
-            server = open_sockets.enter_context(socket.create_server(("", port), backlog=count))
-        except OSError as error:
-            raise UserError(f"--distributed: port {port} can't be used here ({error.strerror}); use another") from None
-        while len(waiting) < count - 1:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                caller = open_sockets.enter_context(server.accept()[0])
-            except TimeoutError:
-                missing = ", ".join(str(i) for i in range(1, count) if i not in waiting)
-                raise UserError(
-                    f"--distributed: of {count} processes, {missing} did not connect within {patience:.0f} s; "
-                    "start them, and check that they can reach this machine's port"
-                ) from None
-            try:
-                caller.settimeout(10)
-                word, of, index = caller.recv(64).decode("ascii", "replace").split()
-                if word == "jaxgpt" and int(of) == count and 0 < int(index) < count and int(index) not in waiting:
-                    waiting[int(index)] = caller
-                    continue
-                caller.sendall(b"no")
-            except (OSError, ValueError):
-                pass  # not one of our processes
-            caller.close()
-        for caller in waiting.values():
-            with contextlib.suppress(OSError):
-                caller.sendall(b"go")
-        for caller in waiting.values():  # let them close first: the side that does keeps the port busy
-            with contextlib.suppress(OSError):
-                caller.recv(1)
-
-
-def _report_to(host: str, port: int, count: int, index: int, patience: float) -> None:
-    """Any other process: connect to process 0 and wait until all are there."""
-    deadline = time.monotonic() + patience
-    answer, reason = b"", ""
-    while time.monotonic() < deadline:
-        left = deadline - time.monotonic()
-        try:
-            with socket.create_connection((host, port), timeout=min(left, 10)) as caller:
-                caller.sendall(f"jaxgpt {count} {index}".encode())
-                caller.settimeout(left)
-                answer = caller.recv(2)
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if answer == b"go":
-            return
-        if answer == b"no":
-            raise UserError(f"--distributed: {host}:{port} expects no process {index} of {count}; check the numbers")
-        time.sleep(0.2)
-    raise UserError(
-        f"--distributed: process 0 did not answer at {host}:{port} within {patience:.0f} s ({reason or 'no answer'}); "
-        "start it, and check the address"
-    )

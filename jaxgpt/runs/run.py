@@ -42,8 +42,8 @@ with needs_extra("train"):
 
 __all__ = ["Run", "prepare_process", "print_device", "run_fingerprint"]
 
-# Settings that say where or how to run, and do not change the result.
-PLACE_FIELDS = frozenset({"run", "cache", "fresh", "force", "save"})
+# Settings that say where or how to run, and do not change the result; another mesh only rounds differently.
+PLACE_FIELDS = frozenset({"run", "cache", "fresh", "force", "save", "mesh"})
 RUN_FILES = (  # removed when a run starts over
     "done.json",
     "settings.json",
@@ -75,10 +75,7 @@ def run_fingerprint(folder: Path, stage: str | None = None) -> str:
         raise UserError(
             f"{folder} {state}{advice or '; first run the experiment that makes it'}", experiment=experiment
         )
-    try:
-        done = read_done(folder)
-    except UserError as error:
-        raise UserError(str(error), experiment=(*experiment, "--fresh") if stage else ()) from None
+    done = read_done(folder)
     if stage is not None and done["stage"] != stage:
         raise UserError(f"{folder} is a run of {done['stage']!r}, but one of {stage!r} is needed; give another folder")
     check_outputs(folder, done)
@@ -146,6 +143,7 @@ class Run:
         self.folder, self.stage = Path(folder), stage
         self.fresh = getattr(settings, "fresh", False) if fresh is None else fresh
         self.force = getattr(settings, "force", False) if force is None else force
+        self._can_force = hasattr(settings, "force")
         self.finished = False
         self._forced = ""  # how the settings differ from those of the run being resumed, under `force`
         self.results: dict[str, Any] = {}
@@ -251,10 +249,7 @@ class Run:
         if differences and self.force and not path.exists():
             self._forced = differences
         elif differences:
-            raise UserError(
-                f"{self.folder} holds a run with other settings ({differences}); choose another --run, "
-                "or pass --fresh to replace it"
-            )
+            raise UserError(self._refusal(differences, finished=path.exists()))
         if not path.exists():
             return None
         results: dict[str, Any] = read_done(self.folder)["results"]
@@ -264,6 +259,17 @@ class Run:
         """UserError if the folder was moved, deleted or taken over by another process since the run began."""
         if self._metrics is not None:
             self._holder.check()
+
+    def _refusal(self, differences: str, *, finished: bool) -> str:
+        """Says first how to keep what is there."""
+        which = "a finished run" if finished else "an unfinished run"
+        ways = ["restore them to read its results" if finished else "restore them to resume it", "choose another --run"]
+        if self.has_checkpoint() and self._can_force:
+            ways.append("pass --force to resume it with these")
+        elif not self.has_checkpoint():
+            ways.append("pass --fresh, which deletes it and starts again")
+        said = f"{', '.join(ways[:-1])}, or {ways[-1]}"
+        return f"{self.folder} holds {which} with other settings ({differences}); {said}"
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume from."""

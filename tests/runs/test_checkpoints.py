@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -19,7 +20,7 @@ from jaxgpt import losses, training
 from jaxgpt.data import pipelines
 from jaxgpt.data.tokenizer import Tokenizer, train_char
 from jaxgpt.errors import UserError
-from jaxgpt.models.sharding import MeshConfig, make_mesh, replicate
+from jaxgpt.models.sharding import MeshConfig, make_mesh, place_like, place_local_rows, replicate
 from jaxgpt.runs import checkpoints, verify
 from jaxgpt.runs.checkpoints import Checkpoints, SaveConfig
 from jaxgpt.runs.endings import Stopped
@@ -29,7 +30,7 @@ from jaxgpt.runs.saved_model import save_model
 from jaxgpt.structs import Batch
 from jaxgpt.training.guard import GuardConfig
 from jaxgpt.training.step import make_nll, sharded_shapes
-from tests.helpers import TINY, WALL_CLOCK, params_of
+from tests.helpers import TINY, WALL_CLOCK, edit_record, params_of
 
 TX = optax.adam(1e-2)
 STEPS = 12
@@ -152,6 +153,89 @@ def test_another_mesh_takes_the_same_numbers(run, tok, shape):
     assert bits(state) == bits(there)
     table = state.trainable["embed"]["tokens_VD"]
     assert not table.sharding.is_fully_replicated
+
+
+def test_another_mesh_is_no_other_run_and_is_said(run, tok):
+    mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+    settings = Settings(mesh=MeshConfig(fsdp=4))
+    shapes = (sharded_shapes(mesh, FIRST), replicate(jax.random.key(0), mesh))
+    with Run(run, settings, "sft") as opened:
+        saves = Checkpoints(opened, settings.save, tok, batches_of())
+        state, _ = saves.load(saves.newest(shapes), shapes, STEPS)
+    assert len(state.trainable["embed"]["tokens_VD"].sharding.device_set) == 4
+    moved = "mesh data 1 x fsdp 1 x tensor 1 there, data 1 x fsdp 4 x tensor 1 now"
+    assert (
+        f"resumed after step 9 of 12; equal up to rounding, not bit for bit ({moved})" in (run / "log.txt").read_text()
+    )
+    assert json.loads((run / "settings.json").read_text())["settings"]["mesh"]["fsdp"] == 4
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_one_device_to_other_meshes_with_the_same_numbers_and_says_so(tmp_path, tok):
+    """One device, then parameters sharded over four, then layers over two; an untouched run beside it."""
+
+    def train(folder: Path, until: int, config=MeshConfig(), count=1):  # noqa: B008
+        mesh = make_mesh(config, jax.devices()[:count])
+        shapes = (sharded_shapes(mesh, FIRST), replicate(jax.random.key(0), mesh))
+        settings = Settings(mesh=config)
+        with Run(folder, settings, "sft") as run, Loop(run, settings, tok, STEPS, batches_of(), ONE.vocab) as loop:
+            state, key = loop.restore(shapes, lambda: place_like((FIRST(), jax.random.key(7)), shapes))
+            for i, arrays in loop:
+                if i > until:
+                    break
+                state, metrics = STEP(state, place_local_rows(Batch.of(arrays), mesh), jax.random.fold_in(key, i))
+                loop.record(i, (state, key), metrics)
+        assert json.loads((folder / "settings.json").read_text())["settings"]["mesh"]["fsdp"] == config.fsdp
+        state.trainable["block_0"]["qkv"].pop("bias")  # the softmax doesn't see it: Adam follows the rounding there
+        return state.trainable
+
+    run = tmp_path / "run"
+    train(run, 3)
+    assert "fsdp 1 there" not in (run / "log.txt").read_text()
+    moved = train(run, 6, MeshConfig(fsdp=4), 4)["embed"]["tokens_VD"]
+    assert not moved.sharding.is_fully_replicated and moved.sharding.mesh.size == 4
+    ended = train(run, STEPS, MeshConfig(tensor=2), 2)
+    said = [line for line in (run / "log.txt").read_text().splitlines() if "resumed" in line]
+    one, four, two = (f"mesh data 1 x fsdp {fsdp} x tensor {tensor}" for fsdp, tensor in ((1, 1), (4, 1), (1, 2)))
+    for line, there, now in zip(said, (one, four), (four, two), strict=True):
+        assert f"equal up to rounding, not bit for bit ({there} there, {now.removeprefix('mesh ')} now)" in line
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ended, train(tmp_path / "a", 99))
+    for a, b in zip(rows(run), rows(tmp_path / "a"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"jax": "0.9.9"}, r"jax 0.9.9 there, [0-9.]+ now"),
+        ({"optax": "0.1", "flax": "0.2"}, r"flax 0.2 there, .* now; optax 0.1 there, .* now"),
+        ({"cpu": "Z80, 1 cores"}, "cpu Z80, 1 cores there, .* now"),
+        ({"processes": "2"}, "processes 2 there, 1 now"),
+        ({"devices": "4 x cpu"}, "devices 4 x cpu there, 8 x cpu now"),
+        ({}, None),
+    ],
+)
+def test_what_rounds_differently_is_on_record_and_said_when_resuming(run, tok, changed, said):
+    path = run / "checkpoints/9/checkpoint.json"
+    edit_record(path, lambda record: record["devices"].update(changed))
+    train_run(run, tok, until=10)
+    (line,) = [line for line in (run / "log.txt").read_text().splitlines() if "resumed" in line]
+    words = rf" \({said}\)" if said else ""
+    rounding = "; equal up to rounding, not bit for bit" if said else ""
+    assert re.fullmatch(rf"\S+ sft: resumed after step 9 of 12{rounding}{words}", line), line
+
+
+def test_a_refusal_says_how_to_keep_what_is_there(run, tok):
+    """An unfinished run is never to be deleted; a finished one at last."""
+    with pytest.raises(UserError) as error:
+        train_run(run, tok, settings=Settings(seed=1))
+    assert "holds an unfinished run with other settings (seed: 0 there, 1 now); restore them to resume it" in str(
+        error.value
+    )
+    assert "--force" in str(error.value) and "--fresh" not in str(error.value)
+    with pytest.raises(UserError) as error:
+        train_run(run, tok, batches=batches_of(seed=5))
+    assert "restore them" in str(error.value) and "--fresh" not in str(error.value)
 
 
 def flip(path: Path) -> None:
@@ -308,6 +392,22 @@ def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(tmp_path, tok
         train_run(tmp_path, tok, visit=lambda i: i == 5 and os.kill(os.getpid(), signal.SIGTERM))
     assert stop.value.code == 75
     assert train_run(tmp_path, tok, until=6)[0] == 6
+
+
+def test_a_closed_terminal_saves_as_sigterm_does_but_not_under_nohup(tmp_path, tok):
+    def hang_up(i):
+        if i == 2:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        train_run(tmp_path / "nohup", tok, until=3, visit=hang_up)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(Stopped, match="saved after step 2 of 12") as stop:
+            train_run(tmp_path / "run", tok, visit=hang_up)
+        assert stop.value.code == 75 and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

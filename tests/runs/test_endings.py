@@ -1,9 +1,11 @@
 """Programs end in one line: Ctrl-C at any moment, a reader that has gone, files that can't be used."""
 
+import dataclasses
 import errno
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import pytest
 from experiments import chat
 from jaxgpt.data.votes import Store
 from jaxgpt.errors import UserError
-from jaxgpt.runs import process
+from jaxgpt.runs import cli, process
 from jaxgpt.runs.endings import Stopped, plain_endings
 from jaxgpt.runs.loop import Loop
 from jaxgpt.runs.run import Run
@@ -99,6 +101,73 @@ with plain_endings():
     assert (done.returncode, done.stderr) == (status, line)
 
 
+GOES_ON = """
+import sys
+from jaxgpt.runs.endings import go_on_without_output, plain_endings
+with plain_endings():
+    go_on_without_output()
+    for n in range(3000):
+        print(n, flush=n % 100 == 0)
+open(sys.argv[1], "w").write("trained")
+sys.exit(3)
+"""
+NOTE = "note: the output can't be written ({}); the run goes on, and its log.txt has the rest\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("gone", NOTE.format("Broken pipe")),
+        ("terminal", NOTE.format("Input/output error")),
+        ("full", NOTE.format("No space left on device")),
+        ("closed", ""),
+        ("", ""),
+    ],
+)
+def test_a_run_goes_on_when_its_output_cant_be_written(tmp_path, output, said):
+    """`| head` has ended, its window was closed, /dev/full, `>&-`: one note, and nothing of it at exit."""
+    reader, writer = os.openpty() if output == "terminal" else os.pipe()
+    os.close(reader)
+    redirect = {"gone": "", "terminal": "", "full": ">/dev/full", "closed": ">&-", "": ">/dev/null"}[output]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-c", GOES_ON, str(tmp_path / "file")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (3, said)
+    assert (tmp_path / "file").read_text() == "trained"
+
+
+def test_a_full_output_ends_a_program_that_only_prints_in_one_line():
+    program = "from jaxgpt.runs.endings import plain_endings\nwith plain_endings(): print('a' * 9)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: can't write the output (No space left on device)\n")
+
+
+def test_a_file_never_gets_the_number_of_a_closed_stdout(tmp_path):
+    """What a C library prints would land in it."""
+    program = (
+        "import sys, os, jaxgpt.runs\nfile = open(sys.argv[1], 'w')\nos.write(1, b'from C')\nsys.exit(file.fileno())"
+    )
+    words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program, str(tmp_path / "file")]
+    done = subprocess.run(words, cwd=ROOT)
+    assert done.returncode > 2 and (tmp_path / "file").read_text() == ""
+
+
+def test_a_program_with_a_run_folder_goes_on_without_output_and_others_do_not(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli, "go_on_without_output", lambda: calls.append("goes on"))
+    monkeypatch.setattr(cli, "prepare_process", lambda: None)
+    for name in ("run", "votes"):
+        settings = dataclasses.make_dataclass("Settings", [(name, str, "a")], frozen=True)
+        cli.cli(lambda settings: calls.append(settings), settings, {}, [])
+    assert calls[0] == "goes on" and len(calls) == 3
+
+
 def test_whoever_is_stopped_says_what_the_same_command_does(tmp_path, capsys):
     """A run without a checkpoint starts again, one with a checkpoint resumes; a study keeps its finished parts; the
     rest, such as a server, says nothing."""
@@ -181,12 +250,29 @@ def test_a_folder_is_no_database(tmp_path, read_only):
         Store(tmp_path, read_only=read_only)
 
 
-def test_a_cache_that_cant_be_written_is_said_once(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "file"))
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("writing persistent compilation cache entry for 'jit_f': OSError: [Errno 28] No space left", "written to"),
+        ("writing persistent compilation cache entry for 'jit_f': PermissionError: not yours", "written to"),
+        ("reading persistent compilation cache entry for 'jit_f': ZstdError: truncated", "read from"),
+    ],
+)
+def test_a_cache_that_cant_be_used_is_said_once_and_stops_nothing(tmp_path, monkeypatch, capsys, reason, said):
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(process, "configure_malloc", lambda: False)
-    process.prepare_process()
-    said = capsys.readouterr().err
-    assert said.startswith(f"note: can't write to {tmp_path}/file/xla") and said.count("\n") == 1
+    before = jax.config.jax_compilation_cache_dir
+    others = []
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: others.append(str(message))
+            process.prepare_process()
+            for n in range(3):
+                warnings.warn(f"Error {reason.replace('jit_f', f'jit_{n}')}", stacklevel=1)
+            warnings.warn("another matter", stacklevel=1)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"note: compiled programs can't be {said} {tmp_path}/xla ({reason.split(': ', 1)[1]})")
+    assert errors.count("\n") == 1 and others == ["another matter"]

@@ -4,10 +4,12 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.runs import process
+from jaxgpt.runs import peers, process
 from jaxgpt.runs.saved_model import load_model
 from tests.helpers import WALL_CLOCK, few_reviews
 
@@ -46,24 +48,25 @@ def free_port() -> int:
 )
 def test_a_place_that_cant_be_read_is_refused(text):
     with pytest.raises(UserError, match="HOST:PORT,COUNT,INDEX"):
-        process.join_processes(text)
+        peers.join_processes(text)
 
 
 def test_processes_meet_whatever_their_order():
     port = free_port()
     with ThreadPoolExecutor(3) as pool:
-        others = [pool.submit(process._report_to, "localhost", port, 3, i, 20) for i in (2, 1)]
-        first = pool.submit(process._gather, port, 3, 20)
-        for one in (first, *others):
-            assert one.result(timeout=20) is None
+        others = [pool.submit(peers._report_to, "localhost", port, 3, i, 20) for i in (2, 1)]
+        first = pool.submit(peers._gather, port, 3, 20)
+        assert set(first.result(timeout=20)) == {1, 2}
+        for one in others:
+            assert set(one.result(timeout=20)) == {0}
 
 
 def test_the_missing_ones_are_named():
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(process._report_to, "localhost", port, 4, 2, 0.9)
+        other = pool.submit(peers._report_to, "localhost", port, 4, 2, 0.9)
         with pytest.raises(UserError, match=r"of 4 processes, 1, 3 did not connect within 1 s"):
-            process._gather(port, 4, 0.8)
+            peers._gather(port, 4, 0.8)
         with pytest.raises(UserError, match=rf"process 0 did not answer at localhost:{port} within 1 s"):
             other.result()
 
@@ -71,18 +74,18 @@ def test_the_missing_ones_are_named():
 def test_two_with_one_number_and_strangers_are_sent_away():
     port = free_port()
     with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(process._gather, port, 3, 20)
-        twins = [pool.submit(process._report_to, "localhost", port, 3, 1, 20) for _ in range(2)]
+        first = pool.submit(peers._gather, port, 3, 20)
+        twins = [pool.submit(peers._report_to, "localhost", port, 3, 1, 20) for _ in range(2)]
         for stranger in (b"GET / HTTP/1.1\r\n\r\n", b"", b"jaxgpt 3 x", b"\xff\xfe \xff 1"):
             answer_to(port, stranger)
         with pytest.raises(UserError, match="expects no process 7 of 9"):
-            process._report_to("localhost", port, 9, 7, 20)
+            peers._report_to("localhost", port, 9, 7, 20)
         refused = next(iter(wait(twins, return_when=FIRST_COMPLETED).done))
         with pytest.raises(UserError, match="expects no process 1 of 3"):
             refused.result()
-        process._report_to("localhost", port, 3, 2, 20)
+        peers._report_to("localhost", port, 3, 2, 20)
         twins.remove(refused)
-        assert first.result() is twins[0].result() is None
+        assert set(first.result()) == {1, 2} and set(twins[0].result()) == {0}
 
 
 def answer_to(port: int, words: bytes) -> bytes:
@@ -98,15 +101,131 @@ def answer_to(port: int, words: bytes) -> bytes:
     return b""
 
 
+def test_one_that_dies_while_they_meet_may_be_started_again():
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(peers._gather, port, 3, 20)
+        assert answer_to(port, b"") == b""  # it listens
+        dead = socket.create_connection(("localhost", port))
+        dead.sendall(b"jaxgpt 3 1")
+        dead.close()
+        again = pool.submit(peers._report_to, "localhost", port, 3, 1, 20)
+        assert set(peers._report_to("localhost", port, 3, 2, 20)) == {0}
+        assert set(first.result(timeout=20)) == {1, 2} and set(again.result(timeout=20)) == {0}
+
+
+# ---- dying ----
+
+MEMBER = """
+import os, sys, time
+from unittest.mock import MagicMock
+for name in ("jax", "jax._src", "jax._src.distributed", "jaxgpt.runs.process"):  # takes longer to import than all else
+    sys.modules[name] = MagicMock()
+from jaxgpt.runs import peers
+from jaxgpt.runs.endings import Stopped, plain_endings
+port, index, act = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+peers.SETTLE_SECONDS = 5.0
+peers.GRACE_SECONDS = 0.1
+with plain_endings() as ending:
+    found = peers._gather(port, 3, 20) if index == 0 else peers._report_to("localhost", port, 3, index, 20)
+    ending.siblings = peers.Peers(index, 3, found)
+    print("joined", flush=True)
+    if act == "wait":
+        time.sleep(60)
+    sys.stdin.readline()
+    if act == "error":
+        peers.Peers.settle = lambda self: None
+        raise peers.UserError("no such data; name another")
+    print("fails", flush=True)
+    if act == "bug":  # as gloo's, when another process has died
+        raise ZeroDivisionError
+    if act == "abort":  # as jax's client does then
+        os.abort()
+    if act == "stop":
+        raise Stopped("saved", 75)
+"""
+
+
+def members(*acts: str) -> list[subprocess.Popen[str]]:
+    """Three processes that have met, in which nothing else runs."""
+    port = free_port()
+    found = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER, str(port), str(index), act],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, act in enumerate(acts)
+    ]
+    assert all(one.stdout.readline() == "joined\n" for one in found)
+    return found
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_dies_the_others_end_in_one_line_to_be_started_again(victim):
+    """Whatever they do: wait, or fail or abort in C++ because of it, even before the death is known."""
+    others = ["bug", "abort"] if victim == 0 else ["bug", "wait"]
+    acts = [*others[:victim], "wait", *others[victim:]]
+    found = members(*acts)
+    for one, act in zip(found, acts, strict=True):
+        if act != "wait":
+            one.stdin.write("now\n")
+            one.stdin.flush()
+            assert one.stdout.readline() == "fails\n"
+    found[victim].kill()
+    line = (
+        f"stopped: process {victim} of 3 has died; start all processes again: "
+        "they resume from the newest checkpoint, if there is one\n"
+    )
+    for index in {0, 1, 2} - {victim}:
+        _, errors = found[index].communicate(timeout=30)
+        assert (found[index].returncode, errors) == (75, line), acts[index]
+    found[victim].communicate()
+
+
+def test_an_error_of_one_ends_the_others_with_its_status():
+    found = members("wait", "error", "wait")
+    found[1].stdin.write("now\n")
+    found[1].stdin.flush()
+    said = [one.communicate(timeout=30)[1] for one in found]
+    assert [one.returncode for one in found] == [2, 2, 2]
+    assert said[1] == "error: no such data; name another\n"
+    assert said[0] == said[2] == "stopped: process 1 of 3 has ended with status 2; its own last line says why\n"
+
+
+def test_after_its_own_error_process_0_is_the_last_to_end():
+    """Without it, jax aborts the others."""
+    found = members("error", "wait", "wait")
+    found[1].send_signal(signal.SIGSTOP)
+    found[0].stdin.write("now\n")
+    found[0].stdin.flush()
+    with pytest.raises(subprocess.TimeoutExpired):
+        found[0].wait(0.5)
+    found[1].send_signal(signal.SIGCONT)
+    said = [one.communicate(timeout=30)[1] for one in found]
+    assert [one.returncode for one in found] == [2, 2, 2]
+    assert said[1] == said[2] == "stopped: process 0 of 3 has ended with status 2; its own last line says why\n"
+
+
+def test_one_that_stops_with_the_others_lets_them_end_in_their_own_time():
+    found = members("stop", "stop", "stop")
+    for one in reversed(found):
+        assert (one.communicate("now\n", timeout=30)[1], one.returncode) == ("stopped: saved\n", 75)
+        time.sleep(0.3)  # longer than the grace for one that would take it for an error
+
+
 def test_a_port_in_use_is_named():
     with socket.create_server(("", 0)) as server, pytest.raises(UserError, match="can't be used here"):
-        process._gather(server.getsockname()[1], 2, 1.0)
+        peers._gather(server.getsockname()[1], 2, 1.0)
 
 
 def test_one_process_alone_hears_itself():
     assert process.broadcast_from_first({"a": [1, None]}) == {"a": [1, None]}
     process.barrier("alone")
-    process._gather(free_port(), 1, 1.0)
+    peers._gather(free_port(), 1, 1.0)
 
 
 # ---- training ----

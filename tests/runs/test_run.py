@@ -99,7 +99,8 @@ def test_an_unfinished_run_starts_again_and_keeps_foreign_files(tmp_path):
     [
         (
             {"settings": Settings(lr=0.2)},
-            r"other settings \(lr: 0.1 there, 0.2 now\); choose another --run, or pass --fresh",
+            r"a finished run with other settings \(lr: 0.1 there, 0.2 now\); restore them to read its results, choose "
+            "another --run, or pass --fresh, which deletes it",
         ),
         ({"settings": Settings(model=ModelConfig(layers=3))}, r"\(model.layers: 4 there, 3 now\)"),
         ({"inputs": {"pretrain": "b"}}, r"\(made from another pretrain\)"),

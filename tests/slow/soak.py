@@ -54,9 +54,11 @@ def command(stage: str, root: Path, run: Path) -> list[str]:
 
 
 class Program:
-    """A command in one or several processes, with a device each. XLA_FLAGS may hold other flags."""
+    """A command in one or several processes, with a device each. XLA_FLAGS may hold other flags.
 
-    def __init__(self, words: Sequence[str], processes: int, log: Path) -> None:
+    `output`: where stdout goes instead of the log, which then gets only what is said on stderr."""
+
+    def __init__(self, words: Sequence[str], processes: int, log: Path, output: int | None = None) -> None:
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # starting again is most of the time
         flags = [one for one in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in one]
@@ -69,7 +71,13 @@ class Program:
             place = ["--distributed", f"localhost:{port},{processes},{index}"] if processes > 1 else []
             with log.with_suffix(f".{index}.txt").open("ab") as out:
                 self.processes.append(
-                    subprocess.Popen([*words, *place], cwd=ROOT, env=environment, stdout=out, stderr=out)
+                    subprocess.Popen(
+                        [*words, *place],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=out if output is None else output,
+                        stderr=out,
+                    )
                 )
 
     @property
