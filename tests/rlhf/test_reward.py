@@ -125,5 +125,5 @@ def test_scores_that_are_not_finite_are_no_accuracy():
     assert reward.heldout_metrics(scores, choice, present).accuracy == 0.5
     for wrong in (np.nan, np.inf):
         scores[1, 0] = wrong
-        with pytest.raises(UserError, match="the scores of 1 of 4 held-out rows are not finite"):
+        with pytest.raises(UserError, match="1 of 8 scores of held-out answers are NaN or infinite"):
             reward.heldout_metrics(scores, choice, present)

@@ -45,7 +45,7 @@ def test_the_comparison_sees_one_bit(tmp_path):
         folder.mkdir()
         own = table.copy()
         own.view(np.uint32)[3, 4] ^= spoil
-        save_model(folder / "model", {"embed": {"tokens_VD": own}, "scale": np.ones(3, np.float32)}, TINY)
+        save_model(folder / "model", {"table": {"tokens": own}, "scale": np.ones(3, np.float32)}, TINY)
         (folder / "done.json").write_text(json.dumps({"results": {}}))
         (folder / "metrics.jsonl").write_text(
             json.dumps({"step": 1, "time": spoil, "loss": 1.0 + (name == "c")}) + "\n"
@@ -53,5 +53,5 @@ def test_the_comparison_sees_one_bit(tmp_path):
     assert soak.differences(tmp_path / "a", tmp_path / "b") == []
     assert soak.differences(tmp_path / "a", tmp_path / "c") == [
         "metrics from line 1 on (1 and 1 lines)",
-        "embed/tokens_VD",
+        "table/tokens",
     ]
