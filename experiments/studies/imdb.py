@@ -44,7 +44,7 @@ from jaxgpt.study.task import RewardModel, Task, answer_examples, distinct_promp
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """23 minutes on one CPU core; PPO on the true reward is best, DPO next (docs/results.md)."""
+    """Half an hour on one CPU core; PPO on the true reward is best, DPO next (docs/results.md)."""
 
     PLACE_FIELDS: ClassVar[tuple[str, ...]] = ("start",)
 
