@@ -78,9 +78,9 @@ if __name__ == "__main__":
     with plain_endings():
         try:
             main([Path(name) for name in sys.argv[1:]])
+        except UserError:
+            raise
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(
-                f"a figure is missing or is no number ({error!r}); give finished runs of all stages"
+                f"a figure is missing or not a number ({error!r}); give finished runs of all stages"
             ) from None

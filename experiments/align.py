@@ -82,7 +82,7 @@ class Settings:
         check_settings(self)
 
 
-SHARES = ("better_than_before", "names_the_thing", "ended")  # what `measure` gives as fractions of answers
+SHARES = ("better_than_before", "names_the_thing", "ended")  # measures that are fractions of answers
 _TINY = Settings()
 PRESETS = {
     "laptop": Settings(),
@@ -133,7 +133,7 @@ def stage_settings(settings: Settings) -> list[tuple[Any, Any]]:
 
 
 def interval_of(measure: str, values: np.ndarray) -> Interval:
-    """The mean of values [questions, answers], with its interval over questions."""
+    """The mean of a measure's values [questions, answers], with its interval over questions."""
     return (share if measure in SHARES else interval)(values.mean(1))
 
 

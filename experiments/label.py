@@ -46,7 +46,7 @@ from jaxgpt.web import label, server
 from jaxgpt.web.label import LabelConfig
 
 PROMPTS_PER_ROUND = 4  # prompts answered together, and at most so many kept
-TOO_LONG = "too long for the models with an answer"
+TOO_LONG = "too long for the models together with an answer"
 OVERSAMPLE = 3  # with a reward model, this many prompts are answered for each one kept
 
 

@@ -158,15 +158,15 @@ def main(settings: Settings) -> dict[str, Any]:
 def choose_prompts(
     settings: Settings, split: sources.Split, count: int, rng: np.random.Generator
 ) -> tuple[list[tuple[str, str]], RowCounts]:
-    """`count` (prompt, expert answer) pairs in random order, and the counts of all; a prompt repeats only if there are
-    too few."""
+    """`count` (prompt, expert answer) pairs in random order, and the counts of all available ones. Prompts repeat only
+    if there are too few."""
     prompts, left_out = sources.prompts_counted(settings.data, split, settings.cache)
     found = [(prompt.text, "") for prompt in prompts]
     if settings.experts:
         unseen = {prompt.text for prompt in prompts}
         pairs, left_out = sources.examples_counted(settings.data, split, settings.cache)
         found = [pair for pair in pairs if pair[0] in unseen]
-        left_out = left_out + Counter({"whose opening is in an earlier part": len(pairs) - len(found)})
+        left_out = left_out + Counter({"whose opening is in an earlier split": len(pairs) - len(found)})
     order = np.concatenate([rng.permutation(len(found)) for _ in range(-(-count // len(found)))])
     return [found[i] for i in order[:count]], RowCounts.of(found, left_out)
 

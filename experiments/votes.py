@@ -2,7 +2,7 @@
 
     python -m experiments.votes                                          summarise runs/label/votes.sqlite
     python -m experiments.votes --read hh.jsonl                          add the verdicts of a file, in any format below
-    python -m experiments.votes --read a.sqlite --votes b.sqlite         add the votes of a database, also a damaged one
+    python -m experiments.votes --read a.sqlite --votes b.sqlite         add the votes of a database, even a damaged one
     python -m experiments.votes --write out.jsonl --format trl           export all votes
 
 Formats: jaxgpt, trl, trl-implicit, trl-conversational, hh-rlhf, lm-human-preferences, arena (jaxgpt/data/formats.py).
@@ -37,7 +37,7 @@ PRESETS: dict[str, Settings] = {}
 
 
 def add(source: Path, settings: Settings) -> votes.Store:
-    """Read verdicts, then create the database if there is none, and add them."""
+    """Add the verdicts of a file or database. They are read before a database is created."""
     if votes.is_database(source):
         other = votes.Store.rescued(source)
         store = votes.Store(settings.votes)

@@ -57,7 +57,7 @@ def check_settings(settings: Any) -> None:
 
 
 def _is_finite(number: float) -> bool:
-    return abs(number) <= sys.float_info.max  # math.isfinite raises OverflowError for larger whole numbers
+    return abs(number) <= sys.float_info.max  # math.isfinite raises OverflowError for larger integers
 
 
 def _numbers(value: Any) -> Iterator[float]:

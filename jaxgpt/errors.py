@@ -28,7 +28,18 @@ def needs_extra(extra: str) -> Iterator[None]:
         raise UserError(f'{package} is not installed; run pip install "jaxgpt[{extra}]"') from error
 
 
+def first_line(error: BaseException, most: int = 500) -> str:
+    """The first line of what an error says, at most `most` characters; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
 def printable(text: str, most: int = 200) -> str:
-    """A stranger's text as part of a one-line message: without line breaks or control characters, and not long."""
+    """Untrusted text made safe for a one-line message: control characters are escaped, and long text is cut."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
     return shown if len(text) <= most else f"{shown} …"
+
+
+def show_value(value: object) -> str:
+    """A value from an untrusted file as part of a one-line message; of a list or an object, only the type."""
+    plain = isinstance(value, str | int | float)
+    return printable(repr(value), 60) if plain else f"of type {type(value).__name__}"

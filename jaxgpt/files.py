@@ -17,9 +17,9 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from jaxgpt.errors import UserError, printable
+from jaxgpt.errors import UserError, show_value
 
 _GZIP = b"\x1f\x8b"
 TO_LINES = (
@@ -51,7 +51,7 @@ def cache_root() -> Path:
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Say on stderr that something was wrong and what was done about it: once per process."""
+    """Print a warning on stderr; the same text only once per process."""
     print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
@@ -115,8 +115,8 @@ def create_folder(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have all that is below `folder` on the disk, its names included, and no longer in memory: what is read next comes
-    from the disk."""
+    """Flush everything below `folder` to the disk, names included, and drop it from the page cache, so that the next
+    read comes from the disk."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             sync_names(path)
@@ -132,7 +132,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Have the names of a folder's files on the disk. Some file systems can't do that for a folder, and needn't."""
+    """Flush the names of a folder's files to the disk. File systems that can't do that for a folder don't need it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -142,13 +142,13 @@ def sync_names(folder: Path) -> None:
 
 
 def refuse_pattern(path: Path) -> None:
-    """UserError for a path that a model can't be stored under: Orbax takes it for a pattern of file names."""
+    """UserError for a path that Orbax would take for a pattern of file names: no model can be stored there."""
     whole = os.path.abspath(path)
     found = sorted(set(whole) & set("[]*?\\"))
     if found or not whole.isprintable():
-        named = " ".join(found) or "a character that can't be printed"
+        what = " ".join(found) or "an unprintable character"
         raise UserError(
-            f"the path {whole!r} holds {named}, which models and checkpoints can't be stored under; choose another"
+            f"the path {whole!r} contains {what}; models and checkpoints can't be stored under it; choose another"
         )
 
 
@@ -170,7 +170,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """`write_json` for a file that decides a result: it also holds the sha256 of its own content."""
+    """`write_json`, with the sha256 of the content added: for files that decide a result."""
     if "sha256" in record:
         raise ValueError("a record's own sha256 is added by write_record")
     write_json(path, {**record, "sha256": _sha256_of_record(record)})
@@ -213,26 +213,30 @@ def text_suffix(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. UserError naming the file (and the line) if it is missing, not UTF-8, not JSON, or has NaN, an
-    infinite number, or a name twice in an object."""
+def parse_json(text: str, where: str) -> Any:
+    """`json.loads`, with a UserError that starts with `where` for NaN, an infinite number, or a repeated name."""
 
-    def refuse(constant: str) -> Any:
-        raise UserError(f"{path}: contains {constant}, which is not valid JSON")
+    def refuse(number: str) -> NoReturn:
+        raise UserError(f"{where}: {number[:20]} is not JSON; use null or a number")
 
-    def finite(text: str) -> float:
-        return number if math.isfinite(number := float(text)) else refuse(text[:20])
+    def finite(digits: str) -> float:
+        number = float(digits)
+        return number if math.isfinite(number) else refuse(digits)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise UserError(f"{path}: has the name {printable(repr(twice), 60)} twice in one object")
+            name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise UserError(f"{where}: {show_value(name)} appears twice in one object; keep one")
         return found
 
+    return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+
+
+def read_json(path: Path) -> Any:
+    """`parse_json` of a file. UserError naming the file (and the line) also if it is missing, not UTF-8 or not JSON."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        return parse_json(path.read_text(encoding="utf-8-sig"), str(path))
     except UserError:
         raise
     except FileNotFoundError:
@@ -245,15 +249,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply") from None
-    except ValueError as error:  # a whole number of thousands of digits, or a path with a NUL
+    except ValueError as error:  # an integer with thousands of digits, or a path with a NUL
         raise UserError(f"{path}: can't be read ({error})") from None
 
 
 def read_record(path: Path, names: Iterable[str], advice: str, *, older: Iterable[str] = ()) -> dict[str, Any]:
-    """The content of a file by `write_record`, without its hash: a JSON object that has exactly these names. UserError
-    with `advice` if its content is not what was written.
+    """Read what `write_record` wrote, without its hash: a JSON object with exactly these names. UserError that ends
+    with `advice` if the content is not what was written.
 
-    `older`: the names of files that jaxgpt 0.1.0 wrote, without a hash; empty: none is accepted."""
+    `older`: the names in a record of jaxgpt 0.1.0, which has no hash; empty: such records are refused."""
     try:
         record = read_json(path)
     except UserError as error:
@@ -313,14 +317,14 @@ def check_files(folder: Path, expected: Mapping[str, str]) -> None:
 # ---- caches ----
 
 T = TypeVar("T")
-_HASHES = "sha256.json"  # in each folder of the cache: the hash of every other file there
-_scratch: dict[Path, tempfile.TemporaryDirectory[str]] = {}  # in place of folders that can't be written
+_HASHES = "sha256.json"  # in each cached folder: the hashes of its other files
+_scratch: dict[Path, tempfile.TemporaryDirectory[str]] = {}  # temporary folders that replace unwritable ones
 
 
 def cached(folder: Path, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[Path, T], None]) -> T:
-    """What `make` returns, kept in a folder of the cache that `write` fills and `read` reads.
+    """What `make` returns, cached in `folder`, which `write` fills and `read` reads.
 
-    A damaged folder is named on stderr and made again. If it can't be written, that is only said."""
+    A damaged folder is rebuilt, with a warning. If the folder can't be written, there is a warning and no cache."""
     with contextlib.suppress(FileNotFoundError):  # another process has just removed a damaged one
         if _is_intact(folder):
             return read(folder)
@@ -333,8 +337,8 @@ def cached(folder: Path, read: Callable[[Path], T], make: Callable[[], T], write
 
 
 def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """The same for what is used as a folder. If it can't be written, a temporary one that is removed when the process
-    ends takes its place."""
+    """`folder`, filled by `fill` if it isn't yet. If it can't be written, a temporary folder, removed when the process
+    ends."""
     if _is_intact(folder):
         return folder
     if folder in _scratch:
@@ -349,7 +353,7 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def writable_folder(folder: Path) -> Path:
-    """`folder`, made if there is none; where it can't be written to, an empty one until the process ends."""
+    """`folder`, created if missing. If it can't be written, a temporary folder, removed when the process ends."""
     if folder in _scratch:
         return Path(_scratch[folder].name)
     try:
@@ -367,19 +371,19 @@ def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether a folder of the cache holds what was written there; a damaged one is removed."""
+    """Whether a cached folder holds what was written there. A damaged one is removed."""
     if not os.path.lexists(folder):
         return False
     try:
         check_files(folder, read_record(folder / _HASHES, ("files",), "")["files"])
         return True
     except (UserError, OSError):
-        warn_once(f"{folder} was damaged, or written by an older version; it is made again")
+        warn_once(f"{folder} is damaged or was written by an older version; it is rebuilt")
     with (
         contextlib.suppress(OSError),
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside,
     ):
-        os.replace(folder, Path(aside) / "damaged")  # in one step: another process may have made it again
+        os.replace(folder, Path(aside) / "damaged")  # in one step: another process may be rebuilding it
     return False
 
 
@@ -391,6 +395,6 @@ def _replace_unwritable(folder: Path, error: OSError) -> Path:
 
 def _warn_unwritable(path: Path, error: OSError) -> None:
     warn_once(
-        f"can't write to {path} ({error.strerror or error}), so it is made again at each start; "
+        f"can't write to {path} ({error.strerror or error}), so it is rebuilt at each start; "
         "set JAXGPT_CACHE to a folder that you may write to, or free some space"
     )

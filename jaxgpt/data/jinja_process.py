@@ -1,8 +1,8 @@
-"""Renders a chat template (Jinja), and is the program that renders those of strangers under limits.
+"""Renders chat templates (Jinja); run as a program, it renders untrusted ones under limits.
 
-Jinja's sandbox keeps a template from running code, but not from looping for ever or filling the memory: one `*`, `join`
-or `center` is enough. So `data.templates` runs this file as a process of its own, which the system kills at a limit of
-time, and which can get neither much memory nor any file or connection. It imports nothing of ours.
+Jinja's sandbox keeps a template from running code, but not from looping forever or filling the memory: one `*`, `join`
+or `center` is enough. So `data.templates` runs this file as a separate process with limits on time and memory, which
+can open no file or connection. It imports nothing else of jaxgpt.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = dict[str, str]
-LONGEST = 100_000  # characters that a rendered conversation may have
+LONGEST = 100_000  # characters in a rendered conversation
 
 
 def render(source: str, messages: Sequence[Message], names: Mapping[str, str], *, ask: bool) -> str:
-    """Render a Jinja template as transformers does, in a sandbox; `ask`: with what an answer is generated after. There
-    is no `strftime_now`, `random` or `lipsum`: a template must always give the same text."""
+    """Render a Jinja template as transformers does, in a sandbox; `ask` adds the generation prompt. There is no
+    `strftime_now`, `random` or `lipsum`: a template must always give the same text."""
     settings = {"tools": None, "documents": None, "add_generation_prompt": ask}
     return str(_compile(source).render(messages=list(messages), **{**names, **settings}))
 
@@ -31,7 +31,7 @@ def _compile(source: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} marks what is trained on; here it is only its content."""
+        """{% generation %} marks what is trained on; here it is replaced by its content."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -55,8 +55,8 @@ def _compile(source: str) -> Any:
 
 
 def _limit(seconds: float, memory: int) -> None:
-    """From here on: so much processor time and memory, and no new file, connection or program."""
-    import jinja2.debug  # noqa: F401  this, and the modules that a first template loads, must not need a file later
+    """From here on, limit processor time and memory, and allow no new file, connection or program."""
+    import jinja2.debug  # noqa: F401  load every module now: no file can be opened later
 
     render("{{ '\\n' ~ messages | pprint | wordwrap }}", [], {}, ask=True)
 
@@ -70,12 +70,12 @@ def _limit(seconds: float, memory: int) -> None:
 
 
 def main() -> None:
-    """Read a job from standard input; write a list of [text, ""] or ["", what is wrong], one for each conversation."""
+    """Read a job from stdin; write a list with [text, ""] or ["", error] for each conversation."""
     job = json.load(sys.stdin)
     done: list[list[str]] = []
     _limit(job["seconds"], job["memory"])
     for messages in job["conversations"]:
-        if done and done[0][1]:  # without the first there is no use for the others
+        if done and done[0][1]:  # if the first fails, the others are not needed
             done.append(done[0])
             continue
         try:

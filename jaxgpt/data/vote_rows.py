@@ -1,5 +1,5 @@
-"""What the rows of a database of votes say, and which of them can't be used: damaged ones, and others that none of our
-programs wrote."""
+"""The contents of a votes database, and which of its rows can't be used: damaged ones, and those that jaxgpt can't have
+written."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 from jaxgpt.data import votes_file
 from jaxgpt.data.comparisons import Kind
 from jaxgpt.data.jsonl import checked_text
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 
 LONGEST_TEXT = 16 * 2**20  # characters in a field of a row
 CHANGED = "its checksum differs"
@@ -81,7 +81,7 @@ class Vote:
             raise UserError(f"seconds is {self.seconds}; give how long the decision took, or leave it out")
 
 
-# ---- what a row says ----
+# ---- rows ----
 
 
 class Fault(NamedTuple):
@@ -97,14 +97,14 @@ class Fault(NamedTuple):
 
 
 def find_faults(db: sqlite3.Connection) -> list[Fault]:
-    """The rows that are not what was written, that make no sense, or that are about such a row."""
+    """The rows that were altered, that are invalid, or that refer to such a row."""
     faults: list[Fault] = []
     rows: dict[str, list[tuple[int, dict[str, Any]]]] = {table: [] for table in votes_file.COLUMNS}
     unsure: set[tuple[Any, Any]] = set()  # (task, annotator) of votes that a damaged row may have undone
-    undone: set[Any] = set()  # likewise, by id
+    undone: set[Any] = set()  # the ids of such votes
     for table, found in rows.items():
         for number, row, intact in votes_file.read(db, table):
-            if why := _nonsense(table, row) if intact else CHANGED:
+            if why := _why_invalid(table, row) if intact else CHANGED:
                 faults.append(Fault(table, number, row["id"], why))
                 if table == "votes" and (row["undoes"] is not None or row["kind"] not in get_args(Kind)):
                     unsure.add((row["task"], row["annotator"]))
@@ -122,22 +122,30 @@ def find_faults(db: sqlite3.Connection) -> list[Fault]:
         if row["task"] not in whole:
             faults.append(Fault("answers", number, row["id"], "its task is missing"))
     for number, row in rows["votes"]:
-        why = ""
-        if row["task"] not in whole:
-            why = "its task is missing"
-        elif (
-            row["kind"] != "undo" and not 0 <= min(shown := json.loads(row["shown"])) <= max(shown) < whole[row["task"]]
-        ):
-            why = "it names answers that its task doesn't have"
-        elif row["kind"] != "undo" and (row["id"] in undone or (row["task"], row["annotator"]) in unsure):
-            why = "it may have been undone by a row that is damaged"
-        if why:
+        if why := _why_unusable(row, whole, undone, unsure):
             faults.append(Fault("votes", number, row["id"], why))
     return faults
 
 
-def _nonsense(table: str, row: Mapping[str, Any]) -> str:
-    """Why a row can't be what one of our programs wrote, or an empty string."""
+def _why_unusable(
+    row: Mapping[str, Any], whole: Mapping[Any, int], undone: set[Any], unsure: set[tuple[Any, Any]]
+) -> str:
+    """Why a valid vote can't be used because of other rows, or an empty string. `whole`: how many answers each complete
+    task has."""
+    if row["task"] not in whole:
+        return "its task is missing"
+    if row["kind"] == "undo":
+        return ""
+    shown = json.loads(row["shown"])
+    if not 0 <= min(shown) <= max(shown) < whole[row["task"]]:
+        return "it names answers that its task doesn't have"
+    if row["id"] in undone or (row["task"], row["annotator"]) in unsure:
+        return "it may have been undone by a row that is damaged"
+    return ""
+
+
+def _why_invalid(table: str, row: Mapping[str, Any]) -> str:
+    """Why a row by itself can't have been written by jaxgpt, or an empty string."""
     try:
         for name, value in row.items():
             if isinstance(value, str) and len(value) > LONGEST_TEXT:
@@ -145,22 +153,24 @@ def _nonsense(table: str, row: Mapping[str, Any]) -> str:
             if isinstance(value, str):
                 checked_text(value, name, blank=True)
         if not (isinstance(row.get("time", 0.0), float | int) and math.isfinite(row.get("time", 0.0))):
-            return "time is no number"
-        _READERS[table](row)
+            return "time is not a number"
+        _CHECKS[table](row)
         return ""
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        return str(error).split("\n")[0][:120] or type(error).__name__
+        return first_line(error, 120)
 
 
 def _check_task(row: Mapping[str, Any]) -> None:
-    checked_text(row["id"], "id"), checked_text(row["prompt"], "prompt")
+    for name in ("id", "prompt"):
+        checked_text(row[name], name)
     if not (isinstance(row["doubt"], float) and math.isfinite(row["doubt"])):
-        raise UserError("doubt is no number")
+        raise UserError("doubt is not a number")
 
 
 def answer_of(row: Mapping[str, Any]) -> Answer:
     """The answer in a row."""
-    checked_text(row["task"], "task"), checked_text(row["id"], "id"), checked_text(row["origin"], "origin")
+    for name in ("task", "id", "origin"):
+        checked_text(row[name], name)
     origin = json.loads(row["origin"])
     if type(row["position"]) is not int or row["ended"] not in (0, 1) or not isinstance(origin, dict):
         raise UserError("position, ended or origin is of the wrong type")
@@ -168,7 +178,7 @@ def answer_of(row: Mapping[str, Any]) -> Answer:
 
 
 def vote_of(row: Mapping[str, Any]) -> Vote:
-    """The vote in a row; UserError also for one that undoes."""
+    """The vote in a row. UserError if the row is invalid or undoes a vote."""
     tiers, shown = json.loads(row["tiers"]), json.loads(row["shown"])
     if not all(type(i) is int for i in [*shown, *itertools.chain(*tiers)]) or row["again"] not in (0, 1):
         raise UserError("tiers, shown or again is of the wrong type")
@@ -196,16 +206,14 @@ def _check_vote(row: Mapping[str, Any]) -> None:
 
 
 def _check_rating(row: Mapping[str, Any]) -> None:
-    (
-        checked_text(row["id"], "id"),
-        checked_text(row["prompt"], "prompt"),
-        checked_text(row["answer"], "answer", blank=True),
-    )
+    for name in ("id", "prompt"):
+        checked_text(row[name], name)
+    checked_text(row["answer"], "answer", blank=True)
     if row["stars"] not in range(1, 6):
         raise UserError("stars must be 1 to 5")
 
 
-_READERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+_CHECKS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "tasks": _check_task,
     "answers": answer_of,
     "votes": _check_vote,

@@ -8,7 +8,7 @@
 A vote sorts the answers that were shown into tiers, best first: ((2,), (0, 1, 3)) is a favourite, ((2,), (0,), (1,)) a
 ranking, ((0, 1),) a tie. Votes are only ever appended: one that is undone stays, and another row undoes it.
 `vote` returns when the vote is on disk, and a vote sent twice (same id) counts once, so a client may retry until it
-gets a response. Each row carries a hash of itself (`data.votes_file`), which is compared whenever it is read.
+gets a response. Each row carries a hash of its content (`data.votes_file`), which is checked on every read.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ PARTS = ("train", "heldout")
 REPEATED = "second votes by the same person"  # why a vote trains nothing, beside comparisons.LEFT_OUT
 DAMAGED = "damaged"  # likewise
 LEASE = 600.0  # seconds for which a task shown to one annotator isn't offered to another
-_ORDER = "time, rowid"  # of tasks: as they were added; hashes don't cover row numbers, which VACUUM may change
+_ORDER = "time, rowid"  # of tasks: as they were added; the hashes leave out rowid, which VACUUM may change
 # SQL condition for votes that are not undone.
 _STANDING = "kind != 'undo' AND id NOT IN (SELECT undoes FROM votes WHERE undoes IS NOT NULL)"
 
@@ -47,21 +47,20 @@ _STANDING = "kind != 'undo' AND id NOT IN (SELECT undoes FROM votes WHERE undoes
 class Store:
     """The database of tasks, votes and ratings. Safe for several threads and processes; open it once per process.
 
-    UserError if a row is damaged or makes no sense. `read_only`: the file is not changed, and may be one that can't be;
-    such rows are then left out with a warning, and `left_out` holds their names and reasons."""
+    UserError if a row is damaged or invalid. `read_only`: the file is not changed and may be write-protected; bad rows
+    are left out, with a warning, and listed in `left_out`."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._begin(path, votes_file.open_to_read(path) if read_only else votes_file.open_to_write(path))
         if read_only:
             self._leave_out_faults()
         elif faults := self._faults():
-            rescue = votes_file.DamagedError(path, list_briefly([str(fault) for fault in faults]))
             self.close()
-            raise rescue
+            raise votes_file.DamagedError(path, list_briefly([str(fault) for fault in faults]))
 
     @classmethod
     def rescued(cls, path: Path) -> "Store":
-        """A copy in memory of all rows that can still be read and make sense; the others are named in a warning."""
+        """A copy in memory of all rows that can still be read and are valid; a warning names the others."""
         store = cls.__new__(cls)
         store._begin(path, votes_file.open_to_rescue(path))
         store._leave_out_faults()
@@ -86,7 +85,7 @@ class Store:
                 yield self._db
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # SQLite itself ends it when the disk is full
+                if self._db.in_transaction:  # on a full disk, SQLite has rolled back already
                     self._db.execute("ROLLBACK")
                 raise
 
@@ -95,7 +94,7 @@ class Store:
             return self._db.execute(query, values).fetchall()
 
     def _checked(self, table: str, condition: str, *values: Any) -> list[dict[str, Any]]:
-        """Rows by column. UserError if one of them is not what was written."""
+        """Rows by column. UserError if one of them was altered."""
         with self._lock, votes_file.named(self.path):
             found = list(votes_file.read(self._db, table, condition, *values))
         for rowid, row, intact in found:
@@ -103,7 +102,7 @@ class Store:
                 raise votes_file.DamagedError(self.path, str(Fault(table, rowid, row.get("id"), CHANGED)))
         return [row for _, row, _ in found]
 
-    # ---- damage, and what strangers' programs may have written ----
+    # ---- damaged and invalid rows ----
 
     def _leave_out_faults(self) -> None:
         self.left_out = self._faults()
@@ -113,7 +112,6 @@ class Store:
             warn_once(f"{self.path}: left out: {list_briefly([str(fault) for fault in self.left_out])}")
 
     def _faults(self) -> list[Fault]:
-        """The rows that are not what was written, that make no sense, or that are about such a row."""
         with self._lock, votes_file.named(self.path):
             return find_faults(self._db)
 
@@ -292,14 +290,14 @@ class Store:
     # ---- another database ----
 
     def add_all(self, other: "Store") -> int:
-        """Copy the rows of another database that are not here yet; returns how many votes were new, the undone ones
-        and those that undo included. UserError if a task has other answers there."""
+        """Copy the rows of another database that are not here yet, and return how many votes were new, including undone
+        votes and undos. UserError if a task has other answers there."""
         with self._transaction() as db:
             before = db.execute("SELECT count(*) FROM votes").fetchone()[0]
             for table in votes_file.COLUMNS:
                 for row in other._checked(table, "ORDER BY rowid"):
                     if table == "votes":
-                        del row["number"]  # counts the votes of one database
+                        del row["number"]  # belongs to the other database
                         row["again"] |= row["kind"] != "undo" and self.has_voted(row["task"], row["annotator"])
                     votes_file.insert(db, table, row)
             for id_, task in other.tasks().items():
@@ -336,7 +334,7 @@ def read_counted(path: Path) -> Loaded:
     store = Store(file, read_only=True)
     tasks, votes = store.tasks(), store.votes()
     store.close()
-    damaged = sum(fault.table == "votes" for fault in store.left_out)  # of both parts, since they may not say which
+    damaged = sum(fault.table == "votes" for fault in store.left_out)  # in both parts: a damaged vote may not say which
     found = Loaded.of(
         REPEATED if vote.again else preferences_of(tasks[vote.task], vote) or LEFT_OUT.get(vote.kind, "no preference")
         for vote in votes
@@ -422,7 +420,7 @@ def agreement(
 ) -> Agreement | None:
     """Agreement between annotators or, if `within`, of each with their own earlier votes. None if no task has a pair
     of votes. Votes without a favourite (skips, ties at the top, all bad) are left out. With `tasks`, answers with the
-    same text are one answer."""
+    same text count as one."""
     by_task: dict[str, list[tuple[str, int | str, float]]] = defaultdict(list)
     for vote in votes:
         if vote.kind in ("favourite", "ranking") and len(vote.tiers[0]) == 1:

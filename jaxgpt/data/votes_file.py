@@ -1,9 +1,9 @@
-"""The file below `votes.Store`: SQLite, in which each row carries the sha256 of its own content.
+"""The SQLite file of a `votes.Store`, in which each row carries the sha256 of its content.
 
-A database is first compared with what this module makes: triggers, views, further tables or columns are refused, so no
-program of a stranger's runs. Then SQLite checks its structure. Readers get a private copy in memory, so that they
-change nothing and need no permission to write; format 1 (jaxgpt 0.1.0, without hashes) becomes format 2 there, and in
-the file once it is written to.
+A database is refused if it holds triggers, views, or tables or columns that this module did not create, so no foreign
+code runs. Then SQLite checks its structure. Readers get a private copy in memory: they change nothing and need no
+permission to write. Format 1 (jaxgpt 0.1.0, without hashes) is upgraded to format 2 in that copy, and in the file when
+it is opened for writing.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import warn_once
 
 FORMAT = 2
-COLUMNS: Mapping[str, tuple[str, ...]] = {  # what the hash of a row covers
+COLUMNS: Mapping[str, tuple[str, ...]] = {  # a row's hash covers these
     "tasks": ("id", "prompt", "doubt", "time"),
     "answers": ("task", "position", "text", "ended", "origin", "id"),
     "votes": (
@@ -41,22 +41,24 @@ CREATE INDEX IF NOT EXISTS votes_by_task ON votes (task, annotator);
 CREATE TABLE IF NOT EXISTS ratings (id TEXT PRIMARY KEY, prompt TEXT NOT NULL, answer TEXT NOT NULL,
   annotator TEXT NOT NULL, stars INTEGER NOT NULL, seconds REAL, time REAL NOT NULL);
 """
-_CELL = re.compile(r"(NULL|NUMERIC|TEXT|REAL|INTEGER|BLOB) value in ")  # about one value: hashes judge those
-_ADVICE = {  # by a word in what SQLite says
+_CELL = re.compile(
+    r"(NULL|NUMERIC|TEXT|REAL|INTEGER|BLOB) value in "
+)  # faults of a single value: the hashes find those
+_ADVICE = {  # by a word in SQLite's message
     "full": "nothing was stored; free some space",
     "readonly": "you may not write to it; copy it to a folder of yours",
     "unable to open": "check its permissions and those of its folder",
     "locked": "another program keeps it locked; end that first",
 }
-_SEARCHED = 100_000  # row numbers tried one by one in a database whose pages are damaged
+_SEARCHED = 100_000  # row numbers tried one by one between damaged pages
 
 
 class DamagedError(UserError):
-    """SQLite finds the structure of a database damaged."""
+    """A database has damaged rows or a damaged structure; the message says how to recover the rest."""
 
     def __init__(self, path: Path, reason: str) -> None:
         new = path.with_name(f"{path.stem}-rescued{path.suffix}")
-        advice = f"copy what is left of it with `--read {path} --votes {new}`, and use that"
+        advice = f"copy what is left with `--read {path} --votes {new}`, and use the new file"
         self.reason = " ".join(reason.split())  # SQLite quotes whole statements
         super().__init__(f"{path} is damaged ({self.reason}); {advice}", experiment=("votes", "--help"))
 
@@ -65,28 +67,27 @@ class DamagedError(UserError):
 
 
 def open_to_write(path: Path) -> sqlite3.Connection:
-    """The database, made if there is none, and brought to this format. UserError if it is damaged or a stranger's."""
+    """The database, created if missing and upgraded to this format. UserError if it is damaged or not jaxgpt's."""
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         db = _connect(str(path))
         format_ = _check_schema(db, path)
         if faults := _structural_faults(db):
             raise DamagedError(path, faults[0])
-        db.executescript(
-            "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; BEGIN IMMEDIATE; COMMIT"
-        )  # it can be written
+        db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;")
+        db.executescript("BEGIN IMMEDIATE; COMMIT")  # fails now if the file can't be written
         if format_ != FORMAT:
             _upgrade(db, path)
         return db
 
 
 def open_to_read(path: Path) -> sqlite3.Connection:
-    """A private copy of the database in memory, in this format. UserError if it is damaged or a stranger's."""
+    """A private copy of the database in memory, in this format. UserError if it is damaged or not jaxgpt's."""
     with named(path):
         db = _copy(path)
         format_ = _check_schema(db, path)
         if _structural_faults(db):
-            with contextlib.suppress(sqlite3.Error):  # indexes can be made again
+            with contextlib.suppress(sqlite3.Error):  # indexes can be rebuilt
                 db.execute("REINDEX")
             if faults := _structural_faults(db):
                 raise DamagedError(path, faults[0])
@@ -96,7 +97,7 @@ def open_to_read(path: Path) -> sqlite3.Connection:
 
 
 def open_to_rescue(path: Path) -> sqlite3.Connection:
-    """As `open_to_read`, but of a damaged database every row that can still be reached."""
+    """As `open_to_read`, but a damaged database gives every row that can still be read."""
     try:
         return open_to_read(path)
     except DamagedError as error:
@@ -105,8 +106,8 @@ def open_to_rescue(path: Path) -> sqlite3.Connection:
         return _rescue(path)
     except DamagedError as error:
         raise UserError(
-            f"{path} is damaged where it says what it holds ({error.reason}); use a copy of it, or try SQLite's own "
-            f"`sqlite3 {path} .recover`"
+            f"the schema of {path} is damaged ({error.reason}), so its rows can't be read; use a backup, or try "
+            f"SQLite's own `sqlite3 {path} .recover`"
         ) from error
 
 
@@ -118,7 +119,7 @@ def _rescue(path: Path) -> sqlite3.Connection:
         for table, columns in COLUMNS.items():
             names = ["rowid", *columns, *(["sha256"] if sealed else [])]
             places = ", ".join("?" * len(names))
-            for row in _reachable(damaged, table, ", ".join(names)):
+            for row in _readable_rows(damaged, table, ", ".join(names)):
                 db.execute(
                     f"INSERT OR IGNORE INTO {table} ({', '.join(names)}) VALUES ({places})", [*map(_storable, row)]
                 )
@@ -129,7 +130,7 @@ def _rescue(path: Path) -> sqlite3.Connection:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """What goes wrong in SQLite or the file system, as one line that names the file."""
+    """Turn errors of SQLite and the file system into a UserError that names the file."""
     try:
         if path.is_dir():
             raise UserError(f"{path} is a folder; give a file, such as {path / 'votes.sqlite'}")
@@ -149,28 +150,31 @@ def named(path: Path) -> Iterator[None]:
 
 def _connect(place: str, *, uri: bool = False) -> sqlite3.Connection:
     db = sqlite3.connect(place, timeout=60, check_same_thread=False, isolation_level=None, uri=uri)
-    db.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")  # invalid text is seen later
+    db.text_factory = functools.partial(
+        str, encoding="utf-8", errors="surrogateescape"
+    )  # `vote_rows` reports invalid text
     db.executescript("PRAGMA trusted_schema=OFF; PRAGMA cell_size_check=ON;")
     return db
 
 
 def _copy(path: Path) -> sqlite3.Connection:
-    """The whole database in memory: as of one moment, even while it is written to."""
+    """A copy in memory of the whole database at one moment, even while another process writes to it."""
     if not path.is_file():
         raise UserError(f"there is no database of votes at {path}", experiment=("label",))
-    beside = [beside for suffix in ("-wal", "-journal") if (beside := path.with_name(path.name + suffix)).exists()]
+    journals = [path.with_name(path.name + suffix) for suffix in ("-wal", "-journal")]
+    journals = [journal for journal in journals if journal.exists()]
     try:
-        return _copy_of(path, "mode=ro" if beside else "mode=ro&immutable=1")
-    except sqlite3.OperationalError:  # in a folder that can't be written to, what is beside it can't be read there
-        if not beside:
+        return _load(path, "mode=ro" if journals else "mode=ro&immutable=1")
+    except sqlite3.OperationalError:  # SQLite can't read a journal in a folder that it can't write to
+        if not journals:
             raise
     with tempfile.TemporaryDirectory(prefix="jaxgpt.") as scratch:
-        for file in (path, *beside):
+        for file in (path, *journals):
             shutil.copy(file, scratch)
-        return _copy_of(Path(scratch) / path.name, "mode=rw")
+        return _load(Path(scratch) / path.name, "mode=rw")
 
 
-def _copy_of(path: Path, how: str) -> sqlite3.Connection:
+def _load(path: Path, how: str) -> sqlite3.Connection:
     with contextlib.closing(_connect(f"{path.absolute().as_uri()}?{how}", uri=True)) as source:
         memory = _connect(":memory:")
         source.backup(memory)
@@ -186,7 +190,7 @@ def _schema(db: sqlite3.Connection) -> set[tuple[str, str, str, str | None]]:
 
 @functools.cache
 def _known_schemas() -> tuple[set[tuple[str, str, str, str | None]], ...]:
-    """What a database of format 1 holds, and one of format 2."""
+    """The schemas of format 1 and format 2."""
     with contextlib.closing(_connect(":memory:")) as db:
         db.executescript(_FORMAT_1)
         old = _schema(db)
@@ -195,7 +199,7 @@ def _known_schemas() -> tuple[set[tuple[str, str, str, str | None]], ...]:
 
 
 def _check_schema(db: sqlite3.Connection, path: Path) -> int:
-    """The database's format; 0 for an empty one. UserError if it holds anything that this module didn't make."""
+    """The database's format; 0 for an empty one. UserError if it holds anything that this module did not create."""
     found, (old, new) = _schema(db), _known_schemas()
     if found == new:
         return FORMAT
@@ -204,15 +208,16 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> int:
         raise UserError(f"{path} has format {version}, but this version of jaxgpt reads format {FORMAT}")
     if found <= old and version < FORMAT:
         return 1 if found else 0
-    strangers = sorted(f"{type_!s:.20} {name!r:.60}" for type_, name, *_ in found - new)
-    what = f"its {strangers[0]} was not made by jaxgpt" if strangers else "tables are missing"
+    foreign = sorted(f"{type_!s:.20} {name!r:.60}" for type_, name, *_ in found - new)
+    what = f"its {foreign[0]} was not made by jaxgpt" if foreign else "tables are missing"
     raise UserError(
-        f"{path} can't be used as a database of votes ({what}); choose another file, or remove that from it"
+        f"{path} can't be used as a database of votes ({what}); choose another file, or remove that from this one"
     )
 
 
 def _structural_faults(db: sqlite3.Connection) -> list[str]:
-    """What SQLite finds wrong with the pages of a database, in one line each; the values are not its business."""
+    """What SQLite finds wrong with the pages of a database, one line each. Faults of single values are left to the
+    hashes."""
     found = [str(text) for (text,) in db.execute("PRAGMA integrity_check(20)") if text != "ok"]
     return [line for text in found for line in text.splitlines() if not (_CELL.match(line) or line.startswith("***"))]
 
@@ -229,7 +234,7 @@ def _add_hashes(db: sqlite3.Connection) -> None:
 
 
 def _upgrade(db: sqlite3.Connection, path: Path) -> None:
-    """Bring an empty database, or one of format 1, to this format: as a whole or not at all."""
+    """Upgrade an empty database, or one of format 1, to this format in one transaction."""
     db.execute("BEGIN IMMEDIATE")
     try:
         if _check_schema(db, path) != FORMAT:  # another process may just have done it
@@ -267,14 +272,14 @@ def seal(db: sqlite3.Connection, table: str, rowid: int | None) -> None:
 def read(
     db: sqlite3.Connection, table: str, condition: str = "", *values: Any
 ) -> Iterator[tuple[int, dict[str, Any], bool]]:
-    """Rows of a table: their number, their values by column, and whether those are what was written."""
+    """For each row of a table: its number, its values by column, and whether they match the hash."""
     rows = db.execute(f"SELECT rowid, sha256, {', '.join(COLUMNS[table])} FROM {table} {condition}", values)
     for rowid, digest, *row in rows.fetchall():
         yield rowid, dict(zip(COLUMNS[table], row, strict=True)), digest == _sha256_of_row(table, row)
 
 
 def _storable(value: Any) -> Any:
-    """A value that SQLite takes: text that is not UTF-8 becomes bytes, which no column allows."""
+    """The value as SQLite can store it: text that is not UTF-8 becomes bytes, which `vote_rows` then reports."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -289,8 +294,8 @@ def _sha256_of_row(table: str, row: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _reachable(db: sqlite3.Connection, table: str, names: str) -> Iterator[tuple[Any, ...]]:
-    """The rows before the first damaged page, those behind the last, and what can be found between."""
+def _readable_rows(db: sqlite3.Connection, table: str, names: str) -> Iterator[tuple[Any, ...]]:
+    """The rows before the first damaged page, those after the last, and what can be found between."""
     last, first = 0, _SEARCHED
     try:
         for row in db.execute(f"SELECT {names} FROM {table} NOT INDEXED ORDER BY rowid"):

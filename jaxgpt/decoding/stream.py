@@ -43,7 +43,7 @@ def stream(
     for t, step_key in enumerate([*rest, None]):
         token = int(token_B[0])
         if token < 0:
-            raise UserError("the model's logits are NaN or infinite: train it again with a lower learning rate")
+            raise UserError("the model's logits are NaN or infinite; train it again with a lower learning rate")
         if token in stops:
             return
         yield token
@@ -61,7 +61,7 @@ def _as_partial(function: Callable[..., Array]) -> jax.tree_util.Partial:
 
 
 def _draw(key: Array, logits_BV: Array, sample: Sampler, filter_logits: sampling.Filter) -> Array:
-    """A token of each row; -1 where a logit is not finite, and any token would be false."""
+    """One token for each row; -1 where a logit is not finite."""
     finite_B = jnp.isfinite(logits_BV).all(axis=-1)
     return jnp.where(finite_B, sample(key, filter_logits(logits_BV)), -1)
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.tokenizer import Tokenizer, prepend, tokenizer_errors
-from jaxgpt.errors import UserError, needs_extra, printable
+from jaxgpt.errors import UserError, needs_extra, show_value
 from jaxgpt.pretrained import places
-from jaxgpt.pretrained.checked import Fields
+from jaxgpt.pretrained.checked import Fields, naming
 from jaxgpt.pretrained.gguf_reader import read_header
 from jaxgpt.pretrained.huggingface import MOST_LAYERS, make_tokenizer
 
@@ -31,7 +31,10 @@ _NAMES = {  # GGUF's names -> Hugging Face's
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_CONTROL, _ADDED = 3, 4  # in tokenizer.ggml.token_type: special tokens, and others found before BPE, such as <think>
+_CONTROL, _ADDED = (
+    3,
+    4,
+)  # in tokenizer.ggml.token_type: special tokens, and other tokens matched before BPE, such as <think>
 _LLAMA3_PATTERN = (  # how Llama 3 splits text before BPE
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,7 +49,7 @@ class GGUFFile:
         self.path, self.fields = path, Fields(metadata, path)
         self.tensors = {_huggingface_name(name): tensor for name, tensor in stored.items()}
         if len(self.tensors) < len(stored):
-            raise UserError(f"{path} has a tensor under two names; download it again")
+            raise UserError(f"{path} stores a tensor under two names; download it again")
 
 
 def _huggingface_name(name: str) -> str:
@@ -81,7 +84,7 @@ def _config(file: GGUFFile) -> ModelConfig:
     architecture = fields.text("general.architecture")
     if architecture != "llama":
         raise UserError(
-            f"{file.path} is a {printable(repr(architecture), 60)} model; only GGUF files of llama models are supported"
+            f"{file.path} is a {show_value(architecture)} model; only GGUF files of llama models are supported"
         )
     if "model.rope_freqs.weight" in file.tensors or "rope_freqs.weight" in file.tensors:
         raise UserError(
@@ -96,7 +99,7 @@ def _config(file: GGUFFile) -> ModelConfig:
     rows = file.tensors["model.embed_tokens.weight"].shape[0]
     if fields.count("llama.vocab_size", rows) != rows:
         raise UserError(f"{file.path}: llama.vocab_size differs from the {rows} rows of token_embd.weight")
-    try:
+    with naming(file.path):
         return ModelConfig(
             layers=fields.count("llama.block_count", most=MOST_LAYERS),
             width=width,
@@ -113,8 +116,6 @@ def _config(file: GGUFFile) -> ModelConfig:
             tied="lm_head.weight" not in file.tensors,
             norm_epsilon=float(f"{fields.number('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # not 9.99999975e-06
         )
-    except UserError as error:
-        raise error if str(file.path) in str(error) else UserError(f"{file.path}: {error}") from error
 
 
 def _tokenizer(file: GGUFFile, use_tags: bool) -> Tokenizer:
@@ -134,21 +135,21 @@ def _tokenizer(file: GGUFFile, use_tags: bool) -> Tokenizer:
     }
     if kind != "gpt2" or pre not in supported:
         raise UserError(
-            f"{file.path} has an unsupported tokenizer, {printable(repr(kind))} ({printable(repr(pre))}); "
+            f"{file.path} has an unsupported tokenizer, {show_value(kind)} ({show_value(pre)}); "
             f"supported: gpt2 ({', '.join(supported)}); use the model's Hugging Face folder instead"
         )
     tokens, merges = (fields.texts(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise UserError(f"{file.path}: tokenizer.ggml.tokens has {printable(repr(twice), 60)} twice")
+        raise UserError(f"{file.path}: tokenizer.ggml.tokens lists {show_value(twice)} twice")
     types = fields.numbers("tokenizer.ggml.token_type", len(tokens))
     names = {}
     for name in ("bos", "eos", "unknown", "padding"):
         field = f"tokenizer.ggml.{name}_token_id"
         if (i := fields.values.get(field)) is not None:
             if type(i) is not int or not 0 <= i < len(tokens):
-                raise UserError(f"{file.path}: {field} is {printable(repr(i), 60)}, but there are {len(tokens)} tokens")
+                raise UserError(f"{file.path}: {field} is {show_value(i)}, but there are {len(tokens)} tokens")
             names[f"{ {'unknown': 'unk', 'padding': 'pad'}.get(name, name) }_token"] = tokens[i]
     with tokenizer_errors(f"{file.path}: its tokenizer is unusable"):
         pairs = [(left, right) for left, right in (pair.split(" ") for pair in merges)]

@@ -1,7 +1,7 @@
 """Reads the header of a GGUF file: metadata values and where each tensor lies.
 
-Every size is compared with the file before anything of that size is made. The gguf package's own reader does not do
-this, and takes several times as long: it makes arrays of every string.
+Every size is compared with the file before anything of that size is allocated. The gguf package's own reader doesn't
+do this, and takes several times as long because it makes an array of every string.
 """
 
 import math
@@ -13,23 +13,22 @@ import numpy as np
 
 from jaxgpt.errors import UserError, needs_extra, printable
 
-_SCALARS = dict(
-    zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
-)  # struct's letters by GGUF's types
+# struct's letters by GGUF's types
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _MOST = 100_000  # metadata fields, or tensors
 _MOST_TEXTS = 4_000_000  # in one list; the largest vocabularies have 300,000 tokens
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a GGUF file: `data` are its bytes, one row for each row of the tensor."""
+    """A tensor in a GGUF file; `data` holds its bytes, row by row."""
 
     shape: tuple[int, ...]  # slowest dimension first, as in NumPy
     kind: Any  # gguf.GGMLQuantizationType
     data: np.ndarray
 
     def values(self) -> np.ndarray:
-        """Its numbers, float32. Raises UserError for kinds that hold none, or that the gguf package can't unpack."""
+        """Its numbers as float32. Raises UserError for kinds that the gguf package can't unpack."""
         import gguf
 
         try:
@@ -39,7 +38,7 @@ class StoredTensor(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Metadata and tensors, by name. Raises UserError if the file is damaged or no GGUF file of version 2 or 3."""
+    """Metadata and tensors, by name. Raises UserError if the file is damaged or not a GGUF file of version 2 or 3."""
     with needs_extra("pretrained"):
         import gguf  # noqa: F401
     try:
@@ -62,17 +61,17 @@ class _Reader:
             raise ValueError(f"its version is {version}, not 2 or 3")
         tensors, fields = self.scalar("Q"), self.scalar("Q")
         if max(tensors, fields) > _MOST:
-            raise ValueError(f"it claims {tensors} tensors and {fields} fields")
+            raise ValueError(f"its header claims {tensors} tensors and {fields} fields")
         metadata: dict[str, Any] = {}
         for _ in range(fields):
             name = self.text()
             if name in metadata:
-                raise ValueError(f"field {name} is there twice")
+                raise ValueError(f"field {name} appears twice")
             metadata[name] = self.value(self.scalar("I"))
         return metadata, self.tensors(tensors, metadata.get("general.alignment", 32))
 
     def take(self, size: int) -> int:
-        """Where the next `size` bytes begin; they are in the file."""
+        """Move past the next `size` bytes and return where they begin. ValueError if the file ends before."""
         if size > self.size - self.at:
             raise ValueError(f"it ends early: {size} bytes are missing after byte {self.at}")
         at, self.at = self.at, self.at + size
@@ -116,7 +115,7 @@ class _Reader:
         for _ in range(count):
             name, dimensions = self.text(), self.scalar("I")
             if name in listed:
-                raise ValueError(f"tensor {name} is there twice")
+                raise ValueError(f"tensor {name} appears twice")
             if dimensions > 4:
                 raise ValueError(f"tensor {name} has {dimensions} dimensions")
             shape = tuple(self.scalar("Q") for _ in range(dimensions))
@@ -129,13 +128,13 @@ class _Reader:
             if not shape or min(shape) < 1 or shape[0] % block:
                 raise ValueError(f"tensor {name} has shape {shape}, of type {kind.name}")
             if offset != end:
-                raise ValueError(f"tensor {name} is at {offset}, not at {end} behind the one before it")
+                raise ValueError(f"tensor {name} is at {offset}, not at {end}, right after the one before it")
             row, rows = shape[0] // block * size, math.prod(shape[1:])
             self.at = start + offset
             at = self.take(row * rows)
             data = self.bytes[at : self.at].reshape(rows, row)
             found[name] = StoredTensor(shape[::-1], kind, data)
             end = self.at - start + (-(self.at - start) % alignment)
-        if self.size not in (self.at, start + end):  # the last tensor is padded or not
+        if self.size not in (self.at, start + end):  # the last tensor may be padded
             raise ValueError(f"{self.size - self.at} bytes follow the last tensor")
         return found

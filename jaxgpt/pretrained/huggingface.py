@@ -32,10 +32,10 @@ from jaxgpt.data.tokenizer import (
     read_merges,
     tokenizer_errors,
 )
-from jaxgpt.errors import UserError, needs_extra, printable
+from jaxgpt.errors import UserError, needs_extra, printable, show_value
 from jaxgpt.files import write_json
 from jaxgpt.pretrained import places
-from jaxgpt.pretrained.checked import Fields, check_place, read_object, read_text
+from jaxgpt.pretrained.checked import Fields, check_place, naming, read_object, read_text
 
 with needs_extra("pretrained"):
     import tokenizers
@@ -71,7 +71,7 @@ def read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
             if _BUFFERS.search(name) or (config.tied and name == "lm_head.weight"):
                 continue
             if name in where:
-                raise UserError(f"{path} has {printable(name)} a second time; download the whole model again")
+                raise UserError(f"{path} stores {printable(name)} a second time; download the whole model again")
             if stored.get_dtype() not in _DTYPES:
                 raise UserError(
                     f"{path}: {printable(name)} is of type {stored.get_dtype()}, not {' or '.join(_DTYPES)}"
@@ -95,7 +95,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if not all(isinstance(name, str) for name in listed):
             raise UserError(f"{index}: weight_map does not map tensors to files; download the whole model again")
         names = sorted(set(listed))
-        if any(Path(name).name != name or not printable(name) == name for name in names):
+        if any(Path(name).name != name or printable(name) != name for name in names):
             raise UserError(f"{index} names files outside its folder; don't use this checkpoint")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
@@ -120,19 +120,17 @@ def config_from(record: Any, folder: Path) -> ModelConfig:
     named = fields.text("model_type")
     kind = {"mistral": "llama"}.get(named, named)
     if kind not in places.KINDS:
-        raise UserError(f"{folder} is a {printable(repr(kind), 60)} model; supported are {SUPPORTED}")
-    try:
+        raise UserError(f"{folder} is a {show_value(kind)} model; supported are {SUPPORTED}")
+    with naming(file):
         return _llama(fields) if kind == "llama" else _gpt(fields, kind)
-    except UserError as error:
-        raise error if str(file) in str(error) else UserError(f"{file}: {error}") from error
 
 
 def _refuse(record: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    def same(value: Any, known: Any) -> bool:  # true is not 1
+    def same(value: Any, known: Any) -> bool:  # in Python, True == 1
         return value == known and isinstance(value, bool) == isinstance(known, bool)
 
     texts = [
-        f"{name} {printable(repr(record[name]), 60)} (only {' or '.join(map(repr, known))})"
+        f"{name} {show_value(record[name])} (only {' or '.join(map(repr, known))})"
         for name, known in allowed.items()
         if not any(same(record.get(name, known[0]), value) for value in known)
     ]
@@ -273,7 +271,7 @@ def read_tokenizer(folder: Path, use_tags: bool = False) -> Tokenizer:
 
 
 def make_tokenizer(core: tokenizers.Tokenizer, source: str | None, names: Mapping[str, str], where: str) -> Tokenizer:
-    """The tokenizer with a chat template, or with our tags if `source` is None. UserError if it is of no use."""
+    """The tokenizer with a chat template, or with our tags if `source` is None. UserError if it is unusable."""
     check_tokenizer(core, where)
     separator = separator_of(core, names.get("eos_token"))
     with tokenizer_errors(f"the tokenizer of {where} is unusable"):
@@ -308,7 +306,7 @@ def _read_core(folder: Path) -> tokenizers.Tokenizer:
         with tokenizer_errors(f"{file} is unreadable"):
             check_parts(read_object(file), str(file))
             core = tokenizers.Tokenizer.from_file(str(file))
-            core.no_padding()  # before the first text: it may be to any length
+            core.no_padding()  # before the first text: padding may be to any length
             core.no_truncation()
             return core
     with tokenizer_errors(

@@ -19,7 +19,7 @@ import numpy as np
 from jaxgpt.config import ModelConfig, round_up
 from jaxgpt.data.tokenizer import SPECIALS, Tokenizer
 from jaxgpt.data.wheels import Wheel, fetch
-from jaxgpt.errors import UserError, printable
+from jaxgpt.errors import UserError, show_value
 from jaxgpt.files import hub_advice, sha256_of_file, suggest_name
 from jaxgpt.pretrained import gguf_file, huggingface
 from jaxgpt.structs import Params
@@ -88,11 +88,11 @@ def load(source: Path | str, *, use_tags: bool = False, cache: Path | None = Non
 
 
 def _check_rows(tok: Tokenizer, config: ModelConfig, place: Path) -> None:
-    """UserError if the model has no row for a token that its tokenizer came with."""
+    """UserError if the model has no embedding row for a token of its tokenizer, our own tags excepted."""
     for i, token in tok.tokens_from(config.vocab).items():
         if token not in SPECIALS:
             raise UserError(
-                f"the tokenizer of {place} has the id {i}, {printable(repr(token), 60)}, but the model has only "
+                f"the tokenizer of {place} gives {show_value(token)} the id {i}, but the model has only "
                 f"{config.vocab} rows; download both again"
             )
 

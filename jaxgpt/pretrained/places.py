@@ -65,7 +65,7 @@ def to_params(read: Callable[[str], np.ndarray], config: ModelConfig, where: Pat
         try:
             with np.errstate(over="ignore", invalid="ignore"):
                 x = read(name).astype(np.float32)
-        except Exception as error:  # of the package that reads it
+        except Exception as error:  # whatever the package that reads it raises
             raise UserError(f"{where}: {name} can't be read ({printable(str(error))})") from error
         if not np.isfinite(x).all():
             raise UserError(f"{where}: {name} holds NaN or infinite numbers; download the model again")
@@ -80,7 +80,7 @@ def to_params(read: Callable[[str], np.ndarray], config: ModelConfig, where: Pat
 
 
 def tensor_errors(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One message for each tensor that is missing, unexpected, or of the wrong shape, up to 20."""
+    """A message for each tensor that is missing, unexpected, or of the wrong shape; at most 20."""
     wanted = {name: shape for place in places(config) for name, shape in place.shapes.items()}
     texts = [f"{name} is missing" for name in wanted if name not in found]
     texts += [f"{printable(name)} is not part of this architecture" for name in found if name not in wanted]

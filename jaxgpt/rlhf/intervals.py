@@ -26,7 +26,7 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def times(self, factor: float) -> "Interval":
-        """The same in another unit."""
+        """The same interval in another unit."""
         return Interval(self.mean * factor, self.low * factor, self.high * factor)
 
     def plus_minus(self, digits: int = 3) -> str:
@@ -70,8 +70,8 @@ HOW_TO_READ = (
 
 
 def check_finite(values: np.ndarray, what: str) -> np.ndarray:
-    """The values, if all are finite. UserError otherwise: a model's numbers overflow, though its weights are finite
-    (`runs.saved_model` makes sure), and every figure made of them would be false."""
+    """The values, if all are finite; otherwise UserError. A model's activations may overflow although its weights are
+    finite (which `runs.saved_model` guarantees), and every figure computed from them would be wrong."""
     wrong = int((~np.isfinite(values)).sum())
     if wrong:
         raise UserError(
@@ -184,9 +184,9 @@ def calibration(
 def calibration_by_chance(
     probability_BC: np.ndarray, clusters: Sequence[Hashable] | None = None, draws: int = 200
 ) -> float:
-    """The error in `calibration` that 95 % of perfectly calibrated predictions stay below, with as many choices: it is
-    measured on favourites drawn from the predictions. Absent candidates have probability 0. Choices of one cluster are
-    drawn together."""
+    """The 95 % quantile of `calibration`'s error if the predictions were perfectly calibrated, found by drawing the
+    favourites from them `draws` times. Absent candidates have probability 0. The choices of one cluster are drawn
+    together."""
     B, C = probability_BC.shape
     index = {cluster: n for n, cluster in enumerate(dict.fromkeys(clusters if clusters is not None else range(B)))}
     of_B = np.array([index[one] for one in clusters]) if clusters is not None else np.arange(B)

@@ -102,7 +102,7 @@ class HeldoutMetrics(NamedTuple):
 
     @property
     def loss_text(self) -> str:
-        """Loss and calibration error, each with what says how far chance goes."""
+        """Loss and calibration error, each beside what chance alone would give."""
         return (
             f"loss {self.nll_interval.plus_minus()} (guessing {self.chance_nll:.3f}); calibration error "
             f"{self.calibration_error:.3f} (by chance up to {self.calibration_by_chance:.3f})"

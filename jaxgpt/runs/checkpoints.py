@@ -18,7 +18,7 @@ import jax
 
 from jaxgpt.config import Count, CountOrZero, check_settings
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.errors import UserError, first_line, needs_extra
 from jaxgpt.files import check_files, read_record, sha256_of_folder, sync_folder, write_record
 from jaxgpt.runs.process import barrier, broadcast_from_first, describe_rounding, differences_in_rounding
 from jaxgpt.runs.run import Run
@@ -116,7 +116,7 @@ class Checkpoints:
         if changed and not force:
             return (
                 f"{folder} was made with other inputs ({'; '.join(changed)}); restore them, choose another --run, or "
-                "pass --force to resume with what is there now"
+                "pass --force to resume with the present ones"
             )
         return None
 
@@ -190,7 +190,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     what is wrong."""
     if not (folder / RECORD).exists():
         raise UserError(f"{folder} is unfinished: it has no {RECORD}")
-    record = read_record(folder / RECORD, NAMES, "an older checkpoint may be whole")
+    record = read_record(folder / RECORD, NAMES, "an older checkpoint may be intact")
     if record["format"] != FORMAT:
         raise UserError(f"{folder} has format {record['format']}, but this version reads {FORMAT}")
     if folder.name != str(record["step"]):
@@ -209,8 +209,7 @@ def load_state(folder: Path, shapes: T) -> T:
 
 
 def _cant_write(folder: Path, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0:1] or type(error).__name__
-    reason = reason if isinstance(reason, str) else reason[0]
+    reason = getattr(error, "strerror", None) or first_line(error)
     return (
         f"can't write the checkpoint {folder} ({reason}); older checkpoints are intact. Free some space; "
         "the same command resumes from the newest"

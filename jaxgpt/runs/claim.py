@@ -1,8 +1,8 @@
-"""The right to write into a run folder: for one process at a time, and only while the folder stays where it was.
+"""A claim on a run folder: one process at a time may write there, and only while the folder stays where it was.
 
-The file .lock in the folder names the holder. A lock of the file system keeps others out; where there are none (some
-network file systems and buckets), a lease does: the holder rewrites the file every few seconds, and whoever finds it
-unchanged for longer than that takes it over. That needs neither clocks that agree nor a rename in one step.
+The file .lock in the folder names the holder. A file lock keeps others out. File systems without locks (some network
+file systems and buckets) get a lease instead: the holder rewrites the file every few seconds, and a process that finds
+it unchanged for much longer takes it over. This needs neither synchronised clocks nor atomic renames.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from typing import Any
 
 from jaxgpt.errors import UserError
 
-BEAT = 5.0  # seconds between two rewritings of a lease
-PATIENCE = 6 * BEAT  # for which an unchanged lease is respected
+BEAT = 5.0  # seconds after which the holder rewrites a lease
+PATIENCE = 6 * BEAT  # seconds for which an unchanged lease is respected
 
 
 class Claim:
-    """`take` it, `check` it before each save, and `release` it. `say` tells the user why it takes a while."""
+    """`take` it, `check` it before each save, and `release` it. `say` tells the user why taking it has to wait."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self.folder, self.path, self.say = folder, folder / ".lock", say
@@ -35,7 +35,7 @@ class Claim:
 
     def take(self) -> None:
         """Hold the folder until `release`, or until the process ends. UserError if another process holds it."""
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  and don't empty what another one holds
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  "w" would empty another holder's
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -46,7 +46,7 @@ class Claim:
         self._write(0)
 
     def check(self) -> None:
-        """UserError if the folder is no longer there, is another one, or was taken over: nothing must be saved then."""
+        """UserError if the folder was moved, deleted, replaced or taken over, so that nothing may be saved there."""
         for attempt in range(3):
             with contextlib.suppress(OSError, ValueError):
                 found = json.loads(self.path.read_bytes())
@@ -59,7 +59,7 @@ class Claim:
         )
 
     def release(self) -> None:
-        """Let others in."""
+        """Give the folder up."""
         self._released.set()
         if self._beats is not None:
             self._beats.join()
@@ -79,7 +79,7 @@ class Claim:
 
     def _take_lease(self) -> None:
         before = self.path.read_bytes()
-        if before and not _ended(before):
+        if before and not _holder_ended(before):
             self.say(f"{self.folder} may be in use, and its file system has no locks: waiting {PATIENCE:.0f} s to see")
             until = time.monotonic() + PATIENCE
             while time.monotonic() < until:
@@ -87,7 +87,7 @@ class Claim:
                 if self.path.read_bytes() != before:
                     raise self._in_use()
         self._write(0)
-        time.sleep(BEAT / 5)  # another one may be doing the same: the last to write holds it
+        time.sleep(BEAT / 5)  # another process may be doing the same: the last to write holds it
         with contextlib.suppress(ValueError):
             if json.loads(self.path.read_bytes()).get("id") == self.id:
                 self._beats = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -100,15 +100,15 @@ class Claim:
         while not self._released.wait(BEAT):
             beat += 1
             with contextlib.suppress(OSError, UserError):
-                self.check()  # never over another one's
+                self.check()  # never overwrite another holder's lease
                 self._write(beat)
         with contextlib.suppress(OSError, UserError):
             self.check()
-            self._file.truncate(0)  # the next one need not wait
+            self._file.truncate(0)  # so that the next process need not wait
 
 
-def _ended(content: bytes) -> bool:
-    """Whether the process that wrote a lease ran on this machine and has ended."""
+def _holder_ended(content: bytes) -> bool:
+    """Whether a lease was written by a process on this machine that has ended."""
     try:
         found = json.loads(content)
         if found["host"] != socket.gethostname():

@@ -52,8 +52,8 @@ def cli(
 ) -> Result:
     """Read the settings from the command line, set the process up, print the device, and return `main(settings)`.
 
-    See `plain_endings` for how the process ends otherwise. A program that fills a run folder goes on when its output
-    can't be written."""
+    See `plain_endings` for how the process ends otherwise. A program with a run folder continues when its output can't
+    be written."""
     with plain_endings(functools.partial(_suggested_command, main), whole_process=argv is None) as ending:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _stop_on_sigterm)
@@ -211,7 +211,7 @@ def _read_settings(settings_type: type[Settings], file: Path) -> Settings:
     for name in ("fresh", "force"):
         if isinstance(data, dict) and data.get(name):
             raise UserError(
-                f"{path}: {name} is {data[name]}; a file can't replace a run: leave it out, and give --{name}"
+                f"{path}: {name} is {data[name]}, but a settings file may not set it; remove it and pass --{name}"
             )
     return settings_from_json(settings_type, data, where=str(path))
 

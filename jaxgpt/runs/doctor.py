@@ -32,7 +32,7 @@ class Finding:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean; NaN, which no check takes for a fault, if there are no values."""
+    """The arithmetic mean; NaN if there are no values (comparisons with NaN are false, so no check fires)."""
     return math.fsum(value / len(values) for value in values) if values else math.nan
 
 
@@ -99,8 +99,8 @@ def check_loss_falls(run: RunRecord) -> Iterator[Finding]:
 
 
 BLOCKS = 8  # parts of a curve whose means are compared
-MAX_RISE = 0.5  # of what the loss had fallen before
-RISE_ERRORS = 4.0  # standard errors of a block's mean that a rise must exceed
+MAX_RISE = 0.5  # largest rise, as a fraction of the fall before it
+RISE_ERRORS = 4.0  # standard errors of a block's mean that fall and rise must exceed
 
 
 def check_loss_stays_down(run: RunRecord) -> Iterator[Finding]:
@@ -114,7 +114,7 @@ def check_loss_stays_down(run: RunRecord) -> Iterator[Finding]:
     best = min(means)
     fall, rise = means[0] - best, means[-1] - best
     squares = [(a - b) * (a - b) / 2 for block in blocks for a, b in itertools.pairwise(block)]
-    error = math.sqrt(mean(squares) / size)  # from neighbours, so that the trend adds nothing
+    error = math.sqrt(mean(squares) / size)  # from differences of neighbours, which leave out the trend
     if fall > RISE_ERRORS * error and rise > max(MAX_RISE * fall, RISE_ERRORS * error):
         yield Finding(
             "the training loss rose after it had fallen",
@@ -223,29 +223,29 @@ def check_kl_to_reference(run: RunRecord) -> Iterator[Finding]:
         )
 
 
-def parts(lower: Span | None, upper: Span | None) -> bool:
-    """Whether the intervals part: `lower` ends before `upper` begins."""
-    return bool(lower and upper) and below(lower.high, upper.low)  # type: ignore[union-attr]
-
-
-def below(a: float | None, b: float | None) -> bool:
+def is_less(a: float | None, b: float | None) -> bool:
     """Whether both are known and a < b."""
     return a is not None and b is not None and a < b
 
 
+def is_below(lower: Span | None, upper: Span | None) -> bool:
+    """Whether the whole interval `lower` lies below `upper`."""
+    return lower is not None and upper is not None and is_less(lower.high, upper.low)
+
+
 def show(span: Span | None) -> str:
-    """A mean as evidence."""
+    """A mean, for the evidence."""
     return "?" if span is None or span.mean is None else f"{span.mean:.2f}"
 
 
 def check_reward_hacking(run: RunRecord) -> Iterator[Finding]:
-    """The proxy reward rose while a measure that was not trained on fell; in both, the 95 % intervals part."""
+    """The proxy reward rose while a measure that was not trained on fell; in both, the 95 % intervals don't overlap."""
     start = run.results.policies.get("SFT")
     for name, policy in run.results.policies.items():
-        if not start or name in ("SFT", "base") or not parts(start.reward, policy.reward):
+        if not start or name in ("SFT", "base") or not is_below(start.reward, policy.reward):
             continue
         for other, before, after in (("gold", start.gold, policy.gold), ("judge", start.judge, policy.judge)):
-            if parts(after, before):
+            if is_below(after, before):
                 yield Finding(
                     f"{name} games the reward model",
                     f"proxy reward {show(start.reward)} -> {show(policy.reward)}, "
@@ -306,18 +306,18 @@ def sampled_signs(report: Path) -> Iterator[str]:
     try:
         results = read_run_record(report).results
     except UserError:
-        return  # there is none; or it is damaged, which is said of the report itself
+        return  # there is no report, or it is damaged, which its own check says
     policies = {name.lower(): row for name, row in {**results.policies, **results.models}.items()}
     before, after = policies.get("sft") or policies.get("before"), policies.get("dpo")
     if not before or not after:
         return
     lengths = (("tokens", before.length, after.length), ("words", before.words, after.words))
     for unit, old, new in lengths:
-        if old and new and old.high is not None and below(MAX_GROWTH * old.high, new.low):
+        if old and new and old.high is not None and is_less(MAX_GROWTH * old.high, new.low):
             yield f"answers grow from {show(old)} to {show(new)} {unit}"
-    if parts(after.ended, before.ended):
+    if is_below(after.ended, before.ended):
         yield f"{show(before.ended)} of the answers ended before, {show(after.ended)} after"
-    if before.distinct_2 is not None and below(after.distinct_2, before.distinct_2 / 2):
+    if before.distinct_2 is not None and is_less(after.distinct_2, before.distinct_2 / 2):
         yield f"distinct-2 falls from {before.distinct_2:.2f} to {after.distinct_2:.2f}"
 
 
@@ -354,7 +354,7 @@ def check_enough_rows(run: RunRecord) -> Iterator[Finding]:
     for name, policy in {**run.results.policies, **run.results.models}.items():
         if name not in ("SFT", "before"):
             spans[f"{name}'s win rate"] = policy.win_rate_gold or policy.better_than_before
-    wide = {name: span for name, span in spans.items() if span and not narrow(span)}
+    wide = {name: span for name, span in spans.items() if span and not is_narrow(span)}
     if wide:
         name, span = max(wide.items(), key=lambda one: -(one[1].low or 0.0))
         yield Finding(
@@ -365,8 +365,8 @@ def check_enough_rows(run: RunRecord) -> Iterator[Finding]:
         )
 
 
-def narrow(span: Span) -> bool:
-    """Whether a share's interval says enough."""
+def is_narrow(span: Span) -> bool:
+    """Whether a share's interval is at most ±10 points wide."""
     return span.low is not None and span.high is not None and (span.high - span.low) / 2 <= TOO_WIDE
 
 
@@ -384,7 +384,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 EVERY_STAGE: tuple[Check, ...] = (check_finite, check_heldout_data, check_identical_answers, check_enough_rows)
 
 
-# ---- running them ----
+# ---- running the checks ----
 
 
 def run_checks(run: RunRecord) -> list[Finding]:
@@ -393,7 +393,7 @@ def run_checks(run: RunRecord) -> list[Finding]:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a folder holds a file of a run, or can't be looked into although it should be one."""
+    """Whether a folder holds a file of a run. A path that can't be listed counts if it should be a run folder."""
     try:
         return bool({"settings.json", "metrics.jsonl", "done.json"} & set(os.listdir(folder)))
     except (FileNotFoundError, NotADirectoryError):
@@ -421,7 +421,7 @@ def examine(folder: Path) -> tuple[list[str], bool]:
         return [f"{folder.name}: could not be read: {error}; run the stage again, or copy its folder again"], True
     place = f"({folder}{'' if run.finished else ', not finished'})"
     if run.stage not in CHECKS:
-        return [f"{run.stage}: not checked: the doctor knows no stage of this name {place}"], False
+        return [f"{run.stage}: not checked: the doctor knows no stage of that name {place}"], False
     findings = run_checks(run)
     lines = [f"{run.stage}: {'' if findings else 'nothing wrong found '}{place}"]
     for finding in findings:

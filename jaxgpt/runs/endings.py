@@ -16,7 +16,7 @@ from jaxgpt.errors import UserError
 UNUSABLE = {  # a file or folder that this user can't use, which is no bug
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
-GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, will not come back
+GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, is gone for good
 
 
 class Stopped(Exception):  # noqa: N818  not an error
@@ -29,7 +29,7 @@ class Stopped(Exception):  # noqa: N818  not an error
 
 
 class LostOutput(BrokenPipeError):  # noqa: N818
-    """What is printed can't be written any more."""
+    """The output can't be written any more."""
 
 
 STOPS = (KeyboardInterrupt, Stopped, BrokenPipeError)
@@ -51,7 +51,8 @@ class Siblings(Protocol):
 
 
 class Ending:
-    """How this program ends. With `siblings`, they are told, and the process ends at once: JAX would wait for them."""
+    """Ends this program. Its `siblings`, if any, are told first; the process then ends at once, since JAX would wait
+    for them."""
 
     def __init__(self) -> None:
         self.siblings: Siblings | None = None
@@ -59,7 +60,7 @@ class Ending:
     def end(self, line: str, status: int, *, together: bool = False, at_once: bool = False) -> NoReturn:
         """Print the line on stderr and exit. `together`: all siblings end here."""
         if line:
-            _complain(line)
+            _print_error(line)
         if self.siblings is not None:
             self.siblings.leave(status, together=together)
             at_once = True
@@ -98,7 +99,7 @@ def plain_endings(
         said = _next_start(stop)
         ending.end(f"stopped: nothing reads the output any more{said}" if said else "", 141)
     except Exception as error:
-        if ending.siblings is not None:  # an error may only follow from the death of one of them
+        if ending.siblings is not None:  # the error may be the consequence of a sibling's death
             ending.siblings.settle()
         line = _in_one_line(error, suggest)
         if line:
@@ -112,12 +113,12 @@ def plain_endings(
 
 
 def _in_one_line(error: Exception, suggest: Callable[[UserError], str]) -> str:
-    """What to say about an error that the user can mend; an empty string for a bug."""
+    """The message for an error that the user can fix; an empty string for a bug."""
     if isinstance(error, UserError):
         return f"error: {error}{suggest(error)}"
     if not isinstance(error, OSError) or error.filename is None:
         return ""
-    from jaxgpt.files import cache_root  # takes longer to import than all above
+    from jaxgpt.files import cache_root  # imported only now because it takes a while
 
     path = Path(os.fsdecode(error.filename))
     in_cache = path.is_relative_to(cache_root())
@@ -127,7 +128,7 @@ def _in_one_line(error: Exception, suggest: Callable[[UserError], str]) -> str:
     return f"error: can't use {path} ({error.strerror}); {advice}"
 
 
-def _complain(line: str) -> None:
+def _print_error(line: str) -> None:
     with contextlib.suppress(OSError):  # the terminal is gone
         print(line, file=sys.stderr, flush=True)
 
@@ -141,11 +142,11 @@ def _next_start(stop: BaseException) -> str:
 
 
 class _Output:
-    """A stream that may stop taking what is written. If it is `needed`, LostOutput is raised; otherwise the rest is
-    dropped, after one note on stderr where there is one to give."""
+    """A stream that may become unwritable. If it is `needed`, LostOutput is then raised; otherwise the rest is dropped,
+    after `note`, if there is one, on stderr."""
 
-    def __init__(self, stream: TextIO, *, needed: bool, note: str = "") -> None:
-        self._stream, self.needed, self._note = stream, needed, note
+    def __init__(self, stream: TextIO, *, needed: bool) -> None:
+        self._stream, self.needed, self.note = stream, needed, ""
 
     def write(self, text: str) -> int:
         try:
@@ -163,14 +164,14 @@ class _Output:
     def _fail(self, error: OSError) -> None:
         if self.needed:
             raise LostOutput(error.errno, error.strerror) from None
-        note, self._note = self._note, ""
+        note, self.note = self.note, ""
         if note:
-            _complain(note.format(error.strerror))
+            _print_error(note.format(error.strerror))
         if error.errno in GONE:
             self.drop()
 
     def drop(self) -> None:
-        """Write nothing from here on, not even what was kept for a second try."""
+        """Discard everything from here on, including what is still buffered."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
@@ -180,7 +181,7 @@ class _Output:
 
 
 def _check_output() -> None:
-    """Notice when the output can't be written; an unwritable stderr stops nothing."""
+    """Raise LostOutput from now on when stdout can't be written; ignore it if stderr can't."""
     if sys.stdout is sys.__stdout__ and sys.stdout is not None:  # not in tests that capture it
         sys.stdout = cast(TextIO, _Output(sys.stdout, needed=True))
     if sys.stderr is sys.__stderr__ and sys.stderr is not None:
@@ -188,15 +189,15 @@ def _check_output() -> None:
 
 
 def go_on_without_output() -> None:
-    """From here on, nothing stops because the output can't be written (`| head`, a closed terminal, a full disk): a run
-    says all in its log.txt too."""
+    """From here on, don't stop when the output can't be written (`| head`, a closed terminal, a full disk): a run's
+    log.txt has all of it."""
     if isinstance(sys.stdout, _Output):
         sys.stdout.needed = False
-        sys.stdout._note = "note: the output can't be written ({}); the run goes on, and its log.txt has the rest"
+        sys.stdout.note = "note: the output can't be written ({}); the run continues, and its log.txt has the rest"
 
 
 def _drop_unread_output() -> None:
-    """Python would complain about it at exit."""
+    """Flush the output, or discard it if nothing reads it: Python would print an error at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -205,8 +206,8 @@ def _drop_unread_output() -> None:
 
 
 def open_closed_streams() -> None:
-    """Open /dev/null for each of stdin, stdout and stderr that was closed (`>&-`). Otherwise the next file to be opened
-    would get its number, and whatever a C library prints."""
+    """Open /dev/null for each of stdin, stdout and stderr that was closed (`>&-`). Otherwise the next file that is
+    opened gets its number, and C libraries would print into that file."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -237,7 +238,7 @@ def raise_at_ctrl_c() -> None:
 
 
 def take_hangup_as_sigterm() -> None:
-    """A closed terminal (SIGHUP) asks to stop, as SIGTERM does, unless `nohup` has had it ignored."""
+    """Treat SIGHUP (a closed terminal) like SIGTERM, unless it is ignored (`nohup`)."""
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, _pass_on)
 

@@ -1,13 +1,13 @@
-"""Several processes of one run: how they meet, and how the others end when one of them dies.
+"""Several processes of one run: how they connect, and how the others end when one of them dies.
 
-Both are ours, because `jax.distributed` serves neither (jax 0.10.2, two processes on a CPU): it waits 300 s for a
-process that never came and 54 to 100 s for one that died, and then aborts with a C++ stack trace and status 134. Its
-shorter `heartbeat_timeout_seconds` ends in the same abort, and takes a process that is slow to answer for a dead one;
-`jax_enable_recoverability` leaves the others waiting in the collective that the dead process never enters.
+`jax.distributed` alone does neither well (jax 0.10.2, two processes on a CPU). It waits 300 s for a process that never
+starts and 54 to 100 s for one that dies, and then aborts with a C++ stack trace and status 134. A shorter
+`heartbeat_timeout_seconds` ends in the same abort and mistakes slow processes for dead ones;
+`jax_enable_recoverability` leaves the others waiting in a collective that the dead process never enters.
 
-So process 0 keeps a connection to every other process from the moment they meet. The kernel closes it when a process
-dies, whatever that process was doing, and its keepalive probes notice a machine that is gone within 25 s. A thread of
-each process waits for that; jax's own heartbeat remains behind it.
+So process 0 keeps a connection to every other process from the start. The kernel closes it when a process dies, and
+keepalive probes notice within 25 s that a machine is gone. In each process a thread waits for that; jax's own heartbeat
+remains as a fallback.
 """
 
 import contextlib
@@ -25,37 +25,37 @@ from typing import NoReturn
 import jax
 from jax._src import distributed  # the only place that knows the coordinator's address
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.runs.process import broadcast_from_first
 
 DIED = -1  # in place of an exit status
-SETTLE_SECONDS = 2.0  # in which the death of a process, from which an error may follow, becomes known
-GRACE_SECONDS = 3.0  # for this process to end in its own words when another one has ended with an error
-AUTO_SECONDS = 60.0  # in which processes that a cluster has started connect to the first
-PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # seconds, and how many
+SETTLE_SECONDS = 2.0  # after an error: time to learn whether another process's death caused it
+GRACE_SECONDS = 3.0  # after another process's error: time for this one to end with its own message
+AUTO_SECONDS = 60.0  # time for the processes that a cluster started to connect to process 0
+PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # seconds; the last is a count
 
 
 class Peers:
-    """The other processes, watched: when one dies, this process ends with one line and status 75, which launch scripts
-    take as "start it again"; when one ends with an error, with that one's status."""
+    """Watches the other processes. When one dies, this process ends with one line and status 75, which launch scripts
+    take as "start it again". When one ends with an error, this process ends with the same status."""
 
     def __init__(self, index: int, count: int, connections: dict[int, socket.socket]) -> None:
         self.index, self.count, self._connections = index, count, connections
         self._leaving = False
         self._watcher = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._watcher.start()
-        # The death of process 0 makes jax's client abort too. That is no place for Python's own signal handlers, which
-        # wait for the main thread; waiting there leaves it to the watcher to end the process.
+        # When process 0 dies, jax's client aborts this process too. A handler in C delays that until the watcher has
+        # ended the process; Python's own signal handlers would wait for the main thread.
         self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: time.sleep(SETTLE_SECONDS + GRACE_SECONDS))
         ctypes.CDLL(None).signal(int(signal.SIGABRT), self._on_abort)
 
     def settle(self) -> None:
-        """Called when something went wrong here: if it did because another process has died, this does not return."""
+        """Call this after an error. If another process's death caused it, the watcher ends this process meanwhile."""
         time.sleep(SETTLE_SECONDS)
 
     def leave(self, status: int, *, together: bool) -> None:
-        """Tell the others that this process ends now. `together`: all of them do, and this waits for them. Otherwise
-        process 0 waits a little: without it jax would abort the others before they have said why they end."""
+        """Tell the others that this process is about to end. With `together`, all of them end here, and this waits for
+        them. Otherwise process 0 waits a little: without it, jax would abort the others before they can say why."""
         if together:
             jax.distributed.shutdown()
         self._leaving = not together
@@ -81,7 +81,7 @@ class Peers:
                     selector.unregister(key.fileobj)
 
     def _read(self, peer: int) -> tuple[int, int]:
-        """Which process has ended, and with which status."""
+        """The index and exit status of the process that has ended, from a peer's message or closed connection."""
         with contextlib.suppress(OSError, ValueError):
             index, status = map(int, self._connections[peer].recv(64).split(b"\n")[0].split())
             return index, status
@@ -99,7 +99,7 @@ class Peers:
             if sys.stdout.isatty():
                 os.write(1, b"\x1b[?25h\n")  # a progress bar hides the cursor
             os.write(2, f"stopped: process {index} of {self.count} {what}; {advice}\n".encode())
-        if self.index == 0 and self.count > 2:  # without it jax would abort the others
+        if self.index == 0 and self.count > 2:  # without process 0, jax would abort the others
             time.sleep(0.5)
         os._exit(75 if status == DIED else status)
 
@@ -125,9 +125,8 @@ def _join_cluster() -> Peers:
     try:
         jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--distributed auto found no cluster here ({reason}); give --distributed HOST:PORT,COUNT,INDEX"
+            f"--distributed auto found no cluster here ({first_line(error)}); give --distributed HOST:PORT,COUNT,INDEX"
         ) from None
     index, count = jax.process_index(), jax.process_count()
     connections: dict[int, socket.socket] = {}
@@ -136,7 +135,7 @@ def _join_cluster() -> Peers:
     try:
         connections = _meet(host, port, count, index, AUTO_SECONDS)
     except UserError as error:
-        print(f"note: if a process dies, the others notice it late ({error})", file=sys.stderr, flush=True)
+        print(f"note: the others will notice late if a process dies ({error})", file=sys.stderr, flush=True)
     return Peers(index, count, connections)
 
 
@@ -162,7 +161,7 @@ def _parse_address(text: str) -> tuple[str, int, int, int]:
 
 
 def _probe(connection: socket.socket) -> socket.socket:
-    """The same connection, which the kernel closes when the other machine no longer answers."""
+    """Have the kernel close the connection when the other machine no longer answers; returns it."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in PROBES.items():
         if hasattr(socket, name):
@@ -171,8 +170,8 @@ def _probe(connection: socket.socket) -> socket.socket:
 
 
 def _gather(port: int, count: int, patience: float) -> dict[int, socket.socket]:
-    """Process 0: wait until every other process has connected, then release them all. Their connections, by index. One
-    that dies in the meantime may be started again."""
+    """Process 0: wait until every other process has connected, then release them all. Returns their connections, by
+    index. A process that dies in the meantime may be started again."""
     deadline = time.monotonic() + patience
     waiting: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as open_sockets:
@@ -183,7 +182,7 @@ def _gather(port: int, count: int, patience: float) -> dict[int, socket.socket]:
         while len(waiting) < count - 1:
             ready = select.select([server, *waiting.values()], [], [], max(deadline - time.monotonic(), 0.001))[0]
             for index, caller in list(waiting.items()):
-                if caller in ready:  # none of them has more to say: it has died
+                if caller in ready:  # they send nothing more, so it has died
                     waiting.pop(index).close()
             if not ready:
                 for caller in waiting.values():
@@ -215,7 +214,7 @@ def _gather(port: int, count: int, patience: float) -> dict[int, socket.socket]:
 
 
 def _report_to(host: str, port: int, count: int, index: int, patience: float) -> dict[int, socket.socket]:
-    """Any other process: connect to process 0 and wait until all are there. The connection, under its index."""
+    """Any other process: connect to process 0 and wait until all are there. Returns {0: connection}."""
     deadline = time.monotonic() + patience
     reason = ""
     while time.monotonic() < deadline:

@@ -32,8 +32,8 @@ def prepare_process() -> None:
 
 
 def _say_once_that_programs_are_not_cached(folder: str) -> None:
-    """A cache that can't be used (no permission, a full disk, a damaged entry) costs time and nothing else: JAX's
-    warning for every program becomes one note."""
+    """Replace JAX's warnings, one for every program, by one note. A cache that can't be used (no permission, a full
+    disk, a damaged entry) only costs time."""
     show = warnings.showwarning
     said: set[str] = set()
 
@@ -46,7 +46,7 @@ def _say_once_that_programs_are_not_cached(folder: str) -> None:
             said.add(verb)
             print(
                 f"note: compiled programs can't be {verb} {folder} ({found[2]}), so they are compiled again at each "
-                "start; make room there, delete it, or set JAXGPT_CACHE to a folder that you may write to",
+                "start; free some space, delete that folder, or set JAXGPT_CACHE to one that you may write to",
                 file=sys.stderr,
             )
 
@@ -79,8 +79,8 @@ ROUNDING_PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
 def describe_rounding(arrays: Any) -> dict[str, str]:
-    """All that decides how numbers are rounded: two runs that agree in it give the same bits. `arrays`: a tree of
-    arrays or their shapes, whose mesh counts."""
+    """Everything that decides how numbers are rounded: runs for which it is equal give the same bits. `arrays`: a tree
+    of arrays or shapes, for its mesh."""
     devices = jax.devices()
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arrays))
     mesh: Mapping[str, int] = next(
@@ -97,7 +97,7 @@ def describe_rounding(arrays: Any) -> dict[str, str]:
 
 
 def differences_in_rounding(there: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What to add to "resumed" if the bits may differ; an empty string otherwise. `there`: what a checkpoint says."""
+    """What to add to "resumed" if the bits may differ, or an empty string. `there`: from the checkpoint."""
     changed = [
         f"{name} {there[name] or 'none'} there, {now.get(name) or 'none'} now"
         for name in there
@@ -112,8 +112,8 @@ def count_cores() -> int:
 
 
 def _cpu_kind() -> str:
-    """For example "AMD EPYC, family 25, model 17": XLA compiles for the CPU that it finds."""
-    fields = {}
+    """For example "AMD EPYC, family 25, model 17", since XLA compiles for this CPU."""
+    fields: dict[str, str] = {}
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         for line in file:
             name, _, value = line.partition(":")

@@ -210,8 +210,7 @@ def _answers(i: int, prompts: Sequence[Prompt], policies: Sequence[PolicyResults
 
 
 def read_stages(folder: Path) -> dict[str, RunRecord]:
-    """The records of the stages in a folder, whose curves the report draws. UserError if one is damaged: call this
-    before anything is sampled."""
+    """The records of the finished stages in a folder. UserError if one is damaged, so call this before sampling."""
     try:
         return {name: read_run_record(folder / name) for name in FINISHED if (folder / name / "done.json").exists()}
     except UserError as error:

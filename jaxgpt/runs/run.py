@@ -83,7 +83,7 @@ def run_fingerprint(folder: Path, stage: str | None = None) -> str:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """A run's settings.json. UserError if it is damaged, or of something else."""
+    """A run's settings.json. UserError if it is damaged or is not a run's."""
     path = folder / "settings.json"
     found = read_record(path, SETTINGS, "restore it from a copy, or choose another --run", older=SETTINGS)
     if not all(isinstance(found[name], kind) for name, kind in zip(SETTINGS, (str, dict, dict, dict), strict=True)):
@@ -92,29 +92,32 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_done(folder: Path) -> dict[str, Any]:
-    """A finished run's done.json. UserError if it is damaged; one of jaxgpt 0.1.0 is read as if it named no files."""
+    """A finished run's done.json. UserError if it is damaged. One of jaxgpt 0.1.0 lists no files."""
     path = folder / "done.json"
     done = read_record(path, DONE, "restore it from a copy, or make the run again", older=DONE[:3])
     done.setdefault("files", {})
     if not all(isinstance(done[name], kind) for name, kind in zip(DONE, (str, str, dict, dict), strict=True)):
-        raise UserError(f"{path} is not a run's; give the folder of a run")
+        raise UserError(f"{path} is not a run's record; give the folder of a run")
     return done
 
 
 def check_outputs(folder: Path, done: Mapping[str, Any], *, measured: bool = False) -> None:
-    """UserError if a file that a finished run wrote for later stages has changed since; `measured`: or its metrics."""
+    """UserError if a file that a finished run wrote for later stages has changed since. `measured`: check its metrics
+    too."""
     for name, digest in done["files"].items():
-        if (measured or name != "metrics.jsonl") and (
-            not (folder / name).is_file() or sha256_of_file(folder / name) != digest
-        ):
+        if name == "metrics.jsonl" and not measured:
+            continue
+        path = folder / name
+        if not path.is_file() or sha256_of_file(path) != digest:
             raise UserError(
-                f"{folder / name} is not what the run in {folder} wrote: it was altered, damaged or removed since; "
-                "restore it from a copy, or give a copy in a folder of its own if the change is meant"
+                f"{path} is not what the run in {folder} wrote: it was altered, damaged or removed since; "
+                "restore it from a copy, or, if you meant to change it, use a copy of it in another folder"
             )
 
 
 def _outputs(folder: Path) -> dict[str, str]:
-    """What later stages and the doctor read of a finished run: {name: sha256}. A model vouches for its own files."""
+    """{name: sha256} of what later stages and the doctor read of a finished run. For a model, its model.json is enough,
+    since that has the hashes of its other files."""
     names = ["settings.json", *(path.name for path in folder.glob("*.jsonl"))]
     names += [f"{path.parent.name}/model.json" for path in folder.glob("*/model.json")]
     return {name: sha256_of_file(folder / name) for name in sorted(names)}
@@ -154,7 +157,7 @@ class Run:
         self._record = {"stage": stage, "settings": written, "inputs": dict(inputs or {})}
         self._places = PLACE_FIELDS | set(getattr(type(settings), "PLACE_FIELDS", ()))
         self._files = contextlib.ExitStack()
-        self._holder = Claim(self.folder, self.say)
+        self._folder_claim = Claim(self.folder, self.say)
         self._metrics: IO[bytes] | None = None
         self._metrics_bytes, self._metrics_hash = 0, hashlib.sha256()
         self._log: IO[bytes] | None = None
@@ -211,8 +214,8 @@ class Run:
             wandb = _import_wandb()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._holder.take()
-            self._files.callback(self._holder.release)
+            self._folder_claim.take()
+            self._files.callback(self._folder_claim.release)
             done = self._inspect()  # another process may have finished it just now
             if done is not None:
                 return done
@@ -258,14 +261,14 @@ class Run:
     def check_folder(self) -> None:
         """UserError if the folder was moved, deleted or taken over by another process since the run began."""
         if self._metrics is not None:
-            self._holder.check()
+            self._folder_claim.check()
 
     def _refusal(self, differences: str, *, finished: bool) -> str:
-        """Says first how to keep what is there."""
+        """The message for other settings; the ways that keep the existing run come first."""
         which = "a finished run" if finished else "an unfinished run"
         ways = ["restore them to read its results" if finished else "restore them to resume it", "choose another --run"]
         if self.has_checkpoint() and self._can_force:
-            ways.append("pass --force to resume it with these")
+            ways.append("pass --force to resume it with the new ones")
         elif not self.has_checkpoint():
             ways.append("pass --fresh, which deletes it and starts again")
         said = f"{', '.join(ways[:-1])}, or {ways[-1]}"
@@ -296,7 +299,7 @@ class Run:
         try:
             found = read_settings(self.folder)
         except UserError:
-            if not self._is_own():
+            if not self._holds_this_run():
                 raise
             return self._record
         if found["stage"] != self.stage:
@@ -304,8 +307,8 @@ class Run:
             raise UserError(f"{self.folder} holds {mismatch}; choose another --run")
         return found
 
-    def _is_own(self) -> bool:
-        """Whether another record in the folder says that it is a run with these settings: settings.json was lost."""
+    def _holds_this_run(self) -> bool:
+        """Whether another record in the folder shows that this is its run, although settings.json is unreadable."""
         for path in (self.folder / "done.json", *(self.folder / "checkpoints").glob("*/checkpoint.json")):
             with contextlib.suppress(UserError):
                 found = read_json(path)
@@ -364,8 +367,8 @@ class Run:
         if position is not None and self._metrics_hash.hexdigest() != position["metrics_sha256"]:
             lost = f"it has {len(kept)} bytes but had {end}" if len(kept) < end else "other bytes"
             self.say(
-                f"WARNING: metrics.jsonl is not what it was at the checkpoint ({lost}): its figures so far can't be "
-                "trusted; the model is not affected"
+                f"WARNING: metrics.jsonl is not what it was at the checkpoint ({lost}): don't trust its figures up "
+                "to there; the model is not affected"
             )
         os.truncate(self._metrics.fileno(), len(kept))
 

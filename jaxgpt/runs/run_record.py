@@ -1,6 +1,6 @@
-"""A run folder read back, with every type checked: what the doctor and the report's figures rely on.
+"""Reads a run folder and checks every type, for the doctor and the report's figures.
 
-`read_run_record` raises UserError for anything that a run would not have written: it returns a whole record or none.
+`read_run_record` raises UserError for anything that a run would not have written.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from jaxgpt.errors import UserError, needs_extra
+from jaxgpt.errors import UserError, first_line, needs_extra
 from jaxgpt.runs.rollouts import load_rollout
 from jaxgpt.runs.run import check_outputs, read_done, read_settings
 from jaxgpt.runs.settings import TYPE_NAMES
@@ -35,7 +35,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyFigures:
-    """A policy's figures in the results of report and align, as far as the doctor needs them."""
+    """A policy's figures in the results of report and align: those that the doctor needs."""
 
     gold: Span | None = None
     reward: Span | None = None
@@ -52,7 +52,7 @@ class PolicyFigures:
 
 @dataclasses.dataclass(frozen=True)
 class PreferencePart:
-    """What the preferences stage says about one of its two files."""
+    """The preferences stage's results for one of its two files."""
 
     preferences: Whole
     equal_answers: Whole = 0
@@ -60,7 +60,7 @@ class PreferencePart:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """`data.training_data.RowCounts`."""
+    """A `data.training_data.RowCounts`, as stored."""
 
     read: Whole
     used: Whole
@@ -77,7 +77,7 @@ class CalibrationRow:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The results of any stage, as far as the doctor and the report need them."""
+    """The results of any stage: those that the doctor and the report need."""
 
     heldout_nats_per_token: Number = None
     pretraining_nats_before: Number = None
@@ -120,7 +120,7 @@ class PPOSettings:
     target_kl: float | None = None
 
 
-FINISHED = {  # stage -> the metrics that it logs and the results that it has; a finished run without them was damaged
+FINISHED = {  # stage -> the metrics and the results that a finished run must have
     "pretrain": (("train_nats_per_token", "skipped"), ("heldout_nats_per_token",)),
     "sft": (("train_nats_per_token", "skipped"), ("pretraining_nats_before", "pretraining_nats_after")),
     "preferences": ((), ("train", "heldout")),
@@ -191,8 +191,8 @@ class _Rollout:
 
 
 def read_run_record(folder: Path) -> RunRecord:
-    """Read a run folder. UserError names what can't be read, or isn't what the run wrote. Only a killed run's last line
-    may be cut short."""
+    """Read a run folder. UserError names what can't be read or isn't what the run wrote. Only the last line of a killed
+    run's metrics may be incomplete."""
     about = _convert(_read(read_settings, folder / "settings.json"), _About, folder / "settings.json")
     known = about.settings if about.stage == "ppo" else {}
     settings = _convert(known, PPOSettings, folder / "settings.json")
@@ -216,7 +216,7 @@ def read_run_record(folder: Path) -> RunRecord:
 
 
 def read_results(folder: Path, stage: str | None = None) -> dict[str, Any]:
-    """The results in a run's done.json. UserError if it can't be read, or is of another stage than `stage`."""
+    """The results in a run's done.json. UserError if it can't be read, or if its stage isn't `stage`."""
     done = _convert(_read(read_done, folder / "done.json"), _Done, folder / "done.json")
     if stage not in (None, done.stage):
         raise UserError(f"{folder / 'done.json'} is of a run of {done.stage!r}, not {stage!r}")
@@ -243,10 +243,10 @@ def _read_metrics(path: Path, finished: bool) -> list[Row]:
         if not line:
             continue
         try:
-            rows.append(_row(_decode(line, path)))
-        except (UserError, msgspec.MsgspecError) as error:
+            rows.append(_row(msgspec.json.decode(line)))
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             if number < len(lines) or finished:
-                raise UserError(f"{path}:{number} is not a line of metrics ({_first_line(error)})") from None
+                raise UserError(f"{path}:{number} is not a line of metrics ({first_line(error)})") from None
     return rows
 
 
@@ -260,7 +260,7 @@ def _row(line: Any) -> Row:
 
 def _newest_rollout(folder: Path) -> tuple[str, ...]:
     try:
-        path = max((one for one in folder.glob("*.json")), default=None)
+        path = max(folder.glob("*.json"), default=None)
     except OSError as error:
         raise UserError(f"{folder} can't be read: {error.strerror}") from None
     if path is None:
@@ -269,7 +269,7 @@ def _newest_rollout(folder: Path) -> tuple[str, ...]:
 
 
 def _read(record: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
-    """A record of the run in whose folder this path lies, if it can be read at all."""
+    """`record(folder)` for the folder of this path, after a check that the file itself can be read."""
     _read_bytes(path)
     return record(path.parent)
 
@@ -285,25 +285,13 @@ def _read_bytes(path: Path) -> bytes:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
 
 
-def _decode(data: bytes, path: Path) -> Any:
-    """JSON as it may stand in a file: no NaN, no number beyond what a float holds."""
-    try:
-        return msgspec.json.decode(data)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it is not JSON ({_first_line(error)})") from None
-
-
 def _convert(data: Any, kind: type[T], path: Path) -> T:
     try:
         return msgspec.convert(data, kind)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
-        what, _, place = _first_line(error).partition(" - at ")
+        what, _, place = first_line(error).partition(" - at ")
         types = re.fullmatch(r"Expected `([^`|]+)[^`]*`, got `(\w+)`", what)
         if types:
             wanted, found = (TYPE_NAMES.get(name.strip(), name.strip()) for name in types.groups())
             what = f"must be {wanted}, not {found}"
         raise UserError(f"{path} is damaged: {place.strip('`').removeprefix('$.') or 'its content'} {what}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -128,15 +128,14 @@ def read_description(folder: Path) -> dict[str, Any]:
     """A model's model.json. UserError if it isn't one, is damaged, or is of another format."""
     path, advice = folder / "model.json", "save the model again, or copy its whole folder again"
     record = read_record(path, RECORD, advice, older=RECORD)
-    formats = (FORMAT, 2)
-    if record["format"] not in formats:
+    if record["format"] not in (FORMAT, 2):
         raise UserError(f"{folder} has format {record['format']}, but this version reads {FORMAT}; save it again")
-    for name, kind in (("config", dict), ("params", dict), ("extra", dict), ("files", dict)):
-        if not isinstance(record[name], kind):
+    for name in RECORD[1:]:
+        if not isinstance(record[name], dict):
             raise UserError(f"{path}: {name} is not an object; {advice}")
     for name in ("params", "files"):
         if not all(isinstance(value, str) for value in record[name].values()):
-            raise UserError(f"{path}: {name} holds something other than text; {advice}")
+            raise UserError(f"{path}: {name} holds values that are not text; {advice}")
     return record
 
 
@@ -164,7 +163,7 @@ def check_language_model(folder: Path) -> None:
 
 
 def check_params_finite(params: Any, words: str, advice: str) -> None:
-    """UserError that begins with `words` and names the parameters that hold NaN or infinite numbers, if any do."""
+    """UserError that starts with `words` and names the parameters with NaN or infinite numbers, if there are any."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     names = [jax.tree_util.keystr(at, simple=True, separator="/") for at, leaf in leaves if not _is_finite(leaf)]
     if names:
@@ -173,17 +172,17 @@ def check_params_finite(params: Any, words: str, advice: str) -> None:
 
 
 def _is_finite(leaf: Any) -> bool:
-    """On the host: compiling a program for the device takes longer than reading even a large model."""
+    """Computed on the host, because compiling a program for the device would take longer."""
     parts = [shard.data for shard in leaf.addressable_shards] if isinstance(leaf, jax.Array) else [leaf]
     return all(bool(np.isfinite(np.asarray(part)).all()) for part in parts)
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
-    """UserError if a text could become a token that the model doesn't have: looking it up would clamp or give NaN."""
+    """UserError if the tokenizer has ids that the model lacks: their embeddings would be wrong or NaN."""
     if tokenizer.vocab_size > config.vocab:
         raise UserError(
-            f"{folder} can't be used: its tokenizer has ids up to {tokenizer.vocab_size - 1}, and its model only "
-            f"{config.vocab} of them; put the tokenizer there that the model was trained with"
+            f"{folder} can't be used: its tokenizer has ids up to {tokenizer.vocab_size - 1}, but its model has only "
+            f"{config.vocab} tokens; restore the tokenizer that the model was trained with"
         )
 
 
@@ -217,8 +216,8 @@ def check_params_match(folder: Path, expected: Mapping[str, str], found: Mapping
 
 
 def _check_shapes(folder: Path, config: ModelConfig, params: Mapping[str, str]) -> None:
-    """UserError unless the transformer in `params` has the shapes of the configuration. Every layer is compared
-    with one layer's shapes, so that a wrong number of layers costs nothing."""
+    """UserError unless the transformer in `params` has the shapes of the configuration. Each layer is compared with the
+    shapes of a one-layer model, so that an absurd number of layers takes no time."""
     inside = [name.removesuffix("embed/tokens_VD") for name in params if name.endswith("embed/tokens_VD")]
     if not inside:
         return  # adapters, or a head alone

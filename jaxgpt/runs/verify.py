@@ -1,4 +1,4 @@
-"""Check every byte of runs, saved models and checkpoints against the sha256 written beside them.
+"""Check every byte of runs, saved models and checkpoints against their stored sha256.
 
 python -m jaxgpt.runs.verify runs/assistant       exit status 0: all intact; 1: something is damaged; 2: nothing found
 """

@@ -55,7 +55,7 @@ class ResultCache:
         return params, config
 
     def _read(self, path: Path, read: Callable[[], T]) -> T | None:
-        """An earlier part; None if there is none, and if it is damaged: then it is removed, with a line of notice."""
+        """A part saved earlier, or None if there is none. A damaged part is removed, with a warning."""
         if not os.path.lexists(path):
             return None
         try:

@@ -1,5 +1,4 @@
-"""A guard around updates: one that is not finite (loss, gradient or step), or (if asked) whose loss is a spike, is
-skipped.
+"""A guard around updates: it skips those with a loss, gradient or step that is not finite and, if asked, loss spikes.
 
 Skipping means that parameters, optimiser and step counter keep every bit, inside the jitted program. Skips are counted,
 and the host stops a run with too many in a row (`runs.loop.Loop`). Multiplying an update by 0 would keep a NaN,
@@ -53,7 +52,7 @@ def init() -> Guard:
 def accepts(guard: Guard, loss: Array, grad_norm: Array, update_norm: Array, spike: float = 0.0) -> Array:
     """Whether this update may be made: the loss and the norms of gradient and update are finite and, with `spike`, the
     loss is at most that many running standard deviations above its running mean (checked once `MIN_ACCEPTED` losses
-    have been accepted). Finite parameters stay finite: an update whose norm is finite is too small to overflow them."""
+    have been accepted). Parameters stay finite: an update with a finite norm is too small to overflow them."""
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
     if not spike:
         return finite

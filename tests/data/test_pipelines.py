@@ -155,7 +155,7 @@ def test_damaged_reviews_are_prepared_again(
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
     assert load(tmp_path, "rt_train") == load(tmp_path, "rt_train") == whole
-    assert capsys.readouterr().err.count("was damaged") == 1
+    assert capsys.readouterr().err.count("is damaged") == 1
 
     def full(*_: Any) -> None:
         raise RuntimeError("Failed to finalize: write() failed: No space left on device; writing there")
@@ -377,8 +377,8 @@ def test_what_is_no_text_is_named_with_what_to_do(
         (b'{"text": ["a"]}', "x.jsonl", r"x.jsonl:1: text is list, not text"),
         (b'{"text": " "}', "x.jsonl", r"x.jsonl:1: text is empty"),
         (b'{"text": NaN}', "x.jsonl", r"x.jsonl:1: NaN"),
-        (b'{"text": "a", "text": "b"}', "x.jsonl", r"x.jsonl:1: 'text' is there twice in one object; keep one"),
-        (b'{"text": null}', "x.jsonl", r"x.jsonl:1: text is NoneType, not text; write one text"),
+        (b'{"text": "a", "text": "b"}', "x.jsonl", r"x.jsonl:1: 'text' appears twice in one object; keep one"),
+        (b'{"text": null}', "x.jsonl", r"x.jsonl:1: text is NoneType, not text; give a single string"),
         (b'{"text": "a"', "x.jsonl", r"x.jsonl:1: not JSON"),
         (gzipped(b'{"text": "a"}\n' * 9)[:-9], "x.jsonl", "x.jsonl is a damaged gzip file"),
         (b'[{"text": "a"}, "b"]', "x.jsonl", "x.jsonl: row 1: a str, not an object"),
@@ -424,7 +424,7 @@ def test_bad_source_names(tmp_path: Path, cache: Path) -> None:
         (lambda: sources.documents("missing.txt", "train", cache), "no file missing.txt"),
         (lambda: sources.documents("missing.csv", "train", cache), r"read_csv\(FILE\).to_json"),
         (lambda: sources.documents("https://example.org/a.txt", "train", cache), "address: download the file"),
-        (lambda: sources.documents(f"{tmp_path}/x.txt,", "train", cache), "a name is missing"),
+        (lambda: sources.documents(f"{tmp_path}/x.txt,", "train", cache), "remove the empty name"),
         (lambda: sources.documents(str(tmp_path), "train", cache), r"it is a folder: give its files, .*\*.jsonl"),
         (lambda: sources.documents(f"{tmp_path}/*.jsonl", "train", cache), "no file matches"),
         (lambda: sources.examples(f"{tmp_path}/x.txt", "train", cache), "plain text; give prompt and answer in"),

@@ -616,7 +616,7 @@ def test_rows_that_give_no_preference_are_counted_by_reason(tmp_path, store):
         ),
         (
             {"chosen": "Human: Hi\n\nAssistant: a", "rejected": "b"},
-            "chosen is a transcript that starts with a turn, but",
+            "only one of chosen and rejected starts with a turn",
         ),
         ({"query": "q", "sample0": "a", "sample2": "b", "best": 1}, "x.jsonl:1: it has sample0, sample2; number"),
         (

@@ -112,9 +112,7 @@ def test_pages_that_sqlite_cant_read_are_one_line_and_the_others_are_rescued(tmp
     path.write_bytes(data)
     assert at != root - 1
     for open_ in (lambda: Store(path), lambda: Store(path, read_only=True), lambda: votes.read(path)):
-        with pytest.raises(
-            UserError, match=r"votes.sqlite is damaged \(.*\); copy what is left of it with `--read"
-        ) as error:
+        with pytest.raises(UserError, match=r"votes.sqlite is damaged \(.*\); copy what is left with `--read") as error:
             open_()
         assert "\n" not in str(error.value)
     with contextlib.closing(Store.rescued(path)) as store:
@@ -258,12 +256,12 @@ def test_a_newer_format_is_refused(path):
         ("votes", "tiers", "CAST(x'5b5d' AS BLOB)", "don't fit|exactly once|not text|JSON"),
         ("votes", "kind", "'nonsense'", "kind is"),
         ("votes", "seconds", "'long'", "seconds"),
-        ("votes", "time", "9e999", "time is no number"),
+        ("votes", "time", "9e999", "time is not a number"),
         ("votes", "annotator", "CAST(x'c328' AS TEXT)", "surrogate"),
         ("votes", "id", "printf('%.100c', 'x')", "at most 64"),
         ("tasks", "prompt", "x'00'", "not text"),
         ("tasks", "id", "NULL", "is NoneType"),
-        ("tasks", "doubt", "'high'", "doubt is no number"),
+        ("tasks", "doubt", "'high'", "doubt is not a number"),
         ("answers", "origin", f"'{'[' * 5000}'", "recursion|JSON|nested|Expecting"),
         ("answers", "position", "7", "not all of its answers are there"),
         ("answers", "text", "printf('%.1001c', 'x')", "text is longer than"),

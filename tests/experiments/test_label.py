@@ -17,5 +17,7 @@ def test_prompts_that_are_too_long_to_be_answered_are_counted(tmp_path, monkeypa
     maker.run()
     read, used = len(label.load_prompts(settings, tmp_path)), len(maker.remaining)
     assert 0 < used < read
-    said = f"prompts: {read} read, {used} used; left out: {read - used} too long for the models with an answer\n"
+    said = (
+        f"prompts: {read} read, {used} used; left out: {read - used} too long for the models together with an answer\n"
+    )
     assert capsys.readouterr().out == said

@@ -64,7 +64,7 @@ def test_a_settings_file_can_not_replace_a_run(tmp_path, name):
 
     path = tmp_path / "s.json"
     write_json(path, {name: True})
-    with pytest.raises(UserError, match=f"{name} is True; a file can't replace a run"):
+    with pytest.raises(UserError, match=f"{name} is True, but a settings file may not set it"):
         parse(Replacing, {}, ["--settings", str(path)])
     write_json(path, {name: False})
     assert parse(Replacing, {}, ["--settings", str(path)]) == Replacing()
@@ -287,7 +287,7 @@ def test_other_types():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": NaN}', "contains NaN"),
+        (b'{"a": NaN}', "NaN is not JSON"),
         (b'{\n"a": }', ":2: not valid JSON"),
         (b"\xff", "not UTF-8 text (byte 0)"),
         (b"[" * 100_000, "nested too deeply"),

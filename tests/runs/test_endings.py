@@ -111,7 +111,7 @@ with plain_endings():
 open(sys.argv[1], "w").write("trained")
 sys.exit(3)
 """
-NOTE = "note: the output can't be written ({}); the run goes on, and its log.txt has the rest\n"
+NOTE = "note: the output can't be written ({}); the run continues, and its log.txt has the rest\n"
 
 
 @pytest.mark.parametrize(

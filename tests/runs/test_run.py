@@ -229,14 +229,14 @@ def test_a_run_that_finishes_while_another_one_starts_is_not_replaced(tmp_path, 
     with Run(tmp_path, Settings(), "sft") as first:
         first.log(1, {"loss": 1.0})
         second = Run(tmp_path, Settings(), "sft")
-        take = second._holder.take
+        take = second._folder_claim.take
 
         def finish_first() -> None:
             first.finish({"loss": 1.0})
             first._files.close()
             take()
 
-        monkeypatch.setattr(second._holder, "take", finish_first)
+        monkeypatch.setattr(second._folder_claim, "take", finish_first)
         with second:
             assert second.finished and second.results == {"loss": 1.0}
 

@@ -238,7 +238,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
         save_model(tmp_path / "m", small(), dataclasses.replace(CONFIG, vocab=vocab), tokenizer)
         if vocab == tokenizer.vocab_size:
             load_model(tmp_path / "m")
-    with pytest.raises(UserError, match=f"ids up to {vocab}, and its model only {vocab} of them"):
+    with pytest.raises(UserError, match=f"ids up to {vocab}, but its model has only {vocab} tokens"):
         load_model(tmp_path / "m")
     record = json.loads(tokenizer.to_json())
     last = max(record["model"]["vocab"], key=record["model"]["vocab"].__getitem__)
