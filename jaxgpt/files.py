@@ -83,6 +83,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that atomically replaces `path` at the end: readers see either the old file or the new one, even
     if the program is killed midway. Its folder must exist: a run whose folder was deleted must not write to a new one.
     """
+    check_watched(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "wb") as file:
@@ -112,6 +113,25 @@ def create_folder(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+WATCHED: dict[Path, Callable[[], None]] = {}  # a folder that this process works in: raises UserError once it is lost
+
+
+def check_watched(path: Path) -> None:
+    """UserError if `path` lies in a folder that was taken away from this process: see `runs.claim`."""
+    place = Path(os.path.abspath(path))
+    for folder, check in list(WATCHED.items()):
+        if place.is_relative_to(folder):
+            check()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link (not what it points to), if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -152,6 +172,7 @@ def refuse_pattern(path: Path) -> None:
         )
 
 
+@functools.cache  # threads that ask at the same time would change it for good
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)

@@ -19,7 +19,7 @@ import jax
 from jaxgpt.config import Count, CountOrZero, check_settings
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, first_line, needs_extra
-from jaxgpt.files import check_files, read_record, sha256_of_folder, sync_folder, write_record
+from jaxgpt.files import check_files, read_record, remove, sha256_of_folder, sync_folder, sync_names, write_record
 from jaxgpt.runs.process import barrier, broadcast_from_first, describe_rounding, differences_in_rounding
 from jaxgpt.runs.run import Run
 from jaxgpt.runs.saved_model import check_params_match, describe_params
@@ -61,6 +61,7 @@ class Checkpoints:
         self.folder = Path(os.path.abspath(run.folder)) / "checkpoints"
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._damaged: set[Path] = set()
 
     # ---- resuming ----
 
@@ -95,6 +96,7 @@ class Checkpoints:
             try:
                 return read_checkpoint(folder)
             except UserError as error:
+                self._damaged.add(folder)
                 self.run.say(f"WARNING: skipped checkpoint {folder.name}: {error}")
         return None
 
@@ -140,8 +142,10 @@ class Checkpoints:
         }
         try:
             if first:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
+                self.folder.mkdir(exist_ok=True)
+                remove(folder)
+                folder.mkdir()
+                self._damaged.discard(folder)
                 self.tok.save(folder)
             barrier("checkpoint")
             response = ocp.save_async(folder / "state", state)
@@ -154,15 +158,23 @@ class Checkpoints:
                 if first:
                     files = sha256_of_folder(folder)
                     sync_folder(folder)
+                    sync_names(self.folder)
+                    sync_names(self.folder.parent)
                     self.run.check_folder()
                     write_record(folder / RECORD, {**record, "files": files})
-                    for old in [one for one in list_checkpoints(self.folder) if one != folder][self.config.keep - 1 :]:
-                        shutil.rmtree(old, ignore_errors=True)
+                    self._remove_older(folder)
             except Exception as error:  # raised by `wait`
                 self._failure = error
 
         self._writing = threading.Thread(target=finish, name=f"checkpoint {step}")
         self._writing.start()
+
+    def _remove_older(self, newest: Path) -> None:
+        """Only whole checkpoints count as kept; those of later steps, which couldn't be used, are left alone."""
+        older = [one for one in list_checkpoints(self.folder) if int(one.name) < int(newest.name)]
+        whole = [one for one in older if (one / RECORD).exists() and one not in self._damaged]
+        for one in set(older) - set(whole[: self.config.keep - 1]):
+            shutil.rmtree(one, ignore_errors=True)
 
     def wait(self, *, report: bool = True) -> None:
         """Wait until the checkpoint being written is complete. With `report`, UserError if it couldn't be written."""
@@ -171,6 +183,7 @@ class Checkpoints:
             self._writing = None
         if report and self._failure is not None:
             failure, self._failure = self._failure, None
+            self.run.check_folder()  # says it better than a file that is missing
             raise UserError(_cant_write(self.folder, failure)) from failure
 
 

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import UserError
+from jaxgpt.files import WATCHED
 
 BEAT = 5.0  # seconds after which the holder rewrites a lease
 PATIENCE = 6 * BEAT  # seconds for which an unchanged lease is respected
+SIZE = 512  # bytes of the file: it is overwritten in place, so that nobody finds it empty while it is held
 
 
 class Claim:
@@ -28,6 +30,7 @@ class Claim:
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self.folder, self.path, self.say = folder, folder / ".lock", say
+        self._place = Path(os.path.abspath(folder))
         self.id = secrets.token_hex(16)
         self._file: Any = None
         self._released = threading.Event()
@@ -35,7 +38,8 @@ class Claim:
 
     def take(self) -> None:
         """Hold the folder until `release`, or until the process ends. UserError if another process holds it."""
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  "w" would empty another holder's
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # "w" would empty another holder's
+        self._file = open(handle, "r+b", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -44,6 +48,7 @@ class Claim:
         except OSError:  # no locks here
             self._take_lease()
         self._write(0)
+        WATCHED[self._place] = self.check
 
     def check(self) -> None:
         """UserError if the folder was moved, deleted, replaced or taken over, so that nothing may be saved there."""
@@ -61,6 +66,8 @@ class Claim:
     def release(self) -> None:
         """Give the folder up."""
         self._released.set()
+        if WATCHED.get(self._place) == self.check:
+            del WATCHED[self._place]
         if self._beats is not None:
             self._beats.join()
         if self._file is not None:
@@ -72,8 +79,8 @@ class Claim:
 
     def _write(self, beat: int) -> None:
         content = {"id": self.id, "host": socket.gethostname(), "pid": os.getpid(), "beat": beat}
-        self._file.truncate(0)
-        self._file.write(json.dumps(content).encode())
+        os.pwrite(self._file.fileno(), json.dumps(content).encode().ljust(SIZE), 0)
+        self._file.truncate(SIZE)
 
     # ---- file systems without locks ----
 

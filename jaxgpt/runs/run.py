@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import read_json, read_record, refuse_pattern, sha256_of_file, write_record
+from jaxgpt.files import read_json, read_record, refuse_pattern, remove, sha256_of_file, write_record
 from jaxgpt.pretrained import loading
 from jaxgpt.runs.claim import Claim
 from jaxgpt.runs.endings import STOPS, tell_next_start
@@ -44,9 +44,9 @@ __all__ = ["Run", "prepare_process", "print_device", "run_fingerprint"]
 
 # Settings that say where or how to run, and do not change the result; another mesh only rounds differently.
 PLACE_FIELDS = frozenset({"run", "cache", "fresh", "force", "save", "mesh"})
-RUN_FILES = (  # removed when a run starts over
+RUN_FILES = (  # removed in this order when a run starts over; settings.json, by which it is known, is replaced
     "done.json",
-    "settings.json",
+    "checkpoints",
     "metrics.jsonl",
     "log.txt",
     "tensorboard",
@@ -54,7 +54,6 @@ RUN_FILES = (  # removed when a run starts over
     "adapters",
     "critic",
     "rollouts",
-    "checkpoints",
 )
 MAKE_ROOM = "free some space; the same command then resumes from the newest checkpoint"
 FLUSH_SECONDS = 10.0  # between flushes of TensorBoard's event file
@@ -118,8 +117,8 @@ def check_outputs(folder: Path, done: Mapping[str, Any], *, measured: bool = Fal
 def _outputs(folder: Path) -> dict[str, str]:
     """{name: sha256} of what later stages and the doctor read of a finished run. For a model, its model.json is enough,
     since that has the hashes of its other files."""
-    names = ["settings.json", *(path.name for path in folder.glob("*.jsonl"))]
-    names += [f"{path.parent.name}/model.json" for path in folder.glob("*/model.json")]
+    names = ["settings.json", *(path.name for path in folder.glob("[!.]*.jsonl"))]
+    names += [f"{path.parent.name}/model.json" for path in folder.glob("[!.]*/model.json")]
     return {name: sha256_of_file(folder / name) for name in sorted(names)}
 
 
@@ -178,6 +177,9 @@ class Run:
                 outcome = {"results": self._claim()}
             except UserError as error:
                 outcome = {"error": str(error)}
+            except BaseException:
+                self._files.close()
+                raise
         outcome = broadcast_from_first(outcome)
         if "error" in outcome:
             self._files.close()
@@ -221,8 +223,8 @@ class Run:
                 return done
             if self.fresh or not self.has_checkpoint():
                 for name in RUN_FILES:
-                    path = self.folder / name
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+                    for path in (name, f".{name}.old", f".{name}.new"):  # the latter two: what `save_model` left
+                        remove(self.folder / path)
             write_record(self.folder / "settings.json", self._record | {"versions": _versions()})
             self._open()
             if self._forced:
@@ -249,11 +251,11 @@ class Run:
             return None
         differences = _differences(_identity(found, self._places), _identity(self._record, self._places))
         path = self.folder / "done.json"
-        if differences and self.force and not path.exists():
+        if differences and self.force and not os.path.lexists(path):
             self._forced = differences
         elif differences:
-            raise UserError(self._refusal(differences, finished=path.exists()))
-        if not path.exists():
+            raise UserError(self._refusal(differences, finished=os.path.lexists(path)))
+        if not os.path.lexists(path):
             return None
         results: dict[str, Any] = read_done(self.folder)["results"]
         return results
@@ -283,7 +285,7 @@ class Run:
         metrics = self.folder / "metrics.jsonl"
         if self.has_checkpoint():
             return True
-        return (self.folder / "done.json").exists() or (metrics.exists() and metrics.stat().st_size > 0)
+        return os.path.lexists(self.folder / "done.json") or (metrics.exists() and metrics.stat().st_size > 0)
 
     def _read_found(self) -> dict[str, Any] | None:
         """settings.json of an earlier run of this stage; None where the folder is missing or empty."""
@@ -291,16 +293,17 @@ class Run:
             return None
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file, and a run needs a folder; choose another --run")
-        path = self.folder / "settings.json"
-        if not path.exists():
-            if {entry.name for entry in self.folder.iterdir()} - {".lock"}:
-                raise UserError(f"{self.folder} is not empty and is not a run folder; choose another --run")
+        names = {entry.name for entry in self.folder.iterdir() if not entry.name.startswith(".settings.json.")}
+        if not names - {".lock"}:
             return None
         try:
+            if "settings.json" not in names:
+                raise UserError(f"{self.folder} is not empty and is not a run folder; choose another --run")
             found = read_settings(self.folder)
-        except UserError:
-            if not self._holds_this_run():
-                raise
+        except UserError as error:
+            known = {".lock", "log.txt"} <= names and self._is_of_stage()
+            if not self._holds_this_run() and not (self.fresh and known):
+                raise error from None
             return self._record
         if found["stage"] != self.stage:
             mismatch = f"a run of {found['stage']!r}, not {self.stage!r}"
@@ -315,6 +318,15 @@ class Run:
                 if isinstance(found, dict) and self.fingerprint in (found.get("run"), found.get("fingerprint")):
                     return True
         return False
+
+    def _is_of_stage(self) -> bool:
+        """Whether no other record in the folder says that it is a run of another stage."""
+        found = []
+        for name in ("settings.json", "done.json"):
+            with contextlib.suppress(UserError):
+                record = read_json(self.folder / name)
+                found.append(record.get("stage") if isinstance(record, dict) else None)
+        return all(stage in (None, self.stage) for stage in found)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl, {"step", "time" (seconds since the start), name: number, …}, and add the same
@@ -340,9 +352,12 @@ class Run:
                 self._files.callback(self._curves.close)
             self._curves.add(int(step), finite)
         except OSError as error:
-            raise UserError(f"can't write to the run folder {self.folder} ({error.strerror}); {MAKE_ROOM}") from None
+            raise self._cant_write(error) from None
         if self._wandb is not None:
             self._wandb.log(finite, step=int(step))
+
+    def _cant_write(self, error: OSError) -> UserError:
+        return UserError(f"can't write to the run folder {self.folder} ({error.strerror or error}); {MAKE_ROOM}")
 
     def position(self) -> dict[str, Any]:
         """The current end of the metrics, for `rewind`; all before it is safely on the disk (or in the bucket)."""
@@ -395,9 +410,13 @@ class Run:
         self.finished, self.results = True, results_to_json(results)
         if self._first:
             self.check_folder()
-            self.position()  # the metrics are on the disk
+            written = self.position()["metrics_sha256"]  # and the metrics are on the disk
             done = {"stage": self.stage, "fingerprint": self.fingerprint, "results": self.results}
-            write_record(self.folder / "done.json", {**done, "files": _outputs(self.folder)})
+            try:
+                files = {**_outputs(self.folder), "metrics.jsonl": written}
+                write_record(self.folder / "done.json", {**done, "files": files})
+            except OSError as error:
+                raise self._cant_write(error) from None
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # nothing is left to resume
         barrier("run finished")  # another stage of this process may read the folder next
         return self.results

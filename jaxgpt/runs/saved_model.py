@@ -3,10 +3,11 @@
 `save_model` replaces the folder in one step; `load_model` checks every byte and shape before it returns anything.
 """
 
+import contextlib
 import dataclasses
+import errno
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,11 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError, needs_extra
 from jaxgpt.files import (
     check_files,
+    check_watched,
     read_json,
     read_record,
     refuse_pattern,
+    remove,
     sha256_of_folder,
     sync_folder,
     sync_names,
@@ -59,17 +62,33 @@ def save_model(
     folder = Path(os.path.abspath(folder))
     refuse_pattern(folder)
     check_params_finite(params, f"{folder} is not written, because", "lower the learning rate")
+    check_watched(folder)
     _recover(folder)
     if folder.exists() and not (folder / "model.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not a saved model; choose another folder")
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    first = jax.process_index() == 0
+    new = folder.with_name(f".{folder.name}.new")
+    try:
+        _write(new, folder, params, config, tokenizer, extra)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            remove(new)
+        reason = error.strerror or error
+        raise UserError(f"can't write the model {folder} ({reason}); free some space, and try again") from error
+
+
+def _write(new: Path, folder: Path, params: Any, config: ModelConfig, tokenizer: Any, extra: Any) -> None:
+    first, old = jax.process_index() == 0, _old(folder)
     if first:
-        shutil.rmtree(new, ignore_errors=True)
+        remove(new)
         new.mkdir(parents=True)
     barrier("save: start")
     params = jax.tree.map(jnp.asarray, params)
-    ocp.save(new / "params", params)
+    try:
+        ocp.save(new / "params", params)
+    except Exception as error:  # a full disk is a ValueError of its storage
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        reason = os.strerror(int(code[1])) if code else (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(errno.EIO, getattr(error, "strerror", None) or reason) from error
     barrier("save: written")
     if first:
         if tokenizer is not None:
@@ -84,12 +103,14 @@ def save_model(
         write_record(new / "model.json", record)
         sync_folder(new)
         check_model(new)  # read back before anything older is removed
-        shutil.rmtree(old, ignore_errors=True)
+        check_watched(folder)
+        remove(old)
         if folder.exists():
             os.replace(folder, old)
         os.replace(new, folder)
         sync_names(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(old)
     barrier("save: done")
 
 
@@ -253,20 +274,26 @@ def _load_params(folder: Path, described: Mapping[str, str]) -> Any:
 def _find_model(folder: Path) -> Path:
     """`folder`, or the model inside a run folder."""
     for place in (folder, folder / "model"):
-        _recover(place)
-        if (place / "model.json").exists():
-            return place
+        for found in (place, _old(place)):  # the latter after a kill between the two renames of `save_model`
+            if (found / "model.json").exists() and (found == place or not place.exists()):
+                return found
     experiment: tuple[str, ...] = ()
     for place in (folder, folder.parent):
         if (place / "settings.json").exists():
-            stage = read_json(place / "settings.json").get("stage")
-            experiment = (str(stage), "--run", str(place))
+            settings = read_json(place / "settings.json")
+            if isinstance(settings, dict) and isinstance(stage := settings.get("stage"), str):
+                experiment = (stage, "--run", str(place))
     advice = loading.missing_advice(folder) or "; run the experiment that trains it first"
     raise UserError(f"{folder} holds no model{advice}", experiment=experiment)
 
 
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
 def _recover(folder: Path) -> None:
-    """Restore the old model after a kill between the two renames of `save_model`."""
-    old = folder.with_name(f".{folder.name}.old")
+    """Restore the old model after a kill between the two renames of `save_model`. Readers must not: they would come in
+    between the renames of another process."""
+    old = _old(folder)
     if jax.process_index() == 0 and not folder.exists() and (old / "model.json").exists():
         os.replace(old, folder)

@@ -4,6 +4,7 @@ python -m jaxgpt.runs.verify runs/assistant       exit status 0: all intact; 1: 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,14 +18,20 @@ from jaxgpt.runs.saved_model import check_model
 
 
 def verify(root: Path) -> list[tuple[Path, str]]:
-    """(folder, what is wrong with it or "") for each run, model and checkpoint below `root`. UserError if there is
-    none."""
-    found = [(path.parent, _problem(_check_run, path.parent)) for path in sorted(root.rglob("settings.json"))]
+    """(folder, what is wrong with it or "") for each run, model and checkpoint below `root`, and each folder that can't
+    be read. UserError if there is none."""
+    unread: list[OSError] = []
+    for _ in os.walk(root, onerror=unread.append):
+        pass
+    closed = {Path(error.filename): f"it can't be read ({error.strerror})" for error in unread if root.exists()}
+    found = list(closed.items())
+    found += [(path.parent, _problem(_check_run, path.parent)) for path in sorted(root.rglob("settings.json"))]
     for path in sorted({root, *(one.parent for one in root.rglob("model.json"))}):
         if (path / "model.json").exists():
             found.append((path, _problem(check_model, path)))
-    for folder in sorted(root.rglob("checkpoints")):
-        found += [(step, _problem(read_checkpoint, step)) for step in reversed(list_checkpoints(folder))]
+    for folder in sorted(set(root.rglob("checkpoints")) - closed.keys()):
+        if not (folder.parent / "done.json").exists():  # a finished run needs none; some may be half removed
+            found += [(step, _problem(read_checkpoint, step)) for step in reversed(list_checkpoints(folder))]
     if not found:
         raise UserError(f"no run, saved model or checkpoint below {root}; give a folder that holds one")
     return found
@@ -41,6 +48,8 @@ def _problem(check: Callable[[Path], Any], folder: Path) -> str:
         check(folder)
     except UserError as error:
         return str(error)
+    except OSError as error:
+        return f"{error.filename or folder} can't be read ({error.strerror})"
     return ""
 
 

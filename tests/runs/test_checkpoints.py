@@ -301,6 +301,16 @@ def test_a_renamed_checkpoint_is_passed_over(run, tok):
     assert "holds the checkpoint of step 9: it was renamed" in (run / "log.txt").read_text()
 
 
+def test_only_whole_checkpoints_count_as_kept(run, tok):
+    """Neither a later one that couldn't be used nor one whose save was not finished costs a whole one."""
+    (run / "checkpoints/9").rename(run / "checkpoints/11")
+    shutil.copytree(run / "checkpoints/6", run / "checkpoints/7")
+    (run / "checkpoints/7/checkpoint.json").unlink()
+    assert train_run(run, tok, until=10)[0] == 7
+    assert {one.name for one in (run / "checkpoints").iterdir()} == {"6", "9", "11"}
+    checkpoints.read_checkpoint(run / "checkpoints/6"), checkpoints.read_checkpoint(run / "checkpoints/9")
+
+
 def test_another_runs_checkpoint_is_refused_unless_forced(run, tok, tmp_path):
     train_run(tmp_path / "other", tok, until=10, settings=Settings(seed=1))
     shutil.rmtree(run / "checkpoints")
@@ -330,6 +340,19 @@ def test_nothing_is_saved_into_a_folder_that_was_moved(tmp_path, tok):
         train_run(run, tok, visit=move)
     assert not run.exists()
     assert train_run(tmp_path / "moved", tok)[0] == 4  # after the checkpoint of step 3
+
+
+def test_a_folder_that_is_moved_in_the_middle_of_a_save_is_called_so(tmp_path, tok, monkeypatch):
+    sync = checkpoints.sync_folder
+
+    def moved(folder: Path) -> None:
+        sync(folder)
+        (tmp_path / "run").rename(tmp_path / "moved")
+
+    monkeypatch.setattr(checkpoints, "sync_folder", moved)
+    with pytest.raises(UserError, match="^the run folder .* was moved, deleted or taken over"):
+        train_run(tmp_path / "run", tok, until=7)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "moved/checkpoints/3/checkpoint.json").exists()
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ import json
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -49,6 +51,59 @@ def test_a_lease_whose_process_has_ended_is_taken_over_at_once(claim, tmp_path):
         one = claim()
         one.take()
         one.check()
+
+
+def test_the_file_is_never_empty_while_it_is_held(claim, tmp_path, monkeypatch):
+    """Whoever reads it in the middle of a rewriting must not take the folder for free."""
+    one, found = claim(), []
+    one.take()
+    for name in ("write", "truncate"):
+        real = getattr(one._file, name)
+
+        def spied(*words: object, real=real) -> object:
+            found.append((tmp_path / ".lock").read_bytes())
+            result = real(*words)
+            found.append((tmp_path / ".lock").read_bytes())
+            return result
+
+        monkeypatch.setattr(one, "_file", Spied(one._file, {name: spied}))
+    for beat in (9, 10, 11):
+        one._write(beat)
+        one.check()
+    assert all(json.loads(content)["id"] == one.id for content in found)
+
+
+class Spied:
+    """A file some of whose methods are others."""
+
+    def __init__(self, file, others):
+        self.file, self.others = file, others
+
+    def __getattr__(self, name):
+        return self.others[name] if name in self.others else getattr(self.file, name)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_holder_that_slept_notices_whether_another_one_took_over(claim, tmp_path, monkeypatch, taken):
+    """As after a suspended machine: its lease grew older than others respect."""
+    with no_locks():
+        sleeper, other = claim(), claim()
+        sleeper.take()
+        sleeper._released.set()
+        sleeper._beats.join()
+        sleeper._write(7)  # it beats no more
+        if taken:
+            other.take()
+        sleeper._released.clear()
+        sleeper._beats = threading.Thread(target=sleeper._beat)
+        sleeper._beats.start()
+        time.sleep(0.2)
+        if not taken:
+            sleeper.check()
+        else:
+            other.check()
+            with pytest.raises(UserError, match="was moved, deleted or taken over"):
+                sleeper.check()
 
 
 def test_a_claim_that_was_taken_over_is_noticed(claim, tmp_path):

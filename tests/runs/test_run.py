@@ -1,6 +1,8 @@
 """The run folder: who may use it, what it records, and what a second start does."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -24,6 +26,7 @@ from jaxgpt.data import formats
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root, write_json
 from jaxgpt.runs import process, progress
+from jaxgpt.runs import run as run_module
 from jaxgpt.runs.run import Run, print_device, run_fingerprint
 from jaxgpt.runs.saved_model import save_model
 from jaxgpt.runs.verify import verify
@@ -447,3 +450,117 @@ def test_a_run_whose_folder_is_gone_does_not_write_into_a_new_one(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_json(tmp_path / "gone" / "done.json", {})
     assert not (tmp_path / "gone").exists()
+
+
+def test_a_start_over_that_is_killed_at_any_moment_can_be_repeated(tmp_path, monkeypatch):
+    """settings.json, by which the folder is known, is never missing; nothing left is taken for the new run's."""
+
+    class Killed(BaseException):
+        pass
+
+    finish(tmp_path / "old", results={"loss": 1})
+    for name in ("model", "checkpoints/9", ".model.old", ".critic.new"):
+        (tmp_path / "old" / name).mkdir(parents=True)
+    other = Settings(lr=0.2)
+    for moment in range(99):
+        folder = tmp_path / str(moment)
+        subprocess.run(["cp", "-r", tmp_path / "old", folder], check=True)
+        calls = iter(range(moment))
+
+        def killed(path: Path, remove=run_module.remove, calls=calls) -> None:
+            if os.path.lexists(path) and next(calls, None) is None:
+                raise Killed
+            remove(path)
+
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
+            patched.setattr(run_module, "remove", killed)
+            finish(folder, other, fresh=True, results={"loss": 2})
+            break
+        (folder / ".settings.json.abcdefgh").write_text("{")  # what a kill while it is written leaves
+        assert finish(folder, other, fresh=True, results={"loss": 3}).results == {"loss": 3}
+    assert moment > 5
+    assert not {".model.old", ".critic.new", "model", "checkpoints"} & set(os.listdir(folder))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".settings.json.abcdefgh").write_text("{")
+    finish(tmp_path / "new")
+
+
+def test_fresh_replaces_a_run_whose_settings_file_is_damaged_or_lost(tmp_path):
+    path = tmp_path / "settings.json"
+    for spoil in (lambda: path.write_text("{"), path.unlink):
+        finish(tmp_path, Settings(lr=0.3), fresh=True)
+        spoil()
+        with pytest.raises(UserError, match=r"not valid JSON|is not a run folder"):
+            finish(tmp_path)
+        with pytest.raises(UserError, match=r"not valid JSON|is not a run folder"):
+            finish(tmp_path, stage="ppo", fresh=True)  # done.json says that it is a run of another stage
+        assert finish(tmp_path, fresh=True, results={"loss": 2}).results == {"loss": 2}
+        path.unlink()
+        assert finish(tmp_path).results == {"loss": 2}  # done.json says whose it is
+
+
+def test_nothing_is_written_into_a_run_that_took_the_place_of_this_one(tmp_path):
+    """Neither a model nor rows: they would replace the other's."""
+    place = tmp_path / "run"
+    params = {"w": np.arange(3.0)}
+    finish(tmp_path / "other", Settings(lr=0.2))
+    with pytest.raises(UserError, match="was moved, deleted or taken over"), Run(place, Settings(), "sft") as run:
+        place.rename(tmp_path / "moved")
+        for write in (lambda: save_model(place / "model", params, ModelConfig()), lambda: run.finish({})):
+            with pytest.raises(UserError, match="was moved, deleted or taken over"):
+                write()
+            assert not place.exists()
+        (tmp_path / "other").rename(place)
+        before = files(place)
+        with pytest.raises(UserError, match="was moved, deleted or taken over"):
+            write_json(place / "train.jsonl", {})
+        save_model(place / "model", params, ModelConfig())
+    assert files(place) == before
+    save_model(place / "model", params, ModelConfig())  # now that no run of this process works there
+
+
+def test_metrics_that_another_process_wrote_are_not_vouched_for(tmp_path):
+    with Run(tmp_path, Settings(), "sft") as run:
+        run.log(1, {"loss": 2.0})
+        with (tmp_path / "metrics.jsonl").open("a") as other:
+            other.write('{"step": 1, "time": 1.0, "loss": 3.0}\n')
+        run.log(2, {"loss": 1.0})
+        run.finish({})
+    run_fingerprint(tmp_path, "sft")
+    (_, problem), *_ = verify(tmp_path)
+    assert "metrics.jsonl is not what the run" in problem
+
+
+def test_a_full_disk_at_the_end_is_one_line(tmp_path, monkeypatch):
+    with Run(tmp_path, Settings(), "sft") as run:
+        monkeypatch.setattr(run_module, "write_record", full_disk)
+        with pytest.raises(UserError, match=r"can't write to .* \(No space left on device\); free some space"):
+            run.finish({})
+    assert not (tmp_path / "done.json").exists()
+
+
+def full_disk(*words: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_finished_run_whose_record_is_a_link_to_nothing_is_not_repeated(tmp_path):
+    """As in a checkout whose large files were not fetched."""
+    finish(tmp_path)
+    (tmp_path / "done.json").unlink()
+    (tmp_path / "done.json").symlink_to("annex/objects/done.json")
+    with pytest.raises(UserError, match="done.json does not exist"):
+        finish(tmp_path)
+
+
+def test_verify_tells_what_it_could_not_read_and_lets_a_finished_runs_checkpoints_be(tmp_path, monkeypatch):
+    finish(tmp_path / "run")
+    (tmp_path / "run/checkpoints/3").mkdir(parents=True)  # killed while it removed them
+    assert [problem for _, problem in verify(tmp_path)] == [""]
+    walk = os.walk
+
+    def closed(root, onerror):
+        onerror(PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "other")))
+        return walk(root)
+
+    monkeypatch.setattr(os, "walk", closed)
+    assert dict(verify(tmp_path))[tmp_path / "other"] == "it can't be read (Permission denied)"

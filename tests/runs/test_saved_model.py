@@ -1,6 +1,7 @@
 """Saved models load back exactly, or are refused with the reason."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -120,6 +121,50 @@ def test_an_interrupted_save_keeps_the_old_model(tmp_path, monkeypatch, moment):
     assert os.listdir(tmp_path) == ["m"]
 
 
+def test_a_reader_does_not_come_in_between_the_renames_of_a_save(tmp_path, monkeypatch):
+    save_model(tmp_path / "m", small(0), CONFIG)
+    real, read = os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(source).name == ".m.new":
+            read.append(load_model(tmp_path / "m").params)
+            assert sorted(os.listdir(tmp_path)) == [".m.new", ".m.old"]
+        real(source, target)
+
+    monkeypatch.setattr(saved_model.os, "replace", replace)
+    save_model(tmp_path / "m", small(1), CONFIG)
+    assert_same(read[0], small(0))
+    assert_same(load_model(tmp_path / "m").params, small(1))
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+OF_ORBAX = ValueError("RESOURCE_EXHAUSTED: Error writing local file: Failed [os_error_code='28']\nmore")
+
+
+@pytest.mark.parametrize(("where", "error"), [("save", FULL), ("save", OF_ORBAX), ("write_record", FULL)])
+def test_a_full_disk_is_one_line_and_the_old_model_stays(tmp_path, monkeypatch, error, where):
+    save_model(tmp_path / "m", small(0), CONFIG)
+
+    def full(*words: object) -> None:
+        raise error
+
+    monkeypatch.setattr(saved_model.ocp if where == "save" else saved_model, where, full)
+    with pytest.raises(UserError, match=r"^can't write the model .*/m \(No space left on device\); free some space"):
+        save_model(tmp_path / "m", small(1), CONFIG)
+    assert_same(load_model(tmp_path / "m").params, small(0))
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_model_that_is_a_link_is_replaced_again_and_again(tmp_path):
+    save_model(tmp_path / "elsewhere", small(0), CONFIG)
+    (tmp_path / "m").symlink_to("elsewhere")
+    for seed in (1, 2):
+        save_model(tmp_path / "m", small(seed), CONFIG)
+        assert_same(load_model(tmp_path / "m").params, small(seed))
+    assert_same(load_model(tmp_path / "elsewhere").params, small(0))
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "m"]
+
+
 def test_other_folders_are_not_replaced(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "a.tex").write_text("years")
@@ -131,6 +176,10 @@ def test_other_folders_are_not_replaced(tmp_path):
 def test_a_missing_model_says_what_to_run(tmp_path):
     with pytest.raises(UserError, match="holds no model; run the experiment that trains it first"):
         load_model(tmp_path / "none")
+    for foreign in ("[]", '{"stage": 3}'):
+        (tmp_path / "settings.json").write_text(foreign)
+        with pytest.raises(UserError, match="holds no model"):
+            load_model(tmp_path)
     (tmp_path / "settings.json").write_text(json.dumps({"stage": "sft"}))
     for folder in (tmp_path, tmp_path / "model"):
         with pytest.raises(UserError) as failed:

@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 
 from jaxgpt.errors import UserError
-from jaxgpt.files import sha256_of_folder
+from jaxgpt.files import sha256_of_folder, write_json
 from jaxgpt.runs import claim
 from jaxgpt.runs.checkpoints import Checkpoints, SaveConfig
 from jaxgpt.runs.claim import Claim
@@ -52,6 +52,7 @@ def any_path(rng: random.Random, folder: Path) -> Outcomes:
 
 def folders_taken_away(rng: random.Random, folder: Path) -> Outcomes:
     """The folder of a run is moved, deleted, or replaced by another one while the run works in it."""
+    other, folder = stopped_run(folder / "other", lr=0.2), folder / "work"
     while True:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -73,8 +74,11 @@ def folders_taken_away(rng: random.Random, folder: Path) -> Outcomes:
                         elif "empty" in change:
                             place.mkdir()
                         elif "another" in change:
-                            stopped_run(place, lr=0.2)
+                            shutil.copytree(other, place)
                         kept = sha256_of_folder(folder)
+                    if rng.random() < 0.5:  # as at the end of a run, and as rollouts are
+                        save_model(place / "model", {"w": np.arange(3.0)}, CONFIG)
+                        write_json(place / "rows.json", {})
                 saves.wait()
                 run.finish({})
             yield f"{change} after step {when}: finished as if nothing had happened"
@@ -156,9 +160,7 @@ from tests.torture.records import Settings
 from jaxgpt.runs.run import Run, run_fingerprint
 from jaxgpt.runs.saved_model import load_model
 from jaxgpt.runs.endings import plain_endings
-os.setgid(65534)
-os.setuid(65534)
-with plain_endings():
+def act():
     run = Path(sys.argv[1])
     if sys.argv[2] == "run":
         with Run(run, Settings(run), "sft") as one:
@@ -167,6 +169,12 @@ with plain_endings():
         run_fingerprint(run, "sft")
         load_model(run)
         print("finished")
+act()  # imports what this user may not be able to read
+print("as nobody:")
+os.setgid(65534)
+os.setuid(65534)
+with plain_endings():
+    act()
 """
 
 
@@ -196,7 +204,8 @@ def files_of_others(rng: random.Random, folder: Path) -> Outcomes:
             path.chmod(0o755)
         names = ", ".join(str(path.relative_to(folder)) for path in hidden)
         said = found.stderr.strip()
-        good = (found.returncode, found.stdout.strip().endswith("finished")) == (0, True) or (
+        told = found.stdout.partition("as nobody:")[2].strip()
+        good = (found.returncode, told.endswith("finished")) == (0, True) or (
             found.returncode == 2 and "Traceback" not in said and said.startswith("error:") and said.count("\n") <= 1
         )
         good = good and sha256_of_folder(run) == before

@@ -151,7 +151,9 @@ def moved_checkpoints(rng: random.Random, folder: Path) -> Outcomes:
 def model_records(rng: random.Random, folder: Path) -> Outcomes:
     from jaxgpt.models import transformer
 
-    save_model(folder / "model", transformer.init(jax.random.key(0), CONFIG), CONFIG, tokenizer(), {"loss": 1.5})
+    tok = tokenizer()
+    config = dataclasses.replace(CONFIG, vocab=tok.vocab_size)
+    save_model(folder / "model", transformer.init(jax.random.key(0), config), config, tok, {"loss": 1.5})
 
     def read() -> Any:
         found = load_model(folder / "model")
