@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from experiments.bench.decode import Case, Settings
 from experiments.bench.harness import OURS
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
+from jaxgpt.files import write_record
 from jaxgpt.models import transformer
 from tests.helpers import hidden
 
@@ -342,7 +344,8 @@ def test_a_whole_run_without_torch(tmp_path, capsys):
         roof_mb=16,
     )
     (settings.run / "weights-of-a-killed-run").mkdir(parents=True)
-    (settings.run / "settings.json").write_text('{"stage": "bench_decode", "settings": {}, "inputs": {}}')
+    killed: dict[str, Any] = {"stage": "bench_decode", "settings": {}, "inputs": {}, "versions": {}}
+    write_record(settings.run / "settings.json", killed)
     bench_decode.main(settings)
     report = json.loads((settings.run / "bench_decode.json").read_text())
     said = capsys.readouterr().out

@@ -130,7 +130,7 @@ def test_a_full_disk_while_saving(text, tmp_path):
     assert error and "the same command resumes" in told.splitlines()[0] and "Traceback" not in before
     for line in lines_of(run)[:-1]:
         json.loads(line)
-    whole = [step for step, complaint in verify.verify(run) if not complaint]
+    whole = [step for step, complaint in verify.verify(run) if not complaint and step != run]
     assert whole
     again = pretrain(text, run, "--save.every", "5")
     newest = max(int(step.name) for step in whole)
