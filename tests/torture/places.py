@@ -34,7 +34,7 @@ def any_path(rng: random.Random, folder: Path) -> Outcomes:
     """A model is stored under any path, beside folders that a pattern would match, or refused before anything is."""
     params = {"w": np.arange(3.0)}
     while True:
-        name = "".join(rng.choices(CHARACTERS, k=rng.randint(1, 4))).replace("/", "") or "a"
+        name = "".join(rng.choices(CHARACTERS, k=rng.randint(1, 4))).replace("/", "").replace("m", "") or "a"
         place = folder / "models" / f"m{name}n"
         save_model(folder / "models" / "mmn", {"w": np.zeros(3)}, CONFIG)  # what a pattern could match as well
         try:
