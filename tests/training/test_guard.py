@@ -72,6 +72,19 @@ def test_a_gradient_that_is_not_finite_counts_though_the_loss_is():
     np.testing.assert_array_equal(state.trainable["w"], 1.0)
 
 
+def test_a_gradient_that_is_not_finite_counts_though_the_update_is():
+    """Only the sign of a gradient moves this parameter."""
+    tx = optax.chain(optax.scale_by_sign(), optax.scale(-0.1))
+
+    def slope(params, batch, key):
+        return losses.reduce(jnp.sqrt(jnp.abs((params["w"] - 1.0) * batch))), {}
+
+    step, state = jax.jit(training.make_train_step(slope, tx)), training.init_state({"w": np.float32(1.0)}, tx)
+    state, metrics = step(state, full(1.0), None)
+    assert np.isfinite(metrics["loss"].value) and not np.isfinite(metrics["grad_norm"])
+    assert int(metrics["skipped"]) == 1 and float(state.trainable["w"]) == 1.0
+
+
 @pytest.mark.parametrize("rate", [1e10, 1e25, 1e38, 1e39])
 def test_an_update_that_could_overflow_the_parameters_is_skipped(rate):
     """Loss and gradient are finite; a large finite step is made, and no parameter ever becomes NaN or infinite."""
