@@ -278,12 +278,13 @@ def read_record(path: Path, names: Iterable[str], advice: str, *, older: Iterabl
     """Read what `write_record` wrote, without its hash: a JSON object with exactly these names. UserError that ends
     with `advice` if the content is not what was written.
 
-    `older`: the names in a record of jaxgpt 0.1.0, which has no hash; empty: such records are refused."""
+    `older`: the names in a record of jaxgpt 0.1.0, which has no hash; empty: such records are refused. One that names
+    its format must say 2, the last format without a hash."""
     try:
         record = read_json(path)
     except UserError as error:
         raise UserError(f"{error}; {advice}") from None
-    if isinstance(record, dict) and "sha256" not in record and record and set(record) == set(older):
+    if isinstance(record, dict) and older and set(record) == set(older) and record.get("format", 2) == 2:
         return record
     digest = record.pop("sha256", None) if isinstance(record, dict) else None
     try:

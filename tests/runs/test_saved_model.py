@@ -258,6 +258,9 @@ def test_a_model_of_version_0_1_0_is_read(copy):
     del record["sha256"]
     write_json(copy / "model.json", {**record, "format": 2})
     assert_same(load_model(copy).params, make_params())
+    write_json(copy / "model.json", record)  # of this version, which always writes a checksum
+    with pytest.raises(UserError, match="it holds no checksum"):
+        load_model(copy)
 
 
 @pytest.mark.parametrize(("bad", "dtype"), [(np.nan, np.float32), (np.inf, jnp.bfloat16), (-np.inf, np.float16)])
