@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.templates import chat_tokenizer
@@ -41,6 +42,7 @@ with needs_extra("pretrained"):
     import tokenizers
 
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # constants stored in old checkpoints
+_HEAD = "lm_head.weight"  # some models whose embeddings serve as the head store them under this name, too
 _DTYPES = ("F32", "F16", "BF16", "F64")
 MOST_LAYERS = 10_000
 SUPPORTED = "gpt2, openai-gpt, llama and mistral"  # what model_type may be
@@ -68,7 +70,7 @@ def read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     for path, file in files.items():
         for own in file.keys():  # noqa: SIM118
             name, stored = _full_name(own), file.get_slice(own)
-            if _BUFFERS.search(name) or (config.tied and name == "lm_head.weight"):
+            if _BUFFERS.search(name):
                 continue
             if name in where:
                 raise UserError(f"{path} stores {printable(name)} a second time; download the whole model again")
@@ -77,10 +79,17 @@ def read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
                     f"{path}: {printable(name)} is of type {stored.get_dtype()}, not {' or '.join(_DTYPES)}"
                 )
             where[name], shapes[name] = (file, own), tuple(stored.get_shape())
-    texts = places.tensor_errors(config, shapes)
+    head = where.pop(_HEAD, None) if config.tied else None
+    texts = places.tensor_errors(config, {name: shapes[name] for name in where})
     if texts:
         raise UserError("\n  ".join([f"{folder} does not hold the tensors that its config.json implies:", *texts]))
-    return places.to_params(lambda name: where[name][0].get_tensor(where[name][1]), config, folder), config
+    params = places.to_params(lambda name: where[name][0].get_tensor(where[name][1]), config, folder)
+    if head and not np.array_equal(head[0].get_tensor(head[1]).astype(np.float32), params["embed"]["tokens_VD"]):
+        raise UserError(
+            f"{folder} stores a {_HEAD} unlike its embeddings, but its config.json says that they are the same "
+            "(tie_word_embeddings); correct config.json, or download the whole model again"
+        )
+    return params, config
 
 
 def _full_name(name: str) -> str:

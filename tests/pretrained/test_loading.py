@@ -179,6 +179,20 @@ def rewrite(**changes):
     return change
 
 
+def with_head(changed, rows=None):
+    """Store a head beside the embeddings that serve as one."""
+
+    def change(folder):
+        from safetensors.numpy import load_file, save_file
+
+        tensors = load_file(folder / "model.safetensors")
+        head = tensors["model.embed_tokens.weight"][:rows].copy()
+        head[3, 4] += changed
+        save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "texts"),
     [
@@ -194,6 +208,8 @@ def rewrite(**changes):
         (rewrite(num_hidden_layers=3), ["model.layers.2.mlp.up_proj.weight is missing"]),
         (rewrite(num_hidden_layers=1), ["model.layers.1.mlp.up_proj.weight is not part of this architecture"]),
         (rewrite(tie_word_embeddings=False), ["lm_head.weight is missing"]),
+        (with_head(changed=0.5), ["stores a lm_head.weight unlike its embeddings", "tie_word_embeddings"]),
+        (with_head(changed=0.5, rows=63), ["stores a lm_head.weight unlike its embeddings"]),
         (lambda folder: (folder / "config.json").write_text("{}"), ["no model_type"]),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), ["has no"]),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no tensors"), ["can't be read"]),

@@ -134,7 +134,7 @@ def config_values(rng: random.Random, folder: Path) -> Outcomes:
             lambda found, model=model, free=free: differences(found, model, free),  # type: ignore[misc]
             str(folder / name),
         )
-        yield outcome and f"{name} {data[:600]!r}: {outcome}"
+        yield outcome and f"{name} {data!r}: {outcome}"
 
 
 def gguf_damage(rng: random.Random, folder: Path) -> Outcomes:
