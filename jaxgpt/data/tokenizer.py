@@ -14,7 +14,6 @@ A pretrained model's tokenizer has its own chat template, or our tags after its 
 import contextlib
 import dataclasses
 import json
-import math
 import random
 import re
 import secrets
@@ -26,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxgpt.data.wheels import Wheel, fetch
-from jaxgpt.errors import UserError, needs_extra, printable, show_value
+from jaxgpt.errors import UserError, needs_extra, printable
 from jaxgpt.files import cached, read_json, sha256_of_texts
 
 with needs_extra("data"):
@@ -42,8 +41,6 @@ _PIECE = 65_536  # characters: documents are cut into pieces of at most this len
 _SECRET = secrets.token_hex(16)  # part of the control tokens' names in this process: no text can guess it
 _CUT = f"<{_SECRET}:>"  # keeps the texts before and after it apart; no token of the model
 _NAME = re.compile(rf"<{_SECRET}:(\d+)>")
-_SAMPLE = "Hello, who are you?\n\t don't  2+2=4 é中文🙂 \u0301\xa0"
-_MAX_GROWTH = 256  # largest factor by which a tokenizer may lengthen a text
 _MARKUP = re.compile(
     r"\s*[^\w\s].*\w.*[^\w\s]\s*", re.DOTALL
 )  # <think>, [INST], |end|: control tokens even if not marked special
@@ -292,70 +289,6 @@ def tokenizer_errors(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{what} ({printable(str(error))})") from error
-
-
-def check_parts(record: Mapping[str, Any], where: str) -> None:
-    """Raise UserError if a parsed tokenizer.json has bad ids, makes texts far longer, or has dropout."""
-    model = record.get("model")
-    model = model if isinstance(model, dict) else {}
-    vocab, added = model.get("vocab"), record.get("added_tokens")
-    ids = list(vocab.values()) if isinstance(vocab, dict) else []
-    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    check_ids(ids, len(vocab) if isinstance(vocab, list) else 0, where)
-    if model.get("dropout"):
-        raise UserError(f"{where}: model.dropout is {model['dropout']!r:.20}, so ids would be random; set it to null")
-    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if len(str(model.get(name))) > 64:
-            raise UserError(f"{where}: model.{name} has more than 64 characters; download it again")
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if (growth := _growth(record.get(part))) > _MAX_GROWTH:
-            raise UserError(
-                f"{where}: {part} can make a text {growth:.3g} times as long (limit {_MAX_GROWTH}); download it again"
-            )
-
-
-def check_ids(ids: Sequence[Any], others: int, where: str) -> None:
-    """Raise UserError for ids that are not whole numbers or are far larger than the number of tokens: the tokenizers
-    package allocates tables up to the largest id. `others`: how many tokens there are besides `ids`."""
-    most = 2 * (len(ids) + others) + 1000
-    for i in ids:
-        if type(i) is not int or not 0 <= i <= most:
-            raise UserError(f"{where}: a token's id is {show_value(i)}, not a whole number from 0 to {most}")
-
-
-def _growth(part: Any) -> float:
-    """About how many times longer a part of a tokenizer.json can make a text."""
-    inner = part if isinstance(part, list) else list(part.values()) if isinstance(part, dict) else []
-    product = math.prod(map(_growth, inner), start=1.0)
-    if not isinstance(part, dict):
-        return product
-    match part:
-        case {"type": "ByteLevel"}:
-            return 2 * product
-        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if old:
-            return product * max(1, len(new) / len(old))
-        case {"type": "Replace", "content": str(new)} | {"type": "Prepend", "prepend": str(new)}:
-            return product * (1 + len(new))
-        case {"type": "TemplateProcessing", "special_tokens": dict(tokens)}:
-            ids = (len(token["ids"]) for token in tokens.values() if isinstance(token, dict) and "ids" in token)
-            return product * (1 + max(ids, default=0) * (len(part.get("single", [])) + len(part.get("pair", []))))
-    return product
-
-
-def check_tokenizer(core: tokenizers.Tokenizer, where: str) -> None:
-    """Raise UserError if two tokens have the same id, or if a short text can't be encoded and decoded."""
-    with tokenizer_errors(f"the tokenizer of {where} is unusable"):
-        vocab = core.get_vocab()
-        if len(set(vocab.values())) < len(vocab):
-            names: dict[int, str] = {}
-            for token, i in vocab.items():
-                if i in names:
-                    raise UserError(
-                        f"the tokenizer of {where} gives the id {i} to two tokens, {names[i]!r:.40} and {token!r:.40}; "
-                        "download it again"
-                    )
-                names[i] = token
-        core.decode(core.encode(_SAMPLE).ids)
 
 
 def control_tokens(core: tokenizers.Tokenizer) -> dict[int, str]:

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.data.tokenizer import Tokenizer, prepend, tokenizer_errors
+from jaxgpt.data.tokenizer import Tokenizer, prepend
 from jaxgpt.errors import UserError, needs_extra, show_value
 from jaxgpt.pretrained import places
 from jaxgpt.pretrained.checked import Fields, naming
+from jaxgpt.pretrained.checked_tokenizer import reading_tokenizer
 from jaxgpt.pretrained.gguf_reader import read_header
 from jaxgpt.pretrained.huggingface import MOST_LAYERS, make_tokenizer
 
@@ -151,7 +152,7 @@ def _tokenizer(file: GGUFFile, use_tags: bool) -> Tokenizer:
             if type(i) is not int or not 0 <= i < len(tokens):
                 raise UserError(f"{file.path}: {field} is {show_value(i)}, but there are {len(tokens)} tokens")
             names[f"{ {'unknown': 'unk', 'padding': 'pad'}.get(name, name) }_token"] = tokens[i]
-    with tokenizer_errors(f"{file.path}: its tokenizer is unusable"):
+    with reading_tokenizer(f"{file.path}: its tokenizer is unusable"):
         pairs = [(left, right) for left, right in (pair.split(" ") for pair in merges)]
         core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
         core.pre_tokenizer, core.decoder = supported[pre], decoders.ByteLevel()

@@ -24,19 +24,16 @@ from jaxgpt.data.tokenizer import (
     Template,
     Tokenizer,
     append_tags,
-    check_ids,
-    check_parts,
-    check_tokenizer,
     gpt2_core,
     prepend,
     prepended,
     read_merges,
-    tokenizer_errors,
 )
 from jaxgpt.errors import UserError, needs_extra, printable, show_value
 from jaxgpt.files import write_json
 from jaxgpt.pretrained import places
 from jaxgpt.pretrained.checked import Fields, check_place, naming, read_object, read_text
+from jaxgpt.pretrained.checked_tokenizer import check_ids, check_parts, check_tokenizer, reading_tokenizer
 
 with needs_extra("pretrained"):
     import tokenizers
@@ -283,7 +280,7 @@ def make_tokenizer(core: tokenizers.Tokenizer, source: str | None, names: Mappin
     """The tokenizer with a chat template, or with our tags if `source` is None. UserError if it is unusable."""
     check_tokenizer(core, where)
     separator = separator_of(core, names.get("eos_token"))
-    with tokenizer_errors(f"the tokenizer of {where} is unusable"):
+    with reading_tokenizer(f"the tokenizer of {where} is unusable"):
         if source is None:
             return Tokenizer(core, append_tags(core, separator, names))
         return chat_tokenizer(core, source, names, separator, where)
@@ -312,13 +309,13 @@ def separator_of(core: tokenizers.Tokenizer, eos: str | None) -> int | None:
 def _read_core(folder: Path) -> tokenizers.Tokenizer:
     file = folder / "tokenizer.json"
     if file.is_file():
-        with tokenizer_errors(f"{file} is unreadable"):
+        with reading_tokenizer(f"{file} is unreadable"):
             check_parts(read_object(file), str(file))
             core = tokenizers.Tokenizer.from_file(str(file))
             core.no_padding()  # before the first text: padding may be to any length
             core.no_truncation()
             return core
-    with tokenizer_errors(
+    with reading_tokenizer(
         f"{folder} has neither a readable tokenizer.json nor vocab.json and merges.txt; copy them there"
     ):
         merges = read_merges(read_text(folder / "merges.txt"))

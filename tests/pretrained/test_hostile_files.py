@@ -2,6 +2,7 @@
 file claims are compared with the file, templates are rendered under limits, and nothing is read outside the folder."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.data import jinja_process, templates
 from jaxgpt.errors import UserError
 from jaxgpt.pretrained import gguf_file, huggingface, loading
+from jaxgpt.pretrained.checked_tokenizer import reading_tokenizer
 from tests.data.test_templates import CHATML, chat_tokenizer, core_of
 from tests.helpers import FAMILY, TINY
 from tests.pretrained.gguf_files import write_gguf
@@ -282,6 +284,16 @@ def test_a_tokenizer_that_is_damaged_or_a_bomb_is_one_line(part, change, tmp_pat
     inner = {**record[part], **change} if part == "model" and isinstance(change, dict) else change
     (tmp_path / "tokenizer.json").write_text(json.dumps({**record, part: inner}))
     refusal(lambda: huggingface.read_tokenizer(tmp_path), tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_written_to_stderr_while_a_tokenizer_is_read_is_not_lost(capfd):
+    with reading_tokenizer("it is unusable"):
+        os.write(2, b"first\n")
+    with pytest.raises(UserError, match="it is unusable"), reading_tokenizer("it is unusable"):
+        os.write(2, b"second\n")
+        raise ValueError
+    assert capfd.readouterr().err == "first\nsecond\n"
 
 
 def test_padding_to_any_length_is_off_before_the_first_text(tmp_path):
