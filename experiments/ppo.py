@@ -101,7 +101,7 @@ class Program:
 def build(settings: Settings, config: ModelConfig, prompt_tokens: int, mesh: jax.sharding.Mesh, stop: int) -> Program:
     sharding.check_model(config, mesh)
     sharding.check_rows(settings.batch // settings.ppo.minibatches, mesh, "a minibatch")
-    ppo.check_batch(settings.batch, settings.ppo, config.block, prompt_tokens)
+    ppo.check_batch(settings.batch, settings.ppo, config.block, prompt_tokens, controller(settings))
     policy, tx = ppo.policy_of(config, settings.ppo, stop), optimizer(settings)
 
     def init_state(params: Params) -> TrainState:

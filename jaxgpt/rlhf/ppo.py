@@ -301,8 +301,14 @@ def host_iteration(
     return iterate
 
 
-def check_batch(rows: int, ppo: PPOConfig, block: int, prompt_tokens: int) -> None:
+def check_batch(rows: int, ppo: PPOConfig, block: int, prompt_tokens: int, *controllers: Controller) -> None:
     """Raise UserError for sizes that can't work, before anything is compiled."""
+    horizons = [one.horizon for one in controllers if isinstance(one, kl.AdaptiveKL)]
+    if horizons and min(horizons) <= 0.2 * rows:
+        raise UserError(
+            f"a horizon of {min(horizons):g} episodes is too short for batches of {rows}: one update could make beta "
+            f"negative; set it above {0.2 * rows:g}"
+        )
     if rows % ppo.minibatches:
         raise UserError(
             f"a batch of {rows} prompts doesn't divide into {ppo.minibatches} minibatches; change one of them"

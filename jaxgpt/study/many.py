@@ -243,7 +243,7 @@ class OnPolicyTrainer:
         the same seed see the same prompts and random numbers."""
         task, R = self.task, len(seeds)
         frozen = [{}] * R if frozen is None else frozen
-        ppo.check_batch(self.batch, task.algorithm, task.config.block, task.prompt_tokens)
+        ppo.check_batch(self.batch, task.algorithm, task.config.block, task.prompt_tokens, *controls)
         if not R == len(controls) == len(frozen) or self.batch % self.each:
             raise ValueError(
                 f"{len(controls)} controllers, {R} seeds and {len(frozen)} frozen trees must be equal in number, "

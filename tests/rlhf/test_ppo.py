@@ -190,6 +190,8 @@ def test_impossible_settings_are_refused():
         ppo.check_batch(10, PPOConfig(minibatches=4), TINY.block, 5)
     with pytest.raises(UserError, match="block of 48"):
         ppo.check_batch(8, PPOConfig(new_tokens=44), TINY.block, 5)
+    with pytest.raises(UserError, match="horizon of 16 episodes .* above 16"):
+        ppo.check_batch(80, PPOConfig(), TINY.block, 5, kl.FixedKL(0.1), kl.AdaptiveKL(0.1, 6.0, 16.0))
     with pytest.raises(UserError, match="temperature"):
         PPOConfig(temperature=0.0)
 
