@@ -190,8 +190,8 @@ def finished_runs(rng: random.Random, folder: Path) -> Outcomes:
 KINDS = {
     "any record, damaged anywhere": Kind(any_record),
     "checkpoint.json, damaged anywhere": Kind(checkpoint_records),
-    "any file of a checkpoint, damaged": Kind(checkpoint_files, 500),
-    "checkpoints renamed, exchanged, or of another run": Kind(moved_checkpoints, 500),
+    "any file of a checkpoint, damaged": Kind(checkpoint_files),
+    "checkpoints renamed, exchanged, or of another run": Kind(moved_checkpoints),
     "model.json, damaged anywhere": Kind(model_records),
     "settings.json, done.json and outputs of a finished run, damaged": Kind(finished_runs),
 }
