@@ -6,12 +6,13 @@ Peak memory falls from B T V to B tile V, at the cost of one more matrix product
 sharded: tiles run along T only.
 """
 
-import functools
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 from jaxgpt.losses.checks import expect, expect_value
 from jaxgpt.losses.tokens import expected
@@ -27,43 +28,132 @@ class HeadOutputs(NamedTuple):
 
 
 def tiled_head_outputs(
-    hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: float = 1.0
+    hidden: Array,
+    head_VD: Array,
+    tokens: Array,
+    *,
+    tile: int = 128,
+    temperature: ArrayLike = 1.0,
+    gradients: Literal["auto", "plain"] = "auto",
 ) -> HeadOutputs:
     """All of `HeadOutputs` for logits = hidden @ head^T / temperature.  [..., T, D], [V, D], [..., T] -> [..., T].
 
     The product is computed in the dtype of `hidden` and accumulated in float32, or in float64 if that is its dtype.
     Values and gradients equal those of the losses on full logits; under jit, unused outputs are not computed.
+
+    The gradient is written out (`_pull_back`): for bfloat16 hidden states the products of the backward pass have
+    bfloat16 operands too, where JAX's own would be float32, and the head's gradient is summed over tiles in float32.
+    gradients="plain" is differentiated by JAX, also in forward mode (jvp, hessian).
     """
     expect(hidden=(hidden, "float ... T D"), tokens=(tokens, "int ... T"), head=(head_VD, "float V D"))
     expect_value(tile >= 1, "tile is {tile}; it must be at least 1", tile=tile)
     T = tokens.shape[-1]
     tile = min(tile, max(T, 1))
-    tiles = -(-T // tile)
-    padding = tiles * tile - T
-    hidden = jnp.pad(hidden, [(0, 0)] * (hidden.ndim - 2) + [(0, padding), (0, 0)])
-    tokens = jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, padding)])
-    hidden_tiles = jnp.moveaxis(hidden.reshape(*hidden.shape[:-2], tiles, tile, hidden.shape[-1]), -3, 0)
-    tokens_tiles = jnp.moveaxis(tokens.reshape(*tokens.shape[:-1], tiles, tile), -2, 0)
-    tile_outputs = jax.checkpoint(functools.partial(_tile_outputs, head_VD, temperature))
-    found = jax.lax.map(lambda x: tile_outputs(*x), (hidden_tiles, tokens_tiles))
-    return HeadOutputs(*(jnp.moveaxis(x, 0, -2).reshape(*tokens.shape[:-1], tiles * tile)[..., :T] for x in found))
+    tiles = _split(hidden, tile, axis=-2), head_VD, _split(tokens, tile, axis=-1), temperature
+    found = _own_gradient(*tiles) if gradients == "auto" else _by_tile(*tiles)
+    return HeadOutputs(*(_join(x, T) for x in found))
 
 
-def _tile_outputs(head_VD: Array, temperature: float, hidden: Array, tokens: Array) -> HeadOutputs:
-    """The outputs of one tile, from its full logits."""
+def _split(x: Array, tile: int, axis: int) -> Array:
+    """[..., T, ...] with T at `axis` -> [tiles, ..., tile, ...], padded with zeros."""
+    axis += x.ndim
+    tiles = -(-x.shape[axis] // tile)
+    padded = jnp.pad(x, [(0, tiles * tile - size if i == axis else 0) for i, size in enumerate(x.shape)])
+    return jnp.moveaxis(padded.reshape(*x.shape[:axis], tiles, tile, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join(x: Array, T: int) -> Array:
+    """[tiles, ..., tile] -> [..., T]."""
+    x = jnp.moveaxis(x, 0, -2)
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])[..., :T]
+
+
+def _by_tile(hidden_tiles: Array, head_VD: Array, token_tiles: Array, temperature: ArrayLike) -> HeadOutputs:
+    """The outputs of all tiles, [tiles, ..., tile]; differentiated by JAX."""
+    head_VD = head_VD.astype(hidden_tiles.dtype)
+
+    @jax.checkpoint
+    def outputs(hidden: Array, tokens: Array) -> HeadOutputs:
+        logp, log_z = _log_probs(hidden, head_VD, temperature)
+        chosen = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+        return HeadOutputs(chosen, log_z, logp.mean(axis=-1), -expected(logp, logp))
+
+    return jax.lax.map(lambda x: outputs(*x), (hidden_tiles, token_tiles))
+
+
+def _log_probs(hidden: Array, head_VD: Array, temperature: ArrayLike) -> tuple[Array, Array]:
+    """log softmax of a tile's logits, [..., V], and log z. Subtracting the largest logit first keeps the precision of
+    large ones."""
     dtype = jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
-    logits = jnp.einsum("...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=dtype)
-    logits = logits / temperature
-    logp = jax.nn.log_softmax(logits)  # first: log z - E[logit] would lose precision for large logits
-    chosen = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
-    return HeadOutputs(chosen, jax.nn.logsumexp(logits, axis=-1), logp.mean(axis=-1), -expected(logp, logp))
+    logits = jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=dtype)
+    logits = logits / jnp.asarray(temperature, dtype)
+    return jax.nn.log_softmax(logits), jax.nn.logsumexp(logits, axis=-1)
 
 
-def log_prob(hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: float = 1.0) -> Array:
+_own_gradient = jax.custom_vjp(_by_tile)
+
+
+def _forward(hidden, head_VD, token_tiles, temperature):  # type: ignore[no-untyped-def]  # CustomVJPPrimal
+    arguments = hidden.value, head_VD.value, token_tiles.value, temperature.value
+    return _by_tile(*arguments), arguments
+
+
+def _pull_back(arguments: tuple[Array, ...], out: HeadOutputs) -> tuple[Array | None, ...]:
+    """The gradients of hidden states, head and temperature, tile by tile, from that of the logits l = h W^T / t.
+
+    With p = softmax(l), and given the gradients of the outputs:
+
+    dl_v = [v = token] d_logp + d_mean / V + p_v (d_log_z - d_logp - d_mean - d_entropy (log p_v + entropy))
+    dh = dl W / t;   dW = dl^T h / t;   dt = -sum_v dl_v l_v / t
+    """
+    hidden_tiles, head_VD, token_tiles, temperature = arguments
+    dtype = jnp.float64 if hidden_tiles.dtype == jnp.float64 else jnp.float32
+    V = head_VD.shape[0]
+    weights_VD = head_VD.astype(hidden_tiles.dtype)
+    given = tuple(None if isinstance(x, SymbolicZero) else x[..., None] for x in out)  # None: of an unused output
+
+    def one(total_VD: Array, tile: tuple[Array, Array, Any]) -> tuple[Array, tuple[Array, Array]]:
+        hidden, tokens, (d_logp, d_log_z, d_mean, d_entropy) = tile
+        logp, log_z = _log_probs(hidden, weights_VD, temperature)
+        terms = [sign * x for sign, x in ((1, d_log_z), (-1, d_logp), (-1, d_mean)) if x is not None]
+        if d_entropy is not None:
+            terms.append(-d_entropy * (logp - expected(logp, logp)[..., None]))
+        slope = jnp.exp(logp) * sum(terms, start=jnp.zeros((), dtype))
+        if d_mean is not None:
+            slope += d_mean / V
+        if d_logp is not None:
+            vocabulary = jax.lax.broadcasted_iota(tokens.dtype, logp.shape, logp.ndim - 1)
+            slope += jnp.where(vocabulary == tokens[..., None], d_logp, 0.0)
+        slope = slope / jnp.asarray(temperature, dtype)
+        by_temperature = -(slope * (logp + log_z[..., None])).sum()
+        # The barrier: one rounded array is what both products read.
+        slope = jax.lax.optimization_barrier(slope.astype(hidden.dtype))
+        by_hidden = jnp.einsum("...v,vd->...d", slope, weights_VD, preferred_element_type=dtype)
+        total_VD += jnp.einsum(
+            "...v,...d->vd", slope, hidden, preferred_element_type=dtype, out_sharding=_explicit_sharding(head_VD)
+        )
+        return total_VD, (by_hidden.astype(hidden.dtype), by_temperature)
+
+    total_VD, (by_hidden, by_temperature) = jax.lax.scan(
+        one, jnp.zeros(head_VD.shape, dtype), (hidden_tiles, token_tiles, given)
+    )
+    return by_hidden, total_VD.astype(head_VD.dtype), None, by_temperature.sum().astype(jnp.asarray(temperature).dtype)
+
+
+def _explicit_sharding(x: Array) -> jax.sharding.NamedSharding | None:
+    """The sharding of x on a mesh with explicit axes, where a sum over sharded rows has to say that of its result."""
+    found = jax.typeof(x).sharding
+    return found if jax.sharding.AxisType.Explicit in found.mesh.axis_types else None
+
+
+_own_gradient.defvjp(_forward, _pull_back, symbolic_zeros=True)
+
+
+def log_prob(hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: ArrayLike = 1.0) -> Array:
     """`losses.log_prob` of logits = hidden @ head^T / temperature, without storing them.  -> [..., T], nats."""
     return tiled_head_outputs(hidden, head_VD, tokens, tile=tile, temperature=temperature).logp
 
 
-def nll(hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: float = 1.0) -> Array:
+def nll(hidden: Array, head_VD: Array, tokens: Array, *, tile: int = 128, temperature: ArrayLike = 1.0) -> Array:
     """`losses.nll` of logits = hidden @ head^T / temperature, without storing them.  -> [..., T], nats per token."""
     return -log_prob(hidden, head_VD, tokens, tile=tile, temperature=temperature)

@@ -324,11 +324,12 @@ def predict(
     """log P of the token that follows each hidden state, and the entropy of its distribution, [B, W] float32.
 
     Logits of more than `config.logits_bytes` per device are computed and discarded one tile at a time (`vocab_head`).
+    Smaller ones are stored on a CPU, where computing them twice costs more than memory.
     """
     B, W, _ = h_BWD.shape
     parts, vocab_parts = sharding.count_shards(B, ROW_AXES), sharding.count_shards(config.vocab, "tensor")
-    position_bytes = 4 * B // parts * config.vocab // vocab_parts
-    if W * position_bytes <= config.logits_bytes:
+    tile = config.logits_bytes // (4 * B // parts * config.vocab // vocab_parts)
+    if tile >= W and (config.gradients == "plain" or sharding.target_platform(config) == "cpu"):
         # The barrier makes rounding the same with and without gradients: PPO's first ratio is exactly 1.
         logits = jax.lax.optimization_barrier(unembed(params, h_BWD, select_layers(config)) / temperature)
         return losses.log_prob(logits, tokens_BW), losses.entropy(logits)
@@ -337,7 +338,7 @@ def predict(
     table_PVD = constrain(jnp.broadcast_to(table_VD, (parts, *table_VD.shape)), ROW_AXES, "tensor", None)
     rows = [constrain_rows(x.reshape(parts, B // parts, *x.shape[1:])) for x in (h_BWD, tokens_BW)]
     tiles = functools.partial(
-        vocab_head.tiled_head_outputs, tile=max(1, config.logits_bytes // position_bytes), temperature=temperature
+        vocab_head.tiled_head_outputs, tile=max(1, tile), temperature=temperature, gradients=config.gradients
     )
     found = jax.vmap(tiles)(rows[0], table_PVD, rows[1])
     return found.logp.reshape(B, W), found.entropy.reshape(B, W)

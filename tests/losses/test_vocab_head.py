@@ -132,3 +132,65 @@ def test_a_transposed_head_is_named():
     hidden, head, tokens = inputs()
     with pytest.raises(ValueError, match=r"`head` is float32\[8, 37\]; expected float \[V, D\] with D = 8 as in `hid"):
         vocab_head.nll(hidden, head.T, tokens)
+
+
+def total(outputs, weights):
+    """A loss that uses every output, differently at every token."""
+    return sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
+
+
+@pytest.mark.parametrize("tile", [1, 4, 128])
+def test_the_gradient_of_a_bfloat16_table_is_that_of_float64_to_0_3_percent(tile):
+    """NLL, entropy and z-loss at 128 positions, in 128, 32 tiles and 1: the tiles' gradients are not rounded apart."""
+    B, T, D, V = 4, 128, 32, 301
+    rng = np.random.default_rng(0)
+    hidden, head = (rng.normal(size=shape).astype("bfloat16") for shape in ((B, T, D), (V, D)))
+    tokens, weights = rng.integers(0, V, (B, T)), rng.normal(size=(4, B, T)).astype(np.float32)
+
+    def gradient(hidden, head):
+        return jax.grad(lambda *x: total(vocab_head.tiled_head_outputs(*x, tokens, tile=tile), weights), (0, 1))(
+            hidden, head
+        )
+
+    found = jax.jit(gradient)(hidden, head.astype(np.float32))  # as trainers do: the table is float32
+    h, w = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
+    logits = h @ w.T
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    p, one_hot = np.exp(logp), np.eye(V)[tokens]
+    entropy = -(p * logp).sum(-1, keepdims=True)
+    a, b, c, d = (x[..., None].astype(np.float64) for x in weights)
+    slope = a * (one_hot - p) + b * p + c * (1 / V - p) - d * p * (logp + entropy)
+    for ours, exact in zip(found, (slope @ w, np.einsum("btv,btd->vd", slope, h)), strict=True):
+        assert np.linalg.norm(np.asarray(ours, np.float64) - exact) < 0.003 * np.linalg.norm(exact)
+
+
+def test_every_product_of_the_backward_pass_has_operands_in_the_dtype_of_the_hidden_states():
+    args = [jnp.zeros((2, 8, 16), jnp.bfloat16), jnp.zeros((32, 16)), jnp.zeros((2, 8), jnp.int32)]
+    text = jax.jit(jax.value_and_grad(lambda *x: vocab_head.nll(*x, tile=4).sum(), (0, 1))).lower(*args).as_text()
+    products = re.findall(r"dot_general .*: \((.*)\) -> (.*)", text)
+    assert len(products) == 4  # forward, recomputed, and one for each gradient
+    assert all(x.count("bf16") == 2 for x, _ in products) and all("f32" in result for _, result in products)
+    assert "scatter" not in text
+
+
+def test_the_temperature_has_a_gradient_too():
+    hidden, head, tokens = inputs()
+
+    def slope(t, gradients):
+        found = vocab_head.tiled_head_outputs(hidden, head, tokens, tile=4, temperature=t, gradients=gradients)
+        return total(found, np.cos(np.arange(4 * B * T)).reshape(4, B, T))
+
+    own, plain = (jax.jit(jax.grad(slope), static_argnums=1)(0.7, gradients) for gradients in ("auto", "plain"))
+    np.testing.assert_allclose(own, plain, rtol=1e-4)
+
+
+def test_plain_gradients_have_a_forward_mode():
+    hidden, head, tokens = inputs()
+
+    def loss(x, gradients):
+        return vocab_head.tiled_head_outputs(x, head, tokens, tile=4, gradients=gradients).logp.sum()
+
+    _, along = jax.jvp(lambda x: loss(x, "plain"), (hidden,), (hidden,))
+    np.testing.assert_allclose(along, (jax.grad(loss)(hidden, "auto") * hidden).sum(), rtol=1e-4)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: loss(x, "auto"), (hidden,), (hidden,))
