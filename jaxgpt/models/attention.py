@@ -43,22 +43,32 @@ def repeat_for_heads(x_BTGK: Array, heads: int) -> Array:
 
 
 def cudnn(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None) -> Array:
-    """cuDNN's flash attention: half precision, K a multiple of 8 up to 128, T even, an Ampere GPU or newer."""
+    """cuDNN's flash attention: half precision, an Ampere GPU or newer, K a multiple of 8 up to 128 (from Hopper on, up
+    to 256). Rows are padded to an even number of tokens, which it needs for the gradient of packed rows."""
     T, K = q_BTHK.shape[1], q_BTHK.shape[3]
-    supported = q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and K <= 128 and T % 2 == 0
-    supported = supported and float(jax.local_devices(backend="gpu")[0].compute_capability) >= 8.0
-    if not supported:
+    # Without a GPU to ask (`ModelConfig.platform` says "gpu"), an Ampere is assumed.
+    capability = float(getattr(sharding.target_device(), "compute_capability", "8.0"))
+    suits = q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and (256 if capability >= 9.0 else 128) >= K
+    if not suits or capability < 8.0:
         return attend(q_BTHK, k_BTHK, v_BTHK, segments_BT, "xla")
-    return attend(*reverse_mode_only((q_BTHK, k_BTHK, v_BTHK)), segments_BT, "cudnn")
+    padded = pad_rows(reverse_mode_only((q_BTHK, k_BTHK, v_BTHK)), T + T % 2)
+    return attend(*padded, pad_rows(segments_BT, T + T % 2), "cudnn")[:, :T]
+
+
+def pad_rows(tree: Tree, tokens: int) -> Tree:
+    """Arrays [B, T, ...] with zeros up to `tokens` tokens: causal attention hides what comes last from all others, and
+    segment 0 is padding."""
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, tokens - x.shape[1])] + [(0, 0)] * (x.ndim - 2)), tree)
 
 
 def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | None, interpret: bool = False) -> Array:
-    """Splash attention (a Pallas kernel that skips tiles above the diagonal): T a multiple of 128. XLA can't partition
-    a kernel by itself, so each device runs it on its own rows and heads. `interpret` runs it without a TPU, slowly."""
-    _, T, H, _ = q_BTHK.shape
-    tile = next((tile for tile in SPLASH_TILES if T % tile == 0), None)
-    if tile is None:
-        return attend(q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    """Splash attention, a Pallas kernel that skips tiles above the diagonal. Rows are padded to a multiple of its
+    smallest tile, 128 tokens. XLA can't partition a kernel by itself, so each device runs it on its own rows and heads.
+    `interpret` runs it without a TPU, slowly."""
+    _, tokens, H, _ = q_BTHK.shape
+    T = -(-tokens // SPLASH_TILES[-1]) * SPLASH_TILES[-1]
+    tile = next(tile for tile in SPLASH_TILES if T % tile == 0)
+    q_BTHK, k_BTHK, v_BTHK, segments_BT = pad_rows((q_BTHK, k_BTHK, v_BTHK, segments_BT), T)
     q_BTHK, k_BTHK, v_BTHK = reverse_mode_only((q_BTHK, k_BTHK, v_BTHK))
     k_BTHK, v_BTHK = (repeat_for_heads(x, H) for x in (k_BTHK, v_BTHK))
     mesh = jax.sharding.get_abstract_mesh()
@@ -78,7 +88,7 @@ def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, segments_BT: Array | Non
         spec = P(rows or None, None, heads, None)
         in_specs = (spec, spec, spec, None if segments_BT is None else P(rows or None, None))
         local = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
-    return local(q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    return local(q_BTHK, k_BTHK, v_BTHK, segments_BT)[:, :tokens]
 
 
 def _splash_kernel(T: int, heads: int, tile: int, interpret: bool) -> Callable[..., Array]:

@@ -11,6 +11,7 @@ The functions it calls request a layout by axis names (`constrain`), which has n
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
 import jax
@@ -27,6 +28,7 @@ Result = TypeVar("Result")
 Tree = TypeVar("Tree")  # any pytree; the result has the same structure
 Axes = str | tuple[str, ...] | None
 ROW_AXES = ("data", "fsdp")  # the mesh axes that shard the rows of a batch
+_DEVICE: ContextVar[jax.Device | None] = ContextVar("device", default=None)  # of the mesh being traced for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,12 @@ def within(mesh: Mesh, f: Callable[Arguments, Result]) -> Callable[Arguments, Re
 
     @functools.wraps(f)
     def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return f(*args, **kwargs)
+        token = _DEVICE.set(mesh.devices.flat[0])
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return f(*args, **kwargs)
+        finally:
+            _DEVICE.reset(token)
 
     return traced
 
@@ -91,6 +97,11 @@ def platform() -> str:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = device.platform if device is not None else jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def target_device() -> jax.Device:
+    """The device being compiled for: the first of the mesh; outside a mesh, of this machine."""
+    return _DEVICE.get() or jax.local_devices()[0]
 
 
 def target_platform(config: ModelConfig) -> str:

@@ -51,35 +51,40 @@ def test_splash_is_the_formula_on_any_mesh(shape, segments):
         np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
 
 
-def shapes(T=T, K=K, dtype=jnp.float32):
-    return (jax.ShapeDtypeStruct((B, T, H, K), dtype),) * 3
+def test_splash_takes_rows_of_any_length():
+    """They are padded to tiles of 128; nothing sees the padding."""
+    tokens = 100
+    rows = (x[:, :tokens] for x in np.random.default_rng(1).standard_normal((4, B, T, H, K), np.float32))
+    weights, *inputs = rows
+    segments = SEGMENTS[:, :tokens]
+
+    def slopes(attend):
+        return jax.jit(jax.grad(lambda *qkv: (attend(*qkv, segments) * weights).sum(), (0, 1, 2)))(*inputs)
+
+    for x, y in zip(slopes(attention.attend), slopes(splash), strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
 
 
-def test_a_row_length_without_tiles_is_left_to_the_formula(monkeypatch):
-    monkeypatch.setattr(attention, "attend", lambda *args: args)
-    asked = (*shapes(T=100), None)
-    assert attention.splash(*asked) == asked
+def shapes(T=T, K=K, dtype=jnp.bfloat16):
+    return [jnp.zeros((B, T, H, K), dtype)] * 3
 
 
 @pytest.mark.parametrize(
-    ("kind", "used"),
-    [
-        ({}, "xla"),  # float32
-        ({"dtype": jnp.bfloat16}, "cudnn"),
-        ({"dtype": jnp.bfloat16, "K": 12}, "xla"),
-        ({"dtype": jnp.bfloat16, "K": 136}, "xla"),
-        ({"dtype": jnp.bfloat16, "T": 255}, "xla"),
-    ],
+    ("kind", "needed"),
+    [({"dtype": jnp.float32}, None), ({}, 8.0), ({"K": 12}, None), ({"K": 128}, 8.0), ({"K": 136}, 9.0), ({"K": 264}, None)],
     ids=str,
-)
-@pytest.mark.parametrize("capability", ["7.5", "9.0"])
-def test_cudnn_is_asked_only_for_what_it_can_do(kind, used, capability, monkeypatch):
+)  # fmt: skip
+@pytest.mark.parametrize("capability", [7.5, 8.0, 9.0])
+def test_cudnn_is_asked_only_for_what_it_can_do(kind, needed, capability, monkeypatch):
+    """`needed`: the compute capability from which cuDNN has this kind."""
     asked = []
-    gpu = type("Gpu", (), {"compute_capability": capability})
-    monkeypatch.setattr(jax, "local_devices", lambda backend: [gpu])
-    monkeypatch.setattr(attention, "attend", lambda *args: asked.append(args[-1]))
-    attention.cudnn(*shapes(**kind), None)
-    assert asked == ["xla" if capability == "7.5" else used]
+    monkeypatch.setattr(sharding, "target_device", lambda: type("Gpu", (), {"compute_capability": str(capability)}))
+    monkeypatch.setattr(attention, "attend", lambda *args: asked.append(args) or args[0])
+    found = attention.cudnn(*shapes(T=37, **kind), None)
+    assert found.shape[1] == 37
+    uses_cudnn = needed is not None and capability >= needed
+    assert asked[0][-1] == ("cudnn" if uses_cudnn else "xla")
+    assert asked[0][0].shape[1] == (38 if uses_cudnn else 37)  # cuDNN wants an even number of tokens
 
 
 @pytest.mark.parametrize(
