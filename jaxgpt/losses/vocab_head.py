@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxgpt.losses.checks import expect, expect_value
 from jaxgpt.losses.tokens import expected
@@ -74,20 +74,31 @@ def _by_tile(hidden_tiles: Array, head_VD: Array, token_tiles: Array, temperatur
 
     @jax.checkpoint
     def outputs(hidden: Array, tokens: Array) -> HeadOutputs:
-        logp, log_z = _log_probs(hidden, head_VD, temperature)
-        chosen = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
-        return HeadOutputs(chosen, log_z, logp.mean(axis=-1), -expected(logp, logp))
+        logits = _logits(hidden, head_VD, temperature)
+        top, log_sum = _normaliser(logits)
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+        logp = (logits - top) - log_sum
+        chosen = (chosen - top) - log_sum  # first the largest logit: a common offset costs no precision
+        return HeadOutputs(chosen[..., 0], (top + log_sum)[..., 0], logp.mean(axis=-1), -expected(logp, logp))
 
     return jax.lax.map(lambda x: outputs(*x), (hidden_tiles, token_tiles))
 
 
-def _log_probs(hidden: Array, head_VD: Array, temperature: ArrayLike) -> tuple[Array, Array]:
-    """log softmax of a tile's logits, [..., V], and log z. Subtracting the largest logit first keeps the precision of
-    large ones."""
-    dtype = jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
-    logits = jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=dtype)
-    logits = logits / jnp.asarray(temperature, dtype)
-    return jax.nn.log_softmax(logits), jax.nn.logsumexp(logits, axis=-1)
+def _logits(hidden: Array, head_VD: Array, temperature: ArrayLike) -> Array:
+    """h W^T / t of a tile, [..., V]."""
+    dtype = _accumulator(hidden)
+    product = jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=dtype)
+    return product / jnp.asarray(temperature, dtype)
+
+
+def _normaliser(logits: Array) -> tuple[Array, Array]:
+    """The largest logit, and log sum_v e^(logit_v - largest), [..., 1]."""
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    return top, jnp.log(jnp.exp(logits - top).sum(axis=-1, keepdims=True))
+
+
+def _accumulator(hidden: Array) -> DTypeLike:
+    return jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
 
 
 _own_gradient = jax.custom_vjp(_by_tile)
@@ -95,10 +106,11 @@ _own_gradient = jax.custom_vjp(_by_tile)
 
 def _forward(hidden, head_VD, token_tiles, temperature):  # type: ignore[no-untyped-def]  # CustomVJPPrimal
     arguments = hidden.value, head_VD.value, token_tiles.value, temperature.value
-    return _by_tile(*arguments), arguments
+    found = _by_tile(*arguments)
+    return found, (*arguments, found.log_z)
 
 
-def _pull_back(arguments: tuple[Array, ...], out: HeadOutputs) -> tuple[Array | None, ...]:
+def _pull_back(kept: tuple[Array, ...], out: HeadOutputs) -> tuple[Array | None, ...]:
     """The gradients of hidden states, head and temperature, tile by tile, from that of the logits l = h W^T / t.
 
     With p = softmax(l), and given the gradients of the outputs:
@@ -106,15 +118,17 @@ def _pull_back(arguments: tuple[Array, ...], out: HeadOutputs) -> tuple[Array | 
     dl_v = [v = token] d_logp + d_mean / V + p_v (d_log_z - d_logp - d_mean - d_entropy (log p_v + entropy))
     dh = dl W / t;   dW = dl^T h / t;   dt = -sum_v dl_v l_v / t
     """
-    hidden_tiles, head_VD, token_tiles, temperature = arguments
-    dtype = jnp.float64 if hidden_tiles.dtype == jnp.float64 else jnp.float32
+    hidden_tiles, head_VD, token_tiles, temperature, log_z_tiles = kept
+    dtype = _accumulator(hidden_tiles)
+    rounded = hidden_tiles.dtype.itemsize < 4  # coarser than a float32 log z
     V = head_VD.shape[0]
     weights_VD = head_VD.astype(hidden_tiles.dtype)
     given = tuple(None if isinstance(x, SymbolicZero) else x[..., None] for x in out)  # None: of an unused output
 
-    def one(total_VD: Array, tile: tuple[Array, Array, Any]) -> tuple[Array, tuple[Array, Array]]:
-        hidden, tokens, (d_logp, d_log_z, d_mean, d_entropy) = tile
-        logp, log_z = _log_probs(hidden, weights_VD, temperature)
+    def one(total_VD: Array, tile: tuple[Array, Array, Array, Any]) -> tuple[Array, tuple[Array, Array]]:
+        hidden, tokens, log_z, (d_logp, d_log_z, d_mean, d_entropy) = tile
+        logits = _logits(hidden, weights_VD, temperature)
+        logp = logits - log_z[..., None] if rounded else jax.nn.log_softmax(logits)
         terms = [sign * x for sign, x in ((1, d_log_z), (-1, d_logp), (-1, d_mean)) if x is not None]
         if d_entropy is not None:
             terms.append(-d_entropy * (logp - expected(logp, logp)[..., None]))
@@ -125,7 +139,7 @@ def _pull_back(arguments: tuple[Array, ...], out: HeadOutputs) -> tuple[Array | 
             vocabulary = jax.lax.broadcasted_iota(tokens.dtype, logp.shape, logp.ndim - 1)
             slope += jnp.where(vocabulary == tokens[..., None], d_logp, 0.0)
         slope = slope / jnp.asarray(temperature, dtype)
-        by_temperature = -(slope * (logp + log_z[..., None])).sum()
+        by_temperature = -(slope * logits).sum()
         # The barrier: one rounded array is what both products read.
         slope = jax.lax.optimization_barrier(slope.astype(hidden.dtype))
         by_hidden = jnp.einsum("...v,vd->...d", slope, weights_VD, preferred_element_type=dtype)
@@ -135,7 +149,7 @@ def _pull_back(arguments: tuple[Array, ...], out: HeadOutputs) -> tuple[Array | 
         return total_VD, (by_hidden.astype(hidden.dtype), by_temperature)
 
     total_VD, (by_hidden, by_temperature) = jax.lax.scan(
-        one, jnp.zeros(head_VD.shape, dtype), (hidden_tiles, token_tiles, given)
+        one, jnp.zeros(head_VD.shape, dtype), (hidden_tiles, token_tiles, log_z_tiles, given)
     )
     return by_hidden, total_VD.astype(head_VD.dtype), None, by_temperature.sum().astype(jnp.asarray(temperature).dtype)
 

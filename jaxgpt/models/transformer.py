@@ -328,8 +328,8 @@ def predict(
     """
     B, W, _ = h_BWD.shape
     parts, vocab_parts = sharding.count_shards(B, ROW_AXES), sharding.count_shards(config.vocab, "tensor")
-    tile = config.logits_bytes // (4 * B // parts * config.vocab // vocab_parts)
-    if tile >= W and (config.gradients == "plain" or sharding.target_platform(config) == "cpu"):
+    most = max(1, config.logits_bytes // (4 * B // parts * config.vocab // vocab_parts))  # positions in a tile
+    if most >= W and (config.gradients == "plain" or sharding.target_platform(config) == "cpu"):
         # The barrier makes rounding the same with and without gradients: PPO's first ratio is exactly 1.
         logits = jax.lax.optimization_barrier(unembed(params, h_BWD, select_layers(config)) / temperature)
         return losses.log_prob(logits, tokens_BW), losses.entropy(logits)
@@ -337,8 +337,9 @@ def predict(
     table_VD = sharding.gather_fsdp(head_weights(params).astype(h_BWD.dtype), ROW_PARALLEL)
     table_PVD = constrain(jnp.broadcast_to(table_VD, (parts, *table_VD.shape)), ROW_AXES, "tensor", None)
     rows = [constrain_rows(x.reshape(parts, B // parts, *x.shape[1:])) for x in (h_BWD, tokens_BW)]
+    tile = -(-W // -(-W // most))  # of equal sizes
     tiles = functools.partial(
-        vocab_head.tiled_head_outputs, tile=max(1, tile), temperature=temperature, gradients=config.gradients
+        vocab_head.tiled_head_outputs, tile=tile, temperature=temperature, gradients=config.gradients
     )
     found = jax.vmap(tiles)(rows[0], table_PVD, rows[1])
     return found.logp.reshape(B, W), found.entropy.reshape(B, W)

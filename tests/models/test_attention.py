@@ -71,9 +71,16 @@ def shapes(T=T, K=K, dtype=jnp.bfloat16):
 
 @pytest.mark.parametrize(
     ("kind", "needed"),
-    [({"dtype": jnp.float32}, None), ({}, 8.0), ({"K": 12}, None), ({"K": 128}, 8.0), ({"K": 136}, 9.0), ({"K": 264}, None)],
+    [
+        ({"dtype": jnp.float32}, None),
+        ({}, 8.0),
+        ({"K": 12}, None),
+        ({"K": 128}, 8.0),
+        ({"K": 136}, 9.0),
+        ({"K": 264}, None),
+    ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("capability", [7.5, 8.0, 9.0])
 def test_cudnn_is_asked_only_for_what_it_can_do(kind, needed, capability, monkeypatch):
     """`needed`: the compute capability from which cuDNN has this kind."""
