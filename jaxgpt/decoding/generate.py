@@ -44,15 +44,18 @@ STATIC_ARGNAMES = (  # for jax.jit(generate, static_argnums=1, static_argnames=S
 
 
 def prepare(params: Params, config: ModelConfig) -> Params:
-    """Weights in the form decoding reads, made once outside the loop: adapters merged, matrices in the activations'
-    dtype (norms stay float32), shards along 'fsdp' gathered, and the head as [D, V], which a product with few rows
-    reads far faster than its transpose."""
+    """Weights in the form decoding reads, made once outside the loop: adapters merged, all but norms in the dtype they
+    are used in, shards along 'fsdp' gathered, and the head as [D, V], which a product with few rows reads far faster
+    than its transpose."""
     if "head_DV" in params:
         return params
     params = lora.merge(params)
 
-    def ready(path: tuple[object, ...], w: Array) -> Array:
-        w = w.astype(config.dtype) if w.ndim >= 2 else w
+    biases = jnp.float32 if sharding.target_platform(config) == "cpu" else config.dtype  # as `layers.dense` adds them
+
+    def ready(path: tuple[jax.tree_util.DictKey, ...], w: Array) -> Array:
+        if not path[-2].key.endswith("norm"):
+            w = w.astype(config.dtype if w.ndim >= 2 else biases)
         return sharding.gather_fsdp(w, tuple(sharding.find_rule(path, transformer.PARTITION)))
 
     cast = jax.tree_util.tree_map_with_path(ready, params)

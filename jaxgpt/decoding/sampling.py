@@ -5,12 +5,14 @@ A filter maps logits [..., V] to logits [..., V]; a sampler maps (key, logits [B
     sample = lambda key, logits: categorical(key, top_k(logits / 0.8, 50))
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxgpt.errors import UserError
 from jaxgpt.losses import MASKED_LOGIT
@@ -32,15 +34,18 @@ def top_k(logits: Array, k: int) -> Array:
         raise UserError(f"top-k is {k}; it must be at least 1")
     if k >= logits.shape[-1]:
         return logits
-    threshold = jax.lax.top_k(logits, k)[0][..., -1:]
+    threshold = jax.lax.platform_dependent(
+        logits,
+        cpu=lambda x: jax.lax.top_k(x, k)[0][..., -1:],
+        default=lambda x: _threshold(x, jnp.ones(x.shape, jnp.int32), k),  # where a top_k sorts the vocabulary
+    )
     return jnp.where(logits >= threshold, logits, MASKED_LOGIT)
 
 
 def top_p(logits: Array, p: float | Array) -> Array:
     """Nucleus sampling: keep the smallest set of top tokens whose total probability reaches p (and ties).
 
-    Always keeps at least one, also at p = 0 (Holtzman et al. 2020). Nothing is sorted: the threshold, the largest
-    logit at or above which the tokens reach p, is found bit by bit, from the highest bit down.
+    Always keeps at least one, also at p = 0 (Holtzman et al. 2020). Nothing is sorted (`_threshold`).
     """
     if isinstance(p, (int, float)):
         if not 0 <= p <= 1:
@@ -48,22 +53,44 @@ def top_p(logits: Array, p: float | Array) -> Array:
         if p == 1:
             return logits
     p = jnp.maximum(p, float(np.finfo(np.float32).tiny))  # every threshold reaches 0, but only some reach more
-    order = _sortable_bits(logits)
     probability = jax.nn.softmax(logits.astype(jnp.float32))
+    threshold = jax.lax.platform_dependent(
+        logits, probability, p, cpu=functools.partial(_threshold, bits=1), default=_threshold
+    )
+    return jnp.where(logits >= threshold, logits, MASKED_LOGIT)
 
-    def set_bit(i: Array, threshold: Array) -> Array:
-        candidate = threshold | jax.lax.shift_left(jnp.uint32(1), jnp.uint32(31) - i.astype(jnp.uint32))
-        reached = jnp.where(order >= candidate, probability, 0.0).sum(axis=-1, keepdims=True) >= p
-        return jnp.where(reached, candidate, threshold)
 
-    threshold = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros((*logits.shape[:-1], 1), jnp.uint32))
-    return jnp.where(order >= threshold, logits, MASKED_LOGIT)
+def _threshold(logits: Array, weights: Array, least: ArrayLike, bits: int = 4) -> Array:
+    """The largest number at or above which the logits' weights add up to `least`, [..., 1] float32.
+
+    It is found from its highest bits down, `bits` of them in each pass over the logits: 2^bits - 1 candidates are
+    tried at once. With 4 there are 8 passes, which suits memory that is slow to read; a CPU computes least with 1."""
+    order = _sortable_bits(logits)
+
+    def next_bits(i: Array, threshold: Array) -> Array:
+        shift = (32 - bits * (i + 1)).astype(jnp.uint32)
+        candidates = [threshold | jax.lax.shift_left(jnp.uint32(n), shift) for n in range(1, 2**bits)]
+        reached = [jnp.where(order >= x, weights, 0).sum(axis=-1, keepdims=True) >= least for x in candidates]
+        highest = functools.reduce(jnp.add, (one.astype(jnp.uint32) for one in reached))
+        return threshold | jax.lax.shift_left(highest, shift)
+
+    return _from_sortable_bits(
+        jax.lax.fori_loop(0, 32 // bits, next_bits, jnp.zeros((*logits.shape[:-1], 1), jnp.uint32))
+    )
+
+
+_SIGN = 1 << 31
 
 
 def _sortable_bits(x: Array) -> Array:
-    """float32 mapped to uint32 in the same order."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    """float32 mapped to uint32 in the same order; both zeros to the same."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(_SIGN))
+
+
+def _from_sortable_bits(order: Array) -> Array:
+    bits = jnp.where(order >> 31 == 1, order ^ jnp.uint32(_SIGN), ~order)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def min_p(logits: Array, p: float) -> Array:

@@ -131,7 +131,7 @@ def _pull_back(kept: tuple[Array, ...], out: HeadOutputs) -> tuple[Array | None,
         logp = logits - log_z[..., None] if rounded else jax.nn.log_softmax(logits)
         terms = [sign * x for sign, x in ((1, d_log_z), (-1, d_logp), (-1, d_mean)) if x is not None]
         if d_entropy is not None:
-            terms.append(-d_entropy * (logp - expected(logp, logp)[..., None]))
+            terms.append(-d_entropy * (jnp.where(logp > -jnp.inf, logp, 0.0) - expected(logp, logp)[..., None]))
         slope = jnp.exp(logp) * sum(terms, start=jnp.zeros((), dtype))
         if d_mean is not None:
             slope += d_mean / V
@@ -139,7 +139,7 @@ def _pull_back(kept: tuple[Array, ...], out: HeadOutputs) -> tuple[Array | None,
             vocabulary = jax.lax.broadcasted_iota(tokens.dtype, logp.shape, logp.ndim - 1)
             slope += jnp.where(vocabulary == tokens[..., None], d_logp, 0.0)
         slope = slope / jnp.asarray(temperature, dtype)
-        by_temperature = -(slope * logits).sum()
+        by_temperature = -jnp.where(slope == 0, 0.0, slope * logits).sum()
         # The barrier: one rounded array is what both products read.
         slope = jax.lax.optimization_barrier(slope.astype(hidden.dtype))
         by_hidden = jnp.einsum("...v,vd->...d", slope, weights_VD, preferred_element_type=dtype)
