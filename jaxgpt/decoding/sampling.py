@@ -65,18 +65,23 @@ def _threshold(logits: Array, weights: Array, least: ArrayLike, bits: int = 4) -
 
     It is found from its highest bits down, `bits` of them in each pass over the logits: 2^bits - 1 candidates are
     tried at once. With 4 there are 8 passes, which suits memory that is slow to read; a CPU computes least with 1."""
-    order = _sortable_bits(logits)
+    order, zero = _sortable_bits(logits), np.zeros((), weights.dtype)
 
     def next_bits(i: Array, threshold: Array) -> Array:
         shift = (32 - bits * (i + 1)).astype(jnp.uint32)
         candidates = [threshold | jax.lax.shift_left(jnp.uint32(n), shift) for n in range(1, 2**bits)]
-        reached = [jnp.where(order >= x, weights, 0).sum(axis=-1, keepdims=True) >= least for x in candidates]
-        highest = functools.reduce(jnp.add, (one.astype(jnp.uint32) for one in reached))
+        above = tuple(jnp.where(order >= x, weights, 0) for x in candidates)
+        sums = jax.lax.reduce(above, (zero,) * len(above), _add_each, (order.ndim - 1,))  # in a single kernel
+        highest = functools.reduce(jnp.add, ((one[..., None] >= least).astype(jnp.uint32) for one in sums))
         return threshold | jax.lax.shift_left(highest, shift)
 
     return _from_sortable_bits(
         jax.lax.fori_loop(0, 32 // bits, next_bits, jnp.zeros((*logits.shape[:-1], 1), jnp.uint32))
     )
+
+
+def _add_each(xs: tuple[Array, ...], ys: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(x + y for x, y in zip(xs, ys, strict=True))
 
 
 _SIGN = 1 << 31
