@@ -109,10 +109,9 @@ def check_outputs(folder: Path, done: Mapping[str, Any], *, measured: bool = Fal
         path = folder / name
         if not path.is_file() or sha256_of_file(path) != digest:
             state = "is not what its run wrote (its checksum differs)" if path.is_file() else "is missing"
-            raise UserError(
-                f"{path} {state}; restore it from a copy, or run the stage again with --fresh "
-                "(an edited copy can be used from another folder)"
-            )
+            rows = name.endswith(".jsonl") and name != "metrics.jsonl"
+            edited = " (to use edited rows, copy the file to another folder)" if rows else ""
+            raise UserError(f"{path} {state}; restore it from a copy, or run the stage again with --fresh{edited}")
 
 
 def check_metrics(path: Path, position: Mapping[str, Any]) -> None:
