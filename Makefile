@@ -27,7 +27,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
 assistant: $(STAMP)  ## from raw text to an assistant: run every stage in order (ARGS: its flags)
-	@$(PY) -m experiments.assistant $(if $(LABELS),--labels $(LABELS)) $(ARGS)
+	@$(PY) -m experiments.assistant $(if $(LABELS),--labels "$(LABELS)") $(ARGS)
 
 taste: $(STAMP)  ## bend a chat model to your own taste, in about 5 minutes (ARGS: its flags, such as --web)
 	@$(PY) -m experiments.taste $(ARGS)

@@ -28,7 +28,7 @@ import experiments.dpo
 import experiments.ppo
 import experiments.preferences
 import experiments.reward
-from experiments.stages import chain_stages, check_preference_files, name_preference_files
+from experiments.stages import chain_stages, chat_command, check_preference_files, name_preference_files
 from jaxgpt.config import Count, CountOrZero, Positive, Seed, check_settings
 from jaxgpt.data.jsonl import read_rows, write_rows
 from jaxgpt.data.questions import mentions_subject
@@ -233,7 +233,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 print(f"  {name:<7}{row['answers'][i]}")
         print(
             f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; talk to it: "
-            f'make chat ARGS="--model {settings.run / "ppo"}"'
+            f"{chat_command(settings.run / 'ppo')}"
         )
         return found
 

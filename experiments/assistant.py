@@ -21,7 +21,7 @@ import experiments.pretrain
 import experiments.report
 import experiments.reward
 import experiments.sft
-from experiments.stages import chain_stages, check_preference_files, name_preference_files
+from experiments.stages import chain_stages, chat_command, check_preference_files, name_preference_files
 from jaxgpt.config import Count, Positive, Seed, check_settings
 from jaxgpt.errors import UserError
 from jaxgpt.models.sharding import RowShard
@@ -104,7 +104,7 @@ def main(settings: Settings) -> dict[str, Any]:
     if jax.process_index() == 0:
         print(
             f"done in {minutes:.1f} minutes. Read {settings.run / 'report/report.html'}, or talk to the assistant: "
-            f'make chat ARGS="--model {settings.run / "ppo"}"'
+            f"{chat_command(settings.run / 'ppo')}"
         )
     return results
 

@@ -117,7 +117,7 @@ def main(settings: Settings) -> dict[str, Any]:
         for n, (name, option, split, count) in enumerate(parts):
             prompts, found = choose_prompts(settings, split, count, rng)
             asked[name] = [prompt for prompt, _ in prompts]
-            counts[option] = found.without(f"over --{option} {count}", found.used - count)
+            counts[option] = found.without(f"beyond --{option} {count}", found.used - count)
             repeated = f", then repeated to make {count:,}" if count > found.used else ""
             run.say(f"preferences: {'prompts' if name == 'train' else 'held out'}: {counts[option]}{repeated}")
             with run.progress(count * (settings.candidates - settings.experts), f"answers ({name})") as bar:

@@ -190,7 +190,7 @@ def heldout_prompts(settings: Settings) -> tuple[list[Prompt], RowCounts]:
         )
     counts = RowCounts.of(prompts, left_out)
     return prompts[: settings.prompts], counts.without(
-        f"over --prompts {settings.prompts}", len(prompts) - settings.prompts
+        f"beyond --prompts {settings.prompts}", len(prompts) - settings.prompts
     )
 
 

@@ -1,12 +1,18 @@
 """What experiments.assistant and experiments.align share: both run a sequence of stages."""
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.data import votes
 from jaxgpt.data.tokenizer import Tokenizer
+
+
+def chat_command(model: Path) -> str:
+    """The command to talk to a model, quoted for the shell."""
+    return f'make chat ARGS="--model {shlex.quote(str(model))}"'
 
 
 def chain_stages(

@@ -13,6 +13,7 @@ same command resumes, and `experiments.reward` and `experiments.dpo` can train o
 import contextlib
 import dataclasses
 import functools
+import shlex
 import threading
 import time
 from collections import Counter
@@ -326,10 +327,11 @@ def report(settings: Settings, found: dict[str, Any], who: str) -> str:
         "The next steps in the notes train the model itself, by PPO or DPO. With these votes:",
     ]
     align = ".venv/bin/python -m experiments.align"
+    given, folder = (shlex.quote(str(path)) for path in (file, settings.run / "align"))
     steps = {
-        f'make label ARGS="--votes {file}"': "pick more, on a page",
-        f"make assistant LABELS={file}": "a small model trained from scratch on your picks",
-        f"{align} --labels {file} --run {settings.run / 'align'}": "PPO and DPO on this chat model",
+        f'make label ARGS="--votes {given}"': "pick more, on a page",
+        f"make assistant LABELS={given}": "a small model trained from scratch on your picks",
+        f"{align} --labels {given} --run {folder}": "PPO and DPO on this chat model",
     }
     lines += [f"  {command:{max(map(len, steps))}}  {what}" for command, what in steps.items()]
     return "\n".join(lines)

@@ -327,13 +327,13 @@ def sha256_of_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def check_files(folder: Path, expected: Mapping[str, str]) -> None:
-    """Raise UserError unless `folder` holds these files with these hashes."""
+def check_files(folder: Path, expected: Mapping[str, str], advice: str) -> None:
+    """UserError, ending with `advice`, unless `folder` holds these files with these hashes."""
     found = sha256_of_folder(folder)
     for name, digest in expected.items():
         if found.get(name) != digest:
             state = "is damaged (its checksum differs)" if name in found else "is missing"
-            raise UserError(f"{folder / name} {state}; save it again, or copy the whole folder again")
+            raise UserError(f"{folder / name} {state}; {advice}")
 
 
 # ---- caches ----
@@ -397,7 +397,7 @@ def _is_intact(folder: Path) -> bool:
     if not os.path.lexists(folder):
         return False
     try:
-        check_files(folder, read_record(folder / _HASHES, ("files",), "")["files"])
+        check_files(folder, read_record(folder / _HASHES, ("files",), "")["files"], "")
         return True
     except (UserError, OSError):
         warn_once(f"{folder} is damaged or was written by an older version; it is rebuilt")

@@ -143,7 +143,7 @@ def load_preference_data(
     """Load both files, keep the first `limit` preferences to learn from, and count what is left out. UserError, naming
     the file, if nothing fits `length` tokens, or if there are too few for one batch."""
     train, counts = load_tokenized(preferences, tok, length)
-    counts = counts.without(f"over --limit {limit}", len(train) - limit)
+    counts = counts.without(f"beyond --limit {limit}", len(train) - limit)
     train, steps = train[:limit], min(len(train), limit) * epochs // batch
     if not steps:
         raise UserError(
@@ -182,7 +182,7 @@ def load_examples(source: str, cache: Path, tok: Tokenizer, *, length: int, held
         except UserError as error:
             raise UserError(f"{source}{' (held out)' if name == 'heldout' else ''}: {error}") from None
         counts[name] = RowCounts.of(pairs, left_out).without(f"longer than {length} tokens", dropped)
-    counts["heldout"] = counts["heldout"].without("over --eval-batches", len(rows["heldout"]) - heldout)
+    counts["heldout"] = counts["heldout"].without("beyond --eval-batches", len(rows["heldout"]) - heldout)
     train, held = rows["examples"], rows["heldout"][:heldout]
     trained_on = count_trained_on(map(prompt_of, held), map(prompt_of, train))
     return ExampleData(counts=counts, trained_on=trained_on, train=train, heldout=held)
@@ -206,4 +206,4 @@ def heldout_windows(stream: np.ndarray, length: int, batch: int, batches: int) -
     """At most `batches` batches of windows of `length` tokens, spread evenly over a stream, and how many it holds."""
     found = [Batch.of(arrays) for arrays in pipelines.window_eval(stream, length, batch, batches)]
     whole = len(stream) // length
-    return found, RowCounts(whole).without("over --eval-batches", whole - batch * batches)
+    return found, RowCounts(whole).without("beyond --eval-batches", whole - batch * batches)

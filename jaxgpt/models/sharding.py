@@ -49,8 +49,11 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     inner = config.fsdp * config.tensor
     data = config.data or count // inner
     if data * inner != count:
-        wanted = f"data {config.data or 'any'} x fsdp {config.fsdp} x tensor {config.tensor}"
-        raise UserError(f"a mesh of {wanted} doesn't fit {count} devices; change one of mesh.data, .fsdp, .tensor")
+        product = f"mesh.fsdp {config.fsdp} x mesh.tensor {config.tensor}"
+        if config.data:
+            product = f"mesh.data {config.data} x {product}"
+        wrong = "is not" if config.data else "does not divide"
+        raise UserError(f"{product} {wrong} the number of devices, {count}; change one of them")
     names = ("data", "fsdp", "tensor")
     shape = (data, config.fsdp, config.tensor)
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)

@@ -29,6 +29,7 @@ with needs_extra("train"):
 
 FORMAT = 2  # 2: checkpoint.json holds its own sha256
 RECORD = "checkpoint.json"
+OLDER = "an older checkpoint may be intact"
 NAMES = ("format", "step", "run", "tokenizer", "arrays", "data", "position", "devices", "files")
 T = TypeVar("T")
 
@@ -98,6 +99,10 @@ class Checkpoints:
             except UserError as error:
                 self._damaged.add(folder)
                 self.run.say(f"WARNING: skipped checkpoint {folder.name}: {error}")
+        if self._damaged:
+            self.run.say(
+                f"WARNING: no checkpoint in {self.folder} is intact: {self.run.stage} starts again from step 1"
+            )
         return None
 
     def _objection(self, record: Mapping[str, Any] | None, shapes: Any, force: bool) -> str | None:
@@ -114,7 +119,9 @@ class Checkpoints:
             "tokenizer": (record["tokenizer"], self.tok.fingerprint),
             "data": (record["data"]["fingerprint"], self.batches.get_state()["fingerprint"]),
         }
-        changed = [f"{name} {there[:12]} there, {now[:12]} now" for name, (there, now) in pairs.items() if there != now]
+        changed = [
+            f"{name} {there[:12]} before, {now[:12]} now" for name, (there, now) in pairs.items() if there != now
+        ]
         if changed and not force:
             return (
                 f"{folder} was made with other inputs ({'; '.join(changed)}); restore them, choose another --run, or "
@@ -203,12 +210,12 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     what is wrong."""
     if not (folder / RECORD).exists():
         raise UserError(f"{folder} is unfinished: it has no {RECORD}")
-    record = read_record(folder / RECORD, NAMES, "an older checkpoint may be intact")
+    record = read_record(folder / RECORD, NAMES, OLDER)
     if record["format"] != FORMAT:
         raise UserError(f"{folder} has format {record['format']}, but this version reads {FORMAT}")
     if folder.name != str(record["step"]):
         raise UserError(f"{folder} holds the checkpoint of step {record['step']}: it was renamed; rename it back")
-    check_files(folder, record["files"])
+    check_files(folder, record["files"], OLDER)
     return record
 
 

@@ -75,7 +75,11 @@ class Claim:
             self._file = None
 
     def _in_use(self) -> UserError:
-        return UserError(f"{self.folder} is in use by another process; choose another --run")
+        holder = "another process"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(self.path.read_bytes())
+            holder += f" (pid {int(found['pid'])} on {found['host']})"
+        return UserError(f"{self.folder} is in use by {holder}; wait until it ends, or choose another --run")
 
     def _write(self, beat: int) -> None:
         content = {"id": self.id, "host": socket.gethostname(), "pid": os.getpid(), "beat": beat}

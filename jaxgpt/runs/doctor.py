@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxgpt.errors import UserError
-from jaxgpt.rlhf.intervals import TOO_FEW, TOO_WIDE
+from jaxgpt.rlhf.intervals import TOO_WIDE
 from jaxgpt.runs.endings import plain_endings
 from jaxgpt.runs.run_record import RunRecord, Span, read_run_record
 
@@ -358,7 +358,7 @@ def check_enough_rows(run: RunRecord) -> Iterator[Finding]:
     if wide:
         name, span = max(wide.items(), key=lambda one: -(one[1].low or 0.0))
         yield Finding(
-            f"{TOO_FEW}: the held-out rows are few",
+            "too few held-out rows to compare",
             f"{', '.join(wide)}: intervals wider than ±{TOO_WIDE:.0%}, {name} {show(span)} "
             f"[{span.low or 0:.2f}, {1 if span.high is None else span.high:.2f}]",
             "more held-out rows, before any of these figures is compared",
@@ -418,7 +418,7 @@ def examine(folder: Path) -> tuple[list[str], bool]:
     try:
         run = read_run_record(folder)
     except UserError as error:
-        return [f"{folder.name}: could not be read: {error}; run the stage again, or copy its folder again"], True
+        return [f"{folder.name}: could not be read: {error}"], True
     place = f"({folder}{'' if run.finished else ', not finished'})"
     if run.stage not in CHECKS:
         return [f"{run.stage}: not checked: the doctor knows no stage of that name {place}"], False

@@ -69,7 +69,8 @@ def describe_devices() -> str:
     devices = jax.devices()
     name = devices[0].device_kind
     if devices[0].platform == "cpu":
-        name = f"cpu ({count_cores()} cores)"
+        cores = count_cores()
+        name = f"cpu ({cores} core{'s' * (cores != 1)})"
     count = f"{len(devices)} x " if len(devices) > 1 else ""
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"device: {count}{name}{processes}, jax {jax.__version__}"
@@ -99,7 +100,7 @@ def describe_rounding(arrays: Any) -> dict[str, str]:
 def differences_in_rounding(there: Mapping[str, str], now: Mapping[str, str]) -> str:
     """What to add to "resumed" if the bits may differ, or an empty string. `there`: from the checkpoint."""
     changed = [
-        f"{name} {there[name] or 'none'} there, {now.get(name) or 'none'} now"
+        f"{name} {there[name] or 'none'} before, {now.get(name) or 'none'} now"
         for name in there
         if there[name] != now.get(name)
     ]

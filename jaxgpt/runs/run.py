@@ -93,7 +93,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def read_done(folder: Path) -> dict[str, Any]:
     """A finished run's done.json. UserError if it is damaged. One of jaxgpt 0.1.0 lists no files."""
     path = folder / "done.json"
-    done = read_record(path, DONE, "restore it from a copy, or make the run again", older=DONE[:3])
+    done = read_record(path, DONE, "restore it from a copy, or run the stage again with --fresh", older=DONE[:3])
     done.setdefault("files", {})
     if not all(isinstance(done[name], kind) for name, kind in zip(DONE, (str, str, dict, dict), strict=True)):
         raise UserError(f"{path} is not a run's record; give the folder of a run")
@@ -108,10 +108,23 @@ def check_outputs(folder: Path, done: Mapping[str, Any], *, measured: bool = Fal
             continue
         path = folder / name
         if not path.is_file() or sha256_of_file(path) != digest:
-            raise UserError(
-                f"{path} is not what the run in {folder} wrote: it was altered, damaged or removed since; "
-                "restore it from a copy, or, if you meant to change it, use a copy of it in another folder"
-            )
+            state = "is not what its run wrote (its checksum differs)" if path.is_file() else "is missing"
+            rows = name.endswith(".jsonl") and name != "metrics.jsonl"
+            edited = " (to use edited rows, copy the file to another folder)" if rows else ""
+            raise UserError(f"{path} {state}; restore it from a copy, or run the stage again with --fresh{edited}")
+
+
+def check_metrics(path: Path, position: Mapping[str, Any]) -> None:
+    """UserError if the metrics up to a checkpoint's position are not those that it was saved with."""
+    end = int(position["metrics_bytes"])
+    with open(path, "rb") as file:
+        kept = file.read(end)
+    if hashlib.sha256(kept).hexdigest() != position["metrics_sha256"]:
+        how = f"it has {len(kept)} bytes but had {end}" if len(kept) < end else "other bytes"
+        raise UserError(
+            f"{path} has changed since the checkpoint was saved ({how}), so its figures up to that step may be wrong; "
+            "the model is not affected"
+        )
 
 
 def _outputs(folder: Path) -> dict[str, str]:
@@ -376,15 +389,15 @@ class Run:
         self._started = time.monotonic() - seconds
         if self._metrics is None:
             return
-        with open(self.folder / "metrics.jsonl", "rb") as file:
+        path = self.folder / "metrics.jsonl"
+        if position is not None:
+            try:
+                check_metrics(path, position)
+            except UserError as error:
+                self.say(f"WARNING: {error}")
+        with open(path, "rb") as file:
             kept = file.read(end)
         self._metrics_bytes, self._metrics_hash = len(kept), hashlib.sha256(kept)
-        if position is not None and self._metrics_hash.hexdigest() != position["metrics_sha256"]:
-            lost = f"it has {len(kept)} bytes but had {end}" if len(kept) < end else "other bytes"
-            self.say(
-                f"WARNING: metrics.jsonl is not what it was at the checkpoint ({lost}): don't trust its figures up "
-                "to there; the model is not affected"
-            )
         os.truncate(self._metrics.fileno(), len(kept))
 
     def say(self, text: str) -> None:
@@ -456,11 +469,11 @@ def _identity(record: Mapping[str, Any], places: frozenset[str] | set[str]) -> d
 
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """For example "lr: 0.001 there, 0.003 now"; an empty string if nothing differs."""
+    """For example "lr: 0.001 before, 0.003 now"; an empty string if nothing differs."""
     old, new = flatten_json(there["settings"]), flatten_json(now["settings"])
     absent = "absent"
     changed = [
-        f"{name}: {old.get(name, absent)} there, {new.get(name, absent)} now"
+        f"{name}: {old.get(name, absent)} before, {new.get(name, absent)} now"
         for name in dict.fromkeys([*old, *new])
         if old.get(name, absent) != new.get(name, absent)
     ]

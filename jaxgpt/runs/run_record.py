@@ -19,6 +19,7 @@ with needs_extra("train"):
     import msgspec
 
 T = TypeVar("T")
+AGAIN = "run the stage again, or copy its folder again"
 Number = float | None  # None: it was not finite
 Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Whole = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -219,7 +220,7 @@ def read_results(folder: Path, stage: str | None = None) -> dict[str, Any]:
     """The results in a run's done.json. UserError if it can't be read, or if its stage isn't `stage`."""
     done = _convert(_read(read_done, folder / "done.json"), _Done, folder / "done.json")
     if stage not in (None, done.stage):
-        raise UserError(f"{folder / 'done.json'} is of a run of {done.stage!r}, not {stage!r}")
+        raise UserError(f"{folder / 'done.json'} is of a run of {done.stage!r}, not {stage!r}; give another folder")
     return done.results
 
 
@@ -230,10 +231,10 @@ def _check_complete(record: RunRecord) -> None:
     logged = {name for row in record.rows for name in row.figures}
     for name in metrics:
         if name not in logged:
-            raise UserError(f"{record.folder / 'metrics.jsonl'} holds no {name}")
+            raise UserError(f"{record.folder / 'metrics.jsonl'} holds no {name}; {AGAIN}")
     for name in results:
         if name not in record.raw_results:
-            raise UserError(f"{record.folder / 'done.json'} holds no results.{name}")
+            raise UserError(f"{record.folder / 'done.json'} holds no results.{name}; {AGAIN}")
 
 
 def _read_metrics(path: Path, finished: bool) -> list[Row]:
@@ -246,7 +247,7 @@ def _read_metrics(path: Path, finished: bool) -> list[Row]:
             rows.append(_row(msgspec.json.decode(line)))
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             if number < len(lines) or finished:
-                raise UserError(f"{path}:{number} is not a line of metrics ({first_line(error)})") from None
+                raise UserError(f"{path}:{number} is not a line of metrics ({first_line(error)}); {AGAIN}") from None
     return rows
 
 
@@ -276,10 +277,10 @@ def _read(record: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any
 
 def _read_bytes(path: Path) -> bytes:
     if not os.path.lexists(path):
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist; {AGAIN}")
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a file")
+            raise UserError(f"{path} is not a file; {AGAIN}")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
@@ -294,4 +295,5 @@ def _convert(data: Any, kind: type[T], path: Path) -> T:
         if types:
             wanted, found = (TYPE_NAMES.get(name.strip(), name.strip()) for name in types.groups())
             what = f"must be {wanted}, not {found}"
-        raise UserError(f"{path} is damaged: {place.strip('`').removeprefix('$.') or 'its content'} {what}") from None
+        name = place.strip("`").removeprefix("$.") or "its content"
+        raise UserError(f"{path} is damaged: {name} {what}; {AGAIN}") from None

@@ -40,6 +40,7 @@ with needs_extra("train"):
 
 FORMAT = 3  # 2: each head's q, k and v are stored together in qkv; 3: model.json holds its own sha256
 RECORD = ("format", "config", "params", "extra", "files")
+AGAIN = "save the model again, or copy its whole folder again"
 
 
 class LoadedModel(NamedTuple):
@@ -141,13 +142,13 @@ def load_model(folder: Path, expected: Any = None) -> LoadedModel:
 def check_model(folder: Path) -> dict[str, Any]:
     """Check every byte of a model against its model.json, and return that record. UserError names what is wrong."""
     record = read_description(folder)
-    check_files(folder, record["files"])
+    check_files(folder, record["files"], AGAIN)
     return record
 
 
 def read_description(folder: Path) -> dict[str, Any]:
     """A model's model.json. UserError if it isn't one, is damaged, or is of another format."""
-    path, advice = folder / "model.json", "save the model again, or copy its whole folder again"
+    path, advice = folder / "model.json", AGAIN
     record = read_record(path, RECORD, advice, older=RECORD)
     if record["format"] not in (FORMAT, 2):
         raise UserError(f"{folder} has format {record['format']}, but this version reads {FORMAT}; save it again")

@@ -13,7 +13,7 @@ from typing import Any
 from jaxgpt.errors import UserError
 from jaxgpt.runs.checkpoints import list_checkpoints, read_checkpoint
 from jaxgpt.runs.endings import plain_endings
-from jaxgpt.runs.run import check_outputs, read_done, read_settings
+from jaxgpt.runs.run import check_metrics, check_outputs, read_done, read_settings
 from jaxgpt.runs.saved_model import check_model
 
 
@@ -31,7 +31,7 @@ def verify(root: Path) -> list[tuple[Path, str]]:
             found.append((path, _problem(check_model, path)))
     for folder in sorted(set(root.rglob("checkpoints")) - closed.keys()):
         if not (folder.parent / "done.json").exists():  # a finished run needs none; some may be half removed
-            found += [(step, _problem(read_checkpoint, step)) for step in reversed(list_checkpoints(folder))]
+            found += _check_checkpoints(folder)
     if not found:
         raise UserError(f"no run, saved model or checkpoint below {root}; give a folder that holds one")
     return found
@@ -41,6 +41,19 @@ def _check_run(folder: Path) -> None:
     read_settings(folder)
     if (folder / "done.json").exists():
         check_outputs(folder, read_done(folder), measured=True)
+
+
+def _check_checkpoints(folder: Path) -> list[tuple[Path, str]]:
+    """Each checkpoint of an unfinished run, and its metrics if they differ from those at the newest good one."""
+    good: list[dict[str, Any]] = []
+
+    def read(step: Path) -> None:
+        good.append(read_checkpoint(step))
+
+    found = [(step, _problem(read, step)) for step in reversed(list_checkpoints(folder))]
+    metrics = folder.parent / "metrics.jsonl"
+    changed = _problem(lambda path: check_metrics(path, good[-1]["position"]), metrics) if good else ""
+    return [*found, (metrics, changed)] if changed else found
 
 
 def _problem(check: Callable[[Path], Any], folder: Path) -> str:

@@ -33,7 +33,7 @@ def test_every_row_is_used_or_left_out_for_a_reason(tmp_path):
     data.announce(lines.append, "reward")
     assert lines == [
         "reward: preferences (up to 2 answers, 2 ties): 20 read, 12 used; left out: 2 longer than 32 tokens, "
-        "3 over --limit 15, 3 in an incomplete last batch",
+        "3 beyond --limit 15, 3 in an incomplete last batch",
         "reward: held out: 20 read, 1 used; left out: 19 longer than 32 tokens",
     ]
     assert (len(data.train), len(data.heldout), data.steps) == (15, 1, 3)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import align, assistant, blind, chat, dpo, label, ppo, preferences, pretrain, reward, sft
+from experiments.stages import chat_command
 from experiments.studies import (
     arithmetic,
     frontier,
@@ -221,7 +222,7 @@ def test_the_doctor_reports_a_reward_model_trained_on_random_labels(finished, tm
     )
     reward.main(settings)
     assert [one.what for one in doctor.run_checks(doctor.read_run_record(settings.run))] == [
-        "too few to say: the held-out rows are few",
+        "too few held-out rows to compare",
         "the reward model is guessing",
     ]
 
@@ -486,3 +487,8 @@ def test_an_interrupted_study_resumes_after_its_last_part(start_of, monkeypatch,
     assert_runs_once(frontier, settings, capsys)
     for name, time in kept.items():
         assert (cells / name).stat().st_mtime_ns == time
+
+
+def test_the_command_to_chat_with_a_model_is_quoted_for_the_shell():
+    assert chat_command(Path("runs/assistant/ppo")) == 'make chat ARGS="--model runs/assistant/ppo"'
+    assert chat_command(Path("my runs (2)/ppo")) == """make chat ARGS="--model 'my runs (2)/ppo'\""""

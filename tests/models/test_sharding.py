@@ -325,9 +325,9 @@ def test_the_divided_sampler_believes_what_one_device_does(shape):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((3, 1, 1), "data 3 x fsdp 1 x tensor 1 doesn't fit 8 devices"),
-        ((0, 3, 1), "data any x fsdp 3 x tensor 1 doesn't fit 8 devices"),
-        ((0, 16, 1), "doesn't fit 8 devices"),
+        ((3, 1, 1), "mesh.data 3 x mesh.fsdp 1 x mesh.tensor 1 is not the number of devices, 8"),
+        ((0, 3, 1), "mesh.fsdp 3 x mesh.tensor 1 does not divide the number of devices, 8"),
+        ((0, 16, 1), "does not divide the number of devices, 8"),
         ((0, 0, 1), "fsdp is 0"),
     ],
 )

@@ -163,7 +163,7 @@ def test_another_mesh_is_no_other_run_and_is_said(run, tok):
         saves = Checkpoints(opened, settings.save, tok, batches_of())
         state, _ = saves.load(saves.newest(shapes), shapes, STEPS)
     assert len(state.trainable["embed"]["tokens_VD"].sharding.device_set) == 4
-    moved = "mesh data 1 x fsdp 1 x tensor 1 there, data 1 x fsdp 4 x tensor 1 now"
+    moved = "mesh data 1 x fsdp 1 x tensor 1 before, data 1 x fsdp 4 x tensor 1 now"
     assert (
         f"resumed after step 9 of 12; equal up to rounding, not bit for bit ({moved})" in (run / "log.txt").read_text()
     )
@@ -191,14 +191,14 @@ def test_a_run_goes_from_one_device_to_other_meshes_with_the_same_numbers_and_sa
 
     run = tmp_path / "run"
     train(run, 3)
-    assert "fsdp 1 there" not in (run / "log.txt").read_text()
+    assert "fsdp 1 before" not in (run / "log.txt").read_text()
     moved = train(run, 6, MeshConfig(fsdp=4), 4)["embed"]["tokens_VD"]
     assert not moved.sharding.is_fully_replicated and moved.sharding.mesh.size == 4
     ended = train(run, STEPS, MeshConfig(tensor=2), 2)
     said = [line for line in (run / "log.txt").read_text().splitlines() if "resumed" in line]
     one, four, two = (f"mesh data 1 x fsdp {fsdp} x tensor {tensor}" for fsdp, tensor in ((1, 1), (4, 1), (1, 2)))
     for line, there, now in zip(said, (one, four), (four, two), strict=True):
-        assert f"equal up to rounding, not bit for bit ({there} there, {now.removeprefix('mesh ')} now)" in line
+        assert f"equal up to rounding, not bit for bit ({there} before, {now.removeprefix('mesh ')} now)" in line
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ended, train(tmp_path / "a", 99))
     for a, b in zip(rows(run), rows(tmp_path / "a"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -207,11 +207,11 @@ def test_a_run_goes_from_one_device_to_other_meshes_with_the_same_numbers_and_sa
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"jax": "0.9.9"}, r"jax 0.9.9 there, [0-9.]+ now"),
-        ({"optax": "0.1", "flax": "0.2"}, r"flax 0.2 there, .* now; optax 0.1 there, .* now"),
-        ({"cpu": "Z80, 1 cores"}, "cpu Z80, 1 cores there, .* now"),
-        ({"processes": "2"}, "processes 2 there, 1 now"),
-        ({"devices": "4 x cpu"}, "devices 4 x cpu there, 8 x cpu now"),
+        ({"jax": "0.9.9"}, r"jax 0.9.9 before, [0-9.]+ now"),
+        ({"optax": "0.1", "flax": "0.2"}, r"flax 0.2 before, .* now; optax 0.1 before, .* now"),
+        ({"cpu": "Z80, 1 cores"}, "cpu Z80, 1 cores before, .* now"),
+        ({"processes": "2"}, "processes 2 before, 1 now"),
+        ({"devices": "4 x cpu"}, "devices 4 x cpu before, 8 x cpu now"),
         ({}, None),
     ],
 )
@@ -229,7 +229,7 @@ def test_a_refusal_says_how_to_keep_what_is_there(run, tok):
     """An unfinished run is never to be deleted; a finished one at last."""
     with pytest.raises(UserError) as error:
         train_run(run, tok, settings=Settings(seed=1))
-    assert "holds an unfinished run with other settings (seed: 0 there, 1 now); restore them to resume it" in str(
+    assert "holds an unfinished run with other settings (seed: 0 before, 1 now); restore them to resume it" in str(
         error.value
     )
     assert "--force" in str(error.value) and "--fresh" not in str(error.value)
@@ -293,6 +293,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, tok, k
     assert f"WARNING: skipped checkpoint 9: {run / 'checkpoints/9'}" in (run / "log.txt").read_text()
 
 
+def test_a_run_without_an_intact_checkpoint_says_that_it_starts_again(run, tok):
+    for step in ("6", "9"):
+        damage("tokenizer", run / "checkpoints" / step)
+    assert train_run(run, tok, until=1)[0] == 1
+    assert "is intact: sft starts again from step 1" in (run / "log.txt").read_text()
+
+
 def test_a_renamed_checkpoint_is_passed_over(run, tok):
     (run / "checkpoints/9").rename(run / "checkpoints/11")
     (run / "checkpoints/²").mkdir()  # a digit to Python, but no number
@@ -315,16 +322,19 @@ def test_another_runs_checkpoint_is_refused_unless_forced(run, tok, tmp_path):
     train_run(tmp_path / "other", tok, until=10, settings=Settings(seed=1))
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(tmp_path / "other/checkpoints", run / "checkpoints")
-    with pytest.raises(UserError, match=r"other inputs \(run \w{12} there, \w{12} now\)"):
+    with pytest.raises(UserError, match=r"other inputs \(run \w{12} before, \w{12} now\)"):
         train_run(run, tok)
     assert train_run(run, tok, until=10, settings=Settings(force=True))[0] == 10
 
 
 def test_metrics_altered_before_the_checkpoint_are_said(run, tok):
     path = run / "metrics.jsonl"
+    assert not any(problem for _, problem in verify.verify(run))
     path.write_text(path.read_text().replace('"step": 2', '"step": 1'))
+    problems = {place: problem for place, problem in verify.verify(run) if problem}
+    assert list(problems) == [path] and "(other bytes)" in problems[path]
     assert train_run(run, tok, until=10)[0] == 10
-    assert "metrics.jsonl is not what it was at the checkpoint (other bytes)" in (run / "log.txt").read_text()
+    assert "metrics.jsonl has changed since the checkpoint was saved (other bytes)" in (run / "log.txt").read_text()
 
 
 def test_nothing_is_saved_into_a_folder_that_was_moved(tmp_path, tok):
@@ -377,19 +387,19 @@ def test_every_parameter_that_differs_is_named(run, tok):
 
 def test_other_data_or_another_tokenizer_is_refused_unless_forced(run, tok):
     other = train_char(["xyz"])
-    with pytest.raises(UserError, match=r"other inputs \(tokenizer \w{12} there, \w{12} now\); .*--force"):
+    with pytest.raises(UserError, match=r"other inputs \(tokenizer \w{12} before, \w{12} now\); .*--force"):
         train_run(run, other)
-    with pytest.raises(UserError, match=r"other inputs \(data \w{12} there, \w{12} now\)"):
+    with pytest.raises(UserError, match=r"other inputs \(data \w{12} before, \w{12} now\)"):
         train_run(run, tok, batches=batches_of(seed=5))
     first, _ = train_run(run, tok, until=10, batches=batches_of(seed=5), settings=Settings(force=True))
     assert first == 10 and "the data has changed since the checkpoint" in (run / "log.txt").read_text()
 
 
 def test_another_seed_is_refused_with_the_difference_unless_forced(run, tok):
-    with pytest.raises(UserError, match=r"seed: 0 there, 1 now"):
+    with pytest.raises(UserError, match=r"seed: 0 before, 1 now"):
         train_run(run, tok, settings=Settings(seed=1))
     first, _ = train_run(run, tok, until=10, settings=Settings(seed=1, force=True))
-    assert first == 10 and "resuming with other settings (seed: 0 there, 1 now)" in (run / "log.txt").read_text()
+    assert first == 10 and "resuming with other settings (seed: 0 before, 1 now)" in (run / "log.txt").read_text()
 
 
 def test_saving_more_or_less_often_is_no_other_run(run, tok):

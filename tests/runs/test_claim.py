@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def test_one_at_a_time(claim, locks):
         first, second = claim(), claim()
         first.take()
         first.check()
-        with pytest.raises(UserError, match="is in use by another process"):
+        with pytest.raises(UserError, match=rf"is in use by another process \(pid {os.getpid()} on "):
             second.take()
         first.check()
         first.release()

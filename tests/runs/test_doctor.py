@@ -326,7 +326,7 @@ def test_held_out_rows_that_are_too_few_to_say(tmp_path):
     for stage, results in cases.items():
         lines = [{**DPO, **line} for line in TRAINED] if stage != "report" else []
         folder = write(tmp_path, stage, lines, crafted.STAGES[stage][1] | results)
-        assert found(folder) == ["too few to say: the held-out rows are few"], stage
+        assert found(folder) == ["too few held-out rows to compare"], stage
 
 
 def test_a_result_that_was_not_finite(tmp_path):

@@ -102,10 +102,10 @@ def test_an_unfinished_run_starts_again_and_keeps_foreign_files(tmp_path):
     [
         (
             {"settings": Settings(lr=0.2)},
-            r"a finished run with other settings \(lr: 0.1 there, 0.2 now\); restore them to read its results, choose "
+            r"a finished run with other settings \(lr: 0.1 before, 0.2 now\); restore them to read its results, choose "
             "another --run, or pass --fresh, which deletes it",
         ),
-        ({"settings": Settings(model=ModelConfig(layers=3))}, r"\(model.layers: 4 there, 3 now\)"),
+        ({"settings": Settings(model=ModelConfig(layers=3))}, r"\(model.layers: 4 before, 3 now\)"),
         ({"inputs": {"pretrain": "b"}}, r"\(made from another pretrain\)"),
         ({"inputs": {}}, r"\(made from another pretrain\)"),
         ({"stage": "ppo"}, r"holds a run of 'sft', not 'ppo'; choose another --run"),
@@ -198,7 +198,7 @@ def test_what_a_finished_run_wrote_is_compared_before_it_is_used(tmp_path):
     formats.fingerprint(rows), run_fingerprint(tmp_path, "sft")
     rows.write_text(other)
     for use in (lambda: formats.fingerprint(rows), lambda: run_fingerprint(tmp_path, "sft")):
-        with pytest.raises(UserError, match=r"train.jsonl is not what (its run|the run in .*) wrote"):
+        with pytest.raises(UserError, match=r"train.jsonl is not what its run wrote"):
             use()
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy/train.jsonl").write_text(other)
@@ -207,7 +207,7 @@ def test_what_a_finished_run_wrote_is_compared_before_it_is_used(tmp_path):
     metrics.write_text(metrics.read_text().replace("2", "3"))
     run_fingerprint(tmp_path, "sft")  # no later stage reads metrics, but `verify` does
     (_, problem), *_ = verify(tmp_path)
-    assert "metrics.jsonl is not what the run" in problem
+    assert "metrics.jsonl is not what its run wrote" in problem
 
 
 def test_a_damaged_settings_file_ends_no_run_that_another_record_knows(tmp_path):
@@ -528,7 +528,7 @@ def test_metrics_that_another_process_wrote_are_not_vouched_for(tmp_path):
         run.finish({})
     run_fingerprint(tmp_path, "sft")
     (_, problem), *_ = verify(tmp_path)
-    assert "metrics.jsonl is not what the run" in problem
+    assert "metrics.jsonl is not what its run wrote" in problem
 
 
 def test_a_full_disk_at_the_end_is_one_line(tmp_path, monkeypatch):

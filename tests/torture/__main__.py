@@ -4,7 +4,7 @@
     python -m tests.torture --seconds 60                the quick kinds, with the same time for each
     python -m tests.torture --kinds votes --seed 7 --cases 500
 
-Prints the table of docs/runs.md: kind, cases, held. Ends with status 1 if any case was not held, after showing the
+Prints a table: kind, cases, held. Ends with status 1 if any case was not held, after showing the
 first of each kind.
 """
 
