@@ -6,7 +6,7 @@ has split into a start, pieces overlapped with other work, and an end keeps its 
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,19 +38,30 @@ INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective: its kind, bytes of its result on a device, devices in a group, runs per step."""
+    """A collective: its kind, bytes of its result on a device, devices in a group, runs per step, and how many slices
+    or hosts a group spans."""
 
     kind: str
     size: float
     group: int
     times: int
+    parts: int = 1
 
     @property
     def sent(self) -> float:
         """Bytes that a device sends per step, in a ring: (n - 1) / n of the whole, twice that for an all-reduce."""
-        n = self.group
+        return self._in_a_ring(self.group, self.size)
+
+    @property
+    def across(self) -> float:
+        """Those of them that must leave the slice or host: each device first joins its share with its neighbours'."""
+        inner = self.group / self.parts
+        scattered = self.kind in ("all-reduce", "all-gather")  # the result is whole on every device
+        return self._in_a_ring(self.parts, self.size / inner if scattered else self.size) if self.parts > 1 else 0.0
+
+    def _in_a_ring(self, n: int, size: float) -> float:
         share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
-        return self.times * self.size * share.get(self.kind, (n - 1) / n)
+        return self.times * size * share.get(self.kind, (n - 1) / n)
 
 
 @dataclasses.dataclass
@@ -61,6 +72,18 @@ class Instruction:
     operands: list[str]
     text: str  # the line from the operands on
     root: bool
+
+    @property
+    def target(self) -> str:
+        """What a custom call runs; "" for other instructions."""
+        found = re.search(r'custom_call_target="([^"]+)"', self.text) if self.kind == "custom-call" else None
+        return found[1] if found else ""
+
+    @property
+    def operation(self) -> str:
+        """JAX's name for it, with its named scopes."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
 
     def attribute(self, name: str) -> str | None:
         found = re.search(rf"\b{name}=%?([\w.-]+)", self.text)
@@ -189,21 +212,28 @@ def shape_bytes(text: str) -> list[float]:
     ]
 
 
-def group_size(text: str, devices: int) -> int:
-    """Devices in one group of a collective, from `{{0,1},{2,3}}`, `[2,4]<=[8]`, or a mesh and the axes it runs along.
-    All devices for a permutation, which lists pairs."""
+def first_group(text: str, devices: int) -> list[int]:
+    """The devices of one group of a collective, from `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, or a mesh and the axes it
+    runs along. All devices for a permutation, which lists pairs."""
     if found := re.search(r"replica_groups=\{\{([0-9,]*)\}", text):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-        return int(found[2])
+        return [int(n) for n in found[1].split(",")]
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", text):
+        shape, order = ([int(n) for n in (part or "").split(",") if n] for part in found.groups()[2:])
+        ids = np.arange(np.prod(shape)).reshape(shape)
+        return ids.transpose(order or range(ids.ndim)).reshape(int(found[1]), -1)[0].tolist()
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
         sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", found[1])}
-        return int(np.prod([sizes.get(name, 1) for name in re.findall(r"'([^']*)'", found[2])], dtype=int))
-    return devices
+        along = re.findall(r"'([^']*)'", found[2])
+        ids = np.arange(np.prod([*sizes.values()])).reshape([*sizes.values()])
+        return ids[tuple(slice(None) if name in along else 0 for name in sizes)].ravel().tolist()
+    return list(range(devices))
 
 
-def collectives(text: str, devices: int) -> tuple[list[Collective], set[str]]:
-    """The collectives of an HLO text, and the loops of unknown length that contain any (counted once)."""
+def collectives(text: str, devices: int, part_of: Sequence[int] = ()) -> tuple[list[Collective], set[str]]:
+    """The collectives of an HLO text, and the loops of unknown length that contain any (counted once).
+
+    part_of: for each device, in the mesh's order, its slice or host; without it there is only one.
+    """
     program = Program(text)
     times, unknown = program.times()
     found: dict[str, Collective] = {}
@@ -212,6 +242,14 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], set[str]]:
         for parts in program.computations.values()
         for one in parts.values()
         if one.name.startswith("async-collective-start")
+        for called in one.called()
+    }
+    # A TPU's compiler fuses an all-reduce whose result is cut into shards: it sends what a reduce-scatter sends.
+    scattered = {
+        called: one.shape
+        for parts in program.computations.values()
+        for one in parts.values()
+        if one.kind == "fusion" and "all-reduce-scatter" in one.text + one.name
         for called in one.called()
     }
     started: set[str] = set()  # channels whose start was seen: it gives the count, not the overlapped pieces
@@ -223,8 +261,12 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], set[str]]:
             sizes = shape_bytes(one.shape)
             if one.kind.endswith("-start") and kind != "all-reduce":  # (inputs, outputs, ...)
                 sizes = sizes[1:2] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
+            if kind == "all-reduce" and computation in scattered:
+                kind, sizes = "reduce-scatter", shape_bytes(scattered[computation])
             channel = re.search(r"channel_id=(\d+)", one.text)
-            this = Collective(kind, sum(sizes), group_size(one.text, devices), count)
+            group = first_group(one.text, devices)
+            parts = len({part_of[i] for i in group}) if part_of else 1
+            this = Collective(kind, sum(sizes), len(group), count, parts)
             key = f"{kind} {channel[1]}" if channel else f"{computation} {one.name}"
             if computation in starts and channel:
                 started.add(key)

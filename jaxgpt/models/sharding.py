@@ -16,6 +16,7 @@ from typing import ParamSpec, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,9 +55,20 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
             product = f"mesh.data {config.data} x {product}"
         wrong = "is not" if config.data else "does not divide"
         raise UserError(f"{product} {wrong} the number of devices, {count}; change one of them")
-    names = ("data", "fsdp", "tensor")
-    shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    names, shape = ("data", "fsdp", "tensor"), (data, config.fsdp, config.tensor)
+    devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise UserError(f"mesh.data {data} doesn't divide among {slices} slices, which only it may span; change it")
+    arrange = functools.partial(mesh_utils.create_device_mesh, shape, devices)
+    if slices > 1:
+        inner, outer = (data // slices, config.fsdp, config.tensor), (slices, 1, 1)
+        arrange = functools.partial(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
+    try:
+        arranged = arrange()
+    except NotImplementedError:  # no axis of the mesh is a product of the slice's dimensions
+        arranged = arrange(allow_split_physical_axes=True)
+    return Mesh(arranged, names, axis_types=(AxisType.Auto,) * 3)
 
 
 def data_mesh() -> Mesh:

@@ -17,7 +17,8 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding
 from jaxgpt.models.sharding import MeshConfig
-from tpu import hlo, plan
+from tpu import compiling, estimates, hardware, hlo, plan, roofline
+from tpu.settings import PRESETS, Settings
 
 TPU_COMPILER = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed (make EXTRAS=tpu set-up)"
@@ -126,6 +127,114 @@ ENTRY %main.1 (a: bf16[2,8], b: f32[4]) -> f32[4] {
     assert by_kind["collective-permute"].sent == 16 * 4
 
 
+def test_an_all_reduce_whose_result_is_cut_into_shards_sends_what_a_reduce_scatter_sends():
+    text = """\
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (p: f32[64,8], i: u32[]) -> f32[8,8] {
+  %p = f32[64,8]{1,0} parameter(0)
+  %i = u32[] parameter(1)
+  %all-reduce.1 = f32[64,8]{1,0} all-reduce(%p), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%sum
+  ROOT %cut = f32[8,8]{1,0} dynamic-slice(%all-reduce.1, %i, %i), dynamic_slice_sizes={8,8}
+}
+
+ENTRY %main (x: f32[64,8], n: u32[]) -> f32[8,8] {
+  %x = f32[64,8]{1,0} parameter(0)
+  %n = u32[] parameter(1)
+  ROOT %r = f32[8,8]{1,0} fusion(%x, %n), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (one,), _ = hlo.collectives(text, 8)
+    assert (one.kind, one.size, one.sent) == ("reduce-scatter", 8 * 8 * 4, 7 * 8 * 8 * 4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("{{0,2},{1,3}}", [0, 2]),
+        ("[2,4]<=[8]", [0, 1, 2, 3]),
+        ("[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
+        ("mesh['data'=2,'fsdp'=4] {'fsdp'}", [0, 1, 2, 3]),
+        ("mesh['data'=2,'fsdp'=4] {'data'}", [0, 4]),
+    ],
+)
+def test_the_devices_of_a_group_are_read(groups, first):
+    assert hlo.first_group(f"%x), channel_id=1, replica_groups={groups}, dimensions={{0}}", 8) == first
+
+
+def test_only_what_is_left_after_each_slice_joined_its_own_leaves_it():
+    """8 devices in 2 slices: an all-reduce crosses with an eighth of ring traffic on a quarter of the array."""
+    one = hlo.Collective("all-reduce", 800.0, group=8, times=3, parts=2)
+    assert one.sent == 3 * 2 * 7 / 8 * 800 and one.across == 3 * 2 * 1 / 2 * (800 / 4)
+    assert dataclasses.replace(one, parts=1).across == 0
+    gathered = dataclasses.replace(one, kind="all-gather", times=1)
+    assert gathered.across == 1 / 2 * 200
+
+
+# ---- what parts of a program cost ----
+
+
+def test_the_cost_of_a_compiled_program_is_that_of_its_products_and_arrays():
+    """Products in a loop, on a CPU: the FLOPs are exact, and at least the arrays in and out are moved."""
+
+    def f(x, w):
+        with jax.named_scope("mlp"):
+            x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+        with jax.named_scope("head"):
+            return x @ w[0]
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 128), (5, 128, 128))]
+    found = roofline.costs(hlo.Program(jax.jit(f).lower(*shapes).compile().as_text()))
+    one = 2 * 64 * 128 * 128
+    assert sum(x.flops * x.times for x in found) == 6 * one
+    rows = {row.name: row for row in roofline.by_scope(found, hardware.CHIPS["v5e"], launch=0.0)}
+    assert rows["mlp"].flops == 5 * one and rows["head"].flops == one
+    least = 4 * 5 * (128 * 128 + 2 * 64 * 128)
+    assert least <= rows["mlp"].bytes < 4 * least
+
+
+def test_what_a_gpus_program_says_is_counted():
+    """cuBLAS and cuDNN by their shapes, a lookup by what it reads, an update in place by what it writes."""
+    text = """\
+%lookup (p.1: f32[1000,8], i.1: s32[4]) -> f32[4,8] {
+  %p.1 = f32[1000,8]{1,0} parameter(0)
+  %i.1 = s32[4]{0} parameter(1)
+  ROOT %g = f32[4,8]{1,0} gather(%p.1, %i.1), offset_dims={1}
+}
+
+%update (c: bf16[100,8], u: bf16[1,8], j: s32[]) -> bf16[100,8] {
+  %c = bf16[100,8]{1,0} parameter(0)
+  %u = bf16[1,8]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %d = bf16[100,8]{1,0} dynamic-update-slice(%c, %u, %j, %j)
+}
+
+ENTRY %main (t: f32[1000,8], i: s32[4], a: bf16[16,32], b: bf16[32,64], q: bf16[2,10,4,8], cache: bf16[100,8], new: bf16[1,8], at: s32[]) -> f32[4,8] {
+  %t = f32[1000,8]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  %a = bf16[16,32]{1,0} parameter(2)
+  %b = bf16[32,64]{1,0} parameter(3)
+  %q = bf16[2,10,4,8]{3,2,1,0} parameter(4)
+  %cache = bf16[100,8]{1,0} parameter(5)
+  %new = bf16[1,8]{1,0} parameter(6)
+  %at = s32[] parameter(7)
+  %gemm = (bf16[16,64]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %mixed = (bf16[2,4,10,8]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax"
+  %written = bf16[100,8]{1,0} fusion(%cache, %new, %at), kind=kLoop, calls=%update
+  ROOT %r = f32[4,8]{1,0} fusion(%t, %i), kind=kLoop, calls=%lookup
+}
+"""  # noqa: E501
+    found = {cost.name: cost for cost in roofline.costs(hlo.Program(text))}
+    assert found["gemm"].flops == 2 * 16 * 64 * 32 and found["gemm"].bytes == 2 * (16 * 32 + 32 * 64 + 16 * 64)
+    assert found["mixed"].flops == 4 * 2 * 4 * 10 * 10 * 8
+    assert found["r"].bytes == 4 * 4 + 2 * 4 * 4 * 8  # the indices, and 4 rows read and written
+    assert found["written"].bytes == 4 + 2 * (2 * 8)  # the index, and one row read and written
+
+
 # ---- FLOPs ----
 
 
@@ -150,11 +259,11 @@ def test_products_are_counted_through_loops_gradients_and_recomputation():
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_training_step_multiplies_what_the_closed_form_says(scan):
     config = ModelConfig(layers=2, width=64, heads=4, block=32, vocab=256, scan=scan)
-    settings = dataclasses.replace(plan.PRESETS["toy"], model=config, batch=8)
-    built = plan.build(settings, "train", sharding.make_mesh())
+    settings = dataclasses.replace(PRESETS["toy"], model=config, batch=8)
+    built = compiling.build(settings, "train", sharding.make_mesh())
     flops, exact = hlo.product_flops(built.step.trace(*built.arguments).jaxpr)
     # 6 N also counts norms and biases, which are not products, and each row's last position, which predicts nothing
-    assert exact and 0.93 < flops / plan.closed_form_flops(settings, "train") <= 1.0
+    assert exact and 0.93 < flops / estimates.closed_form_flops(settings, "train") <= 1.0
 
 
 # ---- errors, and the choice of meshes ----
@@ -165,27 +274,30 @@ def test_the_compilers_refusal_is_read():
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (670.62G) exceeds available HBM (15.75G). HLO module: jit__lambda."
     )
-    assert plan.refusal(message) == (pytest.approx(670.62 * 2**30), 15.75 * 2**30)
-    assert plan.refusal("something else") is None
+    assert compiling.refusal(message) == (pytest.approx(670.62 * 2**30), 15.75 * 2**30)
+    assert compiling.refusal("something else") is None
 
 
 def test_meshes_divide_everything_and_come_in_order():
-    settings = plan.PRESETS["toy"]
+    settings = PRESETS["toy"]
     for step in ("train", "ppo", "decode"):
-        found = plan.candidates(settings, step, 16, 16 * 2**30)
+        found = estimates.candidates(settings, step, 16, 16 * 2**30)
         assert found and len(set(found)) == len(found)
         for mesh in found:
             assert mesh.data * mesh.fsdp * mesh.tensor == 16
             assert settings.model.heads % mesh.tensor == 0 and settings.batch % (mesh.data * mesh.fsdp) == 0
-    times = [plan.estimate_mesh(settings, "train", mesh)[1] for mesh in plan.candidates(settings, "train", 16, 1e12)]
+    times = [
+        estimates.estimate_mesh(settings, "train", mesh)[1]
+        for mesh in estimates.candidates(settings, "train", 16, 1e12)
+    ]
     assert times == sorted(times)
     # a model that does not fit on one device is sharded
-    large = dataclasses.replace(plan.PRESETS["gpt2-xl"], batch=256)
-    assert plan.candidates(large, "train", 64, 16 * 2**30)[0].fsdp > 1
+    large = dataclasses.replace(PRESETS["gpt2-xl"], batch=256)
+    assert estimates.candidates(large, "train", 64, 16 * 2**30)[0].fsdp > 1
     asked = dataclasses.replace(settings, mesh=MeshConfig(data=0, fsdp=4))
-    assert plan.candidates(asked, "train", 16, 1e12) == [MeshConfig(4, 4, 1)]
+    assert estimates.candidates(asked, "train", 16, 1e12) == [MeshConfig(4, 4, 1)]
     with pytest.raises(UserError, match="no mesh of 7 devices"):
-        plan.candidates(settings, "train", 7, 1e12)
+        estimates.candidates(settings, "train", 7, 1e12)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +306,27 @@ def test_meshes_divide_everything_and_come_in_order():
 )
 def test_mistakes_are_named(change, says):
     with pytest.raises(UserError, match=says):
-        plan.Settings(**change)
+        Settings(**change)
+
+
+@pytest.mark.parametrize(
+    "name", ["v5e:3x5", "v5e:4x4x4", "v5e:32x32", "v5p:3x3x3", "v5p:4x4", "v4:32x32x32", "v6e:4x12"]
+)
+def test_slices_that_cannot_be_had_are_refused_by_name(name):
+    with pytest.raises(UserError, match=f"there is no slice {name}; {name.split(':')[0]} has 1x1|2x2x1"):
+        hardware.parse(name)
+
+
+@pytest.mark.parametrize("name", ["h100:9", "h100:8x0", "h100:2x2x2", "2*h100:8", "h100:0"])
+def test_machines_of_gpus_that_do_not_exist_are_refused_by_name(name):
+    with pytest.raises(UserError, match="there is no machine"):
+        hardware.parse(name)
+
+
+def test_topologies_are_read():
+    named = {"v5e:16x16": 256, "v5p:2x2x1": 4, "v5p:8x8x12": 768, "tpu7x:4x4x4": 128, "2*v6e:8x16": 256, "h100:8x4": 32}
+    assert {name: hardware.parse(name).count for name in named} == named
+    assert [hardware.parse(name).parts for name in ("v5e:4x4", "2*v5e:4x4", "h100:8", "h100:8x4")] == [1, 2, 1, 4]
 
 
 def test_a_crash_of_the_compiler_is_reported(tmp_path, monkeypatch):
@@ -205,13 +337,13 @@ def test_a_crash_of_the_compiler_is_reported(tmp_path, monkeypatch):
         python.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(python))
         patience = 0.2 if "sleep" in text else 60
-        assert says in plan.run_in_child({}, patience)["failed"]
+        assert says in compiling.run_in_child({}, patience)["failed"]
 
 
 def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="EXTRAS=tpu"):
-        plan.main(plan.PRESETS["toy"])
+        plan.main(PRESETS["toy"])
 
 
 # ---- with the real compiler ----
@@ -229,7 +361,7 @@ def test_the_experiments_steps_compile_for_a_slice(topology, mesh, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = json.loads(file.read_text())["steps"]
-    config, parts = plan.PRESETS["toy"].model, mesh[1] * mesh[2]
+    config, parts = PRESETS["toy"].model, mesh[1] * mesh[2]
     for name, step in steps.items():
         (found,) = step["meshes"]
         assert found["fits"] and found["flops_exact"] and not found["unknown_loops"], (name, found)
@@ -240,7 +372,7 @@ def test_the_experiments_steps_compile_for_a_slice(topology, mesh, tmp_path):
         if name != "decode":
             assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.02)
             assert found["aliased"] >= 0.95 * (memory["parameters"] + memory["optimizer"])  # the state is donated
-    assert steps["train"]["meshes"][0]["kernels"] == ["splash_mha"]
+    assert steps["train"]["meshes"][0]["attention"] == ["splash"]
     assert "estimate" in done.stdout and "best" not in done.stdout.split("decode")[0]
 
 

@@ -1,0 +1,183 @@
+"""What each part of a compiled program costs at least, from its HLO text: FLOPs, bytes of memory, kernels.
+
+An instruction takes as long as its slowest resource: products at the chip's peak, arrays in and out at the memory's
+bandwidth, or the launch of a kernel (Williams et al. 2009). These are bounds for ranking: caches, overlap and real
+kernels are not in them. `sum` over a program bounds it from above only as far as each instruction reaches its roof.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+from tpu import hlo
+from tpu.hardware import GB, LAUNCH, Chip
+
+FREE = {
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"),
+    *("opt-barrier", "domain", "iota"),
+}
+SCOPES = ("embed", "attention", "mlp", "head", "loss", "optimiser", "sample")  # `jax.named_scope`s of the library
+PHASES = ("collect", "score", "learn")  # of PPO
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """An instruction that runs on the device: where it comes from, and what it needs each time."""
+
+    name: str
+    kind: str  # of instruction; custom calls by their target
+    operation: str  # JAX's name for it, which holds the named scopes
+    operands: tuple[str, ...]  # shapes
+    result: str
+    flops: float
+    bytes: float
+    times: int
+
+    def seconds(self, chip: Chip, launch: float = LAUNCH) -> float:
+        """Lower bound of one run of it on one device."""
+        compute = self.flops / (chip.tflops / chip.devices * 1e12)
+        return max(compute, self.bytes / (chip.hbm / chip.devices * GB), launch)
+
+    @property
+    def scope(self) -> str:
+        """The innermost named scope of the library, with the direction; "other" if there is none."""
+        parts = re.split(r"[/()]", self.operation)
+        found = next((part for part in reversed(parts) if part in SCOPES), "other")
+        return f"{found}, backward" if "transpose" in parts and found not in ("optimiser", "sample") else found
+
+    @property
+    def phase(self) -> str:
+        return next((part for part in re.split(r"[/()]", self.operation) if part in PHASES), "")
+
+
+def costs(program: hlo.Program) -> list[Cost]:
+    """Every instruction of a program that does work, those of loops with their number of runs."""
+    return list(_walk(program, program.entry, 1))
+
+
+def _walk(program: hlo.Program, computation: str, times: int) -> Iterator[Cost]:
+    instructions = program.computations.get(computation, {})
+    for one in instructions.values():
+        if one.kind in FREE or one.kind.endswith(("-done", "-update")):
+            continue
+        if one.kind == "while":
+            trips = program.trips(computation, one)
+            yield from _walk(program, one.attribute("body") or "", times * (1 if trips is None else trips))
+        elif one.kind in ("call", "conditional", "async-start"):
+            branches = [list(_walk(program, name, times)) for name in one.called()]
+            yield from max(branches, key=lambda found: sum(cost.bytes * cost.times for cost in found), default=[])
+        else:
+            shapes = tuple(instructions[name].shape for name in one.operands if name in instructions)
+            inner = one.attribute("calls")
+            if one.kind == "fusion" and inner in program.computations:
+                moved, flops = _fusion_bytes(program, inner, shapes, one.shape), _fusion_flops(program, inner)
+                inside = [x.target for x in program.computations[inner].values() if x.kind == "custom-call"]
+                kind = inside[0] if inside else "fusion"
+            else:
+                workspace = re.sub(r"[su]8\[\d+\]", "", one.shape) if one.kind == "custom-call" else one.shape
+                moved = sum(sum(hlo.shape_bytes(shape)) for shape in (*shapes, workspace))
+                flops, kind = _flops(one, shapes), one.target or one.kind
+                moved = 0.0 if one.kind.removesuffix("-start") in hlo.KINDS else moved  # the network's time
+            yield Cost(one.name, kind, one.operation, shapes, one.shape, flops, moved, times)
+
+
+def _fusion_flops(program: hlo.Program, name: str) -> float:
+    inside = program.computations[name]
+    total = 0.0
+    for one in inside.values():
+        total += _flops(one, tuple(inside[x].shape for x in one.operands if x in inside))
+        for called in one.called() if one.kind == "fusion" else ():
+            total += _fusion_flops(program, called) if called in program.computations else 0.0
+    return total
+
+
+def _flops(one: hlo.Instruction, shapes: Sequence[str]) -> float:
+    """FLOPs of a matrix product, in any of the forms that the compilers give it, or of cuDNN's attention."""
+    if len(shapes) < 2:
+        return 0.0
+    left, right, out = dims(shapes[0]), dims(shapes[1]), dims(one.shape)
+    if "fmha" in one.target:  # all pairs of tokens, as in the closed form: 2 products forwards, 4 backwards
+        B, T, H, K = left[-4:]
+        return (8.0 if "Backward" in one.target else 4.0) * B * H * T * right[-3] * K
+    if one.kind == "dot" or "cublas" in one.target or "gemm" in one.target:
+        found = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:]\s*[\[{]([^\]}]*)[\]}]', one.text)
+        axes = [int(n) for n in re.findall(r"\d+", found[1])] if found else [len(left) - 1]
+        return 2.0 * math.prod(out) * math.prod(left[n] for n in axes)
+    if one.kind == "convolution":  # a TPU's products: those dimensions of the kernel that are not output features
+        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.text)
+        features = right[labels[2].index("o")] if labels else 1
+        return 2.0 * math.prod(out) * math.prod(right) / max(features, 1)
+    return 0.0
+
+
+def _fusion_bytes(program: hlo.Program, name: str, shapes: Sequence[str], result: str) -> float:
+    """Bytes that a fusion reads and writes. What it only slices or looks up is read in part; what it updates in place
+    is written in part."""
+    inside = program.computations[name]
+    uses: dict[str, list[tuple[hlo.Instruction, int]]] = collections.defaultdict(list)
+    for one in inside.values():
+        for i, operand in enumerate(one.operands):
+            uses[operand].append((one, i))
+
+    def final_uses(operand: str, depth: int = 0) -> list[tuple[hlo.Instruction, int]]:
+        found = []
+        for one, i in uses[operand]:
+            seen_through = one.kind in ("bitcast", "convert", "subtract", "add", "multiply") and depth < 6
+            inner = final_uses(one.name, depth + 1) if seen_through else []
+            found += (
+                inner if inner and all(x.kind in ("dynamic-slice", "gather", "slice") for x, _ in inner) else [(one, i)]
+            )
+        return found
+
+    parameters = {int(one.text.split(")")[0]): one for one in inside.values() if one.kind == "parameter"}
+    total = 0.0
+    for i, shape in enumerate(shapes):
+        whole = sum(hlo.shape_bytes(shape))
+        used = final_uses(parameters[i].name) if i in parameters else []
+        if used and all(one.kind in ("dynamic-slice", "gather", "slice") for one, _ in used):
+            whole = min(whole, sum(sum(hlo.shape_bytes(one.shape)) for one, _ in used))
+        elif used and all(one.kind in ("dynamic-update-slice", "scatter") and n == 0 for one, n in used):
+            whole = 0.0
+        total += whole
+    root = next((one for one in inside.values() if one.root), None)
+    if root is not None and root.kind in ("dynamic-update-slice", "scatter"):
+        update = inside.get(root.operands[1 if root.kind == "dynamic-update-slice" else 2])
+        return total + (sum(hlo.shape_bytes(update.shape)) if update else 0.0)
+    return total + sum(hlo.shape_bytes(result))
+
+
+def dims(shape: str) -> list[int]:
+    """The dimensions of the first array in a shape."""
+    found = hlo.SHAPE.search(shape)
+    return [int(n) for n in found[2].split(",") if n] if found else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The costs of one part of a program, in one run of it on one device."""
+
+    name: str
+    seconds: float
+    flops: float
+    bytes: float
+    kernels: int
+
+
+def by_scope(found: Sequence[Cost], chip: Chip, launch: float = LAUNCH) -> list[Row]:
+    """The parts of a program by named scope (and PPO's phase), the most expensive first."""
+    groups: dict[str, list[Cost]] = collections.defaultdict(list)
+    for cost in found:
+        groups[f"{cost.phase}: {cost.scope}" if cost.phase else cost.scope].append(cost)
+    rows = [
+        Row(
+            name,
+            sum(x.times * x.seconds(chip, launch) for x in part),
+            sum(x.times * x.flops for x in part),
+            sum(x.times * x.bytes for x in part),
+            sum(x.times for x in part),
+        )
+        for name, part in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row.seconds)
