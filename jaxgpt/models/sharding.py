@@ -62,8 +62,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
         raise UserError(f"mesh.data {data} doesn't divide among {slices} slices, which only it may span; change it")
     arrange = functools.partial(mesh_utils.create_device_mesh, shape, devices)
     if slices > 1:
-        inner, outer = (data // slices, config.fsdp, config.tensor), (slices, 1, 1)
-        arrange = functools.partial(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
+        within_slice = (data // slices, config.fsdp, config.tensor)
+        arrange = functools.partial(mesh_utils.create_hybrid_device_mesh, within_slice, (slices, 1, 1), devices)
     try:
         arranged = arrange()
     except NotImplementedError:  # no axis of the mesh is a product of the slice's dimensions
