@@ -295,8 +295,9 @@ class Run:
         return f"{self.folder} holds {which} with other settings ({differences}); {said}"
 
     def has_checkpoint(self) -> bool:
-        """Whether there is something to resume from."""
-        return any((self.folder / "checkpoints").glob("*/checkpoint.json"))
+        """Whether there is something to resume from. OSError if it can't be looked for."""
+        folder = self.folder / "checkpoints"
+        return folder.is_dir() and any((step / "checkpoint.json").exists() for step in folder.iterdir())
 
     def _holds_results(self) -> bool:
         """False for a run that stopped (because of a wrong setting, say) before it measured anything."""

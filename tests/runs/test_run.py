@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import types
 from pathlib import Path
@@ -30,6 +31,7 @@ from jaxgpt.runs import run as run_module
 from jaxgpt.runs.run import Run, print_device, run_fingerprint
 from jaxgpt.runs.saved_model import save_model
 from jaxgpt.runs.verify import verify
+from tests.data.test_votes_file import as_nobody
 
 ROOT = Path(__file__).parents[2]
 
@@ -580,6 +582,26 @@ def test_a_run_never_starts_over_in_the_folder_that_it_starts_from(tmp_path, nam
     with pytest.raises(UserError, match=r"pretrained .* lies in the run's own folder .*; choose another --run"):
         finish(folder, settings, inputs={"pretrained": run_fingerprint(folder)})
     assert files(folder) == before
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_checkpoints_that_cant_be_read_are_not_taken_for_none(mode):
+    """With none, the advice would be to delete the run and start again."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        with as_nobody():
+            with Run(Path(folder), Settings(), "sft") as run:
+                run.log(1, {"loss": 2.0})
+            step = Path(folder) / "checkpoints/1"
+            step.mkdir(parents=True)
+            (step / "checkpoint.json").touch()
+            step.parent.chmod(mode)
+            try:
+                with pytest.raises(PermissionError, match="checkpoints"):
+                    finish(Path(folder), Settings(lr=0.2))
+            finally:
+                step.parent.chmod(0o755)
+        assert (step / "checkpoint.json").exists()
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
