@@ -17,7 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import IO, Any, BinaryIO, NoReturn, TypeVar
 
 from jaxgpt.errors import UserError, show_value
 
@@ -113,6 +113,17 @@ def create_folder(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def append_only(path: Path) -> IO[bytes]:
+    """A file to append to, unbuffered: closing it doesn't retry a write that failed. A link, symbolic or hard, is first
+    replaced by a copy, so that whatever shares its content keeps it. UserError if `path` is no file."""
+    refuse_no_file(path)
+    if path.is_symlink() or (path.exists() and path.stat().st_nlink > 1):
+        content = path.read_bytes()
+        with replace_file(path) as copy:
+            copy.write(content)
+    return open(path, "ab", buffering=0)
 
 
 WATCHED: dict[Path, Callable[[], None]] = {}  # a folder that this process works in: raises UserError once it is lost
@@ -274,12 +285,19 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: can't be read ({error})") from None
 
 
+def refuse_no_file(path: Path) -> None:
+    """UserError if a folder is at `path`, or a pipe, which would keep a reader waiting forever."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file; remove it, or restore it from a copy")
+
+
 def read_record(path: Path, names: Iterable[str], advice: str, *, older: Iterable[str] = ()) -> dict[str, Any]:
     """Read what `write_record` wrote, without its hash: a JSON object with exactly these names. UserError that ends
     with `advice` if the content is not what was written.
 
     `older`: the names in a record of jaxgpt 0.1.0, which has no hash; empty: such records are refused. One that names
     its format must say 2, the last format without a hash."""
+    refuse_no_file(path)
     try:
         record = read_json(path)
     except UserError as error:
@@ -339,7 +357,7 @@ def check_files(folder: Path, expected: Mapping[str, str], advice: str) -> None:
 # ---- caches ----
 
 T = TypeVar("T")
-_HASHES = "sha256.json"  # in each cached folder: the hashes of its other files
+_HASHES = "sha256.json"  # in each cached folder: its name, and the hashes of its other files
 _scratch: dict[Path, tempfile.TemporaryDirectory[str]] = {}  # temporary folders that replace unwritable ones
 
 
@@ -389,7 +407,7 @@ def writable_folder(folder: Path) -> Path:
 def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
     with create_folder(folder) as new:
         fill(new)
-        write_record(new / _HASHES, {"files": sha256_of_folder(new)})
+        write_record(new / _HASHES, {"folder": folder.name, "files": sha256_of_folder(new)})
 
 
 def _is_intact(folder: Path) -> bool:
@@ -397,10 +415,13 @@ def _is_intact(folder: Path) -> bool:
     if not os.path.lexists(folder):
         return False
     try:
-        check_files(folder, read_record(folder / _HASHES, ("files",), "")["files"], "")
-        return True
+        record = read_record(folder / _HASHES, ("folder", "files"), "")
+        check_files(folder, record["files"], "")
+        if record["folder"] == folder.name:  # the name says what it was made from
+            return True
     except (UserError, OSError):
-        warn_once(f"{folder} is damaged or was written by an older version; it is rebuilt")
+        pass
+    warn_once(f"{folder} is damaged or was written by an older version; it is rebuilt")
     with (
         contextlib.suppress(OSError),
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside,

@@ -69,6 +69,17 @@ def test_a_damaged_cache_is_named_and_made_again(tmp_path, capsys, keep, name, d
 
 
 @pytest.mark.parametrize("keep", [keep, keep_folder])
+def test_a_cache_of_something_else_under_this_name_is_made_again(tmp_path, capsys, keep):
+    """Every byte of it is as it was written, but for other data."""
+    cached(tmp_path / "other", read, lambda: "other content", write)
+    (tmp_path / "other").rename(tmp_path / "kept")
+    files.warn_once.cache_clear()
+    assert keep(tmp_path / "kept", made := []) == "content" and made
+    assert "kept is damaged" in capsys.readouterr().err
+    assert keep(tmp_path / "kept", made := []) == "content" and not made
+
+
+@pytest.mark.parametrize("keep", [keep, keep_folder])
 def test_a_cache_that_is_a_file_is_made_again(tmp_path, keep):
     (tmp_path / "kept").touch()
     assert keep(tmp_path / "kept", []) == read(tmp_path / "kept") == "content"

@@ -56,7 +56,9 @@ def _compile(source: str) -> Any:
 
 def _limit(seconds: float, memory: int) -> None:
     """From here on, limit processor time and memory, and allow no new file, connection or program."""
-    import jinja2.debug  # noqa: F401  load every module now: no file can be opened later
+    import html  # noqa: F401  load every module now: no file can be opened later
+
+    import jinja2.debug  # noqa: F401
 
     render("{{ '\\n' ~ messages | pprint | wordwrap }}", [], {}, ask=True)
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ _ADVICE = {  # by a word in SQLite's message
     "unable to open": "check its permissions and those of its folder",
     "locked": "another program keeps it locked; end that first",
 }
+_NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")  # the end of a rollback journal of several databases
 _SEARCHED = 100_000  # row numbers tried one by one between damaged pages
 
 
@@ -70,6 +71,7 @@ def open_to_write(path: Path) -> sqlite3.Connection:
     """The database, created if missing and upgraded to this format. UserError if it is damaged or not jaxgpt's."""
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _journals(path)
         db = _connect(str(path))
         format_ = _check_schema(db, path)
         if faults := _structural_faults(db):
@@ -161,21 +163,37 @@ def _copy(path: Path) -> sqlite3.Connection:
     """A copy in memory of the whole database at one moment, even while another process writes to it."""
     if not path.is_file():
         raise UserError(f"there is no database of votes at {path}", experiment=("label",))
-    journals = [path.with_name(path.name + suffix) for suffix in ("-wal", "-journal")]
-    journals = [journal for journal in journals if journal.exists()]
+    place, journals = path.resolve(), _journals(path)
+    files = (place, *journals)
     try:
-        return _load(path, "mode=ro" if journals else "mode=ro&immutable=1")
+        return _load(place, "mode=ro" if journals else "mode=ro&immutable=1", files)
     except sqlite3.OperationalError:  # SQLite can't read a journal in a folder that it can't write to
         if not journals:
             raise
     with tempfile.TemporaryDirectory(prefix="jaxgpt.") as scratch:
-        for file in (path, *journals):
+        for file in files:
             shutil.copy(file, scratch)
-        return _load(Path(scratch) / path.name, "mode=rw")
+        return _load(Path(scratch) / place.name, "mode=rw", files)
 
 
-def _load(path: Path, how: str) -> sqlite3.Connection:
+def _journals(path: Path) -> list[Path]:
+    """The journals that SQLite would read, which lie beside what a link points to. UserError for one that names a
+    second journal, since SQLite deletes that file, whatever it is."""
+    place = path.resolve()
+    found = [place.with_name(place.name + suffix) for suffix in ("-wal", "-journal")]
+    found = [journal for journal in found if journal.exists()]
+    for journal in found:
+        if journal.read_bytes().endswith(_NAMES_ANOTHER):
+            raise UserError(f"{journal} was not written by jaxgpt, since it names other files; remove it")
+    return found
+
+
+def _load(path: Path, how: str, files: Sequence[Path]) -> sqlite3.Connection:
+    """A copy in memory. `files`: what the database is made of, and what its size is compared with."""
     with contextlib.closing(_connect(f"{path.absolute().as_uri()}?{how}", uri=True)) as source:
+        pages, size = (source.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+        if pages * size > sum(file.stat().st_size for file in files if file.exists()):
+            raise DamagedError(files[0], f"it claims to have {pages:,} pages, more than its files hold")
         memory = _connect(":memory:")
         source.backup(memory)
         return memory

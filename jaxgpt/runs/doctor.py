@@ -422,6 +422,8 @@ def examine(folder: Path) -> tuple[list[str], bool]:
     place = f"({folder}{'' if run.finished else ', not finished'})"
     if run.stage not in CHECKS:
         return [f"{run.stage}: not checked: the doctor knows no stage of that name {place}"], False
+    if not (run.finished or run.rows):
+        return [f"{run.stage}: nothing measured yet {place}"], False
     findings = run_checks(run)
     lines = [f"{run.stage}: {'' if findings else 'nothing wrong found '}{place}"]
     for finding in findings:

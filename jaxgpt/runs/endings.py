@@ -8,13 +8,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO, cast
 
 from jaxgpt.errors import UserError
 
 UNUSABLE = {  # a file or folder that this user can't use, which is no bug
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC,
+    errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
 GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, is gone for good
 
@@ -181,8 +183,10 @@ class _Output:
 
 
 def _check_output() -> None:
-    """Raise LostOutput from now on when stdout can't be written; ignore it if stderr can't."""
+    """Raise LostOutput from now on when stdout can't be written; ignore it if stderr can't. A character that a
+    terminal's encoding lacks is escaped."""
     if sys.stdout is sys.__stdout__ and sys.stdout is not None:  # not in tests that capture it
+        cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
         sys.stdout = cast(TextIO, _Output(sys.stdout, needed=True))
     if sys.stderr is sys.__stderr__ and sys.stderr is not None:
         sys.stderr = cast(TextIO, _Output(sys.stderr, needed=False))

@@ -29,13 +29,22 @@ import jax
 import numpy as np
 
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import read_json, read_record, refuse_pattern, remove, sha256_of_file, write_record
+from jaxgpt.files import (
+    append_only,
+    read_json,
+    read_record,
+    refuse_no_file,
+    refuse_pattern,
+    remove,
+    sha256_of_file,
+    write_record,
+)
 from jaxgpt.pretrained import loading
 from jaxgpt.runs.claim import Claim
 from jaxgpt.runs.endings import STOPS, tell_next_start
 from jaxgpt.runs.process import barrier, broadcast_from_first, prepare_process, print_device
 from jaxgpt.runs.progress import Bar, progress_bar
-from jaxgpt.runs.settings import flatten_json, settings_to_json
+from jaxgpt.runs.settings import flatten_json, leaves, settings_to_json
 
 with needs_extra("train"):
     from rich.console import Console
@@ -141,9 +150,10 @@ class Run:
     If the folder already holds a run with the same stage, settings and inputs, that run is continued. If it has
     finished, `finished` is True and `results` holds its results. If not, it resumes from its newest checkpoint
     (`runs.loop`); without a checkpoint, its files are removed and it starts over. UserError if the folder is not a run
-    folder, belongs to another stage, was made with other settings or inputs (unless `fresh`; or `force`, for an
-    unfinished run), or is in use by another process. Settings named in PLACE_FIELDS, here or in a class variable of
-    the settings, may differ. With several processes, only the first one writes, and all see the same outcome.
+    folder, belongs to another stage, holds what a setting names, was made with other settings or inputs (unless
+    `fresh`; or `force`, for an unfinished run), or is in use by another process. Settings named in PLACE_FIELDS, here
+    or in a class variable of the settings, may differ. With several processes, only the first one writes, and all see
+    the same outcome.
     """
 
     def __init__(
@@ -252,13 +262,13 @@ class Run:
         return None
 
     def _open(self) -> None:
-        """Open both files unbuffered, so that closing them doesn't retry a write that failed."""
-        self._metrics = self._files.enter_context(open(self.folder / "metrics.jsonl", "ab", buffering=0))  # noqa: SIM115
-        self._log = self._files.enter_context(open(self.folder / "log.txt", "ab", buffering=0))  # noqa: SIM115
+        self._metrics = self._files.enter_context(append_only(self.folder / "metrics.jsonl"))
+        self._log = self._files.enter_context(append_only(self.folder / "log.txt"))
 
     def _inspect(self) -> dict[str, Any] | None:
         """The results of a finished run with the same settings, or None if it has yet to run; changes nothing."""
         refuse_pattern(self.folder)
+        self._refuse_own_inputs()
         found = self._read_found()
         if found is None or self.fresh or not self._holds_results():
             return None
@@ -272,6 +282,14 @@ class Run:
             return None
         results: dict[str, Any] = read_done(self.folder)["results"]
         return results
+
+    def _refuse_own_inputs(self) -> None:
+        """UserError if a setting names something in this folder, which the run may remove before it is read."""
+        home = os.path.realpath(self.folder)
+        for name, value in leaves(self._record["settings"]):
+            for place in value.split(",") if isinstance(value, str) and name not in PLACE_FIELDS else ():
+                if os.path.lexists(place) and Path(os.path.realpath(place)).is_relative_to(home):
+                    raise UserError(f"{name} {place} lies in the run's own folder {self.folder}; choose another --run")
 
     def check_folder(self) -> None:
         """UserError if the folder was moved, deleted or taken over by another process since the run began."""
@@ -290,8 +308,9 @@ class Run:
         return f"{self.folder} holds {which} with other settings ({differences}); {said}"
 
     def has_checkpoint(self) -> bool:
-        """Whether there is something to resume from."""
-        return any((self.folder / "checkpoints").glob("*/checkpoint.json"))
+        """Whether there is something to resume from. OSError if it can't be looked for."""
+        folder = self.folder / "checkpoints"
+        return folder.is_dir() and any((step / "checkpoint.json").exists() for step in folder.iterdir())
 
     def _holds_results(self) -> bool:
         """False for a run that stopped (because of a wrong setting, say) before it measured anything."""
@@ -327,6 +346,7 @@ class Run:
         """Whether another record in the folder shows that this is its run, although settings.json is unreadable."""
         for path in (self.folder / "done.json", *(self.folder / "checkpoints").glob("*/checkpoint.json")):
             with contextlib.suppress(UserError):
+                refuse_no_file(path)
                 found = read_json(path)
                 if isinstance(found, dict) and self.fingerprint in (found.get("run"), found.get("fingerprint")):
                     return True
@@ -337,6 +357,7 @@ class Run:
         found = []
         for name in ("settings.json", "done.json"):
             with contextlib.suppress(UserError):
+                refuse_no_file(self.folder / name)
                 record = read_json(self.folder / name)
                 found.append(record.get("stage") if isinstance(record, dict) else None)
         return all(stage in (None, self.stage) for stage in found)

@@ -280,7 +280,7 @@ def _find_model(folder: Path) -> Path:
                 return found
     experiment: tuple[str, ...] = ()
     for place in (folder, folder.parent):
-        if (place / "settings.json").exists():
+        if (place / "settings.json").is_file():
             settings = read_json(place / "settings.json")
             if isinstance(settings, dict) and isinstance(stage := settings.get("stage"), str):
                 experiment = (stage, "--run", str(place))
@@ -289,7 +289,7 @@ def _find_model(folder: Path) -> Path:
 
 
 def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+    return folder.parent / f".{folder.name}.old"
 
 
 def _recover(folder: Path) -> None:

@@ -29,9 +29,11 @@ TYPE_NAMES = {
 def settings_to_json(settings: Any) -> Any:
     """Dataclasses become objects, tuples become lists, and paths strings. UserError for a NaN or infinite float."""
     plain = msgspec.to_builtins(settings, enc_hook=_path_to_text)
-    for _, value in _leaves(plain):
+    for name, value in leaves(plain):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"a setting is {value}; settings must be finite numbers")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise UserError(f"{name} is {value!r}, which is not valid Unicode text; choose another name")
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
         typed = msgspec.convert(plain, type(settings), dec_hook=_text_to_path)  # `lr: float = 1` becomes 1.0
         plain = msgspec.to_builtins(typed, enc_hook=_path_to_text)
@@ -42,7 +44,7 @@ def settings_from_json(kind: type[T], data: Any, where: str = "settings") -> T:
     """The inverse of `settings_to_json`. Omitted fields keep their defaults; anything else that does not fit (unknown
     name, wrong type, missing value) is a UserError that names the field, prefixed by `where`."""
     _refuse_unknown(kind, data, "", where)
-    for name, value in _leaves(data):
+    for name, value in leaves(data):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {name} must be a number, not {value}")
     try:
@@ -73,19 +75,24 @@ def _path_to_text(value: object) -> str:
 def _text_to_path(kind: type, value: object) -> Path:
     if kind is not Path:
         raise NotImplementedError(f"settings may not hold a {kind}")
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value or not _is_unicode(value):
         raise ValueError("Expected `a path`")
     return Path(value)
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _is_unicode(text: str) -> bool:
+    """False for a text with lone surrogates: JSON allows them, and Python has them in names that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every value that is neither an object nor a list, with its dotted name."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+            yield from leaves(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, (list, tuple)):
         for i, inner in enumerate(value):
-            yield from _leaves(inner, f"{name}[{i}]")
+            yield from leaves(inner, f"{name}[{i}]")
     else:
         yield name, value
 

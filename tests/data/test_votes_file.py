@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sqlite3
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -239,6 +240,59 @@ def test_a_database_with_anything_but_our_tables_is_refused(path, statement, wha
             open_()
         assert what in str(error.value) and "\n" not in str(error.value)
     assert path.read_bytes() == data
+
+
+def test_a_journal_that_names_other_files_is_refused(tmp_path, path):
+    """SQLite deletes the file that the journal of a transaction over several databases names, whatever it is."""
+    change(path, "PRAGMA journal_mode=DELETE")
+    other = tmp_path / "other.txt"
+    other.write_text("precious")
+    page = path.read_bytes()[:4096]
+    sum_ = 1 + sum(page[i] for i in range(4096 - 200, 0, -200))
+    end = bytes.fromhex("d9d505f920a163d7")
+    name = str(other).encode()
+    journal = (end + struct.pack(">5I", 1, 1, len(path.read_bytes()) // 4096, 512, 4096)).ljust(512, b"\0")
+    journal += struct.pack(">I", 1) + page + struct.pack(">I", sum_)
+    journal += struct.pack(">I", 2**30 // 4096 + 1) + name + struct.pack(">2I", len(name), sum(name)) + end
+    (tmp_path / "votes.sqlite-journal").write_bytes(journal)
+    for open_ in (lambda: Store(path), lambda: Store(path, read_only=True), lambda: Store.rescued(path)):
+        with pytest.raises(UserError, match=r"votes.sqlite-journal was not written by jaxgpt.*; remove it"):
+            open_()
+    assert other.read_text() == "precious"
+
+
+def test_a_database_takes_no_more_memory_than_its_size(tmp_path, path):
+    """A write-ahead log of one page may claim that there are thousands (or 2**31) of them."""
+    change(path, "PRAGMA journal_mode=WAL")
+    page = bytearray(path.read_bytes()[:4096])
+    page[28:32], page[92:96] = struct.pack(">I", 20_000), page[24:28]
+    log, sums = b"", (0, 0)
+
+    def add(data: bytes) -> bytes:
+        nonlocal sums
+        for a, b in struct.iter_unpack("<2I", data):
+            first = (sums[0] + a + sums[1]) % 2**32
+            sums = first, (sums[1] + b + first) % 2**32
+        return data
+
+    log = add(struct.pack(">6I", 0x377F0682, 3007000, 4096, 0, 7, 9)) + struct.pack(">2I", *sums)
+    frame = add(struct.pack(">2I", 1, 20_000))
+    add(bytes(page))
+    log += frame + struct.pack(">4I", 7, 9, *sums) + page
+    (tmp_path / "votes.sqlite-wal").write_bytes(log)
+    with pytest.raises(UserError, match="it claims to have 20,000 pages, more than its files hold"):
+        Store(path, read_only=True)
+
+
+def test_the_newest_votes_are_found_through_a_link(tmp_path, path):
+    """SQLite keeps its journal beside the file itself, not beside the link."""
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links/votes.sqlite"
+    link.symlink_to(path)
+    with contextlib.closing(Store(path)) as store:
+        task = next(iter(store.tasks()))
+        store.vote(Vote("newest", task, "eve", "tie", ((0, 1, 2),), (0, 1, 2)))
+        assert Store(link, read_only=True).votes()[-1].id == "newest"
 
 
 def test_a_newer_format_is_refused(path):

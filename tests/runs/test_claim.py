@@ -113,3 +113,12 @@ def test_a_claim_that_was_taken_over_is_noticed(claim, tmp_path):
     (tmp_path / ".lock").write_text(json.dumps({"id": "another"}))
     with pytest.raises(UserError, match="was moved, deleted or taken over"):
         one.check()
+
+
+def test_what_a_link_points_to_is_not_overwritten(claim, tmp_path):
+    other = tmp_path / "other"
+    other.write_text("precious")
+    (tmp_path / ".lock").symlink_to(other)
+    with pytest.raises(UserError, match=r"\.lock is a link, and what it points to would be overwritten; remove it"):
+        claim().take()
+    assert other.read_text() == "precious"

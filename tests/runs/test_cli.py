@@ -254,6 +254,8 @@ def test_settings_round_trip_through_json():
         ({"sources": "ab"}, "here: sources must be a list, not 'ab'"),
         ({"sources": ["a", 1]}, "here: sources[1] must be text, not 1"),
         ({"run": 3}, "here: run must be a path, not 3"),
+        ({"run": "a\0b"}, "here: run must be a path, not 'a\\x00b'"),
+        ({"run": "a\ud800b"}, "here: run must be a path, not 'a\\ud800b'"),
         ([], "here: the top level must be an object, not []"),
         ({"learning_rate": 11}, "here: learning_rate is 11.0; choose at most 10"),
     ],

@@ -385,6 +385,14 @@ def test_a_stage_without_checks_is_not_called_well(tmp_path, capsys):
     assert "nothing wrong" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stage", ["preferences", "ppo"])
+def test_a_run_that_measured_nothing_is_not_called_well(tmp_path, capsys, stage):
+    """It ended in an error, perhaps."""
+    write(tmp_path, stage, [])
+    assert doctor.main([str(tmp_path)]) == 0
+    assert f"{stage}: nothing measured yet ({tmp_path / stage}, not finished)" in capsys.readouterr().out
+
+
 def test_crafted_records_end_in_one_line(tmp_path):
     outcomes = crafted.crafted_records(random.Random(0), tmp_path)
     assert [outcome for outcome in itertools.islice(outcomes, 100) if outcome] == []

@@ -47,6 +47,12 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path, program):
             2,
             "can't use /x (Permission denied); check",
         ),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "/x"),
+            2,
+            "can't use /x (File name too long); check the path",
+        ),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "/x"), 2, "can't use /x (Too many levels of symb"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", b"/x/y"), 2, "can't use /x/y (Not a directory); check"),
         (OSError(errno.EROFS, "Read-only file system", str(CACHE / "tfds")), 2, "set JAXGPT_CACHE to a folder that"),
         (OSError(errno.ENOENT, "No such file or directory", str(CACHE / "tfds")), 2, "set JAXGPT_CACHE to a folder"),
@@ -99,6 +105,16 @@ with plain_endings():
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (status, line)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_character_that_the_terminal_lacks_is_escaped(encoding):
+    """An interval's sign or a name that is not UTF-8 must not end a run."""
+    program = "from jaxgpt.runs.endings import plain_endings\nwith plain_endings(): print('1 ± 2 → \\udcff')"
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True)
+    said = "1 ± 2 → \udcff\n".encode(encoding, "backslashreplace")
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, b"")
 
 
 GOES_ON = """

@@ -26,7 +26,7 @@ from tests.slow.soak import ROOT, Program, lines_of
 def text(tmp_path_factory) -> Path:
     """With what is learnt from it in a folder beside it, so that a run has only its own files to write."""
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    write_rows(path, ({"text": text} for text in (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")))
+    write_rows(path, ({"text": text} for text in (ROOT / "LICENSE").read_text().split("\n\n")))
     train, test = (sources.documents(str(path), split, path.parent) for split in ("train", "test"))
     tok = cached_tokenizer("bpe", train, MODELS["toy"].vocab, path.parent)
     for documents in (train, test):

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import types
 from pathlib import Path
@@ -30,6 +31,7 @@ from jaxgpt.runs import run as run_module
 from jaxgpt.runs.run import Run, print_device, run_fingerprint
 from jaxgpt.runs.saved_model import save_model
 from jaxgpt.runs.verify import verify
+from tests.data.test_votes_file import as_nobody
 
 ROOT = Path(__file__).parents[2]
 
@@ -564,3 +566,74 @@ def test_verify_tells_what_it_could_not_read_and_lets_a_finished_runs_checkpoint
 
     monkeypatch.setattr(os, "walk", closed)
     assert dict(verify(tmp_path))[tmp_path / "other"] == "it can't be read (Permission denied)"
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("named", ["sft", "sft/model", "link"])
+def test_a_run_never_starts_over_in_the_folder_that_it_starts_from(tmp_path, named, fresh):
+    """It would remove its model before it reads it."""
+    folder = tmp_path / "sft"
+    with Run(folder, Settings(), "sft") as run:
+        save_model(folder / "model", {"w": jnp.ones(2)}, ModelConfig())
+        run.finish({})
+    (tmp_path / "link").symlink_to(folder)
+    before = files(folder)
+    settings = Settings(pretrained=tmp_path / named, fresh=fresh)
+    with pytest.raises(UserError, match=r"pretrained .* lies in the run's own folder .*; choose another --run"):
+        finish(folder, settings, inputs={"pretrained": run_fingerprint(folder)})
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_checkpoints_that_cant_be_read_are_not_taken_for_none(mode):
+    """With none, the advice would be to delete the run and start again."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        with as_nobody():
+            with Run(Path(folder), Settings(), "sft") as run:
+                run.log(1, {"loss": 2.0})
+            step = Path(folder) / "checkpoints/1"
+            step.mkdir(parents=True)
+            (step / "checkpoint.json").touch()
+            step.parent.chmod(mode)
+            try:
+                with pytest.raises(PermissionError, match="checkpoints"):
+                    finish(Path(folder), Settings(lr=0.2))
+            finally:
+                step.parent.chmod(0o755)
+        assert (step / "checkpoint.json").exists()
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
+def test_what_a_link_in_the_folder_points_to_is_left_as_it_is(tmp_path, name, link):
+    """Such as a backup made with `cp -al`, or a file that a stranger's folder points to."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    with Run(folder, Settings(), "sft") as run:
+        run.log(1, {"loss": 2.0})
+        (folder / "checkpoints/1").mkdir(parents=True)
+        (folder / "checkpoints/1/checkpoint.json").touch()
+        position = run.position()
+    (folder / name).rename(other)
+    link(other, folder / name)
+    before = other.read_bytes()
+    with Run(folder, Settings(), "sft") as run:
+        run.rewind(position)
+        run.log(2, {"loss": 1.0})
+        run.say("resumed")
+        assert [line["step"] for line in lines(folder)] == [1, 2]
+        run.finish({})
+    assert other.read_bytes() == before and (folder / name).read_bytes().startswith(before)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "done.json", "checkpoints/3/checkpoint.json"])
+def test_a_pipe_in_the_folder_keeps_nobody_waiting(tmp_path, name):
+    with Run(tmp_path, Settings(), "sft") as run:
+        run.log(1, {"loss": 2.0})
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    if name.startswith("checkpoints"):
+        (tmp_path / "settings.json").write_text("damaged")
+    with pytest.raises(UserError, match=name if not name.startswith("checkpoints") else "settings.json"):
+        finish(tmp_path)
