@@ -20,7 +20,7 @@ CORE := $(foreach name,test_golden test_attention test_sharding test_generate te
           test_plan,$(wildcard tests/$(name).py tests/*/$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help assistant taste blind frontier label chat chat-web test test-all coverage breaks soak torture test-core lint set-up clean
+.PHONY: help assistant taste blind frontier label chat chat-web test test-all coverage breaks soak torture gpu-gate test-core lint set-up clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [ARGS=\"--preset gpu\"]"
@@ -69,6 +69,9 @@ soak: $(STAMP)  ## kill every stage 20 times and check that the results are bit-
 torture: $(STAMP)  ## damage files, places and processes at random: nothing may be falsified (ARGS: its flags)
 	@$(PY) -m tests.torture $(ARGS)
 
+gpu-gate: $(STAMP)  ## compile training, PPO and decoding for an H100 and check the programs (no GPU needed; VENV=.venv-gpu EXTRAS=cuda)
+	@$(PY) -m pytest -m slow --durations=0 tests/tpu/test_gpu_gate.py $(ARGS)
+
 test-core: $(STAMP)  ## run the quick tests of the core modules, e.g. for a second Python version
 	@$(PY) -m pytest $(WORKERS) -m "not slow" $(CORE) $(ARGS)
 
@@ -80,7 +83,7 @@ lint: $(STAMP)  ## run ruff and mypy
 set-up: $(STAMP)  ## only create the virtual environment
 
 clean:  ## remove the virtual environment and caches (runs are kept)
-	rm -rf $(VENV) .venv-3.12 .venv-tpu build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-3.12 .venv-tpu .venv-gpu build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate must really run (a version manager's shim may exist and fail), be 3.11 or later, and have venv and pip.

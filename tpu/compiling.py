@@ -177,6 +177,11 @@ def compile_step(settings: Settings, step: Step) -> dict[str, Any]:
         },
         "unknown_loops": sorted(unknown),
         "parts": [dataclasses.asdict(row) for row in roofline.by_scope(costs, machine.chip, launch)],
+        "float32_products": sorted(
+            {cost.operation for cost in costs if cost.flops and _has_float32(cost.operands[:2])}
+        ),
+        "copied_in_loops": sum(cost.times * cost.bytes for cost in costs if cost.kind == "copy" and cost.times > 1),
+        "sorts": sum(cost.times for cost in costs if "sort" in cost.kind.lower()),
         "kernels": sum(cost.times for cost in costs),
         "kernels_per_token": _kernels_per_token(costs, settings.ppo.new_tokens) if step == "decode" else None,
     }
@@ -188,6 +193,10 @@ ATTENTION = {"splash": "splash_mha", "cuDNN": "__cudnn$fmha"}  # kernels, and wh
 def _kernels_per_token(costs: Sequence[roofline.Cost], new_tokens: int) -> float:
     """Kernels that the loop over new tokens runs for each of them: whatever runs about as often as there are tokens."""
     return sum(cost.times for cost in costs if cost.times >= new_tokens / 2) / max(new_tokens - 1, 1)
+
+
+def _has_float32(shapes: Sequence[str]) -> bool:
+    return any(shape.startswith(("f32", "f64")) for shape in shapes)
 
 
 def _part(device: Any, machine: hardware.Topology) -> int:
