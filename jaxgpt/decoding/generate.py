@@ -88,6 +88,7 @@ def quantise_int8(params: Params) -> Params:
     return {**params, **blocks, "head_DV": head_DV, "head_scale_V": scale_V}
 
 
+@jax.named_scope("head")
 def unembed(params: Params, config: ModelConfig, h: Array) -> Array:
     """`transformer.unembed`, with the head made by `prepare` if there is one: float32 logits."""
     if "head_DV" not in params:
@@ -165,7 +166,8 @@ def feed(
         mixed = jnp.einsum(f"...{e}s,...sk->...{e}k", weights, v).astype(q_BEHK.dtype)
         return mixed.reshape(B, H, E, K).swapaxes(1, 2), (k, v)
 
-    x_BED = transformer.embed(params, config, tokens_BE, position_BE)
+    with jax.named_scope("embed"):
+        x_BED = transformer.embed(params, config, tokens_BE, position_BE)
     turned = transformer.rotary_angles(config, position_BE)
     plain, stored = layers.plain_layers(sharding.target_platform(config)), []
     for n in range(config.layers):
@@ -247,10 +249,11 @@ def generate(
     ) -> tuple[Array, Array | None, tuple[Array, ...]]:
         """The next token from the hidden state before it: (ended, seen, outputs to collect)."""
         logits_BV = unembed(params, config, h_BD)
-        if filter_seen is not None and seen_BV is not None:
-            logits_BV = filter_seen(logits_BV, seen_BV)
-        logits_BV = filter_logits(logits_BV)
-        token_B = sample(key, logits_BV)
+        with jax.named_scope("sample"):
+            if filter_seen is not None and seen_BV is not None:
+                logits_BV = filter_seen(logits_BV, seen_BV)
+            logits_BV = filter_logits(logits_BV)
+            token_B = sample(key, logits_BV)
         out = [jnp.where(ended_B, pad, token_B).astype(jnp.int32)]
         out += [jnp.where(ended_B, 0.0, losses.log_prob(logits_BV, token_B)), ended_B]
         if value_head is not None:

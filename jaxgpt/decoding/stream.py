@@ -60,6 +60,7 @@ def _as_partial(function: Callable[..., Array]) -> jax.tree_util.Partial:
     return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
 
 
+@jax.named_scope("sample")
 def _draw(key: Array, logits_BV: Array, sample: Sampler, filter_logits: sampling.Filter) -> Array:
     """One token for each row; -1 where a logit is not finite."""
     finite_B = jnp.isfinite(logits_BV).all(axis=-1)

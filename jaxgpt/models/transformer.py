@@ -221,10 +221,11 @@ def hidden_and_kv(
     layers = select_layers(config)
     layers = layers._replace(attend=attend or layers.attend)
     embed_key, keys = (None, None) if key is None else _split_for(key, config.layers)
-    x_BTD = embed_rows(params, config, tokens_BT, positions_BT)
-    if embedding_offset_BTD is not None:
-        x_BTD += embedding_offset_BTD.astype(x_BTD.dtype)
-    x_BTD = dropout(embed_key, config.dropout, x_BTD)
+    with jax.named_scope("embed"):
+        x_BTD = embed_rows(params, config, tokens_BT, positions_BT)
+        if embedding_offset_BTD is not None:
+            x_BTD += embedding_offset_BTD.astype(x_BTD.dtype)
+        x_BTD = dropout(embed_key, config.dropout, x_BTD)
 
     turned = rotary_angles(config, positions_BT)
 
@@ -281,15 +282,17 @@ def transformer_block(
     def norm(name: str, x: Array, at: str) -> Array:
         return layers.norm(block[name], x, config.norm_epsilon) if config.norm_at == at else x
 
-    normed = norm("attention_norm", x_BTD, "input")
-    q, k, v = split_heads(layers.dense(block["qkv"], normed, COLUMN_PARALLEL), config)
-    qkv = (constrain(x, ROW_AXES, None, "tensor", None) for x in (rotate(q, angles), rotate(k, angles), v))
-    mixed_BTHK, kept = attend(*qkv)
-    mixed_BTD = mixed_BTHK.reshape(x_BTD.shape)
-    x_BTD += dropout(attention_key, config.dropout, layers.dense(block["out"], mixed_BTD, ROW_PARALLEL))
-    x_BTD = norm("attention_norm", x_BTD, "output")
-    x_BTD += dropout(mlp_key, config.dropout, mlp(block, norm("mlp_norm", x_BTD, "input"), layers))
-    return constrain(norm("mlp_norm", x_BTD, "output"), ROW_AXES, None, None), kept
+    with jax.named_scope("attention"):
+        normed = norm("attention_norm", x_BTD, "input")
+        q, k, v = split_heads(layers.dense(block["qkv"], normed, COLUMN_PARALLEL), config)
+        qkv = (constrain(x, ROW_AXES, None, "tensor", None) for x in (rotate(q, angles), rotate(k, angles), v))
+        mixed_BTHK, kept = attend(*qkv)
+        mixed_BTD = mixed_BTHK.reshape(x_BTD.shape)
+        x_BTD += dropout(attention_key, config.dropout, layers.dense(block["out"], mixed_BTD, ROW_PARALLEL))
+        x_BTD = norm("attention_norm", x_BTD, "output")
+    with jax.named_scope("mlp"):
+        x_BTD += dropout(mlp_key, config.dropout, mlp(block, norm("mlp_norm", x_BTD, "input"), layers))
+        return constrain(norm("mlp_norm", x_BTD, "output"), ROW_AXES, None, None), kept
 
 
 def select_layers(config: ModelConfig) -> Layers:
@@ -318,6 +321,7 @@ def unembed(params: Params, h: Array, layers: Layers | None = None) -> Array:
     return product(h, head_weights(params))
 
 
+@jax.named_scope("head")
 def predict(
     params: Params, config: ModelConfig, h_BWD: Array, tokens_BW: Array, temperature: float = 1.0
 ) -> tuple[Array, Array]:

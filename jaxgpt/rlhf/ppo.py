@@ -101,11 +101,13 @@ def init(
     return init_state(trainable, tx, {"reference": jax.tree.map(jnp.copy, params), **frozen})
 
 
+@jax.named_scope("collect")
 def collect(state: TrainState, prompts: Prompts, key: Array, *, policy: Policy) -> Experience:
     """Sample answers from the current policy."""
     return policy.collect(state.params["policy"], prompts, key)
 
 
+@jax.named_scope("score")
 def score(
     state: TrainState, experience: Experience, score_B: Array, *, policy: Policy, ppo: PPOConfig
 ) -> tuple[Rollout, Metrics]:
@@ -166,6 +168,7 @@ def make_loss(policy: Policy, ppo: PPOConfig) -> LossFn[Targets]:
     return loss_fn
 
 
+@jax.named_scope("update")
 def update(
     state: TrainState,
     controller: Controller,
@@ -248,7 +251,8 @@ def ppo_iteration(
     """
     sample_key, update_key = jax.random.split(key)
     experience = collect(state, prompts, sample_key, policy=policy)
-    score_B = reward_fn(state.params, experience.rows)
+    with jax.named_scope("reward"):
+        score_B = reward_fn(state.params, experience.rows)
     return learn(state, controller, experience, score_B, update_key, policy=policy, ppo=ppo, tx=tx)
 
 

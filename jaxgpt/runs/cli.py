@@ -1,8 +1,9 @@
 """The command line of an experiment: `cli(main, Settings, PRESETS)`.
 
-`--preset NAME` or `--settings FILE` chooses the starting values, `--distributed` joins several processes, and every
-other flag, generated from the fields of the settings dataclass, changes one value. An error the user can fix prints one
-line on stderr, plus the command that helps if there is one, and exits with status 2.
+`--preset NAME` or `--settings FILE` chooses the starting values, `--distributed` joins several processes,
+`--deterministic` asks a GPU for the same bits in every run, and every other flag, generated from the fields of the
+settings dataclass, changes one value. An error the user can fix prints one line on stderr, plus the command that helps
+if there is one, and exits with status 2.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from jaxgpt.runs.endings import (
     take_hangup_as_sigterm,
 )
 from jaxgpt.runs.peers import join_processes
-from jaxgpt.runs.process import prepare_process, print_device
+from jaxgpt.runs.process import prepare_process, print_device, request_determinism
 from jaxgpt.runs.settings import flatten_json, settings_from_json, settings_to_json
 
 with needs_extra("train"):
@@ -40,6 +41,7 @@ with needs_extra("train"):
 
 __all__ = ["cli", "parse", "settings_from_json", "settings_to_json"]
 
+PROCESS_FLAGS = ("--distributed", "--deterministic")  # they set up the process and aren't settings of a run
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 
@@ -64,6 +66,8 @@ def cli(
         if hasattr(settings, "run"):
             go_on_without_output()
         prepare_process()
+        if "--deterministic" in words:
+            request_determinism()
         processes = _option(words, "--distributed")
         if processes is not None:
             ending.siblings = join_processes(processes)
@@ -127,7 +131,7 @@ def parse(
         sys.stderr.write(complaint.getvalue())
         raise
     if unknown:
-        raise UserError(_unknown_message(unknown, ["--preset", "--settings", "--distributed", *_flags(settings_type)]))
+        raise UserError(_unknown_message(unknown, ["--preset", "--settings", *PROCESS_FLAGS, *_flags(settings_type)]))
     return command.values
 
 
@@ -217,7 +221,7 @@ def _read_settings(settings_type: type[Settings], file: Path) -> Settings:
 
 
 def _command_type(settings_type: type[Settings], presets: Mapping[str, Settings], start: Settings) -> Any:
-    """A dataclass of --preset, --settings, --distributed and the settings, whose defaults are `start`."""
+    """A dataclass of --preset, --settings, PROCESS_FLAGS and the settings, whose defaults are `start`."""
     preset = tyro.conf.arg(
         metavar="{" + ",".join(presets) + "}", help="Named settings to start from.", help_behavior_hint=""
     )
@@ -230,9 +234,13 @@ def _command_type(settings_type: type[Settings], presets: Mapping[str, Settings]
         "of this one.",
         help_behavior_hint="",
     )
+    same_bits = tyro.conf.arg(
+        help="The same bits in every run on the same kind of GPU, slower (docs/runs.md); changes nothing elsewhere."
+    )
     fields: list[Any] = [
         ("settings", Annotated[str, file], ""),
         ("distributed", Annotated[str, processes], ""),
+        ("deterministic", tyro.conf.FlagCreatePairsOff[Annotated[bool, same_bits]], False),
         ("values", Annotated[settings_type, tyro.conf.arg(name="")], dataclasses.field(default_factory=lambda: start)),
     ]
     if presets:

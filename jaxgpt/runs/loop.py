@@ -31,13 +31,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxgpt.config import Count, check_settings
+from jaxgpt.config import Count, CountOrZero, check_settings
 from jaxgpt.data.pipelines import check_tokens
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.models.sharding import MeshConfig
 from jaxgpt.runs.checkpoints import Checkpoints, ResumableIterator, SaveConfig
 from jaxgpt.runs.endings import Stopped, take_hangup_as_sigterm
+from jaxgpt.runs.profiling import Profile
 from jaxgpt.runs.progress import Bar
 from jaxgpt.runs.run import Run
 from jaxgpt.training.guard import GuardConfig
@@ -52,6 +53,7 @@ class LoopSettings:
     """Settings that all stages share."""
 
     log_every: Count = 10  # steps
+    profile: CountOrZero = 0  # steps to trace with JAX's profiler, after the first two, which compile
     mesh: MeshConfig = MeshConfig()
     guard: GuardConfig = GuardConfig()
     save: SaveConfig = SaveConfig()
@@ -87,6 +89,7 @@ class Loop:
         self.run, self.settings, self.total, self.batches, self.vocab = run, settings, total, batches, vocab
         self.tokens, self.names, self.shown = tokens, names or {}, shown
         self._checkpoints = Checkpoints(run, settings.save, tok, batches)
+        self._profile = Profile(run, settings.profile)
         self._first = 1
         self._bar: Bar | None = None
         self._batch: Any = None  # the current step's
@@ -117,7 +120,8 @@ class Loop:
             self._batch = next(self.batches)
             self._waited["seconds_data"] += time.monotonic() - before
             check_tokens(self._batch, self.vocab)
-            yield step, self._batch
+            with jax.profiler.StepTraceAnnotation(self.run.stage, step_num=step):
+                yield step, self._batch
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something done every `every` steps is due at this step; at the last step it always is."""
@@ -149,6 +153,7 @@ class Loop:
         if heldout:
             self.run.log(step, heldout)
         self._unchecked.append((step, metrics, self._batch))
+        self._profile.after(step, metrics)
         self._save_if_due(step, state)
         return floats
 
@@ -210,6 +215,7 @@ class Loop:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._cleanup.close()
+        self._profile.close()
         self._checkpoints.wait(report=kind is None)
 
 

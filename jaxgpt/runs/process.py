@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 
 
@@ -64,6 +65,35 @@ def configure_malloc() -> bool:
     return all([mallopt(mmap_max, 0), mallopt(trim_threshold, -1), mallopt(arena_max, 1)])  # -1: never
 
 
+DETERMINISTIC_FLAGS = (
+    "--xla_gpu_deterministic_ops=true",  # no sum in a random order, no kernel chosen by its measured time
+    "--xla_gpu_enable_triton_gemm=false",  # those that XLA prepares for Triton may not compile with that flag
+    "--xla_gpu_shard_autotuning=false",  # several processes would wait for measurements that nobody makes
+)
+
+
+def request_determinism() -> None:
+    """Have the same program give the same bits in every run on the same kind of GPU (docs/runs.md says at what cost).
+    Changes nothing on a CPU or TPU. Call before a device is used. Flags that XLA_FLAGS already has are left as they
+    are; UserError if it is the name of a file."""
+    given = os.environ.get("XLA_FLAGS", "").strip()
+    if given and not given.startswith("-"):
+        raise UserError(
+            f"XLA_FLAGS is the name of a file ({given}); for --deterministic, set it to the flags themselves"
+        )
+    names = {word.partition("=")[0] for word in given.split()}
+    missing = [flag for flag in DETERMINISTIC_FLAGS if flag.partition("=")[0] not in names]
+    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # sums in the NVLink switches come in no fixed order
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # kernels that earlier runs measured
+
+
+def _is_deterministic() -> bool:
+    """Whether XLA_FLAGS asks for the same bits in every run; the last of several values counts."""
+    values = re.findall(r"--xla_gpu_deterministic_ops(?:=(\S+)|(?!\S))", os.environ.get("XLA_FLAGS", ""))
+    return bool(values) and values[-1].lower() in ("", "1", "true")
+
+
 def describe_devices() -> str:
     """For example "device: cpu (2 cores), jax 0.10.2" or "device: 8 x NVIDIA H100, jax 0.12.0"."""
     devices = jax.devices()
@@ -94,6 +124,8 @@ def describe_rounding(arrays: Any) -> dict[str, str]:
     }
     if devices[0].platform == "cpu":
         found["cpu"] = f"{_cpu_kind()}, {count_cores()} cores"
+    if devices[0].platform == "gpu":
+        found["deterministic"] = "yes" if _is_deterministic() else "no"
     return found | {name: importlib.metadata.version(name) for name in ROUNDING_PACKAGES}
 
 
@@ -104,6 +136,8 @@ def differences_in_rounding(there: Mapping[str, str], now: Mapping[str, str]) ->
         for name in there
         if there[name] != now.get(name)
     ]
+    if not changed and now.get("deterministic") == "no":
+        changed = ["a GPU without --deterministic"]
     return f"; equal up to rounding, not bit for bit ({'; '.join(changed)})" if changed else ""
 
 

@@ -52,7 +52,7 @@ with needs_extra("train"):
 __all__ = ["Run", "prepare_process", "print_device", "run_fingerprint"]
 
 # Settings that say where or how to run, and do not change the result; another mesh only rounds differently.
-PLACE_FIELDS = frozenset({"run", "cache", "fresh", "force", "save", "mesh"})
+PLACE_FIELDS = frozenset({"run", "cache", "fresh", "force", "save", "mesh", "profile"})
 RUN_FILES = (  # removed in this order when a run starts over; settings.json, by which it is known, is replaced
     "done.json",
     "checkpoints",
@@ -63,6 +63,7 @@ RUN_FILES = (  # removed in this order when a run starts over; settings.json, by
     "adapters",
     "critic",
     "rollouts",
+    "profile",
 )
 MAKE_ROOM = "free some space; the same command then resumes from the newest checkpoint"
 FLUSH_SECONDS = 10.0  # between flushes of TensorBoard's event file

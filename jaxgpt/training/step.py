@@ -121,7 +121,8 @@ def make_train_step(
     def loss_sum(
         trainable: Params, frozen: Params, batch: Data, key: Array | None
     ) -> tuple[Array, tuple[Mean, Metrics]]:
-        objective, metrics = loss_fn(merge_params(frozen, trainable), batch, key)
+        with jax.named_scope("loss"):
+            objective, metrics = loss_fn(merge_params(frozen, trainable), batch, key)
         return objective.sum, (objective, metrics)
 
     grad_fn = jax.grad(loss_sum, has_aux=True)
@@ -148,14 +149,15 @@ def make_train_step(
         if axis_name is not None:
             grads, objective = jax.lax.psum((grads, objective), axis_name)
             metrics = {name: _pool_over(axis_name, part) for name, part in metrics.items()}
-        grads = jax.tree.map(lambda g: g / jnp.maximum(objective.count, 1), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        loss, grad_norm = objective.value, optax.tree.norm(grads)
-        admitted = guard.accepts(state.guard, loss, grad_norm, optax.tree.norm(updates), spike)
-        count, trainable, opt_state = guard.select(
-            admitted, (state.step + 1, trainable, opt_state), (state.step, state.trainable, state.opt_state)
-        )
+        with jax.named_scope("optimiser"):
+            grads = jax.tree.map(lambda g: g / jnp.maximum(objective.count, 1), grads)
+            updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+            loss, grad_norm = objective.value, optax.tree.norm(grads)
+            admitted = guard.accepts(state.guard, loss, grad_norm, optax.tree.norm(updates), spike)
+            count, trainable, opt_state = guard.select(
+                admitted, (state.step + 1, trainable, opt_state), (state.step, state.trainable, state.opt_state)
+            )
         new_guard = guard.update(state.guard, admitted, loss)
         counts = {"skipped": new_guard.skipped, "skipped_in_a_row": new_guard.in_a_row}
         state = TrainState(count, trainable, state.frozen, opt_state, new_guard)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import chex
 import jax
@@ -63,17 +64,29 @@ def scored(rows=None, scores=1.0, **other_params):
     return jax.device_get(score(state, experience, scores, policy=POLICY, ppo=PPO)[0])
 
 
+ITERATION = jax.jit(
+    functools.partial(ppo.ppo_iteration, policy=POLICY, ppo=PPO, tx=SGD, reward_fn=share), donate_argnums=(0, 1)
+)
+
+
 @functools.cache
 def two_iterations():
     """(state, metrics) at the start and after each."""
-    iteration = functools.partial(ppo.ppo_iteration, policy=POLICY, ppo=PPO, tx=SGD, reward_fn=share)
-    program = jax.jit(iteration, donate_argnums=(0, 1))
     state, control = start()
     history = [(jax.device_get(state), {})]
     for seed in range(2):
-        state, control, _, metrics = program(state, control, prompts(), jax.random.key(seed))
+        state, control, _, metrics = ITERATION(state, control, prompts(), jax.random.key(seed))
         history.append((jax.device_get(state), training.to_floats(metrics)))
     return history
+
+
+def test_a_trace_names_the_phases_and_the_parts_of_the_model():
+    program = ITERATION.lower(*start(), prompts(), jax.random.key(0)).as_text(dialect="hlo", debug_info=True)
+    names = [set(re.findall(r"\w+", name)) for name in re.findall(r'op_name="([^"]+)"', program)]
+    model = {"embed", "attention", "mlp", "head"}
+    assert {"collect", "reward", "score", "update", "loss", "optimiser"} | model <= set().union(*names)
+    assert model | {"sample"} <= set().union(*(name for name in names if "collect" in name))
+    assert model | {"loss"} <= set().union(*(name for name in names if "transpose" in name)), "of the gradients"
 
 
 def test_the_first_kl_is_zero_and_the_reference_stays():

@@ -118,6 +118,23 @@ def test_going_on_gives_the_bits_of_a_run_that_was_not_stopped(run, tok, tmp_pat
     assert "resumed after step 9 of 12" in (run / "log.txt").read_text()
 
 
+def test_a_profile_is_of_the_steps_after_those_that_compile_and_changes_nothing(run, tok, tmp_path):
+    """A resumed run traces steps of its own, into another folder, although the run began without --profile."""
+    _, whole = train_run(tmp_path / "whole", tok, settings=Settings(profile=2))
+    first, state = train_run(run, tok, settings=Settings(profile=5))
+    assert first == 10 and bits(state) == bits(whole)
+    assert rows(run) == rows(tmp_path / "whole")
+    for folder, begin, said in (
+        (tmp_path / "whole", 3, "profiled steps 3 to 4"),
+        (run, 12, "profiled steps 12 to 12"),  # the last one
+    ):
+        assert said in (folder / "log.txt").read_text()
+        (traces,) = (folder / "profile").iterdir()
+        assert traces.name == str(begin)
+        (trace,) = traces.rglob("*.xplane.pb")
+        assert b"jit_step" in trace.read_bytes()
+
+
 def test_a_checkpoint_holds_everything_and_plain_orbax_reads_it(run, tok):
     record = checkpoints.read_checkpoint(run / "checkpoints/9")
     assert record["step"] == 9 and record["tokenizer"] == tok.fingerprint and record["data"]["grain"]

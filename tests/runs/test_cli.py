@@ -339,3 +339,31 @@ for word in ("--steps=4", "--help", "--step=4"):  # the last one ends the proces
     device, said, *help_ = done.stdout.splitlines()
     assert device.startswith("device: cpu") and said == "steps 4" and "Command: python toy.py" in "".join(help_)
     assert (done.returncode, done.stderr) == (2, "error: unknown option --step; did you mean --steps?\n")
+
+
+def test_deterministic_reaches_xla_before_a_device_is_used_and_the_users_own_flags_win(tmp_path):
+    """XLA writes down the options it compiled with, where they aren't its defaults."""
+    program = """
+import dataclasses, os, jax
+from jaxgpt.runs.cli import cli
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    steps: int = 1
+
+def main(settings):
+    print(jax.jit(lambda x: x + settings.steps)(2))
+    print(os.environ["NCCL_NVLS_ENABLE"], jax.config.jax_persistent_cache_enable_xla_caches)
+
+cli(main, Settings, {})
+"""
+    environment = {
+        **{"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu", "PATH": ""},
+        **{"JAXGPT_CACHE": str(tmp_path), "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_gpu_shard_autotuning=true"},
+    }
+    command = [sys.executable, "-c", program, "--deterministic", "--steps", "3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[1:] == ["5", "0 none"], done.stderr
+    (options,) = (path.read_text() for path in tmp_path.glob("*jit__lambda.debug_options"))
+    assert "xla_gpu_deterministic_ops: true" in options and "xla_gpu_enable_triton_gemm: false" in options
+    assert "xla_gpu_shard_autotuning: false" not in options

@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -226,6 +227,40 @@ def test_one_process_alone_hears_itself():
     assert process.broadcast_from_first({"a": [1, None]}) == {"a": [1, None]}
     process.barrier("alone")
     peers._gather(free_port(), 1, 1.0)
+
+
+# ---- the same bits ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "recorded"),
+    [
+        ("", "no"),
+        ("--xla_gpu_deterministic_ops", "yes"),
+        ("--xla_gpu_deterministic_ops=true --xla_dump_to=x", "yes"),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false", "no"),
+        ("--xla_gpu_deterministic_ops_of_another_kind=true", "no"),
+    ],
+)
+def test_a_gpu_records_whether_its_bits_repeat(monkeypatch, flags, recorded):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert "deterministic" not in process.describe_rounding({}), "a CPU's always do"
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert process.describe_rounding({})["deterministic"] == recorded
+
+
+def test_a_run_resumes_bit_for_bit_on_a_gpu_only_if_both_processes_were_deterministic():
+    yes, no = {"devices": "1 x H100", "deterministic": "yes"}, {"devices": "1 x H100", "deterministic": "no"}
+    assert process.differences_in_rounding(yes, yes) == ""
+    for there, now in ((yes, no), (no, yes), (no, no)):
+        assert "equal up to rounding" in process.differences_in_rounding(there, now)
+
+
+def test_deterministic_refuses_flags_in_a_file_which_it_could_not_add_to(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "flags.txt")
+    with pytest.raises(UserError, match="flags.txt"):
+        process.request_determinism()
 
 
 # ---- training ----

@@ -380,6 +380,63 @@ def test_dry_runs_print_the_exact_commands():
     assert dry_runs() == GOLDEN.read_text()
 
 
+@pytest.fixture
+def cluster(tmp_path):
+    """`cluster(1, 2, ...)` submits slurm.sbatch to a fake Slurm whose srun ends with these statuses, one call after
+    another. Returns the script's own status and the calls: "srun CPUS_PER_TASK ARGUMENTS" or "scontrol ARGUMENTS"."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/pretrain.py").touch()
+    stand_ins = {
+        ".venv/bin/python": "#!/bin/sh\n",
+        "bin/srun": '#!/bin/sh\necho srun "$SRUN_CPUS_PER_TASK" "$@" >>calls\n'
+        'read -r code <statuses; sed -i 1d statuses; exit "$code"\n',
+        "bin/scontrol": '#!/bin/sh\necho scontrol "$@" >>calls\n',
+        "bin/sleep": '#!/bin/sh\necho sleep "$@" >>calls\n',
+    }
+    for name, text in stand_ins.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+    def submit(*statuses):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in statuses))
+        command = ["bash", TPU / "slurm.sbatch", "pretrain", "--run", "runs/it's mine"]
+        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **slurm}, capture_output=True, timeout=60)
+        return done.returncode, (tmp_path / "calls").read_text().splitlines()
+
+    return submit
+
+
+def test_slurm_gives_each_process_its_cores(cluster):
+    """srun takes SRUN_CPUS_PER_TASK from its environment; what sbatch was told is only in SLURM_CPUS_PER_TASK."""
+    _, calls = cluster(0)
+    assert calls[0].startswith("srun 8 ") and calls[0].endswith("--distributed auto --run runs/it's mine")
+
+
+@pytest.mark.parametrize("status", [75, 129, 143])
+def test_slurm_requeues_a_job_that_was_told_to_stop(cluster, status):
+    assert cluster(status)[1][1:] == ["scontrol requeue 7"]
+
+
+def test_slurm_starts_all_processes_again_after_a_death_but_not_for_ever(cluster):
+    """srun's status is the highest of all processes: 137 of the one that was killed, not 75 of its peers."""
+    status, calls = cluster(137, 139, 0)
+    assert status == 0 and [call.split()[0] for call in calls] == ["srun", "sleep", "srun", "sleep", "srun"]
+    status, calls = cluster(137, 137, 137, 0)
+    assert status == 137 and [call.split()[0] for call in calls] == ["srun", "sleep", "srun", "sleep", "srun"]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 130])
+def test_slurm_ends_with_the_status_of_a_run_that_is_finished_or_failed(cluster, status):
+    """One call of srun: neither a success, an error nor Ctrl-C is tried again."""
+    found, calls = cluster(status)
+    assert found == status and len(calls) == 1
+    assert "--kill-on-bad-exit=0" in calls[0], "a SIGTERM would turn an error of one process into 75 of the others"
+
+
 @pytest.mark.parametrize("analysis", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_scripts_are_executable_and_shellcheck_clean(analysis):
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
