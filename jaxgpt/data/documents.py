@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from jaxgpt.errors import UserError
 from jaxgpt.files import open_text, sha256_of_texts
@@ -68,8 +67,8 @@ def cut_pieces(chunks: Iterable[str]) -> Iterator[Piece]:
 # ---- plain text ----
 
 
-def text_file_pieces(path: Path, split: Literal["train", "test"]) -> Iterator[Piece]:
-    """The pieces of a file's part: about 95 % of it, or the rest, as one document; nothing if that part is blank."""
+def text_file_pieces(path: Path, split: str) -> Iterator[Piece]:
+    """The pieces of a file's part: about 95 % of it for "train", the rest for "test"; none if that part is blank."""
     stat = path.stat()
     cut, first, last = _find_cut(path, stat.st_size, stat.st_mtime_ns)
     if split == "train" and first < cut:

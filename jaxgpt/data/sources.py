@@ -58,6 +58,12 @@ def documents_counted(source: str, split: Split, cache: Path) -> tuple[list[str]
     return [row[0] for row in rows], left_out
 
 
+def open_both(source: str, cache: Path) -> tuple[Documents, Documents]:
+    """`open_documents` for training and held out."""
+    hashes = fingerprint(source)
+    return open_documents(source, "train", cache, hashes), open_documents(source, "test", cache, hashes)
+
+
 def open_documents(source: str, split: Split, cache: Path, hashes: Mapping[str, str] | None = None) -> Documents:
     """`documents`, read in pieces at every pass (the embedded data is small and held). `hashes`: `fingerprint(source)`,
     which is otherwise computed here. UserError during a pass if a file has changed since this call."""
