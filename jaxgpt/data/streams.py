@@ -162,6 +162,7 @@ class _Work:
         try:
             self._write(self.folder / _HASHES, hashes)
             write_record(self.folder / _INDEX, index)
+            hashes, _ = _map(self.folder / _HASHES, "<u8")
         except OSError as error:
             warn_unwritable(self.folder, error)
         return TokenStream(parts, hashes, index)
@@ -251,7 +252,7 @@ class _Counts:
         self.blank += ends and not text
 
     def numbers(self) -> np.ndarray:
-        return np.array(self.hashes, "<u8")
+        return np.frombuffer(self.hashes, np.uint64).astype("<u8", copy=False)
 
 
 def _finished(index: dict[str, Any], counts: _Counts, parts: Sequence[_Part]) -> dict[str, Any]:
