@@ -124,6 +124,7 @@ class _Work:
         if index is None or index["digest"] is None or not self._verify(index):
             return None
         if not _is_whole(self.folder / _HASHES, index["hashes"]):
+            warn_once(f"{self.folder / _HASHES} is damaged; it is rebuilt")
             return None
         return TokenStream(self._parts(index), _map(self.folder / _HASHES, "<u8")[0], index)
 
