@@ -9,7 +9,7 @@ J(theta) = -sum_t log P(x_{t+1} | x_{1:t})   (Radford et al. 2018). Held-out los
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import optax
 from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import Count, CountOrZero, ModelConfig, Nonnegative, Positive, Seed
 from jaxgpt.data import pipelines, sources
-from jaxgpt.data.streams import count_shared, tokenize_stream
+from jaxgpt.data.streams import Say, count_shared, tokenize_stream
 from jaxgpt.data.tokenizer import Tokenizer, cached_tokenizer, gpt2_tokenizer
 from jaxgpt.data.training_data import LoadedData, RowCounts, heldout_windows
 from jaxgpt.errors import UserError
@@ -97,8 +97,8 @@ class Data:
     tokens_per_byte: float  # of the held-out text
 
 
-def prepare(settings: Settings, share: RowShard, say: Callable[[str], None] = print) -> Data:
-    train, test = sources.open_both(settings.data, settings.cache)
+def prepare(settings: Settings, share: RowShard, hashes: Mapping[str, str] | None = None, say: Say = print) -> Data:
+    train, test = sources.open_both(settings.data, settings.cache, hashes)
     kind, vocab = settings.tokenizer, settings.model.vocab
     tok = gpt2_tokenizer() if kind == "gpt2" else cached_tokenizer(kind, train, vocab, settings.cache)
     if tok.vocab_size > settings.model.vocab:
@@ -114,11 +114,11 @@ def prepare(settings: Settings, share: RowShard, say: Callable[[str], None] = pr
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
-    program, share = build(settings, mesh), sharding.process_row_shard(mesh)
-    with Run(settings.run, settings, "pretrain", sources.fingerprint(settings.data)) as run:
+    program, share, inputs = build(settings, mesh), sharding.process_row_shard(mesh), sources.fingerprint(settings.data)
+    with Run(settings.run, settings, "pretrain", inputs) as run:
         if run.finished:
             return run.results
-        data = prepare(settings, share, run.say)
+        data = prepare(settings, share, inputs, run.say)
         init_key, sample_key, dropout_key = jax.random.split(jax.random.key(settings.seed), 3)
         dropout_key = sharding.replicate(dropout_key, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, program.state)

@@ -91,7 +91,7 @@ def start(settings: Settings, path: Path) -> dict[str, Any]:
         toy, data=str(path), cache=settings.folder / "cache", tokenizer=settings.tokenizer, model=model, batch=16
     )
     begun = time.perf_counter()
-    data = pretrain.prepare(own, RowShard(0, 1), lambda text: print(text, file=sys.stderr, flush=True))
+    data = pretrain.prepare(own, RowShard(0, 1), say=lambda text: print(text, file=sys.stderr, flush=True))
     prepared = time.perf_counter()
     digest = hashlib.sha256()
     for _ in range(settings.batches):

@@ -58,9 +58,9 @@ def documents_counted(source: str, split: Split, cache: Path) -> tuple[list[str]
     return [row[0] for row in rows], left_out
 
 
-def open_both(source: str, cache: Path) -> tuple[Documents, Documents]:
+def open_both(source: str, cache: Path, hashes: Mapping[str, str] | None = None) -> tuple[Documents, Documents]:
     """`open_documents` for training and held out."""
-    hashes = fingerprint(source)
+    hashes = hashes or fingerprint(source)
     return open_documents(source, "train", cache, hashes), open_documents(source, "test", cache, hashes)
 
 
@@ -92,7 +92,7 @@ def open_documents(source: str, split: Split, cache: Path, hashes: Mapping[str, 
             if _stamp(path) != stamps[path]:
                 raise UserError(f"{path} was changed while it was read; run again when it stays as it is")
 
-    size = int(share * sum(path.stat().st_size for path in paths))
+    size = int(share * sum(path.stat().st_size * (4 if path.suffix == ".gz" else 1) for path in paths))
     return Documents(sha256_of_texts([_READER, "files", split, *digests]), size, pieces)
 
 

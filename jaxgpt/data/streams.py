@@ -96,7 +96,7 @@ def tokenize_stream(
     texts: Documents | Sequence[str], tok: Tokenizer, cache: Path, say: Say = lambda text: None
 ) -> TokenStream:
     """<bos> doc <bos> doc ... <bos>, without blank documents, cached in `cache`/streams. For a model of others: what
-    its tokenizer prepends, doc, separator, and so on. `say` is told of every shard but the last.
+    its tokenizer prepends, doc, separator, and so on. `say` is told how far it is.
 
     Of several processes with one cache, one tokenizes and the others wait for it. UserError if the disk can't hold it;
     a text that fits one shard is then kept in memory.
@@ -215,12 +215,15 @@ class _Work:
         return False
 
     def _report(self, index: Mapping[str, Any], counts: "_Counts") -> None:
-        """After a whole shard: say how far it is, and stop if the rest won't fit the disk."""
+        """After a whole shard: say how far it is, every 5 %, and stop if the rest won't fit the disk by far: the
+        text's size is an estimate where its file is compressed or escaped."""
         count, width = len(index["shards"]), np.dtype(index["dtype"]).itemsize
         part = counts.bytes / max(self.docs.size, counts.bytes)
-        self.say(f"tokenized {count * index['shard']:,} tokens, {part:.0%} of {self.docs.size / 1e9:.2f} GB of text")
+        if part < 1 and int(20 * part) > int(20 * part * (count - 1) / count):
+            size, tokens = self.docs.size / 1e9, count * index["shard"]
+            self.say(f"tokenized {part:.0%} of {size:.2f} GB of text, {tokens:,} tokens")
         rest = count * index["shard"] * width * (1 / part - 1)
-        if rest > shutil.disk_usage(self.folder).free:
+        if rest > 2 * shutil.disk_usage(self.folder).free:
             raise self._no_room(index, counts, "not enough space")
 
     def _no_room(self, index: Mapping[str, Any], counts: "_Counts", reason: str) -> UserError:
