@@ -9,6 +9,7 @@ J(theta) = -sum_t log P(x_{t+1} | x_{1:t})   (Radford et al. 2018). Held-out los
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,9 @@ import optax
 from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import Count, CountOrZero, ModelConfig, Nonnegative, Positive, Seed
 from jaxgpt.data import pipelines, sources
+from jaxgpt.data.streams import Say, count_shared, tokenize_stream
 from jaxgpt.data.tokenizer import Tokenizer, cached_tokenizer, gpt2_tokenizer
-from jaxgpt.data.training_data import LoadedData, RowCounts, count_trained_on, heldout_windows
+from jaxgpt.data.training_data import LoadedData, RowCounts, heldout_windows
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding, transformer
@@ -95,29 +97,28 @@ class Data:
     tokens_per_byte: float  # of the held-out text
 
 
-def prepare(settings: Settings, share: RowShard) -> Data:
-    train, left_out = sources.documents_counted(settings.data, "train", settings.cache)
-    test = sources.documents(settings.data, "test", settings.cache)
+def prepare(settings: Settings, share: RowShard, hashes: Mapping[str, str] | None = None, say: Say = print) -> Data:
+    train, test = sources.open_both(settings.data, settings.cache, hashes)
     kind, vocab = settings.tokenizer, settings.model.vocab
     tok = gpt2_tokenizer() if kind == "gpt2" else cached_tokenizer(kind, train, vocab, settings.cache)
     if tok.vocab_size > settings.model.vocab:
         raise UserError(f"the tokenizer has {tok.vocab_size} ids; set --model.vocab to at least that")
-    stream, heldout = (pipelines.tokenize_stream(documents, tok, settings.cache) for documents in (train, test))
+    stream, heldout = (tokenize_stream(documents, tok, settings.cache, say) for documents in (train, test))
     size = settings.model.block, settings.batch
     batches = pipelines.windows(stream, *size, seed=settings.seed, part=share.index, parts=share.count)
     windows, counts = heldout_windows(heldout, *size, settings.eval_batches)
-    rows = {"documents": RowCounts.of(train, left_out).without("empty", train.count("")), "held-out windows": counts}
-    loaded, bytes_ = LoadedData(rows, count_trained_on(filter(None, test), train)), len("".join(test).encode())
-    return Data(tok, len(stream), batches, windows, loaded, len(heldout) / bytes_)
+    rows = {"documents": RowCounts(stream.documents).without(sources.BLANK, stream.blank), "held-out windows": counts}
+    loaded = LoadedData(rows, count_shared(heldout, stream))
+    return Data(tok, len(stream), batches, windows, loaded, len(heldout) / heldout.bytes)
 
 
 def main(settings: Settings) -> dict[str, Any]:
     mesh = sharding.make_mesh(settings.mesh)
-    program, share = build(settings, mesh), sharding.process_row_shard(mesh)
-    with Run(settings.run, settings, "pretrain", sources.fingerprint(settings.data)) as run:
+    program, share, inputs = build(settings, mesh), sharding.process_row_shard(mesh), sources.fingerprint(settings.data)
+    with Run(settings.run, settings, "pretrain", inputs) as run:
         if run.finished:
             return run.results
-        data = prepare(settings, share)
+        data = prepare(settings, share, inputs, run.say)
         init_key, sample_key, dropout_key = jax.random.split(jax.random.key(settings.seed), 3)
         dropout_key = sharding.replicate(dropout_key, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, program.state)

@@ -372,7 +372,7 @@ def cached(folder: Path, read: Callable[[Path], T], make: Callable[[], T], write
     try:
         _fill(folder, lambda new: write(new, made))
     except OSError as error:
-        _warn_unwritable(folder, error)
+        warn_unwritable(folder, error)
     return made
 
 
@@ -431,12 +431,13 @@ def _is_intact(folder: Path) -> bool:
 
 
 def _replace_unwritable(folder: Path, error: OSError) -> Path:
-    _warn_unwritable(folder, error)
+    warn_unwritable(folder, error)
     _scratch[folder] = tempfile.TemporaryDirectory(prefix="jaxgpt.")
     return Path(_scratch[folder].name)
 
 
-def _warn_unwritable(path: Path, error: OSError) -> None:
+def warn_unwritable(path: Path, error: OSError) -> None:
+    """Warn that a cache can't be written, and why."""
     warn_once(
         f"can't write to {path} ({error.strerror or error}), so it is rebuilt at each start; "
         "set JAXGPT_CACHE to a folder that you may write to, or free some space"

@@ -26,6 +26,7 @@ import numpy as np
 from jaxgpt.config import Count, Counts, ModelConfig, Nonnegative, Positive, Range, Seed, check_settings
 from jaxgpt.data import pipelines, sources
 from jaxgpt.data.comparisons import TokenizedPreference
+from jaxgpt.data.streams import tokenize_stream
 from jaxgpt.data.templates import example_ids
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
@@ -113,7 +114,7 @@ PRESETS = {
 
 def train_smaller_model(s: Settings, task: Task, config: ModelConfig, bar: Bar) -> Params:
     """Train a language model of another size: pretrained and finetuned as the policy was, for `steps` and half that."""
-    stream = pipelines.tokenize_stream(sources.documents(sources.EMBEDDED, "train", s.cache), task.tok, s.cache)
+    stream = tokenize_stream(sources.open_documents(sources.EMBEDDED, "train", s.cache), task.tok, s.cache)
     windows = pipelines.windows(stream, config.block, 16, seed=s.seed)
     pairs = [example_ids(task.tok, *pair) for pair in sources.examples(sources.EMBEDDED, "train", s.cache)]
     packed = pipelines.packed_examples(pipelines.fit_rows(pairs, config.block)[0], config.block, 16, seed=s.seed)

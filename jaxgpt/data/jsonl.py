@@ -50,8 +50,10 @@ def checked_text(value: Any, where: str, *, blank: bool = False) -> str:
         raise UserError(f"{where} is {type(value).__name__}, not text; {advice}")
     if not blank and not value.strip():
         raise UserError(f"{where} is empty; write some text or remove the line")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise UserError(f"{where} holds a lone surrogate, which is not valid Unicode; remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds a lone surrogate, which is not valid Unicode; remove it") from None
     return value
 
 

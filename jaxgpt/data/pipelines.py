@@ -13,21 +13,21 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgpt.data.comparisons import TokenizedPreference
-from jaxgpt.data.tokenizer import Row, Tokenizer
+from jaxgpt.data.streams import TokenStream
+from jaxgpt.data.tokenizer import Row
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import cached, sha256_of_texts
 
 with needs_extra("data"):
     import grain
     import grain.experimental
 
 ArrayBatch = dict[str, np.ndarray]
+Stream = np.ndarray | TokenStream  # int32 [N]
 _READ_OPTIONS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # no threads: the device works meanwhile
 _BINS = 64  # rows packed at a time: with more, less padding is wasted
 
@@ -87,44 +87,19 @@ class PromptBatches(Iterator[ArrayBatch]):
         self._next = state["next"]
 
 
-def tokenize_stream(docs: Sequence[str], tok: Tokenizer, cache: Path) -> np.ndarray:
-    """int32 [N]: <bos> doc <bos> doc ... <bos>, cached in `cache`/streams by the hash of documents and tokenizer. For a
-    model of others: what its tokenizer prepends, doc, separator, and so on."""
-    docs = [doc for doc in docs if doc]
-    if not docs:
-        raise UserError("no text to tokenize: every document is empty; choose another source")
-    name = sha256_of_texts([tok.fingerprint, *docs])[:32]
-    return cached(
-        cache / "streams" / name,
-        lambda folder: np.load(folder / "stream.npy"),
-        lambda: _join_documents(docs, tok),
-        lambda folder, stream: np.save(folder / "stream.npy", stream),
-    )
-
-
-def _join_documents(docs: Sequence[str], tok: Tokenizer) -> np.ndarray:
-    begin, separator = tok.template.begin, tok.template.separator
-    between = (separator,) if begin == (separator,) else (separator, *begin)
-    parts = [np.array(begin, np.int32)]
-    for at in range(0, len(docs), 1000):
-        for ids in tok.encode_batch(docs[at : at + 1000]):
-            parts.append(np.array([*ids, *between], np.int32))
-    stream = np.concatenate(parts)
-    return stream[: len(stream) - len(between) + 1]  # it ends with the separator
-
-
-def windows(stream: np.ndarray, block: int, batch: int, *, seed: int, part: int = 0, parts: int = 1) -> Batches:
+def windows(stream: Stream, block: int, batch: int, *, seed: int, part: int = 0, parts: int = 1) -> Batches:
     """Endless batches of `block` consecutive tokens; every token of a window but the first is a target.
 
     An epoch cuts the stream into non-overlapping windows from a random offset (new each epoch, so that no token is
     always first) and shuffles them.
     """
     shuffled = _shuffled(_Windows(stream, block, seed), seed, None)
-    identity = ["windows", _digest([stream]), block, batch, seed]
+    content = stream.digest if isinstance(stream, TokenStream) else _digest([stream])
+    identity = ["windows", content, block, batch, seed]
     return Batches(_batched(shuffled, batch, part, parts), identity)
 
 
-def window_eval(stream: np.ndarray, block: int, batch: int, max_batches: int) -> list[ArrayBatch]:
+def window_eval(stream: Stream, block: int, batch: int, max_batches: int) -> list[ArrayBatch]:
     """At most `max_batches` batches of non-overlapping windows, spread evenly over the stream; always the same ones.
 
     Every batch has `batch` rows; if windows run out, the last one is filled with rows whose mask is False.
@@ -132,8 +107,7 @@ def window_eval(stream: np.ndarray, block: int, batch: int, max_batches: int) ->
     _check_stream(stream, block)
     count = len(stream) // block
     chosen = np.linspace(0, count - 1, min(count, batch * max_batches)).astype(np.int64)
-    tokens = stream[: count * block].reshape(count, block)[chosen]
-    rows = [{"tokens": row, "mask": np.arange(block) > 0} for row in tokens]
+    rows = [{"tokens": stream[i * block : (i + 1) * block], "mask": np.arange(block) > 0} for i in chosen.tolist()]
     return _filled_batches(rows, batch)
 
 
@@ -262,7 +236,7 @@ def _part_size(batch: int, parts: int) -> int:
 class _Windows(grain.MapDataset):
     """Window i of epoch e, where index = e * len + i: the stream from offset(e) + i * block."""
 
-    def __init__(self, stream: np.ndarray, block: int, seed: int) -> None:
+    def __init__(self, stream: Stream, block: int, seed: int) -> None:
         super().__init__()
         _check_stream(stream, block)
         self._stream, self._block, self._seed = stream, block, seed
@@ -286,7 +260,7 @@ def _offset(seed: int, epoch: int, room: int) -> int:
     return int(np.random.default_rng([seed, epoch]).integers(room + 1))
 
 
-def _check_stream(stream: np.ndarray, block: int) -> None:
+def _check_stream(stream: Stream, block: int) -> None:
     if block < 2 or len(stream) < block:
         raise UserError(f"a text of {len(stream)} tokens gives no window of {block}; use more text or a shorter block")
 

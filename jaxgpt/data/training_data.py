@@ -9,8 +9,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from jaxgpt.data import formats, pipelines, sources
 from jaxgpt.data.comparisons import (
     MaxSizes,
@@ -21,6 +19,7 @@ from jaxgpt.data.comparisons import (
     tie_rate,
     tokenize_preferences,
 )
+from jaxgpt.data.streams import tokenize_stream
 from jaxgpt.data.templates import example_ids, prompt_ids
 from jaxgpt.data.tokenizer import Row, Tokenizer
 from jaxgpt.errors import UserError
@@ -198,11 +197,11 @@ def load_windows(
     source: str, tok: Tokenizer, cache: Path, length: int, batch: int, batches: int
 ) -> tuple[list[Batch], RowCounts]:
     """`heldout_windows` of a source's held-out text."""
-    stream = pipelines.tokenize_stream(sources.documents(source, "test", cache), tok, cache)
+    stream = tokenize_stream(sources.open_documents(source, "test", cache), tok, cache)
     return heldout_windows(stream, length, batch, batches)
 
 
-def heldout_windows(stream: np.ndarray, length: int, batch: int, batches: int) -> tuple[list[Batch], RowCounts]:
+def heldout_windows(stream: pipelines.Stream, length: int, batch: int, batches: int) -> tuple[list[Batch], RowCounts]:
     """At most `batches` batches of windows of `length` tokens, spread evenly over a stream, and how many it holds."""
     found = [Batch.of(arrays) for arrays in pipelines.window_eval(stream, length, batch, batches)]
     whole = len(stream) // length

@@ -22,7 +22,7 @@ from jaxgpt.data import builders, openings, pipelines, sources
 from jaxgpt.data.comparisons import Preference, TokenizedPreference, tokenize_preferences
 from jaxgpt.data.jsonl import read_rows
 from jaxgpt.data.templates import example_ids, parse
-from jaxgpt.data.tokenizer import ANSWER, BOS, Tokenizer, train_bpe, train_char
+from jaxgpt.data.tokenizer import ANSWER, Tokenizer, train_bpe, train_char
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_json
 
@@ -466,23 +466,7 @@ def test_any_tfds_name(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPa
         sources.prompts("tfds:two_columns", "train", cache)
 
 
-# --- streams and windows
-
-
-def test_stream_has_a_bos_around_every_document(
-    tmp_path: Path, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    docs = ["a film", "", "the plot </answer>"]
-    stream = pipelines.tokenize_stream(docs, tok, tmp_path)
-    assert stream.dtype == np.int32
-    assert stream.tolist() == [BOS, *tok.encode(docs[0]), BOS, *tok.encode(docs[2]), BOS]
-    other = train_char(docs)
-    assert not np.array_equal(pipelines.tokenize_stream(docs, other, tmp_path), stream)
-    assert len(list((tmp_path / "streams").iterdir())) == 2
-    monkeypatch.setattr(pipelines, "_join_documents", None)  # from here on only the cache can supply it
-    assert np.array_equal(pipelines.tokenize_stream(docs, tok, tmp_path), stream)
-    with pytest.raises(UserError, match="every document is empty"):
-        pipelines.tokenize_stream(["", ""], tok, tmp_path)
+# --- windows
 
 
 def _epoch(batches: Iterator[pipelines.ArrayBatch], count: int) -> np.ndarray:

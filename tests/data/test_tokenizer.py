@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxgpt.data import templates
 from jaxgpt.data import tokenizer as tk
+from jaxgpt.data.documents import Documents
 from jaxgpt.errors import UserError
 
 CORPUS = [
@@ -112,9 +113,10 @@ def test_training_is_deterministic_and_reads_a_bounded_sample(monkeypatch: pytes
     assert tk.train_bpe([*CORPUS[:-1], "zzzz zzzz zzzz"], 320).fingerprint != BPE.fingerprint
     monkeypatch.setattr(tk, "TRAINING_CHARACTERS", 1000)
     long = [str(i) * 50 for i in range(1000)]
-    sample = tk._training_sample(long)
+    sample = tk._training_sample(Documents.of(long))
     assert 1000 <= sum(map(len, sample)) < 1300
-    assert sample == tk._training_sample(long) and set(sample) <= set(long) and sample != long[: len(sample)]
+    assert sample == tk._training_sample(Documents.of(long)) and set(sample) <= set(long)
+    assert sample != long[: len(sample)]
 
 
 @both

@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 
 from jaxgpt import decoding
-from jaxgpt.data import formats, pipelines, templates, wheels
+from jaxgpt.data import formats, streams, templates, wheels
 from jaxgpt.data.templates import example_ids, parse, prompt_ids
 from jaxgpt.data.tokenizer import GPT2_VOCABULARY, Tokenizer, gpt2_tokenizer, prepend
 from jaxgpt.decoding import sampling
@@ -315,7 +315,7 @@ def test_what_the_models_own_tokenizer_prepends_is_prepended_once(change, settin
     first, end = [core.token_to_id("<s>")] if begins else [], core.token_to_id("</s>")
     assert tok.document_ids("a b") == [*first, *tok.encode("a b")] == [*first, *core.encode("a b").ids[-3:]]
     assert tok.document_ids("") == (first or [end])
-    stream = pipelines.tokenize_stream(["a", "", "b"], tok, tmp_path).tolist()
+    stream = streams.tokenize_stream(["a", "", "b"], tok, tmp_path)[:].tolist()
     assert stream == [*first, *tok.encode("a"), end, *first, *tok.encode("b"), end]
     assert prompt_ids(tok, "a")[: len(first) + 1] == [*first, tok.encode(tok.mark("<prompt>"))[0]]
     config = dataclasses.replace(FAMILY["llama"], vocab=tok.vocab_size)

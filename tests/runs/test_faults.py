@@ -14,7 +14,7 @@ import pytest
 
 import experiments.pretrain
 from jaxgpt.config import PRESETS as MODELS
-from jaxgpt.data import pipelines, sources
+from jaxgpt.data import sources, streams
 from jaxgpt.data.jsonl import write_rows
 from jaxgpt.data.tokenizer import cached_tokenizer
 from jaxgpt.runs import verify
@@ -27,10 +27,10 @@ def text(tmp_path_factory) -> Path:
     """With what is learnt from it in a folder beside it, so that a run has only its own files to write."""
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     write_rows(path, ({"text": text} for text in (ROOT / "LICENSE").read_text().split("\n\n")))
-    train, test = (sources.documents(str(path), split, path.parent) for split in ("train", "test"))
+    train, test = sources.open_both(str(path), path.parent)
     tok = cached_tokenizer("bpe", train, MODELS["toy"].vocab, path.parent)
     for documents in (train, test):
-        pipelines.tokenize_stream(documents, tok, path.parent)
+        streams.tokenize_stream(documents, tok, path.parent)
     return path
 
 

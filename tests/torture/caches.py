@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jaxgpt.data import builders, formats, pipelines, tokenizer
+from jaxgpt.data import builders, formats, streams, tokenizer
 from jaxgpt.data.comparisons import Preference, write_preferences
 from jaxgpt.files import sha256_of_file, write_record
 from jaxgpt.runs.rollouts import load_rollout
@@ -61,7 +61,7 @@ def first_reviews(path: Path, real: Any = builders._csv_rows) -> Any:
 def readers() -> Mapping[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]]:
     """How each is written, and how it is read."""
     tok = tokenizer.train_char(TEXTS)
-    stream = lambda folder: pipelines.tokenize_stream(TEXTS, tok, folder).tolist()  # noqa: E731
+    stream = lambda folder: streams.tokenize_stream(TEXTS, tok, folder)[:].tolist()  # noqa: E731
     cached = lambda folder: tokenizer.cached_tokenizer("char", TEXTS, 0, folder).to_json()  # noqa: E731
     reviews = lambda folder: [builders.load(folder, split) for split in builders.SPLITS]  # noqa: E731
     rollout: dict[str, Any] = {"iteration": 3, "beta": 0.1, "answers": [{"prompt": "p", "logp": [-1.0, -2.5]}]}
