@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxgpt.losses.checks import expect, expect_value
@@ -104,8 +104,8 @@ def _accumulator(hidden: Array) -> DTypeLike:
 _own_gradient = jax.custom_vjp(_by_tile)
 
 
-def _forward(hidden, head_VD, token_tiles, temperature):  # type: ignore[no-untyped-def]  # CustomVJPPrimal
-    arguments = hidden.value, head_VD.value, token_tiles.value, temperature.value
+def _forward(*primals: CustomVJPPrimal) -> tuple[HeadOutputs, tuple[Array, ...]]:
+    arguments = tuple(x.value for x in primals)
     found = _by_tile(*arguments)
     return found, (*arguments, found.log_z)
 
