@@ -24,7 +24,7 @@ pytestmark = [
         reason="the GPU compiler is not installed (make VENV=.venv-gpu EXTRAS=cuda set-up)",
     ),
 ]
-TRAIN = ("--steps", "train", "--batch", "32", "--model.block", "1024", "--model.scan", "False")
+TRAIN = ("--steps", "train", "--batch", "32", "--model.block", "1024", "--model.no-scan")
 PPO = ("--steps", "ppo", "--prompts", "512", "--ppo.new-tokens", "40", "--ppo.epochs", "1")
 DECODE = ("--steps", "decode", "--prompts", "512")
 
