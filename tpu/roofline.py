@@ -19,7 +19,7 @@ FREE = {
     *("opt-barrier", "domain", "iota"),
 }
 SCOPES = ("embed", "attention", "mlp", "head", "loss", "optimiser", "sample")  # `jax.named_scope`s of the library
-PHASES = ("collect", "score", "learn")  # of PPO
+PHASES = ("collect", "reward", "score", "update")  # of PPO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +70,18 @@ def _walk(program: hlo.Program, computation: str, times: int) -> Iterator[Cost]:
             yield from max(branches, key=lambda found: sum(cost.bytes * cost.times for cost in found), default=[])
         else:
             shapes = tuple(instructions[name].shape for name in one.operands if name in instructions)
-            inner = one.attribute("calls")
+            inner, operation = one.attribute("calls"), one.operation
             if one.kind == "fusion" and inner in program.computations:
                 moved, flops = _fusion_bytes(program, inner, shapes, one.shape), _fusion_flops(program, inner)
-                inside = [x.target for x in program.computations[inner].values() if x.kind == "custom-call"]
-                kind = inside[0] if inside else "fusion"
+                inside = list(program.computations[inner].values())
+                kind = next((x.target for x in inside if x.target), "fusion")
+                operation = operation or next((x.operation for x in reversed(inside) if x.operation), "")
             else:
                 workspace = re.sub(r"[su]8\[\d+\]", "", one.shape) if one.kind == "custom-call" else one.shape
                 moved = sum(sum(hlo.shape_bytes(shape)) for shape in (*shapes, workspace))
                 flops, kind = _flops(one, shapes), one.target or one.kind
                 moved = 0.0 if one.kind.removesuffix("-start") in hlo.KINDS else moved  # the network's time
-            yield Cost(one.name, kind, one.operation, shapes, one.shape, flops, moved, times)
+            yield Cost(one.name, kind, operation, shapes, one.shape, flops, moved, times)
 
 
 def _fusion_flops(program: hlo.Program, name: str) -> float:

@@ -55,10 +55,26 @@ def check_parts(record: Mapping[str, Any], where: str) -> None:
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(name))) > 64:
             raise UserError(f"{where}: model.{name} has more than 64 characters; download it again")
+    _check_merges(model, where)
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if (growth := _growth(record.get(part))) > MOST_GROWTH:
             raise UserError(
                 f"{where}: {part} can make a text {growth:.3g} times as long (limit {MOST_GROWTH}); download it again"
+            )
+
+
+def _check_merges(model: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if a merge's second token lacks the prefix that it should have: the tokenizers package cuts it off
+    unseen, and where that fails it can end the whole process."""
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if not isinstance(prefix, str) or not isinstance(merges, list):
+        return
+    for merge in merges:
+        pair = merge if isinstance(merge, list) else str(merge).split(" ")
+        if pair and not str(pair[-1]).startswith(prefix):
+            raise UserError(
+                f"{where}: model.continuing_subword_prefix is {show_value(prefix)}, but the second token of the merge "
+                f"{show_value(' '.join(map(str, pair)))} doesn't begin with it; download it again"
             )
 
 

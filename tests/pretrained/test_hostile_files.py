@@ -268,6 +268,7 @@ ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
         ("model", {"vocab": {"a": 0, "b": 0}, "merges": []}),
         ("model", {"vocab": []}),
         ("model", {"merges": [["nowhere", "b"]]}),
+        ("model", {"continuing_subword_prefix": "1"}),  # in the package, a panic and sometimes an abort
         ("model", {"continuing_subword_prefix": "é" * 5}),
         ("model", {"continuing_subword_prefix": "é" * 99}),
         ("model", {"dropout": 0.5}),
