@@ -64,8 +64,8 @@ def check_parts(record: Mapping[str, Any], where: str) -> None:
 
 
 def _check_merges(model: Mapping[str, Any], where: str) -> None:
-    """Raise UserError if a merge's second token lacks the prefix that it should have: the tokenizers package cuts it off
-    unseen, and where that fails it can end the whole process."""
+    """Raise UserError if a merge's second token lacks the prefix that it should have: the tokenizers package cuts it
+    off unseen, and where that fails it can end the whole process."""
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if not isinstance(prefix, str) or not isinstance(merges, list):
         return
