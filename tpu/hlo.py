@@ -212,6 +212,14 @@ def shape_bytes(text: str) -> list[float]:
     ]
 
 
+def memory_bytes(text: str) -> list[float]:
+    """`shape_bytes`, with 0 for arrays that a TPU keeps on the chip: their layout names another space than HBM, as in
+    `bf16[8,128]{1,0:T(8,128)S(1)}`."""
+    layouts = re.findall(r"\b[a-z]+[0-9a-z]*\[[0-9,]*\](\{(?:[^{}]|\{[^}]*\})*\})?", text)
+    sizes = shape_bytes(text)
+    return [0.0 if re.search(r"S\([1-9]", layout) else size for size, layout in zip(sizes, layouts, strict=True)]
+
+
 def first_group(text: str, devices: int) -> list[int]:
     """The devices of one group of a collective, from `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, or a mesh and the axes it
     runs along. All devices for a permutation, which lists pairs."""

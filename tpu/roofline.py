@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from tpu import hlo
 from tpu.hardware import GB, LAUNCH, Chip
@@ -18,6 +18,9 @@ FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"),
     *("opt-barrier", "domain", "iota"),
 }
+SLICES = ("dynamic-slice", "gather", "slice")  # read as much as they give
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place, and which operand says how much
+ELEMENTWISE = ("convert", "add", "subtract", "multiply", "divide", "exponential")
 SCOPES = ("embed", "attention", "mlp", "head", "loss", "optimiser", "sample")  # `jax.named_scope`s of the library
 PHASES = ("collect", "reward", "score", "update")  # of PPO
 
@@ -72,16 +75,30 @@ def _walk(program: hlo.Program, computation: str, times: int) -> Iterator[Cost]:
             shapes = tuple(instructions[name].shape for name in one.operands if name in instructions)
             inner, operation = one.attribute("calls"), one.operation
             if one.kind == "fusion" and inner in program.computations:
-                moved, flops = _fusion_bytes(program, inner, shapes, one.shape), _fusion_flops(program, inner)
+                moved, flops = _fusion_bytes(program, inner, shapes), _fusion_flops(program, inner)
                 inside = list(program.computations[inner].values())
                 kind = next((x.target for x in inside if x.target), "fusion")
                 operation = operation or next((x.operation for x in reversed(inside) if x.operation), "")
             else:
-                workspace = re.sub(r"[su]8\[\d+\]", "", one.shape) if one.kind == "custom-call" else one.shape
-                moved = sum(sum(hlo.shape_bytes(shape)) for shape in (*shapes, workspace))
-                flops, kind = _flops(one, shapes), one.target or one.kind
-                moved = 0.0 if one.kind.removesuffix("-start") in hlo.KINDS else moved  # the network's time
+                moved, flops, kind = _bytes(one, shapes), _flops(one, shapes), one.target or one.kind
             yield Cost(one.name, kind, operation, shapes, one.shape, flops, moved, times)
+
+
+def _bytes(one: hlo.Instruction, shapes: Sequence[str]) -> float:
+    """Bytes of memory that an instruction by itself reads and writes."""
+    read, kind = sum(sum(hlo.memory_bytes(shape)) for shape in shapes), one.kind.removesuffix("-start")
+    if kind in hlo.KINDS:
+        return 0.0  # the network's time
+    if one.kind == "copy-start":  # (destination, source, …)
+        return read + hlo.memory_bytes(one.shape)[0]
+    if one.kind == "slice-start":  # ((source), destination, …)
+        return hlo.shape_bytes(one.shape)[1] + hlo.memory_bytes(one.shape)[1]
+    workspace = re.sub(r"[su]8\[\d+\]", "", one.shape) if one.kind == "custom-call" else one.shape
+    if one.kind in SLICES:
+        return 2 * sum(hlo.memory_bytes(one.shape))
+    if one.kind in UPDATES:
+        return 2 * sum(hlo.memory_bytes(shapes[UPDATES[one.kind]]))
+    return read + sum(hlo.memory_bytes(workspace))
 
 
 def _fusion_flops(program: hlo.Program, name: str) -> float:
@@ -113,40 +130,67 @@ def _flops(one: hlo.Instruction, shapes: Sequence[str]) -> float:
     return 0.0
 
 
-def _fusion_bytes(program: hlo.Program, name: str, shapes: Sequence[str], result: str) -> float:
+def _fusion_bytes(program: hlo.Program, name: str, shapes: Sequence[str]) -> float:
     """Bytes that a fusion reads and writes. What it only slices or looks up is read in part; what it updates in place
     is written in part."""
-    inside = program.computations[name]
-    uses: dict[str, list[tuple[hlo.Instruction, int]]] = collections.defaultdict(list)
+    inside = program.computations[name].values()
+    parameters = {int(one.text.split(")")[0]): one for one in inside if one.kind == "parameter"}
+    whole = [sum(hlo.memory_bytes(shape)) for shape in shapes]
+    read = [
+        min(size, _read(program, name, parameters[i].name)) if i in parameters and size else size
+        for i, size in enumerate(whole)
+    ]
+    root = next((one for one in inside if one.root), None)
+    return sum(read) + (_written(program, name, root) if root else 0.0)
+
+
+def _read(program: hlo.Program, computation: str, name: str) -> float:
+    """Bytes that a computation reads of one of its values."""
+    inside = program.computations[computation]
+    total = 0.0
     for one in inside.values():
         for i, operand in enumerate(one.operands):
-            uses[operand].append((one, i))
+            if operand != name:
+                continue
+            if one.kind in SLICES and i == 0:
+                total += sum(hlo.shape_bytes(one.shape))
+            elif one.kind in UPDATES and i == 0:
+                pass  # updated in place
+            elif one.kind == "fusion" and (called := one.attribute("calls")) in program.computations:
+                inner = program.computations[called].values()
+                total += sum(
+                    _read(program, called, x.name)
+                    for x in inner
+                    if x.kind == "parameter" and x.text.startswith(f"{i})")
+                )
+            elif one.kind == "bitcast" or (one.kind in ELEMENTWISE and _is_sliced(inside, one.name)):
+                total += _read(program, computation, one.name)
+            else:
+                total += sum(hlo.shape_bytes(inside[name].shape))
+    return total
 
-    def final_uses(operand: str, depth: int = 0) -> list[tuple[hlo.Instruction, int]]:
-        found = []
-        for one, i in uses[operand]:
-            seen_through = one.kind in ("bitcast", "convert", "subtract", "add", "multiply") and depth < 6
-            inner = final_uses(one.name, depth + 1) if seen_through else []
-            found += (
-                inner if inner and all(x.kind in ("dynamic-slice", "gather", "slice") for x, _ in inner) else [(one, i)]
-            )
-        return found
 
-    parameters = {int(one.text.split(")")[0]): one for one in inside.values() if one.kind == "parameter"}
-    total = 0.0
-    for i, shape in enumerate(shapes):
-        whole = sum(hlo.shape_bytes(shape))
-        used = final_uses(parameters[i].name) if i in parameters else []
-        if used and all(one.kind in ("dynamic-slice", "gather", "slice") for one, _ in used):
-            whole = min(whole, sum(sum(hlo.shape_bytes(one.shape)) for one, _ in used))
-        elif used and all(one.kind in ("dynamic-update-slice", "scatter") and n == 0 for one, n in used):
-            whole = 0.0
-        total += whole
-    root = next((one for one in inside.values() if one.root), None)
-    if root is not None and root.kind in ("dynamic-update-slice", "scatter"):
-        update = inside.get(root.operands[1 if root.kind == "dynamic-update-slice" else 2])
-        return total + (sum(hlo.shape_bytes(update.shape)) if update else 0.0)
-    return total + sum(hlo.shape_bytes(result))
+def _is_sliced(inside: Mapping[str, hlo.Instruction], name: str) -> bool:
+    """Whether only parts of a value are used."""
+    uses = [one for one in inside.values() if name in one.operands]
+    through = ("bitcast", *ELEMENTWISE)
+    return bool(uses) and all(x.kind in SLICES or (x.kind in through and _is_sliced(inside, x.name)) for x in uses)
+
+
+def _written(program: hlo.Program, computation: str, one: hlo.Instruction) -> float:
+    """Bytes that a computation writes as this result."""
+    inside = program.computations[computation]
+    if one.kind == "tuple":
+        return sum(_written(program, computation, inside[x]) for x in one.operands if x in inside)
+    if one.kind == "bitcast" and one.operands and one.operands[0] in inside:
+        return _written(program, computation, inside[one.operands[0]])
+    if one.kind in UPDATES:
+        update = inside.get(one.operands[UPDATES[one.kind]])
+        return sum(hlo.shape_bytes(update.shape)) if update else 0.0
+    if one.kind == "fusion" and (called := one.attribute("calls")) in program.computations:
+        root = next((x for x in program.computations[called].values() if x.root), None)
+        return _written(program, called, root) if root else 0.0
+    return 0.0 if one.kind == "parameter" else sum(hlo.memory_bytes(one.shape))
 
 
 def dims(shape: str) -> list[int]:

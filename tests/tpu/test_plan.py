@@ -235,6 +235,36 @@ ENTRY %main (t: f32[1000,8], i: s32[4], a: bf16[16,32], b: bf16[32,64], q: bf16[
     assert found["written"].bytes == 4 + 2 * (2 * 8)  # the index, and one row read and written
 
 
+def test_arrays_that_a_tpu_keeps_on_the_chip_move_nothing():
+    assert hlo.memory_bytes("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}") == [0]
+    assert hlo.memory_bytes("(f32[4]{0:T(128)}, bf16[2,8]{1,0:T(8,128)(2,1)S(1)}, s32[3])") == [16, 0, 12]
+
+
+def test_a_loop_that_stacks_its_results_writes_one_slice_at_a_time():
+    text = """\
+%stack (a: f32[9,64], b: f32[9,64], n: s32[], x: f32[64]) -> (f32[9,64], f32[9,64]) {
+  %a = f32[9,64]{1,0} parameter(0)
+  %b = f32[9,64]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %x = f32[64]{0} parameter(3)
+  %row = f32[1,64]{1,0} bitcast(%x)
+  %one = f32[9,64]{1,0} dynamic-update-slice(%a, %row, %n, %n)
+  %two = f32[9,64]{1,0} dynamic-update-slice(%b, %row, %n, %n)
+  ROOT %both = (f32[9,64]{1,0}, f32[9,64]{1,0}) tuple(%one, %two)
+}
+
+ENTRY %main (a.1: f32[9,64], b.1: f32[9,64], n.1: s32[], x.1: f32[64]) -> (f32[9,64], f32[9,64]) {
+  %a.1 = f32[9,64]{1,0} parameter(0)
+  %b.1 = f32[9,64]{1,0} parameter(1)
+  %n.1 = s32[] parameter(2)
+  %x.1 = f32[64]{0} parameter(3)
+  ROOT %r = (f32[9,64]{1,0}, f32[9,64]{1,0}) fusion(%a.1, %b.1, %n.1, %x.1), kind=kLoop, calls=%stack
+}
+"""
+    (one,) = roofline.costs(hlo.Program(text))
+    assert one.bytes == 4 + 64 * 4 + 2 * 64 * 4  # the index, the row, and the row written twice
+
+
 # ---- FLOPs ----
 
 
