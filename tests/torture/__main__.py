@@ -42,8 +42,13 @@ def torture(kind: Kind, seed: str, cases: int, seconds: float) -> list[str]:
     end = time.monotonic() + seconds
     found = []
     said = io.StringIO()  # what runs say on the terminal
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        for outcome in itertools.islice(kind.outcomes(random.Random(seed), Path(folder)), cases):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+        contextlib.closing(kind.outcomes(random.Random(seed), Path(folder))) as outcomes,  # undoes what it has patched
+    ):
+        for outcome in itertools.islice(outcomes, cases):
             found.append(outcome)
             if time.monotonic() > end:
                 break

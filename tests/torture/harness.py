@@ -6,13 +6,13 @@ to see it again. `python -m tests.torture` draws from it with a seed; a tracebac
 
 import random
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
 
-Outcomes = Iterator[str]
+Outcomes = Generator[str]
 
 
 class Kind(NamedTuple):
