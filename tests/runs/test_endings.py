@@ -33,10 +33,11 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path, program):
     """Ctrl-C arrives in the middle of an import, here of a JAX that presses it."""
     (tmp_path / "jax.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('late')")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    hears = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # where the tests run in the background
-    done = subprocess.run(
-        [sys.executable, "-m", program], env=environment, capture_output=True, text=True, preexec_fn=hears
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would ignore it
+    try:
+        done = subprocess.run([sys.executable, "-m", program], env=environment, capture_output=True, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
