@@ -30,7 +30,7 @@ from tpu import hardware, hlo, roofline
 from tpu.settings import Settings, Step
 
 GIB = 2**30
-GPU_SHARE = 0.92  # of a GPU's memory that a program may use; the rest is CUDA's and cuDNN's
+GPU_SHARE = 0.75  # of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 
 @dataclasses.dataclass(frozen=True)
