@@ -100,6 +100,17 @@ def test_the_nucleus_found_without_a_sort_is_that_of_a_sort(p):
             raise AssertionError((found, wanted))
 
 
+def test_the_threshold_is_that_of_a_sort_however_many_bits_a_pass_finds():
+    """8 passes, which GPUs and TPUs make, and 32, which a CPU makes: with ties, zeros of both signs, and -inf."""
+    logits = (np.random.default_rng(3).normal(size=(6, 97)) * 3).astype(np.float32)
+    logits[0], logits[1, ::2], logits[2, ::3], logits[3, :90] = logits[0].round(), -0.0, 0.0, -np.inf
+    for k in (1, 2, 40, 96):
+        expected = np.sort(logits, axis=-1)[:, [-k]]
+        for bits in (1, 4):
+            found = jax.jit(sampling._threshold, static_argnums=3)(logits, np.ones(logits.shape, np.int32), k, bits)
+            np.testing.assert_array_equal(found, expected)
+
+
 def test_a_repetition_penalty_lowers_what_was_seen():
     logits, seen = np.array([2.0, -2.0, 2.0, -2.0], np.float32), np.array([True, True, False, False])
     penalised = jax.jit(sampling.repetition_penalty, static_argnums=2)
