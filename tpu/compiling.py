@@ -205,7 +205,7 @@ def _part(device: Any, machine: hardware.Topology) -> int:
 
 
 def _answer_for_gpu(capability: float) -> None:
-    """JAX asks the local GPU what cuDNN supports. In this process the answer is that of the GPU being compiled for."""
+    """JAX asks the local GPU what cuDNN supports. In this process the GPU being compiled for answers."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     fused.check_compute_capability = lambda wanted: capability >= float(wanted)

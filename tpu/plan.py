@@ -90,7 +90,7 @@ def report(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str,
 def costs_text(found: Mapping[str, Any], most: int = 8) -> list[str]:
     """A table of what costs most, by named scope."""
     whole = sum(part["seconds"] for part in found["parts"])
-    lines = [f"    what costs most   {time_text(whole)} in all, each instruction at its roofline bound"]
+    lines = [f"    what costs most   {time_text(whole)} in all, each instruction at its bound"]
     for part in found["parts"][:most]:
         lines.append(
             f"      {part['name']:<24} {time_text(part['seconds']):>12}   {part['flops'] / 1e12:8.2f} TFLOP "
