@@ -1,7 +1,7 @@
 """What each part of a compiled program costs at least, from its HLO text: FLOPs, bytes of memory, kernels.
 
 An instruction takes as long as its slowest resource: products at the chip's peak, arrays in and out at the memory's
-bandwidth, or the launch of a kernel (the roofline model: Williams et al. 2009). The results rank the parts of a program.
+bandwidth, or the launch of a kernel (the roofline model: Williams et al. 2009). The results rank a program's parts.
 They are not run times: real kernels are slower than this, and caches and overlap make some of them faster.
 """
 
