@@ -172,6 +172,7 @@ def compile_step(settings: Settings, step: Step) -> dict[str, Any]:
                 "times": sum(one.times for one in sent if one.kind == kind),
                 "sent": sum(one.sent for one in sent if one.kind == kind),
                 "across": sum(one.across for one in sent if one.kind == kind),
+                "largest": max(one.size for one in sent if one.kind == kind),
             }
             for kind in sorted({one.kind for one in sent})
         },

@@ -179,7 +179,12 @@ def _add_copies(axes: tuple[Axes, ...], parts: int, _: None, g: Array) -> tuple[
     def add(g: Array) -> Array:
         if scattered is None:
             return jax.lax.psum(g[0], rows)
-        part = jax.lax.psum_scatter(g[0], "fsdp", scatter_dimension=scattered, tiled=True)
+        # Parts along a new first axis: TPUs then add and scatter at once, whatever the layout of the rest.
+        size = g.shape[1 + scattered] // jax.lax.axis_size("fsdp")
+        parts_first = jax.numpy.moveaxis(
+            g[0].reshape(*g.shape[1 : 1 + scattered], -1, size, *g.shape[2 + scattered :]), scattered, 0
+        )
+        part = jax.lax.psum_scatter(parts_first, "fsdp")
         others = tuple(name for name in rows if name != "fsdp")
         return jax.lax.psum(part, others) if others else part
 

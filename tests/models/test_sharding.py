@@ -242,7 +242,7 @@ def test_logits_in_tiles_give_the_same_step_and_the_tables_gradient_is_summed_on
     assert [size for size in in_loops if size[-2:] == table] == []
     if shape[1] > 1:
         found, part = collectives(text), (CONFIG.vocab // shape[2], CONFIG.width // shape[1])
-        assert ("reduce-scatter", part) in found and ("all-reduce", part) in found
+        assert {kind for kind, size in found if size[-2:] == part} >= {"reduce-scatter", "all-reduce"}
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
