@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import ppo, pretrain
+from experiments import dpo, ppo, pretrain
 from jaxgpt import decoding
+from jaxgpt.data.comparisons import MaxSizes
 from jaxgpt.data.tokenizer import ANSWER_END
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding, transformer
@@ -51,9 +52,14 @@ def build(settings: Settings, step: Step, mesh: jax.sharding.Mesh) -> Built:
     def with_sharding(tree: Any, where: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
-    if step == "train":
-        run = pretrain.Settings(model=settings.model, batch=settings.batch, microbatches=settings.microbatches)
-        train = pretrain.build(run, mesh)
+    if step in ("train", "dpo"):
+        if step == "train":
+            run = pretrain.Settings(model=settings.model, batch=settings.batch, microbatches=settings.microbatches)
+            train: Any = pretrain.build(run, mesh)
+        else:
+            answer = settings.ppo.new_tokens
+            size = MaxSizes(row=settings.prompt_tokens + answer, answer=answer, candidates=2)
+            train = dpo.build(dpo.Settings(batch=settings.pairs), settings.model, size, 1000, mesh)
         batch = with_sharding(train.batch, rows)
         return Built(train.step, (train.state, batch, None), {}, {**_memory_of_state(train.state), "batch": batch})
     if step == "ppo":

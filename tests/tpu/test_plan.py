@@ -310,7 +310,7 @@ def test_the_compilers_refusal_is_read():
 
 def test_meshes_divide_everything_and_come_in_order():
     settings = PRESETS["toy"]
-    for step in ("train", "ppo", "decode"):
+    for step in ("train", "dpo", "ppo", "decode"):
         found = estimates.candidates(settings, step, 16, 16 * 2**30)
         assert found and len(set(found)) == len(found)
         for mesh in found:
