@@ -1,5 +1,5 @@
-"""The parts of `tpu.measure`, each in a process of its own: a crash or too little memory ends only that part, peak memory
-is that of one step, and XLA reads its flags at the start.
+"""The parts of `tpu.measure`, each in a process of its own: a crash or too little memory ends only that part, peak
+memory is that of one step, and XLA reads its flags at the start.
 
 python -m tpu.measuring '{"part": "train", "settings": {...}, "out": "runs/measure", "seconds": 120}'
 
@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ from tpu.settings import Sizes, Step
 
 Emit = Callable[[Mapping[str, Any]], None]
 SMALL = Sizes(
-    model=ModelConfig(layers=2, width=128, heads=2, block=65, vocab=640, dtype="bfloat16"),
+    model=ModelConfig(layers=1, width=128, heads=2, block=65, vocab=640, dtype="bfloat16"),
     batch=8,
     prompts=8,
     prompt_tokens=13,
@@ -121,7 +121,7 @@ def check_ppo() -> Check:
 
 
 def check_same_bits() -> Check:
-    """Three training steps from the same state, by a program that is compiled twice. Run with --deterministic's flags."""
+    """Three training steps from the same state, by a program compiled twice. Needs --deterministic's flags."""
     mesh, found = sharding.make_mesh(MeshConfig(), jax.devices()[:1]), []
     for _ in range(2):
         built, _, compiled = compile_here(SMALL, "train", mesh)
@@ -138,9 +138,10 @@ def measure_step(settings: Sizes, step: Step, runs: int, traced: int, out: Path,
     began = time.perf_counter()
     mesh = sharding.make_mesh(settings.mesh)
     built, trace, compiled = compile_here(settings, step, mesh)
-    plan = plan_of(settings, step, mesh, built, trace, compiled)
-    emit({"step": {"compile_seconds": time.perf_counter() - began, **plan}})
-    arguments, times, result = make_arguments(settings, step, built), [], None
+    emit({"step": {"compile_seconds": time.perf_counter() - began}})
+    emit({"step": plan_of(settings, step, mesh, built, trace, compiled)})
+    arguments, times = make_arguments(settings, step, built), []
+    result: Any = None
     for turn in range(1 + runs):  # the first warms up
         if turn > 1 and time.perf_counter() - began > seconds:
             break
@@ -203,15 +204,14 @@ def write_trace(step: Step, compiled: Any, arguments: tuple[Any, ...], count: in
     return "/".join(folder.parts[-2:])
 
 
-def run_part(part: Part, settings: Settings, seconds: float, emit: Emit) -> None:
-    device = jax.devices()[0]
+def run_part(part: Part | Literal["machine"], settings: Settings, seconds: float, emit: Emit) -> None:
     if part == "machine":
         emit({"machine": describe_machine()})
         for step in STEPS:
             if step in settings.parts:  # sizes that can't work are refused before anything is compiled
                 compiling.build(settings, step, sharding.make_mesh(settings.mesh))
     elif part == "checks":
-        for check in checks.run(device):
+        for check in checks.run(jax.devices()[0]):
             emit({"check": check.to_json()})
         emit({"check": check_ppo().to_json()})
     elif part == "same_bits":
@@ -230,7 +230,8 @@ def main(request: Mapping[str, Any]) -> None:
         answers.write(json.dumps(found, allow_nan=False) + "\n")
 
     configure_malloc()
-    given = jax.config.jax_platforms
+    jax.config.update("jax_enable_compilation_cache", False)  # how long compiling takes is measured
+    given = os.environ.get("JAX_PLATFORMS", "")
     if given and "cpu" not in given.split(","):
         jax.config.update("jax_platforms", f"{given},cpu")  # the checks compare with the CPU
     if request["part"] == "same_bits":
