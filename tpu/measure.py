@@ -147,7 +147,7 @@ def step_lines(found: Mapping[str, Any]) -> list[str]:
     if "compile_seconds" in found:
         rows.append(("compiling", "-", time_text(found["compile_seconds"])))
     if "attention" in found:
-        rows.append(("attention", "-", " and ".join(found["attention"]) or "no kernel"))
+        rows.append(("attention", "-", " and ".join(found["attention"]) or "plain formula"))
     if "trace" in found:
         rows.append(("profiler trace", "-", found["trace"]))
     table = [("", "plan", "measured"), *rows] if rows else []
