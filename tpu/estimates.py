@@ -8,7 +8,7 @@ from typing import Any
 from jaxgpt.errors import UserError
 from jaxgpt.models.sharding import MeshConfig
 from tpu.hardware import GB
-from tpu.settings import Settings, Step
+from tpu.settings import Settings, Sizes, Step
 
 # What published runs reached of the peak, in model FLOPs (MFU), to read the bounds by. All of them have larger models.
 PUBLISHED = {
@@ -20,7 +20,7 @@ PUBLISHED = {
 }
 
 
-def closed_form_flops(settings: Settings, step: Step) -> float:
+def closed_form_flops(settings: Sizes, step: Step) -> float:
     """FLOPs of a step over all devices: 6 N + 12 layers width T per token to train, a third of that for a forward pass.
     PPO samples (one forward pass), evaluates the rollouts (policy, reference policy and reward model: three), and
     trains for `epochs`."""
@@ -34,7 +34,7 @@ def closed_form_flops(settings: Settings, step: Step) -> float:
     return settings.prompts * tokens_per_row * row.flops_per_token * passes
 
 
-def rows_at_once(settings: Settings, step: Step) -> int:
+def rows_at_once(settings: Sizes, step: Step) -> int:
     """Rows, or pairs of them, that a step divides among the devices."""
     return {
         "train": settings.batch // settings.microbatches,
