@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO, cast
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 
 UNUSABLE = {  # a file or folder that this user can't use, which is no bug
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC,
@@ -118,6 +118,8 @@ def _in_one_line(error: Exception, suggest: Callable[[UserError], str]) -> str:
     """The message for an error that the user can fix; an empty string for a bug."""
     if isinstance(error, UserError):
         return f"error: {error}{suggest(error)}"
+    if _is_out_of_memory(error):
+        return f"error: not enough memory ({first_line(error)}); use a smaller batch or model, or more devices"
     if not isinstance(error, OSError) or error.filename is None:
         return ""
     from jaxgpt.files import cache_root  # imported only now because it takes a while
@@ -128,6 +130,13 @@ def _in_one_line(error: Exception, suggest: Callable[[UserError], str]) -> str:
         return ""
     advice = "set JAXGPT_CACHE to a folder that you may write to" if in_cache else "check the path"
     return f"error: can't use {path} ({error.strerror}); {advice}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, NumPy or XLA (which has no type of its own for it) could not allocate an array."""
+    if type(error).__name__ == "JaxRuntimeError":
+        return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+    return isinstance(error, MemoryError)
 
 
 def _print_error(line: str) -> None:

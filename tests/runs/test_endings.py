@@ -47,6 +47,13 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path, program):
         (UserError("no such data; name another"), 2, "error: no such data; name another"),
         (Stopped("SIGTERM received", 75), 75, "stopped: SIGTERM received"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 2, "error: not enough memory (MemoryError); use a smaller batch or model"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: …"),
+            2,
+            "error: not enough memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); use a smaller",
+        ),
+        (jax.errors.JaxRuntimeError("INTERNAL: Error dispatching: Out of memory allocating 9 bytes."), 2, "not enough"),
         (
             PermissionError(errno.EACCES, "Permission denied", "/x"),
             2,
@@ -71,7 +78,15 @@ def test_what_is_no_bug_ends_in_one_line(capsys, monkeypatch, error, status, lin
     assert stop.value.code == status and line in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("bug", [ZeroDivisionError(), FileNotFoundError(2, "No such file", "/x"), BrokenPipeError()])
+@pytest.mark.parametrize(
+    "bug",
+    [
+        ZeroDivisionError(),
+        FileNotFoundError(2, "No such file", "/x"),
+        BrokenPipeError(),
+        jax.errors.JaxRuntimeError("INTERNAL: broken"),
+    ],
+)
 def test_a_bug_is_raised_as_it_is(bug):
     with pytest.raises(type(bug)) as raised, plain_endings():
         raise bug
