@@ -119,11 +119,16 @@ def append_only(path: Path) -> IO[bytes]:
     """A file to append to, unbuffered: closing it doesn't retry a write that failed. A link, symbolic or hard, is first
     replaced by a copy, so that whatever shares its content keeps it. UserError if `path` is no file."""
     refuse_no_file(path)
-    if path.is_symlink() or (path.exists() and path.stat().st_nlink > 1):
+    if is_link(path):
         content = path.read_bytes()
         with replace_file(path) as copy:
             copy.write(content)
     return open(path, "ab", buffering=0)
+
+
+def is_link(path: Path) -> bool:
+    """Whether `path` is a link, symbolic or hard, so that writing to it would change another file too."""
+    return path.is_symlink() or (path.exists() and path.stat().st_nlink > 1)
 
 
 WATCHED: dict[Path, Callable[[], None]] = {}  # a folder that this process works in: raises UserError once it is lost

@@ -4,6 +4,7 @@ that this works from the first moment."""
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -119,7 +120,9 @@ def _in_one_line(error: Exception, suggest: Callable[[UserError], str]) -> str:
     if isinstance(error, UserError):
         return f"error: {error}{suggest(error)}"
     if _is_out_of_memory(error):
-        return f"error: not enough memory ({first_line(error)}); use a smaller batch or model, or more devices"
+        size = re.search(r"(\d+) bytes", str(error))
+        what = f"for an array of {int(size[1]) / 1e9:,.1f} GB" if size else f"({first_line(error)})"
+        return f"error: not enough memory {what}; use a smaller batch or model, or more devices"
     if not isinstance(error, OSError) or error.filename is None:
         return ""
     from jaxgpt.files import cache_root  # imported only now because it takes a while

@@ -263,6 +263,9 @@ class Run:
         return None
 
     def _open(self) -> None:
+        curves = self.folder / "tensorboard"
+        if os.path.lexists(curves) and not curves.is_dir():
+            raise UserError(f"{curves} is not a folder; remove it")
         self._metrics = self._files.enter_context(append_only(self.folder / "metrics.jsonl"))
         self._log = self._files.enter_context(append_only(self.folder / "log.txt"))
 

@@ -437,10 +437,10 @@ def test_a_finished_run_keeps_no_checkpoints(run):
 # ---- signals ----
 
 
-def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(tmp_path, tok):
+def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(tmp_path, tok, capsys):
     with pytest.raises(Stopped, match="saved after step 5 of 12") as stop:
         train_run(tmp_path, tok, visit=lambda i: i == 5 and os.kill(os.getpid(), signal.SIGTERM))
-    assert stop.value.code == 75
+    assert stop.value.code == 75 and " 5/12 (41%)" in capsys.readouterr().out, "the last step counts on the bar"
     assert train_run(tmp_path, tok, until=6)[0] == 6
 
 
