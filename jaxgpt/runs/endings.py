@@ -79,12 +79,12 @@ def plain_endings(
 ) -> Iterator[Ending]:
     """End the process with one line on stderr, not a traceback.
 
-    Status 2 after a UserError (followed by what `suggest` returns) or for a file that can't be used, 130 after Ctrl-C,
-    75 after SIGTERM, 141 when nothing reads the output any more (silently, unless a run was stopped; see
-    `go_on_without_output`). `tell_next_start` adds what the same command will do.
+    Status 2 after a UserError (followed by what `suggest` returns), for a file that can't be used and for an array that
+    doesn't fit in memory, 130 after Ctrl-C, 75 after SIGTERM, 141 when nothing reads the output any more (silently,
+    unless a run was stopped; see `go_on_without_output`). `tell_next_start` adds what the same command will do.
 
-    `whole_process`: the process then ends at once after Ctrl-C, and while a background thread is alive: what still
-    computes when Python shuts down would crash in C++."""
+    `whole_process`: the process then ends at once after Ctrl-C, while a background thread is alive (what still computes
+    when Python shuts down would crash in C++), and without memory (JAX would raise the error again at exit)."""
     _check_output()
     ending = Ending()
     try:
@@ -106,7 +106,7 @@ def plain_endings(
             ending.siblings.settle()
         line = _in_one_line(error, suggest)
         if line:
-            ending.end(line, 2)
+            ending.end(line, 2, at_once=whole_process and _is_out_of_memory(error))
         if ending.siblings is None:
             raise
         sys.excepthook(*cast(Any, sys.exc_info()))

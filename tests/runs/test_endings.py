@@ -78,6 +78,19 @@ def test_what_is_no_bug_ends_in_one_line(capsys, monkeypatch, error, status, lin
     assert stop.value.code == status and line in said and said.count("\n") == 1
 
 
+def test_nothing_more_is_said_at_exit_after_memory_ran_out():
+    """JAX's exit handlers wait for its programs, which raise the same error again."""
+    program = """
+import atexit, sys
+from jaxgpt.runs.endings import plain_endings
+atexit.register(print, "late", file=sys.stderr)
+with plain_endings(whole_process=True):
+    raise MemoryError
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: not enough memory") and "late" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "bug",
     [
