@@ -160,13 +160,14 @@ def choose_prompts(
 ) -> tuple[list[tuple[str, str]], RowCounts]:
     """`count` (prompt, expert answer) pairs in random order, and the counts of all available ones. Prompts repeat only
     if there are too few."""
-    prompts, left_out = sources.prompts_counted(settings.data, split, settings.cache)
+    prompts = sources.prompts(settings.data, split, settings.cache)
+    left_out = prompts.left_out
     found = [(prompt.text, "") for prompt in prompts]
     if settings.experts:
         unseen = {prompt.text for prompt in prompts}
-        pairs, left_out = sources.examples_counted(settings.data, split, settings.cache)
+        pairs = sources.examples(settings.data, split, settings.cache)
         found = [pair for pair in pairs if pair[0] in unseen]
-        left_out = left_out + Counter({"whose opening is in an earlier split": len(pairs) - len(found)})
+        left_out = pairs.left_out + Counter({"whose opening is in an earlier split": len(pairs) - len(found)})
     order = np.concatenate([rng.permutation(len(found)) for _ in range(-(-count // len(found)))])
     return [found[i] for i in order[:count]], RowCounts.of(found, left_out)
 

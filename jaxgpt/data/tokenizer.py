@@ -454,6 +454,17 @@ def cached_tokenizer(
     )
 
 
+def tokenizer_for(
+    kind: Literal["bpe", "char", "gpt2"], texts: Sequence[str] | Documents, vocab: int, cache: Path
+) -> Tokenizer:
+    """GPT-2's own tokenizer, or one trained on `texts` (`cached_tokenizer`), for a model whose vocabulary has `vocab`
+    rows. UserError if it has more ids."""
+    tok = gpt2_tokenizer() if kind == "gpt2" else cached_tokenizer(kind, texts, vocab, cache)
+    if tok.vocab_size > vocab:
+        raise UserError(f"the tokenizer has {tok.vocab_size} ids; set --model.vocab to at least that")
+    return tok
+
+
 def append_tags(
     core: tokenizers.Tokenizer, separator: int | None, names: Mapping[str, str] = MappingProxyType({})
 ) -> Template:
