@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.caches import warn_unwritable, writable_folder
 from jaxgpt.data.documents import PIECE, Documents
 from jaxgpt.data.token_stream import Part, TokenStream, give_back, map_file
 from jaxgpt.data.tokenizer import Tokenizer
@@ -40,8 +41,6 @@ from jaxgpt.files import (
     sha256_of_file,
     sha256_of_texts,
     warn_once,
-    warn_unwritable,
-    writable_folder,
     write_record,
 )
 

