@@ -42,9 +42,9 @@ class Settings:
     run: Path = Path("runs/assistant/preferences")
     model: Path = Path("runs/assistant/sft")
     data: str = "movie_reviews"
-    prompts: Count = 2200  # for training; repeated if there are fewer
-    heldout: Count = 300  # prompts whose openings no training prompt has
-    candidates: Annotated[int, Range(2)] = 4  # C answers per prompt
+    prompts: Annotated[int, Range(1, 10**7)] = 2200  # for training; repeated if there are fewer
+    heldout: Annotated[int, Range(1, 10**7)] = 300  # prompts whose openings no training prompt has
+    candidates: Annotated[int, Range(2, 1000)] = 4  # C answers per prompt
     experts: Annotated[int, Range(0, 1)] = 0  # how many of them are human-written: 0 or 1
     new_tokens: Count = 40
     temperature: Positive = 0.7  # part of the policy: use the same in ppo, dpo and report

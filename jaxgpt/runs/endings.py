@@ -22,7 +22,7 @@ UNUSABLE = {  # a file or folder that this user can't use, which is no bug
 GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, is gone for good
 
 
-class Stopped(Exception):  # noqa: N818  not an error
+class Stopped(BaseException):
     """The process was asked to stop. `code` is the exit status: 75 after SIGTERM (which launch scripts take as "start
     it again"), 130 after Ctrl-C."""
 

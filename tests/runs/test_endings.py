@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from experiments import chat
+from jaxgpt.data.tokenizer import tokenizer_errors
 from jaxgpt.data.votes import Store
 from jaxgpt.errors import UserError
 from jaxgpt.runs import cli, process
@@ -76,6 +77,12 @@ def test_what_is_no_bug_ends_in_one_line(capsys, monkeypatch, error, status, lin
         raise error
     said = capsys.readouterr().err
     assert stop.value.code == status and line in said and said.count("\n") == 1
+
+
+def test_a_signal_is_no_error_of_what_it_interrupts():
+    """Such as a tokenizer, whose errors of any type are said to be its own."""
+    with pytest.raises(Stopped), tokenizer_errors("can't encode"):
+        raise Stopped("SIGTERM received", 75)
 
 
 def test_nothing_more_is_said_at_exit_after_memory_ran_out():
