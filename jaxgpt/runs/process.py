@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
+from jaxgpt.runs.versions import accelerator_versions
 
 
 def prepare_process() -> None:
@@ -111,12 +112,12 @@ ROUND_NOTHING = {"python", "jaxgpt", "orbax-checkpoint", "numpy"}  # versions th
 
 
 def versions() -> dict[str, str]:
-    """The versions that a run records: Python's and those of PACKAGES."""
+    """The versions that a run records: Python's, those of PACKAGES, and of what drives a GPU or TPU."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    return found
+    return found | accelerator_versions()
 
 
 def describe_rounding(arrays: Any) -> dict[str, str]:
