@@ -74,7 +74,7 @@ def _walk(program: hlo.Program, computation: str, times: int) -> Iterator[Cost]:
         else:
             shapes = tuple(instructions[name].shape for name in one.operands if name in instructions)
             inner, operation = one.attribute("calls"), one.operation
-            if one.kind == "fusion" and inner in program.computations:
+            if one.kind in ("fusion", "fusion-start") and inner in program.computations:
                 moved, flops = _fusion_bytes(program, inner, shapes), _fusion_flops(program, inner)
                 inside = list(program.computations[inner].values())
                 kind = next((x.target for x in inside if x.target), "fusion")
@@ -93,12 +93,16 @@ def _bytes(one: hlo.Instruction, shapes: Sequence[str]) -> float:
         return read + hlo.memory_bytes(one.shape)[0]
     if one.kind == "slice-start":  # ((source), destination, …)
         return hlo.shape_bytes(one.shape)[1] + hlo.memory_bytes(one.shape)[1]
-    workspace = re.sub(r"[su]8\[\d+\]", "", one.shape) if one.kind == "custom-call" else one.shape
     if one.kind in SLICES:
         return 2 * sum(hlo.memory_bytes(one.shape))
     if one.kind in UPDATES:
         return 2 * sum(hlo.memory_bytes(shapes[UPDATES[one.kind]]))
-    return read + sum(hlo.memory_bytes(workspace))
+    return read + _result_bytes(one)
+
+
+def _result_bytes(one: hlo.Instruction) -> float:
+    """Bytes of an instruction's result, without the workspace that a library's call gets as one more result."""
+    return sum(hlo.memory_bytes(re.sub(r"[su]8\[\d+\]", "", one.shape) if one.kind == "custom-call" else one.shape))
 
 
 def _fusion_flops(program: hlo.Program, name: str) -> float:
@@ -190,7 +194,7 @@ def _written(program: hlo.Program, computation: str, one: hlo.Instruction) -> fl
     if one.kind == "fusion" and (called := one.attribute("calls")) in program.computations:
         root = next((x for x in program.computations[called].values() if x.root), None)
         return _written(program, called, root) if root else 0.0
-    return 0.0 if one.kind == "parameter" else sum(hlo.memory_bytes(one.shape))
+    return 0.0 if one.kind == "parameter" else _result_bytes(one)
 
 
 def dims(shape: str) -> list[int]:

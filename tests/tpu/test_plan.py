@@ -265,6 +265,43 @@ ENTRY %main (a.1: f32[9,64], b.1: f32[9,64], n.1: s32[], x.1: f32[64]) -> (f32[9
     assert one.bytes == 4 + 64 * 4 + 2 * 64 * 4  # the index, the row, and the row written twice
 
 
+def test_what_a_gpu_fuses_with_a_loops_stacks_is_counted_by_the_slice():
+    """An update that runs beside others, and a product that reads a layer's weights where they lie."""
+    text = """\
+%stack (a: f32[9,64], n: s32[], x: f32[1,64]) -> f32[9,64] {
+  %a = f32[9,64]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %x = f32[1,64]{1,0} parameter(2)
+  ROOT %one = f32[9,64]{1,0} dynamic-update-slice(%a, %x, %n, %n)
+}
+
+%product (w: bf16[9,32,64], n.1: s32[], y: bf16[16,32]) -> (bf16[16,64], s8[33554432]) {
+  %w = bf16[9,32,64]{2,1,0} parameter(0)
+  %n.1 = s32[] parameter(1)
+  %y = bf16[16,32]{1,0} parameter(2)
+  %layer = bf16[1,32,64]{2,1,0} dynamic-slice(%w, %n.1, %n.1, %n.1), dynamic_slice_sizes={1,32,64}
+  %weights = bf16[32,64]{1,0} bitcast(%layer)
+  ROOT %gemm = (bf16[16,64]{1,0}, s8[33554432]{0}) custom-call(%y, %weights), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+}
+
+ENTRY %main (a.1: f32[9,64], n.2: s32[], x.1: f32[1,64], w.1: bf16[9,32,64], y.1: bf16[16,32]) -> f32[9,64] {
+  %a.1 = f32[9,64]{1,0} parameter(0)
+  %n.2 = s32[] parameter(1)
+  %x.1 = f32[1,64]{1,0} parameter(2)
+  %w.1 = bf16[9,32,64]{2,1,0} parameter(3)
+  %y.1 = bf16[16,32]{1,0} parameter(4)
+  %fusion-start = ((f32[9,64]{1,0}, s32[], f32[1,64]{1,0}), f32[9,64]{1,0}, u32[]) fusion-start(%a.1, %n.2, %x.1), kind=kLoop, calls=%stack
+  %multiplied = (bf16[16,64]{1,0}, s8[33554432]{0}) fusion(%w.1, %n.2, %y.1), kind=kCustom, calls=%product
+  ROOT %fusion-done = f32[9,64]{1,0} fusion-done(%fusion-start)
+}
+"""  # noqa: E501
+    found = {cost.name: cost for cost in roofline.costs(hlo.Program(text))}
+    assert found.keys() == {"fusion-start", "multiplied"}
+    assert found["fusion-start"].bytes == 4 + 2 * 64 * 4  # the index, the row read and written
+    assert found["multiplied"].bytes == 4 + 2 * (16 * 32 + 32 * 64 + 16 * 64)
+    assert found["multiplied"].flops == 2 * 16 * 32 * 64
+
+
 # ---- FLOPs ----
 
 
