@@ -77,6 +77,49 @@ def estimate(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[st
     return {"parts": bounds, "phases": phase_seconds(found), "seconds": times, "mfu": mfu}
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a row's positions are cut for the vocabulary head."""
+
+    count: int
+    length: int  # positions
+    bytes: int  # of one tile's logits on a device: the setting that gives these tiles
+    seconds: float  # at most, for what each tile reads and writes again
+
+
+def head_tiles(settings: Settings, step: Step, mesh: MeshConfig, logits_bytes: int) -> Tiles:
+    """The tiles of `transformer.predict` for this setting. Each reads the table, V D weights in the model's dtype: once
+    forwards, and twice backwards, where it also adds to their float32 gradient."""
+    c, ppo, chip = settings.model, settings.ppo, settings.machine.chip
+    read = 2 if c.dtype == "bfloat16" else 4
+    learn = 3 * read + 8
+    if step == "train":
+        rows, parts, positions, moved = settings.batch, settings.microbatches, c.block - 1, learn
+    else:  # the policy and the reference score, then the policy learns
+        rows, parts, positions, moved = settings.prompts, ppo.minibatches, ppo.new_tokens, 2 * read + ppo.epochs * learn
+    vocab = c.vocab // mesh.tensor
+    position = 4 * (rows // parts // (mesh.data * mesh.fsdp)) * vocab  # bytes
+    count = -(-positions // max(1, logits_bytes // position))
+    length = -(-positions // count)
+    seconds = count * parts * moved * vocab * c.width / (chip.hbm / chip.devices * GB)
+    return Tiles(count, length, position * length, seconds)
+
+
+def propose_tiles(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str, Any], capacity: float) -> Tiles:
+    """The smallest tiles that cost at most 1 % of the step more than a single one would, or the largest that fit if two
+    arrays of a tile's size, logits and their gradient, exist at the peak. Never smaller ones than those compiled."""
+    best = head_tiles(settings, step, mesh, settings.model.logits_bytes)
+    spare = 0.95 * capacity - sum(found["memory"].values()) + 2 * best.bytes
+    allowed = 0.01 * max(estimate(settings, step, mesh, found)["seconds"])
+    for count in range(best.count - 1, 0, -1):
+        length = -(-best.count * best.length // count)
+        larger = head_tiles(settings, step, mesh, best.bytes // best.length * length)
+        if best.seconds * (1 - 1 / best.count) <= allowed or 2 * larger.bytes > spare:
+            break
+        best = larger
+    return best
+
+
 def estimate_mesh(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[float, float]:
     """Estimated (bytes per device, seconds), to choose which meshes to compile."""
     c, width = settings.model, 2 if settings.model.dtype == "bfloat16" else 4

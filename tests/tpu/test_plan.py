@@ -4,6 +4,7 @@ where the TPU compiler is installed, the experiments' steps compiled for slices.
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
-from jaxgpt.models import sharding
+from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import MeshConfig
 from tpu import compiling, estimates, hardware, hlo, plan, roofline
 from tpu.settings import PRESETS, Settings
@@ -331,6 +332,50 @@ def test_a_training_step_multiplies_what_the_closed_form_says(scan):
     flops, exact = hlo.product_flops(built.step.trace(*built.arguments).jaxpr)
     # 6 N also counts norms and biases, which are not products, and each row's last position, which predicts nothing
     assert exact and 0.93 < flops / estimates.closed_form_flops(settings, "train") <= 1.0
+
+
+# ---- the vocabulary head's tiles ----
+
+
+@pytest.mark.parametrize(("step", "positions"), [("train", 40), ("ppo", 24)])
+@pytest.mark.parametrize("most", [1, 4, 7, 100])  # positions in a tile
+def test_the_heads_tiles_are_those_of_the_program(step, positions, most):
+    config = ModelConfig(
+        layers=1, width=16, heads=2, block=41, vocab=64, platform="tpu", logits_bytes=4 * 6 * 64 * most
+    )
+    ppo = dataclasses.replace(PRESETS["toy"].ppo, new_tokens=24)
+    settings = dataclasses.replace(PRESETS["toy"], model=config, batch=6, prompts=6, ppo=ppo)
+    tiles = estimates.head_tiles(settings, step, MeshConfig(1), config.logits_bytes)
+    params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
+    hidden = jax.ShapeDtypeStruct((6, positions, 16), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((6, positions), jnp.int32)
+    text = str(jax.make_jaxpr(lambda p, h, t: transformer.predict(p, config, h, t))(params, hidden, tokens))
+    assert {int(n) for n in re.findall(r"\blength=(\d+)", text)} == {tiles.count}
+    assert f"f32[1,6,{tiles.length},64]" in text and tiles.bytes == 4 * 6 * 64 * tiles.length
+    assert estimates.head_tiles(settings, step, MeshConfig(1), tiles.bytes) == tiles  # the setting that gives them
+
+
+def test_the_proposed_tiles_are_the_smallest_that_cost_little_and_fit():
+    settings = dataclasses.replace(PRESETS["gpt2"], topology="h100:1", batch=32)
+    mesh, limit = MeshConfig(1), 60 * 2**30
+    now = estimates.head_tiles(settings, "train", mesh, settings.model.logits_bytes)
+
+    def propose(memory: float, seconds: float) -> estimates.Tiles:
+        parts = [{"name": "mlp", "seconds": seconds, "bytes": 0}]
+        found = {"memory": {"temporary": memory}, "parts": parts, "flops": 1.0, "collectives": {}}
+        best = estimates.propose_tiles(settings, "train", mesh, found, limit)
+        assert best.bytes >= now.bytes and memory + 2 * (best.bytes - now.bytes) <= max(0.95 * limit, memory)
+        return best
+
+    best = propose(memory=10 * 2**30, seconds=0.05)
+    one = best.seconds / best.count
+    assert best.count < now.count and best.seconds - one <= 0.01 * 0.05 < now.seconds - one
+    smaller = estimates.head_tiles(settings, "train", mesh, best.bytes * best.count // (best.count + 1))
+    assert smaller.seconds - one > 0.01 * 0.05
+    assert propose(memory=10 * 2**30, seconds=1e-6).count == 1  # when each one counts
+    assert propose(memory=10 * 2**30, seconds=10.0) == now  # when none does
+    assert propose(memory=0.95 * limit, seconds=0.05) == now  # when there is no memory left
+    assert now.count > propose(memory=0.95 * limit - 2 * now.bytes, seconds=1e-6).count > 1
 
 
 # ---- errors, and the choice of meshes ----
