@@ -104,14 +104,14 @@ def tiles_text(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[
     """The flag for the vocabulary head's tiles, and what it would save."""
     now = head_tiles(settings, step, mesh, settings.model.logits_bytes)
     best = propose_tiles(settings, step, mesh, found, capacity)
-    rows = now.bytes // (4 * now.length * settings.model.vocab // mesh.tensor)
-    tiles = f"tiles of {rows:,} rows x {best.length:,} positions x {settings.model.vocab // mesh.tensor:,} logits"
-    least = f"{time_text(now.seconds - now.seconds / now.count)}"
+    rows = now.bytes // (4 * now.length * (settings.model.vocab // mesh.tensor))
+    size = f"{rows:,} rows x {best.length:,} positions x {settings.model.vocab // mesh.tensor:,} logits"
+    tiles = f"{best.count} tile{'s' * (best.count > 1)} of {size}"
     if best == now:
-        return f"    vocabulary head   {now.count} {tiles}; larger ones would save {least} at most"
+        return f"    vocabulary head   {tiles}: larger ones would not fit, or save less than 1 %"
     return (
-        f"    vocabulary head   --model.logits-bytes {best.bytes} ({best.count} {tiles}, "
-        f"instead of {now.count}: saves {time_text(now.seconds - best.seconds)} at most)"
+        f"    vocabulary head   --model.logits-bytes {best.bytes} ({tiles}; the present {now.count} take "
+        f"{time_text(now.seconds - best.seconds)} more at most)"
     )
 
 
@@ -190,12 +190,14 @@ def plan_step(settings: Settings, step: Step, devices: int, capacity: float) -> 
 
 def missing_compiler(machine: hardware.Topology) -> str | None:
     """What to do if the compiler for the machine is not installed; None if it is."""
-    package, extra = ("jax_cuda13_plugin", "cuda") if machine.is_gpu else ("libtpu", "tpu")
+    package, extra, place = (
+        ("jax_cuda13_plugin", "cuda", ".venv-gpu") if machine.is_gpu else ("libtpu", "tpu", ".venv-tpu")
+    )
     if importlib.util.find_spec(package) is not None:
         return None
     return (
-        f"the compiler for {machine.name} is not installed; run make VENV=.venv-{extra} EXTRAS={extra} set-up, "
-        f"then .venv-{extra}/bin/python -m tpu.plan"
+        f"the compiler for {machine.name} is not installed; run make VENV={place} EXTRAS={extra} set-up, "
+        f"and use {place}/bin/python"
     )
 
 

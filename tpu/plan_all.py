@@ -40,6 +40,7 @@ COLUMNS = (
     *("machine", "step", "mesh", "memory per device", "sent per device", "kernels", "at least / without overlap"),
     *("MFU at most / without overlap (published)", "measured"),
 )
+PATIENCE = 2 * 3600  # seconds for one compilation: nobody waits for this command
 MARKERS = "<!-- from tpu/results, by make plan-all -->\n", "<!-- end of plan-all -->\n"
 
 
@@ -72,9 +73,10 @@ def summary(words: list[str], found: Mapping[str, Any]) -> dict[str, Any]:
     steps = {}
     for step, plans in found["steps"].items():
         (one,) = plans["meshes"]
-        steps[step] = {"size": plan.sizes_text(settings, step)} | {
-            name: value for name, value in one.items() if name not in ("seconds", "float32_products")
-        }
+        steps[step] = {"size": plan.sizes_text(settings, step), **one}
+        steps[step].pop("seconds", None)  # that the compiler took
+        if "parts" in one:
+            steps[step]["parts"] = one["parts"][:8]  # what costs most
     return {
         "topology": settings.topology,
         "command": f"python -m tpu.plan {' '.join(words)}",
@@ -150,7 +152,7 @@ def write_table(results: Path, page: Path) -> None:
 def main(settings: Settings) -> None:
     for topology in settings.only or MACHINES:
         words = words_for(topology, settings.toy)
-        chosen = parse(PlanSettings, PRESETS, words)
+        chosen = dataclasses.replace(parse(PlanSettings, PRESETS, words), patience=PATIENCE)
         missing = plan.missing_compiler(chosen.machine)
         if missing:
             plan.say(f"{topology}: skipped, {missing}\n")

@@ -356,26 +356,25 @@ def test_the_heads_tiles_are_those_of_the_program(step, positions, most):
 
 
 def test_the_proposed_tiles_are_the_smallest_that_cost_little_and_fit():
+    """Against all lengths of a tile, for steps with little and much memory left, short and long."""
     settings = dataclasses.replace(PRESETS["gpt2"], topology="h100:1", batch=32)
-    mesh, limit = MeshConfig(1), 60 * 2**30
+    mesh, capacity = MeshConfig(1), 60 * 2**30
     now = estimates.head_tiles(settings, "train", mesh, settings.model.logits_bytes)
-
-    def propose(memory: float, seconds: float) -> estimates.Tiles:
-        parts = [{"name": "mlp", "seconds": seconds, "bytes": 0}]
-        found = {"memory": {"temporary": memory}, "parts": parts, "flops": 1.0, "collectives": {}}
-        best = estimates.propose_tiles(settings, "train", mesh, found, limit)
-        assert best.bytes >= now.bytes and memory + 2 * (best.bytes - now.bytes) <= max(0.95 * limit, memory)
-        return best
-
-    best = propose(memory=10 * 2**30, seconds=0.05)
-    one = best.seconds / best.count
-    assert best.count < now.count and best.seconds - one <= 0.01 * 0.05 < now.seconds - one
-    smaller = estimates.head_tiles(settings, "train", mesh, best.bytes * best.count // (best.count + 1))
-    assert smaller.seconds - one > 0.01 * 0.05
-    assert propose(memory=10 * 2**30, seconds=1e-6).count == 1  # when each one counts
-    assert propose(memory=10 * 2**30, seconds=10.0) == now  # when none does
-    assert propose(memory=0.95 * limit, seconds=0.05) == now  # when there is no memory left
-    assert now.count > propose(memory=0.95 * limit - 2 * now.bytes, seconds=1e-6).count > 1
+    position = now.bytes // now.length
+    every = {estimates.head_tiles(settings, "train", mesh, position * n) for n in range(now.length, 1024)}
+    counts = set()
+    for left in (0, 5 * now.bytes, 12 * now.bytes, capacity / 2):  # bytes
+        for seconds in (1e-6, 0.05, 0.5, 10.0):
+            memory = {"temporary": 0.95 * capacity - left}
+            parts = [{"name": "mlp", "seconds": seconds, "bytes": 0}]
+            found = {"memory": memory, "parts": parts, "flops": 1.0, "collectives": {}}
+            best = estimates.propose_tiles(settings, "train", mesh, found, capacity)
+            fit = {tiles for tiles in every if estimates.TILES_ALIVE * (tiles.bytes - now.bytes) <= left} | {now}
+            least = min(tiles.seconds for tiles in fit)
+            assert best in fit and best.seconds <= least + 0.01 * seconds
+            assert not [x for x in fit if x.bytes < best.bytes and x.seconds <= least + 0.01 * seconds]
+            counts.add(best.count)
+    assert {1, now.count} < counts  # no tiles where it pays, the present ones where it does not, and some between
 
 
 # ---- errors, and the choice of meshes ----
