@@ -161,17 +161,26 @@ def _read(program: hlo.Program, computation: str, name: str) -> float:
             elif one.kind in UPDATES and i == 0:
                 pass  # updated in place
             elif one.kind == "fusion" and (called := one.attribute("calls")) in program.computations:
-                inner = program.computations[called].values()
-                total += sum(
-                    _read(program, called, x.name)
-                    for x in inner
-                    if x.kind == "parameter" and x.text.startswith(f"{i})")
-                )
+                inner = program.computations[called]
+                given = next((x for x in inner.values() if x.kind == "parameter" and x.text.startswith(f"{i})")), None)
+                if given is not None:
+                    through = _root_by_bitcasts(inner, given)
+                    total += _read(program, *((computation, one.name) if through else (called, given.name)))
             elif one.kind == "bitcast" or (one.kind in ELEMENTWISE and _is_sliced(inside, one.name)):
                 total += _read(program, computation, one.name)
             else:
                 total += sum(hlo.shape_bytes(inside[name].shape))
     return total
+
+
+def _root_by_bitcasts(inside: Mapping[str, hlo.Instruction], one: hlo.Instruction) -> bool:
+    """Whether a computation only gives this value another shape: it is read where the result is."""
+    while not one.root:
+        uses = [x for x in inside.values() if one.name in x.operands]
+        if len(uses) != 1 or uses[0].kind != "bitcast":
+            return False
+        (one,) = uses
+    return True
 
 
 def _is_sliced(inside: Mapping[str, hlo.Instruction], name: str) -> bool:

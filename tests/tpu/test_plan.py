@@ -303,6 +303,31 @@ ENTRY %main (a.1: f32[9,64], n.2: s32[], x.1: f32[1,64], w.1: bf16[9,32,64], y.1
     assert found["multiplied"].flops == 2 * 16 * 32 * 64
 
 
+def test_weights_that_a_tpus_fusion_only_reshapes_are_read_by_the_product():
+    text = """\
+%reshape (p: bf16[64,32]) -> bf16[64,32] {
+  %p = bf16[64,32]{1,0} parameter(0)
+  %same = bf16[64,32]{1,0} bitcast(%p)
+  ROOT %b = bf16[64,32]{1,0} bitcast(%same)
+}
+
+%layer (x: bf16[16,64], w: bf16[64,32]) -> bf16[16,32] {
+  %x = bf16[16,64]{1,0} parameter(0)
+  %w = bf16[64,32]{1,0} parameter(1)
+  %weights = bf16[64,32]{1,0} fusion(%w), kind=kLoop, calls=%reshape
+  ROOT %y = bf16[16,32]{1,0} convolution(%x, %weights), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x.1: bf16[16,64], w.1: bf16[64,32]) -> bf16[16,32] {
+  %x.1 = bf16[16,64]{1,0} parameter(0)
+  %w.1 = bf16[64,32]{1,0} parameter(1)
+  ROOT %r = bf16[16,32]{1,0} fusion(%x.1, %w.1), kind=kOutput, calls=%layer
+}
+"""
+    (one,) = roofline.costs(hlo.Program(text))
+    assert one.bytes == 2 * (16 * 64 + 64 * 32 + 16 * 32)
+
+
 # ---- FLOPs ----
 
 
