@@ -158,8 +158,8 @@ def _read(program: hlo.Program, computation: str, name: str) -> float:
                 continue
             if one.kind in SLICES and i == 0:
                 total += sum(hlo.shape_bytes(one.shape))
-            elif one.kind in UPDATES and i == 0:
-                pass  # updated in place
+            elif (one.kind in UPDATES and i == 0) or one.kind in (*hlo.KINDS, "tuple"):
+                pass  # updated in place, sent (the network's time), or handed on as it is
             elif one.kind == "fusion" and (called := one.attribute("calls")) in program.computations:
                 inner = program.computations[called]
                 given = next((x for x in inner.values() if x.kind == "parameter" and x.text.startswith(f"{i})")), None)
@@ -203,7 +203,7 @@ def _written(program: hlo.Program, computation: str, one: hlo.Instruction) -> fl
     if one.kind == "fusion" and (called := one.attribute("calls")) in program.computations:
         root = next((x for x in program.computations[called].values() if x.root), None)
         return _written(program, called, root) if root else 0.0
-    return 0.0 if one.kind == "parameter" else _result_bytes(one)
+    return 0.0 if one.kind == "parameter" or one.kind in hlo.KINDS else _result_bytes(one)
 
 
 def dims(shape: str) -> list[int]:

@@ -328,6 +328,31 @@ ENTRY %main (x.1: bf16[16,64], w.1: bf16[64,32]) -> bf16[16,32] {
     assert one.bytes == 2 * (16 * 64 + 64 * 32 + 16 * 32)
 
 
+def test_a_collective_that_runs_beside_a_fusion_is_the_networks_time():
+    """A TPU's compiler hands the arrays of a collective on its way through fusions that it overlaps with."""
+    text = """\
+%overlapped (x: bf16[16,64], w: bf16[64,32], part: bf16[50,48], whole: bf16[50,96]) -> (bf16[16,32], bf16[50,96], bf16[50,96]) {
+  %x = bf16[16,64]{1,0} parameter(0)
+  %w = bf16[64,32]{1,0} parameter(1)
+  %part = bf16[50,48]{1,0} parameter(2)
+  %whole = bf16[50,96]{1,0} parameter(3)
+  %all-gather = bf16[50,96]{1,0} all-gather(%part), channel_id=13, replica_groups=[1,2]<=[2], dimensions={1}
+  %y = bf16[16,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %t = (bf16[16,32]{1,0}, bf16[50,96]{1,0}, bf16[50,96]{1,0}) tuple(%y, %whole, %all-gather)
+}
+
+ENTRY %main (x.1: bf16[16,64], w.1: bf16[64,32], part.1: bf16[50,48], whole.1: bf16[50,96]) -> (bf16[16,32], bf16[50,96], bf16[50,96]) {
+  %x.1 = bf16[16,64]{1,0} parameter(0)
+  %w.1 = bf16[64,32]{1,0} parameter(1)
+  %part.1 = bf16[50,48]{1,0} parameter(2)
+  %whole.1 = bf16[50,96]{1,0} parameter(3)
+  ROOT %r = (bf16[16,32]{1,0}, bf16[50,96]{1,0}, bf16[50,96]{1,0}) fusion(%x.1, %w.1, %part.1, %whole.1), kind=kOutput, calls=%overlapped
+}
+"""  # noqa: E501
+    (one,) = roofline.costs(hlo.Program(text))
+    assert one.bytes == 2 * (16 * 64 + 64 * 32 + 16 * 32)
+
+
 # ---- FLOPs ----
 
 
