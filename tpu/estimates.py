@@ -93,6 +93,55 @@ def estimate(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[st
     return {"parts": bounds, "phases": phase_seconds(found), "seconds": times, "mfu": mfu}
 
 
+TILES_ALIVE = 3  # arrays of a tile's size at the peak: programs for v5e needed 3.1 more, for the H100 1.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a row's positions are cut for the vocabulary head."""
+
+    count: int
+    length: int  # positions
+    bytes: int  # of one tile's logits on a device: the setting that gives these tiles
+    seconds: float  # at most, for what a step that keeps all logits would not do
+
+
+def head_tiles(settings: Settings, step: Step, mesh: MeshConfig, logits_bytes: int) -> Tiles:
+    """The tiles of `transformer.predict` for this setting. Each reads the table, V D weights in the model's dtype: once
+    forwards, and twice backwards, where it also adds to their float32 gradient. With more than one, the backward pass
+    computes the logits again, 2 V D FLOPs per token. On a TPU that takes no longer than reading those of a single one,
+    since what follows is fused with the product."""
+    c, ppo, chip = settings.model, settings.ppo, settings.machine.chip
+    read = 2 if c.dtype == "bfloat16" else 4
+    learn = 3 * read + 8
+    if step == "train":
+        rows, parts, positions, moved, passes = settings.batch, settings.microbatches, c.block - 1, learn, 1
+    elif step == "dpo":  # the reference scores two answers each, and the policy learns from them
+        rows, parts, positions, moved, passes = 2 * settings.pairs, 1, ppo.new_tokens, read + learn, 1
+    else:  # the policy and the reference score, then the policy learns
+        rows, parts, positions, passes = settings.prompts, ppo.minibatches, ppo.new_tokens, ppo.epochs
+        moved = 2 * read + passes * learn
+    vocab, rows = c.vocab // mesh.tensor, rows // (mesh.data * mesh.fsdp)
+    position = 4 * (rows // parts) * vocab  # bytes
+    count = -(-positions // max(1, logits_bytes // position))
+    length = -(-positions // count)
+    reading = count * parts * moved * vocab * c.width / (chip.hbm / chip.devices * GB)
+    again = passes * 2 * rows * positions * vocab * c.width / (chip.tflops / chip.devices * 1e12)
+    return Tiles(count, length, position * length, reading + (again if count > 1 and settings.machine.is_gpu else 0.0))
+
+
+def propose_tiles(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str, Any], capacity: float) -> Tiles:
+    """The smallest of those tiles that fit and cost at most 1 % of the step more than the best; none is smaller than
+    those compiled. They fit if `TILES_ALIVE` arrays of a tile's size do at the step's peak."""
+    now = head_tiles(settings, step, mesh, settings.model.logits_bytes)
+    spare = 0.95 * capacity - sum(found["memory"].values()) + TILES_ALIVE * now.bytes
+    sizes = {now.bytes // now.length * -(-now.count * now.length // count) for count in range(1, now.count)}
+    larger = [head_tiles(settings, step, mesh, size) for size in sizes]
+    fitting = [now, *(tiles for tiles in larger if TILES_ALIVE * tiles.bytes <= spare)]
+    allowed = min(tiles.seconds for tiles in fitting) + 0.01 * max(estimate(settings, step, mesh, found)["seconds"])
+    return min((tiles for tiles in fitting if tiles.seconds <= allowed), key=lambda tiles: tiles.bytes)
+
+
 def estimate_mesh(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[float, float]:
     """Estimated (bytes per device, seconds), to choose which meshes to compile."""
     c, width = settings.model, 2 if settings.model.dtype == "bfloat16" else 4

@@ -24,7 +24,16 @@ from jaxgpt.models.sharding import MeshConfig
 from jaxgpt.runs.cli import cli, settings_to_json
 from tpu import hardware
 from tpu.compiling import GIB, run_in_child
-from tpu.estimates import PUBLISHED, cache_bytes, candidates, closed_form_flops, estimate, samples
+from tpu.estimates import (
+    PUBLISHED,
+    cache_bytes,
+    candidates,
+    closed_form_flops,
+    estimate,
+    head_tiles,
+    propose_tiles,
+    samples,
+)
 from tpu.settings import PRESETS, Settings, Step
 
 
@@ -84,7 +93,8 @@ def report(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str,
     launches = f"    kernels           {found['kernels']:,} per step"
     if found["kernels_per_token"] is not None:
         launches += f", {found['kernels_per_token']:.0f} for each new token"
-    return [*lines, launches, *costs_text(found), *time_lines(settings, step, mesh, found)]
+    lines += [launches, *costs_text(found), *time_lines(settings, step, mesh, found)]
+    return lines if step == "decode" else [*lines, tiles_text(settings, step, mesh, found, capacity)]
 
 
 def costs_text(found: Mapping[str, Any], most: int = 8) -> list[str]:
@@ -97,6 +107,21 @@ def costs_text(found: Mapping[str, Any], most: int = 8) -> list[str]:
             f"{part['bytes'] / 1e9:8.2f} GB {part['kernels']:7,} kernels"
         )
     return lines
+
+
+def tiles_text(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str, Any], capacity: float) -> str:
+    """The flag for the vocabulary head's tiles, and what it would save."""
+    now = head_tiles(settings, step, mesh, settings.model.logits_bytes)
+    best = propose_tiles(settings, step, mesh, found, capacity)
+    rows = now.bytes // (4 * now.length * (settings.model.vocab // mesh.tensor))
+    size = f"{rows:,} rows x {best.length:,} positions x {settings.model.vocab // mesh.tensor:,} logits"
+    tiles = f"{best.count} tile{'s' * (best.count > 1)} of {size}"
+    if best == now:
+        return f"    vocabulary head   {tiles}: larger ones would not fit, or save less than 1 %"
+    return (
+        f"    vocabulary head   --model.logits-bytes {best.bytes} ({tiles}; the present {now.count} take "
+        f"{time_text(now.seconds - best.seconds)} more at most)"
+    )
 
 
 def time_lines(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str, Any]) -> list[str]:
@@ -155,6 +180,10 @@ def plan_step(settings: Settings, step: Step, devices: int, capacity: float) -> 
     elif len(chosen) > 1:
         flags = " ".join(f"--mesh.{name} {size}" for name, size in dataclasses.asdict(best).items())
         say(f"  best of these: {mesh_text(best)} ({flags})")
+
+    def tiles(mesh: MeshConfig, found: Mapping[str, Any]) -> dict[str, Any]:
+        return dataclasses.asdict(propose_tiles(settings, step, mesh, found, capacity))
+
     return {
         "best": dataclasses.asdict(best) if best else None,
         "meshes": [
@@ -162,20 +191,24 @@ def plan_step(settings: Settings, step: Step, devices: int, capacity: float) -> 
                 "mesh": dataclasses.asdict(mesh),
                 **found,
                 **({"estimate": estimates[mesh]} if mesh in estimates else {}),
+                **({"tiles": tiles(mesh, found)} if mesh in estimates and step != "decode" else {}),
             }
             for mesh, found in compiled.items()
         ],
     }
 
 
-def check_compiler(machine: hardware.Topology) -> None:
-    """UserError unless the compiler for the machine is installed."""
-    package, extra = ("jax_cuda13_plugin", "cuda") if machine.is_gpu else ("libtpu", "tpu")
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"the compiler for {machine.name} is not installed; run make VENV=.venv-{extra} EXTRAS={extra} set-up, "
-            f"then .venv-{extra}/bin/python -m tpu.plan"
-        )
+def missing_compiler(machine: hardware.Topology) -> str | None:
+    """What to do if the compiler for the machine is not installed; None if it is."""
+    package, extra, place = (
+        ("jax_cuda13_plugin", "cuda", ".venv-gpu") if machine.is_gpu else ("libtpu", "tpu", ".venv-tpu")
+    )
+    if importlib.util.find_spec(package) is not None:
+        return None
+    return (
+        f"the compiler for {machine.name} is not installed; run make VENV={place} EXTRAS={extra} set-up, "
+        f"and use {place}/bin/python"
+    )
 
 
 def say(text: str) -> None:
@@ -184,22 +217,25 @@ def say(text: str) -> None:
 
 def main(settings: Settings) -> dict[str, Any]:
     machine = settings.machine
-    check_compiler(machine)
+    missing = missing_compiler(machine)
+    if missing:
+        raise UserError(missing)
     found = run_in_child({"do": "inspect", "settings": settings_to_json(settings)}, settings.patience)
     if "mistake" in found or "failed" in found:
         raise UserError(found.get("mistake") or found["failed"])
     devices, capacity, chip = found["devices"], found["capacity"], machine.chip
     each = "" if chip.devices == 1 else f" ({devices} devices)"
     compiler = "jax-cuda13-plugin" if machine.is_gpu else "libtpu"
+    versions = {"jax": jax.__version__, compiler: importlib.metadata.version(compiler)}
     say(
         f"{machine.name}: {devices // chip.devices:,} chips{each}, {size_text(capacity)} of memory per device, "
-        f"{chip.tflops:,.0f} TFLOP/s and {chip.hbm:,.0f} GB/s per chip · jax {jax.__version__}, "
-        f"{compiler} {importlib.metadata.version(compiler)}\n"
+        f"{chip.tflops:,.0f} TFLOP/s and {chip.hbm:,.0f} GB/s per chip · "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}\n"
         f"model: {settings.model.parameters:,} weights, {settings.model.dtype}, scan {settings.model.scan}, "
         f"remat {settings.model.remat}"
     )
     steps = {step: plan_step(settings, step, devices, capacity) for step in settings.steps}
-    results = {"machine": found, "settings": settings_to_json(settings), "steps": steps}
+    results = {"machine": found, "versions": versions, "settings": settings_to_json(settings), "steps": steps}
     if settings.json:
         settings.json.parent.mkdir(parents=True, exist_ok=True)
         settings.json.write_text(json.dumps(results, indent=1))

@@ -74,7 +74,7 @@ def _walk(program: hlo.Program, computation: str, times: int) -> Iterator[Cost]:
         else:
             shapes = tuple(instructions[name].shape for name in one.operands if name in instructions)
             inner, operation = one.attribute("calls"), one.operation
-            if one.kind == "fusion" and inner in program.computations:
+            if one.kind in ("fusion", "fusion-start") and inner in program.computations:
                 moved, flops = _fusion_bytes(program, inner, shapes), _fusion_flops(program, inner)
                 inside = list(program.computations[inner].values())
                 kind = next((x.target for x in inside if x.target), "fusion")
@@ -93,12 +93,16 @@ def _bytes(one: hlo.Instruction, shapes: Sequence[str]) -> float:
         return read + hlo.memory_bytes(one.shape)[0]
     if one.kind == "slice-start":  # ((source), destination, …)
         return hlo.shape_bytes(one.shape)[1] + hlo.memory_bytes(one.shape)[1]
-    workspace = re.sub(r"[su]8\[\d+\]", "", one.shape) if one.kind == "custom-call" else one.shape
     if one.kind in SLICES:
         return 2 * sum(hlo.memory_bytes(one.shape))
     if one.kind in UPDATES:
         return 2 * sum(hlo.memory_bytes(shapes[UPDATES[one.kind]]))
-    return read + sum(hlo.memory_bytes(workspace))
+    return read + _result_bytes(one)
+
+
+def _result_bytes(one: hlo.Instruction) -> float:
+    """Bytes of an instruction's result, without the workspace that a library's call gets as one more result."""
+    return sum(hlo.memory_bytes(re.sub(r"[su]8\[\d+\]", "", one.shape) if one.kind == "custom-call" else one.shape))
 
 
 def _fusion_flops(program: hlo.Program, name: str) -> float:
@@ -154,20 +158,29 @@ def _read(program: hlo.Program, computation: str, name: str) -> float:
                 continue
             if one.kind in SLICES and i == 0:
                 total += sum(hlo.shape_bytes(one.shape))
-            elif one.kind in UPDATES and i == 0:
-                pass  # updated in place
+            elif (one.kind in UPDATES and i == 0) or one.kind in (*hlo.KINDS, "tuple"):
+                pass  # updated in place, sent (the network's time), or handed on as it is
             elif one.kind == "fusion" and (called := one.attribute("calls")) in program.computations:
-                inner = program.computations[called].values()
-                total += sum(
-                    _read(program, called, x.name)
-                    for x in inner
-                    if x.kind == "parameter" and x.text.startswith(f"{i})")
-                )
+                inner = program.computations[called]
+                given = next((x for x in inner.values() if x.kind == "parameter" and x.text.startswith(f"{i})")), None)
+                if given is not None:
+                    through = _root_by_bitcasts(inner, given)
+                    total += _read(program, *((computation, one.name) if through else (called, given.name)))
             elif one.kind == "bitcast" or (one.kind in ELEMENTWISE and _is_sliced(inside, one.name)):
                 total += _read(program, computation, one.name)
             else:
                 total += sum(hlo.shape_bytes(inside[name].shape))
     return total
+
+
+def _root_by_bitcasts(inside: Mapping[str, hlo.Instruction], one: hlo.Instruction) -> bool:
+    """Whether a computation only gives this value another shape: it is read where the result is."""
+    while not one.root:
+        uses = [x for x in inside.values() if one.name in x.operands]
+        if len(uses) != 1 or uses[0].kind != "bitcast":
+            return False
+        (one,) = uses
+    return True
 
 
 def _is_sliced(inside: Mapping[str, hlo.Instruction], name: str) -> bool:
@@ -190,7 +203,7 @@ def _written(program: hlo.Program, computation: str, one: hlo.Instruction) -> fl
     if one.kind == "fusion" and (called := one.attribute("calls")) in program.computations:
         root = next((x for x in program.computations[called].values() if x.root), None)
         return _written(program, called, root) if root else 0.0
-    return 0.0 if one.kind == "parameter" else sum(hlo.memory_bytes(one.shape))
+    return 0.0 if one.kind == "parameter" or one.kind in hlo.KINDS else _result_bytes(one)
 
 
 def dims(shape: str) -> list[int]:

@@ -77,3 +77,16 @@ def test_decoding_copies_no_cache_and_sorts_nothing():
 def test_eight_gpus_share_the_parameters():
     found = plan("--preset", "toy", "--steps", "train", "--mesh.fsdp", "8", topology="h100:8")
     assert {"all-gather", "reduce-scatter"} <= set(found["collectives"])
+
+
+def test_logits_of_a_single_tile_are_computed_once():
+    """As the planner's proposal of tiles assumes: of the head's four products, one is then left out."""
+    tiled, whole = (
+        sum(
+            part["flops"]
+            for part in plan("--preset", "toy", "--steps", "train", *words)["parts"]
+            if "head" in part["name"]
+        )
+        for words in (("--model.logits-bytes", str(2**22)), ("--model.logits-bytes", str(2**40)))
+    )
+    assert abs(tiled / whole - 4 / 3) < 0.02

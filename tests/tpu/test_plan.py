@@ -4,6 +4,7 @@ where the TPU compiler is installed, the experiments' steps compiled for slices.
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
-from jaxgpt.models import sharding
+from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import MeshConfig
 from tpu import compiling, estimates, hardware, hlo, plan, roofline
 from tpu.settings import PRESETS, Settings
@@ -265,6 +266,93 @@ ENTRY %main (a.1: f32[9,64], b.1: f32[9,64], n.1: s32[], x.1: f32[64]) -> (f32[9
     assert one.bytes == 4 + 64 * 4 + 2 * 64 * 4  # the index, the row, and the row written twice
 
 
+def test_what_a_gpu_fuses_with_a_loops_stacks_is_counted_by_the_slice():
+    """An update that runs beside others, and a product that reads a layer's weights where they lie."""
+    text = """\
+%stack (a: f32[9,64], n: s32[], x: f32[1,64]) -> f32[9,64] {
+  %a = f32[9,64]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %x = f32[1,64]{1,0} parameter(2)
+  ROOT %one = f32[9,64]{1,0} dynamic-update-slice(%a, %x, %n, %n)
+}
+
+%product (w: bf16[9,32,64], n.1: s32[], y: bf16[16,32]) -> (bf16[16,64], s8[33554432]) {
+  %w = bf16[9,32,64]{2,1,0} parameter(0)
+  %n.1 = s32[] parameter(1)
+  %y = bf16[16,32]{1,0} parameter(2)
+  %layer = bf16[1,32,64]{2,1,0} dynamic-slice(%w, %n.1, %n.1, %n.1), dynamic_slice_sizes={1,32,64}
+  %weights = bf16[32,64]{1,0} bitcast(%layer)
+  ROOT %gemm = (bf16[16,64]{1,0}, s8[33554432]{0}) custom-call(%y, %weights), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+}
+
+ENTRY %main (a.1: f32[9,64], n.2: s32[], x.1: f32[1,64], w.1: bf16[9,32,64], y.1: bf16[16,32]) -> f32[9,64] {
+  %a.1 = f32[9,64]{1,0} parameter(0)
+  %n.2 = s32[] parameter(1)
+  %x.1 = f32[1,64]{1,0} parameter(2)
+  %w.1 = bf16[9,32,64]{2,1,0} parameter(3)
+  %y.1 = bf16[16,32]{1,0} parameter(4)
+  %fusion-start = ((f32[9,64]{1,0}, s32[], f32[1,64]{1,0}), f32[9,64]{1,0}, u32[]) fusion-start(%a.1, %n.2, %x.1), kind=kLoop, calls=%stack
+  %multiplied = (bf16[16,64]{1,0}, s8[33554432]{0}) fusion(%w.1, %n.2, %y.1), kind=kCustom, calls=%product
+  ROOT %fusion-done = f32[9,64]{1,0} fusion-done(%fusion-start)
+}
+"""  # noqa: E501
+    found = {cost.name: cost for cost in roofline.costs(hlo.Program(text))}
+    assert found.keys() == {"fusion-start", "multiplied"}
+    assert found["fusion-start"].bytes == 4 + 2 * 64 * 4  # the index, the row read and written
+    assert found["multiplied"].bytes == 4 + 2 * (16 * 32 + 32 * 64 + 16 * 64)
+    assert found["multiplied"].flops == 2 * 16 * 32 * 64
+
+
+def test_weights_that_a_tpus_fusion_only_reshapes_are_read_by_the_product():
+    text = """\
+%reshape (p: bf16[64,32]) -> bf16[64,32] {
+  %p = bf16[64,32]{1,0} parameter(0)
+  %same = bf16[64,32]{1,0} bitcast(%p)
+  ROOT %b = bf16[64,32]{1,0} bitcast(%same)
+}
+
+%layer (x: bf16[16,64], w: bf16[64,32]) -> bf16[16,32] {
+  %x = bf16[16,64]{1,0} parameter(0)
+  %w = bf16[64,32]{1,0} parameter(1)
+  %weights = bf16[64,32]{1,0} fusion(%w), kind=kLoop, calls=%reshape
+  ROOT %y = bf16[16,32]{1,0} convolution(%x, %weights), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x.1: bf16[16,64], w.1: bf16[64,32]) -> bf16[16,32] {
+  %x.1 = bf16[16,64]{1,0} parameter(0)
+  %w.1 = bf16[64,32]{1,0} parameter(1)
+  ROOT %r = bf16[16,32]{1,0} fusion(%x.1, %w.1), kind=kOutput, calls=%layer
+}
+"""
+    (one,) = roofline.costs(hlo.Program(text))
+    assert one.bytes == 2 * (16 * 64 + 64 * 32 + 16 * 32)
+
+
+def test_a_collective_that_runs_beside_a_fusion_is_the_networks_time():
+    """A TPU's compiler hands the arrays of a collective on its way through fusions that it overlaps with."""
+    text = """\
+%overlapped (x: bf16[16,64], w: bf16[64,32], part: bf16[50,48], whole: bf16[50,96]) -> (bf16[16,32], bf16[50,96], bf16[50,96]) {
+  %x = bf16[16,64]{1,0} parameter(0)
+  %w = bf16[64,32]{1,0} parameter(1)
+  %part = bf16[50,48]{1,0} parameter(2)
+  %whole = bf16[50,96]{1,0} parameter(3)
+  %all-gather = bf16[50,96]{1,0} all-gather(%part), channel_id=13, replica_groups=[1,2]<=[2], dimensions={1}
+  %y = bf16[16,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %t = (bf16[16,32]{1,0}, bf16[50,96]{1,0}, bf16[50,96]{1,0}) tuple(%y, %whole, %all-gather)
+}
+
+ENTRY %main (x.1: bf16[16,64], w.1: bf16[64,32], part.1: bf16[50,48], whole.1: bf16[50,96]) -> (bf16[16,32], bf16[50,96], bf16[50,96]) {
+  %x.1 = bf16[16,64]{1,0} parameter(0)
+  %w.1 = bf16[64,32]{1,0} parameter(1)
+  %part.1 = bf16[50,48]{1,0} parameter(2)
+  %whole.1 = bf16[50,96]{1,0} parameter(3)
+  ROOT %r = (bf16[16,32]{1,0}, bf16[50,96]{1,0}, bf16[50,96]{1,0}) fusion(%x.1, %w.1, %part.1, %whole.1), kind=kOutput, calls=%overlapped
+}
+"""  # noqa: E501
+    (one,) = roofline.costs(hlo.Program(text))
+    assert one.bytes == 2 * (16 * 64 + 64 * 32 + 16 * 32)
+
+
 # ---- FLOPs ----
 
 
@@ -294,6 +382,49 @@ def test_a_training_step_multiplies_what_the_closed_form_says(scan):
     flops, exact = hlo.product_flops(built.step.trace(*built.arguments).jaxpr)
     # 6 N also counts norms and biases, which are not products, and each row's last position, which predicts nothing
     assert exact and 0.93 < flops / estimates.closed_form_flops(settings, "train") <= 1.0
+
+
+# ---- the vocabulary head's tiles ----
+
+
+@pytest.mark.parametrize(("step", "positions"), [("train", 40), ("ppo", 24)])
+@pytest.mark.parametrize("most", [1, 4, 7, 100])  # positions in a tile
+def test_the_heads_tiles_are_those_of_the_program(step, positions, most):
+    config = ModelConfig(
+        layers=1, width=16, heads=2, block=41, vocab=64, platform="tpu", logits_bytes=4 * 6 * 64 * most
+    )
+    ppo = dataclasses.replace(PRESETS["toy"].ppo, new_tokens=24)
+    settings = dataclasses.replace(PRESETS["toy"], model=config, batch=6, prompts=6, ppo=ppo)
+    tiles = estimates.head_tiles(settings, step, MeshConfig(1), config.logits_bytes)
+    params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
+    hidden = jax.ShapeDtypeStruct((6, positions, 16), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((6, positions), jnp.int32)
+    text = str(jax.make_jaxpr(lambda p, h, t: transformer.predict(p, config, h, t))(params, hidden, tokens))
+    assert {int(n) for n in re.findall(r"\blength=(\d+)", text)} == {tiles.count}
+    assert f"f32[1,6,{tiles.length},64]" in text and tiles.bytes == 4 * 6 * 64 * tiles.length
+    assert estimates.head_tiles(settings, step, MeshConfig(1), tiles.bytes) == tiles  # the setting that gives them
+
+
+def test_the_proposed_tiles_are_the_smallest_that_cost_little_and_fit():
+    """Against all lengths of a tile, for steps with little and much memory left, short and long."""
+    settings = dataclasses.replace(PRESETS["gpt2"], topology="h100:1", batch=32)
+    mesh, capacity = MeshConfig(1), 60 * 2**30
+    now = estimates.head_tiles(settings, "train", mesh, settings.model.logits_bytes)
+    position = now.bytes // now.length
+    every = {estimates.head_tiles(settings, "train", mesh, position * n) for n in range(now.length, 1024)}
+    counts = set()
+    for left in (0, 5 * now.bytes, 12 * now.bytes, capacity / 2):  # bytes
+        for seconds in (1e-6, 0.05, 0.5, 10.0):
+            memory = {"temporary": 0.95 * capacity - left}
+            parts = [{"name": "mlp", "seconds": seconds, "bytes": 0}]
+            found = {"memory": memory, "parts": parts, "flops": 1.0, "collectives": {}}
+            best = estimates.propose_tiles(settings, "train", mesh, found, capacity)
+            fit = {tiles for tiles in every if estimates.TILES_ALIVE * (tiles.bytes - now.bytes) <= left} | {now}
+            least = min(tiles.seconds for tiles in fit)
+            assert best in fit and best.seconds <= least + 0.01 * seconds
+            assert not [x for x in fit if x.bytes < best.bytes and x.seconds <= least + 0.01 * seconds]
+            counts.add(best.count)
+    assert {1, now.count} < counts  # no tiles where it pays, the present ones where it does not, and some between
 
 
 # ---- errors, and the choice of meshes ----
