@@ -69,13 +69,13 @@ soak: $(STAMP)  ## kill every stage 20 times and check that the results are bit-
 torture: $(STAMP)  ## damage files, places and processes at random: nothing may be falsified (ARGS: its flags)
 	@$(PY) -m tests.torture $(ARGS)
 
-gpu-gate: $(STAMP)  ## compile training, PPO and decoding for an H100 and check the programs (no GPU needed; VENV=.venv-gpu EXTRAS=cuda)
+gpu-gate: $(STAMP)  ## compile training, DPO, PPO and decoding for an H100 and check the programs (no GPU needed; VENV=.venv-gpu EXTRAS=cuda)
 	@$(PY) -m pytest -m slow --durations=0 tests/tpu/test_gpu_gate.py $(ARGS)
 
-plan-all: $(STAMP)  ## plan every kind of machine whose compiler is here (VENV=.venv-tpu EXTRAS=tpu, VENV=.venv-gpu EXTRAS=cuda; ARGS: its flags)
+plan-all: $(STAMP)  ## plan every kind of machine whose compiler is installed (VENV=.venv-tpu EXTRAS=tpu, VENV=.venv-gpu EXTRAS=cuda; ARGS: its flags)
 	@$(PY) -m tpu.plan_all $(ARGS)
 
-measure: $(STAMP)  ## check and measure this package on the GPU or TPU of this machine, in 8 minutes (ARGS: its flags)
+measure: $(STAMP)  ## check what this machine's GPU or TPU computes, and how fast, in 8 minutes (ARGS: its flags)
 	@$(PY) -m tpu.measure $(ARGS)
 
 test-core: $(STAMP)  ## run the quick tests of the core modules, e.g. for a second Python version

@@ -1,13 +1,13 @@
 """Check and measure this package on the GPU or TPU of this machine, in under 8 minutes.
 
     python -m tpu.measure                      GPT-2's size, on all GPUs of this machine or all chips of this TPU host
-    python -m tpu.measure --preset toy         the same on a CPU, to see that it works
+    python -m tpu.measure --preset toy         a small model on a CPU, to see that it works
 
 Checks what the device computes against plain formulas (`tpu.checks`), then compiles the steps of training, decoding and
 PPO as the experiments build them, and reports their time, MFU and peak memory beside what `tpu.plan` says of the same
-programs. Results go to OUT/measured.json after every figure, profiler traces to OUT/trace/. A part may take its share
-of the time and what earlier parts left of theirs; then it is cut off. Exit status 1 if a check failed or a part is
-missing.
+programs. Results go to OUT/measured.json, which is saved after every figure, and profiler traces to OUT/trace/. A part
+may take its share of the time and what earlier parts left of theirs; then it is cut off. The exit status is 1 if a
+check failed or a part is missing.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from jaxgpt.files import write_json
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.cli import cli, settings_to_json
 from tpu import settings as plans
-from tpu.plan import size_text, time_text
+from tpu.plan import say, size_text, time_text
 from tpu.settings import Sizes, Step
 
 STEPS: tuple[Step, ...] = ("train", "decode", "ppo")
@@ -50,12 +50,12 @@ NO_ACCELERATOR = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Sizes):
-    """Under 8 minutes on a GPU. PPO is compiled with model.scan."""
+    """Takes less than 8 minutes on a GPU. PPO is compiled with model.scan."""
 
     model: ModelConfig = dataclasses.replace(MODELS["gpt2"], dtype="bfloat16")
     batch: Count = 32
     parts: tuple[Part, ...] = tuple(SHARES)
-    runs: Count = 10  # of each step, after one to warm up
+    runs: Count = 10  # timed calls of each step, after one to warm up
     traced: CountOrZero = 3  # steps in a profiler trace
     minutes: Positive = 8.0
     out: Path = Path("runs/measure")
@@ -76,12 +76,13 @@ PRESETS = {
         prompt_tokens=TOY.prompt_tokens,
         ppo=PPOConfig(new_tokens=16, epochs=2),
         runs=3,
+        minutes=60.0,  # a CPU compiles slowly
     ),
 }
 
 
 def run_part(part: Part | Literal["machine"], settings: Settings, seconds: float) -> Iterator[dict[str, Any]]:
-    """What a part of `tpu.measuring` finds, as soon as it finds it; the last is {"failed": reason} if it didn't end."""
+    """What a part of `tpu.measuring` finds, as soon as it finds it; last, {"failed": reason} if it did not finish."""
     out = settings.out.absolute()
     log, cut_off = out / f"{part}.log", threading.Event()
     settings = dataclasses.replace(settings, out=out)
@@ -107,7 +108,7 @@ def run_part(part: Part | Literal["machine"], settings: Settings, seconds: float
         process.kill()
         process.wait()
     if cut_off.is_set():
-        yield {"failed": f"cut off after {seconds:.0f} s; more time: --minutes"}
+        yield {"failed": f"cut off after {seconds:.0f} s; allow more with --minutes"}
     elif status:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         yield {"failed": f"the process ended ({status}): {''.join(last)[:200]}"}
@@ -183,12 +184,8 @@ class Measurement:
         write_json(self.file, self.results)
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 def time_for(parts: Sequence[Part], left: float, whole: float) -> float:
-    """Seconds for the first of these parts: all that are left, without the shares of the others."""
+    """Seconds for the first of these parts: all that is left, minus the shares of the others."""
     return left - sum(SHARES[part] * whole for part in parts[1:])
 
 

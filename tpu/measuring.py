@@ -25,7 +25,7 @@ import numpy as np
 from experiments import ppo, pretrain
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.tokenizer import ANSWER_END
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import MeshConfig
 from jaxgpt.rlhf import reward
@@ -35,9 +35,10 @@ from jaxgpt.runs.process import configure_malloc, request_determinism
 from jaxgpt.runs.versions import accelerator_versions
 from jaxgpt.structs import Batch, Prompts
 from tpu import checks, compiling, estimates, hardware, hlo
-from tpu.checks import Check, first_line
+from tpu.checks import Check
 from tpu.compiling import Built
 from tpu.measure import STEPS, Part, Settings
+from tpu.plan import sizes_text
 from tpu.settings import Settings as PlanSettings
 from tpu.settings import Sizes, Step
 
@@ -88,7 +89,7 @@ def make_arguments(settings: Sizes, step: Step, built: Built) -> tuple[Any, ...]
 
 
 def next_arguments(step: Step, arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
-    """The arguments of the next call: a step consumes its state."""
+    """The arguments of the next call: a step consumes its state and returns the new one."""
     changed = {"train": 1, "ppo": 2}.get(step, 0)
     return (*result[:changed], *arguments[changed:]) if changed else arguments
 
@@ -139,6 +140,8 @@ def measure_step(settings: Sizes, step: Step, runs: int, traced: int, out: Path,
     mesh = sharding.make_mesh(settings.mesh)
     built, trace, compiled = compile_here(settings, step, mesh)
     emit({"step": {"compile_seconds": time.perf_counter() - began}})
+    mesh_sizes = dataclasses.asdict(MeshConfig(*mesh.devices.shape))
+    emit({"step": {"size": sizes_text(settings, step), "mesh": mesh_sizes}})
     emit({"step": plan_of(settings, step, mesh, built, trace, compiled)})
     arguments, times = make_arguments(settings, step, built), []
     result: Any = None
@@ -187,7 +190,7 @@ def speeds(settings: Sizes, step: Step, times: list[float]) -> dict[str, Any]:
         "peak_bytes": max((one["peak_bytes_in_use"] for one in peaks if "peak_bytes_in_use" in one), default=None),
     }
     if topology is not None:
-        peak = topology.count / topology.chip.devices * topology.chip.tflops * 1e12
+        peak = topology.count * topology.chip.flops_per_second
         found["mfu"] = estimates.closed_form_flops(settings, step) / median / peak
     return found
 

@@ -2,11 +2,11 @@
 
     python -m tpu.plan --topology v5e:4x4
     python -m tpu.plan --topology v5p:8x8x8 --preset gpt2-xl --steps train --batch 1024 --mesh.fsdp 64
-    python -m tpu.plan --topology h100:8                 with jax[cuda13]; h100:8x4 are 4 hosts of 8
+    python -m tpu.plan --topology h100:8                 needs jax[cuda13]; h100:8x4 is 4 hosts of 8
 
-Compiles the same steps that the experiments run (their `build`) for all chips, with Google's TPU compiler, which
-`jax[tpu]` installs, or with XLA's for the GPU. Reports the memory each device needs, what it sends, the FLOPs, what
-each part costs at least, and the best mesh among those that fit. Memory and collectives come from the compiled
+Compiles the steps that the experiments run (their `build`) for all chips, with Google's TPU compiler, which `jax[tpu]`
+installs, or with XLA's for the GPU. Reports the memory that each device needs, the bytes it sends, the FLOPs, a lower
+bound for the time of each part, and the best mesh among those that fit. Memory and collectives come from the compiled
 program. Times and MFU are estimates from these and from the chips' data sheets; nothing is run.
 """
 
@@ -34,7 +34,7 @@ from tpu.estimates import (
     propose_tiles,
     samples,
 )
-from tpu.settings import PRESETS, Settings, Step
+from tpu.settings import PRESETS, Settings, Sizes, Step
 
 
 def mesh_text(mesh: MeshConfig) -> str:
@@ -58,7 +58,7 @@ def report(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str,
     if "failed" in found:
         return [*lines, f"    unknown: {found['failed']}"]
     if not found["fits"]:
-        held = ", ".join(f"{name} {size_text(size)}" for name, size in found["arguments"].items() if size)
+        held = ", ".join(f"{name} {size_text(size)}" for name, size in found["memory"].items() if size)
         return [
             *lines,
             f"    does not fit: needs {size_text(found['needed'])} of {size_text(found['capacity'])} per device "
@@ -92,7 +92,7 @@ def report(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str,
         lines.append(f"    attention         {' and '.join(found['attention'])}")
     launches = f"    kernels           {found['kernels']:,} per step"
     if found["kernels_per_token"] is not None:
-        launches += f", {found['kernels_per_token']:.0f} for each new token"
+        launches += f", {found['kernels_per_token']:.0f} per new token"
     lines += [launches, *costs_text(found), *time_lines(settings, step, mesh, found)]
     return lines if step == "decode" else [*lines, tiles_text(settings, step, mesh, found, capacity)]
 
@@ -119,8 +119,8 @@ def tiles_text(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[
     if best == now:
         return f"    vocabulary head   {tiles}: larger ones would not fit, or save less than 1 %"
     return (
-        f"    vocabulary head   --model.logits-bytes {best.bytes} ({tiles}; the present {now.count} take "
-        f"{time_text(now.seconds - best.seconds)} more at most)"
+        f"    vocabulary head   --model.logits-bytes {best.bytes} ({tiles}; the current {now.count} take at "
+        f"most {time_text(now.seconds - best.seconds)} more)"
     )
 
 
@@ -149,7 +149,8 @@ def time_lines(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[
     return lines
 
 
-def sizes_text(settings: Settings, step: Step) -> str:
+def sizes_text(settings: Sizes, step: Step) -> str:
+    """How much a step computes, in words."""
     answers = f"{settings.prompts:,} prompts of {settings.prompt_tokens} + {settings.ppo.new_tokens} tokens"
     return {
         "train": f"{settings.batch:,} rows x {settings.model.block} tokens",
@@ -160,7 +161,7 @@ def sizes_text(settings: Settings, step: Step) -> str:
 
 
 def plan_step(settings: Settings, step: Step, devices: int, capacity: float) -> dict[str, Any]:
-    """Compile a step for the most promising meshes, and print what each of them needs and which is the best."""
+    """Compile a step for the most promising meshes, and print what each needs and which is best."""
     meshes = candidates(settings, step, devices, capacity)
     chosen = meshes[: settings.tries]
     rest = f"; {len(meshes) - len(chosen)} more estimated but not compiled" if len(meshes) > len(chosen) else ""

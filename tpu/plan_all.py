@@ -1,10 +1,10 @@
 """Every kind of machine planned once: `make plan-all`.
 
-    python -m tpu.plan_all                              those whose compiler is installed here; others are skipped
+    python -m tpu.plan_all                              all whose compiler is installed here; others are skipped
     python -m tpu.plan_all --only v5e:4x4 h100:1
 
-Writes a file per machine to tpu/results, and the table of docs/training.md from all of them. What was measured
-(tpu/results/measured) stands in the table's last column.
+Writes a file per machine to tpu/results, and from all files the table of docs/planning.md. Its last column is what
+`tpu.measure` measured (tpu/results/measured) with the same model, sizes and mesh.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_json, suggest_name, write_json, write_text
 from jaxgpt.models.sharding import MeshConfig
@@ -40,7 +41,7 @@ COLUMNS = (
     *("machine", "step", "mesh", "memory per device", "sent per device", "kernels", "at least / without overlap"),
     *("MFU at most / without overlap (published)", "measured"),
 )
-PATIENCE = 2 * 3600  # seconds for one compilation: nobody waits for this command
+PATIENCE = 2 * 3600  # seconds for one compilation; generous, since nobody waits for it
 MARKERS = "<!-- from tpu/results, by make plan-all -->\n", "<!-- end of plan-all -->\n"
 
 
@@ -48,10 +49,10 @@ MARKERS = "<!-- from tpu/results, by make plan-all -->\n", "<!-- end of plan-all
 class Settings:
     """Takes 10 to 20 minutes per machine on one core."""
 
-    only: tuple[str, ...] = ()  # these machines; default: all
-    toy: bool = False  # a toy model instead, to try the command itself: about a minute per machine
+    only: tuple[str, ...] = ()  # machines to plan; default: all
+    toy: bool = False  # plan a toy model, to try the command itself: about a minute per machine
     results: Path = HERE / "results"
-    page: Path = HERE.parent / "docs/training.md"
+    page: Path = HERE.parent / "docs/planning.md"
 
     def __post_init__(self) -> None:
         for name in self.only:
@@ -74,7 +75,7 @@ def summary(words: list[str], found: Mapping[str, Any]) -> dict[str, Any]:
     for step, plans in found["steps"].items():
         (one,) = plans["meshes"]
         steps[step] = {"size": plan.sizes_text(settings, step), **one}
-        steps[step].pop("seconds", None)  # that the compiler took
+        steps[step].pop("seconds", None)  # the compile time
         if "parts" in one:
             steps[step]["parts"] = one["parts"][:8]  # what costs most
     return {
@@ -87,7 +88,7 @@ def summary(words: list[str], found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Numbers to 4 significant digits; integers below a million are counts and stay."""
+    """Numbers with 4 significant digits; integers below a million are counts and stay as they are."""
     if isinstance(value, Mapping):
         return {name: rounded(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
@@ -110,12 +111,19 @@ def rows(results: Path) -> Iterator[list[str]]:
             continue
         found = read_json(path)
         kind = "gpu" if hardware.parse(topology).is_gpu else "tpu"
+        here = [one for one in measured if one["topology"] == topology and _same_model(one, topology)]
         for step, one in found["steps"].items():
-            seconds = [
-                m["steps"][step]["seconds"] for m in measured if m["topology"] == topology and step in m["steps"]
-            ]
+            same = [m["steps"][step] for m in here if step in m["steps"]]
+            seconds = [m["seconds"] for m in same if "seconds" in m and all(m[x] == one[x] for x in ("size", "mesh"))]
             cells = step_cells(step, one, found["machine"]["capacity"], PUBLISHED[kind][0])
             yield [topology, f"{step}: {one['size']}", *cells, ", ".join(map(plan.time_text, seconds))]
+
+
+def _same_model(measured: Mapping[str, Any], topology: str) -> bool:
+    """Whether it is the planned model. Scanned layers may differ: `tpu.measure` scans those of PPO."""
+    planned = parse(PlanSettings, PRESETS, words_for(topology)).model
+    model = settings_from_json(ModelConfig, measured["settings"]["model"])
+    return dataclasses.replace(model, scan=planned.scan) == planned
 
 
 def step_cells(step: str, one: Mapping[str, Any], capacity: float, published: str) -> list[str]:

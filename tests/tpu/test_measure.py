@@ -144,6 +144,13 @@ def test_the_whole_on_a_cpu(tmp_path):
     assert len(found["checks"]) >= 25 and all(one["ok"] for one in found["checks"]) and not found["failed"]
     assert found["steps"].keys() == {"train", "decode", "ppo"}
     for name, step in found["steps"].items():
-        assert step["seconds"] > 0 and step["runs"] == 1 and step["plan"]["bytes"] > 0 and "mfu" not in step
+        assert (
+            step["size"]
+            and step["mesh"]["data"] == 1
+            and step["seconds"] > 0
+            and step["runs"] == 1
+            and step["plan"]["bytes"] > 0
+            and "mfu" not in step
+        )
         assert step["trace"] == f"trace/{name}" and list((tmp_path / step["trace"]).rglob("*.xplane.pb"))
     assert str(tmp_path) not in json.dumps(found)
