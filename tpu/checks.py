@@ -15,12 +15,13 @@ import numpy as np
 from jaxgpt import decoding, losses, training
 from jaxgpt.config import ModelConfig
 from jaxgpt.decoding import sampling
+from jaxgpt.errors import first_line
 from jaxgpt.losses import vocab_head
 from jaxgpt.models import attention, transformer
 from jaxgpt.structs import Batch
 from tpu.compiling import attention_kernels
 
-# float32 products must be float32's own: TF32's 10 bits would give 5e-4. bfloat16 has 8 bits.
+# float32 products must really be float32: TF32, with 10 bits, would give 5e-4. bfloat16 has 8 bits.
 LIMITS = {"float32": 1e-4, "bfloat16": 0.05}
 GPT2 = ModelConfig(layers=1, width=128, heads=2, block=72, vocab=640)
 LLAMA = dataclasses.replace(
@@ -35,23 +36,19 @@ class Check:
     limit: float
 
     def to_json(self) -> dict[str, Any]:
-        """With `ok`; an error that is no finite number becomes null."""
+        """With `ok`; an error that is not finite becomes null."""
         error, ok = float(self.error), bool(self.error <= self.limit)  # False for NaN
         return {"name": self.name, "error": error if math.isfinite(error) else None, "limit": self.limit, "ok": ok}
 
 
 def run(device: jax.Device) -> Iterator[Check]:
-    """All checks that fit in one process. One that raises an error has failed, and the next ones are made."""
+    """All checks that fit in one process. A check that raises an error fails, and the next ones still run."""
     for group in (check_models, check_attention, check_head, check_sampling, check_greedy):
         try:
             yield from group(device, jax.devices("cpu")[0])
         except Exception as error:
             traceback.print_exc()
-            yield Check(f"{group.__name__}: {first_line(error)}", math.inf, 0.0)
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+            yield Check(f"{group.__name__}: {first_line(error, 200)}", math.inf, 0.0)
 
 
 def compute(device: jax.Device, f: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
@@ -60,7 +57,7 @@ def compute(device: jax.Device, f: Callable[..., Any], *arguments: Any) -> tuple
     options: dict[str, str | bool] | None = (
         {"xla_backend_optimization_level": "0"} if device.platform == "cpu" else None
     )
-    compiled = jax.jit(f).lower(*placed).compile(options)  # on a CPU it is the compilation that takes time
+    compiled = jax.jit(f).lower(*placed).compile(options)  # a CPU spends most of the time compiling
     return jax.device_get(compiled(*placed)), compiled.as_text() or ""
 
 
@@ -75,12 +72,12 @@ def relative_error(found: Any, expected: Any) -> float:
 
 
 def precision(dtype: str) -> Any:
-    """A context in which float32 products are float32's own."""
+    """A context in which float32 products are computed in float32."""
     return jax.default_matmul_precision("highest" if dtype == "float32" else None)
 
 
 def random_params(config: ModelConfig) -> Any:
-    """Large enough that every input matters, with random biases and norms."""
+    """Random parameters, biases and norms included, large enough that every input matters."""
     rng = np.random.default_rng(0)
 
     def draw(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -135,7 +132,7 @@ def check_attention(device: jax.Device, cpu: jax.Device) -> Iterator[Check]:
     }
     wanted = {"gpu": "cuDNN", "tpu": "splash"}.get(device.platform, "")
     if device.platform == "gpu" and float(device.compute_capability) < 8.0:
-        wanted = ""  # cuDNN wants an Ampere or newer
+        wanted = ""  # cuDNN's attention needs Ampere or newer
     used = True
 
     def kernel(*qkv_and_segments: Any) -> Any:
@@ -193,7 +190,7 @@ def check_sampling(device: jax.Device, _: jax.Device) -> Iterator[Check]:
 
     (by_k, by_p), drawn = compute(device, outputs, jax.random.key(0), logits)[0]
     yield Check(
-        "top-k: tokens that a sort would not keep, or would", (by_k != (logits >= np.sort(logits)[:, [-k]])).sum(), 0
+        "top-k: tokens that a sort decides differently", (by_k != (logits >= np.sort(logits)[:, [-k]])).sum(), 0
     )
     wide = logits.astype(np.float64)
     probability = np.exp(wide - wide.max(1, keepdims=True))
@@ -201,9 +198,9 @@ def check_sampling(device: jax.Device, _: jax.Device) -> Iterator[Check]:
     least = np.where(by_p, logits, np.inf).min(1, keepdims=True)
     short = p - (probability * by_p).sum(1)  # enough is kept, and without the least likely of them it isn't
     excess = (probability * (logits > least)).sum(1) - p
-    yield Check("top-p: tokens dropped above one that is kept", (by_p != (logits >= least)).sum(), 0)
+    yield Check("top-p: dropped tokens with a larger logit than a kept one", (by_p != (logits >= least)).sum(), 0)
     yield Check("top-p: too little or too much probability kept", max(short.max(), excess.max(), 0.0), 1e-5)
-    yield Check("top-p: tokens drawn that were not kept", (~by_p[np.arange(len(drawn)), drawn]).sum(), 0)
+    yield Check("top-p: drawn tokens that were not kept", (~by_p[np.arange(len(drawn)), drawn]).sum(), 0)
 
 
 def check_greedy(device: jax.Device, cpu: jax.Device) -> Iterator[Check]:
@@ -232,6 +229,6 @@ def check_greedy(device: jax.Device, cpu: jax.Device) -> Iterator[Check]:
     (logits, logp), _ = compute(cpu, forward, params, rows)
     at = np.arange(4)[:, None], lengths[:, None] - 1 + np.arange(new)
     chosen = np.take_along_axis(logits[at], answers.tokens_BA[..., None], 2)[..., 0]
-    yield Check("greedy decoding: below the largest logit", (logits[at].max(2) - chosen).max(), 1e-3)
+    yield Check("greedy decoding: largest logit minus the chosen one", (logits[at].max(2) - chosen).max(), 1e-3)
     chosen = np.take_along_axis(logp[at], answers.tokens_BA[..., None], 2)[..., 0]
     yield Check("greedy decoding: log-probability", np.abs(chosen - answers.logp_BA).max(), 1e-3)

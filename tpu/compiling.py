@@ -1,4 +1,5 @@
-"""The experiments' steps, compiled for machines that are not here, each in a process of its own: a compiler can crash.
+"""The experiments' steps, compiled for machines that need not be here, each in a process of its own, since a compiler
+can crash.
 
 python -m tpu.compiling '{"do": "compile", "settings": {...}, "step": "train"}'      prints the result as JSON
 """
@@ -31,7 +32,7 @@ from tpu import hardware, hlo, roofline
 from tpu.settings import Settings, Sizes, Step
 
 GIB = 2**30
-GPU_SHARE = 0.75  # of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+GPU_SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +108,8 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def inspect_machine(topology: hardware.Topology) -> dict[str, Any]:
-    """A machine's number and kind of devices, and the bytes a program may use on each. For a TPU they are in the
-    compiler's error for a program that is too large; a GPU's compiler refuses none."""
+    """The number and kind of a machine's devices, and the bytes that a program may use on each. For a TPU, these are in
+    the compiler's error for a program that is too large; a GPU's compiler accepts any size."""
     devices = hardware.devices(topology)
     about = {"devices": len(devices), "kind": devices[0].device_kind}
     if topology.is_gpu:
@@ -147,20 +148,21 @@ def compile_step(settings: Settings, step: Step) -> dict[str, Any]:
     start = time.perf_counter()
     traced = built.step.trace(*built.arguments, **built.static)
     flops, exact = hlo.product_flops(traced.jaxpr)
-    arguments = {name: bytes_per_device(tree) for name, tree in built.memory.items()}
-    about: dict[str, Any] = {"flops": flops, "flops_exact": exact, "arguments": arguments}
+    about: dict[str, Any] = {"flops": flops, "flops_exact": exact}
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         refused = refusal(str(error))
         if refused is None:
             raise
-        return {**about, "fits": False, "needed": refused[0], "capacity": refused[1]}
-    memory = about["arguments"] = program_memory(built, compiled)
-    if machine.is_gpu and sum(memory.values()) > (there := GPU_SHARE * hardware.gpu_memory(machine)):
-        return {**about, "fits": False, "needed": sum(memory.values()), "capacity": there}
+        memory = {name: bytes_per_device(tree) for name, tree in built.memory.items()}
+        return {**about, "fits": False, "needed": refused[0], "capacity": refused[1], "memory": memory}
+    about["memory"] = program_memory(built, compiled)
+    needed = sum(about["memory"].values())
+    if machine.is_gpu and needed > (there := GPU_SHARE * hardware.gpu_memory(machine)):
+        return {**about, "fits": False, "needed": needed, "capacity": there}
     took = time.perf_counter() - start
-    return {**about, "fits": True, "seconds": took, "memory": memory, **analyse(settings, step, mesh, compiled, flops)}
+    return {**about, "fits": True, "seconds": took, **analyse(settings, step, mesh, compiled, flops)}
 
 
 def program_memory(built: Built, compiled: Any) -> dict[str, float]:
@@ -232,7 +234,7 @@ def _part(device: Any, machine: hardware.Topology) -> int:
 
 
 def _answer_for_gpu(capability: float) -> None:
-    """JAX asks the local GPU what cuDNN supports. In this process the GPU being compiled for answers."""
+    """JAX asks the local GPU what cuDNN supports. In this process, answer for the GPU being compiled for."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     fused.check_compute_capability = lambda wanted: capability >= float(wanted)
@@ -249,7 +251,7 @@ def run_request(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"mistake": str(error)}
 
 
-COMPILER_ENVIRONMENT = {  # use the compiler without a TPU
+COMPILER_ENVIRONMENT = {  # for the compiler to run without a TPU
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -1,4 +1,5 @@
-"""Times estimated from data sheets: bounds for compiled programs, and guesses that say which meshes to compile."""
+"""Times estimated from data sheets: bounds for compiled programs, and rough estimates to choose which meshes to
+compile."""
 
 import dataclasses
 import itertools
@@ -10,7 +11,7 @@ from jaxgpt.models.sharding import MeshConfig
 from tpu.hardware import GB
 from tpu.settings import Settings, Sizes, Step
 
-# What published runs reached of the peak, in model FLOPs (MFU), to read the bounds by. All of them have larger models.
+# The MFU (model FLOPs, as a share of the peak) of published runs, to compare the bounds with. Their models are larger.
 PUBLISHED = {
     "tpu": ("46 to 71 %", "MaxText's tables for v5e and v5p, 16B to 1160B parameters"),
     "gpu": (
@@ -28,7 +29,7 @@ def closed_form_flops(settings: Sizes, step: Step) -> float:
     if step == "train":
         return settings.batch * settings.model.block * settings.model.flops_per_token
     row = dataclasses.replace(settings.model, block=tokens_per_row)
-    if step == "dpo":  # two answers each, and the reference's forward pass
+    if step == "dpo":  # two answers per pair, and the reference's forward pass
         return 2 * settings.pairs * tokens_per_row * row.flops_per_token * 4 / 3
     passes = 1 / 3 if step == "decode" else 4 / 3 + settings.ppo.epochs
     return settings.prompts * tokens_per_row * row.flops_per_token * passes
@@ -58,23 +59,23 @@ def cache_bytes(settings: Settings, mesh: MeshConfig) -> float:
 
 def lower_bounds(settings: Settings, mesh: MeshConfig, found: Mapping[str, Any]) -> dict[str, float]:
     """Lower bounds in seconds for the parts of a compiled step: FLOPs at the chip's peak, the bytes that its
-    instructions read and write (activations included) at the memory's bandwidth, bytes sent in both directions of a
-    ring (by NVLink in one), and those that leave the slice or host."""
+    instructions read and write (activations included) at the memory's bandwidth, and the bytes sent in a ring (both
+    directions; over NVLink one), with those that leave the slice or host at the speed of that network."""
     chip, count = settings.machine.chip, mesh.data * mesh.fsdp * mesh.tensor
     sent = sum(one["sent"] for one in found["collectives"].values())
     across = sum(one["across"] for one in found["collectives"].values())
     rings = 1 if settings.machine.is_gpu else 2
     return {
-        "compute": found["flops"] / count / (chip.tflops / chip.devices * 1e12),
-        "memory": sum(part["bytes"] for part in found["parts"]) / (chip.hbm / chip.devices * GB),
+        "compute": found["flops"] / count / chip.flops_per_second,
+        "memory": sum(part["bytes"] for part in found["parts"]) / chip.bytes_per_second,
         "network": (sent - across) / (rings * chip.link / chip.devices * GB)
         + across / (chip.network / chip.devices * GB),
     }
 
 
 def phase_seconds(found: Mapping[str, Any]) -> dict[str, float]:
-    """The parts of a step added up, instruction by instruction, for each of PPO's phases: sampling and training follow
-    one another, so that their bounds add up. "" for a step without phases."""
+    """Seconds per phase of PPO, each the sum of its instructions' bounds; phases never overlap, so these add up. A step
+    without phases has one, named ""."""
     phases: dict[str, float] = {}
     for part in found["parts"]:
         name = part["name"].partition(": ")[0] if ": " in part["name"] else ""
@@ -83,34 +84,34 @@ def phase_seconds(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def estimate(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Bounds for the time of a step and its MFU. Least: the slowest resource alone. Most: every instruction at its own
-    roof, one after another, and the network after them."""
+    """Bounds of a step's time, and the MFU at each. Least: the slowest resource alone. Most: all instructions one after
+    another, each at its own bound, and then the network."""
     bounds = lower_bounds(settings, mesh, found)
     most = sum(phase_seconds(found).values()) + bounds["network"]
     times = max(bounds.values()), max(most, *bounds.values())
-    peak = mesh.data * mesh.fsdp * mesh.tensor / settings.machine.chip.devices * settings.machine.chip.tflops * 1e12
+    peak = mesh.data * mesh.fsdp * mesh.tensor * settings.machine.chip.flops_per_second
     mfu = tuple(min(closed_form_flops(settings, step), found["flops"]) / (peak * t) for t in times)
     return {"parts": bounds, "phases": phase_seconds(found), "seconds": times, "mfu": mfu}
 
 
-TILES_ALIVE = 3  # arrays of a tile's size at the peak: programs for v5e needed 3.1 more, for the H100 1.4
+TILES_ALIVE = 3  # arrays of a tile's size at a step's peak: 3.1 in programs compiled for the v5e, 1.4 for the H100
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How a row's positions are cut for the vocabulary head."""
+    """How the vocabulary head divides the positions of a row."""
 
     count: int
-    length: int  # positions
-    bytes: int  # of one tile's logits on a device: the setting that gives these tiles
-    seconds: float  # at most, for what a step that keeps all logits would not do
+    length: int  # positions per tile
+    bytes: int  # of one tile's logits on a device; as model.logits_bytes, it gives these tiles
+    seconds: float  # at most, for reading the table in every tile and for computing logits a second time
 
 
 def head_tiles(settings: Settings, step: Step, mesh: MeshConfig, logits_bytes: int) -> Tiles:
-    """The tiles of `transformer.predict` for this setting. Each reads the table, V D weights in the model's dtype: once
-    forwards, and twice backwards, where it also adds to their float32 gradient. With more than one, the backward pass
-    computes the logits again, 2 V D FLOPs per token. On a TPU that takes no longer than reading those of a single one,
-    since what follows is fused with the product."""
+    """The tiles of `transformer.predict` for this setting. Each tile reads the table, V D weights in the model's dtype:
+    once in the forward pass, and twice in the backward pass, where it also adds to the float32 gradient. With more than
+    one tile, the backward pass computes the logits again, 2 V D FLOPs per token. On a TPU this costs nothing: it takes
+    no longer than reading a single tile's stored logits, since the compiler fuses what follows with the product."""
     c, ppo, chip = settings.model, settings.ppo, settings.machine.chip
     read = 2 if c.dtype == "bfloat16" else 4
     learn = 3 * read + 8
@@ -125,14 +126,14 @@ def head_tiles(settings: Settings, step: Step, mesh: MeshConfig, logits_bytes: i
     position = 4 * (rows // parts) * vocab  # bytes
     count = -(-positions // max(1, logits_bytes // position))
     length = -(-positions // count)
-    reading = count * parts * moved * vocab * c.width / (chip.hbm / chip.devices * GB)
-    again = passes * 2 * rows * positions * vocab * c.width / (chip.tflops / chip.devices * 1e12)
+    reading = count * parts * moved * vocab * c.width / chip.bytes_per_second
+    again = passes * 2 * rows * positions * vocab * c.width / chip.flops_per_second
     return Tiles(count, length, position * length, reading + (again if count > 1 and settings.machine.is_gpu else 0.0))
 
 
 def propose_tiles(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str, Any], capacity: float) -> Tiles:
-    """The smallest of those tiles that fit and cost at most 1 % of the step more than the best; none is smaller than
-    those compiled. They fit if `TILES_ALIVE` arrays of a tile's size do at the step's peak."""
+    """The smallest tiles whose time exceeds that of the best tiles that fit by at most 1 % of the step, and which are
+    no smaller than those compiled. Tiles fit if `TILES_ALIVE` arrays of their size do at the step's peak."""
     now = head_tiles(settings, step, mesh, settings.model.logits_bytes)
     spare = 0.95 * capacity - sum(found["memory"].values()) + TILES_ALIVE * now.bytes
     sizes = {now.bytes // now.length * -(-now.count * now.length // count) for count in range(1, now.count)}
@@ -143,7 +144,7 @@ def propose_tiles(settings: Settings, step: Step, mesh: MeshConfig, found: Mappi
 
 
 def estimate_mesh(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[float, float]:
-    """Estimated (bytes per device, seconds), to choose which meshes to compile."""
+    """Rough (bytes per device, seconds), to choose which meshes to compile."""
     c, width = settings.model, 2 if settings.model.dtype == "bfloat16" else 4
     parts = mesh.fsdp * mesh.tensor
     # float32: weights, two moments, gradients; one frozen model, or two
@@ -173,8 +174,8 @@ def estimate_mesh(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[flo
     slow = settings.machine.parts > 1 and mesh.fsdp * mesh.tensor > count // settings.machine.parts
     link = chip.network if slow else chip.link
     seconds = (
-        closed_form_flops(settings, step) / count / (chip.tflops / chip.devices * 1e12)
-        + read / (chip.hbm / chip.devices * GB)
+        closed_form_flops(settings, step) / count / chip.flops_per_second
+        + read / chip.bytes_per_second
         + sent / (2 * link / chip.devices * GB)
     )
     return memory, seconds

@@ -2,7 +2,7 @@
 
 v5e:4x4       a slice of TPUs: the generation, and chips along each dimension
 2*v5e:4x4     two slices, joined by the data-centre network
-h100:8        GPUs of one host; h100:8x4 are 4 hosts of 8
+h100:8        the GPUs of one host; h100:8x4 is 4 hosts of 8
 """
 
 import dataclasses
@@ -21,24 +21,34 @@ LAUNCH = 2e-6  # seconds that a GPU needs for the smallest kernel
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Data sheet of a chip, all for bfloat16."""
+    """Data sheet of a chip, for bfloat16."""
 
-    tflops: float  # 10^12 FLOPs a second
+    tflops: float  # 10^12 FLOPs per second
     hbm: float  # GB/s of memory
-    link: float  # GB/s in one direction: of a link to a neighbour (TPU), of NVLink in all (GPU)
-    network: float  # GB/s in one direction and for each chip, between slices or hosts
+    link: float  # GB/s in one direction: one link to a neighbour (TPU), NVLink in total (GPU)
+    network: float  # GB/s per chip in one direction, between slices or hosts
     devices: int = 1  # JAX devices in a chip
     dimensions: int = 2  # of a slice; 0: a GPU
     largest: int = 256  # chips in a slice
 
+    @property
+    def flops_per_second(self) -> float:
+        """Peak of one JAX device."""
+        return self.tflops / self.devices * 1e12
 
-# Google Cloud's pages on each TPU generation, and NVIDIA's on the H100 and H200 SXM. Between hosts of GPUs: one 400
-# Gbit/s network card for each GPU; between TPU slices: 100 Gbit/s (v4: 50) for each host of four chips.
+    @property
+    def bytes_per_second(self) -> float:
+        """Memory bandwidth of one JAX device."""
+        return self.hbm / self.devices * GB
+
+
+# From Google Cloud's page on each TPU generation, and NVIDIA's on the H100 and H200 SXM. Between hosts of GPUs: one
+# network card of 400 Gbit/s per GPU. Between TPU slices, per chip: 12.5 (v4), 25 (v5e), 50 (v5p), 100 Gbit/s (later).
 CHIPS = {
     "v4": Chip(275, 1228, 45, 1.56, dimensions=3, largest=4096),
     "v5e": Chip(197, 819, 45, 3.1),
     "v5p": Chip(459, 2765, 90, 6.25, dimensions=3, largest=6144),
-    "v6e": Chip(918, 1640, 90, 6.25),
+    "v6e": Chip(918, 1640, 90, 12.5),
     "tpu7x": Chip(2307, 7370, 100, 12.5, devices=2, dimensions=3, largest=9216),
     "h100": Chip(989, 3350, 450, 50, dimensions=0),
     "h200": Chip(989, 4800, 450, 50, dimensions=0),
@@ -52,7 +62,7 @@ KINDS = {  # JAX's names for their devices
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
 }
-FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # slices that can be had, two-dimensional
+FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # the two-dimensional slices on offer
 SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # three-dimensional; larger ones are multiples of 4
 
 
@@ -119,7 +129,7 @@ def _exists(shape: Sequence[int], chip: Chip) -> bool:
 
 
 def recognise(devices: Sequence[Any]) -> Topology | None:
-    """The topology that these devices of a host or slice are; None if we have no data sheet for them."""
+    """The topology that these devices form; None if they are only a part of a slice, or have no data sheet here."""
     generation = KINDS.get(devices[0].device_kind)
     if generation is None:
         return None
@@ -133,7 +143,7 @@ def recognise(devices: Sequence[Any]) -> Topology | None:
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """Devices to compile for; none of them has to be here. UserError if the compiler knows no such machine."""
+    """Devices to compile for; they need not exist on this machine. UserError if the compiler knows no such machine."""
     from jax.experimental import topologies
 
     try:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from tpu import hlo
-from tpu.hardware import GB, LAUNCH, Chip
+from tpu.hardware import LAUNCH, Chip
 
 FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"),
@@ -40,8 +40,7 @@ class Cost:
 
     def seconds(self, chip: Chip, launch: float = LAUNCH) -> float:
         """Lower bound of one run of it on one device."""
-        compute = self.flops / (chip.tflops / chip.devices * 1e12)
-        return max(compute, self.bytes / (chip.hbm / chip.devices * GB), launch)
+        return max(self.flops / chip.flops_per_second, self.bytes / chip.bytes_per_second, launch)
 
     @property
     def scope(self) -> str:

@@ -21,7 +21,7 @@ class Sizes:
     model: ModelConfig = dataclasses.replace(MODELS["gpt2"], dtype="bfloat16", scan=True)
     batch: Count = 256  # rows of model.block tokens per training step
     microbatches: Count = 1
-    pairs: Count = 64  # of answers per DPO step
+    pairs: Count = 64  # pairs of answers per DPO step
     prompts: Count = 512  # per PPO iteration, and for decoding
     prompt_tokens: Count = 64
     ppo: PPOConfig = PPOConfig(new_tokens=64, temperature=0.7, epochs=4)
@@ -33,7 +33,7 @@ class Settings(Sizes):
     """Takes a minute or two per step for a model of GPT-2's size on two cores."""
 
     topology: str = "v5e:4x4"  # v5p:8x8x8, 2*v6e:16x16 (two slices), h100:8, h100:8x4 (4 hosts of 8)
-    steps: tuple[Step, ...] = ("train", "ppo", "decode")  # or dpo
+    steps: tuple[Step, ...] = ("train", "ppo", "decode")  # also: dpo
     tries: Count = 3  # meshes to compile for each step, best estimates first
     patience: Count = 900  # time limit for one compilation, in seconds
     json: Path | None = None  # also write the results to this file
