@@ -82,7 +82,7 @@ def test_a_part_that_is_cut_off_is_reported_and_ends_with_status_1(tmp_path, cap
     assert "cut off" in json.loads((tmp_path / "measured.json").read_text())["failed"]["same_bits"]
 
 
-def test_a_folder_is_wanted(tmp_path):
+def test_a_file_in_place_of_the_output_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="a file; give a folder"):
         Settings(out=tmp_path / "file")
@@ -122,6 +122,7 @@ def test_where_there_is_a_data_sheet_the_plan_stands_beside_what_is_measured(mon
     measuring.measure_step(measuring.SMALL, "train", 1, 0, tmp_path, 60.0, lambda found: step.update(found["step"]))
     least, most = step["plan"]["seconds"]
     assert 0 < least <= most and step["plan"]["bytes"] > 0
+    assert step["size"] == "8 rows x 65 tokens" and step["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
     assert step["seconds"] > least and 0 < step["mfu"] < step["plan"]["mfu"][0]
     assert [line.split()[0] for line in measure.step_lines(step)[1:4]] == ["time", "MFU", "tokens"]
 

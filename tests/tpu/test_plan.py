@@ -75,7 +75,7 @@ def test_what_loops_send_counts_as_often_as_they_run():
     assert unknown, "its length is not known when it is compiled"
 
 
-def test_the_forms_in_which_a_tpus_program_says_it():
+def test_collectives_are_read_from_the_text_of_a_tpus_program():
     text = """\
 HloModule jit_step, is_scheduled=true
 
@@ -167,7 +167,7 @@ def test_the_devices_of_a_group_are_read(groups, first):
     assert hlo.first_group(f"%x), channel_id=1, replica_groups={groups}, dimensions={{0}}", 8) == first
 
 
-def test_only_what_is_left_after_each_slice_joined_its_own_leaves_it():
+def test_the_devices_of_a_slice_combine_their_shares_before_anything_leaves_it():
     """8 devices in 2 slices: an all-reduce crosses with an eighth of ring traffic on a quarter of the array."""
     one = hlo.Collective("all-reduce", 800.0, group=8, times=3, parts=2)
     assert one.sent == 3 * 2 * 7 / 8 * 800 and one.across == 3 * 2 * 1 / 2 * (800 / 4)
@@ -198,7 +198,7 @@ def test_the_cost_of_a_compiled_program_is_that_of_its_products_and_arrays():
     assert least <= rows["mlp"].bytes < 4 * least
 
 
-def test_what_a_gpus_program_says_is_counted():
+def test_products_lookups_and_updates_of_a_gpus_program_are_counted():
     """cuBLAS and cuDNN by their shapes, a lookup by what it reads, an update in place by what it writes."""
     text = """\
 %lookup (p.1: f32[1000,8], i.1: s32[4]) -> f32[4,8] {
