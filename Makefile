@@ -20,7 +20,7 @@ CORE := $(foreach name,test_golden test_attention test_sharding test_generate te
           test_plan,$(wildcard tests/$(name).py tests/*/$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help assistant taste blind frontier label chat chat-web test test-all coverage breaks soak torture gpu-gate plan-all test-core lint set-up clean
+.PHONY: help assistant taste blind frontier label chat chat-web test test-all coverage breaks soak torture gpu-gate plan-all measure test-core lint set-up clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [ARGS=\"--preset gpu\"]"
@@ -74,6 +74,9 @@ gpu-gate: $(STAMP)  ## compile training, PPO and decoding for an H100 and check 
 
 plan-all: $(STAMP)  ## plan every kind of machine whose compiler is here (VENV=.venv-tpu EXTRAS=tpu, VENV=.venv-gpu EXTRAS=cuda; ARGS: its flags)
 	@$(PY) -m tpu.plan_all $(ARGS)
+
+measure: $(STAMP)  ## check and measure this package on the GPU or TPU of this machine, in 8 minutes (ARGS: its flags)
+	@$(PY) -m tpu.measure $(ARGS)
 
 test-core: $(STAMP)  ## run the quick tests of the core modules, e.g. for a second Python version
 	@$(PY) -m pytest $(WORKERS) -m "not slow" $(CORE) $(ARGS)

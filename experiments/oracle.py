@@ -39,6 +39,8 @@ from jaxgpt.runs.run import Run
 from jaxgpt.structs import Array, Leaf
 from jaxgpt.training import optim
 
+MOST_ANSWERS = 10**6  # are listed
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -46,7 +48,7 @@ class Settings:
 
     run: Path = Path("runs/oracle")
     vocab: Annotated[int, Range(2)] = 3  # tokens; the last one is the stop token
-    tokens: Count = 3  # of the longest answer; 3 make 15 answers
+    tokens: Annotated[int, Range(1, 20)] = 3  # of the longest answer; 3 make 15 answers
     beta: Positive = 0.5  # reward units per nat
     problems: Count = 5  # each with its own reference, scores and random numbers
     updates: Count = 1000
@@ -60,6 +62,11 @@ class Settings:
         check_settings(self)
         if self.answers % self.group:
             raise UserError(f"answers {self.answers} is not a multiple of group {self.group}; change one of them")
+        if self.vocab**self.tokens > MOST_ANSWERS:
+            raise UserError(
+                f"vocab {self.vocab} and tokens {self.tokens} make too many answers to list: vocab ** tokens must be "
+                f"at most {MOST_ANSWERS}"
+            )
 
 
 PRESETS = {"laptop": Settings(), "toy": Settings(problems=2, updates=4, answers=12)}

@@ -42,9 +42,9 @@ class Settings:
     run: Path = Path("runs/assistant/preferences")
     model: Path = Path("runs/assistant/sft")
     data: str = "movie_reviews"
-    prompts: Count = 2200  # for training; repeated if there are fewer
-    heldout: Count = 300  # prompts whose openings no training prompt has
-    candidates: Annotated[int, Range(2)] = 4  # C answers per prompt
+    prompts: Annotated[int, Range(1, 10**7)] = 2200  # for training; repeated if there are fewer
+    heldout: Annotated[int, Range(1, 10**7)] = 300  # prompts whose openings no training prompt has
+    candidates: Annotated[int, Range(2, 1000)] = 4  # C answers per prompt
     experts: Annotated[int, Range(0, 1)] = 0  # how many of them are human-written: 0 or 1
     new_tokens: Count = 40
     temperature: Positive = 0.7  # part of the policy: use the same in ppo, dpo and report
@@ -160,13 +160,14 @@ def choose_prompts(
 ) -> tuple[list[tuple[str, str]], RowCounts]:
     """`count` (prompt, expert answer) pairs in random order, and the counts of all available ones. Prompts repeat only
     if there are too few."""
-    prompts, left_out = sources.prompts_counted(settings.data, split, settings.cache)
+    prompts = sources.prompts(settings.data, split, settings.cache)
+    left_out = prompts.left_out
     found = [(prompt.text, "") for prompt in prompts]
     if settings.experts:
         unseen = {prompt.text for prompt in prompts}
-        pairs, left_out = sources.examples_counted(settings.data, split, settings.cache)
+        pairs = sources.examples(settings.data, split, settings.cache)
         found = [pair for pair in pairs if pair[0] in unseen]
-        left_out = left_out + Counter({"whose opening is in an earlier split": len(pairs) - len(found)})
+        left_out = pairs.left_out + Counter({"whose opening is in an earlier split": len(pairs) - len(found)})
     order = np.concatenate([rng.permutation(len(found)) for _ in range(-(-count // len(found)))])
     return [found[i] for i in order[:count]], RowCounts.of(found, left_out)
 

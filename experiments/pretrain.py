@@ -19,10 +19,9 @@ import optax
 from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import Count, CountOrZero, ModelConfig, Nonnegative, Positive, Seed
 from jaxgpt.data import pipelines, sources
-from jaxgpt.data.streams import Say, count_shared, tokenize_stream
-from jaxgpt.data.tokenizer import Tokenizer, cached_tokenizer, gpt2_tokenizer
-from jaxgpt.data.training_data import LoadedData, RowCounts, heldout_windows
-from jaxgpt.errors import UserError
+from jaxgpt.data.streams import Say, tokenize_stream
+from jaxgpt.data.tokenizer import Tokenizer, tokenizer_for
+from jaxgpt.data.training_data import LoadedData, heldout_windows, text_counts
 from jaxgpt.files import cache_root
 from jaxgpt.models import sharding, transformer
 from jaxgpt.models.sharding import RowShard
@@ -99,17 +98,13 @@ class Data:
 
 def prepare(settings: Settings, share: RowShard, hashes: Mapping[str, str] | None = None, say: Say = print) -> Data:
     train, test = sources.open_both(settings.data, settings.cache, hashes)
-    kind, vocab = settings.tokenizer, settings.model.vocab
-    tok = gpt2_tokenizer() if kind == "gpt2" else cached_tokenizer(kind, train, vocab, settings.cache)
-    if tok.vocab_size > settings.model.vocab:
-        raise UserError(f"the tokenizer has {tok.vocab_size} ids; set --model.vocab to at least that")
+    tok = tokenizer_for(settings.tokenizer, train, settings.model.vocab, settings.cache)
     stream, heldout = (tokenize_stream(documents, tok, settings.cache, say) for documents in (train, test))
     size = settings.model.block, settings.batch
     batches = pipelines.windows(stream, *size, seed=settings.seed, part=share.index, parts=share.count)
     windows, counts = heldout_windows(heldout, *size, settings.eval_batches)
-    rows = {"documents": RowCounts(stream.documents).without(sources.BLANK, stream.blank), "held-out windows": counts}
-    loaded = LoadedData(rows, count_shared(heldout, stream))
-    return Data(tok, len(stream), batches, windows, loaded, len(heldout) / heldout.bytes)
+    rows = text_counts(stream, heldout, counts)
+    return Data(tok, len(stream), batches, windows, rows, len(heldout) / heldout.bytes)
 
 
 def main(settings: Settings) -> dict[str, Any]:

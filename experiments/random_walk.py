@@ -41,7 +41,7 @@ class Settings:
     """2 CPU cores: about 50 s; optimality rises from 0.2 to 0.98, and the KL-regularised optimum's is 0.99."""
 
     run: Path = Path("runs/random_walk")
-    nodes: Annotated[int, Range(3)] = 21  # the last one is the goal
+    nodes: Annotated[int, Range(3, 1000)] = 21  # the last one is the goal
     edge_probability: Annotated[float, Range(above=0, most=1)] = 0.1
     max_steps: Annotated[int, Range(2)] = 10  # steps of the longest walk
     layers: Count = 2

@@ -183,12 +183,12 @@ def _take(answers: rollout.SampledAnswers, index: np.ndarray) -> rollout.Sampled
 
 def heldout_prompts(settings: Settings) -> tuple[list[Prompt], RowCounts]:
     """The first `prompts` held-out prompts, and what was left out. Raises UserError if there are too few."""
-    prompts, left_out = sources.prompts_counted(settings.data, "test", settings.cache)
+    prompts = sources.prompts(settings.data, "test", settings.cache)
     if len(prompts) < settings.prompts:
         raise UserError(
             f"{settings.data} has {len(prompts)} held-out prompts; set --prompts (of report) to at most that"
         )
-    counts = RowCounts.of(prompts, left_out)
+    counts = RowCounts.of(prompts, prompts.left_out)
     return prompts[: settings.prompts], counts.without(
         f"beyond --prompts {settings.prompts}", len(prompts) - settings.prompts
     )

@@ -13,7 +13,8 @@ from jaxgpt.errors import UserError
 @dataclasses.dataclass(frozen=True)
 class Range:
     """The numbers a setting may take: `steps: Annotated[int, Range(1)] = 100`. `check_settings` rejects any other, NaN
-    and infinity included, and --help shows the range. `Range()`: any finite number."""
+    and infinity included, and --help shows the range. `Range()`: any finite number. Where a range has no upper limit,
+    those of the arrays apply: MOST_INT, and the numbers that float32 can hold."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -29,6 +30,9 @@ class Range:
         return " and ".join(words) or "any finite number"
 
 
+MOST_INT = 2**31 - 1  # JAX counts and indexes in int32
+LEAST_FLOAT, MOST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32: what is smaller becomes 0, larger infinite
+
 Count = Annotated[int, Range(1)]  # of something that there must be
 CountOrZero = Annotated[int, Range(0)]
 Counts = Annotated[tuple[int, ...], Range(1)]
@@ -40,9 +44,10 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]  # jax.random.key drops the bits abov
 
 
 def check_settings(settings: Any) -> None:
-    """For `__post_init__`: UserError if a field is outside its `Range` or not one of its `Literal`'s choices. Tuples
-    are checked number by number, and None is always allowed. The message begins with the field's name; whoever reads
-    nested settings (`runs.cli`, `runs.settings`) puts the path to them before it."""
+    """For `__post_init__`: UserError if a field is outside its `Range`, if int32 or float32 can't hold it, or if it is
+    not one of its `Literal`'s choices. Tuples are checked number by number, and None is always allowed. The message
+    begins with the field's name; whoever reads nested settings (`runs.cli`, `runs.settings`) puts the path to them
+    before it."""
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
         hint, value = hints[field.name], getattr(settings, field.name)
@@ -54,6 +59,19 @@ def check_settings(settings: Any) -> None:
                 if number not in allowed:
                     finite = "" if _is_finite(number) or str(allowed) == str(Range()) else "finite and "
                     raise UserError(f"{field.name} is {number}; it must be {finite}{allowed}")
+                limits = _limits_of_arrays(number, allowed)
+                if limits:
+                    raise UserError(f"{field.name} is {number}; it must be {limits}")
+
+
+def _limits_of_arrays(number: float, allowed: Range) -> str:
+    """What a number of a range must be for the arrays, if it isn't; otherwise an empty string."""
+    if isinstance(number, int):
+        fits = allowed.most < math.inf or abs(number) <= MOST_INT
+        return "" if fits else f"at most {MOST_INT}" if number > 0 else f"at least -{MOST_INT}"
+    if number and not LEAST_FLOAT <= abs(number) <= MOST_FLOAT:
+        return f"a number that float32 can hold, between {LEAST_FLOAT:.2g} and {MOST_FLOAT:.2g} in size"
+    return ""
 
 
 def _is_finite(number: float) -> bool:
@@ -73,13 +91,13 @@ def _numbers(value: Any) -> Iterator[float]:
 class ModelConfig:
     """A transformer: like GPT-2 by default; other settings make it a GPT (2018) or a Llama, see PRESETS."""
 
-    layers: Count = 4
-    width: Count = 128
+    layers: Annotated[int, Range(1, 1000)] = 4
+    width: Annotated[int, Range(1, 2**20)] = 128
     heads: Count = 4
     kv_heads: CountOrZero = 0  # key/value heads, each for heads / kv_heads query heads; 0: one per head
-    block: Count = 96  # maximum sequence length, in tokens
-    vocab: Count = 2048  # rows of the embedding; a multiple of 128 is fastest
-    mlp_width: CountOrZero = 0  # hidden units of the MLP; 0: 4 x width
+    block: Annotated[int, Range(1, 2**24)] = 96  # maximum sequence length, in tokens
+    vocab: Annotated[int, Range(1, 2**20)] = 2048  # rows of the embedding; a multiple of 128 is fastest
+    mlp_width: Annotated[int, Range(0, 2**22)] = 0  # hidden units of the MLP; 0: 4 x width
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: down(silu(gate x) * up x)
     norm: Literal["layer", "rms"] = "layer"  # rms: no mean, no bias
     norm_at: Literal["input", "output"] = "input"  # normalise a sub-layer's input, or the residual sum (Radford 2018)
@@ -95,7 +113,7 @@ class ModelConfig:
     gradients: Literal["auto", "plain"] = "auto"  # auto: hand-written where that is faster; plain: all by JAX
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes; dots: all but matrix products
     scan: bool = False  # compile one layer and loop over it: compiles faster, runs slower on a CPU
-    logits_bytes: Count = 512 * 2**20  # per device; larger logits are computed in tiles
+    logits_bytes: Annotated[int, Range(1, 10**12)] = 512 * 2**20  # per device; larger logits are computed in tiles
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # that programs are written for; auto: the mesh's devices
 
     def __post_init__(self) -> None:

@@ -18,9 +18,18 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxgpt.config import MOST_INT
+from jaxgpt.errors import UserError
+
 Array = jax.Array
 Leaf = Any  # an array: JAX's, NumPy's on the host, or only its shape before compiling
 Params = dict[str, Any]
+
+
+def check_batch(rows: int, length: int) -> None:
+    """UserError if the tokens of a batch are more than int32 counts."""
+    if rows * length > MOST_INT:
+        raise UserError(f"a batch of {rows} rows of {length} tokens is too large: at most {MOST_INT} tokens in all")
 
 
 @struct.dataclass
@@ -39,7 +48,9 @@ class Batch:
 
     @staticmethod
     def shapes(rows: int, length: int, *, packed: bool = False) -> "Batch":
-        """Shapes and dtypes in place of arrays, to compile for; packed rows have segments and positions."""
+        """Shapes and dtypes in place of arrays, to compile for; packed rows have segments and positions. UserError for
+        more than 2^31 - 1 tokens."""
+        check_batch(rows, length)
         ids, mask = (jax.ShapeDtypeStruct((rows, length), kind) for kind in (jnp.int32, jnp.bool))
         return Batch(ids, mask, ids, ids) if packed else Batch(ids, mask)
 
@@ -60,7 +71,8 @@ class Preferences:
 
     @staticmethod
     def shapes(prompts: int, candidates: int, length: int) -> "Preferences":
-        """Shapes and dtypes instead of arrays, for ahead-of-time compilation."""
+        """Shapes and dtypes instead of arrays, for ahead-of-time compilation. UserError as for `Batch.shapes`."""
+        check_batch(prompts * candidates, length)
         shape = (prompts, candidates, length)
         return Preferences(
             tokens_BCT=jax.ShapeDtypeStruct(shape, jnp.int32),
@@ -109,7 +121,8 @@ class Prompts:
 
     @staticmethod
     def shapes(prompts: int, length: int) -> "Prompts":
-        """Shapes and dtypes in place of arrays, to compile for."""
+        """Shapes and dtypes in place of arrays, to compile for. UserError as for `Batch.shapes`."""
+        check_batch(prompts, length)
         return Prompts(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((prompts, length), (prompts,))))
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from jaxgpt import files
+from jaxgpt import caches, files
+from jaxgpt.caches import cached, cached_folder
 from jaxgpt.data import formats, wheels
 from jaxgpt.data.comparisons import Preference, write_preferences
 from jaxgpt.data.wheels import Wheel
 from jaxgpt.errors import UserError
-from jaxgpt.files import cached, cached_folder, sha256_of_file, write_record
+from jaxgpt.files import sha256_of_file, write_record
 from jaxgpt.runs.rollouts import load_rollout
 from jaxgpt.runs.run import Run
 from jaxgpt.study.cells import ResultCache
@@ -95,7 +96,7 @@ def test_a_cache_that_cant_be_written_is_a_warning(tmp_path, capsys, monkeypatch
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(files, "write_record", full)
+        monkeypatch.setattr(caches, "write_record", full)
     else:
         (tmp_path / "cache").touch()  # root may write to any folder, but not below a file
     assert [keep(folder, []) for _ in range(2)] == ["content"] * 2 and not folder.exists()
@@ -111,17 +112,17 @@ def test_a_cache_that_is_being_written_is_never_read(tmp_path, monkeypatch, keep
         def killed(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(files, "write_record", killed)
+        patch.setattr(caches, "write_record", killed)
         keep(tmp_path / "kept", [])
     assert not (tmp_path / "kept").exists()
-    real: Callable[..., None] = files.write_record
+    real: Callable[..., None] = caches.write_record
 
     def overtaken(*arguments: Any) -> None:
-        monkeypatch.setattr(files, "write_record", real)
+        monkeypatch.setattr(caches, "write_record", real)
         assert keep(tmp_path / "kept", []) == "content"
         real(*arguments)
 
-    monkeypatch.setattr(files, "write_record", overtaken)
+    monkeypatch.setattr(caches, "write_record", overtaken)
     assert keep(tmp_path / "kept", []) == "content"
     assert keep(tmp_path / "kept", made := []) == "content" and not made
 

@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import ppo, pretrain
+from experiments import dpo, ppo, pretrain
 from jaxgpt import decoding
+from jaxgpt.data.comparisons import MaxSizes
 from jaxgpt.data.tokenizer import ANSWER_END
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding, transformer
@@ -27,7 +28,7 @@ from jaxgpt.models.sharding import MeshConfig
 from jaxgpt.runs.cli import settings_from_json
 from jaxgpt.training.step import jit_on, sharded_shapes
 from tpu import hardware, hlo, roofline
-from tpu.settings import Settings, Step
+from tpu.settings import Settings, Sizes, Step
 
 GIB = 2**30
 GPU_SHARE = 0.75  # of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
@@ -43,7 +44,15 @@ class Built:
     memory: Mapping[str, Any]
 
 
-def build(settings: Settings, step: Step, mesh: jax.sharding.Mesh) -> Built:
+def pretrain_settings(settings: Sizes) -> pretrain.Settings:
+    return pretrain.Settings(model=settings.model, batch=settings.batch, microbatches=settings.microbatches)
+
+
+def ppo_settings(settings: Sizes) -> ppo.Settings:
+    return ppo.Settings(batch=settings.prompts, ppo=settings.ppo)
+
+
+def build(settings: Sizes, step: Step, mesh: jax.sharding.Mesh) -> Built:
     everywhere, rows = sharding.replicated_sharding(mesh), sharding.row_sharding(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
@@ -51,13 +60,17 @@ def build(settings: Settings, step: Step, mesh: jax.sharding.Mesh) -> Built:
     def with_sharding(tree: Any, where: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
-    if step == "train":
-        run = pretrain.Settings(model=settings.model, batch=settings.batch, microbatches=settings.microbatches)
-        train = pretrain.build(run, mesh)
+    if step in ("train", "dpo"):
+        if step == "train":
+            train: Any = pretrain.build(pretrain_settings(settings), mesh)
+        else:
+            answer = settings.ppo.new_tokens
+            size = MaxSizes(row=settings.prompt_tokens + answer, answer=answer, candidates=2)
+            train = dpo.build(dpo.Settings(batch=settings.pairs), settings.model, size, 1000, mesh)
         batch = with_sharding(train.batch, rows)
         return Built(train.step, (train.state, batch, None), {}, {**_memory_of_state(train.state), "batch": batch})
     if step == "ppo":
-        rl = ppo.Settings(batch=settings.prompts, ppo=settings.ppo)
+        rl = ppo_settings(settings)
         program = ppo.build(rl, settings.model, settings.prompt_tokens, mesh, ANSWER_END)
         prompts, state = with_sharding(program.prompts, rows), program.state
         control = with_sharding(jax.eval_shape(lambda: ppo.controller(rl)), everywhere)
@@ -134,8 +147,8 @@ def compile_step(settings: Settings, step: Step) -> dict[str, Any]:
     start = time.perf_counter()
     traced = built.step.trace(*built.arguments, **built.static)
     flops, exact = hlo.product_flops(traced.jaxpr)
-    memory: dict[str, float] = {name: bytes_per_device(tree) for name, tree in built.memory.items()}
-    about: dict[str, Any] = {"flops": flops, "flops_exact": exact, "arguments": memory}
+    arguments = {name: bytes_per_device(tree) for name, tree in built.memory.items()}
+    about: dict[str, Any] = {"flops": flops, "flops_exact": exact, "arguments": arguments}
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -143,35 +156,44 @@ def compile_step(settings: Settings, step: Step) -> dict[str, Any]:
         if refused is None:
             raise
         return {**about, "fits": False, "needed": refused[0], "capacity": refused[1]}
+    memory = about["arguments"] = program_memory(built, compiled)
+    if machine.is_gpu and sum(memory.values()) > (there := GPU_SHARE * hardware.gpu_memory(machine)):
+        return {**about, "fits": False, "needed": sum(memory.values()), "capacity": there}
+    took = time.perf_counter() - start
+    return {**about, "fits": True, "seconds": took, "memory": memory, **analyse(settings, step, mesh, compiled, flops)}
+
+
+def program_memory(built: Built, compiled: Any) -> dict[str, float]:
+    """Bytes that a compiled step needs on one device, by what they hold."""
     found = compiled.memory_analysis()
-    text = compiled.as_text()
-    memory |= {
+    memory: dict[str, float] = {name: bytes_per_device(tree) for name, tree in built.memory.items()}
+    return memory | {
         "padding": max(0.0, found.argument_size_in_bytes - sum(memory.values())),
         "results": max(0, found.output_size_in_bytes - found.alias_size_in_bytes),
         "temporary": found.temp_size_in_bytes,
         "program": found.generated_code_size_in_bytes,
     }
-    about["arguments"] = memory
-    if machine.is_gpu and sum(memory.values()) > (there := GPU_SHARE * hardware.gpu_memory(machine)):
-        return {**about, "fits": False, "needed": sum(memory.values()), "capacity": there}
+
+
+def analyse(settings: Settings, step: Step, mesh: jax.sharding.Mesh, compiled: Any, flops: float) -> dict[str, Any]:
+    """What a compiled step for settings.machine sends and computes, and what its parts cost; `flops`: of its trace."""
+    machine, count, text = settings.machine, mesh.size, compiled.as_text()
     part_of = [_part(device, machine) for device in mesh.devices.flat] if machine.parts > 1 else []
-    sent, unknown = hlo.collectives(text, len(devices), part_of)
+    sent, unknown = hlo.collectives(text, count, part_of)
     costs = roofline.costs(hlo.Program(text))
     if machine.is_gpu:  # cuDNN's products are not in the traced program
-        about["flops"] += len(devices) * sum(cost.times * cost.flops for cost in costs if "fmha" in cost.kind)
+        flops += count * sum(cost.times * cost.flops for cost in costs if "fmha" in cost.kind)
     launch = hardware.LAUNCH if machine.is_gpu else 0.0
     return {
-        **about,
-        "fits": True,
-        "seconds": time.perf_counter() - start,
-        "attention": [name for name, mark in ATTENTION.items() if mark in text],
-        "memory": memory,
-        "aliased": found.alias_size_in_bytes,
+        "flops": flops,
+        "attention": attention_kernels(text),
+        "aliased": compiled.memory_analysis().alias_size_in_bytes,
         "collectives": {
             kind: {
                 "times": sum(one.times for one in sent if one.kind == kind),
                 "sent": sum(one.sent for one in sent if one.kind == kind),
                 "across": sum(one.across for one in sent if one.kind == kind),
+                "largest": max(one.size for one in sent if one.kind == kind),
             }
             for kind in sorted({one.kind for one in sent})
         },
@@ -188,6 +210,11 @@ def compile_step(settings: Settings, step: Step) -> dict[str, Any]:
 
 
 ATTENTION = {"splash": "splash_mha", "cuDNN": "__cudnn$fmha"}  # kernels, and what shows them in a program's text
+
+
+def attention_kernels(text: str) -> list[str]:
+    """Names of the attention kernels that a compiled program calls."""
+    return [name for name, mark in ATTENTION.items() if mark in text]
 
 
 def _kernels_per_token(costs: Sequence[roofline.Cost], new_tokens: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from jaxgpt.errors import UserError
 from jaxgpt.models.sharding import MeshConfig
 from tpu.hardware import GB
-from tpu.settings import Settings, Step
+from tpu.settings import Settings, Sizes, Step
 
 # What published runs reached of the peak, in model FLOPs (MFU), to read the bounds by. All of them have larger models.
 PUBLISHED = {
@@ -20,7 +20,7 @@ PUBLISHED = {
 }
 
 
-def closed_form_flops(settings: Settings, step: Step) -> float:
+def closed_form_flops(settings: Sizes, step: Step) -> float:
     """FLOPs of a step over all devices: 6 N + 12 layers width T per token to train, a third of that for a forward pass.
     PPO samples (one forward pass), evaluates the rollouts (policy, reference policy and reward model: three), and
     trains for `epochs`."""
@@ -28,8 +28,24 @@ def closed_form_flops(settings: Settings, step: Step) -> float:
     if step == "train":
         return settings.batch * settings.model.block * settings.model.flops_per_token
     row = dataclasses.replace(settings.model, block=tokens_per_row)
+    if step == "dpo":  # two answers each, and the reference's forward pass
+        return 2 * settings.pairs * tokens_per_row * row.flops_per_token * 4 / 3
     passes = 1 / 3 if step == "decode" else 4 / 3 + settings.ppo.epochs
     return settings.prompts * tokens_per_row * row.flops_per_token * passes
+
+
+def rows_at_once(settings: Sizes, step: Step) -> int:
+    """Rows, or pairs of them, that a step divides among the devices."""
+    return {
+        "train": settings.batch // settings.microbatches,
+        "dpo": settings.pairs,
+        "ppo": settings.prompts // settings.ppo.minibatches,
+        "decode": settings.prompts,
+    }[step]
+
+
+def samples(step: Step) -> bool:
+    return step in ("ppo", "decode")
 
 
 def cache_bytes(settings: Settings, mesh: MeshConfig) -> float:
@@ -100,6 +116,8 @@ def head_tiles(settings: Settings, step: Step, mesh: MeshConfig, logits_bytes: i
     learn = 3 * read + 8
     if step == "train":
         rows, parts, positions, moved, passes = settings.batch, settings.microbatches, c.block - 1, learn, 1
+    elif step == "dpo":  # the reference scores two answers each, and the policy learns from them
+        rows, parts, positions, moved, passes = 2 * settings.pairs, 1, ppo.new_tokens, read + learn, 1
     else:  # the policy and the reference score, then the policy learns
         rows, parts, positions, passes = settings.prompts, ppo.minibatches, ppo.new_tokens, ppo.epochs
         moved = 2 * read + passes * learn
@@ -128,16 +146,17 @@ def estimate_mesh(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[flo
     """Estimated (bytes per device, seconds), to choose which meshes to compile."""
     c, width = settings.model, 2 if settings.model.dtype == "bfloat16" else 4
     parts = mesh.fsdp * mesh.tensor
-    copies = {"train": 4, "ppo": 6, "decode": 1}[step]  # float32: weights, two moments, gradients; two frozen models
+    # float32: weights, two moments, gradients; one frozen model, or two
+    copies = {"train": 4, "dpo": 5, "ppo": 6, "decode": 1}[step]
     tokens_per_row = c.block if step == "train" else settings.prompt_tokens + settings.ppo.new_tokens
-    rows = settings.batch / settings.microbatches if step == "train" else settings.prompts / settings.ppo.minibatches
+    rows = rows_at_once(settings, step) * (2 if step == "dpo" else 1)
     tokens = rows * tokens_per_row / (mesh.data * mesh.fsdp)
     a_layer = {"none": 17, "dots": 9, "full": 1}[c.remat] * c.width * width
     kept = 0.0 if step == "decode" else tokens * (c.layers * a_layer + 6 * c.vocab) / mesh.tensor
-    memory = copies * 4 * c.parameters / parts + kept + cache_bytes(settings, mesh)
-    passes = {"train": settings.microbatches, "ppo": 3 + settings.ppo.epochs * settings.ppo.minibatches, "decode": 1}[
-        step
-    ]
+    cache = cache_bytes(settings, mesh) if samples(step) else 0.0
+    memory = copies * 4 * c.parameters / parts + kept + cache
+    updates = settings.ppo.epochs * settings.ppo.minibatches
+    passes = {"train": settings.microbatches, "dpo": 2, "ppo": 3 + updates, "decode": 1}[step]
     weights = c.parameters * width / mesh.tensor
     sent = 0.0
     if mesh.fsdp > 1:
@@ -145,11 +164,11 @@ def estimate_mesh(settings: Settings, step: Step, mesh: MeshConfig) -> tuple[flo
     if mesh.data > 1 and step != "decode":
         sent += 2 * passes * 4 * c.parameters / parts
     if mesh.tensor > 1:
-        new = settings.ppo.new_tokens if step != "train" else 0
+        new = settings.ppo.new_tokens if samples(step) else 0
         sent += passes * 8 * c.layers * tokens * c.width * width + new * 4 * c.layers * rows * c.width * width
     read = kept * (2 if step == "train" else 1) + passes * 3 * weights + copies * 4 * c.parameters / parts
-    if step != "train":  # every new token reads the weights, and half of the final cache on average
-        read += settings.ppo.new_tokens * (weights + cache_bytes(settings, mesh) / 2)
+    if samples(step):  # every new token reads the weights, and half of the final cache on average
+        read += settings.ppo.new_tokens * (weights + cache / 2)
     chip, count = settings.machine.chip, mesh.data * mesh.fsdp * mesh.tensor
     slow = settings.machine.parts > 1 and mesh.fsdp * mesh.tensor > count // settings.machine.parts
     link = chip.network if slow else chip.link
@@ -167,12 +186,7 @@ def candidates(settings: Settings, step: Step, devices: int, capacity: float) ->
     if requested != MeshConfig():
         inner = requested.fsdp * requested.tensor
         return [dataclasses.replace(requested, data=requested.data or devices // inner)]
-    c = settings.model
-    rows = (
-        settings.batch // settings.microbatches
-        if step == "train"
-        else settings.prompts // (settings.ppo.minibatches if step == "ppo" else 1)
-    )
+    c, rows = settings.model, rows_at_once(settings, step)
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     found = []
     for fsdp, tensor in itertools.product(divisors, divisors):

@@ -32,8 +32,8 @@ class Chip:
     largest: int = 256  # chips in a slice
 
 
-# Google Cloud's pages on each TPU generation, and NVIDIA's on the H100 SXM. Between hosts of H100s: one 400 Gbit/s
-# network card for each GPU; between TPU slices: 100 Gbit/s (v4: 50) for each host of four chips.
+# Google Cloud's pages on each TPU generation, and NVIDIA's on the H100 and H200 SXM. Between hosts of GPUs: one 400
+# Gbit/s network card for each GPU; between TPU slices: 100 Gbit/s (v4: 50) for each host of four chips.
 CHIPS = {
     "v4": Chip(275, 1228, 45, 1.56, dimensions=3, largest=4096),
     "v5e": Chip(197, 819, 45, 3.1),
@@ -41,6 +41,16 @@ CHIPS = {
     "v6e": Chip(918, 1640, 90, 6.25),
     "tpu7x": Chip(2307, 7370, 100, 12.5, devices=2, dimensions=3, largest=9216),
     "h100": Chip(989, 3350, 450, 50, dimensions=0),
+    "h200": Chip(989, 4800, 450, 50, dimensions=0),
+}
+KINDS = {  # JAX's names for their devices
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
 }
 FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # slices that can be had, two-dimensional
 SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # three-dimensional; larger ones are multiples of 4
@@ -108,6 +118,20 @@ def _exists(shape: Sequence[int], chip: Chip) -> bool:
     return by_fours or tuple(sorted(shape)) in {tuple(sorted(one)) for one in SMALL}
 
 
+def recognise(devices: Sequence[Any]) -> Topology | None:
+    """The topology that these devices of a host or slice are; None if we have no data sheet for them."""
+    generation = KINDS.get(devices[0].device_kind)
+    if generation is None:
+        return None
+    axes = range(CHIPS[generation].dimensions)
+    shape = [1 + max(one.coords[axis] for one in devices) for axis in axes] or [len(devices)]
+    try:
+        found = parse(f"{generation}:{'x'.join(map(str, shape))}")
+    except UserError:
+        return None
+    return found if found.count == len(devices) else None
+
+
 def devices(topology: Topology) -> Sequence[Any]:
     """Devices to compile for; none of them has to be here. UserError if the compiler knows no such machine."""
     from jax.experimental import topologies
@@ -122,6 +146,8 @@ def devices(topology: Topology) -> Sequence[Any]:
         more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
         more |= {"chip_config_name": "megacore"} if topology.generation == "v4" else {}  # its two cores as one device
         return topologies.get_topology_desc(topology.name.split("*")[-1], "tpu", **more).devices
+    except UserError:
+        raise
     except Exception as error:  # the compiler raises its own kinds
         lines = str(error).strip().splitlines()
         raise UserError(f"there is no {topology.name} ({lines[0] if lines else type(error).__name__})") from None
@@ -136,4 +162,7 @@ def gpu_memory(topology: Topology) -> int:
 
 def _target(topology: Topology) -> str:
     """The description of a GPU that XLA compiles for (GpuTargetConfigProto)."""
-    return (Path(__file__).parent / f"{topology.generation}.txtpb").read_text()
+    file = Path(__file__).parent / f"{topology.generation}.txtpb"
+    if not file.exists():
+        raise UserError(f"nothing can be compiled for {topology.name} without the GPU; plan for h100 instead")
+    return file.read_text()

@@ -24,7 +24,16 @@ from jaxgpt.models.sharding import MeshConfig
 from jaxgpt.runs.cli import cli, settings_to_json
 from tpu import hardware
 from tpu.compiling import GIB, run_in_child
-from tpu.estimates import PUBLISHED, cache_bytes, candidates, closed_form_flops, estimate, head_tiles, propose_tiles
+from tpu.estimates import (
+    PUBLISHED,
+    cache_bytes,
+    candidates,
+    closed_form_flops,
+    estimate,
+    head_tiles,
+    propose_tiles,
+    samples,
+)
 from tpu.settings import PRESETS, Settings, Step
 
 
@@ -56,7 +65,7 @@ def report(settings: Settings, step: Step, mesh: MeshConfig, found: Mapping[str,
             f"({held})",
         ]
     memory = dict(found["memory"])
-    cache = min(cache_bytes(settings, mesh), memory["temporary"]) if step != "train" else 0.0
+    cache = min(cache_bytes(settings, mesh), memory["temporary"]) if samples(step) else 0.0
     names = {"temporary": "activations, gradients", "padding": "layout padding"}
     if cache:
         memory["temporary"] -= cache
@@ -144,6 +153,7 @@ def sizes_text(settings: Settings, step: Step) -> str:
     answers = f"{settings.prompts:,} prompts of {settings.prompt_tokens} + {settings.ppo.new_tokens} tokens"
     return {
         "train": f"{settings.batch:,} rows x {settings.model.block} tokens",
+        "dpo": f"{settings.pairs:,} pairs of {settings.prompt_tokens} + {settings.ppo.new_tokens} tokens",
         "ppo": f"{answers}, {settings.ppo.epochs} epochs",
         "decode": answers,
     }[step]

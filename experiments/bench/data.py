@@ -16,13 +16,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from experiments import pretrain
 from experiments.bench import harness
-from jaxgpt.config import Count, Positive, Seed, check_settings
+from jaxgpt.config import Count, Range, Seed, check_settings
 from jaxgpt.models.sharding import RowShard
 from jaxgpt.runs.cli import cli
 
@@ -32,7 +32,7 @@ class Settings:
     """Half a minute on one CPU core."""
 
     folder: Path = Path("runs/bench_data")  # for the text and its tokens
-    gigabytes: Positive = 0.05
+    gigabytes: Annotated[float, Range(above=0, most=1000)] = 0.05
     form: Literal["jsonl", "txt"] = "jsonl"  # a document per line, or one document
     tokenizer: Literal["char", "bpe"] = "char"  # char is by far the fastest, and has the most tokens
     batches: Count = 300  # of 16 x 256 tokens

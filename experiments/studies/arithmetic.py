@@ -51,7 +51,7 @@ class Settings:
 
     run: Path = Path("runs/arithmetic")
     model: ModelConfig = ModelConfig(layers=2, width=96, heads=4, block=32, vocab=384)
-    largest_summand: Annotated[int, Range(9)] = 99  # largest summand
+    largest_summand: Annotated[int, Range(9, 9999)] = 99  # largest summand
     max_dots: Count = 6  # per demonstration, at most
     heldout: Count = 500  # sums of pairs of numbers that are never trained on, in either order
     steps: Count = 3000  # of training on demonstrations, at most

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jaxgpt.caches import cached_folder
 from jaxgpt.data.openings import stable_hash
 from jaxgpt.errors import UserError, needs_extra
-from jaxgpt.files import cached_folder
 
 with needs_extra("data"):
     import tensorflow_datasets as tfds
@@ -90,7 +90,7 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
 def prepare(root: Path) -> Path:
     """The folder of the prepared dataset under `root`, written on the first call (about 2 s).
 
-    It is written atomically, hashed, and rebuilt if it is damaged (see `files.cached_folder`). Its name includes the
+    It is written atomically, hashed, and rebuilt if it is damaged (see `caches.cached_folder`). Its name includes the
     wheel's version, so each version is prepared separately. Raises UserError if the wheel is missing or not as
     expected.
     """

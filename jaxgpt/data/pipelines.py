@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.data.comparisons import TokenizedPreference
-from jaxgpt.data.streams import TokenStream
+from jaxgpt.data.token_stream import TokenStream
 from jaxgpt.data.tokenizer import Row
 from jaxgpt.errors import UserError, needs_extra
 

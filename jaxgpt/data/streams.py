@@ -1,4 +1,5 @@
-"""The tokens of a text, kept on disk: made in shards that are resumed, verified and repaired, and read by mapping.
+"""The tokens of a text, kept on disk: made in shards that are resumed, verified and repaired (`data.token_stream` reads
+them).
 
 A stream's folder, `streams`/NAME in the cache, is named by the hash of text and tokenizer. It holds
 
@@ -19,7 +20,6 @@ tokens that are asked for: mapped pages are given back after every read.
 import contextlib
 import fcntl
 import hashlib
-import mmap
 import os
 import shutil
 from array import array
@@ -29,7 +29,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.caches import warn_unwritable, writable_folder
 from jaxgpt.data.documents import PIECE, Documents
+from jaxgpt.data.token_stream import Part, TokenStream, give_back, map_file
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import (
@@ -39,8 +41,6 @@ from jaxgpt.files import (
     sha256_of_file,
     sha256_of_texts,
     warn_once,
-    warn_unwritable,
-    writable_folder,
     write_record,
 )
 
@@ -53,43 +53,6 @@ Say = Callable[[str], None]
 _Position = list[int]  # [piece, tokens]: behind so many tokens of this piece
 _Encoded = tuple[int, np.ndarray]  # a piece's number and its tokens
 _Filled = tuple[np.ndarray, _Position]  # a shard's tokens, and where it ends
-_Part = tuple[np.ndarray, mmap.mmap | None]  # tokens, and the mapping that they are in
-
-
-class TokenStream:
-    """int32 [N]. `stream[a:b]` is an array; the tokens themselves stay on disk."""
-
-    def __init__(self, parts: Sequence[_Part], hashes: np.ndarray, index: Mapping[str, Any]) -> None:
-        self.digest: str = index["digest"]  # sha256 of shape, type and tokens, as `pipelines` computes it of an array
-        self.documents: int = index["documents"]  # those read, blank ones included
-        self.blank: int = index["blank"]
-        self.bytes: int = index["bytes"]  # of the text in UTF-8
-        self.document_hashes = hashes  # uint64, of those that are not blank
-        self._parts, self._length, self._shard = parts, index["tokens"], index["shard"]
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, wanted: slice) -> np.ndarray:
-        begin, end, step = wanted.indices(self._length)
-        if step != 1:
-            raise ValueError(f"a stream is read in steps of 1, not {step}")
-        found = []
-        for number in range(begin // self._shard, -(-end // self._shard)):
-            start, (tokens, mapped) = number * self._shard, self._parts[number]
-            found.append(tokens[max(begin - start, 0) : end - start].astype(np.int32))
-            _give_back(mapped)
-        return np.concatenate(found) if found else np.zeros(0, np.int32)
-
-
-def count_shared(heldout: TokenStream, train: TokenStream) -> int:
-    """How many documents of the first are also in the second, by 8 bytes of their hashes: of 10 million documents and
-    500,000 others, two have the same ones with a probability of 3e-7."""
-    wanted, counts = np.unique(heldout.document_hashes, return_counts=True)
-    found = np.zeros(len(wanted), np.bool_)
-    for at in range(0, len(train.document_hashes), 2**20):
-        found |= np.isin(wanted, train.document_hashes[at : at + 2**20])
-    return int(counts[found].sum())
 
 
 def tokenize_stream(
@@ -126,7 +89,7 @@ class _Work:
         if not _is_whole(self.folder / _HASHES, index["hashes"]):
             warn_once(f"{self.folder / _HASHES} is damaged; it is rebuilt")
             return None
-        return TokenStream(self._parts(index), _map(self.folder / _HASHES, "<u8")[0], index)
+        return TokenStream(self._parts(index), map_file(self.folder / _HASHES, "<u8")[0], index)
 
     def make(self) -> TokenStream:
         """Tokenize what is missing."""
@@ -163,7 +126,7 @@ class _Work:
         try:
             self._write(self.folder / _HASHES, hashes)
             write_record(self.folder / _INDEX, index)
-            hashes, _ = _map(self.folder / _HASHES, "<u8")
+            hashes, _ = map_file(self.folder / _HASHES, "<u8")
         except OSError as error:
             warn_unwritable(self.folder, error)
         return TokenStream(parts, hashes, index)
@@ -175,8 +138,8 @@ class _Work:
             for number, shard in enumerate(index["shards"])
         )
 
-    def _parts(self, index: Mapping[str, Any]) -> list[_Part]:
-        return [_map(self._shard(number), index["dtype"]) for number in range(len(index["shards"]))]
+    def _parts(self, index: Mapping[str, Any]) -> list[Part]:
+        return [map_file(self._shard(number), index["dtype"]) for number in range(len(index["shards"]))]
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"{number:06}.tokens"
@@ -259,14 +222,14 @@ class _Counts:
         return np.frombuffer(self.hashes, np.uint64).astype("<u8", copy=False)
 
 
-def _finished(index: dict[str, Any], counts: _Counts, parts: Sequence[_Part]) -> dict[str, Any]:
+def _finished(index: dict[str, Any], counts: _Counts, parts: Sequence[Part]) -> dict[str, Any]:
     """The index of a whole stream, with the hash that `pipelines` computes of the same tokens in an int32 array."""
     length = sum(len(tokens) for tokens, _ in parts)
     digest = hashlib.sha256(str(((length,), np.dtype(np.int32))).encode())
     for tokens, mapped in parts:
         for at in range(0, len(tokens), PIECE):
             digest.update(tokens[at : at + PIECE].astype(np.int32).data)
-            _give_back(mapped)
+            give_back(mapped)
     hashes = hashlib.sha256(counts.numbers().data).hexdigest()
     figures = {"documents": counts.documents, "blank": counts.blank, "bytes": counts.bytes, "hashes": hashes}
     return index | figures | {"tokens": length, "digest": digest.hexdigest()}
@@ -319,18 +282,6 @@ def _is_whole(path: Path, digest: str) -> bool:
     with contextlib.suppress(UserError, OSError):
         return sha256_of_file(path) == digest
     return False
-
-
-def _map(path: Path, dtype: str) -> _Part:
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, dtype), mapped
-
-
-def _give_back(mapped: mmap.mmap | None) -> None:
-    """Take mapped pages out of this process's memory; the system keeps them while it has room."""
-    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager

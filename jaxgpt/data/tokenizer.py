@@ -25,10 +25,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxgpt.caches import cached
 from jaxgpt.data.documents import Documents
 from jaxgpt.data.wheels import Wheel, fetch
 from jaxgpt.errors import UserError, needs_extra, printable
-from jaxgpt.files import cached, read_json, sha256_of_texts
+from jaxgpt.files import read_json, sha256_of_texts
 
 with needs_extra("data"):
     import tokenizers
@@ -452,6 +453,17 @@ def cached_tokenizer(
         lambda: train_bpe(docs, vocab_size) if kind == "bpe" else train_char(docs),
         lambda folder, made: made.save(folder),
     )
+
+
+def tokenizer_for(
+    kind: Literal["bpe", "char", "gpt2"], texts: Sequence[str] | Documents, vocab: int, cache: Path
+) -> Tokenizer:
+    """GPT-2's own tokenizer, or one trained on `texts` (`cached_tokenizer`), for a model whose vocabulary has `vocab`
+    rows. UserError if it has more ids."""
+    tok = gpt2_tokenizer() if kind == "gpt2" else cached_tokenizer(kind, texts, vocab, cache)
+    if tok.vocab_size > vocab:
+        raise UserError(f"the tokenizer has {tok.vocab_size} ids; set --model.vocab to at least that")
+    return tok
 
 
 def append_tags(

@@ -21,6 +21,7 @@ from jaxgpt.data.comparisons import (
 )
 from jaxgpt.data.streams import tokenize_stream
 from jaxgpt.data.templates import example_ids, prompt_ids
+from jaxgpt.data.token_stream import TokenStream, count_shared
 from jaxgpt.data.tokenizer import Row, Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.losses import TIE
@@ -175,12 +176,12 @@ def load_examples(source: str, cache: Path, tok: Tokenizer, *, length: int, held
     rows, counts = {}, {}
     splits: dict[str, sources.Split] = {"examples": "train", "heldout": "test"}
     for name, split in splits.items():
-        pairs, left_out = sources.examples_counted(source, split, cache)
+        pairs = sources.examples(source, split, cache)
         try:
             rows[name], dropped = pipelines.fit_rows([example_ids(tok, *pair) for pair in pairs], length)
         except UserError as error:
             raise UserError(f"{source}{' (held out)' if name == 'heldout' else ''}: {error}") from None
-        counts[name] = RowCounts.of(pairs, left_out).without(f"longer than {length} tokens", dropped)
+        counts[name] = RowCounts.of(pairs, pairs.left_out).without(f"longer than {length} tokens", dropped)
     counts["heldout"] = counts["heldout"].without("beyond --eval-batches", len(rows["heldout"]) - heldout)
     train, held = rows["examples"], rows["heldout"][:heldout]
     trained_on = count_trained_on(map(prompt_of, held), map(prompt_of, train))
@@ -189,8 +190,14 @@ def load_examples(source: str, cache: Path, tok: Tokenizer, *, length: int, held
 
 def load_prompts(source: str, cache: Path, tok: Tokenizer) -> tuple[list[list[int]], RowCounts]:
     """The ids of a source's prompts to train on, and what was left out."""
-    prompts, left_out = sources.prompts_counted(source, "train", cache)
-    return [prompt_ids(tok, prompt.text) for prompt in prompts], RowCounts.of(prompts, left_out)
+    prompts = sources.prompts(source, "train", cache)
+    return [prompt_ids(tok, prompt.text) for prompt in prompts], RowCounts.of(prompts, prompts.left_out)
+
+
+def text_counts(train: TokenStream, heldout: TokenStream, windows: RowCounts) -> LoadedData:
+    """The counts for raw text; `windows`: those of `heldout_windows`."""
+    documents = RowCounts(train.documents).without(sources.BLANK, train.blank)
+    return LoadedData({"documents": documents, "held-out windows": windows}, count_shared(heldout, train))
 
 
 def load_windows(

@@ -9,8 +9,9 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxgpt.caches import writable_folder
 from jaxgpt.errors import UserError
-from jaxgpt.files import cache_root, sha256_of_file, warn_once, writable_folder
+from jaxgpt.files import cache_root, sha256_of_file, warn_once
 
 
 class Wheel(NamedTuple):

@@ -97,6 +97,9 @@ def generate(
     stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
     length = length_B[0]
 
+    filter_logits = jax.named_scope("sample")(filter_logits)
+
+    @jax.named_scope("sample")
     def shape(logits: Array) -> Array:
         if greedy:
             return jax.nn.one_hot(jnp.argmax(filter_logits(logits), axis=-1), logits.shape[-1])
@@ -177,6 +180,7 @@ def residual_distribution(p: Array, q: Array) -> Array:
     return jnp.where(total > 0, rest / jnp.where(total > 0, total, 1.0), p)
 
 
+@jax.named_scope("sample")
 def verify(key: Array, draft_J: Array, q_JV: Array, p_EV: Array) -> tuple[Array, Array]:
     """The core step: turn tokens drafted from q into tokens distributed as p.
 
@@ -191,6 +195,12 @@ def verify(key: Array, draft_J: Array, q_JV: Array, p_EV: Array) -> tuple[Array,
     log_rest_V = jnp.log(residual_distribution(p_EV[accepted], q_EV[accepted]))
     drawn = sampling.categorical(draw_key, log_rest_V[None])
     return jnp.where(jnp.arange(J + 1) == accepted, drawn, jnp.pad(draft_J, (0, 1))), accepted
+
+
+@jax.named_scope("sample")
+def _draw(key: Array, q_V: Array) -> Array:
+    """One token with these probabilities, [1]."""
+    return sampling.categorical(key, jnp.log(q_V)[None])
 
 
 @struct.dataclass
@@ -228,10 +238,10 @@ class ModelDraft:
                 draw_key, key = jax.random.split(key)
                 cache, logits_BEV = feed_sequence(params, self.config, cache, token[None], position)
                 q_V = shape(logits_BEV[0, 0])
-                token = sampling.categorical(draw_key, jnp.log(q_V)[None])
+                token = _draw(draw_key, q_V)
                 return (cache, token, key), (token[0], q_V)
 
-            first = sampling.categorical(first_key, jnp.log(q_V)[None])
+            first = _draw(first_key, q_V)
             (cache, _, _), (rest, q_rest) = jax.lax.scan(step, (cache, first, key), n + jnp.arange(self.k - 1))
             return cache, jnp.concatenate([first, rest]), jnp.concatenate([q_V[None], q_rest])
 

@@ -157,6 +157,45 @@ def _scatter(axes: tuple[Axes, ...], lookup: bool, _: None, g: Array) -> tuple[A
 _gather.defvjp(lambda w, axes, lookup: (_gather(w, axes, lookup), None), _scatter)
 
 
+def copy_for_rows(w: Array, axes: Sequence[Axes], parts: int) -> Array:
+    """One gathered copy of a parameter for each of `parts` shards of rows, [parts, ...]. Each device sums the gradient
+    of its own copy; the copies' gradients are then added up once, straight into the parameter's shards."""
+    return _copy(w, tuple(axes), parts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _copy(w: Array, axes: tuple[Axes, ...], parts: int) -> Array:
+    kept = [None if axis == "fsdp" else axis for axis in axes]
+    return constrain(jax.numpy.broadcast_to(constrain(w, *kept), (parts, *w.shape)), ROW_AXES, *kept)
+
+
+def _add_copies(axes: tuple[Axes, ...], parts: int, _: None, g: Array) -> tuple[Array]:
+    mesh = _active_mesh()
+    if mesh is None or parts == 1:
+        return (constrain(g.sum(axis=0), *axes),)
+    rows, result = tuple(name for name in ROW_AXES if name in mesh.shape), _fitting_spec(axes, g.shape[1:], mesh)
+    scattered = next((i for i, axis in enumerate(result) if axis == "fsdp"), None)
+
+    def add(g: Array) -> Array:
+        if scattered is None:
+            return jax.lax.psum(g[0], rows)
+        # Parts along a new first axis: TPUs then add and scatter at once, whatever the layout of the rest.
+        size = g.shape[1 + scattered] // jax.lax.axis_size("fsdp")
+        parts_first = jax.numpy.moveaxis(
+            g[0].reshape(*g.shape[1 : 1 + scattered], -1, size, *g.shape[2 + scattered :]), scattered, 0
+        )
+        part = jax.lax.psum_scatter(parts_first, "fsdp")
+        others = tuple(name for name in rows if name != "fsdp")
+        return jax.lax.psum(part, others) if others else part
+
+    copies = P(rows, *(None if axis == "fsdp" else axis for axis in result))
+    # Left to XLA, this may become an all-reduce of which each device takes its part: twice what has to be sent.
+    return (jax.shard_map(add, mesh=mesh, in_specs=copies, out_specs=result, check_vma=False)(g),)
+
+
+_copy.defvjp(lambda w, axes, parts: (_copy(w, axes, parts), None), _add_copies)
+
+
 def count_shards(size: int, axes: Axes) -> int:
     """Number of shards into which `constrain` splits a dimension of this size; 1 outside a mesh."""
     mesh = _active_mesh()

@@ -338,8 +338,7 @@ def predict(
         logits = jax.lax.optimization_barrier(unembed(params, h_BWD, select_layers(config)) / temperature)
         return losses.log_prob(logits, tokens_BW), losses.entropy(logits)
     # One copy of the table per row shard, so that its gradient is summed across devices once, not in every tile.
-    table_VD = sharding.gather_fsdp(head_weights(params).astype(h_BWD.dtype), ROW_PARALLEL)
-    table_PVD = constrain(jnp.broadcast_to(table_VD, (parts, *table_VD.shape)), ROW_AXES, "tensor", None)
+    table_PVD = sharding.copy_for_rows(head_weights(params).astype(h_BWD.dtype), ROW_PARALLEL, parts)
     rows = [constrain_rows(x.reshape(parts, B // parts, *x.shape[1:])) for x in (h_BWD, tokens_BW)]
     tile = -(-W // -(-W // most))  # of equal sizes
     tiles = functools.partial(

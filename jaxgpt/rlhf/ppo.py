@@ -46,7 +46,7 @@ class PPOConfig:
 
     new_tokens: Count = 40  # maximum length of an answer
     temperature: Positive = 1.0  # of the policy: sampling, training and reference alike
-    epochs: Count = 4  # passes over each rollout
+    epochs: Annotated[int, Range(1, 1000)] = 4  # passes over each rollout
     minibatches: Count = 1  # updates per pass
     clip: Positive = 0.2  # the probability ratio is clipped to [1 - clip, 1 + clip]
     value_clip: Positive = 0.2  # a new value is clipped to this distance from the old one

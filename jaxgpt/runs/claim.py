@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import UserError
-from jaxgpt.files import WATCHED, refuse_no_file
+from jaxgpt.files import WATCHED, is_link, refuse_no_file
 
 BEAT = 5.0  # seconds after which the holder rewrites a lease
 PATIENCE = 6 * BEAT  # seconds for which an unchanged lease is respected
@@ -39,7 +39,7 @@ class Claim:
     def take(self) -> None:
         """Hold the folder until `release`, or until the process ends. UserError if another process holds it."""
         refuse_no_file(self.path)
-        if self.path.is_symlink():
+        if is_link(self.path):
             raise UserError(f"{self.path} is a link, and what it points to would be overwritten; remove it")
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # "w" would empty another holder's
         self._file = open(handle, "r+b", buffering=0)  # noqa: SIM115

@@ -51,8 +51,10 @@ def cli(
     settings_type: type[Settings],
     presets: Mapping[str, Settings],
     argv: Sequence[str] | None = None,
+    announce: Callable[[], None] = print_device,
 ) -> Result:
-    """Read the settings from the command line, set the process up, print the device, and return `main(settings)`.
+    """Read the settings from the command line, set the process up, print the device (`announce`), and return
+    `main(settings)`.
 
     See `plain_endings` for how the process ends otherwise. A program with a run folder continues when its output can't
     be written."""
@@ -71,7 +73,7 @@ def cli(
         processes = _option(words, "--distributed")
         if processes is not None:
             ending.siblings = join_processes(processes)
-        print_device()
+        announce()
         raise_at_ctrl_c()
         return main(settings)
 

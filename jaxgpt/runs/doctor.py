@@ -149,6 +149,21 @@ def check_reward_accuracy(run: RunRecord) -> Iterator[Finding]:
         )
 
 
+MIN_ENDED = 0.25  # share of sampled answers that reach the end token
+
+
+def check_answers_end(run: RunRecord) -> Iterator[Finding]:
+    """Preferences between answers that were cut off, as by a model that was not finetuned, or whose weights are 0."""
+    parts = {"train": run.results.train, "heldout": run.results.heldout}
+    few = {name: part.ended for name, part in parts.items() if part and is_less(part.ended, MIN_ENDED)}
+    if few:
+        yield Finding(
+            "answers never end",
+            ", ".join(f"{share:.0%} of {name}'s answers reached the end token" for name, share in few.items()),
+            "whether the model that wrote them was finetuned, and some of its answers; a larger new_tokens",
+        )
+
+
 def check_answer_lengths(run: RunRecord) -> Iterator[Finding]:
     """Answers that never end, or that end at once."""
     lengths, ended = run.curve("length"), run.curve("ended")
@@ -162,7 +177,7 @@ def check_answer_lengths(run: RunRecord) -> Iterator[Finding]:
             f"{first:.1f} -> {last:.1f} tokens per answer, {ends:.0%} of the answers reached the end token",
             "the scores of short answers (the reward may prefer empty ones), or a larger beta",
         )
-    elif ends < 0.25 and last > 0.9 * limit:
+    elif ends < MIN_ENDED and last > 0.9 * limit:
         yield Finding(
             "answers never end",
             f"{ends:.0%} reached the end token; {last:.1f} of at most {limit} tokens per answer",
@@ -374,7 +389,7 @@ Check = Callable[[RunRecord], Iterator[Finding]]
 CHECKS: dict[str, tuple[Check, ...]] = {
     "pretrain": (check_data_wait, check_loss_falls, check_loss_stays_down),
     "sft": (check_data_wait, check_loss_falls, check_loss_stays_down, check_forgetting),
-    "preferences": (),
+    "preferences": (check_answers_end,),
     "reward": (check_data_wait, check_reward_accuracy, check_loss_stays_down),
     "ppo": (check_answer_lengths, check_sampler_agrees, check_value_function, check_kl_to_reference),
     "dpo": (check_data_wait, check_overfitting, check_loss_stays_down, check_likelihoods),

@@ -4,6 +4,7 @@ that this works from the first moment."""
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,7 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO, cast
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 
 UNUSABLE = {  # a file or folder that this user can't use, which is no bug
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC,
@@ -21,7 +22,7 @@ UNUSABLE = {  # a file or folder that this user can't use, which is no bug
 GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, is gone for good
 
 
-class Stopped(Exception):  # noqa: N818  not an error
+class Stopped(BaseException):
     """The process was asked to stop. `code` is the exit status: 75 after SIGTERM (which launch scripts take as "start
     it again"), 130 after Ctrl-C."""
 
@@ -78,12 +79,12 @@ def plain_endings(
 ) -> Iterator[Ending]:
     """End the process with one line on stderr, not a traceback.
 
-    Status 2 after a UserError (followed by what `suggest` returns) or for a file that can't be used, 130 after Ctrl-C,
-    75 after SIGTERM, 141 when nothing reads the output any more (silently, unless a run was stopped; see
-    `go_on_without_output`). `tell_next_start` adds what the same command will do.
+    Status 2 after a UserError (followed by what `suggest` returns), for a file that can't be used and for an array that
+    doesn't fit in memory, 130 after Ctrl-C, 75 after SIGTERM, 141 when nothing reads the output any more (silently,
+    unless a run was stopped; see `go_on_without_output`). `tell_next_start` adds what the same command will do.
 
-    `whole_process`: the process then ends at once after Ctrl-C, and while a background thread is alive: what still
-    computes when Python shuts down would crash in C++."""
+    `whole_process`: the process then ends at once after Ctrl-C, while a background thread is alive (what still computes
+    when Python shuts down would crash in C++), and without memory (JAX would raise the error again at exit)."""
     _check_output()
     ending = Ending()
     try:
@@ -105,7 +106,7 @@ def plain_endings(
             ending.siblings.settle()
         line = _in_one_line(error, suggest)
         if line:
-            ending.end(line, 2)
+            ending.end(line, 2, at_once=whole_process and _is_out_of_memory(error))
         if ending.siblings is None:
             raise
         sys.excepthook(*cast(Any, sys.exc_info()))
@@ -118,6 +119,10 @@ def _in_one_line(error: Exception, suggest: Callable[[UserError], str]) -> str:
     """The message for an error that the user can fix; an empty string for a bug."""
     if isinstance(error, UserError):
         return f"error: {error}{suggest(error)}"
+    if _is_out_of_memory(error):
+        size = re.search(r"(\d+) bytes", str(error))
+        what = f"for an array of {int(size[1]) / 1e9:,.1f} GB" if size else f"({first_line(error)})"
+        return f"error: not enough memory {what}; use a smaller batch or model, or more devices"
     if not isinstance(error, OSError) or error.filename is None:
         return ""
     from jaxgpt.files import cache_root  # imported only now because it takes a while
@@ -128,6 +133,13 @@ def _in_one_line(error: Exception, suggest: Callable[[UserError], str]) -> str:
         return ""
     advice = "set JAXGPT_CACHE to a folder that you may write to" if in_cache else "check the path"
     return f"error: can't use {path} ({error.strerror}); {advice}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, NumPy or XLA (which has no type of its own for it) could not allocate an array."""
+    if type(error).__name__ == "JaxRuntimeError":
+        return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+    return isinstance(error, MemoryError)
 
 
 def _print_error(line: str) -> None:

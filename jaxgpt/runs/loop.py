@@ -147,9 +147,10 @@ class Loop:
             count = {"tokens": step * self.tokens} if self.tokens else {}  # a Python int: int32 would overflow
             named = {self.names.get(name, name): value for name, value in floats.items()}
             self.run.log(step, {**named, **count, **waited})
-        if self._bar is not None and self._exit_code is None:  # Ctrl-C also ends `| tee`: nothing may be printed
+        if self._bar is not None:
             shown: dict[str, Any] = {name: floats[name] for name in self.shown if name in floats}
-            self._bar.update(tokens=self.tokens if tokens is None else tokens, **shown)
+            advance = self._bar.update if self._exit_code is None else self._bar.count  # Ctrl-C also ends `| tee`
+            advance(tokens=self.tokens if tokens is None else tokens, **shown)
         if heldout:
             self.run.log(step, heldout)
         self._unchecked.append((step, metrics, self._batch))

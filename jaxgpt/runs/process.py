@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from jaxgpt.errors import UserError
 from jaxgpt.files import cache_root
+from jaxgpt.runs.versions import accelerator_versions
 
 
 def prepare_process() -> None:
@@ -106,7 +107,17 @@ def describe_devices() -> str:
     return f"device: {count}{name}{processes}, jax {jax.__version__}"
 
 
-ROUNDING_PACKAGES = ("jax", "jaxlib", "flax", "optax")
+PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+ROUND_NOTHING = {"python", "jaxgpt", "orbax-checkpoint", "numpy"}  # versions that resuming doesn't compare
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run records: Python's, those of PACKAGES, and of what drives a GPU or TPU."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found | accelerator_versions()
 
 
 def describe_rounding(arrays: Any) -> dict[str, str]:
@@ -126,7 +137,7 @@ def describe_rounding(arrays: Any) -> dict[str, str]:
         found["cpu"] = f"{_cpu_kind()}, {count_cores()} cores"
     if devices[0].platform == "gpu":
         found["deterministic"] = "yes" if _is_deterministic() else "no"
-    return found | {name: importlib.metadata.version(name) for name in ROUNDING_PACKAGES}
+    return found | {name: version for name, version in versions().items() if name not in ROUND_NOTHING}
 
 
 def differences_in_rounding(there: Mapping[str, str], now: Mapping[str, str]) -> str:

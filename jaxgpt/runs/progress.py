@@ -31,11 +31,15 @@ class Bar:
     def update(self, n: int = 1, *, tokens: int = 0, **fields: Any) -> None:
         """Advance by n steps and `tokens` tokens. A field is shown until it is passed again; a jax array is waited
         for, so pass fields only where the loop logs anyway."""
+        self.count(n, tokens=tokens, **fields)
+        self._render()
+
+    def count(self, n: int = 1, *, tokens: int = 0, **fields: Any) -> None:
+        """Like `update`, but nothing is shown before the next update or the end."""
         self.done += n
         self._tokens += tokens
         self.fields.update({name: _format_value(value) for name, value in fields.items()})
         self._marks.append((time.monotonic(), self.done, self._tokens))
-        self._render()
 
     def _render(self) -> None:
         """Overridden by the two bars below; processes other than the first show nothing."""

@@ -13,11 +13,9 @@ A folder holds settings.json, metrics.jsonl, log.txt, tensorboard/, done.json an
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -42,7 +40,7 @@ from jaxgpt.files import (
 from jaxgpt.pretrained import loading
 from jaxgpt.runs.claim import Claim
 from jaxgpt.runs.endings import STOPS, tell_next_start
-from jaxgpt.runs.process import barrier, broadcast_from_first, prepare_process, print_device
+from jaxgpt.runs.process import barrier, broadcast_from_first, prepare_process, print_device, versions
 from jaxgpt.runs.progress import Bar, progress_bar
 from jaxgpt.runs.settings import flatten_json, leaves, settings_to_json
 
@@ -69,7 +67,6 @@ MAKE_ROOM = "free some space; the same command then resumes from the newest chec
 FLUSH_SECONDS = 10.0  # between flushes of TensorBoard's event file
 SETTINGS = ("stage", "settings", "inputs", "versions")  # what settings.json holds
 DONE = ("stage", "fingerprint", "results", "files")  # and done.json
-PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def run_fingerprint(folder: Path, stage: str | None = None) -> str:
@@ -249,7 +246,7 @@ class Run:
                 for name in RUN_FILES:
                     for path in (name, f".{name}.old", f".{name}.new"):  # the latter two: what `save_model` left
                         remove(self.folder / path)
-            write_record(self.folder / "settings.json", self._record | {"versions": _versions()})
+            write_record(self.folder / "settings.json", self._record | {"versions": versions()})
             self._open()
             if self._forced:
                 self.say(f"WARNING: resuming with other settings ({self._forced})")
@@ -263,6 +260,9 @@ class Run:
         return None
 
     def _open(self) -> None:
+        curves = self.folder / "tensorboard"
+        if os.path.lexists(curves) and not curves.is_dir():
+            raise UserError(f"{curves} is not a folder; remove it")
         self._metrics = self._files.enter_context(append_only(self.folder / "metrics.jsonl"))
         self._log = self._files.enter_context(append_only(self.folder / "log.txt"))
 
@@ -502,14 +502,6 @@ def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     names = dict.fromkeys([*there["inputs"], *now["inputs"]])
     changed += [f"made from another {name}" for name in names if there["inputs"].get(name) != now["inputs"].get(name)]
     return "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def _import_wandb() -> Any:

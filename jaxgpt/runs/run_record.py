@@ -57,6 +57,7 @@ class PreferencePart:
 
     preferences: Whole
     equal_answers: Whole = 0
+    ended: Number = None  # share of the answers that ended by themselves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,14 +33,31 @@ def decay_mask(params: Params) -> Params:
     return dict(traverse_util.path_aware_map(decays, params))
 
 
+class Bounded(optax.GradientTransformation):  # type: ignore[misc]  # optax has no types
+    """A transformation whose updates are finite if the gradient's norm is, as long as `size(step)` is at most 1.
+
+    It clips the gradient, so that Adam's moments are finite, and Adam's direction is at most about
+    (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) by Cauchy-Schwarz. The guard need not look at such updates, which saves
+    reading gradients, moments and parameters once more."""
+
+    size: optax.Schedule  # the learning rate, or times the weight decay if that is larger
+
+
+def _bounded(tx: optax.GradientTransformation, size: optax.Schedule) -> Bounded:
+    found = Bounded(tx.init, tx.update)
+    found.size = size
+    return found
+
+
 def adamw(
     schedule: optax.Schedule, *, weight_decay: float = 0.1, b2: float = 0.95, clip: float = 1.0
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW with decay on matrices only."""
-    return optax.chain(
+    tx = optax.chain(
         optax.clip_by_global_norm(clip),
         optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mask=decay_mask),
     )
+    return _bounded(tx, lambda step: jnp.asarray(schedule(step)) * max(1.0, weight_decay))
 
 
 def scale_by_adam_tf(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> optax.GradientTransformation:
@@ -67,9 +84,8 @@ def scale_by_adam_tf(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> o
 
 def adam_tf(schedule: optax.Schedule, *, eps: float = 1e-5, clip: float = 1.0) -> optax.GradientTransformation:
     """Clipping, then Adam in TensorFlow's form: the optimiser of PPO here."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip), scale_by_adam_tf(eps=eps), optax.scale_by_learning_rate(schedule)
-    )
+    tx = optax.chain(optax.clip_by_global_norm(clip), scale_by_adam_tf(eps=eps), optax.scale_by_learning_rate(schedule))
+    return _bounded(tx, schedule)
 
 
 def split(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Params]:

@@ -15,7 +15,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.losses import Mean
 from jaxgpt.models import sharding, transformer
 from jaxgpt.structs import Array, Batch, Params
-from jaxgpt.training import guard
+from jaxgpt.training import guard, optim
 
 Data = TypeVar("Data")  # a batch: any pytree of arrays whose first axis is its rows
 State = TypeVar("State")
@@ -144,6 +144,13 @@ def make_train_step(
 
         return jax.lax.scan(add, zeros, (parts, keys))[0]
 
+    def update_norm(state: TrainState, grads: Params, updates: Params) -> Array:
+        """The norm of the updates; 0 where it is known to be finite."""
+        if not isinstance(tx, optim.Bounded):
+            return optax.tree.norm(updates)
+        computed = lambda: optax.tree.norm(tx.update(grads, state.opt_state, state.trainable)[0])  # noqa: E731
+        return jax.lax.cond(tx.size(state.step) <= 1, lambda: jnp.zeros(()), computed)
+
     def step(state: TrainState, batch: Data, key: Array | None = None) -> tuple[TrainState, Metrics]:
         grads, (objective, metrics) = gradients(state, batch, key)
         if axis_name is not None:
@@ -154,7 +161,7 @@ def make_train_step(
             updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
             loss, grad_norm = objective.value, optax.tree.norm(grads)
-            admitted = guard.accepts(state.guard, loss, grad_norm, optax.tree.norm(updates), spike)
+            admitted = guard.accepts(state.guard, loss, grad_norm, update_norm(state, grads, updates), spike)
             count, trainable, opt_state = guard.select(
                 admitted, (state.step + 1, trainable, opt_state), (state.step, state.trainable, state.opt_state)
             )

@@ -411,10 +411,9 @@ def test_what_a_row_asks_beside_its_prompt_is_never_ignored(tmp_path: Path, cach
 
 def test_repeated_prompts_are_counted(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "x.jsonl").write_text("".join(f'{{"prompt": "p{n % 7}"}}\n' for n in range(14)))
-    found = [sources.prompts_counted(f"{tmp_path}/x.jsonl", split, cache) for split in ("train", "test")]  # type: ignore[arg-type]
-    assert sorted(one.text for prompts, _ in found for one in prompts) == [f"p{n}" for n in range(7)]
-    assert sum((left_out for _, left_out in found), Counter()) == {"repeated prompts": 7}
-    assert sources.prompts(f"{tmp_path}/x.jsonl", "train", cache) == found[0][0]
+    found = [sources.prompts(f"{tmp_path}/x.jsonl", split, cache) for split in ("train", "test")]  # type: ignore[arg-type]
+    assert sorted(one.text for prompts in found for one in prompts) == [f"p{n}" for n in range(7)]
+    assert sum((prompts.left_out for prompts in found), Counter()) == {"repeated prompts": 7}
 
 
 def test_bad_source_names(tmp_path: Path, cache: Path) -> None:
@@ -458,7 +457,7 @@ def test_any_tfds_name(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     train, test = (sources.documents("tfds:two_columns", split, cache) for split in ("train", "test"))  # type: ignore[arg-type]
     assert sorted(train + test) == sorted(f"sentence {i}" for i in range(1, 501)) and 5 < len(test) < 50
-    blank = [sources.documents_counted("tfds:two_columns", split, cache)[1] for split in ("train", "test")]  # type: ignore[arg-type]
+    blank = [sources.documents("tfds:two_columns", split, cache).left_out for split in ("train", "test")]  # type: ignore[arg-type]
     assert sum(blank, Counter()) == {"with a blank text": 1}
     monkeypatch.setattr(TwoColumns, "_generate_examples", None)  # already prepared: only read
     assert sources.documents("tfds:two_columns", "train", cache) == train

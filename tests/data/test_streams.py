@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import files
-from jaxgpt.data import documents, pipelines, sources, streams, tokenizer
+from jaxgpt.data import documents, pipelines, sources, splits, streams, tokenizer
 from jaxgpt.data.documents import Documents, cut_pieces
-from jaxgpt.data.streams import count_shared, tokenize_stream
+from jaxgpt.data.streams import tokenize_stream
+from jaxgpt.data.token_stream import count_shared
 from jaxgpt.data.tokenizer import BOS, Tokenizer, train_bpe, train_char
 from jaxgpt.errors import UserError
 from tests.test_caches import empty, flip, replace_by_folder
@@ -348,18 +349,18 @@ def test_a_text_file_read_in_chunks_is_the_file(
 @given(st.lists(st.integers(0, 30), max_size=12), st.sampled_from([0.0, 0.05, 0.5, 1.0]))
 def test_rows_are_split_as_if_all_hashes_were_ranked(numbers: list[int], share: float) -> None:
     rows = [(str(number),) for number in numbers]
-    order = sorted({row[0] for row in rows}, key=sources._sha256)
+    order = sorted({row[0] for row in rows}, key=splits._sha256)
     limit = math.ceil(share * (2**32 - 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_HELD_BELOW", limit.to_bytes(4, "big"))
+        patch.setattr(splits, "_HELD_BELOW", limit.to_bytes(4, "big"))
         if len(order) == 1:
             with pytest.raises(UserError, match="1 distinct text"):
-                list(sources._split_by_hash(lambda: rows, "train", "x"))
+                list(splits.split_by_hash(lambda: rows, "train", "x"))
             return
-        below = sum(int.from_bytes(sources._sha256(text)[:4], "big") < limit for text in order)
+        below = sum(int.from_bytes(splits._sha256(text)[:4], "big") < limit for text in order)
         held = set(order[: min(max(below, 1), max(len(order) - 1, 0))])
         for split in ("train", "test"):
-            found = list(sources._split_by_hash(lambda: rows, split, "x"))  # type: ignore[arg-type]
+            found = list(splits.split_by_hash(lambda: rows, split, "x"))  # type: ignore[arg-type]
             assert found == [row for row in rows if (row[0] in held) == (split == "test")]
 
 

@@ -159,6 +159,13 @@ def test_cache_is_keyed_by_texts_kind_and_size(tmp_path: Path, monkeypatch: pyte
     assert tk.cached_tokenizer("bpe", CORPUS, 300, tmp_path).fingerprint == first.fingerprint
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path: Path) -> None:
+    size = tk.tokenizer_for("char", CORPUS, 4096, tmp_path).vocab_size
+    assert tk.tokenizer_for("char", CORPUS, size, tmp_path).vocab_size == size
+    with pytest.raises(UserError, match=rf"^the tokenizer has {size} ids; set --model.vocab to at least that"):
+        tk.tokenizer_for("char", CORPUS, size - 1, tmp_path)
+
+
 def test_cache_survives_a_kill_and_a_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(tok: tk.Tokenizer, folder: Path) -> None:
         folder.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -360,6 +361,28 @@ def test_extend_equals_the_full_forward():
         for start in range(0, 20, 4):
             cache, logits = extend(params, config, cache, tokens[:, start : start + 4], start)
             np.testing.assert_allclose(logits, expected[:, start : start + 4], atol=atol, err_msg=config.dtype)
+
+
+def primitives(jaxpr, scope: str = "") -> Iterator[tuple[str, str]]:
+    """(primitive, named scopes) of every equation, those of inner functions and loops included."""
+    for one in jaxpr.eqns:
+        inside = f"{scope}/{one.source_info.name_stack}"
+        yield one.primitive.name, inside
+        for part in jax.tree.leaves(list(one.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner := getattr(part, "jaxpr", part), "eqns"):
+                yield from primitives(inner, inside)
+
+
+@pytest.mark.parametrize("kind", ["other", "ngram"])
+def test_whatever_draws_a_token_is_in_the_scope_that_profiles_name(kind):
+    prompts, lengths = rows()
+    generate = functools.partial(
+        speculative.generate, draft=draft_of(kind, 2), new_tokens=5, stop=5, filter_logits=jnp.sinh
+    )
+    traced = jax.make_jaxpr(generate, static_argnums=1)(lively(), ONE, prompts[:1], lengths[:1], jax.random.key(0))
+    found = [(name, scope) for name, scope in primitives(traced.jaxpr) if name in ("random_bits", "sinh")]
+    assert {name for name, _ in found} == {"random_bits", "sinh"}
+    assert all("sample" in scope for _, scope in found), found
 
 
 # ---- edges --------------------------------------------------------------------------------------------------------

@@ -232,13 +232,17 @@ def test_no_activation_is_gathered(shape):
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), *slow((8, 1, 1))], ids=str)
 def test_logits_in_tiles_give_the_same_step_and_the_tables_gradient_is_summed_once(shape):
-    """After the loop over tiles: inside it each device accumulates its own."""
+    """After the loop over tiles, inside which each device accumulates its own: each shard of the table gets its part,
+    and only that is summed over copies of the model."""
     assert_same(two_steps("nll in tiles", shape), two_steps("nll"))
     text = compiled("nll in tiles", shape).as_text()
     table = (CONFIG.vocab // shape[2], CONFIG.width)
     in_loops = [size for loop in loops(text) for _, size in collectives(loop)]
     assert loops(text) and any(size[-2:] == table for _, size in collectives(text))
     assert [size for size in in_loops if size[-2:] == table] == []
+    if shape[1] > 1:
+        found, part = collectives(text), (CONFIG.vocab // shape[2], CONFIG.width // shape[1])
+        assert {kind for kind, size in found if size[-2:] == part} >= {"reduce-scatter", "all-reduce"}
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)

@@ -21,7 +21,7 @@ from jaxgpt.data import pipelines
 from jaxgpt.data.tokenizer import Tokenizer, train_char
 from jaxgpt.errors import UserError
 from jaxgpt.models.sharding import MeshConfig, make_mesh, place_like, place_local_rows, replicate
-from jaxgpt.runs import checkpoints, verify
+from jaxgpt.runs import checkpoints, process, verify
 from jaxgpt.runs.checkpoints import Checkpoints, SaveConfig
 from jaxgpt.runs.endings import Stopped
 from jaxgpt.runs.loop import Loop, LoopSettings
@@ -242,6 +242,17 @@ def test_what_rounds_differently_is_on_record_and_said_when_resuming(run, tok, c
     assert re.fullmatch(rf"\S+ sft: resumed after step 9 of 12{rounding}{words}", line), line
 
 
+def test_every_version_that_a_run_records_is_compared_when_it_resumes(tmp_path, tok, monkeypatch):
+    """Such as a GPU's driver, although no package has it."""
+    ours = process.versions()
+    monkeypatch.setattr(process, "versions", lambda: {**ours, "driver": "550.54"})
+    train_run(tmp_path, tok, until=3)
+    monkeypatch.setattr(process, "versions", lambda: {**ours, "driver": "580.65", "python": "3.0"})
+    train_run(tmp_path, tok, until=4)
+    line = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert line.endswith("equal up to rounding, not bit for bit (driver 550.54 before, 580.65 now)"), line
+
+
 def test_a_refusal_says_how_to_keep_what_is_there(run, tok):
     """An unfinished run is never to be deleted; a finished one at last."""
     with pytest.raises(UserError) as error:
@@ -437,10 +448,10 @@ def test_a_finished_run_keeps_no_checkpoints(run):
 # ---- signals ----
 
 
-def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(tmp_path, tok):
+def test_sigterm_saves_after_the_step_and_asks_to_be_started_again(tmp_path, tok, capsys):
     with pytest.raises(Stopped, match="saved after step 5 of 12") as stop:
         train_run(tmp_path, tok, visit=lambda i: i == 5 and os.kill(os.getpid(), signal.SIGTERM))
-    assert stop.value.code == 75
+    assert stop.value.code == 75 and " 5/12 (41%)" in capsys.readouterr().out, "the last step counts on the bar"
     assert train_run(tmp_path, tok, until=6)[0] == 6
 
 

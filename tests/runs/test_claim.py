@@ -115,10 +115,11 @@ def test_a_claim_that_was_taken_over_is_noticed(claim, tmp_path):
         one.check()
 
 
-def test_what_a_link_points_to_is_not_overwritten(claim, tmp_path):
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_what_a_link_points_to_is_not_overwritten(claim, tmp_path, link):
     other = tmp_path / "other"
     other.write_text("precious")
-    (tmp_path / ".lock").symlink_to(other)
+    link(other, tmp_path / ".lock")
     with pytest.raises(UserError, match=r"\.lock is a link, and what it points to would be overwritten; remove it"):
         claim().take()
     assert other.read_text() == "precious"

@@ -315,6 +315,14 @@ def test_answers_that_are_all_the_same(tmp_path):
         assert found(folder) == expected
 
 
+def test_preferences_between_answers_that_never_end(tmp_path):
+    """As of a model whose weights are all 0: each token ends an answer with probability 1 / V."""
+    for ended, expected in ((0.01, ["answers never end"]), (0.9, [])):
+        part = {"preferences": 40, "equal_answers": 0, "ended": ended}
+        results = crafted.STAGES["preferences"][1] | {"train": part, "heldout": part}
+        assert found(write(tmp_path, "preferences", [], results)) == expected
+
+
 def test_held_out_rows_that_are_too_few_to_say(tmp_path):
     wide = {"mean": 0.6, "low": 0.45, "high": 0.72}
     policies = {"SFT": {}, "PPO": {"win_rate_gold": wide}}

@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from experiments import chat
+from jaxgpt.data.tokenizer import tokenizer_errors
 from jaxgpt.data.votes import Store
 from jaxgpt.errors import UserError
 from jaxgpt.runs import cli, process
@@ -47,6 +48,13 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path, program):
         (UserError("no such data; name another"), 2, "error: no such data; name another"),
         (Stopped("SIGTERM received", 75), 75, "stopped: SIGTERM received"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 2, "error: not enough memory (MemoryError); use a smaller batch or model"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9000000000 bytes.\nBuffers"),
+            2,
+            "error: not enough memory for an array of 9.0 GB; use a smaller batch or model",
+        ),
+        (jax.errors.JaxRuntimeError("INTERNAL: Error dispatching: Out of memory allocating 9 bytes."), 2, "not enough"),
         (
             PermissionError(errno.EACCES, "Permission denied", "/x"),
             2,
@@ -71,7 +79,34 @@ def test_what_is_no_bug_ends_in_one_line(capsys, monkeypatch, error, status, lin
     assert stop.value.code == status and line in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("bug", [ZeroDivisionError(), FileNotFoundError(2, "No such file", "/x"), BrokenPipeError()])
+def test_a_signal_is_no_error_of_what_it_interrupts():
+    """Such as a tokenizer, whose errors of any type are said to be its own."""
+    with pytest.raises(Stopped), tokenizer_errors("can't encode"):
+        raise Stopped("SIGTERM received", 75)
+
+
+def test_nothing_more_is_said_at_exit_after_memory_ran_out():
+    """JAX's exit handlers wait for its programs, which raise the same error again."""
+    program = """
+import atexit, sys
+from jaxgpt.runs.endings import plain_endings
+atexit.register(print, "late", file=sys.stderr)
+with plain_endings(whole_process=True):
+    raise MemoryError
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: not enough memory") and "late" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        ZeroDivisionError(),
+        FileNotFoundError(2, "No such file", "/x"),
+        BrokenPipeError(),
+        jax.errors.JaxRuntimeError("INTERNAL: broken"),
+    ],
+)
 def test_a_bug_is_raised_as_it_is(bug):
     with pytest.raises(type(bug)) as raised, plain_endings():
         raise bug

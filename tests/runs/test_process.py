@@ -243,6 +243,7 @@ def test_one_process_alone_hears_itself():
     ],
 )
 def test_a_gpu_records_whether_its_bits_repeat(monkeypatch, flags, recorded):
+    jax.devices()  # before other flags could make fewer of them, for the tests that follow
     monkeypatch.setenv("XLA_FLAGS", flags)
     assert "deterministic" not in process.describe_rounding({}), "a CPU's always do"
     gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")

@@ -626,6 +626,19 @@ def test_what_a_link_in_the_folder_points_to_is_left_as_it_is(tmp_path, name, li
     assert other.read_bytes() == before and (folder / name).read_bytes().startswith(before)
 
 
+def test_a_file_in_place_of_the_curves_folder_is_named(tmp_path):
+    with Run(tmp_path, Settings(), "sft"):
+        (tmp_path / "checkpoints/1").mkdir(parents=True)
+        (tmp_path / "checkpoints/1/checkpoint.json").touch()
+    (tmp_path / "tensorboard").write_text("mine")
+    with pytest.raises(UserError, match="tensorboard is not a folder; remove it"), Run(tmp_path, Settings(), "sft"):
+        pass
+    assert (tmp_path / "tensorboard").read_text() == "mine"
+    (tmp_path / "tensorboard").unlink()
+    with Run(tmp_path, Settings(), "sft") as run:
+        run.log(1, {"loss": 2.0})
+
+
 @pytest.mark.parametrize("name", ["settings.json", "done.json", "checkpoints/3/checkpoint.json"])
 def test_a_pipe_in_the_folder_keeps_nobody_waiting(tmp_path, name):
     with Run(tmp_path, Settings(), "sft") as run:

@@ -1,4 +1,4 @@
-"""GPT-2's training step, PPO and decoding, compiled for an H100: `make VENV=.venv-gpu EXTRAS=cuda gpu-gate`.
+"""GPT-2's training step, DPO, PPO and decoding, compiled for an H100: `make VENV=.venv-gpu EXTRAS=cuda gpu-gate`.
 
 About 10 minutes on two cores. Structure is asserted; estimates are printed by `tpu.plan`, never asserted."""
 
@@ -25,6 +25,7 @@ pytestmark = [
     ),
 ]
 TRAIN = ("--steps", "train", "--batch", "32", "--model.block", "1024", "--model.no-scan")
+DPO = ("--steps", "dpo", "--ppo.new-tokens", "41")
 PPO = ("--steps", "ppo", "--prompts", "512", "--ppo.new-tokens", "40", "--ppo.epochs", "1")
 DECODE = ("--steps", "decode", "--prompts", "512")
 
@@ -43,7 +44,7 @@ def plan(*words: str, topology: str = "h100:1") -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("words", [TRAIN, PPO, DECODE], ids=["train", "ppo", "decode"])
+@pytest.mark.parametrize("words", [TRAIN, DPO, PPO, DECODE], ids=["train", "dpo", "ppo", "decode"])
 def test_products_have_bfloat16_operands_and_attention_is_cudnns(words):
     found = plan(*words)
     scalar_heads = [name for name in found["float32_products"] if "...d,d->..." in name]
@@ -61,7 +62,7 @@ def test_the_flops_of_a_training_step_are_those_of_the_closed_form():
     assert abs(counted / closed - 1) < 0.02 and abs(found["flops"] / closed - 1) < 0.02
 
 
-@pytest.mark.parametrize("words", [TRAIN, PPO], ids=["train", "ppo"])
+@pytest.mark.parametrize("words", [TRAIN, DPO, PPO], ids=["train", "dpo", "ppo"])
 def test_the_state_is_updated_in_place(words):
     memory = plan(*words)["memory"]
     assert plan(*words)["aliased"] >= 0.99 * (memory["parameters"] + memory["optimizer"] + memory.get("frozen", 0))

@@ -69,8 +69,8 @@ def products(text: str) -> list[str]:
     return re.findall(r"stablehlo\.dot_general .*: (\(.*)", text)
 
 
-def test_every_product_of_training_and_decoding_has_bfloat16_operands():
-    for text in (program("train")[0], decoder("none"), decoder("top-p")):
+def test_every_product_of_training_dpo_and_decoding_has_bfloat16_operands():
+    for text in (program("train")[0], program("dpo")[0], decoder("none"), decoder("top-p")):
         found = products(text)
         assert len(found) > 10
         assert [one for one in found if one.split(" -> ")[0].count("bf16>") != 2] == []
@@ -82,7 +82,7 @@ def test_only_scalar_heads_multiply_float32_in_ppo():
     assert found and all("<64xf32>" in one or "64xf32>) -> tensor<64xf32>" in one for one in found), found
 
 
-@pytest.mark.parametrize("step", ["train", "ppo"])
+@pytest.mark.parametrize("step", ["train", "dpo", "ppo"])
 def test_every_layer_uses_cudnn_whatever_the_length_of_a_row(step):
     """Rows of 40 tokens, and of 13 + 24: an odd number."""
     text, _ = program(step)
@@ -90,11 +90,11 @@ def test_every_layer_uses_cudnn_whatever_the_length_of_a_row(step):
     forward, backward = (len(re.findall(rf"@__cudnn\$fmhaSoftmax{kind}\b", text)) for kind in ("", "Backward"))
     assert backward >= MODEL.layers and forward >= backward and forward % MODEL.layers == 0
     # no softmax over the [T, T] matrix of a row is left, except over what the cache holds
-    width = {"train": 40, "ppo": 37}[step]
+    width = {"train": 40, "dpo": 37, "ppo": 37}[step]
     assert not re.search(rf"stablehlo\.(exponential|divide) .*x{width}x{width}x", text)
 
 
-@pytest.mark.parametrize("step", ["train", "ppo"])
+@pytest.mark.parametrize("step", ["train", "dpo", "ppo"])
 def test_the_state_is_donated_and_nothing_waits_for_the_host(step):
     text, leaves = program(step)
     entry = next(line for line in text.splitlines() if "func.func public @main" in line)

@@ -475,7 +475,7 @@ def test_the_compilers_refusal_is_read():
 
 def test_meshes_divide_everything_and_come_in_order():
     settings = PRESETS["toy"]
-    for step in ("train", "ppo", "decode"):
+    for step in ("train", "dpo", "ppo", "decode"):
         found = estimates.candidates(settings, step, 16, 16 * 2**30)
         assert found and len(set(found)) == len(found)
         for mesh in found:
@@ -567,7 +567,15 @@ def test_the_experiments_steps_compile_for_a_slice(topology, mesh, tmp_path):
         if name != "decode":
             assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.02)
             assert found["aliased"] >= 0.95 * (memory["parameters"] + memory["optimizer"])  # the state is donated
-    assert steps["train"]["meshes"][0]["attention"] == ["splash"]
+    (train,) = steps["train"]["meshes"]
+    assert train["attention"] == ["splash"]
+    if mesh[1] > 1:  # weights are gathered, activations are not: one group's would be larger than any weight
+        gathered, table = train["collectives"]["all-gather"], 2 * config.vocab * config.width
+        assert gathered["largest"] <= table / mesh[2] < 2 * 64 / mesh[0] * config.block * config.width
+        # Every matrix's gradient is added up in parts, some in a ring beside the product that makes it.
+        kinds = ("reduce-scatter", "collective-permute")
+        scattered = sum(train["collectives"].get(kind, {"sent": 0})["sent"] for kind in kinds)
+        assert scattered >= 0.95 * 2 * config.parameters * (mesh[1] - 1) / parts
     assert "estimate" in done.stdout and "best" not in done.stdout.split("decode")[0]
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 TPU = ROOT / "tpu"
@@ -435,6 +436,18 @@ def test_slurm_ends_with_the_status_of_a_run_that_is_finished_or_failed(cluster,
     found, calls = cluster(status)
     assert found == status and len(calls) == 1
     assert "--kill-on-bad-exit=0" in calls[0], "a SIGTERM would turn an error of one process into 75 of the others"
+
+
+def test_kubernetes_does_not_try_again_what_the_user_must_fix():
+    """Status 2 of the container fails its job for a reason of its own, on which the whole JobSet fails."""
+    spec = yaml.safe_load((TPU / "jobset.yaml").read_text())["spec"]
+    (job,) = (one["template"]["spec"] for one in spec["replicatedJobs"])
+    (container,) = job["template"]["spec"]["containers"]
+    statuses = {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert job["podFailurePolicy"]["rules"] == [{"action": "FailJob", "onExitCodes": statuses}]
+    assert job["template"]["spec"]["restartPolicy"] == "Never", "Kubernetes refuses a podFailurePolicy otherwise"
+    assert spec["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert spec["failurePolicy"]["maxRestarts"] > 0, "after anything else, such as a preemption, it is"
 
 
 @pytest.mark.parametrize("analysis", ["false", pytest.param("true", marks=pytest.mark.slow)])

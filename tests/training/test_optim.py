@@ -44,6 +44,28 @@ def test_adam_tf_damps_small_gradients_where_optax_does_not():
     assert float(theirs) / float(ours) == pytest.approx(29, rel=0.05)  # (g + eps sqrt(1000)) / (g + eps)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam_tf"])
+def test_the_updates_of_a_bounded_optimiser_are_bounded_whatever_the_gradients(name):
+    """Gradients of finite norm, tiny and huge by turns, with learning rate 1: by Cauchy-Schwarz a step is at most
+    (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), corrections for bias at most double that, and eps only shortens it."""
+    b2 = {"adamw": 0.95, "adam_tf": 0.999}[name]
+    tx = (
+        optim.adamw(optax.constant_schedule(1.0), weight_decay=0.0) if name == "adamw" else optim.adam_tf(lambda _: 1.0)
+    )
+    largest = 2 * 0.1 / np.sqrt((1 - b2) * (1 - 0.9**2 / b2))
+    rng, params = np.random.default_rng(0), {"w": np.zeros((20, 5), np.float32)}
+    signs = rng.choice([-1.0, 1.0], (60, 1, 5))
+    grads = {"w": (signs * 10.0 ** rng.uniform(-38, 18, (60, 20, 5))).astype(np.float32)}
+
+    def step(state, grad):
+        updates, state = tx.update(grad, state, params)
+        return state, updates["w"]
+
+    updates = jax.jit(lambda grads: jax.lax.scan(step, tx.init(params), grads)[1])(grads)
+    assert isinstance(tx, optim.Bounded) and np.abs(updates).max() <= largest
+    assert optim.adamw(lambda _: 0.5, weight_decay=4.0).size(0) == 2.0
+
+
 def test_split_by_name_and_copies_that_survive_donation():
     params = {"policy": {"w": jnp.ones(3)}, "reference": {"w": jnp.zeros(3)}}
     trainable, frozen = optim.split(params, ("policy",))
