@@ -26,16 +26,17 @@ from tpu.settings import PRESETS
 from tpu.settings import Settings as PlanSettings
 
 HERE = Path(__file__).parent
-MACHINES = {  # and the flags of `tpu.plan`; batches are what the smallest of them hold without remat
+MACHINES = {  # and the flags of `tpu.plan`: what each device holds without remat; a TPU's compiler needs scanned layers
+    # to finish in minutes
     "v4:2x2x2": "--batch 256",
     "v5e:4x4": "--batch 256",
     "v5p:2x2x2": "--batch 256",
     "v6e:4x4": "--batch 256",
     "tpu7x:2x2x2": "--batch 256",
-    "h100:1": "--batch 32",
-    "h100:8": "--batch 256",
+    "h100:1": "--batch 32 --model.no-scan",
+    "h100:8": "--batch 256 --model.no-scan",
     "2*v5e:4x4": "--batch 512 --steps train",
-    "v5p:16x16x16": "--batch 8192 --steps train --preset gpt2-xl --mesh.fsdp 64",
+    "v5p:16x16x16": "--batch 8192 --preset gpt2-xl --steps train --mesh.fsdp 64",
 }
 COLUMNS = (
     *("machine", "step", "mesh", "memory per device", "sent per device", "kernels", "at least / without overlap"),

@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from tpu import hlo
 from tpu.hardware import LAUNCH, Chip
 
@@ -126,11 +128,30 @@ def _flops(one: hlo.Instruction, shapes: Sequence[str]) -> float:
         found = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:]\s*[\[{]([^\]}]*)[\]}]', one.text)
         axes = [int(n) for n in re.findall(r"\d+", found[1])] if found else [len(left) - 1]
         return 2.0 * math.prod(out) * math.prod(left[n] for n in axes)
-    if one.kind == "convolution":  # a TPU's products: those dimensions of the kernel that are not output features
-        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.text)
-        features = right[labels[2].index("o")] if labels else 1
-        return 2.0 * math.prod(out) * math.prod(right) / max(features, 1)
+    if one.kind == "convolution":  # a TPU's products
+        return _convolution_flops(one.text, left, right, out)
     return 0.0
+
+
+def _convolution_flops(text: str, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> float:
+    """2 FLOPs per pair of an input and a weight that meet. Rows of a batch may be written as a window that reaches far
+    into the padding, which is not multiplied."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
+    assert labels, text[:200]
+    window = dict(re.findall(r"(\w+)=([\d_x-]+)", (re.search(r"window=\{([^}]*)\}", text) or [""] * 2)[1]))
+    pairs = 1
+    for axis, label in enumerate(sorted(filter(str.isdigit, labels[1]))):
+        size, taps, results = (
+            shape[names.index(label)] for shape, names in zip((left, right, out), labels.groups(), strict=True)
+        )
+        stride, spread, dilation = (
+            int(window[name].split("x")[axis]) if name in window else 1
+            for name in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        before = int(window["pad"].split("x")[axis].split("_")[0]) if "pad" in window else 0
+        at = np.add.outer(stride * np.arange(results), dilation * np.arange(taps)) - before
+        pairs *= int(((at % spread == 0) & (at >= 0) & (at <= spread * (size - 1))).sum())
+    return 2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * right[labels[2].index("i")] * pairs
 
 
 def _fusion_bytes(program: hlo.Program, name: str, shapes: Sequence[str]) -> float:

@@ -43,9 +43,9 @@ class Bounded(optax.GradientTransformation):  # type: ignore[misc]  # optax has 
     size: optax.Schedule  # the learning rate, or times the weight decay if that is larger
 
 
-def _bounded(tx: optax.GradientTransformation, size: optax.Schedule) -> Bounded:
+def _bounded(tx: optax.GradientTransformation, rate: optax.ScalarOrSchedule, largest_factor: float = 1.0) -> Bounded:
     found = Bounded(tx.init, tx.update)
-    found.size = size
+    found.size = lambda step: jnp.asarray(rate(step) if callable(rate) else rate) * largest_factor
     return found
 
 
@@ -57,7 +57,7 @@ def adamw(
         optax.clip_by_global_norm(clip),
         optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mask=decay_mask),
     )
-    return _bounded(tx, lambda step: jnp.asarray(schedule(step)) * max(1.0, weight_decay))
+    return _bounded(tx, schedule, max(1.0, weight_decay))
 
 
 def scale_by_adam_tf(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> optax.GradientTransformation:

@@ -353,6 +353,40 @@ ENTRY %main (x.1: bf16[16,64], w.1: bf16[64,32], part.1: bf16[50,48], whole.1: b
     assert one.bytes == 2 * (16 * 64 + 64 * 32 + 16 * 32)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "window", "flops"),
+    [  # how a TPU's compiler writes products of activations [16, 512, 128] and weights [128, 384], and one of two heads
+        ("[8192,128]{1,0} [128,384]{1,0} [8192,384]{1,0}", "dim_labels=bf_io->bf", 2 * 8192 * 128 * 384),
+        (
+            "[128,384,1]{0,1,2} [16,512,128]{1,2,0} [16,512,384]{1,2,0}",
+            "window={size=16 pad=15_15 rhs_reversal=1}, dim_labels=fb0_0oi->0fb",
+            2 * 8192 * 128 * 384,
+        ),
+        (
+            "[16,128,512]{2,1,0} [16,512,384]{2,1,0} [384,128,1]{2,1,0}",
+            "window={size=16}, dim_labels=0bf_0io->fb0",
+            2 * 8192 * 128 * 384,
+        ),
+        (
+            "[2,16,64]{2,1,0} [2,64,32]{2,1,0} [2,16,32]{2,1,0}",
+            "window={size=2 stride=1 pad=1_1 lhs_dilate=2 rhs_reversal=1}, dim_labels=0bf_0io->0bf",
+            2 * 2 * 16 * 64 * 32,
+        ),
+    ],
+)
+def test_a_tpus_products_multiply_no_padding(shapes, window, flops):
+    left, right, out = shapes.split()
+    text = f"""\
+ENTRY %main (x: bf16{left}, w: bf16{right}) -> bf16{out} {{
+  %x = bf16{left} parameter(0)
+  %w = bf16{right} parameter(1)
+  ROOT %y = bf16{out} convolution(%x, %w), {window}
+}}
+"""
+    (one,) = roofline.costs(hlo.Program(text))
+    assert one.flops == flops
+
+
 # ---- FLOPs ----
 
 
