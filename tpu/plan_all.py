@@ -112,11 +112,9 @@ def rows(results: Path) -> Iterator[list[str]]:
         found = read_json(path)
         kind = "gpu" if hardware.parse(topology).is_gpu else "tpu"
         for step, one in found["steps"].items():
-            seconds = [
-                m["steps"][step]["seconds"] for m in measured if m["topology"] == topology and step in m["steps"]
-            ]
+            seconds = [m["steps"].get(step, {}).get("seconds") for m in measured if m.get("topology") == topology]
             cells = step_cells(step, one, found["machine"]["capacity"], PUBLISHED[kind][0])
-            yield [topology, f"{step}: {one['size']}", *cells, ", ".join(map(plan.time_text, seconds))]
+            yield [topology, f"{step}: {one['size']}", *cells, ", ".join(plan.time_text(x) for x in seconds if x)]
 
 
 def step_cells(step: str, one: Mapping[str, Any], capacity: float, published: str) -> list[str]:
