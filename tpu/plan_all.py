@@ -112,7 +112,7 @@ def rows(results: Path) -> Iterator[list[str]]:
             continue
         found = read_json(path)
         kind = "gpu" if hardware.parse(topology).is_gpu else "tpu"
-        here = [one for one in measured if one["topology"] == topology and _same_model(one, topology)]
+        here = [one for one in measured if one.get("topology") == topology and _same_model(one, topology)]
         for step, one in found["steps"].items():
             same = [m["steps"][step] for m in here if step in m["steps"]]
             seconds = [m["seconds"] for m in same if "seconds" in m and all(m[x] == one[x] for x in ("size", "mesh"))]

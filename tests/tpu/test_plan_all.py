@@ -97,6 +97,7 @@ def test_measured_times_stand_beside_the_plan_of_the_same_model_size_and_mesh(re
         "size": measured | {"steps": {"train": step | {"size": "32 rows x 1024 tokens"}}},
         "mesh": measured | {"steps": {"train": step | {"mesh": LARGE["mesh"]}}},
         "cut_off": measured | {"steps": {"train": {}, "ppo": {"size": "512 prompts"}}},
+        "no_machine": {"steps": {}},
     }
     for name, content in others.items():
         (results / f"measured/{name}.json").write_text(json.dumps(content))
