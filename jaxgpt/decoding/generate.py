@@ -25,7 +25,7 @@ from jaxgpt.structs import Answers, Array, Batch, KVCache, Params
 
 X = TypeVar("X")
 Y = TypeVar("Y")
-Sampler = Callable[[Array, Array], Array]
+Sampler = Callable[[Array, Array], Array]  # (keys [B], logits [B, V]) -> tokens [B]
 Carry = tuple[KVCache, Array, Array, Array | None]  # cache, token_B, ended_B, seen_BV
 Loop = Callable[..., tuple[Carry, tuple[Array, ...]]]  # like jax.lax.scan: (step, carry, xs) -> (carry, collected)
 SeenFilter = Callable[[Array, Array], Array]  # (logits [B, V], seen [B, V] bool) -> logits
@@ -223,8 +223,8 @@ def generate(
     prompt_BP: prompts padded on the right; length_B: their lengths. `filter_logits` shapes the distribution
     (temperature, top-k, top-p); before it, `filter_seen(logits, seen)` may use which tokens the prompt and the answer
     so far contain (a repetition penalty); `sample` draws from the result, and the returned log-probabilities are those
-    of that distribution. `samples` answers per prompt share one prefill; those of prompt b start at row
-    b * samples. `value_head` adds a critic's values. The cache grows by `segment` slots, each segment compiled
+    of that distribution. Each answer has its own keys (`sampling.answer_keys`). `samples` answers per prompt share one
+    prefill; those of prompt b start at row b * samples. `value_head` adds a critic's values. The cache grows by `segment` slots, each segment compiled
     separately. `loop` runs the steps: `jax.lax.scan`, with a fixed length that can be vmapped, or
     `scan_until_all_ended`. Rows that have ended yield `pad`. Raises UserError while tracing if prompt and
     answer don't fit the model's block.
@@ -245,7 +245,7 @@ def generate(
         seen_BV = jnp.zeros((B, config.vocab), bool).at[jnp.arange(B)[:, None], prompt_BP].max(real_BP)
 
     def emit(
-        key: Array, h_BD: Array, ended_B: Array, seen_BV: Array | None
+        key_B: Array, h_BD: Array, ended_B: Array, seen_BV: Array | None
     ) -> tuple[Array, Array | None, tuple[Array, ...]]:
         """The next token from the hidden state before it: (ended, seen, outputs to collect)."""
         logits_BV = unembed(params, config, h_BD)
@@ -253,7 +253,7 @@ def generate(
             if filter_seen is not None and seen_BV is not None:
                 logits_BV = filter_seen(logits_BV, seen_BV)
             logits_BV = filter_logits(logits_BV)
-            token_B = sample(key, logits_BV)
+            token_B = sample(key_B, logits_BV)
         out = [jnp.where(ended_B, pad, token_B).astype(jnp.int32)]
         out += [jnp.where(ended_B, 0.0, losses.log_prob(logits_BV, token_B)), ended_B]
         if value_head is not None:
@@ -264,20 +264,21 @@ def generate(
 
     def step(carry: Carry, x: tuple[Array, Array]) -> tuple[Carry, tuple[Array, ...]]:
         cache, token_B, ended_B, seen_BV = carry
-        t, key = x
+        t, key_B = x
         cache, h_BD = feed_next_token(params, config, cache, token_B, length_B, P, t)
-        ended_B, seen_BV, out = emit(key, h_BD, ended_B, seen_BV)
+        ended_B, seen_BV, out = emit(key_B, h_BD, ended_B, seen_BV)
         return (cache, out[0], ended_B, seen_BV), out
 
-    keys = jax.random.split(key, new_tokens)
-    ended_B, seen_BV, out = emit(keys[0], h_BD, jnp.zeros(B, bool), seen_BV)
+    key_B = sampling.answer_keys(key, jnp.arange(B))
+    key_AB = jax.vmap(sampling.token_keys, in_axes=(None, 0))(key_B, jnp.arange(new_tokens))
+    ended_B, seen_BV, out = emit(key_AB[0], h_BD, jnp.zeros(B, bool), seen_BV)
     carry, collected = (cache, out[0], ended_B, seen_BV), [jax.tree.map(lambda x: x[None], out)]
     for begin, end in zip([0, *ends], ends, strict=False):
         if begin == end:
             continue
         if begin:
             carry = (grow_cache(carry[0], end - begin), *carry[1:])
-        carry, out = loop(step, carry, (jnp.arange(begin, end), keys[1 + begin : 1 + end]))
+        carry, out = loop(step, carry, (jnp.arange(begin, end), key_AB[1 + begin : 1 + end]))
         collected.append(out)
     tokens_AB, logp_AB, before_AB, *values = (jnp.concatenate(part) for part in zip(*collected, strict=True))
     tokens_AB = jnp.where(before_AB, pad, tokens_AB)

@@ -189,7 +189,7 @@ def verify(key: Array, draft_J: Array, q_JV: Array, p_EV: Array) -> tuple[Array,
     accepted = jnp.cumprod(jax.random.uniform(accept_key, (J,)) < keep_J, dtype=jnp.int32).sum()
     q_EV = jnp.pad(q_JV, ((0, 1), (0, 0)))  # no draft for the last position: its residual is p
     log_rest_V = jnp.log(residual_distribution(p_EV[accepted], q_EV[accepted]))
-    drawn = sampling.categorical(draw_key, log_rest_V[None])
+    drawn = sampling.categorical(draw_key[None], log_rest_V[None])
     return jnp.where(jnp.arange(J + 1) == accepted, drawn, jnp.pad(draft_J, (0, 1))), accepted
 
 
@@ -228,10 +228,10 @@ class ModelDraft:
                 draw_key, key = jax.random.split(key)
                 cache, logits_BEV = feed_sequence(params, self.config, cache, token[None], position)
                 q_V = shape(logits_BEV[0, 0])
-                token = sampling.categorical(draw_key, jnp.log(q_V)[None])
+                token = sampling.categorical(draw_key[None], jnp.log(q_V)[None])
                 return (cache, token, key), (token[0], q_V)
 
-            first = sampling.categorical(first_key, jnp.log(q_V)[None])
+            first = sampling.categorical(first_key[None], jnp.log(q_V)[None])
             (cache, _, _), (rest, q_rest) = jax.lax.scan(step, (cache, first, key), n + jnp.arange(self.k - 1))
             return cache, jnp.concatenate([first, rest]), jnp.concatenate([q_V[None], q_rest])
 

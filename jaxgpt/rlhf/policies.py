@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxgpt import decoding, losses
 from jaxgpt.config import ModelConfig
+from jaxgpt.decoding import sampling
 from jaxgpt.models import transformer
 from jaxgpt.structs import Answers, Array, Batch, Experience, Params, Prompts
 
@@ -128,16 +129,18 @@ def from_functions(
         rows_B = jnp.arange(len(length_B))
 
         def step(carry: tuple[Array, Array], x: tuple[Array, Array]) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-            (tokens_BT, ended_B), (t, key) = carry, x
+            (tokens_BT, ended_B), (t, key_B) = carry, x
             h_BD = hidden(params, tokens_BT)[rows_B, length_B + t - 1]
             logits_BV = compute_logits(params, h_BD)
-            token_B = jnp.where(ended_B, pad, jax.random.categorical(key, logits_BV)).astype(jnp.int32)
+            token_B = jnp.where(ended_B, pad, sampling.categorical(key_B, logits_BV))
             logp_B = jnp.where(ended_B, 0.0, losses.log_prob(logits_BV, token_B))
             ended_now_B = ended_B | (token_B[:, None] == stops).any(axis=1)
             return (tokens_BT.at[rows_B, length_B + t].set(token_B), ended_now_B), (token_B, logp_B, ended_B)
 
         start = jnp.pad(prompt_BP, ((0, 0), (0, new_tokens))), jnp.zeros(len(length_B), bool)
-        steps = jnp.arange(new_tokens), jax.random.split(key, new_tokens)
+        key_B = sampling.answer_keys(key, jnp.arange(len(length_B)))
+        t_A = jnp.arange(new_tokens)
+        steps = t_A, jax.vmap(sampling.token_keys, in_axes=(None, 0))(key_B, t_A)
         (_, ended_B), (token_AB, logp_AB, ended_before_AB) = jax.lax.scan(step, start, steps)
         return Answers(token_AB.T, logp_AB.T, (~ended_before_AB).sum(0).astype(jnp.int32), ended_B)
 

@@ -52,7 +52,7 @@ def start():
 @functools.cache
 def sampled():
     """Answers of the first policy."""
-    return jax.device_get(collect(start()[0], prompts(), jax.random.key(1), policy=POLICY))
+    return jax.device_get(collect(start()[0], prompts(), jax.random.key(2), policy=POLICY))
 
 
 def scored(rows=None, scores=1.0, **other_params):
