@@ -224,10 +224,10 @@ def generate(
     (temperature, top-k, top-p); before it, `filter_seen(logits, seen)` may use which tokens the prompt and the answer
     so far contain (a repetition penalty); `sample` draws from the result, and the returned log-probabilities are those
     of that distribution. Each answer has its own keys (`sampling.answer_keys`). `samples` answers per prompt share one
-    prefill; those of prompt b start at row b * samples. `value_head` adds a critic's values. The cache grows by `segment` slots, each segment compiled
-    separately. `loop` runs the steps: `jax.lax.scan`, with a fixed length that can be vmapped, or
-    `scan_until_all_ended`. Rows that have ended yield `pad`. Raises UserError while tracing if prompt and
-    answer don't fit the model's block.
+    prefill; those of prompt b start at row b * samples. `value_head` adds a critic's values. The cache grows by
+    `segment` slots, each segment compiled separately. `loop` runs the steps: `jax.lax.scan`, with a fixed length that
+    can be vmapped, or `scan_until_all_ended`. Rows that have ended yield `pad`. Raises UserError while tracing if
+    prompt and answer don't fit the model's block.
     """
     P = prompt_BP.shape[1]
     check_fits_block(config, P, new_tokens)

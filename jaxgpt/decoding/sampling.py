@@ -4,8 +4,8 @@ A filter maps logits [..., V] to logits [..., V]; a sampler maps (keys [B], logi
 
     sample = lambda key_B, logits_BV: categorical(key_B, top_k(logits_BV / 0.8, 50))
 
-Row b of a call draws token t with `token_keys(answer_keys(key, arange(B)), t)[b]`: it depends on the call's key, b and t alone,
-not on the other rows, nor on when the token is drawn.
+Row b of a call draws token t with `token_keys(answer_keys(key, arange(B)), t)[b]`: it depends on the key, b and t
+alone, not on the other rows, nor on when the token is drawn.
 """
 
 import functools

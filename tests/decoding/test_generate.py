@@ -295,9 +295,9 @@ def test_what_does_not_fit_the_block_is_refused():
 # ---- compiled programs ----
 
 
-def loop_bodies(compiled) -> str:
+def loop_bodies(hlo: str) -> str:
     """HLO of the loop bodies and of everything they call."""
-    parts = re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", compiled.as_text())
+    parts = re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", hlo)
     text = {re.match(r"(?:ENTRY )?%([\w.\-]+)", part)[1]: part for part in parts if re.match(r"(?:ENTRY )?%", part)}
     called = {name: set(re.findall(r"%([\w.\-]+)", part)) & text.keys() - {name} for name, part in text.items()}
     found, todo = set(), {name for part in text.values() for name in re.findall(r"body=%([\w.\-]+)", part)}
@@ -360,7 +360,7 @@ def test_no_loop_body_copies_the_cache_sorts_the_vocabulary_or_converts_weights(
     def size(dims: str) -> int:
         return int(np.prod([int(n) for n in dims.split(",") if n]))
 
-    inside = loop_bodies(compiled)
+    inside = loop_bodies(compiled.as_text())
     for dims, kind in re.findall(r"= \(?\w+\[([\d,]*)\][^ ]* (copy|sort|convert)\(", inside):
         assert kind != "convert" or dims not in weights, dims
         assert size(dims) < (config.vocab if kind == "sort" else cache), (kind, dims)
