@@ -132,8 +132,12 @@ def advance(engine: Engine, params: Params, state: State, k: Array | int, free: 
     return jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), state))[1]
 
 
-def drain(engine: Engine, params: Params, prompts: Prompts, key: Array, refill: int | None = None) -> Drained:
+def drain(
+    engine: Engine, params: Params, prompts: Prompts, key: Array, refill: int | None = None, first: Array | int = 0
+) -> Drained:
     """One answer to each of the Q prompts: row q of `generate(params, config, prompts, key)`, to rounding.
+
+    The answers are numbered from `first`. A prompt of length 0 gets none, so that one program serves shorter queues.
 
     `refill` is R, how many slots must be free before as many prompts are read in one pass: 1 leaves no slot empty,
     more read the prompts in fewer passes (default: B / 8). On a mesh every shard of the rows drains its own part of the
@@ -148,13 +152,20 @@ def drain(engine: Engine, params: Params, prompts: Prompts, key: Array, refill: 
     own = dataclasses.replace(engine, slots=min(engine.slots, Q) // shards)
     refill = min(refill or max(own.slots // 8, 1), own.slots)
     params = prepare(params, engine.config)
-    run = functools.partial(_drain_shard, own, refill)
-    return sharding.run_independently(run, (params, key), (prompts, jnp.arange(Q)))
+    # Dealt out in turn, so that shards have equally many prompts even if those at the queue's end are missing.
+    deal = lambda x: x.reshape(-1, shards, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)  # noqa: E731
+    gather = lambda x: x.reshape(shards, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)  # noqa: E731
+    queue = jax.tree.map(deal, (prompts, first + jnp.arange(Q)))
+    run = functools.partial(_drain_shard, own, refill, shards)
+    found = sharding.run_independently(run, (params, key), queue)
+    return found._replace(answers=jax.tree.map(gather, found.answers))
 
 
-def _drain_shard(engine: Engine, refill: int, shared: tuple[Params, Array], queue: tuple[Prompts, Array]) -> Drained:
+def _drain_shard(
+    engine: Engine, refill: int, shards: int, shared: tuple[Params, Array], queue: tuple[Prompts, Array]
+) -> Drained:
     (params, key), (prompts, number_Q) = shared, queue
-    Q = len(number_Q)
+    Q, waiting = len(number_Q), (prompts.length_B > 0).sum()
     order_Q = jnp.argsort(-prompts.length_B)  # prompts of about the same length are read together
     ahead = (prompts.tokens_BP[order_Q], prompts.length_B[order_Q], number_Q[order_Q])
     padded = [jnp.pad(x, [(0, refill), *[(0, 0)] * (x.ndim - 1)]) for x in ahead]  # with prompts of length 0
@@ -164,7 +175,7 @@ def _drain_shard(engine: Engine, refill: int, shared: tuple[Params, Array], queu
         return prefill_hidden(params, engine.config, tokens_RP[:, :width], length_R, room)
 
     def collect(done: Answers, state: State, slot_R: Array) -> Answers:
-        place_R = state.number_B[slot_R] - number_Q[0]
+        place_R = (state.number_B[slot_R] - number_Q[0]) // shards
         place_R = jnp.where(state.answers.length_B[slot_R] > 0, place_R, Q)  # no answer: dropped
         return jax.tree.map(lambda all_, x: all_.at[place_R].set(x[slot_R], mode="drop"), done, state.answers)
 
@@ -178,11 +189,11 @@ def _drain_shard(engine: Engine, refill: int, shared: tuple[Params, Array], queu
         cache, h_RD = jax.lax.switch(bucket, reads, tokens_RP, length_R)
         state = _seat(engine, params, state, cache, h_RD, length_R, number_R, slot_R)
         i += refill
-        state = advance(engine, params, state, engine.new_tokens, jnp.where(i < Q, refill, engine.slots))
+        state = advance(engine, params, state, engine.new_tokens, jnp.where(i < waiting, refill, engine.slots))
         return i, state, done
 
     start = (jnp.zeros((), jnp.int32), init(engine, key), _no_answers(engine, Q))
-    _, state, done = jax.lax.while_loop(lambda carry: carry[0] < Q, admit_next, start)
+    _, state, done = jax.lax.while_loop(lambda carry: carry[0] < waiting, admit_next, start)
     return Drained(collect(done, state, jnp.arange(engine.slots)), state.step[None])
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxgpt import decoding, losses
 from jaxgpt.config import ModelConfig
-from jaxgpt.decoding import sampling
+from jaxgpt.decoding import engine, sampling
 from jaxgpt.models import transformer
 from jaxgpt.structs import Answers, Array, Batch, Experience, Params, Prompts
 
@@ -73,22 +73,28 @@ class Policy:
 
 @functools.lru_cache(maxsize=64)  # equal arguments give the same object, so programs that use it are compiled once
 def transformer_policy(
-    config: ModelConfig, *, new_tokens: int | None = None, stop: int = -1, temperature: float = 1.0
+    config: ModelConfig,
+    *,
+    new_tokens: int | None = None,
+    stop: int = -1,
+    temperature: float = 1.0,
+    slots: int | None = None,
 ) -> Policy:
-    """`models.transformer` as a policy. Without `new_tokens` it gives log-probabilities but can't sample."""
+    """`models.transformer` as a policy. Without `new_tokens` it gives log-probabilities but can't sample. With `slots`
+    it samples that many answers at a time, in a loop that can't be vmapped: the same answers (see `decoding.engine`),
+    sooner where their lengths differ."""
+
+    def cool(logits: Array) -> Array:
+        return logits / temperature
 
     def generate(params: Params, prompt_BP: Array, length_B: Array, key: Array) -> Answers:
         if new_tokens is None:
             raise ValueError("a policy needs new_tokens to sample")
+        if slots is not None:
+            one = engine.Engine(config, slots, prompt_BP.shape[1], new_tokens, stop, filter_logits=cool)
+            return engine.drain(one, params, Prompts(prompt_BP, length_B), key).answers
         return decoding.generate(
-            params,
-            config,
-            prompt_BP,
-            length_B,
-            key,
-            new_tokens=new_tokens,
-            stop=stop,
-            filter_logits=lambda logits: logits / temperature,
+            params, config, prompt_BP, length_B, key, new_tokens=new_tokens, stop=stop, filter_logits=cool
         )
 
     return Policy(

@@ -60,14 +60,14 @@ def steps_of_a_queue(lengths: np.ndarray, slots: int, refill: int) -> int:
 # ---- the same answers ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "slots", "refill"),
     [
-        ("gpt", 4, 1),
-        pytest.param("gpt", 4, 3, marks=pytest.mark.slow),
-        pytest.param("llama", 1, 1, marks=pytest.mark.slow),
-        pytest.param("llama3", 7, None, marks=pytest.mark.slow),
-        pytest.param("gpt2", 60, 60, marks=pytest.mark.slow),
+        ("gpt", 4, 3),
+        ("llama", 1, 1),
+        ("llama3", 7, None),
+        ("gpt2", 60, 60),
     ],
 )
 def test_a_drained_queue_has_the_answers_of_generate(name, slots, refill):
@@ -115,7 +115,7 @@ def test_on_a_mesh_each_shard_of_the_rows_drains_its_own_queue(shape, queues):
     key, how = jax.random.key(1), {"new_tokens": A, "stop": STOPS, "pad": 3}
     expected = jax.device_get(generate(params, config, prompts.tokens_BP, prompts.length_B, key, **how))
     assert_same(found.answers, expected)
-    own = [(x.reshape(queues, -1)) for x in (prompts.length_B, expected.length_B)]
+    own = [x.reshape(-1, queues).T for x in (prompts.length_B, expected.length_B)]
     by_hand = [steps_of_a_queue(n[np.argsort(-p, kind="stable")], 8 // queues, 1) for p, n in zip(*own, strict=True)]
     np.testing.assert_array_equal(found.steps, by_hand)
     if queues > 1:
@@ -133,15 +133,23 @@ def drain_short(params, prompts, key, stop, slots, refill):
     return engine.drain(engine_of(slots=slots, width=8, stop=stop), params, prompts, key, refill)
 
 
+def padded(stops) -> np.ndarray:
+    return np.array([*stops, *[-1] * (60 - len(stops))])
+
+
+def test_a_queue_drained_as_slots_get_free_has_the_answers_of_generate():
+    found = drain_short(random_params(MODELS["gpt"]), queue(8), jax.random.key(1), padded(STOPS), slots=4, refill=1)
+    assert_same(found.answers, generated(width=8))
+
+
 @pytest.mark.parametrize("refill", [1, pytest.param(3, marks=pytest.mark.slow)])
 @hypothesis.given(st.integers(0, 2**31 - 1), st.integers(0, 60))
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_the_steps_are_those_of_a_queue(refill, seed, stops):
     """Whatever the lengths; with one free slot enough, within 1.1 times sum / B + longest."""
-    stop, prompts = np.array([*range(stops), *[-1] * (60 - stops)]), queue(8)
-    found = jax.device_get(
-        drain_short(random_params(MODELS["gpt"]), prompts, jax.random.key(seed), stop, slots=4, refill=refill)
-    )
+    prompts, stop = queue(8), padded(range(stops))
+    run = functools.partial(drain_short, random_params(MODELS["gpt"]), prompts, slots=4, refill=refill)
+    found = jax.device_get(run(jax.random.key(seed), stop))
     n = found.answers.length_B
     order = np.argsort(-prompts.length_B, kind="stable")
     assert found.steps.tolist() == [steps_of_a_queue(n[order], 4, refill)]
@@ -149,6 +157,7 @@ def test_the_steps_are_those_of_a_queue(refill, seed, stops):
         assert found.steps[0] <= 1.1 * (n.sum() / 4 + n.max())
 
 
+@pytest.mark.slow
 def test_no_loop_copies_the_cache():
     """Neither the steps nor the admission of the next prompts."""
     config = dataclasses.replace(TINY, layers=1, width=64, heads=4, block=1024)
