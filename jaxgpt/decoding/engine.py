@@ -28,7 +28,7 @@ from flax import struct
 from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.decoding import sampling
-from jaxgpt.decoding.generate import Sampler, check_fits_block, feed, prefill_hidden, prepare, unembed
+from jaxgpt.decoding.generate import Sampler, check_fits_block, empty_cache, feed, prefill_hidden, prepare, unembed
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding
 from jaxgpt.structs import Answers, Array, KVCache, Params, Prompts
@@ -89,14 +89,9 @@ class Drained(NamedTuple):
 
 def init(engine: Engine, key: Array) -> State:
     """B free slots; all answers are drawn with this key, folded with their numbers."""
-    config, B, A = engine.config, engine.slots, engine.new_tokens
-    dtype = jnp.float32 if sharding.target_platform(config) == "cpu" else config.dtype
-    zeros_BGSK = jnp.zeros((B, config.groups, engine.prompt_tokens + A, config.head_dim), dtype)
-    zeros_BGSK = sharding.constrain(zeros_BGSK, sharding.ROW_AXES, "tensor", None, None)
-    one = zeros_BGSK.reshape(*(n for n in zeros_BGSK.shape[:2] if n > 1), *zeros_BGSK.shape[2:])
-    keys = values = (one,) * config.layers
+    B = engine.slots
     return State(
-        cache=KVCache(keys, values),
+        cache=empty_cache(engine.config, B, engine.prompt_tokens + engine.new_tokens),
         step=jnp.zeros((), jnp.int32),
         key=key,
         number_B=jnp.zeros(B, jnp.int32),
