@@ -10,9 +10,10 @@ from jaxgpt.files import read_json
 from jaxgpt.runs.endings import plain_endings
 from jaxgpt.runs.run_record import read_results
 
+GAIN = "gold_gain_in_baseline_sd"
 NAMES = {  # a heading, and how a policy's figures in report.json are shown below it
     "gold score": lambda p: plus_minus(p["gold"]),
-    "gain over SFT, in SFT standard deviations": lambda p: plus_minus(p["gold_gain_in_baseline_sd"]),
+    "gain over SFT, in SFT standard deviations": lambda p: plus_minus(gain) if (gain := p[GAIN]) else "–",
     "judge, P(positive) minus SFT's": lambda p: plus_minus(p["judge_gain"]),
     "KL to SFT, nats a sequence": lambda p: plus_minus(p["kl"]) if p["kl"] else bound(p["kl_bound"]),
     "wins against SFT (gold)": lambda p: plus_minus(p["win_rate_gold"]),
@@ -41,8 +42,8 @@ def stage_rows(run: Path) -> dict[str, str]:
     """What the stages measured: the name of a row -> its figure."""
     pretrain, sft, reward, dpo = (results(run, name) for name in ("pretrain", "sft", "reward", "dpo"))
     policies = results(run, "report")["policies"]
-    sd = policies["PPO"]["gold"]["mean"] - policies["SFT"]["gold"]["mean"]
-    sd /= policies["PPO"]["gold_gain_in_baseline_sd"]["mean"]
+    rise, gain = policies["PPO"]["gold"]["mean"] - policies["SFT"]["gold"]["mean"], policies["PPO"][GAIN]
+    sd = rise / gain["mean"] if gain else 0.0  # no gain: SFT's answers all have the same gold score
     return {
         "pretraining, held out, nats a token (bits a byte)": f"{pretrain['heldout_nats_per_token']:.3f} "
         f"({pretrain['heldout_bits_per_byte']:.3f})",

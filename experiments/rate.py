@@ -86,7 +86,7 @@ def main(settings: Settings) -> dict[str, Any]:
         server.open_page(bound.address)
 
         tx = optim.adam_tf(optax.constant_schedule(settings.learning_rate))
-        policy = ppo.policy_of(config, settings.ppo, tok.template.end)
+        policy = ppo.policy_of(config, settings.ppo, tok.template.end, slots=min(settings.batch, 16))
         state = ppo.init(policy, start, tx, {})
         control: ppo.Controller = kl.FixedKL(jnp.float32(settings.beta))
         reward_fn = text_reward(person, tok)

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxgpt import losses
 from jaxgpt.config import ModelConfig
@@ -25,7 +26,7 @@ from jaxgpt.structs import Answers, Array, Batch, KVCache, Params
 
 X = TypeVar("X")
 Y = TypeVar("Y")
-Sampler = Callable[[Array, Array], Array]
+Sampler = Callable[[Array, Array], Array]  # (keys [B], logits [B, V]) -> tokens [B]
 Carry = tuple[KVCache, Array, Array, Array | None]  # cache, token_B, ended_B, seen_BV
 Loop = Callable[..., tuple[Carry, tuple[Array, ...]]]  # like jax.lax.scan: (step, carry, xs) -> (carry, collected)
 SeenFilter = Callable[[Array, Array], Array]  # (logits [B, V], seen [B, V] bool) -> logits
@@ -127,9 +128,56 @@ def prefill(
     return cache, unembed(params, config, h_BD)
 
 
+def empty_cache(config: ModelConfig, rows: int, slots: int) -> KVCache:
+    """A cache of zeros, in the form of `prefill_hidden`'s."""
+    dtype = jnp.float32 if sharding.target_platform(config) == "cpu" else config.dtype
+    zeros_BGSK = jnp.zeros((rows, config.groups, slots, config.head_dim), dtype)
+    zeros_BGSK = sharding.constrain(zeros_BGSK, sharding.ROW_AXES, "tensor", None, None)
+    one = zeros_BGSK.reshape(*(n for n in zeros_BGSK.shape[:2] if n > 1), *zeros_BGSK.shape[2:])
+    return KVCache((one,) * config.layers, (one,) * config.layers)
+
+
 def grow_cache(cache: KVCache, slots: int) -> KVCache:
     """The cache with `slots` empty (zero) slots appended."""
     return jax.tree.map(lambda x: jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, slots), (0, 0))), cache)
+
+
+@struct.dataclass
+class Prefix:
+    """The cache of prompts [B, G, P, K] that several adjacent rows share, `samples` for each prompt: stored and read
+    once for all of them."""
+
+    cache: KVCache
+    length_B: Array
+
+    def scores(self, config: ModelConfig, n: int, q_BEHK: Array) -> Array:
+        """Scaled scores of every row's queries in layer n, [B * samples, H, E, P]."""
+        keys = self.cache.keys[n]
+        q = self._by_prompt(config, q_BEHK.swapaxes(1, 2)).astype(keys.dtype)
+        scores = jnp.einsum("...ek,...pk->...ep", q, keys, preferred_element_type=jnp.float32)
+        visible_B1P = jnp.repeat(jnp.arange(keys.shape[-2]) < self.length_B[:, None], self._samples(q_BEHK), axis=0)
+        scaled = self._by_row(config, scores, q_BEHK.shape[0]) * config.head_dim**-0.5
+        return jnp.where(visible_B1P[:, None, None], scaled, losses.MASKED_LOGIT)
+
+    def mix(self, config: ModelConfig, n: int, weights_BHEP: Array) -> Array:
+        """The values of layer n, weighted, [B * samples, H, E, K]."""
+        values = self.cache.values[n]
+        weights = self._by_prompt(config, weights_BHEP).astype(values.dtype)
+        return self._by_row(config, jnp.einsum("...ep,...pk->...ek", weights, values), weights_BHEP.shape[0])
+
+    def _samples(self, rows: Array) -> int:
+        return rows.shape[0] // len(self.length_B)
+
+    def _by_prompt(self, config: ModelConfig, x_BHEX: Array) -> Array:
+        """[B * samples, H, E, X] as [B, G, samples * H / G * E, X], axes of size 1 left out as in the cache."""
+        rows, H, E, X = x_BHEX.shape
+        x = x_BHEX.reshape(-1, rows // len(self.length_B), config.groups, H // config.groups * E, X).swapaxes(1, 2)
+        return x.reshape(*self.cache.keys[0].shape[:-2], -1, X)
+
+    def _by_row(self, config: ModelConfig, x: Array, rows: int) -> Array:
+        """The inverse of `_by_prompt`."""
+        B, G, X = len(self.length_B), config.groups, x.shape[-1]
+        return x.reshape(B, G, rows // B, -1, X).swapaxes(1, 2).reshape(rows, config.heads, -1, X)
 
 
 def feed(
@@ -140,11 +188,12 @@ def feed(
     position_BE: Array,
     slot: Array | int,
     visible_BES: Array,
+    prefix: Prefix | None = None,
 ) -> tuple[KVCache, Array]:
     """Feed E tokens per row into the slots starting at `slot`: the updated cache, and the hidden states [B, E, D].
 
-    visible_BES says which slots each token attends to (leading axes may be 1). The slots must exist: otherwise they
-    would be clamped silently.
+    visible_BES says which slots each token attends to (leading axes may be 1); those of its `prefix` come in addition,
+    under the same softmax. The slots must exist: otherwise they would be clamped silently.
     """
     B, E = tokens_BE.shape
     *rows, _, K = cache.keys[0].shape
@@ -160,11 +209,15 @@ def feed(
         k, v = jax.lax.optimization_barrier((store(cache.keys[n], k_BEGK), store(cache.values[n], v_BEGK)))
         q = q_BEHK.swapaxes(1, 2).reshape(*rows, *some, K).astype(k.dtype)
         scores = jnp.einsum(f"...{e}k,...sk->...{e}s", q, k, preferred_element_type=jnp.float32)
-        scores_BHES = scores.reshape(B, H, E, -1) * K**-0.5
-        weights_BHES = jax.nn.softmax(jnp.where(visible_BES[:, None], scores_BHES, losses.MASKED_LOGIT))
-        weights = weights_BHES.reshape(scores.shape).astype(v.dtype)
-        mixed = jnp.einsum(f"...{e}s,...sk->...{e}k", weights, v).astype(q_BEHK.dtype)
-        return mixed.reshape(B, H, E, K).swapaxes(1, 2), (k, v)
+        scores_BHES = jnp.where(visible_BES[:, None], scores.reshape(B, H, E, -1) * K**-0.5, losses.MASKED_LOGIT)
+        if prefix is not None:
+            scores_BHES = jnp.concatenate([prefix.scores(config, n, q_BEHK), scores_BHES], axis=-1)
+        weights_BHES = jax.nn.softmax(scores_BHES)
+        own = weights_BHES[..., -visible_BES.shape[-1] :].reshape(scores.shape).astype(v.dtype)
+        mixed_BHEK = jnp.einsum(f"...{e}s,...sk->...{e}k", own, v).reshape(B, H, E, K)
+        if prefix is not None:
+            mixed_BHEK += prefix.mix(config, n, weights_BHES[..., : -visible_BES.shape[-1]])
+        return mixed_BHEK.astype(q_BEHK.dtype).swapaxes(1, 2), (k, v)
 
     with jax.named_scope("embed"):
         x_BED = transformer.embed(params, config, tokens_BE, position_BE)
@@ -179,16 +232,23 @@ def feed(
 
 
 def feed_next_token(
-    params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
+    params: Params,
+    config: ModelConfig,
+    cache: KVCache,
+    token_B: Array,
+    length_B: Array,
+    prompt_slots: int,
+    t: Array,
+    prefix: Prefix | None = None,
 ) -> tuple[KVCache, Array]:
-    """Feed the t-th new token: the updated cache, and the token's hidden state after the final norm [B, D]."""
+    """Feed the t-th new token: the updated cache, and the token's hidden state after the final norm [B, D]. Prompts
+    are in the cache's first slots, or in `prefix`, and then prompt_slots is 0."""
     slots = jnp.arange(cache.keys[0].shape[-2])
     new_S = (slots >= prompt_slots) & (slots <= prompt_slots + t)
-    visible_BS = (slots < length_B[:, None]) | new_S
+    visible_BS = new_S[None] if prefix is not None else (slots < length_B[:, None]) | new_S
     position_B = length_B + t
-    cache, h_BED = feed(
-        params, config, cache, token_B[:, None], position_B[:, None], prompt_slots + t, visible_BS[:, None]
-    )
+    slot, visible_BES = prompt_slots + t, visible_BS[:, None]
+    cache, h_BED = feed(params, config, cache, token_B[:, None], position_B[:, None], slot, visible_BES, prefix)
     return cache, h_BED[:, 0]
 
 
@@ -223,11 +283,11 @@ def generate(
     prompt_BP: prompts padded on the right; length_B: their lengths. `filter_logits` shapes the distribution
     (temperature, top-k, top-p); before it, `filter_seen(logits, seen)` may use which tokens the prompt and the answer
     so far contain (a repetition penalty); `sample` draws from the result, and the returned log-probabilities are those
-    of that distribution. `samples` answers per prompt share one prefill; those of prompt b start at row
-    b * samples. `value_head` adds a critic's values. The cache grows by `segment` slots, each segment compiled
-    separately. `loop` runs the steps: `jax.lax.scan`, with a fixed length that can be vmapped, or
-    `scan_until_all_ended`. Rows that have ended yield `pad`. Raises UserError while tracing if prompt and
-    answer don't fit the model's block.
+    of that distribution. Each answer has its own keys (`sampling.answer_keys`). `samples` answers per prompt share its
+    cache; those of prompt b start at row b * samples. `value_head` adds a critic's values. The cache grows by
+    `segment` slots, each segment compiled separately. `loop` runs the steps: `jax.lax.scan`, with a fixed length that
+    can be vmapped, or `scan_until_all_ended`. Rows that have ended yield `pad`. Raises UserError while tracing if
+    prompt and answer don't fit the model's block.
     """
     P = prompt_BP.shape[1]
     check_fits_block(config, P, new_tokens)
@@ -235,7 +295,11 @@ def generate(
         raise UserError(f"samples is {samples} and segment {segment}; both must be at least 1")
     params = prepare(params, config)
     ends = [*range(segment, new_tokens - 1, segment), new_tokens - 1]  # tokens fed by the end of each segment
-    cache, h_BD = prefill_hidden(params, config, prompt_BP, length_B, ends[0], copies=samples)
+    cache, h_BD = prefill_hidden(params, config, prompt_BP, length_B, ends[0] if samples == 1 else 0)
+    prefix, prompt_slots = None, P
+    if samples > 1:
+        prefix, prompt_slots = Prefix(cache, length_B), 0
+        cache = empty_cache(config, len(length_B) * samples, ends[0])
     h_BD, prompt_BP, length_B = (jnp.repeat(x, samples, axis=0) for x in (h_BD, prompt_BP, length_B))
     B = length_B.shape[0]
     stops = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
@@ -245,7 +309,7 @@ def generate(
         seen_BV = jnp.zeros((B, config.vocab), bool).at[jnp.arange(B)[:, None], prompt_BP].max(real_BP)
 
     def emit(
-        key: Array, h_BD: Array, ended_B: Array, seen_BV: Array | None
+        key_B: Array, h_BD: Array, ended_B: Array, seen_BV: Array | None
     ) -> tuple[Array, Array | None, tuple[Array, ...]]:
         """The next token from the hidden state before it: (ended, seen, outputs to collect)."""
         logits_BV = unembed(params, config, h_BD)
@@ -253,7 +317,7 @@ def generate(
             if filter_seen is not None and seen_BV is not None:
                 logits_BV = filter_seen(logits_BV, seen_BV)
             logits_BV = filter_logits(logits_BV)
-            token_B = sample(key, logits_BV)
+            token_B = sample(key_B, logits_BV)
         out = [jnp.where(ended_B, pad, token_B).astype(jnp.int32)]
         out += [jnp.where(ended_B, 0.0, losses.log_prob(logits_BV, token_B)), ended_B]
         if value_head is not None:
@@ -264,20 +328,21 @@ def generate(
 
     def step(carry: Carry, x: tuple[Array, Array]) -> tuple[Carry, tuple[Array, ...]]:
         cache, token_B, ended_B, seen_BV = carry
-        t, key = x
-        cache, h_BD = feed_next_token(params, config, cache, token_B, length_B, P, t)
-        ended_B, seen_BV, out = emit(key, h_BD, ended_B, seen_BV)
+        t, key_B = x
+        cache, h_BD = feed_next_token(params, config, cache, token_B, length_B, prompt_slots, t, prefix)
+        ended_B, seen_BV, out = emit(key_B, h_BD, ended_B, seen_BV)
         return (cache, out[0], ended_B, seen_BV), out
 
-    keys = jax.random.split(key, new_tokens)
-    ended_B, seen_BV, out = emit(keys[0], h_BD, jnp.zeros(B, bool), seen_BV)
+    key_B = sampling.answer_keys(key, jnp.arange(B))
+    key_AB = jax.vmap(sampling.token_keys, in_axes=(None, 0))(key_B, jnp.arange(new_tokens))
+    ended_B, seen_BV, out = emit(key_AB[0], h_BD, jnp.zeros(B, bool), seen_BV)
     carry, collected = (cache, out[0], ended_B, seen_BV), [jax.tree.map(lambda x: x[None], out)]
     for begin, end in zip([0, *ends], ends, strict=False):
         if begin == end:
             continue
         if begin:
             carry = (grow_cache(carry[0], end - begin), *carry[1:])
-        carry, out = loop(step, carry, (jnp.arange(begin, end), keys[1 + begin : 1 + end]))
+        carry, out = loop(step, carry, (jnp.arange(begin, end), key_AB[1 + begin : 1 + end]))
         collected.append(out)
     tokens_AB, logp_AB, before_AB, *values = (jnp.concatenate(part) for part in zip(*collected, strict=True))
     tokens_AB = jnp.where(before_AB, pad, tokens_AB)

@@ -1,8 +1,11 @@
 """From logits to tokens: logit filters and two samplers.
 
-A filter maps logits [..., V] to logits [..., V]; a sampler maps (key, logits [B, V]) to tokens [B]. Compose them:
+A filter maps logits [..., V] to logits [..., V]; a sampler maps (keys [B], logits [B, V]) to tokens [B]. Compose them:
 
-    sample = lambda key, logits: categorical(key, top_k(logits / 0.8, 50))
+    sample = lambda key_B, logits_BV: categorical(key_B, top_k(logits_BV / 0.8, 50))
+
+Row b of a call draws token t with `token_keys(answer_keys(key, arange(B)), t)[b]`: it depends on the key, b and t
+alone, not on the other rows, nor on when the token is drawn.
 """
 
 import functools
@@ -117,13 +120,23 @@ def repetition_penalty(logits: Array, seen: Array, penalty: float) -> Array:
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def greedy(key: Array, logits_BV: Array) -> Array:
-    """The most probable token, [B]; the key is not used."""
+def answer_keys(key: Array, number_B: Array) -> Array:
+    """Each answer's key, [B]: `key` folded with the answer's number."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, number_B)
+
+
+def token_keys(key_B: Array, t: Array | int) -> Array:
+    """The key for token t of each answer: the answer's key folded with t (a number, or one for each row), [B]."""
+    return jax.vmap(jax.random.fold_in)(key_B, jnp.broadcast_to(t, key_B.shape))
+
+
+def greedy(key_B: Array, logits_BV: Array) -> Array:
+    """The most probable token, [B]; the keys are not used."""
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
 
-def categorical(key: Array, logits_BV: Array) -> Array:
-    """A sample from softmax(logits), [B], by inverting the cumulative distribution.
+def categorical(key_B: Array, logits_BV: Array) -> Array:
+    """A sample from softmax(logits) with each row's own key, [B], by inverting the cumulative distribution.
 
     Uses one random number per row. The Gumbel trick needs V of them and an argmax, which on a CPU take 1.6 times
     as long as a whole decoding step. The vocabulary is searched in two levels, first blocks (axis G) and then the
@@ -136,7 +149,7 @@ def categorical(key: Array, logits_BV: Array) -> Array:
     weights_BGI = jnp.pad(weights_BV, ((0, 0), (0, -V % block_size))).reshape(B, -1, block_size)
     block_weight_BG = weights_BGI.sum(axis=-1)
     cumulative_BG = jnp.cumsum(block_weight_BG, axis=-1)
-    target_B1 = jax.random.uniform(key, (B, 1)) * cumulative_BG[:, -1:]
+    target_B1 = jax.vmap(jax.random.uniform)(key_B)[:, None] * cumulative_BG[:, -1:]
     block_B1 = _first_above(cumulative_BG, target_B1)
     before_B1 = jnp.take_along_axis(cumulative_BG - block_weight_BG, block_B1, axis=1)
     rest_B1 = jnp.maximum(target_B1 - before_B1, 0.0)

@@ -193,14 +193,14 @@ def verify(key: Array, draft_J: Array, q_JV: Array, p_EV: Array) -> tuple[Array,
     accepted = jnp.cumprod(jax.random.uniform(accept_key, (J,)) < keep_J, dtype=jnp.int32).sum()
     q_EV = jnp.pad(q_JV, ((0, 1), (0, 0)))  # no draft for the last position: its residual is p
     log_rest_V = jnp.log(residual_distribution(p_EV[accepted], q_EV[accepted]))
-    drawn = sampling.categorical(draw_key, log_rest_V[None])
+    drawn = sampling.categorical(draw_key[None], log_rest_V[None])
     return jnp.where(jnp.arange(J + 1) == accepted, drawn, jnp.pad(draft_J, (0, 1))), accepted
 
 
 @jax.named_scope("sample")
 def _draw(key: Array, q_V: Array) -> Array:
     """One token with these probabilities, [1]."""
-    return sampling.categorical(key, jnp.log(q_V)[None])
+    return sampling.categorical(key[None], jnp.log(q_V)[None])
 
 
 @struct.dataclass

@@ -38,21 +38,21 @@ def stream(
         params = jax.jit(prepare, static_argnums=1)(params, config)
     room = min(segment, new_tokens)
     chosen = {"sample": _as_partial(sample), "filter_logits": _as_partial(filter_logits)}
-    first, *rest = jax.random.split(key, new_tokens)
-    cache, token_B = _first_token(params, config, prompt_BP, length_B, room, first, **chosen)
-    for t, step_key in enumerate([*rest, None]):
+    key_B = sampling.answer_keys(key, jnp.arange(1))
+    cache, token_B = _first_token(params, config, prompt_BP, length_B, room, key_B, **chosen)
+    for t in range(new_tokens):
         token = int(token_B[0])
         if token < 0:
             raise UserError("the model's logits are NaN or infinite; train it again with a lower learning rate")
         if token in stops:
             return
         yield token
-        if step_key is None:
+        if t + 1 == new_tokens:
             return
         if t == room:
             more = min(room, new_tokens - room)
             cache, room = grow_cache(cache, more), room + more
-        cache, token_B = _next_token(params, config, cache, token_B, length_B, P, jnp.asarray(t), step_key, **chosen)
+        cache, token_B = _next_token(params, config, cache, token_B, length_B, P, jnp.asarray(t), key_B, **chosen)
 
 
 def _as_partial(function: Callable[..., Array]) -> jax.tree_util.Partial:
@@ -61,10 +61,10 @@ def _as_partial(function: Callable[..., Array]) -> jax.tree_util.Partial:
 
 
 @jax.named_scope("sample")
-def _draw(key: Array, logits_BV: Array, sample: Sampler, filter_logits: sampling.Filter) -> Array:
+def _draw(key_B: Array, logits_BV: Array, sample: Sampler, filter_logits: sampling.Filter) -> Array:
     """One token for each row; -1 where a logit is not finite."""
     finite_B = jnp.isfinite(logits_BV).all(axis=-1)
-    return jnp.where(finite_B, sample(key, filter_logits(logits_BV)), -1)
+    return jnp.where(finite_B, sample(key_B, filter_logits(logits_BV)), -1)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4))
@@ -74,13 +74,13 @@ def _first_token(
     prompt_BP: Array,
     length_B: Array,
     slots: int,
-    key: Array,
+    key_B: Array,
     *,
     sample: Sampler,
     filter_logits: sampling.Filter,
 ) -> tuple[KVCache, Array]:
     cache, logits_BV = prefill(params, config, prompt_BP, length_B, slots)
-    return cache, _draw(key, logits_BV, sample, filter_logits)
+    return cache, _draw(sampling.token_keys(key_B, 0), logits_BV, sample, filter_logits)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 5), donate_argnums=2)
@@ -92,10 +92,10 @@ def _next_token(
     length_B: Array,
     prompt_slots: int,
     t: Array,
-    key: Array,
+    key_B: Array,
     *,
     sample: Sampler,
     filter_logits: sampling.Filter,
 ) -> tuple[KVCache, Array]:
     cache, logits_BV = decode_step(params, config, cache, token_B, length_B, prompt_slots, t)
-    return cache, _draw(key, logits_BV, sample, filter_logits)
+    return cache, _draw(sampling.token_keys(key_B, t + 1), logits_BV, sample, filter_logits)

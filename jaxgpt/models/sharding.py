@@ -26,6 +26,7 @@ from jaxgpt.structs import Array
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Rows = TypeVar("Rows")  # a pytree of arrays whose first axis is rows
 Tree = TypeVar("Tree")  # any pytree; the result has the same structure
 Axes = str | tuple[str, ...] | None
 ROW_AXES = ("data", "fsdp")  # the mesh axes that shard the rows of a batch
@@ -204,6 +205,23 @@ def count_shards(size: int, axes: Axes) -> int:
     return 1 if mesh is None else int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
+def count_independent_shards() -> int:
+    """Into how many parts `run_independently` divides rows."""
+    mesh = _active_mesh()
+    return 1 if mesh is None or mesh.shape.get("tensor", 1) > 1 else count_row_shards(mesh)
+
+
+def run_independently(f: Callable[[Tree, Rows], Result], shared: Tree, rows: Rows) -> Result:
+    """f(shared, rows) by each shard of the rows on its own part, for loops whose lengths differ between them; what f
+    returns is joined along axis 0. Outside a mesh, and with a tensor axis, f itself: devices that share a layer's work
+    exchange its results in every step, and XLA may have all of them wait for each other there."""
+    mesh = _active_mesh()
+    if mesh is None or count_independent_shards() == 1:
+        return f(shared, rows)
+    names = tuple(name for name in ROW_AXES if name in mesh.shape)
+    return jax.shard_map(f, mesh=mesh, in_specs=(P(), P(names)), out_specs=P(names), check_vma=False)(shared, rows)
+
+
 def find_rule(path: Sequence[object], rules: Mapping[str, P]) -> P:
     """The rule for a leaf, by the last two names of its path ("qkv/kernel") or the last one; P() if there is none."""
     names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -235,7 +253,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(tuple(name for name in ROW_AXES if name in mesh.shape)))
 
 
-def count_row_shards(mesh: Mesh) -> int:
+def count_row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts into which a batch's rows are split."""
     return int(np.prod([mesh.shape[name] for name in ROW_AXES if name in mesh.shape], dtype=int))
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxgpt import decoding, losses
 from jaxgpt.config import ModelConfig
+from jaxgpt.decoding import engine, sampling
 from jaxgpt.models import transformer
 from jaxgpt.structs import Answers, Array, Batch, Experience, Params, Prompts
 
@@ -72,22 +73,28 @@ class Policy:
 
 @functools.lru_cache(maxsize=64)  # equal arguments give the same object, so programs that use it are compiled once
 def transformer_policy(
-    config: ModelConfig, *, new_tokens: int | None = None, stop: int = -1, temperature: float = 1.0
+    config: ModelConfig,
+    *,
+    new_tokens: int | None = None,
+    stop: int = -1,
+    temperature: float = 1.0,
+    slots: int | None = None,
 ) -> Policy:
-    """`models.transformer` as a policy. Without `new_tokens` it gives log-probabilities but can't sample."""
+    """`models.transformer` as a policy. Without `new_tokens` it gives log-probabilities but can't sample. With `slots`
+    it samples that many answers at a time, in a loop that can't be vmapped: the same answers (see `decoding.engine`),
+    sooner where their lengths differ."""
+
+    def cool(logits: Array) -> Array:
+        return logits / temperature
 
     def generate(params: Params, prompt_BP: Array, length_B: Array, key: Array) -> Answers:
         if new_tokens is None:
             raise ValueError("a policy needs new_tokens to sample")
+        if slots is not None:
+            one = engine.Engine(config, slots, prompt_BP.shape[1], new_tokens, stop, filter_logits=cool)
+            return engine.drain(one, params, Prompts(prompt_BP, length_B), key).answers
         return decoding.generate(
-            params,
-            config,
-            prompt_BP,
-            length_B,
-            key,
-            new_tokens=new_tokens,
-            stop=stop,
-            filter_logits=lambda logits: logits / temperature,
+            params, config, prompt_BP, length_B, key, new_tokens=new_tokens, stop=stop, filter_logits=cool
         )
 
     return Policy(
@@ -128,16 +135,18 @@ def from_functions(
         rows_B = jnp.arange(len(length_B))
 
         def step(carry: tuple[Array, Array], x: tuple[Array, Array]) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-            (tokens_BT, ended_B), (t, key) = carry, x
+            (tokens_BT, ended_B), (t, key_B) = carry, x
             h_BD = hidden(params, tokens_BT)[rows_B, length_B + t - 1]
             logits_BV = compute_logits(params, h_BD)
-            token_B = jnp.where(ended_B, pad, jax.random.categorical(key, logits_BV)).astype(jnp.int32)
+            token_B = jnp.where(ended_B, pad, sampling.categorical(key_B, logits_BV))
             logp_B = jnp.where(ended_B, 0.0, losses.log_prob(logits_BV, token_B))
             ended_now_B = ended_B | (token_B[:, None] == stops).any(axis=1)
             return (tokens_BT.at[rows_B, length_B + t].set(token_B), ended_now_B), (token_B, logp_B, ended_B)
 
         start = jnp.pad(prompt_BP, ((0, 0), (0, new_tokens))), jnp.zeros(len(length_B), bool)
-        steps = jnp.arange(new_tokens), jax.random.split(key, new_tokens)
+        key_B = sampling.answer_keys(key, jnp.arange(len(length_B)))
+        t_A = jnp.arange(new_tokens)
+        steps = t_A, jax.vmap(sampling.token_keys, in_axes=(None, 0))(key_B, t_A)
         (_, ended_B), (token_AB, logp_AB, ended_before_AB) = jax.lax.scan(step, start, steps)
         return Answers(token_AB.T, logp_AB.T, (~ended_before_AB).sum(0).astype(jnp.int32), ended_B)
 

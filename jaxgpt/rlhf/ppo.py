@@ -80,9 +80,10 @@ class Iteration(NamedTuple):
     metrics: Metrics
 
 
-def policy_of(config: ModelConfig, ppo: PPOConfig, stop: int) -> Policy:
-    """Our transformer as a policy with these settings."""
-    return transformer_policy(config, new_tokens=ppo.new_tokens, stop=stop, temperature=ppo.temperature)
+def policy_of(config: ModelConfig, ppo: PPOConfig, stop: int, slots: int | None = None) -> Policy:
+    """Our transformer as a policy with these settings; `slots`: see `transformer_policy`."""
+    how = {"new_tokens": ppo.new_tokens, "temperature": ppo.temperature}
+    return transformer_policy(config, stop=stop, slots=slots, **how)
 
 
 def init(

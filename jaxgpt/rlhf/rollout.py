@@ -9,18 +9,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxgpt import decoding
 from jaxgpt.config import ModelConfig
+from jaxgpt.decoding import engine, sampling
 from jaxgpt.decoding.generate import check_fits_block
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding, transformer
 from jaxgpt.rlhf import reward
 from jaxgpt.rlhf.intervals import Interval, check_finite, ratio_interval
-from jaxgpt.rlhf.policies import Policy, transformer_policy
+from jaxgpt.rlhf.policies import Policy
 from jaxgpt.structs import Array, Batch, Experience, Params, Prompts
 from jaxgpt.training.step import jit_on, join_rows, make_row_nll, split_rows
 
 Rows = TypeVar("Rows")  # a pytree of arrays whose first axis is rows
 Result = TypeVar("Result")
+QUEUE = 8  # batches that `sample_answers` queues at a time
 
 
 def map_in_minibatches(f: Callable[[Rows], Result], tree: Rows, minibatches: int) -> Result:
@@ -70,19 +73,21 @@ def sample_answers(
     width: int | None = None,
     label: Callable[[int], None] = lambda done: None,
 ) -> SampledAnswers:
-    """Sample one answer to each prompt (token ids), in batches of one shape. Each batch is divided among the devices of
-    the mesh, where `params` must be placed too; after each, `label` is called with its number of answers. Prompts are
-    padded to `width` tokens, or to the longest prompt; every new width is compiled anew."""
+    """Sample one answer to each prompt (token ids), about `batch` at a time: the next prompt takes the place of an
+    answer that has ended (`decoding.engine`). Answers depend neither on `batch` nor on the mesh, where `params` must be
+    placed too. After every 8 batches `label` is called with the number of new answers. Prompts are padded to `width`
+    tokens, or to the longest prompt; every new width is compiled anew."""
     longest = width or max(map(len, prompts))
     check_fits_block(config, longest, new_tokens)
-    policy = transformer_policy(config, new_tokens=new_tokens, stop=stop, temperature=temperature)
-    program = _compile_collect(mesh, policy)
+    shards = sharding.count_row_shards(mesh)
+    batch = -(-batch // shards) * shards
+    program = _compile_sampler(mesh, config, batch, longest, new_tokens, stop, temperature)
     parts = []
-    for at in range(0, len(prompts), batch):
-        chunk = list(prompts[at : at + batch])
-        full = chunk + [chunk[-1]] * (batch - len(chunk))
-        padded = sharding.place_whole(Prompts(*pad_prompts(full, longest)), mesh)
-        experience = program(params, padded, jax.random.fold_in(key, at))
+    for at in range(0, len(prompts), QUEUE * batch):
+        chunk = prompts[at : at + QUEUE * batch]
+        missing = QUEUE * batch - len(chunk)  # prompts of length 0
+        padded = [np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for x in pad_prompts(chunk, longest)]
+        experience = program(params, sharding.place_whole(Prompts(*padded), mesh), key, at)
         check_finite(np.asarray(experience.logp_BT), "log-probabilities of sampled tokens")
         parts.append(_first_rows((experience.rows, experience.answers), len(chunk)))
         label(len(chunk))
@@ -90,9 +95,19 @@ def sample_answers(
     return SampledAnswers([decode_text(ids) for ids in answers.tokens_BA], rows, answers.ended_B)
 
 
-@functools.lru_cache(maxsize=16)  # compile once per policy, not on every call
-def _compile_collect(mesh: Mesh, policy: Policy) -> Callable[..., Experience]:
-    return jit_on(mesh, lambda params, prompts, key: policy.collect(params, prompts, key))
+@functools.lru_cache(maxsize=16)  # compile once per setting, not on every call
+def _compile_sampler(
+    mesh: Mesh, config: ModelConfig, slots: int, prompt_tokens: int, new_tokens: int, stop: int, temperature: float
+) -> Callable[..., Experience]:
+    cool = functools.partial(sampling.temperature, t=temperature)
+    one = engine.Engine(config, slots, prompt_tokens, new_tokens, stop, filter_logits=cool)
+
+    def collect(params: Params, prompts: Prompts, key: Array, first: Array) -> Experience:
+        answers = engine.drain(one, params, prompts, key, first=first).answers
+        rows, logp_BT = decoding.join_prompt_and_answer(prompts.tokens_BP, prompts.length_B, answers)
+        return Experience(rows, logp_BT, answers)
+
+    return jit_on(mesh, collect)
 
 
 @functools.lru_cache(maxsize=16)

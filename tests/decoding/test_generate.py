@@ -209,16 +209,40 @@ def test_a_vmapped_program_gives_each_keys_own_answers():
         assert_same(one, generated("llama", seed=seed, stops=SEVERAL), f"seed {seed}")
 
 
-def test_samples_of_one_prompt_are_those_of_the_prompt_repeated():
-    config, (prompts, lengths) = MODELS["gpt"], prompts_of()
+@pytest.mark.parametrize(
+    ("name", "samples", "segment"),
+    [
+        ("gpt", 2, 128),
+        pytest.param("llama", 2, 20, marks=pytest.mark.slow),
+        pytest.param("llama3", 8, 20, marks=pytest.mark.slow),
+    ],
+)
+def test_samples_of_one_prompt_are_those_of_the_prompt_repeated(name, samples, segment):
+    """They attend to one cache of the prompt, and each to its own of the answer; that of one prompt has no row axis."""
+    config, (prompts, lengths), count = MODELS[name], prompts_of(), ROWS // samples
     run = functools.partial(answer, random_params(config), config, **settings_of(SEVERAL))
-    shared = run(prompts[:4], lengths[:4], jax.random.key(1), samples=2)
+    shared = run(prompts[:count], lengths[:count], jax.random.key(1), samples=samples, segment=segment)
     settings = {"once": False, "value_head": value_head()}  # the program of `generated`
-    repeated = run(np.repeat(prompts[:4], 2, axis=0), np.repeat(lengths[:4], 2), jax.random.key(1), **settings)
+    rows = np.arange(ROWS) // samples
+    repeated = run(prompts[rows], lengths[rows], jax.random.key(1), **settings)
     assert_same(shared, repeated)
-    assert len({tuple(row) for row in np.asarray(shared.tokens_BA).tolist()}) == ROWS
+    drawn = np.asarray(shared.tokens_BA)[~GREEDY]
+    assert len({tuple(row) for row in drawn.tolist()}) == len(drawn)
     with pytest.raises(UserError, match="samples is 0"):
         decoding.generate({}, config, prompts, lengths, jax.random.key(1), new_tokens=8, stop=5, samples=0)
+
+
+@pytest.mark.slow
+def test_no_loop_body_copies_the_cache_of_shared_prompts_or_repeats_it():
+    config = dataclasses.replace(TINY, layers=1, width=64, heads=4, block=1024)
+    shapes = jax.eval_shape(lambda: (random_params(config), jax.random.key(0)))
+    prompts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 600), (2,))]
+    run = functools.partial(decoding.generate, config=config, new_tokens=100, stop=5, samples=3)
+    lowered = jax.jit(lambda params, key, *prompts: run(params, prompt_BP=prompts[0], length_B=prompts[1], key=key))
+    hlo = lowered.lower(*shapes, *prompts).compile().as_text()
+    assert "[6,4,600,16]" not in hlo and "[2,4,600,16]" in loop_bodies(hlo)
+    for line in loop_bodies(hlo).splitlines():
+        assert " copy(" not in line or not ("[2,4,600,16]" in line or "[6,4,99,16]" in line), line
 
 
 def test_the_cache_grows_by_segments_each_traced_once():
@@ -295,9 +319,9 @@ def test_what_does_not_fit_the_block_is_refused():
 # ---- compiled programs ----
 
 
-def loop_bodies(compiled) -> str:
+def loop_bodies(hlo: str) -> str:
     """HLO of the loop bodies and of everything they call."""
-    parts = re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", compiled.as_text())
+    parts = re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", hlo)
     text = {re.match(r"(?:ENTRY )?%([\w.\-]+)", part)[1]: part for part in parts if re.match(r"(?:ENTRY )?%", part)}
     called = {name: set(re.findall(r"%([\w.\-]+)", part)) & text.keys() - {name} for name, part in text.items()}
     found, todo = set(), {name for part in text.values() for name in re.findall(r"body=%([\w.\-]+)", part)}
@@ -360,7 +384,7 @@ def test_no_loop_body_copies_the_cache_sorts_the_vocabulary_or_converts_weights(
     def size(dims: str) -> int:
         return int(np.prod([int(n) for n in dims.split(",") if n]))
 
-    inside = loop_bodies(compiled)
+    inside = loop_bodies(compiled.as_text())
     for dims, kind in re.findall(r"= \(?\w+\[([\d,]*)\][^ ]* (copy|sort|convert)\(", inside):
         assert kind != "convert" or dims not in weights, dims
         assert size(dims) < (config.vocab if kind == "sort" else cache), (kind, dims)

@@ -40,7 +40,12 @@ FILTERS = {  # the filter, the logits, and the resulting distribution
         [0.64, 0.36, 0, 0, 0],
     ),
 }
-draw, nucleus = jax.jit(sampling.categorical), jax.jit(sampling.top_p)
+nucleus = jax.jit(sampling.top_p)
+
+
+@jax.jit
+def draw(key, logits):
+    return sampling.categorical(sampling.answer_keys(key, np.arange(len(logits))), logits)
 
 
 @functools.cache
@@ -134,3 +139,17 @@ def test_impossible_tokens_are_never_drawn_and_a_row_of_them_gives_the_first():
     drawn = np.asarray(draw(jax.random.key(0), logits))
     assert set(drawn[:500].tolist()) == {3, 39} and drawn[500] == 0
     assert jax.jit(sampling.greedy)(jax.random.key(0), logits)[500] == 0
+
+
+def test_a_draw_depends_on_its_rows_number_its_tokens_and_the_key_alone():
+    """Not on how many rows there are, nor on which token the other rows have come to; and no two draws share a key."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def key_data(key, rows, t):
+        return jax.random.key_data(sampling.token_keys(sampling.answer_keys(key, np.arange(rows)), t))
+
+    few, many = (np.stack([key_data(jax.random.key(3), rows, t) for t in range(3)]) for rows in (2, 5))
+    np.testing.assert_array_equal(many[:, :2], few)
+    assert len({tuple(x) for x in many.reshape(15, -1).tolist()}) == 15
+    t_B = np.array([2, 0, 1, 1, 2])
+    np.testing.assert_array_equal(key_data(jax.random.key(3), 5, t_B), many[t_B, np.arange(5)])

@@ -317,7 +317,7 @@ def test_acceptance_and_residual_add_up_to_p():
 def verified(key, q, p):
     def draw(key):
         draft_key, verify_key = jax.random.split(key)
-        drafted = sampling.categorical(draft_key, jnp.log(q))
+        drafted = sampling.categorical(sampling.answer_keys(draft_key, jnp.arange(len(q))), jnp.log(q))
         return (*speculative.verify(verify_key, drafted, q, p), drafted)
 
     return jax.vmap(draw)(jax.random.split(key, 40_000))

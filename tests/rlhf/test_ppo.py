@@ -52,7 +52,7 @@ def start():
 @functools.cache
 def sampled():
     """Answers of the first policy."""
-    return jax.device_get(collect(start()[0], prompts(), jax.random.key(1), policy=POLICY))
+    return jax.device_get(collect(start()[0], prompts(), jax.random.key(2), policy=POLICY))
 
 
 def scored(rows=None, scores=1.0, **other_params):
@@ -99,7 +99,7 @@ def test_the_first_kl_is_zero_and_the_reference_stays():
 
 
 def test_a_host_reward_gives_the_numbers_of_the_same_reward_in_jax():
-    """`host_iteration` against `ppo_iteration` with the share of token 7, to rounding."""
+    """`host_iteration`, four answers at a time, against `ppo_iteration` with the share of token 7, to rounding."""
     asked, wrong = [], [[1.0], [float("nan")] * ROWS]
 
     def on_host(rows):
@@ -107,7 +107,8 @@ def test_a_host_reward_gives_the_numbers_of_the_same_reward_in_jax():
         asked.append(len(rows.tokens_BT))
         return wrong.pop() if wrong else [(t[m] == 7).mean() for t, m in zip(rows.tokens_BT, rows.mask_BT, strict=True)]
 
-    iteration = ppo.host_iteration(policy=POLICY, ppo=PPO, tx=SGD, reward_fn=on_host)
+    policy = ppo.policy_of(MODEL, PPO, stop=5, slots=4)
+    iteration = ppo.host_iteration(policy=policy, ppo=PPO, tx=SGD, reward_fn=on_host)
     while wrong:
         with pytest.raises(UserError, match="one finite number per answer"):
             iteration(*start(), prompts(), jax.random.key(0))

@@ -27,7 +27,7 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
 
 
 @functools.cache
-def sampled(devices: int = 1) -> rollout.SampledAnswers:
+def sampled(devices: int = 1, batch: int = BATCH) -> rollout.SampledAnswers:
     rng, mesh = np.random.default_rng(0), mesh_of(devices)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), training.param_shapes(MODEL))
     return rollout.sample_answers(
@@ -39,7 +39,7 @@ def sampled(devices: int = 1) -> rollout.SampledAnswers:
         mesh,
         new_tokens=9,
         stop=5,
-        batch=BATCH,
+        batch=batch,
     )
 
 
@@ -60,9 +60,13 @@ def test_scores_in_batches_equal_scores_at_once(devices):
     np.testing.assert_array_equal(rollout.map_in_batches(score, rows, BATCH, mesh), expected)
 
 
-@pytest.mark.parametrize("devices", [4, pytest.param(8, marks=pytest.mark.slow)])
-def test_devices_share_the_rows_and_change_nothing(devices):
-    alone, together = sampled(), sampled(devices)
+@pytest.mark.parametrize(
+    ("devices", "batch"),
+    [(4, 3), pytest.param(8, BATCH, marks=pytest.mark.slow), pytest.param(1, 1, marks=pytest.mark.slow)],
+)
+def test_devices_and_batches_change_no_answer(devices, batch):
+    """A batch that doesn't divide among the devices is rounded up; one of a single answer needs two queues."""
+    alone, together = sampled(), sampled(devices, batch)
     assert together.texts == alone.texts
     np.testing.assert_array_equal(together.rows.tokens_BT, alone.rows.tokens_BT)
 
@@ -107,7 +111,7 @@ def test_what_is_not_finite_is_never_a_result(monkeypatch, bad):
     answers = Answers(np.full((2, 3), 7), np.array([[0, 0, 0], [0, 0, bad]]), np.full(2, 3), np.ones(2, bool))
     experience = Experience(rows, np.pad(answers.logp_BA, ((0, 0), (1, 0))), answers)
     for name, result in (
-        ("_compile_collect", experience),
+        ("_compile_sampler", experience),
         ("_compile_answer_logp", values),
         ("_compile_reward", values),
         ("_compile_row_nll", (values, np.ones(2))),
