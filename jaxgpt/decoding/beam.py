@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.decoding.generate import check_fits_block, decode_step, prefill, prepare
+from jaxgpt.decoding.generate import check_fits_block
+from jaxgpt.decoding.kv_cache import decode_step, prefill
+from jaxgpt.decoding.weights import prepare
 from jaxgpt.errors import UserError
 from jaxgpt.structs import Array, KVCache, Params
 

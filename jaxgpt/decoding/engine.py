@@ -28,7 +28,9 @@ from flax import struct
 from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.decoding import sampling
-from jaxgpt.decoding.generate import Sampler, check_fits_block, empty_cache, feed, prefill_hidden, prepare, unembed
+from jaxgpt.decoding.generate import Sampler, check_fits_block
+from jaxgpt.decoding.kv_cache import empty_cache, feed, prefill_hidden
+from jaxgpt.decoding.weights import prepare, unembed
 from jaxgpt.errors import UserError
 from jaxgpt.models import sharding
 from jaxgpt.structs import Answers, Array, KVCache, Params, Prompts

@@ -9,19 +9,19 @@ one segment at a time, so that a token's cost depends on the tokens so far, not 
     generate_until    the same tokens with a `while_loop` that stops when every row has ended
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.decoding import sampling
+from jaxgpt.decoding.kv_cache import Prefix, empty_cache, feed_next_token, grow_cache, prefill_hidden
+from jaxgpt.decoding.weights import prepare, unembed
 from jaxgpt.errors import UserError
-from jaxgpt.models import layers, lora, sharding, transformer
+from jaxgpt.models import transformer
 from jaxgpt.structs import Answers, Array, Batch, KVCache, Params
 
 X = TypeVar("X")
@@ -42,222 +42,6 @@ STATIC_ARGNAMES = (  # for jax.jit(generate, static_argnums=1, static_argnames=S
     "segment",
     "loop",
 )
-
-
-def prepare(params: Params, config: ModelConfig) -> Params:
-    """Weights in the form decoding reads, made once outside the loop: adapters merged, all but norms in the dtype they
-    are used in, shards along 'fsdp' gathered, and the head as [D, V], which a product with few rows reads far faster
-    than its transpose."""
-    if "head_DV" in params:
-        return params
-    params = lora.merge(params)
-
-    biases = jnp.float32 if sharding.target_platform(config) == "cpu" else config.dtype  # as `layers.dense` adds them
-
-    def ready(path: tuple[jax.tree_util.DictKey, ...], w: Array) -> Array:
-        if not path[-2].key.endswith("norm"):
-            w = w.astype(config.dtype if w.ndim >= 2 else biases)
-        return sharding.gather_fsdp(w, tuple(sharding.find_rule(path, transformer.PARTITION)))
-
-    cast = jax.tree_util.tree_map_with_path(ready, params)
-    head_DV = jax.lax.optimization_barrier(transformer.head_weights(cast).T)
-    return {**{name: part for name, part in cast.items() if name != "unembed"}, "head_DV": head_DV}
-
-
-def quantise_int8(params: Params) -> Params:
-    """Quantise every matrix of `prepare`'s parameters to int8, with one scale per column: w ~ round(w / s) s with
-    s = max|w| / 127. Norms, biases and the embedding (a token reads one row of it) stay as they are.
-    For decoding only."""
-
-    def quantise(w: Array) -> tuple[Array, Array]:
-        w = w.astype(jnp.float32)
-        scale = jnp.maximum(jnp.abs(w).max(axis=0), 1e-30) / 127.0
-        return jnp.round(w / scale).astype(jnp.int8), scale
-
-    def layer(part: Params) -> Params:
-        if "kernel" not in part:
-            return part
-        kernel, scale = quantise(part["kernel"])
-        return {**part, "kernel": kernel, "scale": scale}
-
-    blocks = {
-        name: {inner: layer(part) for inner, part in block.items()}
-        for name, block in params.items()
-        if name.startswith("block_")
-    }
-    head_DV, scale_V = quantise(params["head_DV"])
-    return {**params, **blocks, "head_DV": head_DV, "head_scale_V": scale_V}
-
-
-@jax.named_scope("head")
-def unembed(params: Params, config: ModelConfig, h: Array) -> Array:
-    """`transformer.unembed`, with the head made by `prepare` if there is one: float32 logits."""
-    if "head_DV" not in params:
-        return transformer.unembed(params, h)
-    if "head_scale_V" in params:
-        return layers.int8_product(h, params["head_DV"], params["head_scale_V"], sharding.target_platform(config))
-    return jnp.matmul(h, params["head_DV"], preferred_element_type=jnp.float32)
-
-
-def prefill_hidden(
-    params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, copies: int = 1
-) -> tuple[KVCache, Array]:
-    """The cache after the prompts, with room for `slots` new tokens, and each prompt's last hidden state [B, D].
-
-    Each prompt gets `copies` adjacent rows of the cache. On a CPU the cache is float32: XLA would convert an entire
-    bfloat16 one in every step.
-    """
-    h_BPD, kv = transformer.hidden_and_kv(params, config, prompt_BP)
-    dtype = jnp.float32 if sharding.target_platform(config) == "cpu" else config.dtype
-
-    def layout(x_BPGK: Array) -> Array:
-        x_BGPK = jnp.repeat(x_BPGK.swapaxes(1, 2).astype(dtype), copies, axis=0)
-        x_BGPK = sharding.constrain(x_BGPK, sharding.ROW_AXES, "tensor", None, None)
-        return x_BGPK.reshape(*(n for n in x_BGPK.shape[:2] if n > 1), *x_BGPK.shape[2:])
-
-    keys, values = (tuple(layout(layer[i]) for layer in kv) for i in (0, 1))
-    h_BD = jnp.take_along_axis(h_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    return grow_cache(KVCache(keys, values), slots), h_BD
-
-
-def prefill(
-    params: Params, config: ModelConfig, prompt_BP: Array, length_B: Array, slots: int, copies: int = 1
-) -> tuple[KVCache, Array]:
-    """The cache of `prefill_hidden`, and the logits of the first new token [B, V]."""
-    cache, h_BD = prefill_hidden(params, config, prompt_BP, length_B, slots, copies)
-    return cache, unembed(params, config, h_BD)
-
-
-def empty_cache(config: ModelConfig, rows: int, slots: int) -> KVCache:
-    """A cache of zeros, in the form of `prefill_hidden`'s."""
-    dtype = jnp.float32 if sharding.target_platform(config) == "cpu" else config.dtype
-    zeros_BGSK = jnp.zeros((rows, config.groups, slots, config.head_dim), dtype)
-    zeros_BGSK = sharding.constrain(zeros_BGSK, sharding.ROW_AXES, "tensor", None, None)
-    one = zeros_BGSK.reshape(*(n for n in zeros_BGSK.shape[:2] if n > 1), *zeros_BGSK.shape[2:])
-    return KVCache((one,) * config.layers, (one,) * config.layers)
-
-
-def grow_cache(cache: KVCache, slots: int) -> KVCache:
-    """The cache with `slots` empty (zero) slots appended."""
-    return jax.tree.map(lambda x: jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, slots), (0, 0))), cache)
-
-
-@struct.dataclass
-class Prefix:
-    """The cache of prompts [B, G, P, K] that several adjacent rows share, `samples` for each prompt: stored and read
-    once for all of them."""
-
-    cache: KVCache
-    length_B: Array
-
-    def scores(self, config: ModelConfig, n: int, q_BEHK: Array) -> Array:
-        """Scaled scores of every row's queries in layer n, [B * samples, H, E, P]."""
-        keys = self.cache.keys[n]
-        q = self._by_prompt(config, q_BEHK.swapaxes(1, 2)).astype(keys.dtype)
-        scores = jnp.einsum("...ek,...pk->...ep", q, keys, preferred_element_type=jnp.float32)
-        visible_B1P = jnp.repeat(jnp.arange(keys.shape[-2]) < self.length_B[:, None], self._samples(q_BEHK), axis=0)
-        scaled = self._by_row(config, scores, q_BEHK.shape[0]) * config.head_dim**-0.5
-        return jnp.where(visible_B1P[:, None, None], scaled, losses.MASKED_LOGIT)
-
-    def mix(self, config: ModelConfig, n: int, weights_BHEP: Array) -> Array:
-        """The values of layer n, weighted, [B * samples, H, E, K]."""
-        values = self.cache.values[n]
-        weights = self._by_prompt(config, weights_BHEP).astype(values.dtype)
-        return self._by_row(config, jnp.einsum("...ep,...pk->...ek", weights, values), weights_BHEP.shape[0])
-
-    def _samples(self, rows: Array) -> int:
-        return rows.shape[0] // len(self.length_B)
-
-    def _by_prompt(self, config: ModelConfig, x_BHEX: Array) -> Array:
-        """[B * samples, H, E, X] as [B, G, samples * H / G * E, X], axes of size 1 left out as in the cache."""
-        rows, H, E, X = x_BHEX.shape
-        x = x_BHEX.reshape(-1, rows // len(self.length_B), config.groups, H // config.groups * E, X).swapaxes(1, 2)
-        return x.reshape(*self.cache.keys[0].shape[:-2], -1, X)
-
-    def _by_row(self, config: ModelConfig, x: Array, rows: int) -> Array:
-        """The inverse of `_by_prompt`."""
-        B, G, X = len(self.length_B), config.groups, x.shape[-1]
-        return x.reshape(B, G, rows // B, -1, X).swapaxes(1, 2).reshape(rows, config.heads, -1, X)
-
-
-def feed(
-    params: Params,
-    config: ModelConfig,
-    cache: KVCache,
-    tokens_BE: Array,
-    position_BE: Array,
-    slot: Array | int,
-    visible_BES: Array,
-    prefix: Prefix | None = None,
-) -> tuple[KVCache, Array]:
-    """Feed E tokens per row into the slots starting at `slot`: the updated cache, and the hidden states [B, E, D].
-
-    visible_BES says which slots each token attends to (leading axes may be 1); those of its `prefix` come in addition,
-    under the same softmax. The slots must exist: otherwise they would be clamped silently.
-    """
-    B, E = tokens_BE.shape
-    *rows, _, K = cache.keys[0].shape
-    H, shared = config.heads, config.heads // config.groups
-    some, e = ((shared * E,), "e") if shared * E > 1 else ((), "")  # axes of size 1 are left out, as in the cache
-
-    def store(all_: Array, new_BEGK: Array) -> Array:
-        new = new_BEGK.swapaxes(1, 2).reshape(*rows, E, K).astype(all_.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(all_, new, slot, axis=len(rows))
-
-    def attend(n: int, q_BEHK: Array, k_BEGK: Array, v_BEGK: Array) -> tuple[Array, tuple[Array, Array]]:
-        # Without the barrier XLA would write, and so copy, the cache twice: for the loop and for the product.
-        k, v = jax.lax.optimization_barrier((store(cache.keys[n], k_BEGK), store(cache.values[n], v_BEGK)))
-        q = q_BEHK.swapaxes(1, 2).reshape(*rows, *some, K).astype(k.dtype)
-        scores = jnp.einsum(f"...{e}k,...sk->...{e}s", q, k, preferred_element_type=jnp.float32)
-        scores_BHES = jnp.where(visible_BES[:, None], scores.reshape(B, H, E, -1) * K**-0.5, losses.MASKED_LOGIT)
-        if prefix is not None:
-            scores_BHES = jnp.concatenate([prefix.scores(config, n, q_BEHK), scores_BHES], axis=-1)
-        weights_BHES = jax.nn.softmax(scores_BHES)
-        own = weights_BHES[..., -visible_BES.shape[-1] :].reshape(scores.shape).astype(v.dtype)
-        mixed_BHEK = jnp.einsum(f"...{e}s,...sk->...{e}k", own, v).reshape(B, H, E, K)
-        if prefix is not None:
-            mixed_BHEK += prefix.mix(config, n, weights_BHES[..., : -visible_BES.shape[-1]])
-        return mixed_BHEK.astype(q_BEHK.dtype).swapaxes(1, 2), (k, v)
-
-    with jax.named_scope("embed"):
-        x_BED = transformer.embed(params, config, tokens_BE, position_BE)
-    turned = transformer.rotary_angles(config, position_BE)
-    plain, stored = layers.plain_layers(sharding.target_platform(config)), []
-    for n in range(config.layers):
-        one = functools.partial(attend, n)
-        x_BED, kv = transformer.transformer_block(params[f"block_{n}"], config, plain, x_BED, turned, one)
-        stored.append(kv)
-    keys, values = zip(*stored, strict=True)
-    return KVCache(keys, values), transformer.final_norm(params, config, x_BED)
-
-
-def feed_next_token(
-    params: Params,
-    config: ModelConfig,
-    cache: KVCache,
-    token_B: Array,
-    length_B: Array,
-    prompt_slots: int,
-    t: Array,
-    prefix: Prefix | None = None,
-) -> tuple[KVCache, Array]:
-    """Feed the t-th new token: the updated cache, and the token's hidden state after the final norm [B, D]. Prompts
-    are in the cache's first slots, or in `prefix`, and then prompt_slots is 0."""
-    slots = jnp.arange(cache.keys[0].shape[-2])
-    new_S = (slots >= prompt_slots) & (slots <= prompt_slots + t)
-    visible_BS = new_S[None] if prefix is not None else (slots < length_B[:, None]) | new_S
-    position_B = length_B + t
-    slot, visible_BES = prompt_slots + t, visible_BS[:, None]
-    cache, h_BED = feed(params, config, cache, token_B[:, None], position_B[:, None], slot, visible_BES, prefix)
-    return cache, h_BED[:, 0]
-
-
-def decode_step(
-    params: Params, config: ModelConfig, cache: KVCache, token_B: Array, length_B: Array, prompt_slots: int, t: Array
-) -> tuple[KVCache, Array]:
-    """Feed the t-th new token: the updated cache, and the logits of the token after it [B, V]."""
-    cache, h_BD = feed_next_token(params, config, cache, token_B, length_B, prompt_slots, t)
-    return cache, unembed(params, config, h_BD)
 
 
 def generate(

@@ -22,7 +22,9 @@ from flax import struct
 from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.decoding import sampling
-from jaxgpt.decoding.generate import check_fits_block, feed, prefill, prepare, unembed
+from jaxgpt.decoding.generate import check_fits_block
+from jaxgpt.decoding.kv_cache import feed, prefill
+from jaxgpt.decoding.weights import prepare, unembed
 from jaxgpt.errors import UserError
 from jaxgpt.structs import Answers, Array, KVCache, Params
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.decoding import sampling
-from jaxgpt.decoding.generate import SEGMENT, Sampler, check_fits_block, decode_step, grow_cache, prefill, prepare
+from jaxgpt.decoding.generate import SEGMENT, Sampler, check_fits_block
+from jaxgpt.decoding.kv_cache import decode_step, grow_cache, prefill
+from jaxgpt.decoding.weights import prepare
 from jaxgpt.errors import UserError
 from jaxgpt.structs import Array, KVCache, Params
 
