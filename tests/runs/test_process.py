@@ -296,8 +296,8 @@ def run_experiment(name: str, *flags: str, cache: Path, processes: int, devices:
 
 
 def assert_same_run(one: Path, two: Path, without_gradient: tuple[str, ...] = ()) -> None:
-    """Metrics agree within rtol 1e-5, parameters within 5e-5: Adam enlarges the rounding of small gradients. Leaves that
-    nothing pulls at (Adam follows rounding there) are left out."""
+    """Metrics agree within rtol 1e-5, parameters within 5e-5: Adam enlarges the rounding of small gradients. Leaves
+    that nothing pulls at (Adam follows rounding there) are left out."""
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
     for a, b in zip(*lines, strict=True):
         assert a.keys() == b.keys() and a["step"] == b["step"]
