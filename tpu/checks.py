@@ -186,7 +186,8 @@ def check_sampling(device: jax.Device, _: jax.Device) -> Iterator[Check]:
 
     def outputs(key: Any, logits: Any) -> Any:
         kept = sampling.top_k(logits, k), sampling.top_p(logits, p)
-        return [x > -1e20 for x in kept], sampling.categorical(key, kept[1])
+        keys = sampling.answer_keys(key, jnp.arange(len(logits)))
+        return [x > -1e20 for x in kept], sampling.categorical(keys, kept[1])
 
     (by_k, by_p), drawn = compute(device, outputs, jax.random.key(0), logits)[0]
     yield Check(

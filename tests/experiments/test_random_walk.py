@@ -186,10 +186,10 @@ def run_small(tmp_path, beta):
 
 @pytest.mark.slow
 def test_ppo_takes_the_shortest_paths(tmp_path):
-    """The walks score less than two fifths of the best. After PPO each start scores at least four fifths, and the mean
+    """The walks score less than half of the best. After PPO each start scores at least four fifths, and the mean
     is that of the KL-regularised optimum, at about its KL."""
     found = run_small(tmp_path, beta=0.05)
-    assert found["optimality_before"] < 0.4
+    assert found["optimality_before"] < 0.5
     assert found["optimality"] > 0.95
     after, best = np.array(found["starts"]["after"]), np.array(found["starts"]["best"])
     assert (after / best).min() > 0.8
