@@ -1,5 +1,6 @@
 """Optimisers and learning-rate schedules, built on optax alone."""
 
+import math
 from collections.abc import Hashable
 
 import jax
@@ -40,12 +41,23 @@ class Bounded(optax.GradientTransformation):  # type: ignore[misc]  # optax has 
     (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) by Cauchy-Schwarz. The guard need not look at such updates, which saves
     reading gradients, moments and parameters once more."""
 
-    size: optax.Schedule  # the learning rate, or times the weight decay if that is larger
+    size: optax.Schedule  # |learning rate|, times the weight decay where that is above 1
 
 
-def _bounded(tx: optax.GradientTransformation, rate: optax.ScalarOrSchedule, largest_factor: float = 1.0) -> Bounded:
+def _bounded(
+    tx: optax.GradientTransformation,
+    rate: optax.ScalarOrSchedule,
+    *,
+    b2: float,
+    eps: float,
+    clip: float,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """tx as `Bounded`, if these settings make it so."""
+    if not (0 <= b2 < 1 and eps > 0 and math.isfinite(clip) and math.isfinite(weight_decay)):
+        return tx
     found = Bounded(tx.init, tx.update)
-    found.size = lambda step: jnp.asarray(rate(step) if callable(rate) else rate) * largest_factor
+    found.size = lambda step: jnp.abs(rate(step) if callable(rate) else rate) * max(1.0, abs(weight_decay))
     return found
 
 
@@ -57,7 +69,7 @@ def adamw(
         optax.clip_by_global_norm(clip),
         optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mask=decay_mask),
     )
-    return _bounded(tx, schedule, max(1.0, weight_decay))
+    return _bounded(tx, schedule, b2=b2, eps=1e-8, clip=clip, weight_decay=weight_decay)
 
 
 def scale_by_adam_tf(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> optax.GradientTransformation:
@@ -85,7 +97,7 @@ def scale_by_adam_tf(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> o
 def adam_tf(schedule: optax.Schedule, *, eps: float = 1e-5, clip: float = 1.0) -> optax.GradientTransformation:
     """Clipping, then Adam in TensorFlow's form: the optimiser of PPO here."""
     tx = optax.chain(optax.clip_by_global_norm(clip), scale_by_adam_tf(eps=eps), optax.scale_by_learning_rate(schedule))
-    return _bounded(tx, schedule)
+    return _bounded(tx, schedule, b2=0.999, eps=eps, clip=clip)
 
 
 def split(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Params]:

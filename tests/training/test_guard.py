@@ -98,6 +98,27 @@ def test_an_update_that_could_overflow_the_parameters_is_skipped(rate, plain):
     assert int(metrics["skipped"]) > 0 or (not plain and rate < 1e20)  # a clipped gradient is never too large
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optim.adamw(lambda _: 0.1, b2=1.0),  # divides by 1 - b2^t = 0
+        optim.adamw(lambda _: 0.1, weight_decay=np.nan),
+        optim.adamw(lambda _: 0.1, clip=np.nan),
+        optim.adamw(lambda _: -1e30),
+        optim.adamw(lambda _: np.nan),
+        optim.adam_tf(lambda _: 0.1, eps=0.0),
+    ],
+    ids=["b2", "decay", "clip", "negative rate", "rate", "eps"],
+)
+def test_settings_that_make_no_finite_update_are_noticed_whatever_the_optimiser(tx):
+    """One weight has a gradient, one has none (0 / 0 without eps)."""
+    step = jax.jit(training.make_train_step(lambda p, batch, key: square({"w": p["w"]}, batch, key), tx))
+    state = training.init_state({"w": np.ones((1, 1), np.float32), "unused": np.ones((), np.float32)}, tx)
+    state, metrics = step(state, good(1)[0], None)
+    assert int(metrics["skipped"]) == 1
+    np.testing.assert_array_equal(jax.tree.leaves(state.trainable), 1.0)
+
+
 def test_those_in_a_row_are_counted():
     nan = full(np.nan)
     _, metrics = trained([*good(2), nan, nan, nan])
