@@ -116,7 +116,7 @@ def test_settings_that_make_no_finite_update_are_noticed_whatever_the_optimiser(
     state = training.init_state({"w": np.ones((1, 1), np.float32), "unused": np.ones((), np.float32)}, tx)
     state, metrics = step(state, good(1)[0], None)
     assert int(metrics["skipped"]) == 1
-    np.testing.assert_array_equal(jax.tree.leaves(state.trainable), 1.0)
+    assert all((x == 1.0).all() for x in jax.tree.leaves(state.trainable))
 
 
 def test_those_in_a_row_are_counted():
