@@ -108,7 +108,8 @@ def admit(engine: Engine, params: Params, state: State, prompts: Prompts, number
     which get the numbers number_R.
 
     The slots must be free (not `state.in_use_B`) and different from each other. A prompt of length 0 leaves its slot
-    free, so that one program admits any number up to R."""
+    free, so that one program admits any number up to R. Raises UserError while tracing if prompts are wider than P."""
+    _check_width(engine, prompts)
     params = prepare(params, engine.config)
     cache, h_RD = prefill_hidden(params, engine.config, prompts.tokens_BP, prompts.length_B, 0)
     return _seat(engine, params, state, cache, h_RD, prompts.length_B, number_R, slot_R)
@@ -140,7 +141,10 @@ def drain(
     more read the prompts in fewer passes (default: B / 8). On a mesh every shard of the rows drains its own part of the
     queue through its own slots, without communicating; with a tensor axis there is one queue for all. `vmap` would copy
     the cache in every step: use `generate` there. Raises UserError while tracing if slots or prompts don't divide among
-    the shards."""
+    the shards, prompts are wider than P, or `refill` is below 1."""
+    _check_width(engine, prompts)
+    if refill is not None and refill < 1:
+        raise UserError(f"refill is {refill}; it must be at least 1")
     Q, shards = prompts.tokens_BP.shape[0], sharding.count_independent_shards()
     if Q % shards or engine.slots % shards:
         raise UserError(
@@ -192,6 +196,13 @@ def _drain_shard(
     start = (jnp.zeros((), jnp.int32), init(engine, key), _no_answers(engine, Q))
     _, state, done = jax.lax.while_loop(lambda carry: carry[0] < waiting, admit_next, start)
     return Drained(collect(done, state, jnp.arange(engine.slots)), state.step[None])
+
+
+def _check_width(engine: Engine, prompts: Prompts) -> None:
+    """Wider prompts would be cut off silently."""
+    width = prompts.tokens_BP.shape[1]
+    if width > engine.prompt_tokens:
+        raise UserError(f"prompts are {width} tokens wide and the engine takes {engine.prompt_tokens}; make it wider")
 
 
 def _no_answers(engine: Engine, count: int) -> Answers:

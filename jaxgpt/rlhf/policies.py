@@ -83,9 +83,7 @@ def transformer_policy(
     """`models.transformer` as a policy. Without `new_tokens` it gives log-probabilities but can't sample. With `slots`
     it samples that many answers at a time, in a loop that can't be vmapped: the same answers (see `decoding.engine`),
     sooner where their lengths differ."""
-
-    def cool(logits: Array) -> Array:
-        return logits / temperature
+    cool = functools.partial(sampling.temperature, t=temperature)
 
     def generate(params: Params, prompt_BP: Array, length_B: Array, key: Array) -> Answers:
         if new_tokens is None:

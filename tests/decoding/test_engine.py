@@ -183,3 +183,11 @@ def test_what_can_not_work_is_refused_before_anything_is_compiled():
     mesh = sharding.make_mesh(devices=jax.devices()[:4])
     with pytest.raises(UserError, match="24 prompts and 6 slots don't divide among 4 devices"):
         jit_on(mesh, engine.drain, static_argnums=0)(engine_of(slots=6), {}, queue(), jax.random.key(0))
+    key, shapes = jax.random.key(0), jax.eval_shape
+    with pytest.raises(UserError, match="refill is 0"):
+        shapes(lambda: engine.drain(engine_of(), {}, queue(), key, refill=0))
+    narrow = engine_of(width=WIDE - 1)
+    with pytest.raises(UserError, match="prompts are 32 tokens wide and the engine takes 31"):
+        shapes(lambda: engine.drain(narrow, {}, queue(), key))
+    with pytest.raises(UserError, match="prompts are 32 tokens wide and the engine takes 31"):
+        shapes(lambda: engine.admit(narrow, {}, engine.init(narrow, key), queue(), np.arange(Q), np.arange(Q)))
