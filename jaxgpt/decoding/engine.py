@@ -150,6 +150,8 @@ def drain(
         raise UserError(
             f"{Q} prompts and {engine.slots} slots don't divide among {shards} devices; use multiples of {shards}"
         )
+    narrower = engine.prompt_tokens - prompts.tokens_BP.shape[1]
+    prompts = Prompts(jnp.pad(prompts.tokens_BP, ((0, 0), (0, narrower))), prompts.length_B)
     own = dataclasses.replace(engine, slots=min(engine.slots, Q) // shards)
     refill = min(refill or max(own.slots // 8, 1), own.slots)
     params = prepare(params, engine.config)

@@ -60,6 +60,11 @@ def steps_of_a_queue(lengths: np.ndarray, slots: int, refill: int) -> int:
 # ---- the same answers ----
 
 
+def test_a_queue_may_be_narrower_than_the_engine():
+    found = drain(engine_of(), random_params(MODELS["gpt"]), queue(20), jax.random.key(1), refill=2)
+    assert_same(found.answers, generated("gpt", 20))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "slots", "refill"),
