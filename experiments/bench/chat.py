@@ -175,9 +175,10 @@ def main(settings: Settings) -> dict[str, Any]:
 
     file = str(wheels.fetch(loading.KNOWN["smollm2-135m"]))
     with Run(settings.run, settings, stage="bench_chat", fresh=True) as run:
-        bench = harness.Benchmark(run, MODULE, [kind for kind in NAMES if kind != OURS], settings.torch_python)
+        rivals = [kind for kind in NAMES if kind != OURS and not (kind == "bfloat16" and harness.lacks_bfloat16())]
+        bench = harness.Benchmark(run, MODULE, rivals, settings.torch_python)
         bench.python["int8"] = sys.executable
-        kinds = [OURS, "bfloat16"]
+        kinds = [OURS, "float32"]
         bench.machine, _, bench.note = harness.survey_machine(MODULE, kinds, bench.python, bench.log, "transformers")
         run.say(bench.note or harness.machine_text(bench.machine))
         prompt = np.random.default_rng(0).integers(100, 20_000, settings.prompt).tolist()
@@ -195,13 +196,16 @@ def main(settings: Settings) -> dict[str, Any]:
                 seconds[kind].append(worker.ask("timed", prompt=prompt, new_tokens=settings.new_tokens)["seconds"])
 
             turns.measure(get_ready, turn, settings.repeats)
+            if "llama.cpp" in turns.alive:
+                bench.machine["versions"] |= turns.alive["llama.cpp"].ask("about")["versions"]
         found = {kind: [settings.new_tokens / one for one in seconds[kind]] for kind in turns.alive}
+        ratios = {kind: harness.speedup(seconds, kind, ("float32", "bfloat16")) for kind in ("int8", OURS)}
         lines = [f"{'':<14}{'tokens/s':>9}   range"]
         for kind, rates in found.items():
             lines.append(f"{NAMES[kind]:<14}{statistics.median(rates):>9.1f}   {min(rates):.1f}-{max(rates):.1f}")
-        for kind in ("float32", "bfloat16"):
-            if kind in found and (ratio := harness.speedup(seconds, kind)):
-                lines.append(harness.describe_speedup(ratio, NAMES))
+        for kind, ratio in ratios.items():
+            if ratio is not None:
+                lines.append(f"{NAMES[kind]} is {harness.describe_speedup(ratio, NAMES)}")
         if "float32" in found:
             same = next(
                 (i for i, (a, b) in enumerate(zip(tokens[OURS], tokens["float32"], strict=True)) if a != b),
@@ -209,7 +213,8 @@ def main(settings: Settings) -> dict[str, Any]:
             )
             lines.append(f"the first {same} of {settings.new_tokens} tokens match HF float32")
         lines += harness.warn_of_turns(turns.failed, turns.others_share, NAMES)
-        return bench.finish(settings, lines, {"tokens_per_second": found, "others_share": turns.others_share})
+        share = {"failed": turns.failed, "others_share": turns.others_share}
+        return bench.finish(settings, lines, {"tokens_per_second": found, "speedups": ratios, **share})
 
 
 if __name__ == "__main__":

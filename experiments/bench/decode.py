@@ -363,7 +363,8 @@ def measure(case: Case, settings: Settings, workers: Mapping[str, harness.Worker
         "others_share": turns.others_share,
         "decoders": found,
         "failed": turns.failed,
-        "speedup": harness.speedup(seconds, harness.find_fastest_rival(found)),
+        "speedup": harness.speedup(seconds),
+        "first_speedup": harness.speedup(first),
     }
 
 
@@ -454,7 +455,7 @@ def main(settings: Settings) -> dict[str, Any]:
             rng = np.random.default_rng(settings.seed)
             with bench.save_weights(random_weights(settings.config(name), rng)) as weights:
                 for case in group:
-                    with bench.start_workers() as workers:
+                    with bench.start_workers(case.dtype) as workers:
                         results.append(measure(case, settings, workers, weights))
                     bench.log_speeds(len(results), case_title(results[-1]), results[-1]["decoders"], RIVALS, digits=1)
         _, read, _ = harness.survey_machine(

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import select
 import shutil
@@ -44,6 +45,15 @@ DISTURBANCE_THRESHOLD = 0.05  # fraction of the cores' time spent on other progr
 def cores() -> int:
     """The number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def lacks_bfloat16() -> bool:
+    """Whether this is an x86 CPU without bfloat16 instructions, where PyTorch multiplies bfloat16 matrices at a
+    hundredth of its float32 rate."""
+    with contextlib.suppress(OSError):
+        flags = re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        return bool(flags) and not {"avx512_bf16", "amx_bf16"} & set(flags[0].split())
+    return False
 
 
 def fast_malloc() -> None:
@@ -79,15 +89,6 @@ def busy_seconds() -> float:
         ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
         return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # less idle and iowait
     return 0.0
-
-
-def processor() -> str:
-    """The processor's name, as the system reports it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 # ---- what a worker process runs ----
@@ -313,19 +314,25 @@ def warn_of_turns(failed: Mapping[str, str], others_share: float, names: Mapping
     return lines
 
 
-def speedup(seconds: Mapping[str, list[float]], other: str | None) -> dict[str, Any] | None:
-    """How many times as fast as `other` ours is: the ratio of medians, and the range of ratios turn by turn."""
-    if other is None:
+def speedup(
+    seconds: Mapping[str, Sequence[float]], ours: str = OURS, rivals: Collection[str] | None = None
+) -> dict[str, Any] | None:
+    """How many times as fast as the fastest rival ours is: the ratio of medians, and the range of ratios turn by turn.
+
+    `seconds`: each worker's time in every turn; a rival that failed has fewer and isn't compared. None without a rival.
+    The range of n ratios holds the median of their distribution with probability 1 - 2^(1-n): 98 % for 7 turns.
+    """
+    others = [kind for kind in (seconds if rivals is None else rivals) if kind != ours and kind in seconds]
+    medians = {kind: statistics.median(seconds[kind]) for kind in others if len(seconds[kind]) == len(seconds[ours])}
+    if not medians:
         return None
-    ratios = [theirs / ours for ours, theirs in zip(seconds[OURS], seconds[other], strict=True)]
-    median = statistics.median(seconds[other]) / statistics.median(seconds[OURS])
-    return {"over": other, "median": median, "range": [min(ratios), max(ratios)]}
-
-
-def find_fastest_rival(found: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The rival with the most tokens per second, None if there is none."""
-    rivals = [kind for kind in found if kind != OURS]
-    return max(rivals, key=lambda kind: found[kind]["tokens_per_second"], default=None)
+    over = min(medians, key=lambda kind: medians[kind])
+    ratios = [theirs / own for own, theirs in zip(seconds[ours], seconds[over], strict=True)]
+    return {
+        "over": over,
+        "median": medians[over] / statistics.median(seconds[ours]),
+        "range": [min(ratios), max(ratios)],
+    }
 
 
 def describe_speedup(ratio: Mapping[str, Any], names: Mapping[str, str]) -> str:
@@ -340,7 +347,9 @@ def survey_machine(
     """(machine, roofs, note). `machine`: processor, versions, devices. `roofs`: the hardware's limits (memory bandwidth
     or FLOPs per second) as our worker and the first rival measure them, if arguments `roof` are given. `note`: why the
     rivals are left out, if their library is missing, otherwise "". Raises UserError if our own worker fails."""
-    about: dict[str, Any] = {"processor": processor(), "cores": cores(), "versions": {}}
+    from jaxgpt.runs.process import cpu_kind
+
+    about: dict[str, Any] = {"processor": cpu_kind(), "cores": cores(), "versions": {}}
     roofs: dict[str, dict[str, float]] = {}
     for kind in kinds[:2]:
         try:
@@ -427,12 +436,14 @@ class Benchmark:
         return roofs
 
     @contextlib.contextmanager
-    def start_workers(self) -> Iterator[dict[str, Worker]]:
-        """Start one worker of each kind for the `with` block."""
+    def start_workers(self, dtype: str = "float32") -> Iterator[dict[str, Worker]]:
+        """Start one worker of each kind for the `with` block; rivals only if they can compute in `dtype`."""
+        kinds = self.kinds
+        if dtype == "bfloat16" and lacks_bfloat16() and self.machine["ours"]["platform"] == "cpu":
+            kinds = [OURS]
+            self.run.say("this CPU has no bfloat16 instructions, without which PyTorch would take hours: left out")
         with contextlib.ExitStack() as stack:
-            yield {
-                kind: stack.enter_context(Worker(self.module, kind, self.python[kind], self.log)) for kind in self.kinds
-            }
+            yield {kind: stack.enter_context(Worker(self.module, kind, self.python[kind], self.log)) for kind in kinds}
 
     @contextlib.contextmanager
     def save_weights(self, weights: dict[str, np.ndarray]) -> Iterator[Path]:

@@ -268,7 +268,7 @@ def measure(settings: Settings, workers: Mapping[str, harness.Worker], weights: 
         "trainers": found,
         "failed": turns.failed,
         "others_share": turns.others_share,
-        "speedup": harness.speedup(seconds, next((kind for kind in found if kind != OURS), None)),
+        "speedup": harness.speedup(seconds),
     }
 
 

@@ -30,7 +30,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import write_json
 from jaxgpt.models import transformer
 from jaxgpt.runs.cli import cli
+from jaxgpt.runs.process import cpu_kind, versions
 from jaxgpt.runs.run import Run
+from jaxgpt.runs.settings import settings_to_json
 from jaxgpt.structs import Answers, Array, Prompts
 
 
@@ -138,7 +140,8 @@ def main(settings: Settings) -> dict[str, Any]:
         measured = {way: times[1:] for way, times in seconds.items()}
         after = {way: found[1:] for way, found in counts.items()}
         device = jax.devices()[0].device_kind
-        cores = f", {harness.cores()} cores ({harness.processor()})" if jax.default_backend() == "cpu" else ""
+        cores = f", {harness.cores()} cores ({cpu_kind()})" if jax.default_backend() == "cpu" else ""
+        machine = {"processor": cpu_kind(), "cores": harness.cores(), "versions": versions()}
         lines = [
             f"{device}{cores}, jax {jax.__version__}: {s.model.parameters / 1e6:.2g}M parameters, {s.slots * s.queue} "
             f"prompts of {s.prompt} tokens, {s.slots} slots, up to {s.new_tokens} new tokens, mean {s.mean_length}",
@@ -147,7 +150,13 @@ def main(settings: Settings) -> dict[str, Any]:
         for line in lines:
             run.say(line)
         (run.folder / "bench_rollouts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        found = {"device": device, "seconds": measured, "tokens_and_steps": after}
+        found = {
+            "device": device,
+            "machine": machine,
+            "settings": settings_to_json(s),
+            "seconds": measured,
+            "tokens_and_steps": after,
+        }
         write_json(run.folder / "bench_rollouts.json", found)
         return run.finish(found)
 

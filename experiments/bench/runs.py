@@ -30,6 +30,7 @@ from jaxgpt.models import sharding, transformer
 from jaxgpt.rlhf import ppo
 from jaxgpt.rlhf.ppo import PPOConfig
 from jaxgpt.runs.cli import cli
+from jaxgpt.runs.process import cpu_kind
 from jaxgpt.runs.run import Run
 from jaxgpt.structs import Array, Batch, Params, Prompts
 from jaxgpt.study import many
@@ -127,7 +128,7 @@ def main(settings: Settings) -> dict[str, Any]:
                     bar.update()
                 found[str(count)] = {how: all_[1:] for how, all_ in seconds.items()}
         device = jax.devices()[0].device_kind
-        cores = f", {harness.cores()} cores ({harness.processor()})" if jax.default_backend() == "cpu" else ""
+        cores = f", {harness.cores()} cores ({cpu_kind()})" if jax.default_backend() == "cpu" else ""
         size = f"{s.model.parameters / 1e6:.2g}M"
         lines = [
             f"{jax.device_count()} x {device}{cores}, jax {jax.__version__}: PPO of {size} parameters, "

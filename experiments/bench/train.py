@@ -145,8 +145,8 @@ class Trainer(abc.ABC):
 class JaxTrainer(harness.JaxWorker, Trainer):
     """`make_train_step`, jitted by `jit_step`."""
 
-    def roof(self, size: int) -> dict[str, float]:
-        """FLOPs per second of one matrix product, in each dtype."""
+    def roof(self, size: int, dtypes: list[str]) -> dict[str, float]:
+        """FLOPs per second of one matrix product, in each of these dtypes."""
         import jax
         import jax.numpy as jnp
 
@@ -155,7 +155,7 @@ class JaxTrainer(harness.JaxWorker, Trainer):
             program = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(dtype))
             return harness.best_rate(lambda: program(x, y).block_until_ready(), 2 * size**3)
 
-        return {dtype: rate(dtype) for dtype in ("float32", "bfloat16")}
+        return {dtype: rate(dtype) for dtype in dtypes}
 
     def prepare(self, flat: Mapping[str, np.ndarray]) -> None:
         import jax
@@ -195,8 +195,11 @@ class TorchTrainer(harness.TorchWorker, Trainer):
 
             transformers.logging.set_verbosity_error()
 
-    def roof(self, size: int) -> dict[str, float]:
+    def roof(self, size: int, dtypes: list[str]) -> dict[str, float]:
         import torch
+
+        if self.device == "cpu" and harness.lacks_bfloat16():
+            dtypes = [dtype for dtype in dtypes if dtype != "bfloat16"]
 
         def rate(dtype: str) -> float:
             x = torch.ones(size, size, dtype=getattr(torch, dtype), device=self.device)
@@ -207,7 +210,7 @@ class TorchTrainer(harness.TorchWorker, Trainer):
 
             return harness.best_rate(multiply, 2 * size**3)
 
-        return {dtype: rate(dtype) for dtype in ("float32", "bfloat16")}
+        return {dtype: rate(dtype) for dtype in dtypes}
 
     def prepare(self, flat: Mapping[str, np.ndarray]) -> None:
         import torch
@@ -349,7 +352,7 @@ def measure(
         "others_share": turns.others_share,
         "trainers": found,
         "failed": turns.failed,
-        "speedup": harness.speedup(seconds, harness.find_fastest_rival(found)),
+        "speedup": harness.speedup(seconds),
     }
 
 
@@ -418,11 +421,13 @@ def main(settings: Settings) -> dict[str, Any]:
     with Run(settings.run, settings, stage="bench_train", fresh=True) as run:
         bench = harness.Benchmark(run, MODULE, settings.rivals, settings.torch_python)
         bench.warn_of_load()
-        answers = bench.survey("PyTorch", size=settings.roof_size)
+        answers = bench.survey("PyTorch", size=settings.roof_size, dtypes=settings.dtypes)
         measured = {"jax" if kind == OURS else "torch": rates for kind, rates in answers.items()}
         if bench.note:
             run.say(bench.note)
-        roofs = {dtype: max(rates[dtype] for rates in measured.values()) for dtype in ("float32", "bfloat16")}
+        roofs: dict[str, float] = {
+            dtype: max(rates.get(dtype, 0.0) for rates in measured.values()) for dtype in settings.dtypes
+        }
         size = settings.roof_size
         lines = [
             f"roof: {format_rates(roofs)}, the best of 12 products of {size} x {size}"
@@ -432,7 +437,10 @@ def main(settings: Settings) -> dict[str, Any]:
         results: list[dict[str, Any]] = []
         for case in cases(settings):
             config, rng = case.config(settings.vocab), np.random.default_rng(settings.seed)
-            with bench.save_weights(harness.initial_weights(config, rng)) as weights, bench.start_workers() as workers:
+            with (
+                bench.save_weights(harness.initial_weights(config, rng)) as weights,
+                bench.start_workers(case.dtype) as workers,
+            ):
                 results.append(measure(case, settings, workers, weights, roofs))
             bench.log_speeds(len(results), title_of(results[-1]), results[-1]["trainers"], RIVALS, digits=0)
         title = f"{harness.machine_text(bench.machine)}; roof {format_rates(roofs)}"

@@ -60,4 +60,4 @@ def unembed(params: Params, config: ModelConfig, h: Array) -> Array:
         return transformer.unembed(params, h)
     if "head_scale_V" in params:
         return layers.int8_product(h, params["head_DV"], params["head_scale_V"], sharding.target_platform(config))
-    return jnp.matmul(h, params["head_DV"], preferred_element_type=jnp.float32)
+    return layers.matmul(h, params["head_DV"], jnp.float32, sharding.target_platform(config))

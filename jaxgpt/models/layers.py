@@ -36,12 +36,12 @@ def dense(layer: Params, x: Array, axes: tuple[str, str] = COLUMN_PARALLEL, *, p
 
     On a CPU the product stays in float32 until the bias is added: it is then rounded only once, and XLA's bfloat16
     product is up to 1.3 times as fast that way."""
-    product_dtype: DTypeLike = jnp.float32 if platform == "cpu" else x.dtype
     if "scale" in layer:
-        product = int8_product(x, layer["kernel"], layer["scale"], platform).astype(product_dtype)
+        product = int8_product(x, layer["kernel"], layer["scale"], platform)
     else:
-        kernel = sharding.gather_fsdp(layer["kernel"].astype(x.dtype), axes)
-        product = jnp.matmul(x, kernel, preferred_element_type=product_dtype)
+        product_dtype: DTypeLike = jnp.float32 if platform == "cpu" else x.dtype
+        product = matmul(x, sharding.gather_fsdp(layer["kernel"].astype(x.dtype), axes), product_dtype, platform)
+    product = product if platform == "cpu" else product.astype(x.dtype)
     if "lora_a" in layer:
         product += lora_product(layer, x).astype(product.dtype)
     if "bias" in layer:
@@ -90,7 +90,51 @@ def vocab_logits(h: Array, table_VD: Array) -> Array:
     return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=jnp.float32)
 
 
+def matmul(x: Array, kernel: Array, dtype: DTypeLike, platform: str) -> Array:
+    """x @ kernel in the given dtype; one row of bfloat16 on a CPU by `row_product`, whose sums are float32."""
+    if platform == "cpu" and kernel.dtype == jnp.bfloat16 and _is_for_row_product(x):
+        return row_product(x.reshape(-1), kernel).reshape(*x.shape[:-1], kernel.shape[1]).astype(dtype)
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def _is_for_row_product(x: Array) -> bool:
+    """Whether `row_product` is the fastest product with x: if x is one row, and XLA:CPU vectorises its loop."""
+    return x.size == x.shape[-1] and jax.__version_info__ >= (0, 11) and not sharding.is_partitioned()
+
+
+ROWS_PER_STEP = 8  # products that one pass over the sums adds up; with 16, XLA:CPU no longer vectorises them
+MAX_SUMS = 12 * 1024  # sums kept at once: they stay in a core's fastest cache
+
+
+def row_product(x_K: Array, kernel_KN: Array) -> Array:
+    """x @ kernel in float32 [N], for a kernel of fewer bits on a CPU.
+
+    XLA:CPU has such products in float32 only: it would widen the whole kernel first, and write and read it once more.
+    This loop widens numbers on their way into the sums, `ROWS_PER_STEP` rows at a time. For a narrow kernel, several
+    adjacent rows are taken for one long row, with sums of their own, which are added up at the end: memory is read in
+    long runs."""
+    K, N = kernel_KN.shape
+    joined = 1
+    while K % (2 * joined * ROWS_PER_STEP) == 0 and 2 * joined * N <= MAX_SUMS:
+        joined *= 2
+    steps = K // (joined * ROWS_PER_STEP)
+    rows = kernel_KN.reshape(-1, joined, N)
+    weights = x_K.astype(jnp.float32).reshape(-1, joined, 1)
+
+    def add_rows(begin: Array | int, count: int, sums: Array) -> Array:
+        several = jax.lax.dynamic_slice_in_dim(rows, begin, count).astype(jnp.float32)
+        by = jax.lax.dynamic_slice_in_dim(weights, begin, count)
+        return functools.reduce(jnp.add, (by[i] * several[i] for i in range(count)), sums)
+
+    sums = jnp.zeros((joined, N), jnp.float32)
+    if steps:
+        sums = jax.lax.fori_loop(0, steps, lambda i, sums: add_rows(i * ROWS_PER_STEP, ROWS_PER_STEP, sums), sums)
+    done = steps * ROWS_PER_STEP
+    return add_rows(done, len(rows) - done, sums).sum(axis=0)
+
+
 INT8_CHUNK_ROWS = 64  # kernel rows converted to float32 at a time
+INT8_MIN_WIDENED = 64  # rows of x from which the whole kernel is converted first
 INT8_MAX_UNCHUNKED = 2**21  # kernel elements; a larger kernel is converted in chunks even for a single row of x
 INT8_LEVELS = 2047  # quantisation levels of an activation
 
@@ -98,13 +142,16 @@ INT8_LEVELS = 2047  # quantisation levels of an activation
 def int8_product(x: Array, kernel: Array, scale: Array, platform: str) -> Array:
     """x @ (kernel * scale) in float32, for an int8 kernel [in, out] with one scale per column.
 
-    XLA:CPU has no fast product of int8 and float: on a CPU, a single row of x is rounded to multiples of
-    1/2047 of its largest absolute entry and multiplied as integers (int32 holds the sums exactly); for several rows,
-    or a large kernel, `INT8_CHUNK_ROWS` kernel rows are converted to float32 at a time. On other platforms the
-    conversion is part of the product."""
+    XLA:CPU has no fast product of int8 and float. On a CPU, many rows of x are multiplied with a kernel converted to
+    their dtype, which holds all int8 numbers exactly; a few rows with `INT8_CHUNK_ROWS` rows of it at a time; and one
+    row by `row_product`. Before jax 0.11, which doesn't vectorise the latter, one row is rounded to multiples of 1/2047
+    of its largest absolute entry and multiplied as integers (int32 holds the sums exactly), unless the kernel is large.
+    On other platforms the conversion is part of the product."""
     rows, (fan_in, fan_out) = x.size // x.shape[-1], kernel.shape
-    if platform != "cpu":
+    if platform != "cpu" or rows >= INT8_MIN_WIDENED:
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale
+    if _is_for_row_product(x):
+        return (row_product(x.reshape(-1), kernel) * scale).reshape(*x.shape[:-1], fan_out)
     if rows == 1 and kernel.size <= INT8_MAX_UNCHUNKED:
         levels = min(INT8_LEVELS, (2**31 - 1) // (127 * fan_in))
         x32 = x.reshape(-1).astype(jnp.float32)

@@ -134,7 +134,7 @@ def describe_rounding(arrays: Any) -> dict[str, str]:
         "mesh": " x ".join(f"{name} {size}" for name, size in mesh.items()),
     }
     if devices[0].platform == "cpu":
-        found["cpu"] = f"{_cpu_kind()}, {count_cores()} cores"
+        found["cpu"] = f"{cpu_kind()}, {count_cores()} cores"
     if devices[0].platform == "gpu":
         found["deterministic"] = "yes" if _is_deterministic() else "no"
     return found | {name: version for name, version in versions().items() if name not in ROUND_NOTHING}
@@ -157,7 +157,7 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpu_kind() -> str:
+def cpu_kind() -> str:
     """For example "AMD EPYC, family 25, model 17", since XLA compiles for this CPU."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:

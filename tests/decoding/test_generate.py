@@ -438,7 +438,9 @@ def test_int8_weights_decode_nearly_the_same(name, rows):
         assert 1e-4 < np.abs(rough_BV - expected).max() / expected.std() < 0.1
 
 
-@pytest.mark.parametrize(("rows", "fan_in", "fan_out"), [(1, 64, 96), (3, 128, 40), (1, 9000, 8), (1, 100, 30_000)])
+@pytest.mark.parametrize(
+    ("rows", "fan_in", "fan_out"), [(1, 64, 96), (3, 128, 40), (70, 32, 24), (1, 9000, 8), (1, 100, 30_000)]
+)
 def test_the_int8_product_is_that_of_the_widened_matrix(rows, fan_in, fan_out):
     on_cpu = jax.jit(functools.partial(layers.int8_product, platform="cpu"))
     rng = np.random.default_rng(0)
@@ -451,3 +453,43 @@ def test_the_int8_product_is_that_of_the_widened_matrix(rows, fan_in, fan_out):
     np.testing.assert_allclose(elsewhere(x, kernel, scale), expected, atol=1e-4 * np.abs(expected).max())
     worst = on_cpu(np.ones((1, fan_in), np.float32), np.full_like(kernel, 127), scale)
     np.testing.assert_allclose(worst[0], 127.0 * fan_in * scale, rtol=1e-5)  # the largest sum does not overflow
+
+
+# ---- one row on a CPU ----
+
+
+@pytest.mark.parametrize(("fan_in", "fan_out"), [(7, 5), (64, 96), (1000, 3), (1001, 40), (24, 20_000)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_row_product_is_the_product_for_any_shape(dtype, fan_in, fan_out):
+    rng = np.random.default_rng(0)
+    kernel = rng.integers(-127, 128, (fan_in, fan_out)).astype(dtype)  # exact in both
+    x = rng.normal(size=fan_in).astype(np.float32)
+    expected = x.astype(np.float64) @ kernel.astype(np.float64)
+    found = jax.jit(layers.row_product)(x, kernel)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(x).sum() * 127)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_row_product_never_widens_the_kernel(dtype):
+    program = jax.jit(layers.row_product).lower(jnp.zeros(512), jnp.zeros((512, 640), dtype)).compile()
+    assert not re.search(r"f32\[(512,640|\d+,\d+,640)\][^=]*(fusion|convert)\(", entry_and_loops(program.as_text()))
+    assert program.memory_analysis().temp_size_in_bytes < 512 * 640 * 4 / 2
+
+
+def entry_and_loops(text):
+    """The program's text without the insides of fusions, whose values are never stored."""
+    parts = re.split(r"\n(?=%|ENTRY)", text)
+    return "\n".join(part for part in parts if not re.match(r"%\S*fused_computation|%wrapped", part))
+
+
+def test_one_row_of_bfloat16_uses_it_where_it_is_fast(monkeypatch):
+    layer = {"kernel": jnp.ones((64, 96), jnp.bfloat16)}
+
+    def loops(rows):
+        x = jnp.ones((rows, 64), jnp.bfloat16)
+        return "scan" in str(jax.make_jaxpr(functools.partial(layers.dense, platform="cpu"))(layer, x))
+
+    for version, expected in (((0, 10, 2), False), ((0, 12, 0), True)):
+        monkeypatch.setattr(jax, "__version_info__", version)
+        assert loops(1) == expected and not loops(2)
