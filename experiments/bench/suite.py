@@ -66,6 +66,7 @@ GPT2 = {"models": ("gpt2",), "batches": (1,)}
 FIRST_TOKEN = {**GPT2, "prompts": (16, 400), "new_tokens": (2,), "block": 512, "prepare_once": True}
 BENCHMARKS: dict[str, tuple[Callable[..., Mapping[str, Any]], dict[str, Any]]] = {  # a benchmark, and its settings
     "train_small": (_run_train, {}),
+    "train_small_in_parts": (_run_train, {"microbatches": 3}),
     "train_gpt2": (_run_train, {"models": ("gpt2",), "batches": (2,), "steps": 1}),
     "decode_small": (_run_decode, {}),
     "decode_gpt2": (_run_decode, GPT2),
@@ -117,6 +118,7 @@ def _rows_of_case(name: str, case: Mapping[str, Any]) -> Iterator[str]:
     if name.startswith("train"):
         found, ratio = case["trainers"], case["speedup"]
         title = f"train {case['model']} {case['dtype']}, {case['batch']} x {case['block']}"
+        title += f", in {case['microbatches']} parts" * (case["microbatches"] > 1)
         yield compare(title, found, ratio, train.RIVALS, lambda x: rate(x["tokens_per_second"]))
     elif name.startswith("decode"):
         found, ratio = case["decoders"], case["speedup"]

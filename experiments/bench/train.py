@@ -33,6 +33,7 @@ from experiments.bench import harness
 from experiments.bench.harness import OURS
 from jaxgpt.config import PRESETS as MODELS
 from jaxgpt.config import Count, CountOrZero, Counts, ModelConfig, Range, Seed, check_settings
+from jaxgpt.errors import UserError
 
 MODULE = "experiments.bench.train"
 RIVALS = {
@@ -58,6 +59,7 @@ class Settings:
     layers: Annotated[tuple[int, ...], Range(0)] = (0,)  # 0: the preset's
     widths: Annotated[tuple[int, ...], Range(0)] = (0,)  # 0: the preset's; others have heads of 64
     vocab: CountOrZero = 0  # 0: the preset's
+    microbatches: Count = 1  # parts in which each batch is run, one after another, in all trainers
     steps: Count = 3  # per turn
     repeats: Count = 5  # turns of each trainer
     rivals: tuple[str, ...] = tuple(RIVALS)  # none: only ours
@@ -69,6 +71,9 @@ class Settings:
         check_settings(self)
         harness.check_choices(self, {"models": MODELS, "dtypes": ("float32", "bfloat16"), "rivals": RIVALS})
         harness.check_not_empty(self, "models", "dtypes", "batches", "blocks", "layers", "widths")
+        for rows in self.batches:
+            if rows % self.microbatches:
+                raise UserError(f"{self.microbatches} microbatches don't divide a batch of {rows} rows")
 
 
 PRESETS = {
@@ -117,8 +122,10 @@ def cases(settings: Settings) -> list[Case]:
 class Trainer(abc.ABC):
     """The requests that both kinds of worker answer."""
 
-    def load(self, config: Mapping[str, Any], weights: str, batch: int, seed: int) -> dict[str, Any]:
-        self.config = ModelConfig(**config)
+    def load(
+        self, config: Mapping[str, Any], weights: str, batch: int, seed: int, microbatches: int = 1
+    ) -> dict[str, Any]:
+        self.config, self.microbatches = ModelConfig(**config), microbatches
         rng = np.random.default_rng(seed)
         self.batches = rng.integers(0, self.config.vocab, (4, batch, self.config.block)).astype(np.int32)
         self.taken = 0
@@ -170,7 +177,7 @@ class JaxTrainer(harness.JaxWorker, Trainer):
         tx = optim.adamw(optax.constant_schedule(LEARNING_RATE), weight_decay=DECAY, b2=B2, clip=CLIP)
         state = training.init_state(harness.unflatten_names({name: np.asarray(flat[name]) for name in flat}), tx)
         self.state = sharding.replicate(state, self.mesh)
-        self.step = training.jit_step(training.make_nll(self.config), tx, self.mesh)
+        self.step = training.jit_step(training.make_nll(self.config), tx, self.mesh, microbatches=self.microbatches)
 
     def train(self, batches: Sequence[np.ndarray]) -> float:
         from jaxgpt.models import sharding
@@ -238,14 +245,17 @@ class TorchTrainer(harness.TorchWorker, Trainer):
         for batch in batches:
             tokens = torch.from_numpy(batch.astype(np.int64)).to(self.device)
             self.optimizer.zero_grad(set_to_none=True)
-            with autocast:
-                loss = self.loss(tokens)
-            loss.backward()
+            found = torch.zeros((), device=self.device)
+            for part in tokens.chunk(self.microbatches):
+                with autocast:
+                    loss = self.loss(part) / self.microbatches
+                loss.backward()
+                found += loss.detach()
             torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
             self.optimizer.step()
-        found = float(loss.detach())
+        mean = float(found)
         self.wait()
-        return found
+        return mean
 
 
 def make_worker(kind: str) -> Trainer:
@@ -317,6 +327,7 @@ def measure(
         "weights": str(weights),
         "batch": case.batch,
         "seed": settings.seed,
+        "microbatches": settings.microbatches,
     }
     turns = harness.Rotation(workers)
     first: dict[str, float] = {}
@@ -348,6 +359,7 @@ def measure(
         }
     return {
         **dataclasses.asdict(case),
+        "microbatches": settings.microbatches,
         "flops_per_token": flops,
         "others_share": turns.others_share,
         "trainers": found,
@@ -377,6 +389,7 @@ HEADER = (
 
 def title_of(result: Mapping[str, Any]) -> str:
     changed = [f"{result[name]} {word}" for name, word in (("layers", "layers"), ("width", "wide")) if result[name]]
+    changed += [f"{result['microbatches']} microbatches"] if result.get("microbatches", 1) > 1 else []
     return ", ".join(
         [f"{result['model']} {result['dtype']}", *changed, f"batch {result['batch']} x {result['block']} tokens"]
     )

@@ -30,7 +30,15 @@ def test_places_are_left_out_of_a_report():
     assert "run" in report["settings"]
 
 
-CASE = {"model": "gpt2", "dtype": "float32", "batch": 2, "block": 256, "others_share": 0.0, "failed": {}}
+CASE = {
+    "model": "gpt2",
+    "dtype": "float32",
+    "batch": 2,
+    "block": 256,
+    "microbatches": 1,
+    "others_share": 0.0,
+    "failed": {},
+}
 OURS = {"tokens_per_second": 150.4, "fraction_of_roof": 0.75}
 RIVALS = {"hf": {"tokens_per_second": 98.6}, "module": {"tokens_per_second": 50.0}}
 RATIO = {"over": "hf", "median": 1.5, "range": [1.4, 1.625]}
