@@ -175,7 +175,9 @@ def main(settings: Settings) -> dict[str, Any]:
 
     file = str(wheels.fetch(loading.KNOWN["smollm2-135m"]))
     with Run(settings.run, settings, stage="bench_chat", fresh=True) as run:
-        rivals = [kind for kind in NAMES if kind != OURS and not (kind == "bfloat16" and harness.lacks_bfloat16())]
+        rivals = [
+            kind for kind in NAMES if kind != OURS and not (kind == "bfloat16" and harness.torch_lacks_bfloat16())
+        ]
         bench = harness.Benchmark(run, MODULE, rivals, settings.torch_python)
         bench.python["int8"] = sys.executable
         kinds = [OURS, "float32"]

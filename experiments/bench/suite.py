@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from experiments.bench import chat, decode, ppo, rollouts, train
-from experiments.bench.harness import DISTURBANCE_THRESHOLD, OURS, speedup
+from experiments.bench.harness import OURS, speedup, warn_of_turns
 from jaxgpt.config import Count, check_settings
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_json, write_json, write_text
@@ -25,8 +25,8 @@ from jaxgpt.runs.cli import cli
 HERE = Path(__file__).parent
 MARKERS = "<!-- from experiments/bench/results, by experiments.bench.suite -->\n", "<!-- end of the suite -->\n"
 HEADER = (
-    "| | jaxgpt | best rival | | times as fast | of the limit |",
-    "|---|---|---|---|---|---|",
+    "| | jaxgpt | best rival | | times as fast | of the limit | limit / rival |",
+    "|---|---|---|---|---|---|---|",
 )
 
 
@@ -50,30 +50,18 @@ class Settings:
                 raise UserError(f"only has {name!r}; choose from {', '.join(BENCHMARKS)}")
 
 
-def _run_train(**settings: Any) -> Mapping[str, Any]:
-    return train.main(train.Settings(**settings))
-
-
-def _run_decode(**settings: Any) -> Mapping[str, Any]:
-    return decode.main(decode.Settings(**settings))
-
-
-def _run_rollouts(torch_python: str, **settings: Any) -> Mapping[str, Any]:
-    return rollouts.main(rollouts.Settings(**settings))
-
-
 GPT2 = {"models": ("gpt2",), "batches": (1,)}
 FIRST_TOKEN = {**GPT2, "prompts": (16, 400), "new_tokens": (2,), "block": 512, "prepare_once": True}
-BENCHMARKS: dict[str, tuple[Callable[..., Mapping[str, Any]], dict[str, Any]]] = {  # a benchmark, and its settings
-    "train_small": (_run_train, {}),
-    "train_small_in_parts": (_run_train, {"microbatches": 3}),
-    "train_gpt2": (_run_train, {"models": ("gpt2",), "batches": (2,), "steps": 1}),
-    "decode_small": (_run_decode, {}),
-    "decode_gpt2": (_run_decode, GPT2),
-    "first_token": (_run_decode, FIRST_TOKEN),
-    "chat": (lambda **settings: chat.main(chat.Settings(**settings)), {}),
-    "ppo": (lambda **settings: ppo.main(ppo.Settings(**settings)), {}),
-    "rollouts": (_run_rollouts, {}),
+BENCHMARKS: dict[str, tuple[Any, dict[str, Any]]] = {  # name -> (its module, settings)
+    "train_small": (train, {}),
+    "train_small_in_parts": (train, {"microbatches": 3}),
+    "train_gpt2": (train, {"models": ("gpt2",), "batches": (2,), "steps": 1}),
+    "decode_small": (decode, {}),
+    "decode_gpt2": (decode, GPT2),
+    "first_token": (decode, FIRST_TOKEN),
+    "chat": (chat, {}),
+    "ppo": (ppo, {}),
+    "rollouts": (rollouts, {}),
 }
 
 
@@ -96,22 +84,32 @@ def row(
 ) -> str:
     """A row of the table; `share`: the fraction of the hardware's limit that ours reaches."""
     times = f"**{ratio['median']:.2f}** ({ratio['range'][0]:.2f}–{ratio['range'][1]:.2f})" if ratio else ""
-    limit = "" if share is None else f"{share:.0%}"
-    if ratio and share is not None:
-        limit += f", which is {ratio['median'] / share:.2f}"
-    return f"| {name} | {ours} | {theirs} | {rival} | {times} | {limit} |"
+    reached = "" if share is None else f"{share:.0%}"
+    limit = f"{ratio['median'] / share:.2f}" if ratio and share is not None else ""
+    return f"| {name} | {ours} | {theirs} | {rival} | {times} | {reached} | {limit} |"
 
 
 def rate(tokens_per_second: float) -> str:
     return f"{tokens_per_second:,.0f} tok/s" if tokens_per_second >= 100 else f"{tokens_per_second:.1f} tok/s"
 
 
-def rows(name: str, report: Mapping[str, Any]) -> Iterator[str]:
-    """The rows of one report, with a note where other programs disturbed it."""
+def rows(name: str, report: Mapping[str, Any]) -> list[str]:
+    """The rows of one report."""
+    return [line for case in report.get("cases", [report]) for line in _rows_of_case(name, case)]
+
+
+def warnings(name: str, report: Mapping[str, Any]) -> list[str]:
+    """What the benchmark itself warns of: rivals that failed or computed something else, a disturbed machine."""
+    found = []
     for case in report.get("cases", [report]):
-        busy = case.get("others_share", 0.0)
-        note = f" ({busy:.0%} of the machine used by others)" if busy > DISTURBANCE_THRESHOLD else ""
-        yield from (line.replace(" |", f"{note} |", 1) if note else line for line in _rows_of_case(name, case))
+        if name.startswith("train"):
+            found += [f"{train.title_of(case)}: {line}" for line in train.complaints(case)]
+        elif name.startswith("decode") or name == "first_token":
+            found += [f"{decode.case_title(case)}: {line}" for line in decode.warning_lines(case)]
+        elif name in ("chat", "ppo"):
+            names = chat.NAMES if name == "chat" else ppo.RIVALS
+            found += [f"{name}: {line}" for line in warn_of_turns(case["failed"], case["others_share"], names)]
+    return found
 
 
 def _rows_of_case(name: str, case: Mapping[str, Any]) -> Iterator[str]:
@@ -173,7 +171,8 @@ def tables(results: Path) -> str:
         }
         if reports:
             lines = [line for name, report in reports.items() for line in rows(name, report)]
-            parts.append("\n".join([f"### {machine_text(reports)}", "", *HEADER, *lines, ""]))
+            notes = [f"- {line}" for name, report in reports.items() for line in warnings(name, report)]
+            parts.append("\n".join([f"### {machine_text(reports)}", "", *HEADER, *lines, "", *notes]))
     return "\n".join(parts)
 
 
@@ -198,10 +197,11 @@ def write_page(page: Path, results: Path) -> None:
 
 def main(settings: Settings) -> None:
     for name in settings.only or BENCHMARKS:
-        run, own = BENCHMARKS[name]
-        report = run(
-            **{**own, "run": settings.runs / name, "repeats": settings.repeats, "torch_python": settings.torch_python}
-        )
+        module, own = BENCHMARKS[name]
+        changes = {**own, "run": settings.runs / name, "repeats": settings.repeats}
+        if module is not rollouts:  # which has no rivals
+            changes["torch_python"] = settings.torch_python
+        report = module.main(module.Settings(**changes))
         folder = settings.results / folder_name(report["machine"]["processor"])
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{name}.json", without_places(report))

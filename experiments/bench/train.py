@@ -205,7 +205,7 @@ class TorchTrainer(harness.TorchWorker, Trainer):
     def roof(self, size: int, dtypes: list[str]) -> dict[str, float]:
         import torch
 
-        if self.device == "cpu" and harness.lacks_bfloat16():
+        if self.device == "cpu" and harness.torch_lacks_bfloat16():
             dtypes = [dtype for dtype in dtypes if dtype != "bfloat16"]
 
         def rate(dtype: str) -> float:

@@ -92,39 +92,38 @@ def vocab_logits(h: Array, table_VD: Array) -> Array:
 
 def matmul(x: Array, kernel: Array, dtype: DTypeLike, platform: str) -> Array:
     """x @ kernel in the given dtype; one row of bfloat16 on a CPU by `row_product`, whose sums are float32."""
-    if platform == "cpu" and kernel.dtype == jnp.bfloat16 and _is_for_row_product(x):
+    if platform == "cpu" and kernel.dtype == jnp.bfloat16 and _row_product_is_fastest(x):
         return row_product(x.reshape(-1), kernel).reshape(*x.shape[:-1], kernel.shape[1]).astype(dtype)
     return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
-def _is_for_row_product(x: Array) -> bool:
-    """Whether `row_product` is the fastest product with x: if x is one row, and XLA:CPU vectorises its loop."""
+def _row_product_is_fastest(x: Array) -> bool:
+    """Whether x is a single row, on one device, and this XLA vectorises the loop of `row_product` (from jax 0.11)."""
     return x.size == x.shape[-1] and jax.__version_info__ >= (0, 11) and not sharding.is_partitioned()
 
 
-ROWS_PER_STEP = 8  # products that one pass over the sums adds up; with 16, XLA:CPU no longer vectorises them
-MAX_SUMS = 12 * 1024  # sums kept at once: they stay in a core's fastest cache
+ROWS_PER_STEP = 8  # rows added in one pass over the sums; XLA:CPU does not vectorise a pass of 16
+MAX_SUMS = 12 * 1024  # sums for joined rows: few enough to stay in a core's cache
 
 
 def row_product(x_K: Array, kernel_KN: Array) -> Array:
-    """x @ kernel in float32 [N], for a kernel of fewer bits on a CPU.
+    """x @ kernel in float32 [N], for a bfloat16 or int8 kernel on a CPU.
 
-    XLA:CPU has such products in float32 only: it would widen the whole kernel first, and write and read it once more.
-    This loop widens numbers on their way into the sums, `ROWS_PER_STEP` rows at a time. For a narrow kernel, several
-    adjacent rows are taken for one long row, with sums of their own, which are added up at the end: memory is read in
-    long runs."""
+    XLA:CPU multiplies a row in float32 only: it would first write a float32 copy of the whole kernel, and then read it.
+    This loop widens `ROWS_PER_STEP` rows at a time, as it adds them to the sums. Adjacent rows of a narrow kernel are
+    treated as one long row, each with its own sums, which are added at the end, so that memory is read in long runs."""
     K, N = kernel_KN.shape
     joined = 1
     while K % (2 * joined * ROWS_PER_STEP) == 0 and 2 * joined * N <= MAX_SUMS:
         joined *= 2
     steps = K // (joined * ROWS_PER_STEP)
     rows = kernel_KN.reshape(-1, joined, N)
-    weights = x_K.astype(jnp.float32).reshape(-1, joined, 1)
+    factors = x_K.astype(jnp.float32).reshape(-1, joined, 1)
 
     def add_rows(begin: Array | int, count: int, sums: Array) -> Array:
-        several = jax.lax.dynamic_slice_in_dim(rows, begin, count).astype(jnp.float32)
-        by = jax.lax.dynamic_slice_in_dim(weights, begin, count)
-        return functools.reduce(jnp.add, (by[i] * several[i] for i in range(count)), sums)
+        widened = jax.lax.dynamic_slice_in_dim(rows, begin, count).astype(jnp.float32)
+        by = jax.lax.dynamic_slice_in_dim(factors, begin, count)
+        return functools.reduce(jnp.add, (by[i] * widened[i] for i in range(count)), sums)
 
     sums = jnp.zeros((joined, N), jnp.float32)
     if steps:
@@ -150,7 +149,7 @@ def int8_product(x: Array, kernel: Array, scale: Array, platform: str) -> Array:
     rows, (fan_in, fan_out) = x.size // x.shape[-1], kernel.shape
     if platform != "cpu" or rows >= INT8_MIN_WIDENED:
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale
-    if _is_for_row_product(x):
+    if _row_product_is_fastest(x):
         return (row_product(x.reshape(-1), kernel) * scale).reshape(*x.shape[:-1], fan_out)
     if rows == 1 and kernel.size <= INT8_MAX_UNCHUNKED:
         levels = min(INT8_LEVELS, (2**31 - 1) // (127 * fan_in))
